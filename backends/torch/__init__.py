@@ -1,0 +1,61 @@
+"""The chunkwise form in plain torch ops: fast on a CPU, right on any device torch has.
+
+Map: `chunkwise` holds the equations of one segment (MATH §3 to §5), `walk` runs sequences
+segment by segment and keeps what a backward needs. Gates, solve and state are float32
+(float64 for float64 inputs); cumulative log sums are float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gdn_ops.backends.torch import chunkwise
+from gdn_ops.backends.torch.step import step
+from gdn_ops.backends.torch.walk import Engine, run_backward, run_forward
+from gdn_ops.bind import Call
+from gdn_ops.registry import Backend, Forward, Grads
+from gdn_ops.spec import Limits
+
+CHUNKING = {"cpu": (32, 4), "*": (64, 16)}
+"""(tokens per chunk, chunks per segment) per device type. cpu: measured on two AVX-512 cores
+at K=V=128, H/HV=16/32 (benchmarks/results); others: not measured."""
+
+
+class Torch(Backend):
+    """The chunkwise form of MATH §3 in plain torch ops."""
+
+    name = "torch"
+    limits = Limits(devices=("*",), second_grad=True)
+    traceable_step = True
+
+    def engine(self, call: Call) -> Engine:
+        """Return how this call is cut and run."""
+        chunk_size, chunks = CHUNKING.get(call.device.type, CHUNKING["*"])
+        return Engine(
+            chunk_size=call.chunk_size or chunk_size,
+            chunks=chunks,
+            pad_segments=False,
+            forward=chunkwise.forward_segment,
+            advance=chunkwise.advance_segment,
+            backward=chunkwise.backward_segment,
+        )
+
+    def saved_like(self, call: Call) -> tuple[Tensor, ...]:
+        shape = self.engine(call).checkpoint_shape(call)
+        return (torch.empty(shape, dtype=call.compute_dtype, device=call.device),)
+
+    def forward(self, call: Call) -> Forward:
+        return run_forward(call, self.engine(call))
+
+    def backward(
+        self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
+    ) -> Grads:
+        kept = saved[0] if saved else None
+        return run_backward(call, self.engine(call), kept, d_o, d_state)
+
+    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+        return step(call)
+
+
+BACKEND = Torch

@@ -1,0 +1,1 @@
+"""Export of the recurrent decode path to ONNX."""

@@ -1,0 +1,40 @@
+"""gdn_ops: the gated delta rule, one specification and many proven backends."""
+
+from __future__ import annotations
+
+from gdn_ops.errors import BackendUnsupportedError, SpecError, SpecTypeError
+from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
+from gdn_ops.ops import explain, gated_delta, gated_delta_step
+from gdn_ops.registry import (
+    Backend,
+    BackendInfo,
+    Explanation,
+    Forward,
+    Grads,
+    backends,
+    register_backend,
+    use_backend,
+)
+from gdn_ops.spec import Limits
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GATED_DELTA",
+    "GATED_DELTA_STEP",
+    "Backend",
+    "BackendInfo",
+    "BackendUnsupportedError",
+    "Explanation",
+    "Forward",
+    "Grads",
+    "Limits",
+    "SpecError",
+    "SpecTypeError",
+    "backends",
+    "explain",
+    "gated_delta",
+    "gated_delta_step",
+    "register_backend",
+    "use_backend",
+]
