@@ -1,6 +1,7 @@
 """The chunkwise form in plain torch ops: fast on a CPU, right on any device torch has.
 
-Map: `chunkwise` holds the equations of one segment (MATH §3 to §5), `walk` runs sequences
+Map: `chunkwise` holds the equations of one segment (MATH §3, §4), `gradients` those of
+its backward (§5), `walk` runs sequences
 segment by segment and keeps what a backward needs. Gates, solve and state are float32
 (float64 for float64 inputs); cumulative log sums are float64.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gdn_ops.backends.torch import chunkwise
+from gdn_ops.backends.torch import chunkwise, gradients
 from gdn_ops.backends.torch.step import step
 from gdn_ops.backends.torch.walk import Engine, run_backward, run_forward
 from gdn_ops.bind import Call
@@ -38,7 +39,7 @@ class Torch(Backend):
             pad_segments=False,
             forward=chunkwise.forward_segment,
             advance=chunkwise.advance_segment,
-            backward=chunkwise.backward_segment,
+            backward=gradients.backward_segment,
         )
 
     def saved_like(self, call: Call) -> tuple[Tensor, ...]:

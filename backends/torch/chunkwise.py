@@ -1,4 +1,4 @@
-"""The chunkwise form of MATH §3 and its gradients, §5, over one segment of a few chunks.
+"""The chunkwise form of MATH §3 over one segment of a few chunks.
 
 A segment is n chunks of C tokens for G = rows x H key heads, each with R value heads. What
 does not depend on the state is formed for all chunks of the segment at once; only K S, the
@@ -9,8 +9,9 @@ V for every product with the state, so that q and k are never repeated.
     v, U   (n, G, R, C, V)     b, d, beta   (n, G, R, C)
     S, dS  (G, K, R V)         G_cum, z     (n, G, R, C)
 
-Everything is in the compute dtype except G_cum. All functions are pure torch: autograd sees
-through them, which is what second derivatives use, and torch.compile can fuse them.
+Everything is in the compute dtype except G_cum. All functions are plain torch: autograd sees
+through them, which is what second derivatives use, and torch.compile can fuse them. In eager
+mode without gradients they write into `Scratch`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 class Segment(NamedTuple):
@@ -58,6 +58,7 @@ class Prepared(NamedTuple):
         kk: K Kᵀ, or None without erase.
         P: s lower(Q Kᵀ ⊙ D), (n, G R, C, C).
         T: (I + A)⁻¹, (n, G R, C, C), or None without erase.
+        T_beta: T diag(β), or None without erase.
     """
 
     decay: Decay | None
@@ -66,53 +67,97 @@ class Prepared(NamedTuple):
     kk: Tensor | None
     P: Tensor
     T: Tensor | None
+    T_beta: Tensor | None
 
 
-class SegmentGrads(NamedTuple):
-    """Gradients of a segment: shapes of `Segment`, and the state's at its start.
+class Scratch:
+    """Buffers that one walk reuses from segment to segment, by name.
 
-    Attributes:
-        log_decay: d log α where α > 0 (and dα where α = 0, if `zeros` was given).
+    Fresh memory costs a page fault per 4 KiB, more than the arithmetic done on it. A
+    disabled scratch hands out None, and `out=None` makes torch allocate as usual: that is
+    what autograd and torch.compile need.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    beta: Tensor
-    log_decay: Tensor | None
-    state: Tensor
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+        """Return the buffer of that name, in the dtype of `like`, or None if disabled."""
+        if not self.enabled:
+            return None
+        found = self._buffers.get(name)
+        if found is None or found.shape != shape:
+            found = self._buffers[name] = like.new_empty(shape)
+        return found
+
+    def slots(self, name: str, count: int, shape: tuple[int, ...], like: Tensor) -> _Slots:
+        """Return `count` slots of one buffer."""
+        return _Slots(count, self.get(name, (count, *shape), like))
 
 
-def _packed(x: Tensor) -> Tensor:
+class _Slots:
+    """Tensors to be stacked: slots of one buffer, or a list where there is none."""
+
+    def __init__(self, count: int, buffer: Tensor | None) -> None:
+        self.buffer = buffer
+        self.parts: list[Tensor | None] = [None] * count
+
+    def out(self, i: int) -> Tensor | None:
+        return None if self.buffer is None else self.buffer[i]
+
+    def put(self, i: int, x: Tensor) -> Tensor:
+        self.parts[i] = x
+        return x
+
+    def stacked(self) -> Tensor:
+        if self.buffer is not None:
+            return self.buffer
+        return torch.stack([part for part in self.parts if part is not None])
+
+
+NO_SCRATCH = Scratch(enabled=False)
+
+
+def packed(x: Tensor) -> Tensor:
     """(..., G, R, C, V) to (..., G, C, R V)."""
     return x.transpose(-3, -2).flatten(-2)
 
 
-def _per_head(x: Tensor, heads: int) -> Tensor:
+def per_head(x: Tensor, heads: int) -> Tensor:
     """(..., G, C, R V) to a view (..., G, R, C, V)."""
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
+def scaled_packed(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    """Multiply (..., G, R, C, V) by (..., G, R, C) into (..., G, C, R V)."""
+    if out is None:
+        return packed(x * weight.unsqueeze(-1))
+    torch.mul(x, weight.unsqueeze(-1), out=per_head(out, x.shape[-3]))
+    return out
+
+
+def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Multiply over equal leading axes, as one flat batch."""
-    out = torch.bmm(a.flatten(0, -3), b.flatten(0, -3))
-    return out.unflatten(0, a.shape[:-2])
+    flat = None if out is None else out.flatten(0, -3)
+    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=flat).unflatten(0, a.shape[:-2])
 
 
-def _across(total: Tensor | None, state: Tensor) -> Tensor:
-    """b_C S as a new tensor, (G, K, R V)."""
+def across(total: Tensor | None, state: Tensor, out: Tensor | None = None) -> Tensor:
+    """b_C S, (G, K, R V)."""
     if total is None:
-        return state.clone()
+        return state.clone() if out is None else out.copy_(state)
     heads = total.shape[-1]
-    return (state.unflatten(-1, (heads, -1)) * total[:, None, :, None]).flatten(-2)
+    wide = None if out is None else out.unflatten(-1, (heads, -1))
+    scaled = torch.mul(
+        state.unflatten(-1, (heads, -1)), total[:, None, :, None], out=wide
+    )
+    return scaled.flatten(-2) if out is None else out
 
 
-def _causal(x: Segment) -> Tensor:
-    tokens = x.q.shape[-2]
-    return torch.ones(tokens, tokens, dtype=torch.bool, device=x.q.device).tril_()
-
-
-def decay_factors(x: Segment, causal: Tensor, crossings: int = 0) -> Decay | None:
+def decay_factors(
+    x: Segment, causal: Tensor, crossings: int = 0, scratch: Scratch = NO_SCRATCH
+) -> Decay | None:
     """Form D, b, d and b_C, keeping only pairs with `crossings` zeros of α between them.
 
     crossings=0 gives the factors of §3, crossings=1 the D¹ of §5.
@@ -122,9 +167,11 @@ def decay_factors(x: Segment, causal: Tensor, crossings: int = 0) -> Decay | Non
         return None
     dtype = x.q.dtype
     # §4 D_ij = exp(G_i − G_j) [z_i = z_j],  i ≥ j      [C, C]
-    difference = (G.unsqueeze(-1) - G.unsqueeze(-2)).to(dtype)
-    last = G[..., -1:]
-    b, d = G.to(dtype).exp(), (last - G).to(dtype).exp()
+    wide = scratch.get("G_i - G_j", (*G.shape, G.shape[-1]), G)
+    difference = torch.sub(G.unsqueeze(-1), G.unsqueeze(-2), out=wide)
+    narrow = scratch.get(f"D{crossings}", difference.shape, x.q)
+    D = difference.to(dtype) if narrow is None else narrow.copy_(difference)
+    b, d = G.to(dtype).exp(), (G[..., -1:] - G).to(dtype).exp()
     total = b[..., -1]
     drop = ~causal
     if z is not None:
@@ -132,224 +179,130 @@ def decay_factors(x: Segment, causal: Tensor, crossings: int = 0) -> Decay | Non
         b = b * (z == crossings)
         d = d * (z[..., -1:] - z == crossings)
         total = total * (z[..., -1] == crossings)
-    return Decay(difference.masked_fill(drop, -torch.inf).exp_(), b, d, total)
+    D = D.masked_fill(drop, -torch.inf) if narrow is None else D.masked_fill_(drop, -torch.inf)
+    return Decay(D.exp_(), b, d, total)
 
 
-def prepare(x: Segment, scale: float, has_erase: bool) -> Prepared:
+def prepare(x: Segment, scale: float, has_erase: bool, scratch: Scratch = NO_SCRATCH) -> Prepared:
     """Form everything of §3 that does not depend on the state."""
     heads, tokens = x.v.shape[2], x.q.shape[-2]
-    causal = _causal(x)
-    decay = decay_factors(x, causal)
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=x.q.device).tril_()
+    decay = decay_factors(x, causal, 0, scratch)
     D = causal.to(x.q.dtype) if decay is None else decay.D
     k_transposed = x.k.transpose(-1, -2)
+    pairs = (*x.q.shape[:2], tokens, tokens)
+    wide = (*x.q.shape[:2], heads, tokens, tokens)
     # §3 P = s lower(Q Kᵀ ⊙ D)                          [C, C]
-    qk = (_bmm(x.q, k_transposed) * scale).unsqueeze(2)
-    P = (qk * D).expand(-1, -1, heads, -1, -1).flatten(1, 2)
+    qk = (bmm(x.q, k_transposed, scratch.get("qk", pairs, x.q)) * scale).unsqueeze(2)
+    P = torch.mul(qk, D.expand(wide), out=scratch.get("P", wide, x.q)).flatten(1, 2)
     if not has_erase:
-        return Prepared(decay, causal, qk, None, P, None)
+        return Prepared(decay, causal, qk, None, P, None, None)
     # §3 A = strict_lower(diag(β) (K Kᵀ ⊙ D)): the solve does not read the rest  [C, C]
-    kk = _bmm(x.k, k_transposed).unsqueeze(2)
-    A = (kk * D * x.beta.unsqueeze(-1)).flatten(1, 2)
+    kk = bmm(x.k, k_transposed, scratch.get("kk", pairs, x.q)).unsqueeze(2)
+    A = torch.mul(kk, D, out=scratch.get("A", wide, x.q))
+    A = (A * x.beta.unsqueeze(-1)).flatten(1, 2)
     # §3 T = (I + A)⁻¹                                  [C, C]
     eye = torch.eye(tokens, dtype=A.dtype, device=A.device).expand_as(A)
     T = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
-    return Prepared(decay, causal, qk, kk, P, T)
+    T_beta = torch.mul(
+        T, x.beta.flatten(1, 2).unsqueeze(-2), out=scratch.get("T_beta", A.shape, x.q)
+    )
+    return Prepared(decay, causal, qk, kk, P, T, T_beta)
 
 
-def _corrected(
-    x: Segment, p: Prepared, i: int, state: Tensor
+def corrected(
+    x: Segment, p: Prepared, i: int, state: Tensor, out: Corrected
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return E = V − diag(b) K S, K S (None without erase) and U of chunk i."""
-    heads, beta = x.v.shape[2], x.beta[i].unsqueeze(-1)
-    if p.T is None:
+    heads = x.v.shape[2]
+    if p.T_beta is None:
         # §3 without erase, U = diag(β) V               [C, V]
-        return x.v[i], None, x.v[i] * beta
-    kS = _per_head(torch.bmm(x.k[i], state), heads)
+        return x.v[i], None, x.v[i] * x.beta[i].unsqueeze(-1)
+    kS = per_head(torch.bmm(x.k[i], state, out=out.kS), heads)
     if p.decay is None:
-        E = x.v[i] - kS
+        E = torch.sub(x.v[i], kS, out=out.E)
     else:
-        E = torch.addcmul(x.v[i], kS, p.decay.b[i].unsqueeze(-1), value=-1)
+        E = torch.addcmul(x.v[i], kS, p.decay.b[i].unsqueeze(-1), value=-1, out=out.E)
     # §3 U = T diag(β) (V − diag(b) K S)                [C, V]
-    U = torch.bmm(p.T[i], (E * beta).flatten(0, 1)).unflatten(0, (-1, heads))
+    flat = None if out.U is None else out.U.flatten(0, 1)
+    U = torch.bmm(p.T_beta[i], E.flatten(0, 1), out=flat).unflatten(0, (-1, heads))
     return E, kS, U
 
 
-def _output(
-    x: Segment, p: Prepared, i: int, U: Tensor, state: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return the output of chunk i and Q S."""
-    heads = x.v.shape[2]
-    qS = _per_head(torch.bmm(x.q[i], state), heads)
-    PU = torch.bmm(p.P[i], U.flatten(0, 1)).unflatten(0, (-1, heads))
+class Corrected(NamedTuple):
+    """Where `corrected` puts its results; None allocates."""
+
+    kS: Tensor | None
+    E: Tensor | None
+    U: Tensor | None
+
+    @staticmethod
+    def of(x: Segment, scratch: Scratch) -> Corrected:
+        _, G, R, C, V = x.v.shape
+        one = (G, R, C, V)
+        return Corrected(
+            scratch.get("kS", (G, C, R * V), x.q),
+            scratch.get("E", one, x.q),
+            scratch.get("U", one, x.q),
+        )
+
+
+def output(
+    x: Segment, p: Prepared, i: int, U: Tensor, state: Tensor, scale: float, scratch: Scratch
+) -> Tensor:
+    """Return the output of chunk i, (G, R, C, V)."""
+    G, R, C, V = U.shape
+    qS = torch.bmm(x.q[i], state, out=scratch.get("qS", (G, C, R * V), x.q))
+    PU = torch.bmm(p.P[i], U.flatten(0, 1), out=scratch.get("PU", (G * R, C, V), x.q))
+    PU, qS = PU.unflatten(0, (G, R)), per_head(qS, R)
     # §3 O = s (diag(b) Q S + (lower(Q Kᵀ ⊙ D)) U)      [C, V]
     if p.decay is None:
-        return torch.add(PU, qS, alpha=scale), qS
-    return torch.addcmul(PU, qS, p.decay.b[i].unsqueeze(-1), value=scale), qS
+        return torch.add(PU, qS, alpha=scale)
+    return torch.addcmul(PU, qS, p.decay.b[i].unsqueeze(-1), value=scale)
 
 
-def _advanced(x: Segment, p: Prepared, i: int, U: Tensor, state: Tensor) -> Tensor:
+def advanced(
+    x: Segment,
+    p: Prepared,
+    i: int,
+    U: Tensor,
+    state: Tensor,
+    scratch: Scratch,
+    out: Tensor | None = None,
+) -> Tensor:
     """§3 S_C = b_C S + (diag(d) K)ᵀ U                  [K, R V]"""
-    dU = U if p.decay is None else U * p.decay.d[i].unsqueeze(-1)
-    total = None if p.decay is None else p.decay.total[i]
-    return _across(total, state).baddbmm_(x.k[i].transpose(1, 2), _packed(dU))
+    if p.decay is None:
+        return across(None, state, out).baddbmm_(x.k[i].transpose(1, 2), packed(U))
+    G, R, C, V = U.shape
+    dU = scaled_packed(U, p.decay.d[i], scratch.get("dU", (G, C, R * V), x.q))
+    return across(p.decay.total[i], state, out).baddbmm_(x.k[i].transpose(1, 2), dU)
 
 
 def forward_segment(
-    x: Segment, state: Tensor, scale: float, has_erase: bool
+    x: Segment, state: Tensor, scale: float, has_erase: bool, scratch: Scratch = NO_SCRATCH
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the outputs of the chunks, each (G, R, C, V), and the state after them."""
-    p = prepare(x, scale, has_erase)
+    """Return the outputs of the chunks, each (G, R, C, V), and the state after them.
+
+    With a scratch, `state` itself is updated.
+    """
+    p = prepare(x, scale, has_erase, scratch)
+    into = Corrected.of(x, scratch)
+    reused = state if scratch.enabled else None
     outputs = []
     for i in range(x.q.shape[0]):
-        _, _, U = _corrected(x, p, i, state)
-        outputs.append(_output(x, p, i, U, state, scale)[0])
-        state = _advanced(x, p, i, U, state)
+        _, _, U = corrected(x, p, i, state, into)
+        outputs.append(output(x, p, i, U, state, scale, scratch))
+        state = advanced(x, p, i, U, state, scratch, reused)
     return outputs, state
 
 
-def advance_segment(x: Segment, state: Tensor, scale: float, has_erase: bool) -> Tensor:
-    """Return the state after a segment, without its outputs."""
-    p = prepare(x, scale, has_erase)
+def advance_segment(
+    x: Segment, state: Tensor, scale: float, has_erase: bool, scratch: Scratch = NO_SCRATCH
+) -> Tensor:
+    """Return the state after a segment, in a new tensor, without the outputs."""
+    p = prepare(x, scale, has_erase, scratch)
+    into = Corrected.of(x, scratch)
     for i in range(x.q.shape[0]):
-        state = _advanced(x, p, i, _corrected(x, p, i, state)[2], state)
+        U = corrected(x, p, i, state, into)[2]
+        state = advanced(x, p, i, U, state, scratch)
     return state
-
-
-def backward_segment(
-    x: Segment, state: Tensor, d_o: Tensor, d_state: Tensor, scale: float, has_erase: bool
-) -> SegmentGrads:
-    """Return the gradients of a segment.
-
-    Args:
-        x: its operands.
-        state: (G, K, R V) at its start.
-        d_o: (n, G, R, C, V).
-        d_state: (G, K, R V), the gradient of the state at its end.
-        scale: s.
-        has_erase: whether the rule has an error term.
-    """
-    p = prepare(x, scale, has_erase)
-    chunks, heads = x.q.shape[0], x.v.shape[2]
-    states, E, kS, U = [], [], [], []
-    for i in range(chunks):
-        E_i, kS_i, U_i = _corrected(x, p, i, state)
-        for into, value in ((states, state), (E, E_i), (kS, kS_i), (U, U_i)):
-            into.append(value)
-        if i + 1 < chunks:
-            state = _advanced(x, p, i, U_i, state)
-    d_states, kdS, dR = [], [], []
-    bO = d_o * (scale if p.decay is None else p.decay.b.unsqueeze(-1) * scale)
-    Xq = _packed(bO)
-    PdO = _bmm(p.P.transpose(-1, -2), d_o.flatten(1, 2)).unflatten(1, (-1, heads))
-    Xk: list[Tensor] = []
-    for i in reversed(range(chunks)):
-        # §5 dU = s Pᵀ dO + diag(d) K dS_C,  dRHS = Tᵀ dU      [C, V]
-        kdS_i = _per_head(torch.bmm(x.k[i], d_state), heads)
-        scaled = kdS_i if p.decay is None else kdS_i * p.decay.d[i].unsqueeze(-1)
-        dU = PdO[i] + scaled
-        dR_i = dU
-        if p.T is not None:
-            dR_i = torch.bmm(p.T[i].transpose(1, 2), dU.flatten(0, 1)).unflatten(0, (-1, heads))
-        for into, value in ((d_states, d_state), (kdS, kdS_i), (dR, dR_i)):
-            into.insert(0, value)
-        # §5 dS_0 = b_C dS_C + s (diag(b) Q)ᵀ dO − (diag(βb) K)ᵀ dRHS   [K, R V]
-        total = None if p.decay is None else p.decay.total[i]
-        d_state = _across(total, d_state).baddbmm_(x.q[i].transpose(1, 2), Xq[i])
-        if p.T is not None:
-            weight = x.beta[i] if p.decay is None else x.beta[i] * p.decay.b[i]
-            Xk.insert(0, _packed(dR_i * -weight.unsqueeze(-1)))
-            d_state = d_state.baddbmm_(x.k[i].transpose(1, 2), Xk[0])
-    walk = _Walk(
-        *(torch.stack(part) for part in (states, d_states, E, U, dR, kdS)),
-        kS=torch.stack(kS) if p.T is not None else None,  # type: ignore[arg-type]
-        Xq=Xq,
-        Xk=torch.stack(Xk) if Xk else None,
-    )
-    return _parallel_gradients(x, p, walk, d_o, d_state, scale)
-
-
-class _Walk(NamedTuple):
-    """What the two sequential passes of the backward leave, stacked over the chunks."""
-
-    states: Tensor
-    d_states: Tensor
-    E: Tensor
-    U: Tensor
-    dR: Tensor
-    kdS: Tensor
-    kS: Tensor | None
-    Xq: Tensor
-    Xk: Tensor | None
-
-
-def _parallel_gradients(
-    x: Segment, p: Prepared, w: _Walk, d_o: Tensor, d_state: Tensor, scale: float
-) -> SegmentGrads:
-    """Form what is left once dRHS and dS of every chunk are known."""
-    D = p.causal.to(x.q.dtype) if p.decay is None else p.decay.D
-    beta = x.beta.unsqueeze(-1)
-    U_transposed = w.U.transpose(-1, -2)
-    # §5 dP = s lower(dO Uᵀ), here without s and mask           [C, C]
-    dP = _bmm(d_o, U_transposed)
-    # §5 dV = diag(β) dRHS,  dβ = rowsum(dRHS ⊙ E) + ...        [C, V]
-    dV = w.dR * beta
-    d_beta = (w.dR * w.E).sum(-1)
-    pairs = (dP * D).sum(2) * scale
-    # §5 dQ = (dP ⊙ D) K + s diag(b) dO Sᵀ                      [C, K]
-    dQ = _bmm(w.Xq, w.states.transpose(-1, -2)) + _bmm(pairs, x.k)
-    # §5 dK = (dP ⊙ D)ᵀ Q + diag(d) U dS_Cᵀ − ...               [C, K]
-    dU = w.U if p.decay is None else w.U * p.decay.d.unsqueeze(-1)
-    dK = _bmm(_packed(dU), w.d_states.transpose(-1, -2)) + _bmm(pairs.transpose(-1, -2), x.q)
-    M = None
-    if p.kk is not None and w.Xk is not None:
-        # §5 dA = −strict_lower(dRHS Uᵀ),  M = diag(β) dA       [C, C]
-        dA = -_bmm(w.dR, U_transposed).tril(-1)
-        M = dA * beta
-        d_beta = d_beta + (dA * p.kk * D).sum(-1)
-        both = (M * D).sum(2)
-        dK = dK + _bmm(w.Xk, w.states.transpose(-1, -2)) + _bmm(both + both.transpose(-1, -2), x.k)
-    if p.decay is None:
-        return SegmentGrads(dQ, dK, dV, d_beta, None, d_state)
-    # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ                      [C, C]
-    E = dP * p.qk if M is None or p.kk is None else dP * p.qk + M * p.kk
-    edges = _gate_edges(x, p, w, d_o, dV, scale)
-    d_log = _straddling(E, edges, p.decay)
-    if x.zeros is not None:
-        # §5 at α_t = 0, the same sum over the pairs with one zero between them
-        one = decay_factors(x, p.causal, crossings=1)
-        assert one is not None
-        is_zero = torch.diff(x.zeros, dim=-1, prepend=torch.zeros_like(x.zeros[..., :1])) > 0
-        d_log = torch.where(is_zero, _straddling(E, edges, one), d_log)
-    return SegmentGrads(dQ, dK, dV, d_beta, d_log, d_state)
-
-
-def _gate_edges(
-    x: Segment, p: Prepared, w: _Walk, d_o: Tensor, dV: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the column `start`, the row C and the corner of E (§5), before any decay factor."""
-    heads = x.v.shape[2]
-    qS = _per_head(_bmm(x.q, w.states), heads)
-    # §5 E_i,start = s rowsum(dO ⊙ Q S)_i − β_i rowsum(dRHS ⊙ K S)_i      [C]
-    start = (d_o * qS).sum(-1) * scale
-    if w.kS is not None:
-        start = start - (dV * w.kS).sum(-1)
-    # §5 E_C,j = rowsum((K dS_C) ⊙ U)_j,  E_C,start = ⟨dS_C, S⟩           [C], []
-    end = (w.kdS * w.U).sum(-1)
-    corner = (w.d_states * w.states).unflatten(-1, (heads, -1)).sum((-3, -1))
-    return start, end, corner
-
-
-def _straddling(E: Tensor, edges: tuple[Tensor, Tensor, Tensor], decay: Decay) -> Tensor:
-    """§5 d log α_t: the sum of X = E ⊙ D over the pairs i ≥ t > j, (n, G, R, C).
-
-    Only straddling pairs are added, none is subtracted, so that a tiny α keeps its relative
-    precision: every term holds α_t as a factor.
-    """
-    start, end, corner = edges
-    tokens = E.shape[-1]
-    from_here = torch.ones(tokens, tokens, dtype=E.dtype, device=E.device).triu_()
-    # Σ_{i≥t} X_ij by a product with ones, then Σ_{j<t}            [C, C] -> [C]
-    inner = torch.matmul(from_here, E * decay.D).tril(-1).sum(-1)
-    from_start = (start * decay.b).flip(-1).cumsum(-1).flip(-1)
-    to_end = functional.pad((end * decay.d)[..., :-1].cumsum(-1), (1, 0))
-    return inner + from_start + to_end + (corner * decay.total).unsqueeze(-1)

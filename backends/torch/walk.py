@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gdn_ops.backends.torch.chunkwise import Segment, SegmentGrads
+from gdn_ops.backends.torch.chunkwise import Scratch, Segment
+from gdn_ops.backends.torch.gradients import SegmentGrads
+from gdn_ops.backends.torch.memory import empty
 from gdn_ops.bind import Call
 from gdn_ops.numerics import LogGate, l2norm, l2norm_backward, log_gate
 from gdn_ops.registry import Forward, Grads
@@ -38,9 +40,9 @@ class Engine:
     chunk_size: int
     chunks: int
     pad_segments: bool
-    forward: Callable[[Segment, Tensor, float, bool], tuple[list[Tensor], Tensor]]
-    advance: Callable[[Segment, Tensor, float, bool], Tensor]
-    backward: Callable[[Segment, Tensor, Tensor, Tensor, float, bool], SegmentGrads]
+    forward: Callable[[Segment, Tensor, float, bool, Scratch], tuple[list[Tensor], Tensor]]
+    advance: Callable[[Segment, Tensor, float, bool, Scratch], Tensor]
+    backward: Callable[[Segment, Tensor, Tensor, Tensor, float, bool, Scratch], SegmentGrads]
 
     @property
     def span(self) -> int:
@@ -163,7 +165,8 @@ class Operands:
             rows = states.stop - states.start
             shape = (rows * s.H, s.K, s.R * s.V)
             return torch.zeros(shape, dtype=self.dtype, device=self.call.device)
-        return pack_state(state[states].to(self.dtype), s.H)
+        packed = pack_state(state[states].to(self.dtype), s.H)
+        return packed if torch.is_grad_enabled() else packed.clone()
 
     def store(self, into: Tensor, piece: Piece, x: Tensor) -> None:
         """Write (n, G, [R,] C, [D]) back into tokens of (B, T, heads, [D])."""
@@ -186,12 +189,13 @@ def run_forward(call: Call, engine: Engine) -> Forward:
     """Run `gated_delta`; saves the states that `run_backward` starts from."""
     s = call.sizes
     operands = Operands(call, engine.chunk_size)
-    o = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.device)
+    o = empty(call.v.shape, call.v.dtype, call.device)
     final = torch.empty(s.N, s.HV, s.K, s.V, dtype=operands.dtype, device=call.device)
     kept = None
     if call.needs_grad:
         shape = engine.checkpoint_shape(call)
-        kept = torch.empty(shape, dtype=operands.dtype, device=call.device)
+        kept = empty(shape, operands.dtype, call.device)
+    scratch = Scratch(enabled=not torch.is_grad_enabled())
     every, slot = engine.checkpoint_every(s.T), 0
     for states, start, stop in sequences(call):
         state = operands.initial_state(states)
@@ -200,7 +204,9 @@ def run_forward(call: Call, engine: Engine) -> Forward:
                 kept[slot] = state
                 slot += 1
             x = operands.segment(piece)
-            outputs, state = engine.forward(x, state, call.scale, call.rule.has_erase)
+            outputs, state = engine.forward(
+                x, state, call.scale, call.rule.has_erase, scratch
+            )
             for i, output in enumerate(outputs):
                 a = piece.start + i * engine.chunk_size
                 if a < piece.stop:
@@ -249,15 +255,15 @@ def _backward_block(
     d_state: Tensor,
 ) -> Tensor:
     """Go back over the segments of one checkpoint; return the state's gradient at its start."""
-    scale, has_erase = call.scale, call.rule.has_erase
+    options = call.scale, call.rule.has_erase, grads.scratch
     segments = [grads.operands.segment(piece) for piece in block]
     states = [state]
     for x in segments[:-1]:
-        states.append(engine.advance(x, states[-1], scale, has_erase))
+        states.append(engine.advance(x, states[-1], *options))
     while segments:
         x, piece, state = segments.pop(), block[len(segments)], states.pop()
         d_o = grads.operands.values(grads.d_o, piece)
-        found = engine.backward(x, state, d_o, d_state, scale, has_erase)
+        found = engine.backward(x, state, d_o, d_state, *options)
         grads.add(piece, found)
         d_state = found.state
     return d_state
@@ -269,13 +275,14 @@ class _Accumulator:
     def __init__(self, operands: Operands, d_o: Tensor) -> None:
         call, s = operands.call, operands.call.sizes
         self.operands, self.d_o = operands, d_o
-        empty = {"dtype": operands.dtype, "device": call.device}
-        self.q = torch.empty(s.B, s.T, s.H, s.K, dtype=call.q.dtype, device=call.device)
-        self.k = torch.empty_like(self.q)
-        self.v = torch.empty(s.B, s.T, s.HV, s.V, dtype=call.v.dtype, device=call.device)
-        self.beta = torch.empty(s.B, s.T, s.HV, **empty)  # type: ignore[call-overload]
-        self.log_decay = torch.empty_like(self.beta)
-        self.state = torch.empty(s.N, s.HV, s.K, s.V, **empty)  # type: ignore[call-overload]
+        self.scratch = Scratch(enabled=not torch.is_grad_enabled())
+        dtype, device = operands.dtype, call.device
+        self.q = empty((s.B, s.T, s.H, s.K), call.q.dtype, device)
+        self.k = empty((s.B, s.T, s.H, s.K), call.k.dtype, device)
+        self.v = empty((s.B, s.T, s.HV, s.V), call.v.dtype, device)
+        self.beta = empty((s.B, s.T, s.HV), dtype, device)
+        self.log_decay = empty((s.B, s.T, s.HV), dtype, device)
+        self.state = empty((s.N, s.HV, s.K, s.V), dtype, device)
 
     def add(self, piece: Piece, found: SegmentGrads) -> None:
         """Store the gradients of one segment."""
