@@ -6,39 +6,53 @@ design: every other backend is judged against this one run in float64.
 
 from __future__ import annotations
 
+import itertools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from gdn_ops.bind import Call
-from gdn_ops.numerics import l2norm
+from gdn_ops.numerics import l2norm, l2norm_backward
 from gdn_ops.registry import Backend, Forward, Grads
 from gdn_ops.spec import Limits
 
 
-def recurrence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor | None,
-    erase: Tensor | None,
-    write: Tensor,
-    state: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Run the recurrence over axis 1.
+class Operands(NamedTuple):
+    """What the recurrence reads, in the compute dtype, heads repeated.
 
-    Args:
-        q, k: (B, T, HV, K), already repeated for the value heads.
+    Attributes:
+        q, k: (B, T, HV, K).
         v: (B, T, HV, V).
         alpha: (B, T, HV) decay, or None for 1.
         erase: (B, T, HV) erase strength e, or None for 0.
         write: (B, T, HV) write strength w.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    alpha: Tensor | None
+    erase: Tensor | None
+    write: Tensor
+
+    def tokens(self, which: slice) -> Operands:
+        """Return some of the tokens."""
+        return Operands(*(None if x is None else x[:, which] for x in self))  # type: ignore[arg-type]
+
+
+def recurrence(x: Operands, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Run the recurrence over the tokens.
+
+    Args:
+        x: the operands.
         state: (B, HV, K, V).
         scale: factor on q.
 
     Returns:
         o (B, T, HV, V) and the final state.
     """
+    q, k, v, alpha, erase, write = x
     outputs = []
     for t in range(q.shape[1]):
         k_t, q_t = k[:, t].unsqueeze(-1), q[:, t].unsqueeze(-1)
@@ -53,25 +67,73 @@ def recurrence(
         state = state + k_t * u_t.unsqueeze(-2)
         # §2 o_t = s S_tᵀ q_t                     [V]
         outputs.append(scale * (state * q_t).sum(-2))
-    return torch.stack(outputs, 1) if outputs else torch.zeros_like(v), state
+    return torch.stack(outputs, 1) if outputs else v.clone(), state
 
 
-def _lowered(call: Call) -> tuple[Tensor, ...]:
-    """Return q, k, v, alpha, beta with a token axis, in the compute dtype, heads repeated."""
+def reverse_scan(
+    x: Operands, state: Tensor, scale: float, d_o: Tensor, d_state: Tensor
+) -> tuple[Tensor, ...]:
+    """Run the gradients of MATH §5, token form, back over the tokens.
+
+    Args:
+        x, state, scale: as in `recurrence`.
+        d_o: (B, T, HV, V).
+        d_state: (B, HV, K, V), of the final state.
+
+    Returns:
+        Gradients of q, k, v, alpha, erase, write and of the initial state.
+    """
+    q, k, v, write = x.q, x.k, x.v, x.write
+    alpha = torch.ones_like(write) if x.alpha is None else x.alpha
+    erase = torch.zeros_like(write) if x.erase is None else x.erase
+    states = [state]
+    tokens = range(q.shape[1])
+    for t in tokens:
+        states.append(recurrence(x.tokens(slice(t, t + 1)), states[t], scale)[1])
+    grads = [torch.zeros_like(operand) for operand in (q, k, v, alpha, erase, write)]
+    d_q, d_k, d_v, d_alpha, d_erase, d_write = grads
+    for t in reversed(tokens):
+        k_t, q_t, d_o_t = (y[:, t].unsqueeze(-1) for y in (k, q, d_o))
+        a_t = alpha[:, t, :, None, None]
+        e_t, w_t = erase[:, t, :, None], write[:, t, :, None]
+        S_prime = a_t * states[t]
+        kS = (S_prime * k_t).sum(-2)
+        u_t = w_t * v[:, t] - e_t * kS
+        # §5 dS ← dS + s q_t do_tᵀ,  dq_t = s S_t do_t
+        d_state = d_state + scale * q_t * d_o_t.mT
+        d_q[:, t] = scale * (states[t + 1] @ d_o_t).squeeze(-1)
+        # §5 du_t = dSᵀ k_t
+        d_u = (d_state * k_t).sum(-2)
+        # §5 dβ_t = du_t · (v_t − S'ᵀ k_t), here by its two strengths,  dv_t = w_t du_t
+        d_write[:, t] = (d_u * v[:, t]).sum(-1)
+        d_erase[:, t] = -(d_u * kS).sum(-1)
+        d_v[:, t] = w_t * d_u
+        # §5 dk_t = dS u_t − e_t S' du_t
+        d_k[:, t] = (d_state @ u_t.unsqueeze(-1) - S_prime @ (e_t * d_u).unsqueeze(-1)).squeeze(-1)
+        # §5 dS' = dS − e_t k_t du_tᵀ,  dα_t = ⟨dS', S_{t-1}⟩,  dS_{t-1} = α_t dS'
+        d_prime = d_state - k_t * (e_t * d_u).unsqueeze(-2)
+        d_alpha[:, t] = (d_prime * states[t]).sum((-2, -1))
+        d_state = a_t * d_prime
+    return (*grads, d_state)
+
+
+def _lowered(call: Call) -> Operands:
+    """Return the operands of a call (MATH §2: the rule as erase and write strengths)."""
     dtype = call.compute_dtype
     step = call.q.dim() == 3
     q, k, v = (x.unsqueeze(1) if step else x for x in (call.q, call.k, call.v))
     q, k = (l2norm(x) if call.qk_l2norm else x.to(dtype) for x in (q, k))
     q, k = (x.repeat_interleave(call.sizes.R, 2) for x in (q, k))
-    gate_shape = v.shape[:-1]
 
-    def gate(x: Tensor | None) -> Tensor:
-        if x is None:
-            return torch.ones(gate_shape, dtype=dtype, device=v.device)
-        return x.to(dtype).reshape(gate_shape)
+    def gate(x: Tensor) -> Tensor:
+        return x.to(dtype).reshape(v.shape[:-1])
 
-    alpha = gate(call.alpha if call.log_alpha is None else call.log_alpha.to(dtype).exp())
-    return q, k, v.to(dtype), alpha, gate(call.beta)
+    alpha = None if call.alpha is None else gate(call.alpha)
+    if call.log_alpha is not None:
+        alpha = gate(call.log_alpha).exp()
+    ones = torch.ones(v.shape[:-1], dtype=dtype, device=v.device)
+    beta = ones if call.beta is None else gate(call.beta)
+    return Operands(q, k, v.to(dtype), alpha, beta if call.rule.has_erase else None, beta)
 
 
 def _initial_state(call: Call) -> Tensor:
@@ -84,25 +146,43 @@ def _initial_state(call: Call) -> Tensor:
 
 
 def _run(call: Call) -> tuple[Tensor, Tensor]:
-    q, k, v, alpha, beta = _lowered(call)
-    state = _initial_state(call)
-    erase = beta if call.rule.has_erase else None
-    decay = alpha if call.rule.has_decay else None
+    operands, state = _lowered(call), _initial_state(call)
+    results = [
+        recurrence(operands.tokens(tokens), state[states], call.scale)
+        for states, tokens in _spans(call)
+    ]
+    if not results:
+        return operands.v.clone(), state
+    if len(results) == 1:
+        return results[0]
+    return torch.cat([o for o, _ in results], 1), torch.cat([s for _, s in results])
 
-    def run(rows: slice, tokens: slice, start: Tensor) -> tuple[Tensor, Tensor]:
-        parts = (None if x is None else x[rows, tokens] for x in (q, k, v, decay, erase, beta))
-        return recurrence(*parts, start, call.scale)  # type: ignore[arg-type]
 
-    everything = slice(None)
+def _spans(call: Call) -> list[tuple[slice, slice]]:
+    """Return (states, tokens) of every run of the recurrence; a batch is one run."""
     if call.cu_seqlens is None:
-        return run(everything, everything, state)
+        return [(slice(None), slice(None))]
     # §6 each sequence starts from its own state
-    bounds = call.cu_seqlens.tolist()
-    spans = zip(bounds[:-1], bounds[1:], strict=True)
-    parts = [run(everything, slice(a, b), state[n : n + 1]) for n, (a, b) in enumerate(spans)]
-    if not parts:
-        return torch.zeros_like(v), state
-    return torch.cat([o for o, _ in parts], 1), torch.cat([s for _, s in parts])
+    bounds = itertools.pairwise(call.cu_seqlens.tolist())
+    return [(slice(n, n + 1), slice(a, b)) for n, (a, b) in enumerate(bounds)]
+
+
+def _raised(call: Call, x: Operands, grads: tuple[Tensor, ...], d_start: Tensor) -> Grads:
+    """Take gradients of the lowered operands back to the arguments."""
+    d_q, d_k, d_v, d_alpha, d_erase, d_write = grads
+    heads = (call.sizes.H, call.sizes.R)
+    d_q, d_k = d_q.unflatten(2, heads).sum(3), d_k.unflatten(2, heads).sum(3)
+    if call.qk_l2norm:
+        d_q, d_k = l2norm_backward(call.q, d_q), l2norm_backward(call.k, d_k)
+    d_log_alpha = d_alpha if x.alpha is None else x.alpha * d_alpha
+    d_beta = d_write + d_erase if call.rule.has_erase else d_write
+    found = (d_q, d_k, d_v, d_alpha, d_log_alpha, d_beta, d_start)
+    return Grads(
+        *(
+            None if argument is None else grad.to(argument.dtype)
+            for argument, grad in zip(call.tensors(), found, strict=True)
+        )
+    )
 
 
 class Naive(Backend):
@@ -115,31 +195,29 @@ class Naive(Backend):
     def forward(self, call: Call) -> Forward:
         o, state = _run(call)
         # A result never aliases an argument: with T = 0 the state is the given one.
-        state = state.clone() if state is call.state else state
+        state = state if call.sizes.T else state.clone()
         return Forward(o.to(call.v.dtype), state)
 
     def backward(
         self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
     ) -> Grads:
-        second = torch.is_grad_enabled()
-        with torch.enable_grad():
-            inputs = [
-                None if x is None else x if second else x.detach().requires_grad_()
-                for x in call.tensors()
-            ]
-            out = self.forward(call.with_tensors(*inputs))
-            wanted = [x for x in inputs if x is not None and x.requires_grad]
-            found = iter(
-                torch.autograd.grad(
-                    (out.o, out.final_state),
-                    wanted,
-                    (d_o, d_state.to(out.final_state.dtype)),
-                    allow_unused=True,
-                    materialize_grads=True,
-                    create_graph=second,
-                )
+        # Only the opaque operator comes here; eager mode differentiates `forward` itself.
+        x, start = _lowered(call), _initial_state(call)
+        d_o, d_state = d_o.to(x.v.dtype), d_state.to(x.v.dtype)
+        parts = [
+            reverse_scan(
+                x.tokens(tokens), start[states], call.scale, d_o[:, tokens], d_state[states]
             )
-        return Grads(*(next(found) if x is not None and x.requires_grad else None for x in inputs))
+            for states, tokens in _spans(call)
+        ]
+        if not parts:
+            return Grads(*(None if y is None else torch.zeros_like(y) for y in call.tensors()))
+        *tokens_, _ = zip(*parts, strict=True)
+        *operands, d_start = (
+            *(torch.cat(pieces, 1) for pieces in tokens_),
+            torch.cat([part[-1] for part in parts]),
+        )
+        return _raised(call, x, tuple(operands), d_start)
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
         o, state = _run(call)

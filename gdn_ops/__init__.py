@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# Imported before the function of the same name, which then stays what `gdn_ops.backends` is.
+import gdn_ops.backends  # noqa: F401
 from gdn_ops.errors import BackendUnsupportedError, SpecError, SpecTypeError
 from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
 from gdn_ops.ops import explain, gated_delta, gated_delta_step

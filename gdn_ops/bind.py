@@ -6,8 +6,8 @@ whose text names the argument, what it is and what it should be.
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gdn_ops.errors import SpecError, SpecTypeError
 from gdn_ops.numerics import compute_dtype
-from gdn_ops.spec import Attr, OpSpec, Rule, Sizes, TensorArg
+from gdn_ops.spec import Attr, Interval, OpSpec, Rule, Sizes, TensorArg
 
 CHECK_VALUES_EVERYWHERE = os.environ.get("GDN_OPS_CHECK", "") == "values"
 """Whether value ranges are checked on every device, not only on the CPU. Read at import."""
@@ -180,28 +180,34 @@ def _fail(spec: OpSpec, message: str, error: type[SpecError] = SpecError) -> NoR
 def _check_attr(spec: OpSpec, attr: Attr, value: Any) -> None:
     """Check the type, the choices and the range of one argument that is not a tensor."""
     name = attr.name
-    if attr.choices:
-        if value not in attr.choices:
-            known = ", ".join(map(str, attr.choices))
-            _fail(spec, f"{name} is {value!r}, should be one of {known}")
+    if attr.type == "str":
+        should = f"one of {', '.join(map(str, attr.choices))}" if attr.choices else "a string"
+        if not isinstance(value, str):
+            _fail(spec, f"{name} {_shown(value)}, should be {should}", SpecTypeError)
+        if attr.choices and value not in attr.choices:
+            _fail(spec, f"{name} is {value!r}, should be {should}")
     elif attr.type == "bool":
         if not isinstance(value, bool):
-            _fail(spec, f"{name} is {value!r}, should be True or False", SpecTypeError)
-    elif attr.type == "str":
-        if not isinstance(value, str):
-            _fail(spec, f"{name} is {value!r}, should be a string", SpecTypeError)
+            _fail(spec, f"{name} {_shown(value)}, should be True or False", SpecTypeError)
     elif value is None:
         return
     elif attr.type == "int | None":
         if isinstance(value, bool) or not isinstance(value, int):
-            _fail(spec, f"{name} is {value!r}, should be a positive integer", SpecTypeError)
+            _fail(spec, f"{name} {_shown(value)}, should be a positive integer", SpecTypeError)
         if value < 1:
             _fail(spec, f"{name} is {value}, should be a positive integer")
     else:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            _fail(spec, f"{name} is {value!r}, should be a finite number", SpecTypeError)
-        if not math.isfinite(value):
+            _fail(spec, f"{name} {_shown(value)}, should be a finite number", SpecTypeError)
+        if not abs(value) <= sys.float_info.max:
             _fail(spec, f"{name} is {value}, should be a finite number")
+
+
+def _shown(value: Any) -> str:
+    """Return "is 1.5" for a plain value and "has type list" for anything larger."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return f"is {value!r}"
+    return f"has type {type(value).__name__}"
 
 
 def _check_gates(spec: OpSpec, rule: Rule, arguments: Mapping[str, Any]) -> None:
@@ -230,8 +236,10 @@ def _check_tensors(spec: OpSpec, arguments: Mapping[str, Any]) -> Sizes:
                 _fail(spec, f"{arg.name} is None, should be a torch.Tensor", SpecTypeError)
             continue
         if not isinstance(value, Tensor):
-            kind = type(value).__name__
-            _fail(spec, f"{arg.name} is a {kind}, should be a torch.Tensor", SpecTypeError)
+            _fail(spec, f"{arg.name} {_shown(value)}, should be a torch.Tensor", SpecTypeError)
+        if value.layout is not torch.strided:
+            layout = str(value.layout).removeprefix("torch.")
+            _fail(spec, f"{arg.name} has layout {layout}, should be strided")
         _check_dtype(spec, arg, value, arguments)
         if reference is None:
             reference = value
@@ -244,18 +252,22 @@ def _check_tensors(spec: OpSpec, arguments: Mapping[str, Any]) -> Sizes:
         _check_shape(spec, arg, value, bound)
         if arg.name == "cu_seqlens":
             _bind_sequences(spec, value, bound)
+    for axis in spec.axes:
+        size, holder = bound.get(axis.name, (axis.minimum, ""))
+        if axis.minimum and size < axis.minimum:
+            _fail(spec, f"{holder} has {axis}={size}, should be at least {axis.minimum}")
     for constraint in spec.constraints:
         count, of = bound[constraint.axis][0], bound[constraint.of][0]
-        if (count % of if of else count) != 0:
+        if count % of:
             _fail(
                 spec,
                 f"{constraint.holder} has {constraint.axis}={count} {constraint.meaning}, "
                 f"should be a multiple of {constraint.of}={of}",
             )
-    size = {name: bound[name][0] for name in bound if name != "N1"}
-    size.setdefault("T", 1)
-    size.setdefault("N", size["B"])
-    return Sizes(**size)
+    sizes = {name: bound[name][0] for name in bound if name != "N1"}
+    sizes.setdefault("T", 1)
+    sizes.setdefault("N", sizes["B"])
+    return Sizes(**sizes)
 
 
 def _binding_order(spec: OpSpec) -> list[TensorArg]:
@@ -263,9 +275,7 @@ def _binding_order(spec: OpSpec) -> list[TensorArg]:
     return sorted(spec.tensors, key=lambda arg: arg.axes[0] == "N")
 
 
-def _check_dtype(
-    spec: OpSpec, arg: TensorArg, value: Tensor, arguments: Mapping[str, Any]
-) -> None:
+def _check_dtype(spec: OpSpec, arg: TensorArg, value: Tensor, arguments: Mapping[str, Any]) -> None:
     name = _DTYPE_NAMES.get(value.dtype)
     if name not in arg.dtypes:
         allowed = ", ".join(arg.dtypes)
@@ -302,7 +312,7 @@ def _check_shape(
         _fail(
             spec,
             f"{arg.name} has shape {tuple(shape)}, should be {arg.shape}: "
-            f"{len(arg.axes)} dimensions, not {len(shape)}",
+            f"{len(arg.axes)} dimension{'s' if len(arg.axes) != 1 else ''}, not {len(shape)}",
         )
     wrong: list[str] = []
     for axis, size in zip(arg.axes, shape, strict=True):
@@ -336,15 +346,23 @@ def _check_values(spec: OpSpec, arguments: Mapping[str, Any], sizes: Sizes) -> N
             continue
         low, high = (bound.item() for bound in torch.aminmax(value.detach()))
         if low < arg.domain.low or high > arg.domain.high:
-            hint = "; log-space gates go in log_alpha=" if arg.name == "alpha" and low < 0 else ""
-            _fail(
-                spec,
-                f"{arg.name} has values in [{low:.4g}, {high:.4g}], "
-                f"should be in {arg.domain}{hint}",
-            )
+            hint = ""
+            if arg.name == "alpha" and low < 0:
+                hint = "; log-space gates go in log_alpha="
+            elif arg.name == "log_alpha" and low >= 0:
+                hint = "; gates in [0, 1] go in alpha="
+            values = f"[{_digits(low, arg.domain)}, {_digits(high, arg.domain)}]"
+            _fail(spec, f"{arg.name} has values in {values}, should be in {arg.domain}{hint}")
     boundaries = arguments.get("cu_seqlens")
     if boundaries is not None:
         _check_boundaries(spec, boundaries.tolist(), sizes.T)
+
+
+def _digits(value: float, domain: Interval) -> str:
+    """Return a value in four digits, or in as many as show that it is outside its domain."""
+    inside = domain.low <= value <= domain.high
+    texts = (f"{value:.{digits}g}" for digits in (4, 9, 17))
+    return next(t for t in texts if (domain.low <= float(t) <= domain.high) == inside)
 
 
 def _check_boundaries(spec: OpSpec, boundaries: list[int], tokens: int) -> None:

@@ -80,7 +80,9 @@ def page(spec: OpSpec) -> str:
         decay, erase = "alpha" if rule.has_decay else "1", "beta" if rule.has_erase else "0"
         lines.append(f"| `{rule.name}` | {decay} | {erase} | beta | {rule.known_as} |")
     lines += ["", "## Named workloads", ""]
-    lines += [f"- `{case.name}`: {str(case).partition(': ')[2]} ({case.source})" for case in spec.cases]
+    lines += [
+        f"- `{case.name}`: {str(case).partition(': ')[2]} ({case.source})" for case in spec.cases
+    ]
     lines += ["", "## Errors", ""]
     lines += [f"- `{name}`: {when}" for name, when in _RAISES]
     lines += ["", "## Sources", ""]

@@ -32,12 +32,12 @@ RULES = (
 _AXES = (
     Axis("B", "batch rows"),
     Axis("T", "tokens"),
-    Axis("H", "query/key heads"),
-    Axis("HV", "value heads; value head h reads key head h // (HV / H)"),
-    Axis("K", "key and query width"),
-    Axis("V", "value width"),
+    Axis("H", "query/key heads", 1),
+    Axis("HV", "value heads; value head h reads key head h // (HV / H)", 1),
+    Axis("K", "key and query width", 1),
+    Axis("V", "value width", 1),
     Axis("N", "sequences: B, or len(cu_seqlens) - 1"),
-    Axis("N1", "N + 1"),
+    Axis("N1", "N + 1", 1),
 )
 
 _CONSTRAINTS = (Multiple("HV", "H", "v", "value heads"),)

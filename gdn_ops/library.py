@@ -84,9 +84,14 @@ def _empty_results(call: Call) -> tuple[Tensor, Tensor]:
     return o, torch.empty((s.N, s.HV, s.K, s.V), dtype=stored, device=call.device)
 
 
+def is_autocast_on(device_type: str) -> bool:
+    """Return whether autocast is active for a device type; some, like meta, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def full_precision(device_type: str) -> AbstractContextManager[Any]:
     """Return a context in which autocast does not touch a backend's own arithmetic."""
-    if torch.is_autocast_enabled(device_type):
+    if is_autocast_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -215,8 +220,7 @@ def _step_autograd_backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any
     )
     present = [name for name in _differentiable(GATED_DELTA) if sequence[name] is not None]
     by_name = {
-        name: next(grads) if name == "initial_state" else next(grads).squeeze(1)
-        for name in present
+        name: next(grads) if name == "initial_state" else next(grads).squeeze(1) for name in present
     }
     by_name["state"] = by_name.pop("initial_state", None)
     return tuple(by_name.get(name) for name in names)
@@ -265,7 +269,7 @@ class _Function(torch.autograd.Function):
     """One sequence call of a backend that brings its own backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, backend: Backend, call: Call, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         out = backend.forward(call)
@@ -275,7 +279,7 @@ class _Function(torch.autograd.Function):
         return out.o, out.final_state
 
     @staticmethod
-    def backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:
         backend: Backend = ctx.backend
         tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         second = torch.is_grad_enabled()
@@ -292,7 +296,7 @@ def run(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Run a bound `gated_delta` call eagerly; return (o, final_state)."""
     with full_precision(call.device.type):
         if call.needs_grad and not backend.differentiable:
-            return _Function.apply(backend, call, *call.tensors())  # type: ignore[no-any-return]
+            return _Function.apply(backend, call, *call.tensors())  # type: ignore[no-untyped-call, no-any-return]
         out = backend.forward(call)
         return out.o, out.final_state
 

@@ -27,7 +27,7 @@ def _is_traced(q: Any) -> bool:
 def _autocast(arguments: dict[str, Any]) -> None:
     """Give q, k, v the autocast dtype and keep gates and states out of it."""
     q = arguments["q"]
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+    if not isinstance(q, Tensor) or not library.is_autocast_on(q.device.type):
         return
     low = torch.get_autocast_dtype(q.device.type)
     for name in ("q", "k", "v"):
@@ -93,7 +93,7 @@ def gated_delta(
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    arguments = {
+    arguments: dict[str, Any] = {
         "q": q,
         "k": k,
         "v": v,
@@ -107,7 +107,7 @@ def gated_delta(
         "return_state": return_state,
         "cu_seqlens": cu_seqlens,
         "chunk_size": chunk_size,
-        "backend": registry.default_backend() if backend == "auto" else backend,
+        "backend": registry.resolve(backend),
     }
     _autocast(arguments)
     if _is_traced(q):
@@ -142,7 +142,7 @@ def gated_delta_step(
     inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    arguments = {
+    arguments: dict[str, Any] = {
         "q": q,
         "k": k,
         "v": v,
@@ -154,7 +154,7 @@ def gated_delta_step(
         "scale": scale,
         "qk_l2norm": qk_l2norm,
         "inplace": inplace,
-        "backend": registry.default_backend() if backend == "auto" else backend,
+        "backend": registry.resolve(backend),
     }
     _autocast(arguments)
     if not _is_traced(q):
@@ -190,14 +190,11 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     """
     q = args[0] if args else kwargs.get("q")
     is_step = isinstance(q, Tensor) and q.dim() == 3
-    spec, function = (
-        (GATED_DELTA_STEP, gated_delta_step) if is_step else (GATED_DELTA, gated_delta)
-    )
+    spec, function = (GATED_DELTA_STEP, gated_delta_step) if is_step else (GATED_DELTA, gated_delta)
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
-    if arguments["backend"] == "auto":
-        arguments["backend"] = registry.default_backend()
+    arguments["backend"] = registry.resolve(arguments["backend"])
     _autocast(arguments)
     return registry.explain_call(bind(spec, arguments), arguments["backend"])
 

@@ -75,6 +75,8 @@ class Backend:
         differentiable: whether `forward` and `step` are plain differentiable torch code, so
             that autograd sees through them in eager mode.
         traceable_step: whether `step` may be traced through by torch.compile.
+        compiles_per_shape: whether a new shape class costs seconds, so that tests draw from
+            a few.
     """
 
     name: ClassVar[str]
@@ -83,6 +85,7 @@ class Backend:
     distribution: ClassVar[str] = "gdn_ops"
     differentiable: ClassVar[bool] = False
     traceable_step: ClassVar[bool] = False
+    compiles_per_shape: ClassVar[bool] = False
 
     def reasons(self, call: Call) -> list[str]:
         """Return why it cannot run this call, beyond what `limits` says."""
@@ -163,7 +166,9 @@ class Explanation:
             text = "; ".join(reasons) if reasons else "can run"
             lines.append(f"{mark} {name:<{width}}  {'runs' if mark == '->' else text}")
         if self.backend is None:
-            lines.append("no backend can run this call")
+            is_pinned = any(not reasons for _, reasons in self.reasons)
+            who = "the pinned backend cannot" if is_pinned else "no backend can"
+            lines.append(f"{who} run this call")
         return "\n".join(lines)
 
 
@@ -186,11 +191,21 @@ def register_backend(cls: type[Backend]) -> type[Backend]:
     for required in ("name", "limits"):
         if not hasattr(cls, required):
             raise TypeError(f"{cls.__name__} has no class attribute {required!r}")
+    if cls.name == "auto":
+        raise ValueError("backend name 'auto' is reserved")
+    _discover()
     known = _backends.get(cls.name)
-    if isinstance(known, type) and known is not cls:
-        raise ValueError(f"backend name {cls.name!r} is taken by {known.__qualname__}")
+    if known is not None and known is not cls and not _announces(known, cls):
+        holder = known if isinstance(known, str) else f"{known.__module__}.{known.__qualname__}"
+        raise ValueError(f"backend name {cls.name!r} is taken by {holder}")
     _backends[cls.name] = cls
     return cls
+
+
+def _announces(source: type[Backend] | str, cls: type[Backend]) -> bool:
+    """Whether `source` is the not yet loaded entry of the package that defines `cls`."""
+    own = cls.__module__.partition(".")[0]
+    return isinstance(source, str) and source.partition(":")[0].partition(".")[0] == own
 
 
 def unregister_backend(name: str) -> None:
@@ -221,7 +236,10 @@ def known_backends() -> list[str]:
 
 @functools.cache
 def _package_missing(package: str) -> bool:
-    return importlib.util.find_spec(package) is None
+    try:
+        return importlib.util.find_spec(package) is None
+    except ModuleNotFoundError:
+        return True
 
 
 def get_backend(name: str) -> Backend | str:
@@ -242,6 +260,8 @@ def get_backend(name: str) -> Backend | str:
         if isinstance(loaded, str):
             return loaded
         source = _backends[name] = loaded
+    if source.name != name:
+        raise TypeError(f"backend {name!r} is {source.__qualname__}, whose name is {source.name!r}")
     for package in source.requires:
         if _package_missing(package):
             return f"package {package!r} is not installed"
@@ -256,7 +276,8 @@ def _load(source: str) -> type[Backend] | str:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package in ("", "gdn_ops", module_name.partition(".")[0]):
+        own = package in ("", "gdn_ops", module_name.partition(".")[0])
+        if own or not _package_missing(package):
             raise
         return f"package {package!r} is not installed"
     if attribute:
@@ -300,7 +321,7 @@ def _limit_reasons(limits: Limits, call: Call) -> list[str]:
         found.append("cu_seqlens is not supported")
     sizes = limits.chunk_sizes
     if sizes is not None and call.chunk_size is not None and call.chunk_size not in sizes:
-        found.append(f"chunk_size={call.chunk_size} (supported: {', '.join(map(str, sizes))})")
+        found.append(f"chunk_size={call.chunk_size} (supported: {_listed(sizes)})")
     if limits.min_capability and device == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(call.device)
         if capability < limits.min_capability:
@@ -309,17 +330,18 @@ def _limit_reasons(limits: Limits, call: Call) -> list[str]:
     return found
 
 
+def _listed(allowed: range | tuple[int, ...]) -> str:
+    if isinstance(allowed, range) and allowed.step == 1:
+        return f"{allowed[0]} to {allowed[-1]}"
+    return ", ".join(map(str, allowed))
+
+
 def _head_dim_reasons(limits: Limits, call: Call) -> list[str]:
     found = []
     for axis, size in (("K", call.sizes.K), ("V", call.sizes.V)):
         allowed = limits.head_dims
         if allowed is not None and size not in allowed:
-            text = (
-                f"{allowed[0]} to {allowed[-1]}"
-                if isinstance(allowed, range)
-                else ", ".join(map(str, allowed))
-            )
-            found.append(f"{axis}={size} (supported: {text})")
+            found.append(f"{axis}={size} (supported: {_listed(allowed)})")
         elif size % limits.head_dim_multiple:
             found.append(f"{axis}={size} (supported: multiples of {limits.head_dim_multiple})")
     return found
@@ -356,9 +378,7 @@ def select(call: Call, name: str = "auto") -> Backend:
             if candidate not in _backends:
                 continue
         backend = get_backend(candidate)
-        against = (
-            [backend] if isinstance(backend, str) else _reasons_under_auto(backend, call)
-        )
+        against = [backend] if isinstance(backend, str) else _reasons_under_auto(backend, call)
         if not isinstance(backend, str) and not against:
             _log(call.op.name, candidate, tuple(f"{n}: {'; '.join(r)}" for n, r in skipped))
             return backend
@@ -419,9 +439,9 @@ def _first_that_can(call: Call, tried: set[str]) -> str | None:
 
 
 def _log(op: str, name: str, skipped: tuple[str, ...]) -> None:
-    """Log a choice at INFO, once per distinct reason."""
+    """Log a choice at INFO, once per distinct reason; torch.compile cannot trace a logger."""
     key = (op, name, *skipped)
-    if key in _logged:
+    if key in _logged or torch.compiler.is_compiling():
         return
     _logged.add(key)
     because = f" ({' | '.join(skipped)})" if skipped else ""
@@ -472,6 +492,11 @@ def _device_status(limits: Limits) -> str:
     return f"no supported device here (supported: {', '.join(limits.devices)})"
 
 
+def resolve(name: object) -> object:
+    """Return the process default where a call leaves the choice open."""
+    return _default if isinstance(name, str) and name == "auto" else name
+
+
 def default_backend() -> str:
     """Return the process default: what `backend="auto"` stands for."""
     return _default
@@ -511,8 +536,6 @@ class use_backend:  # noqa: N801  (reads as a verb, like torch.no_grad)
         _default = self._previous
 
 
-
-@torch.compiler.assume_constant_result  # type: ignore[misc, unused-ignore]
 def traceable_step(name: str, device_type: str) -> bool:
     """Return whether torch.compile may trace through the step of the backend that would run."""
     names = auto_order(device_type) if name == "auto" else (name,)
@@ -522,3 +545,8 @@ def traceable_step(name: str, device_type: str) -> bool:
             if not isinstance(backend, str):
                 return backend.traceable_step
     return False
+
+
+# What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo,
+# which takes as long as importing torch.
+traceable_step._dynamo_marked_constant = True  # type: ignore[attr-defined]

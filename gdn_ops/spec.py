@@ -22,10 +22,11 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Axis:
-    """One named tensor dimension, e.g. `T`, the number of tokens."""
+    """One named tensor dimension, e.g. `T`, the number of tokens, with its smallest size."""
 
     name: str
     meaning: str
+    minimum: int = 0
 
     def __post_init__(self) -> None:
         _require(self.name.isidentifier(), f"axis name {self.name!r} is not an identifier")
@@ -83,8 +84,9 @@ class TensorArg:
 
     @property
     def shape(self) -> str:
-        """The axes as they are printed: `(B, T, H, K)`, `(N,)`."""
-        return "(" + ", ".join(self.axes) + ("," if len(self.axes) == 1 else "") + ")"
+        """The axes as they are printed: `(B, T, H, K)`, `(N+1,)`."""
+        printed = ["N+1" if axis == "N1" else axis for axis in self.axes]
+        return "(" + ", ".join(printed) + ("," if len(printed) == 1 else "") + ")"
 
     def __str__(self) -> str:
         domain = f" in {self.domain}" if self.domain else ""
@@ -196,7 +198,7 @@ class Limits:
     grad: bool = True
     second_grad: bool = False
     varlen: bool = True
-    chunk_sizes: tuple[int, ...] | None = None
+    chunk_sizes: range | tuple[int, ...] | None = None
     min_capability: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -308,7 +310,8 @@ class OpSpec:
         names = [arg.name for arg in self.args]
         _require(len(set(names)) == len(names), f"{self.name} names an argument twice: {names}")
         known = {axis.name for axis in self.axes}
-        for arg in (*self.tensors, *self.outputs):
+        shaped: tuple[TensorArg | Output, ...] = (*self.tensors, *self.outputs)
+        for arg in shaped:
             unknown = set(arg.axes) - known
             _require(not unknown, f"{self.name}: {arg.name} uses unknown axes {sorted(unknown)}")
         for arg in self.tensors:
@@ -330,6 +333,8 @@ class OpSpec:
             f"{self.name}: keyword_only_from={self.keyword_only_from!r} is no argument",
         )
         _require(bool(self.rules), f"{self.name} has no rule")
+        # Filled now: torch.compile cannot trace the lock that fills a cached property.
+        _ = self.attrs, self.tensor, self.rule, self.case
 
     @cached_property
     def tensors(self) -> tuple[TensorArg, ...]:

@@ -27,7 +27,7 @@ class Torch(Backend):
     """The chunkwise form of MATH §3 in plain torch ops."""
 
     name = "torch"
-    limits = Limits(devices=("*",), second_grad=True)
+    limits = Limits(devices=("*",), second_grad=True, chunk_sizes=range(1, 257))
     traceable_step = True
 
     def engine(self, call: Call) -> Engine:

@@ -126,7 +126,8 @@ def packed(x: Tensor) -> Tensor:
 
 def per_head(x: Tensor, heads: int) -> Tensor:
     """(..., G, C, R V) to a view (..., G, R, C, V)."""
-    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    split: Tensor = x.unflatten(-1, (heads, -1))
+    return split.transpose(-3, -2)
 
 
 def scaled_packed(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
@@ -140,7 +141,8 @@ def scaled_packed(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
 def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Multiply over equal leading axes, as one flat batch."""
     flat = None if out is None else out.flatten(0, -3)
-    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=flat).unflatten(0, a.shape[:-2])
+    product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=flat)
+    return product.view(*a.shape[:-2], *product.shape[1:])
 
 
 def across(total: Tensor | None, state: Tensor, out: Tensor | None = None) -> Tensor:
@@ -149,9 +151,7 @@ def across(total: Tensor | None, state: Tensor, out: Tensor | None = None) -> Te
         return state.clone() if out is None else out.copy_(state)
     heads = total.shape[-1]
     wide = None if out is None else out.unflatten(-1, (heads, -1))
-    scaled = torch.mul(
-        state.unflatten(-1, (heads, -1)), total[:, None, :, None], out=wide
-    )
+    scaled = torch.mul(state.unflatten(-1, (heads, -1)), total[:, None, :, None], out=wide)
     return scaled.flatten(-2) if out is None else out
 
 
@@ -199,7 +199,7 @@ def prepare(x: Segment, scale: float, has_erase: bool, scratch: Scratch = NO_SCR
         return Prepared(decay, causal, qk, None, P, None, None)
     # §3 A = strict_lower(diag(β) (K Kᵀ ⊙ D)): the solve does not read the rest  [C, C]
     kk = bmm(x.k, k_transposed, scratch.get("kk", pairs, x.q)).unsqueeze(2)
-    A = torch.mul(kk, D, out=scratch.get("A", wide, x.q))
+    A = torch.mul(kk, D.expand(wide), out=scratch.get("A", wide, x.q))
     A = (A * x.beta.unsqueeze(-1)).flatten(1, 2)
     # §3 T = (I + A)⁻¹                                  [C, C]
     eye = torch.eye(tokens, dtype=A.dtype, device=A.device).expand_as(A)
@@ -270,7 +270,8 @@ def advanced(
     scratch: Scratch,
     out: Tensor | None = None,
 ) -> Tensor:
-    """§3 S_C = b_C S + (diag(d) K)ᵀ U                  [K, R V]"""
+    """Return the state after chunk i."""
+    # §3 S_C = b_C S + (diag(d) K)ᵀ U                  [K, R V]
     if p.decay is None:
         return across(None, state, out).baddbmm_(x.k[i].transpose(1, 2), packed(U))
     G, R, C, V = U.shape

@@ -24,7 +24,6 @@ from gdn_ops.backends.torch.chunkwise import (
     bmm,
     corrected,
     decay_factors,
-    packed,
     per_head,
     prepare,
     scaled_packed,
@@ -229,7 +228,7 @@ def _accumulated(*terms: tuple[Tensor, Tensor]) -> Tensor:
     total = torch.bmm(a.flatten(0, 1), b.flatten(0, 1))
     for left, right in rest:
         total = total.baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
-    return total.unflatten(0, a.shape[:2])
+    return total.view(*a.shape[:2], *total.shape[1:])
 
 
 def _rowsum(a: Tensor, b: Tensor, scratch: Scratch) -> Tensor:

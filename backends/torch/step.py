@@ -1,62 +1,88 @@
-"""One token in plain torch: two passes over the state instead of the recurrence's four."""
+"""One token in plain torch: the state is read once for q and k together, then updated."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gdn_ops.bind import Call
-from gdn_ops.numerics import l2norm
+from gdn_ops.numerics import compute_dtype, l2norm
+
+
+class StepOptions(NamedTuple):
+    """What of a step is not a tensor."""
+
+    scale: float
+    has_erase: bool
+    qk_l2norm: bool
+    inplace: bool
+
+    @staticmethod
+    def of(call: Call) -> StepOptions:
+        return StepOptions(call.scale, call.rule.has_erase, call.qk_l2norm, call.inplace)
 
 
 def step(call: Call) -> tuple[Tensor, Tensor]:
-    """Run `gated_delta_step`.
+    """Run `gated_delta_step`."""
+    return advance_token(*call.tensors(), options=StepOptions.of(call))  # type: ignore[arg-type]
 
-    With S' = α S, S_tᵀ q = S'ᵀ q + (k·q) u, so that q and k read the old state together and
-    the new state is only written.
+
+def advance_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    log_alpha: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    *,
+    options: StepOptions,
+) -> tuple[Tensor, Tensor]:
+    """Run one token; return o (B, HV, V) and the state (B, HV, K, V).
+
+    With S' = α S, S_tᵀ q = S'ᵀ q + (k·q) u, so that q and k read the old state in one pass.
+
+    Args:
+        q, k: (B, H, K).
+        v: (B, HV, V).
+        alpha, log_alpha, beta: (B, HV) or None.
+        state: (B, HV, K, V), or None for zeros; updated itself if options.inplace.
+        options: the rest of the call.
     """
-    s, dtype = call.sizes, call.compute_dtype
-    q, k = ((l2norm(x) if call.qk_l2norm else x.to(dtype)) for x in (call.q, call.k))
-    v = call.v.to(dtype)
-    beta = None if call.beta is None else call.beta.to(dtype).unsqueeze(-1)
-    alpha = _alpha(call)
-    if call.state is None:
-        state = torch.zeros(s.B, s.HV, s.K, s.V, dtype=dtype, device=call.device)
-    else:
-        state = call.state if call.inplace else call.state.to(dtype)
+    dtype = compute_dtype(q.dtype)
+    repeats = v.shape[1] // q.shape[1] if q.shape[1] else 1
+    decay = alpha.to(dtype) if alpha is not None else None
+    if log_alpha is not None:
+        decay = log_alpha.to(dtype).exp()
+    if state is None:
+        state = torch.zeros(*v.shape[:2], k.shape[2], v.shape[2], dtype=dtype, device=v.device)
+    qk = torch.stack((q, k), 2)
+    qk = l2norm(qk) if options.qk_l2norm else qk.to(dtype)
+    if repeats > 1:
+        qk = qk.repeat_interleave(repeats, 1)
     work = state.to(dtype)
-    if s.R > 1:
-        q, k = (x.repeat_interleave(s.R, 1) for x in (q, k))
     # §2 S_{t-1}ᵀ [q, k]                              [2, V]
-    read = torch.matmul(torch.stack((q, k), 2), work)
-    qS, kS = read.unbind(2)
-    if alpha is not None:
-        qS, kS = qS * alpha, kS * alpha
+    qS, kS = torch.matmul(qk, work).unbind(2)
     # §2 u_t = β_t (v_t − S'ᵀ k_t)                    [V]
-    u = v - kS if call.rule.has_erase else v
+    u = v.to(dtype)
+    if decay is not None:
+        qS = qS * decay.unsqueeze(-1)
+    if options.has_erase:
+        u = u - kS if decay is None else torch.addcmul(u, kS, decay.unsqueeze(-1), value=-1)
     if beta is not None:
-        u = u * beta
+        u = u * beta.to(dtype).unsqueeze(-1)
     # §2 o_t = s (S'ᵀ q_t + (k_t·q_t) u_t)            [V]
-    o = call.scale * (qS + (q * k).sum(-1, keepdim=True) * u)
+    q_t, k_t = qk.unbind(2)
+    o = torch.addcmul(qS, (q_t * k_t).sum(-1, keepdim=True), u) * options.scale
     # §2 S_t = α_t S_{t-1} + k_t u_tᵀ                 [K, V]
-    outer = k.unsqueeze(-1), u.unsqueeze(-2)
-    if call.inplace:
-        if alpha is not None:
-            work = work.mul_(alpha.unsqueeze(-1)) if work is state else work * alpha.unsqueeze(-1)
-        work = work.addcmul_(*outer)
-        if work is not state:
-            state.copy_(work)
-        return o.to(call.v.dtype), state
-    work = work * alpha.unsqueeze(-1) if alpha is not None else work
-    new = torch.addcmul(work, *outer)
-    stored = new.dtype if call.state is None else call.state.dtype
-    return o.to(call.v.dtype), new.to(stored)
-
-
-def _alpha(call: Call) -> Tensor | None:
-    """Return the decay (B, HV, 1), or None where nothing decays."""
-    if call.alpha is not None:
-        return call.alpha.to(call.compute_dtype).unsqueeze(-1)
-    if call.log_alpha is not None:
-        return call.log_alpha.to(call.compute_dtype).exp().unsqueeze(-1)
-    return None
+    if options.inplace:
+        if decay is not None:
+            work.mul_(decay[..., None, None])
+        work.addcmul_(k_t.unsqueeze(-1), u.unsqueeze(-2))
+        return o.to(v.dtype), state if work is state else state.copy_(work)
+    if decay is not None:
+        work = work * decay[..., None, None]
+    new = torch.addcmul(work, k_t.unsqueeze(-1), u.unsqueeze(-2))
+    return o.to(v.dtype), new.to(state.dtype)

@@ -7,6 +7,7 @@ backward, the state at every few segments.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -84,22 +85,23 @@ def pieces(engine: Engine, start: int, stop: int) -> list[Piece]:
 def sequences(call: Call) -> Iterator[tuple[slice, int, int]]:
     """Yield (which states, first token, end) of every sequence; a batch counts as one."""
     if call.cu_seqlens is None:
-        yield slice(0, call.sizes.N), 0, call.sizes.T
+        if call.sizes.B:
+            yield slice(0, call.sizes.N), 0, call.sizes.T
         return
     bounds = call.cu_seqlens.tolist()
-    for n, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
         yield slice(n, n + 1), start, stop
 
 
 def pack_state(state: Tensor, key_heads: int) -> Tensor:
     """(N, HV, K, V) to (N H, K, R V)."""
-    x = state.unflatten(1, (key_heads, -1)).transpose(2, 3)
-    return x.reshape(x.shape[0] * key_heads, x.shape[2], -1)
+    x: Tensor = state.unflatten(1, (key_heads, -1)).transpose(2, 3)
+    return x.flatten(3).flatten(0, 1)
 
 
 def unpack_state(state: Tensor, key_heads: int, heads: int) -> Tensor:
     """(N H, K, R V) to a view (N, HV, K, V) split as (N, H, R, K, V)."""
-    x = state.unflatten(0, (-1, key_heads)).unflatten(-1, (heads, -1))
+    x: Tensor = state.unflatten(0, (-1, key_heads)).unflatten(-1, (heads, -1))
     return x.transpose(2, 3)
 
 
@@ -126,7 +128,8 @@ class Operands:
         missing = piece.chunks * self.chunk_size - x.shape[1]
         if missing:
             x = functional.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
-        return x.unflatten(1, (piece.chunks, self.chunk_size))
+        chunks: Tensor = x.unflatten(1, (piece.chunks, self.chunk_size))
+        return chunks
 
     def keys(self, x: Tensor, piece: Piece) -> Tensor:
         """(B, T, H, K) to (n, G, C, K)."""
@@ -204,16 +207,17 @@ def run_forward(call: Call, engine: Engine) -> Forward:
                 kept[slot] = state
                 slot += 1
             x = operands.segment(piece)
-            outputs, state = engine.forward(
-                x, state, call.scale, call.rule.has_erase, scratch
-            )
+            outputs, state = engine.forward(x, state, call.scale, call.rule.has_erase, scratch)
             for i, output in enumerate(outputs):
                 a = piece.start + i * engine.chunk_size
                 if a < piece.stop:
                     b = min(a + engine.chunk_size, piece.stop)
                     operands.store(o, Piece(a, b, 1), output.unsqueeze(0))
         final.unflatten(1, (s.H, s.R))[states] = unpack_state(state, s.H, s.R)
-    return Forward(o, final, () if kept is None else (kept,))
+    if kept is None:
+        return Forward(o, final)
+    kept[slot:] = 0  # the shape is an upper bound for packed sequences
+    return Forward(o, final, (kept,))
 
 
 def run_backward(

@@ -1,0 +1,148 @@
+"""The chunkwise form through torch.compile: the functions of the torch backend, fused.
+
+One chunk is compiled, not a sequence: a new T never recompiles. Every shape class (rows x
+key heads, R, C, K, V, dtype, rule, zeros or not) has a compiled function of its own with
+static shapes; its first call costs seconds, logged at INFO. It needs a C++ compiler on CPUs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gdn_ops.backends.torch import Torch
+from gdn_ops.backends.torch.chunkwise import Scratch, Segment, advance_segment, forward_segment
+from gdn_ops.backends.torch.gradients import SegmentGrads, backward_segment
+from gdn_ops.backends.torch.step import StepOptions, advance_token, step
+from gdn_ops.backends.torch.walk import Engine
+from gdn_ops.bind import Call
+
+logger = logging.getLogger("gdn_ops")
+
+CHUNK_SIZE = {"cpu": 32, "*": 64}
+"""Tokens per chunk. cpu: measured on two AVX-512 cores at K=V=128, H/HV=16/32
+(benchmarks/results); others: not measured."""
+
+
+class Compile(Torch):
+    """The torch backend's segment functions through torch.compile, one chunk at a time."""
+
+    name = "compile"
+    traceable_step = False
+    compiles_per_shape = True
+    compiler: ClassVar[str] = "inductor"
+
+    def engine(self, call: Call) -> Engine:
+        if torch.is_grad_enabled():
+            # Second derivatives differentiate the plain functions.
+            return super().engine(call)
+        default = CHUNK_SIZE.get(call.device.type, CHUNK_SIZE["*"])
+        return Engine(
+            chunk_size=call.chunk_size or default,
+            chunks=1,
+            pad_segments=True,
+            forward=_forward,
+            advance=_advance,
+            backward=_backward,
+        )
+
+    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+        if call.needs_grad:
+            return step(call)
+        options = StepOptions.of(call)
+        tensors = call.tensors()
+        function = _compiled(advance_token, tuple(options), tensors)
+        return function(*tensors, options=options)  # type: ignore[no-any-return]
+
+
+_functions: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+
+def _compiled(
+    function: Callable[..., Any], constants: tuple[Any, ...], tensors: tuple[Tensor | None, ...]
+) -> Callable[..., Any]:
+    """Return `function`, compiled for the shapes of `tensors` and with `constants` fixed.
+
+    A copy of the code object per shape class keeps the classes apart in torch.compile, which
+    counts recompilations per code object and gives up after a few.
+    """
+    shapes = tuple(None if x is None else (*x.shape, x.dtype, x.device) for x in tensors)
+    key = (function, constants, shapes, Compile.compiler)
+    found = _functions.get(key)
+    if found is None:
+        found = _functions[key] = _timed(_build(function), function.__name__, shapes)
+    return found
+
+
+def _build(function: Callable[..., Any]) -> Callable[..., Any]:
+    assert isinstance(function, FunctionType)
+    copy = FunctionType(
+        function.__code__.replace(co_name=f"{function.__name__}_{len(_functions)}"),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(copy, backend=Compile.compiler, dynamic=False, fullgraph=True)
+
+
+def _timed(function: Callable[..., Any], name: str, shapes: tuple[Any, ...]) -> Callable[..., Any]:
+    """Log the seconds of the first call, which compiles."""
+    compiled = False
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal compiled
+        if compiled:
+            return function(*args, **kwargs)
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        compiled = True
+        seconds = time.perf_counter() - start
+        logger.info("compiled %s for %s in %.1f s", name, shapes, seconds)
+        return result
+
+    return run
+
+
+def _segment_tensors(x: Segment) -> tuple[Segment, tuple[Tensor | None, ...]]:
+    """Return the segment with contiguous operands, so that strides are static too."""
+    x = Segment(*(None if t is None else t.contiguous() for t in x))  # type: ignore[arg-type]
+    return x, tuple(x)
+
+
+def _forward(
+    x: Segment, state: Tensor, scale: float, has_erase: bool, scratch: Scratch
+) -> tuple[list[Tensor], Tensor]:
+    x, tensors = _segment_tensors(x)
+    function = _compiled(forward_segment, (scale, has_erase), tensors)
+    return function(x, state, scale, has_erase)  # type: ignore[no-any-return]
+
+
+def _advance(x: Segment, state: Tensor, scale: float, has_erase: bool, scratch: Scratch) -> Tensor:
+    x, tensors = _segment_tensors(x)
+    function = _compiled(advance_segment, (scale, has_erase), tensors)
+    return function(x, state, scale, has_erase)  # type: ignore[no-any-return]
+
+
+def _backward(
+    x: Segment,
+    state: Tensor,
+    d_o: Tensor,
+    d_state: Tensor,
+    scale: float,
+    has_erase: bool,
+    scratch: Scratch,
+) -> SegmentGrads:
+    x, tensors = _segment_tensors(x)
+    function = _compiled(backward_segment, (scale, has_erase), tensors)
+    return function(x, state, d_o.contiguous(), d_state, scale, has_erase)  # type: ignore[no-any-return]
+
+
+BACKEND = Compile

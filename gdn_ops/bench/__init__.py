@@ -1,0 +1,1 @@
+"""Benchmarks over the named cases: comparators in one process, interleaved, checked first."""

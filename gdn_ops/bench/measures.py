@@ -1,0 +1,198 @@
+"""The measurements, one function each; every one returns rows."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gdn_ops import ops, registry
+from gdn_ops.bench.floors import Rates
+from gdn_ops.bench.inputs import Inputs, Setting, make_inputs, make_output_gradient, with_grad
+from gdn_ops.bench.memory import child_environment, measure_peak
+from gdn_ops.bench.peers import Comparator
+from gdn_ops.bench.rows import Row, make_row, timed_row
+from gdn_ops.bench.runner import interleave
+from gdn_ops.bench.verify import RefusedError
+from gdn_ops.bind import bind
+from gdn_ops.gated_delta import GATED_DELTA
+from gdn_ops.spec import Case, Sizes
+
+IMPORT_REPEATS = 5
+OVERHEAD_REPEATS = 2000
+OVERHEAD_TOKENS = 8
+
+_IMPORTS = (
+    "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); "
+    "import gdn_ops; print(time.perf_counter() - b)"
+)
+
+
+def sequence_rows(
+    what: str, case: Case, x: Inputs, comparators: Sequence[Comparator], s: Setting, rates: Rates
+) -> list[Row]:
+    """Time the forward, or forward and backward, of all comparators in turns."""
+    d_o = make_output_gradient(case.sizes, s.torch_dtype, s.device)
+
+    def action(c: Comparator) -> Callable[[], object]:
+        if what == "forward":
+            return lambda: c.run(x)
+        leaves = with_grad(x)
+        return lambda: torch.autograd.grad(c.run(leaves), leaves, d_o)
+
+    with torch.set_grad_enabled(what != "forward"):
+        timing = interleave({c.name: action(c) for c in comparators}, s.repeats, device=s.device)
+    peer = next((c.name for c in comparators if c.is_peer), None)
+    floor = rates.floor(GATED_DELTA, case.sizes, s.torch_dtype.itemsize) * 1e3
+    rows = []
+    for name, t in timing.items():
+        ratio = timing[peer].median / t.median if peer is not None else None
+        rows.append(
+            timed_row(
+                what,
+                case.name,
+                name,
+                "ms",
+                t,
+                ratio=ratio,
+                against=peer,
+                floor=floor if what == "forward" else None,
+                judged=s.judged,
+            )
+        )
+    return rows
+
+
+def memory_rows(
+    case: Case, comparators: Sequence[Comparator], s: Setting
+) -> tuple[list[Row], list[tuple[str, str, str]]]:
+    """Measure the peak of forward and backward of each comparator in its own process."""
+    peaks: dict[str, float] = {}
+    skipped = []
+    for c in comparators:
+        peak = measure_peak(c.name, case.sizes, s.dtype, torch.get_num_threads(), s.device)
+        if isinstance(peak, str):
+            skipped.append(("memory", c.name, peak))
+            continue
+        peaks[c.name] = peak.bytes / 2**20
+        if not peak.exact:
+            skipped.append(("memory", c.name, "the high-water mark was not reset: a lower bound"))
+    peer = next((c.name for c in comparators if c.is_peer and peaks.get(c.name)), None)
+    rows = []
+    for name, mib in peaks.items():
+        ratio = mib / peaks[peer] if peer is not None else None
+        rows.append(
+            make_row(
+                "memory",
+                case.name,
+                name,
+                "MiB",
+                mib,
+                mib,
+                1,
+                ratio=ratio,
+                against=peer,
+                judged=s.judged,
+            )
+        )
+    return rows, skipped
+
+
+def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row:
+    """Compare the forward time of a sequence `times` as long with `times` the forward time."""
+    long = replace(case.sizes, T=case.sizes.T * times)
+    operands = {n: make_inputs(n, s.torch_dtype, s.device) for n in (case.sizes, long)}
+
+    def action(sizes: Sizes) -> Callable[[], Tensor]:
+        x = operands[sizes]
+        return lambda: ops.gated_delta(
+            x.q, x.k, x.v, log_alpha=x.log_alpha, beta=x.beta, backend=name
+        )
+
+    with torch.no_grad():
+        timing = interleave(
+            {"short": action(case.sizes), "long": action(long)}, s.repeats, device=s.device
+        )
+    longer, shorter = timing["long"], timing["short"]
+    return make_row(
+        "scaling",
+        case.name,
+        name,
+        "x",
+        longer.median / shorter.median / times,
+        longer.best / shorter.best / times,
+        s.repeats,
+        against=f"T={long.T} over {times} times T={case.sizes.T}",
+        judged=s.judged,
+    )
+
+
+def overhead_row(name: str, s: Setting) -> Row:
+    """Measure what `gated_delta` adds per call to the backend's own function, in microseconds."""
+    sizes = Sizes(B=1, T=OVERHEAD_TOKENS, H=1, HV=1, K=16, V=16, N=1)
+    x = make_inputs(sizes, s.torch_dtype, s.device)
+
+    def public() -> Tensor:
+        return ops.gated_delta(x.q, x.k, x.v, log_alpha=x.log_alpha, beta=x.beta, backend=name)
+
+    call = bind(GATED_DELTA, _all_arguments(x))
+    backend = registry.select(call, name)
+    with torch.no_grad():
+        if not torch.equal(public(), backend.forward(call).o):
+            raise RefusedError(f"gated_delta and backend {name!r} called directly differ")
+        timing = interleave(
+            {"public": public, "backend": lambda: backend.forward(call)},
+            OVERHEAD_REPEATS,
+            warmups=20,
+            device=s.device,
+            collect=False,
+        )
+    public_time, backend_time = timing["public"], timing["backend"]
+    return make_row(
+        "overhead",
+        f"T={OVERHEAD_TOKENS}",
+        name,
+        "us",
+        (public_time.median - backend_time.median) * 1e6,
+        (public_time.best - backend_time.best) * 1e6,
+        OVERHEAD_REPEATS,
+        against="Backend.forward on a bound call",
+        judged=s.judged,
+    )
+
+
+def _all_arguments(x: Inputs) -> dict[str, object]:
+    """Return every argument of gated_delta by name, for `bind`."""
+    defaults = {name: default for name, default, _ in GATED_DELTA.parameters()}
+    return defaults | x._asdict()
+
+
+def import_row(s: Setting) -> Row:
+    """Measure what `import gdn_ops` adds to `import torch`, in fresh processes."""
+    samples = []
+    for _ in range(IMPORT_REPEATS):
+        done = subprocess.run(
+            [sys.executable, "-c", _IMPORTS],
+            env=child_environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        samples.append(float(done.stdout))
+    median, best = statistics.median(samples), min(samples)
+    return make_row(
+        "import",
+        "-",
+        "gdn_ops",
+        "s",
+        median,
+        best,
+        len(samples),
+        against="import torch",
+        judged=s.judged,
+    )

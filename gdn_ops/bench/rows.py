@@ -1,0 +1,167 @@
+"""What a benchmark found: rows, targets, and the result that becomes JSON, table and plot."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gdn_ops.bench.runner import Timing
+from gdn_ops.bench.verify import Check
+
+SCHEMA = 1
+"""Version of the JSON layout; raised when a field changes its meaning."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that a row is meant to reach.
+
+    Attributes:
+        what, case, comparator: the row that it is for.
+        bound: the number.
+        at_least: whether more is better.
+        of_ratio: whether it bounds the row's ratio, else its median.
+        text: as shown.
+    """
+
+    what: str
+    case: str
+    comparator: str
+    bound: float
+    at_least: bool
+    of_ratio: bool
+    text: str
+
+    def reached(self, median: float, ratio: float | None) -> bool | None:
+        """Return whether a row reaches it; None where it has no ratio."""
+        value = ratio if self.of_ratio else median
+        if value is None:
+            return None
+        return value >= self.bound if self.at_least else value <= self.bound
+
+
+_REFERENCE = "qwen-16-32-2048"
+TARGETS = (
+    Target("forward", _REFERENCE, "torch", 4, True, True, ">= 4x faster"),
+    Target("forward", _REFERENCE, "compile", 5, True, True, ">= 5x faster"),
+    Target("forward+backward", _REFERENCE, "torch", 6, True, True, ">= 6x faster"),
+    Target("forward+backward", _REFERENCE, "compile", 7, True, True, ">= 7x faster"),
+    Target("memory", "qwen-16-32-4096", "torch", 1 / 3, False, True, "<= 1/3"),
+    Target("memory", "qwen-16-32-4096", "compile", 1 / 3, False, True, "<= 1/3"),
+    Target("step", "qwen-16-32-step-b1", "torch", 1.3, False, True, "<= 1.3x the best eager"),
+    Target("scaling", _REFERENCE, "torch", 1.15, False, False, "<= 1.15"),
+    Target("overhead", "T=8", "torch", 60, False, False, "<= 60 us"),
+    Target("import", "-", "gdn_ops", 0.15, False, False, "< 0.15 s"),
+)
+"""For float32 on CPUs; they are shown on any machine and on none taken for granted."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number.
+
+    Attributes:
+        what: forward, forward+backward, memory, step, scaling, overhead or import.
+        case: name of the case.
+        comparator: name of the backend, peer or expression.
+        unit: of median, best and floor: ms, us, s, MiB, or x for a bare ratio.
+        median: the result.
+        best: the smallest sample.
+        samples: how many there were.
+        ratio: speed: peer's median / this median; memory and step: this / the peer's.
+        against: name of what the ratio is against.
+        floor: what the cost model asks for at the machine's measured rates, in `unit`.
+        target: as text, or None.
+        reached: whether the target is reached, or None.
+    """
+
+    what: str
+    case: str
+    comparator: str
+    unit: str
+    median: float
+    best: float
+    samples: int
+    ratio: float | None = None
+    against: str | None = None
+    floor: float | None = None
+    target: str | None = None
+    reached: bool | None = None
+
+
+def make_row(
+    what: str,
+    case: str,
+    comparator: str,
+    unit: str,
+    median: float,
+    best: float,
+    samples: int,
+    *,
+    ratio: float | None = None,
+    against: str | None = None,
+    floor: float | None = None,
+    judged: bool = True,
+) -> Row:
+    """Return a row with its target looked up.
+
+    Args:
+        what, case, comparator, unit, median, best, samples, ratio, against, floor: as in Row.
+        judged: whether the run is one that targets are for (float32 on a CPU).
+    """
+    key = (what, case, comparator)
+    found = [t for t in TARGETS if (t.what, t.case, t.comparator) == key] if judged else []
+    reached = found[0].reached(median, ratio) if found else None
+    text = found[0].text if found else None
+    return Row(
+        what, case, comparator, unit, median, best, samples, ratio, against, floor, text, reached
+    )
+
+
+def timed_row(
+    what: str, case: str, comparator: str, unit: str, timing: Timing, **other: Any
+) -> Row:
+    """Return the row of a timing.
+
+    Args:
+        what, case, comparator: as in Row.
+        unit: ms, us or s.
+        timing: the samples.
+        other: further arguments of `make_row`.
+    """
+    times = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit]
+    median, best = timing.median * times, timing.best * times
+    return make_row(what, case, comparator, unit, median, best, len(timing.samples), **other)
+
+
+@dataclass
+class Result:
+    """One run of the benchmark.
+
+    Attributes:
+        system: versions, devices, threads, date, dtype.
+        rates: the machine's own, in GFLOP/s and GB/s; empty if not needed.
+        checks: the conformance of everything that was timed.
+        rows: the numbers.
+        skipped: (what, comparator, reason).
+    """
+
+    system: dict[str, Any]
+    rates: dict[str, float] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain data."""
+        return {
+            "schema": SCHEMA,
+            "system": self.system,
+            "rates": self.rates,
+            "checks": [{**asdict(c), "passed": c.passed} for c in self.checks],
+            "rows": [asdict(row) for row in self.rows],
+            "skipped": [
+                {"what": what, "comparator": name, "reason": reason}
+                for what, name, reason in self.skipped
+            ],
+        }

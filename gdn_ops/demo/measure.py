@@ -1,0 +1,199 @@
+"""What the demo measures: accuracy, resets, backends, decode. Nothing here prints."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gdn_ops import registry
+from gdn_ops.demo.memory import Memory, Operands, continue_text, operands, predict, read_through
+from gdn_ops.errors import BackendUnsupportedError
+from gdn_ops.gated_delta import RULES
+
+AFTER = 400
+"""Bytes after a boundary that count as shortly after it."""
+
+PREFIX = 1024
+"""Tokens on which backends are compared with the definition, which is slow."""
+
+
+@dataclass(frozen=True)
+class ResetEffect:
+    """What alpha = 0 at a boundary does.
+
+    Attributes:
+        boundaries: positions of the first byte of every chapter but the first.
+        kept, cleared: accuracy on the bytes shortly after a boundary, without and with resets.
+        kept_later, cleared_later: the same on all other bytes.
+        leak_kept, leak_cleared: largest change of o after the last boundary when everything
+            before it (but the last context) is replaced by other bytes.
+    """
+
+    boundaries: tuple[int, ...]
+    kept: float
+    cleared: float
+    kept_later: float
+    cleared_later: float
+    leak_kept: float
+    leak_cleared: float
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """One backend on the operands of the demo.
+
+    Attributes:
+        name: of the backend.
+        first: seconds of the first call on the prefix (compilation included).
+        prefix: seconds of the second.
+        whole: seconds on the whole text, None where the definition would be too slow.
+        error: worst over heads of max |o - o64| / max |o64| on the prefix.
+        reason: why it was not run, or None.
+    """
+
+    name: str
+    first: float = 0.0
+    prefix: float = 0.0
+    whole: float | None = None
+    error: float = 0.0
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A continuation and how it compares with one prefill over text and continuation.
+
+    Attributes:
+        added: the bytes that were generated.
+        seconds: of all steps together.
+        error: max |o_step - o_prefill| / max |o_prefill|.
+        same_bytes: positions at which both predict the same next byte.
+    """
+
+    added: bytes
+    seconds: float
+    error: float
+    same_bytes: int
+
+
+def hit_rate(predicted: Tensor, x: Tensor, where: Tensor | None = None) -> float:
+    """Return the share of bytes that were predicted.
+
+    Args:
+        predicted: (T,) predicted[t] is for x[t + 1].
+        x: (T,) the bytes.
+        where: (T - 1,) bool, which of x[1:] count; all when None.
+    """
+    hits = (predicted[:-1] == x[1:]).float()
+    if where is not None:
+        hits = hits[where]
+    return float(hits.mean()) if len(hits) else float("nan")
+
+
+def majority_accuracy(x: Tensor) -> float:
+    """Return the accuracy of always saying the text's most frequent byte."""
+    common = torch.bincount(x, minlength=256).argmax()
+    return hit_rate(common.expand(len(x)), x)
+
+
+def table_accuracy(x: Tensor, contexts: tuple[int, ...]) -> float:
+    """Return the accuracy of an exact table: what came last after the longest known context."""
+    text, table, hits = bytes(x.tolist()), dict[bytes, int](), 0
+    for t in range(len(text) - 1):
+        keys = [text[t - n + 1 : t + 1] for n in sorted(contexts, reverse=True) if n <= t + 1]
+        found = next((table[key] for key in keys if key in table), -1)
+        hits += found == text[t + 1]
+        table.update((key, text[t + 1]) for key in keys)
+    return hits / max(1, len(text) - 1)
+
+
+def rule_accuracies(
+    memory: Memory, x: Tensor, given: Operands, backend: str = "auto"
+) -> list[tuple[str, float]]:
+    """Return the next-byte accuracy of each rule of the family."""
+    found = []
+    for rule in RULES:
+        o, _ = read_through(given, rule.name, backend)
+        found.append((rule.name, hit_rate(predict(memory, o)[0], x)))
+    return found
+
+
+def boundaries(text: bytes) -> tuple[int, ...]:
+    """Return where chapters start (the first left out); the middle if there are none."""
+    starts = [m.start() for m in re.finditer(rb"^(?:Chapter |#+ )", text, re.MULTILINE)]
+    return tuple(start for start in starts if start > 0) or (len(text) // 2,)
+
+
+def reset_effect(
+    memory: Memory, x: Tensor, cuts: tuple[int, ...], backend: str = "auto"
+) -> ResetEffect:
+    """Compare a memory that is cleared at every boundary with one that is not."""
+    soon = torch.zeros(len(x) - 1, dtype=torch.bool)
+    for cut in cuts:
+        soon[cut : cut + AFTER] = True
+    rates, leaks = [], []
+    last = cuts[-1]
+    other = x.clone()
+    # The last context before the boundary stays: it is in the keys after it.
+    changed = max(0, last - max(memory.contexts) - 1)
+    other[:changed] = other[:changed].flip(0)
+    for resets in ((), cuts):
+        o, _ = read_through(operands(memory, x, resets), backend=backend)
+        predicted = predict(memory, o)[0]
+        rates += [hit_rate(predicted, x, soon), hit_rate(predicted, x, ~soon)]
+        o_other, _ = read_through(operands(memory, other, resets), backend=backend)
+        leaks.append(float((o - o_other)[:, last:].abs().max()))
+    return ResetEffect(cuts, rates[0], rates[2], rates[1], rates[3], leaks[0], leaks[1])
+
+
+def _prefix(given: Operands, tokens: int, dtype: torch.dtype) -> Operands:
+    cut = {name: getattr(given, name)[:, :tokens].to(dtype) for name in ("q", "k", "v", "alpha")}
+    return replace(given, **cut)
+
+
+def definition(given: Operands) -> Tensor:
+    """Return o of the definition in float64 on the prefix, (1, T', H, V)."""
+    return read_through(_prefix(given, PREFIX, torch.float64), backend="naive")[0]
+
+
+def backend_row(name: str, given: Operands, exact: Tensor) -> BackendRow:
+    """Time one backend and compare it with the definition, or say why it did not run.
+
+    Args:
+        name: of the backend.
+        given: operands of the whole text.
+        exact: what `definition` returned for them.
+    """
+    info = next(info for info in registry.backends() if info.name == name)
+    if info.status != "available":
+        return BackendRow(name, reason=info.status)
+    prefix = _prefix(given, PREFIX, given.q.dtype)
+    times = []
+    try:
+        for operand in (prefix, prefix, given) if name != "naive" else (prefix, prefix):
+            start = time.perf_counter()
+            o, _ = read_through(operand, backend=name)
+            times.append(time.perf_counter() - start)
+    except BackendUnsupportedError as refusal:
+        return BackendRow(name, reason=" ".join(str(refusal).split()))
+    difference = (o[:, : exact.shape[1]].double() - exact).abs().amax((0, 1, 3))
+    error = float((difference / exact.abs().amax((0, 1, 3))).max())
+    return BackendRow(name, times[0], times[1], times[2] if len(times) > 2 else None, error)
+
+
+def decode(memory: Memory, x: Tensor, count: int, backend: str = "auto") -> Decode:
+    """Continue a text by `count` bytes and compare the steps with one prefill over all."""
+    o, state = read_through(operands(memory, x), backend=backend)
+    first = int(predict(memory, o)[0, -1])
+    start = time.perf_counter()
+    added, stepped = continue_text(memory, x, state, first, count, backend)
+    seconds = time.perf_counter() - start
+    whole, _ = read_through(operands(memory, torch.cat((x, added))), backend=backend)
+    again = whole[:, len(x) :]
+    error = float((stepped - again).abs().max() / again.abs().max())
+    same = int((predict(memory, stepped) == predict(memory, again)).sum())
+    return Decode(bytes(added.tolist()), seconds, error, same)

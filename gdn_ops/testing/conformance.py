@@ -1,0 +1,316 @@
+"""Everything a backend must pass, as named subjects; pytest and `gdn-ops check` run the same.
+
+A new backend needs no test code: `subjects(backend)` follows from its limits.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import FlakyFailure
+
+import gdn_ops
+from gdn_ops.errors import BackendUnsupportedError, SpecError
+from gdn_ops.registry import Backend, get_backend
+from gdn_ops.testing.example import Example
+from gdn_ops.testing.laws import LAWS, Law
+from gdn_ops.testing.oracle import Verdict, judge
+from gdn_ops.testing.strategies import SHAPE_CLASSES, calls
+
+EXAMPLES_PER_ROUND = 10
+
+
+class ConformanceError(AssertionError):
+    """A backend computed something else than the definition. The text is the call, as code."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing that is checked.
+
+    Attributes:
+        name: as printed, a sentence.
+        judge: from a backend's name and an example to a verdict.
+        options: passed to `strategies.calls`.
+        law: the law's function name, for the code that reproduces a failure.
+    """
+
+    name: str
+    judge: Law
+    options: tuple[tuple[str, Any], ...] = ()
+    law: str | None = None
+
+    def code(self, backend: str, example: Example) -> str:
+        """Return the code that repeats this judgement."""
+        if self.law is None:
+            return example.code(backend)
+        return (
+            "from gdn_ops.testing import Example\n"
+            f"from gdn_ops.testing.laws import {self.law}\n"
+            f"print({self.law}({backend!r}, {example!r}))"
+        )
+
+    def verify(self, backend: str, example: Example) -> Verdict:
+        """Return the verdict; raise ConformanceError if it does not pass."""
+        verdict = self.judge(backend, example)
+        if not verdict.passed:
+            raise ConformanceError(f"{verdict}\n{self.code(backend, example)}")
+        return verdict
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """The result of one subject.
+
+    Attributes:
+        subject: its name.
+        examples: how many calls were judged.
+        worst: largest error / allowance seen; <= 1 passes.
+        passed: whether all did.
+        failure: the minimal failing call as code, or None.
+    """
+
+    subject: str
+    examples: int
+    worst: float
+    passed: bool
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The result of `check`.
+
+    Attributes:
+        backend: its name.
+        rows: a row per subject.
+        seconds: how long it took.
+    """
+
+    backend: str
+    rows: tuple[CheckRow, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every subject passed and was judged on at least one example."""
+        return all(row.passed and row.examples > 0 for row in self.rows)
+
+    @property
+    def examples(self) -> int:
+        """How many calls were judged in all."""
+        return sum(row.examples for row in self.rows)
+
+
+def forward_and_gradients(backend: str, example: Example) -> Verdict:
+    """Judge outputs, final state and every gradient against the definition in float64."""
+    instance = get_backend(backend)
+    grad = isinstance(instance, Backend) and instance.limits.grad
+    return judge(example, backend, gradients=grad)
+
+
+def second_derivatives(backend: str, example: Example) -> Verdict:
+    """Compare gradients of gradients with finite differences (torch.autograd.gradgradcheck)."""
+    arguments = example.arguments()
+    names = [
+        n for n, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()
+    ]
+    if "log_alpha" in names or example.T == 0 or example.B == 0 or example.sizes.N == 0:
+        return Verdict(0.0, "nothing to differentiate", 0.0, 0.0)
+    # Finite differences need room on both sides: gates stay off the ends of their domains.
+    for name, low, high in (("alpha", 0.2, 0.9), ("beta", 0.2, 1.8)):
+        if name in arguments and arguments[name] is not None:
+            arguments[name] = arguments[name].clamp(low, high)
+    inputs = [arguments[n].detach().requires_grad_() for n in names]
+
+    def function(*tensors: torch.Tensor) -> Any:
+        changed = arguments | dict(zip(names, tensors, strict=True))
+        return gdn_ops.gated_delta(**changed, return_state=True, backend=backend)
+
+    # fast_mode compares one random direction per pair, which bounds the time.
+    passed = torch.autograd.gradgradcheck(
+        function, inputs, raise_exception=False, fast_mode=True
+    ) and torch.autograd.gradcheck(function, inputs, raise_exception=False, fast_mode=True)
+    return Verdict(0.0 if passed else float("inf"), "gradgradcheck", float(not passed), 0.0)
+
+
+def subjects(backend: Backend) -> tuple[Subject, ...]:
+    """Return what a backend has to pass, given its limits."""
+    limits = backend.limits
+    rows = [
+        Subject(
+            "outputs, states and gradients equal the definition",
+            forward_and_gradients,
+            (("varlen", False),),
+        ),
+    ]
+    if limits.varlen:
+        rows.append(
+            Subject("so they do for packed sequences", forward_and_gradients, (("varlen", True),))
+        )
+    has_step = "gated_delta_step" in limits.ops
+    for law in LAWS:
+        name = getattr(law, "__name__", "")
+        if not has_step and "step" in name and "descent" not in name:
+            continue
+        if not limits.varlen and "packing" in name:
+            continue
+        if not limits.grad and name in _LAWS_OF_GRADIENTS:
+            continue
+        if "float64" not in limits.dtypes and name == "one_scalar_checks_a_whole_backward":
+            continue
+        rows.append(Subject(name.replace("_", " "), law, law=name))
+    if limits.second_grad and "float64" in limits.dtypes:
+        small = (("dtypes", ("float64",)), ("max_tokens", 3), ("shape_classes", _TINY))
+        rows.append(
+            Subject("second derivatives exist and are right", second_derivatives, small, law=None)
+        )
+    return tuple(rows)
+
+
+_LAWS_OF_GRADIENTS = (
+    "a_reset_forgets_the_past",
+    "grouping_equals_repeated_heads",
+    "one_scalar_checks_a_whole_backward",
+    "delta_is_gated_delta_without_decay",
+)
+
+_TINY = ({"B": 1, "H": 1, "R": 2, "K": 2, "V": 3}, {"B": 2, "H": 1, "R": 1, "K": 3, "V": 2})
+
+
+def _options(backend: Backend, subject: Subject) -> dict[str, Any]:
+    options = dict(subject.options)
+    if backend.compiles_per_shape:
+        options.setdefault("shape_classes", SHAPE_CLASSES)
+        options.setdefault("dtypes", ("float32",))
+    return options
+
+
+def run_subject(
+    backend: str,
+    subject: Subject,
+    *,
+    examples: int,
+    seed: int | None = None,
+    deadline: float = float("inf"),
+    profile: settings | None = None,
+    shrink: bool = True,
+) -> CheckRow:
+    """Judge one subject on drawn examples; shrink to the minimal failing call.
+
+    Args:
+        backend: its name.
+        subject: what to judge.
+        examples: how many calls to draw.
+        seed: of the draw; None leaves it to hypothesis' profile.
+        deadline: `time.perf_counter()` after which no further example is judged.
+        profile: hypothesis settings to start from.
+        shrink: whether to look for the smallest failing call.
+    """
+    instance = get_backend(backend)
+    if isinstance(instance, str):
+        raise SpecError(f"backend {backend!r}: {instance}")
+    judged, worst_ratio = 0, 0.0
+
+    @settings(
+        profile,
+        max_examples=examples,
+        deadline=None,
+        phases=(Phase.reuse, Phase.generate, *((Phase.shrink,) if shrink else ())),
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+        print_blob=False,
+    )
+    @given(calls(limits=instance.limits, **_options(instance, subject)))
+    def property_holds(example: Example) -> None:
+        nonlocal judged, worst_ratio
+        if time.perf_counter() > deadline and judged:
+            return
+        try:
+            verdict = subject.verify(backend, example)
+        except BackendUnsupportedError:
+            return
+        except ConformanceError:
+            raise
+        except Exception as error:
+            text = "".join(traceback.format_exception_only(error)).strip()
+            code = subject.code(backend, example)
+            raise ConformanceError(f"raised {text}\n{code}") from error
+        judged += 1
+        worst_ratio = max(worst_ratio, verdict.worst)
+
+    test = property_holds if seed is None else hypothesis.seed(seed)(property_holds)
+    try:
+        test()
+    except ConformanceError as failure:
+        return CheckRow(subject.name, judged + 1, float("inf"), False, str(failure))
+    except FlakyFailure as failure:
+        return CheckRow(subject.name, judged + 1, float("inf"), False, f"not repeatable: {failure}")
+    return CheckRow(subject.name, judged, worst_ratio, True, None)
+
+
+def check(
+    backend: str,
+    seconds: float,
+    on_progress: Callable[[float, str], None] | None = None,
+    seed: int | None = None,
+) -> CheckReport:
+    """Check a backend for a given time: every subject at least once, then round and round.
+
+    Args:
+        backend: its name.
+        seconds: how long; the first round is finished whatever it takes.
+        on_progress: called with the fraction done and the subject under test.
+        seed: of the first round; random if None.
+
+    Raises:
+        SpecError: no backend has that name, or it is not installed.
+    """
+    instance = get_backend(backend)
+    if isinstance(instance, str):
+        raise SpecError(f"backend {backend!r}: {instance}")
+    first = int(torch.seed() % 2**31) if seed is None else seed
+    start = time.perf_counter()
+    rows = {
+        subject.name: CheckRow(subject.name, 0, 0.0, True, None) for subject in subjects(instance)
+    }
+    everything, turn = subjects(instance), 0
+    while turn == 0 or time.perf_counter() - start < seconds:
+        for i, subject in enumerate(everything):
+            elapsed = time.perf_counter() - start
+            if turn and elapsed >= seconds:
+                break
+            if on_progress is not None:
+                share = max(elapsed / seconds if seconds else 1.0, i / len(everything) * (not turn))
+                on_progress(min(share, 1.0), subject.name)
+            old = rows[subject.name]
+            if not old.passed:
+                continue
+            new = run_subject(
+                backend,
+                subject,
+                examples=EXAMPLES_PER_ROUND if turn else 3,
+                seed=first + turn,
+                deadline=start + seconds,
+                profile=settings(database=None),
+            )
+            rows[subject.name] = CheckRow(
+                subject.name,
+                old.examples + new.examples,
+                max(old.worst, new.worst),
+                new.passed,
+                new.failure,
+            )
+        turn += 1
+        if not any(row.passed for row in rows.values()):
+            break
+    if on_progress is not None:
+        on_progress(1.0, "done")
+    return CheckReport(backend, tuple(rows.values()), time.perf_counter() - start)

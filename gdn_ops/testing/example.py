@@ -1,0 +1,234 @@
+"""One drawn call: a handful of plain values from which every tensor follows.
+
+An `Example` prints as the code that makes it, so a failure is reproduced by pasting it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import gdn_ops
+from gdn_ops.gated_delta import GATED_DELTA
+from gdn_ops.numerics import compute_dtype
+from gdn_ops.spec import Sizes
+
+GATES = ("uniform", "slow", "extreme", "strong", "one", "zero")
+"""How decays are drawn: anywhere; close to 1; with exact 0, 1, 1 - 2**-24 and 1e-30 among
+them; e**-20 per token; all 1; all 0."""
+
+BETAS = ("unit", "wide", "edges", "none")
+"""How write strengths are drawn: in [0, 1]; in [0, 2]; among 0, 1 and 2; not given."""
+
+KEYS = ("random", "parallel", "repeated")
+"""How keys of norm 1 are drawn: independent; nearly parallel; from three vectors."""
+
+DEVICE = "cpu"
+"""Where the tensors of examples are made; `gdn-ops check` sets it to the device under test."""
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Example:
+    """The parameters of one call of `gated_delta`.
+
+    Attributes:
+        rule: member of the family.
+        dtype: of q, k, v.
+        B, T, H, R, K, V: sizes; R is value heads per key head.
+        lengths: lengths of packed sequences (then B is 1 and T their sum), or None.
+        gate, beta, keys: how values are drawn, see GATES, BETAS, KEYS.
+        log_gate: whether the gate is given as log_alpha.
+        initial_state: whether there is one.
+        qk_l2norm, scale, chunk_size: as in the call.
+        strided: whether q, k, v are views with gaps.
+        seed: of every random number.
+    """
+
+    rule: str = "gated_delta"
+    dtype: str = "float32"
+    B: int = 1
+    T: int = 1
+    H: int = 1
+    R: int = 1
+    K: int = 4
+    V: int = 4
+    lengths: tuple[int, ...] | None = None
+    gate: str = "uniform"
+    beta: str = "unit"
+    keys: str = "random"
+    log_gate: bool = False
+    initial_state: bool = False
+    qk_l2norm: bool = False
+    scale: float | None = None
+    chunk_size: int | None = None
+    strided: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.lengths is not None and (self.B != 1 or sum(self.lengths) != self.T):
+            raise ValueError(f"lengths {self.lengths} need B=1 and T={sum(self.lengths)}")
+
+    def __repr__(self) -> str:
+        shown = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"Example({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+    @property
+    def sizes(self) -> Sizes:
+        """The axes of the call."""
+        n = self.B if self.lengths is None else len(self.lengths)
+        return Sizes(self.B, self.T, self.H, self.H * self.R, self.K, self.V, n)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the call, without `backend` and `return_state`."""
+        return _Drawing(self).arguments()
+
+    def cotangents(self) -> tuple[Tensor, Tensor]:
+        """Return random gradients of o (B, T, HV, V) and of the final state."""
+        s = self.sizes
+        draw = _Drawing(replace(self, seed=self.seed + 1))
+        d_o = draw.normal(s.B, s.T, s.HV, s.V).to(draw.dtype)
+        return d_o.to(DEVICE), draw.normal(s.N, s.HV, s.K, s.V).to(draw.wide).to(DEVICE)
+
+    def run(self, backend: str, *, gradients: bool = True, **changes: Any) -> Results:
+        """Run the call and return its results by name.
+
+        Args:
+            backend: name of the backend.
+            gradients: whether to include `d_NAME` for every differentiable tensor.
+            changes: arguments that replace those of the example.
+        """
+        return run(self.arguments() | changes, backend, self.cotangents() if gradients else None)
+
+    def code(self, backend: str) -> str:
+        """Return the code that runs this example against the oracle."""
+        return (
+            "from gdn_ops.testing import Example\n"
+            "from gdn_ops.testing.oracle import judge\n"
+            f"print(judge({self!r}, {backend!r}))"
+        )
+
+
+def run(
+    arguments: dict[str, Any], backend: str, cotangents: tuple[Tensor, Tensor] | None
+) -> Results:
+    """Run `gated_delta` on arguments; with cotangents (of o and final_state), its gradients too."""
+    arguments = dict(arguments)
+    inputs: dict[str, Tensor] = {}
+    if cotangents is not None:
+        for arg in GATED_DELTA.tensors:
+            x = arguments.get(arg.name)
+            if arg.differentiable and x is not None:
+                inputs[arg.name] = arguments[arg.name] = x.detach().requires_grad_()
+    with torch.set_grad_enabled(cotangents is not None):
+        o, state = gdn_ops.gated_delta(**arguments, return_state=True, backend=backend)
+    results = {"o": o.detach(), "final_state": state.detach()}
+    if cotangents is not None:
+        # o and the state do not depend on anything where there is no token.
+        pairs = [(x, g) for x, g in zip((o, state), cotangents, strict=True) if x.requires_grad]
+        found = torch.autograd.grad(
+            [x for x, _ in pairs],
+            list(inputs.values()),
+            [g.to(x.dtype) for x, g in pairs],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        results |= {f"d_{name}": grad for name, grad in zip(inputs, found, strict=True)}
+    return results
+
+
+class _Drawing:
+    """Draws the tensors of one example from its seed."""
+
+    def __init__(self, example: Example) -> None:
+        self.example = example
+        self.generator = torch.Generator().manual_seed(example.seed)
+        self.dtype: torch.dtype = getattr(torch, example.dtype)
+        self.wide = compute_dtype(self.dtype)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
+
+    def pick(self, values: tuple[float, ...], shape: tuple[int, ...]) -> Tensor:
+        index = torch.randint(len(values), shape, generator=self.generator)
+        return torch.tensor(values, dtype=torch.float64)[index]
+
+    def arguments(self) -> dict[str, Any]:
+        e, s = self.example, self.example.sizes
+        rule = GATED_DELTA.rule[e.rule]
+        q, k = self.normal(s.B, s.T, s.H, s.K), self.key_vectors()
+        v = self.normal(s.B, s.T, s.HV, s.V)
+        arguments: dict[str, Any] = {
+            name: self.laid_out(x.to(self.dtype)) for name, x in (("q", q), ("k", k), ("v", v))
+        }
+        if rule.has_decay:
+            alpha = self.decay()
+            gate = alpha.log() if e.log_gate else alpha
+            arguments["log_alpha" if e.log_gate else "alpha"] = gate.to(self.wide).to(DEVICE)
+        if e.beta != "none":
+            arguments["beta"] = self.strength().to(self.wide).to(DEVICE)
+        if e.initial_state:
+            state = self.normal(s.N, s.HV, s.K, s.V)
+            arguments["initial_state"] = state.to(self.wide).to(DEVICE)
+        if e.lengths is not None:
+            bounds = torch.tensor((0, *e.lengths)).cumsum(0)
+            arguments["cu_seqlens"] = bounds.to(DEVICE)
+        return arguments | {
+            "rule": e.rule,
+            "qk_l2norm": e.qk_l2norm,
+            "scale": e.scale,
+            "chunk_size": e.chunk_size,
+        }
+
+    def key_vectors(self) -> Tensor:
+        e, s = self.example, self.example.sizes
+        shape = (s.B, s.T, s.H, s.K)
+        keys = self.normal(*shape)
+        if e.keys == "parallel":
+            keys = self.normal(s.B, 1, s.H, s.K) + 1e-3 * keys
+        elif e.keys == "repeated":
+            index = torch.randint(3, (s.T,), generator=self.generator)
+            keys = self.normal(s.B, 3, s.H, s.K)[:, index]
+        return functional.normalize(keys, dim=-1)
+
+    def decay(self) -> Tensor:
+        s = self.example.sizes
+        shape = (s.B, s.T, s.HV)
+        uniform = self.uniform(*shape)
+        kinds: dict[str, Callable[[], Tensor]] = {
+            "uniform": lambda: uniform,
+            "slow": lambda: 1 - 0.1 * uniform,
+            "extreme": lambda: torch.where(
+                self.uniform(*shape) < 0.5,
+                uniform,
+                self.pick((0.0, 0.0, 1.0, 1 - 2**-24, 1e-30), shape),
+            ),
+            "strong": lambda: torch.exp(-20 - uniform),
+            "one": lambda: torch.ones(shape, dtype=torch.float64),
+            "zero": lambda: torch.zeros(shape, dtype=torch.float64),
+        }
+        return kinds[self.example.gate]()
+
+    def strength(self) -> Tensor:
+        s = self.example.sizes
+        shape = (s.B, s.T, s.HV)
+        if self.example.beta == "edges":
+            return self.pick((0.0, 1.0, 2.0), shape)
+        return self.uniform(*shape) * (2 if self.example.beta == "wide" else 1)
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """Return x, or an equal view with gaps and transposed strides."""
+        if not self.example.strided:
+            return x.to(DEVICE)
+        wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype)
+        view = wide.transpose(1, 2).contiguous().transpose(1, 2)[..., 1::2]
+        return view.copy_(x).to(DEVICE)

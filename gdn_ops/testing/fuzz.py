@@ -1,0 +1,57 @@
+"""Long random fuzzing: `python -m gdn_ops.testing.fuzz --seconds 600`.
+
+Every subject of every installed backend in turn, with random examples; failures are kept in
+hypothesis' example database and tried first the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from hypothesis import settings
+from hypothesis.database import DirectoryBasedExampleDatabase
+
+from gdn_ops.registry import Backend, get_backend, known_backends
+from gdn_ops.testing.conformance import run_subject, subjects
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fuzz for a while; return 1 if a backend failed, else 0."""
+    parser = argparse.ArgumentParser(description="Fuzz gdn_ops backends with random calls.")
+    parser.add_argument("--seconds", type=float, default=600.0, help="how long")
+    parser.add_argument("--backend", action="append", help="name; every installed one by default")
+    parser.add_argument("--database", default=".hypothesis/examples", help="folder of failures")
+    options = parser.parse_args(arguments)
+    profile = settings(database=DirectoryBasedExampleDatabase(options.database), derandomize=False)
+    names = options.backend or known_backends()
+    work = []
+    for name in names:
+        backend = get_backend(name)
+        if isinstance(backend, Backend):
+            work += [(name, subject) for subject in subjects(backend)]
+        else:
+            print(f"{name}: {backend}")
+    deadline = time.perf_counter() + options.seconds
+    failures: dict[tuple[str, str], str] = {}
+    examples, turn = 0, 0
+    while work and time.perf_counter() < deadline:
+        name, subject = work[turn % len(work)]
+        turn += 1
+        if (name, subject.name) in failures:
+            if len(failures) == len(work):
+                break
+            continue
+        row = run_subject(name, subject, examples=40, deadline=deadline, profile=profile)
+        examples += row.examples
+        print(f"{'ok   ' if row.passed else 'WRONG'} {name}: {row.subject} ({row.examples})")
+        if row.failure is not None:
+            failures[name, subject.name] = row.failure
+            print(row.failure)
+    print(f"{examples} examples, {len(failures)} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

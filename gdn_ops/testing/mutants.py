@@ -1,0 +1,181 @@
+"""Backends made wrong on purpose: what proves that the kit can fail.
+
+Each plants one classic mistake in a backend. The mistake is made outside the backend, in the
+call it gets or the result it gives, so that the same mutants test the kit on every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gdn_ops import library
+from gdn_ops.bind import Call
+from gdn_ops.errors import SpecError
+from gdn_ops.registry import Backend, Forward, get_backend
+from gdn_ops.spec import Limits
+
+Mutation = Callable[[Backend, Call], tuple[Tensor, Tensor]]
+
+
+def dropped_scale(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """The scale is not applied to q."""
+    return library.run(backend, replace(call, scale=1.0))
+
+
+def decay_after_the_error(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """The error term reads the state before it has decayed: u = beta (v - S^T k).
+
+    With beta' = beta / alpha and v' = alpha v the right rule computes just that.
+    """
+    alpha = call.alpha if call.log_alpha is None else call.log_alpha.exp()
+    if alpha is None or not call.rule.has_erase:
+        return library.run(backend, call)
+    alpha = alpha.clamp(min=0.05)
+    beta = torch.ones_like(alpha) if call.beta is None else call.beta
+    v = (call.v * alpha.unsqueeze(-1)).to(call.v.dtype)
+    return library.run(backend, replace(call, beta=beta / alpha, v=v))
+
+
+def ungated_inverse(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """The decay is missing in T = (I + A)^-1, chunks of 16 tokens.
+
+    v' makes the right inverse give U of the wrong one: (I + A) U_wrong = beta (v' - b K S).
+    """
+    if not call.rule.has_erase or not call.rule.has_decay or call.cu_seqlens is not None:
+        return library.run(backend, call)
+    outputs, state = [], call.state
+    for start in range(0, call.sizes.T, 16):
+        part = _tokens(call, slice(start, min(start + 16, call.sizes.T)), state)
+        o, state = library.run(backend, replace(part, v=_values_of_ungated_inverse(part)))
+        outputs.append(o)
+    return _joined(backend, call, outputs, state)
+
+
+def _values_of_ungated_inverse(call: Call) -> Tensor:
+    repeats = call.sizes.R
+    keys = torch.nn.functional.normalize(call.k.double(), dim=-1) if call.qk_l2norm else call.k
+    k = keys.double().repeat_interleave(repeats, 2).transpose(1, 2)
+    v = call.v.double().transpose(1, 2)
+    alpha = call.alpha if call.alpha is not None else call.log_alpha.exp()  # type: ignore[union-attr]
+    log = alpha.double().clamp(min=1e-30).log().transpose(1, 2).cumsum(-1)
+    beta = torch.ones_like(log) if call.beta is None else call.beta.double().transpose(1, 2)
+    D = (log.unsqueeze(-1) - log.unsqueeze(-2)).tril().exp().tril()
+    A = ((k @ k.mT) * beta.unsqueeze(-1)).tril(-1)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    right_hand = beta.unsqueeze(-1) * v
+    if call.state is not None:
+        right_hand = right_hand - (beta * log.exp()).unsqueeze(-1) * (k @ call.state.double())
+    wrong = torch.linalg.solve_triangular(eye + A, right_hand, upper=False)
+    shift = (eye + A * D) @ wrong - right_hand
+    moved = v + shift / beta.clamp(min=1e-2).unsqueeze(-1)
+    return moved.transpose(1, 2).to(call.v.dtype)
+
+
+def first_chunk_only(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Tokens after the first 16 are not seen."""
+    if call.cu_seqlens is not None or call.sizes.T <= 16:
+        return library.run(backend, call)
+    o, state = library.run(backend, _tokens(call, slice(0, 16), call.state))
+    rest = torch.zeros_like(call.v[:, 16:])
+    return torch.cat((o, rest), 1), state
+
+
+def one_wrong_head_of_sixteen(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Head 15 of 16 or more is off by one part in a hundred."""
+    o, state = library.run(backend, call)
+    if call.sizes.HV < 16:
+        return o, state
+    factor = torch.ones(call.sizes.HV, 1, dtype=o.dtype, device=o.device)
+    factor[15] = 1.01
+    return o * factor, state
+
+
+def no_gradient_at_zero(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """The gradient of alpha is 0 where alpha is 0."""
+    if call.alpha is None:
+        return library.run(backend, call)
+    blocked = torch.where(call.alpha == 0, call.alpha.detach(), call.alpha)
+    return library.run(backend, replace(call, alpha=blocked))
+
+
+def tiled_heads(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Value head h reads key head h % H instead of h // R."""
+    repeats = call.sizes.R
+    q, k = (x.repeat(1, 1, repeats, 1) for x in (call.q, call.k))
+    sizes = replace(call.sizes, H=call.sizes.HV)
+    return library.run(backend, replace(call, q=q, k=k, sizes=sizes))
+
+
+def state_of_the_padded_tail(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """The final state has decayed through the tokens that pad the last chunk."""
+    o, state = library.run(backend, call)
+    missing = -call.sizes.T % 16
+    if not call.rule.has_decay or call.cu_seqlens is not None or not call.sizes.T:
+        return o, state
+    last = call.alpha if call.alpha is not None else call.log_alpha.exp()  # type: ignore[union-attr]
+    return o, state * (last[:, -1, :, None, None].to(state.dtype) ** missing)
+
+
+MUTATIONS: dict[str, Mutation] = {
+    mutation.__name__: mutation
+    for mutation in (
+        dropped_scale,
+        decay_after_the_error,
+        ungated_inverse,
+        first_chunk_only,
+        one_wrong_head_of_sixteen,
+        no_gradient_at_zero,
+        tiled_heads,
+        state_of_the_padded_tail,
+    )
+}
+"""Every mistake by name."""
+
+
+def mutant(mutation: str, base: str) -> type[Backend]:
+    """Return a backend class that makes a mistake on top of an installed backend.
+
+    Args:
+        mutation: a key of MUTATIONS.
+        base: name of the backend to plant it in.
+
+    Raises:
+        SpecError: the base backend is not installed.
+    """
+    found = get_backend(base)
+    if isinstance(found, str):
+        raise SpecError(f"backend {base!r}: {found}")
+    instance: Backend = found
+
+    class Mutant(Backend):
+        name = f"{mutation}_in_{base}"
+        limits: Limits = replace(instance.limits, second_grad=False)
+        differentiable = True
+        compiles_per_shape = instance.compiles_per_shape
+
+        def forward(self, call: Call) -> Forward:
+            return Forward(*MUTATIONS[mutation](instance, call))
+
+        def step(self, call: Call) -> tuple[Tensor, Tensor]:
+            return instance.step(call)
+
+    return Mutant
+
+
+def _tokens(call: Call, which: slice, state: Tensor | None) -> Call:
+    *token, _ = call.tensors()
+    parts = [None if x is None else x[:, which] for x in token]
+    sizes = replace(call.sizes, T=which.stop - which.start)
+    return replace(call, sizes=sizes).with_tensors(*parts, state)
+
+
+def _joined(
+    backend: Backend, call: Call, outputs: list[Tensor], state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if state is None or not outputs:
+        return library.run(backend, call)
+    return torch.cat(outputs, 1), state

@@ -1,0 +1,227 @@
+"""The judge: errors against the definition in float64, and how large they may be.
+
+The error of a result is taken per sequence and per head, and the worst head counts: an
+average hides one wrong head of 64. The allowance is derived, never tuned:
+
+    2 x (error of `naive` at working precision) + one rounding band x norm of the reference
+
+`naive` at working precision is run on the inputs as they are and on slightly moved inputs,
+and the largest error counts, so that a call whose result is sensitive to rounding is judged by
+that sensitivity and not by luck. A gate is moved by one rounding of its dtype. Everything else
+is moved by that and by n u, the a-priori bound of an inner product of length n = K + C in the
+arithmetic of the backend: a triangular solve by inner products is the exact solve of operands
+moved by that much, so this is what a chunkwise backend must be granted. The band is the
+rounding of the stored result, plus n u, plus |log alpha| u for decays formed in log space.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_ops.numerics import compute_dtype
+from gdn_ops.testing.example import Example, Results, run
+
+CHUNK = 64
+"""The longest chunk that the band allows for."""
+
+PERTURBATIONS = 2
+"""Runs on inputs moved by one rounding."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a set of results compares with the reference.
+
+    Attributes:
+        worst: largest error / allowance over results, sequences and heads; <= 1 passes.
+        where: "result, sequence n, head h" of the worst.
+        error: relative error there.
+        allowed: relative error allowed there.
+    """
+
+    worst: float
+    where: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every error is within its allowance. NaN does not pass."""
+        return self.worst <= 1
+
+    def __str__(self) -> str:
+        sign = "ok" if self.passed else "WRONG"
+        return f"{sign}: {self.where}: got {self.error:.3g}, but should be <= {self.allowed:.3g}"
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Return u, half the distance from 1 to the next number."""
+    return torch.finfo(dtype).eps / 2
+
+
+def per_head(x: Tensor, name: str, example: Example) -> Tensor:
+    """Return the squared sums of a result per (sequence, head), float64.
+
+    Args:
+        x: (B, T, heads, ...) or (N, HV, K, V) for states.
+        name: the result's name.
+        example: the call, for its sequence boundaries.
+    """
+    squares = x.double().square()
+    if name.endswith("state"):
+        return squares.flatten(2).sum(-1)
+    squares = squares.flatten(3).sum(-1) if x.dim() > 3 else squares
+    if example.lengths is None:
+        return squares.sum(1)
+    parts = squares[0].split(list(example.lengths))
+    return torch.stack([part.sum(0) for part in parts]) if parts else squares.new_zeros(0, 1)
+
+
+def norms(x: Tensor, name: str, example: Example) -> Tensor:
+    """Return the norm of a result per (sequence, head)."""
+    return per_head(x, name, example).sqrt()
+
+
+def _moved(arguments: dict[str, Any], seed: int, inner: float) -> dict[str, Any]:
+    """Move every float input by roundings, staying in its domain; `inner` is n u."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = dict(arguments)
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and x.is_floating_point():
+            noise = torch.rand(x.shape, generator=generator, dtype=torch.float64) * 2 - 1
+            size = unit_roundoff(x.dtype) + (0 if name == "alpha" else inner)
+            wide = x.double().cpu() * (1 + size * noise)
+            if name == "alpha":
+                wide = wide.clamp(max=1)
+            if name == "log_alpha":
+                wide = x.double().cpu() + unit_roundoff(x.dtype) * noise
+                wide = wide.clamp(max=0)
+            if name == "beta":
+                wide = wide.clamp(max=2)
+            moved[name] = wide.to(compute_dtype(x.dtype)).to(x.device)
+    return moved
+
+
+def _upcast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The reference of one example and how far a result may be from it.
+
+    Attributes:
+        example: the call.
+        reference: results of `naive` in float64.
+        allowance: absolute allowance per (sequence, head), by result.
+        scale: norm of the reference per (sequence, head), by result.
+    """
+
+    example: Example
+    reference: Results
+    allowance: dict[str, Tensor]
+    scale: dict[str, Tensor]
+
+    def judge(self, results: Results, factor: float = 1.0) -> Verdict:
+        """Compare results with the reference."""
+        return self.compare(results, self.reference, factor)
+
+    def compare(self, results: Results, others: Results, factor: float = 2.0) -> Verdict:
+        """Compare two sets of results of this call; two runs may differ by two allowances."""
+        verdicts = [
+            self._verdict(name, results[name], others[name], factor)
+            for name in others
+            if name in results
+        ]
+        if not verdicts:
+            raise ValueError("no result to compare")
+        return worst(verdicts)
+
+    def _verdict(self, name: str, x: Tensor, y: Tensor, factor: float) -> Verdict:
+        if x.shape != y.shape:
+            shapes = f"{name} has shape {tuple(x.shape)}, should be {tuple(y.shape)}"
+            return Verdict(float("inf"), shapes, float("inf"), 0.0)
+        error = norms(x.double() - y.double(), name, self.example)
+        allowed = factor * self.allowance[name]
+        if error.numel() == 0:
+            return Verdict(0.0, name, 0.0, 0.0)
+        ratio = torch.where(error == 0, 0.0, error / allowed)
+        ratio = ratio.nan_to_num(nan=float("inf"), posinf=float("inf"))
+        flat = int(ratio.argmax())
+        n, h = divmod(flat, ratio.shape[1])
+        size = max(float(self.scale[name][n, h]), 1e-300)
+        return Verdict(
+            float(ratio[n, h]),
+            f"{name}, sequence {n}, head {h}",
+            float(error[n, h]) / size,
+            float(allowed[n, h]) / size,
+        )
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the verdict with the largest ratio."""
+    return max(verdicts, key=lambda verdict: verdict.worst)
+
+
+@functools.lru_cache(maxsize=64)
+def judgement(example: Example, gradients: bool = True) -> Judgement:
+    """Return the reference and the allowances of an example."""
+    cotangents = example.cotangents() if gradients else None
+    return judgement_of(example.arguments(), cotangents, example)
+
+
+def judgement_of(
+    arguments: dict[str, Any], cotangents: tuple[Tensor, Tensor] | None, example: Example
+) -> Judgement:
+    """Return the reference and the allowances of a call that a law made from an example."""
+    exact = None if cotangents is None else (cotangents[0].double(), cotangents[1].double())
+    reference = run(_upcast(arguments, torch.float64), "naive", exact)
+    runs = [run(arguments, "naive", cotangents)]
+    inner = _inner_product(runs[0]["final_state"].dtype, example)
+    for seed in range(PERTURBATIONS):
+        moved = _moved(arguments, example.seed + seed, inner)
+        if example.dtype == "float64":
+            runs.append(run(moved, "naive", cotangents))
+        else:
+            runs.append(run(_upcast(moved, torch.float32), "naive", cotangents))
+    allowance, scale = {}, {}
+    for name, y in reference.items():
+        own = norms(y, name, example)
+        error = torch.zeros_like(own)
+        for other in runs:
+            error = torch.maximum(error, norms(other[name].double() - y, name, example))
+        scale[name] = own
+        typical = own.square().mean().sqrt() if own.numel() else own.sum()
+        stored = runs[0][name].dtype
+        rounding = 2 * unit_roundoff(stored) + _inner_product(stored, example)
+        rounding += _largest_log(arguments) * unit_roundoff(compute_dtype(stored))
+        allowance[name] = 2 * error + rounding * torch.maximum(own, typical)
+    return Judgement(example, reference, allowance, scale)
+
+
+def _inner_product(stored: torch.dtype, example: Example) -> float:
+    """Return n u, the a-priori bound of an inner product of length n = K + C."""
+    return (example.K + CHUNK) * unit_roundoff(compute_dtype(stored))
+
+
+def _largest_log(arguments: dict[str, Any]) -> float:
+    """Return the largest finite |log alpha| of a call."""
+    alpha, log_alpha = arguments.get("alpha"), arguments.get("log_alpha")
+    if alpha is None and log_alpha is None:
+        return 0.0
+    log = alpha.double().log() if alpha is not None else log_alpha.double()
+    return float(-log[log.isfinite()].min()) if bool(log.isfinite().any()) else 0.0
+
+
+def judge(example: Example, backend: str, gradients: bool = True) -> Verdict:
+    """Run an example on a backend and compare it with the definition in float64."""
+    return judgement(example, gradients).judge(example.run(backend, gradients=gradients))

@@ -1,0 +1,96 @@
+"""Hypothesis strategies: spec and limits to calls, the awkward ones with real probability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+
+from gdn_ops.gated_delta import GATED_DELTA
+from gdn_ops.spec import Limits, OpSpec
+from gdn_ops.testing.example import BETAS, GATES, KEYS, Example
+
+TOKENS = (0, 1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70, 127, 129, 150)
+"""Lengths around the edges of chunks of 16, 32 and 64 and of segments of 128."""
+
+HEAD_DIMS = (1, 2, 3, 5, 8, 16, 17, 24, 32, 48)
+
+REPEATS = (1, 2, 3, 4, 8)
+
+SCALES = (None, 1.0, 0.3, -2.0, 0.0)
+
+ANYWHERE = Limits(devices=("*",))
+
+SHAPE_CLASSES: tuple[dict[str, int], ...] = (
+    {"B": 1, "H": 2, "R": 2, "K": 8, "V": 16},
+    {"B": 2, "H": 1, "R": 3, "K": 16, "V": 5},
+)
+"""For backends that compile per shape: few classes, every length and every value."""
+
+
+def _head_dims(limits: Limits) -> list[int]:
+    allowed = HEAD_DIMS if limits.head_dims is None else tuple(limits.head_dims)
+    found = [d for d in allowed if d % limits.head_dim_multiple == 0 and d <= 64]
+    return found or [min(d for d in allowed if d % limits.head_dim_multiple == 0)]
+
+
+@st.composite
+def calls(
+    draw: st.DrawFn,
+    spec: OpSpec = GATED_DELTA,
+    limits: Limits = ANYWHERE,
+    *,
+    dtypes: Sequence[str] | None = None,
+    shape_classes: Sequence[dict[str, int]] | None = None,
+    varlen: bool | None = None,
+    max_tokens: int = max(TOKENS),
+) -> Example:
+    """Draw a call that the spec allows and `limits` supports.
+
+    Args:
+        draw: given by hypothesis.
+        spec: GATED_DELTA; its rules and attribute choices are drawn from it.
+        limits: of the backend under test.
+        dtypes: dtypes of q, k, v to draw from; those of the limits by default.
+        shape_classes: draw B, H, R, K, V from these instead of freely.
+        varlen: whether sequences are packed; drawn by default.
+        max_tokens: the longest sequence.
+    """
+    rule = spec.rule[draw(st.sampled_from([r.name for r in spec.rules if r.name in limits.rules]))]
+    tokens = st.sampled_from([t for t in TOKENS if t <= max_tokens])
+    packed = limits.varlen and (draw(st.booleans()) if varlen is None else varlen)
+    lengths = None
+    if packed:
+        lengths = tuple(draw(st.lists(tokens, min_size=0, max_size=3)))
+    if shape_classes is not None:
+        shape = dict(draw(st.sampled_from(shape_classes)))
+    else:
+        dims = st.sampled_from(_head_dims(limits))
+        shape = {
+            "B": draw(st.sampled_from((1, 2, 3, 0))),
+            "H": draw(st.sampled_from((1, 2, 3))),
+            "R": draw(st.sampled_from(REPEATS)),
+            "K": draw(dims),
+            "V": draw(dims),
+        }
+    if lengths is not None:
+        shape["B"] = 1
+    classes = shape_classes is not None
+    sizes = limits.chunk_sizes or (16, 32, 64, 5)
+    return Example(
+        rule=rule.name,
+        dtype=draw(st.sampled_from(list(dtypes or limits.dtypes))),
+        T=draw(tokens) if lengths is None else sum(lengths),
+        lengths=lengths,
+        gate=draw(st.sampled_from(GATES)) if rule.has_decay else "uniform",
+        beta=draw(st.sampled_from(BETAS)),
+        keys=draw(st.sampled_from(KEYS)),
+        log_gate=rule.has_decay and draw(st.booleans()),
+        initial_state=draw(st.booleans()),
+        qk_l2norm=draw(st.booleans()),
+        scale=draw(st.sampled_from(SCALES[:2] if classes else SCALES)),
+        chunk_size=None if classes else draw(st.sampled_from((None, *sizes))),
+        strided=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+        **shape,
+    )

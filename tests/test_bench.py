@@ -1,0 +1,229 @@
+"""The benchmark takes turns, refuses wrong numbers, and writes what it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn_ops import GATED_DELTA
+from gdn_ops.bench import measures, rows, steps, suite
+from gdn_ops.bench.floors import CHUNK, Rates
+from gdn_ops.bench.inputs import Inputs, Setting, find_case, make_inputs
+from gdn_ops.bench.memory import Peak, measure_peak
+from gdn_ops.bench.peers import Comparator, backend_comparator
+from gdn_ops.bench.runner import Timing, interleave
+from gdn_ops.bench.verify import RefusedError, verify
+
+TINY = find_case("tiny")
+RATES = Rates(1e11, 1e10, 1e10)
+
+
+class Clock:
+    """Seconds that pass only when somebody works."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def works(self, log: list[str], name: str, durations: list[float]) -> Callable[[], None]:
+        def work() -> None:
+            log.append(name)
+            self.now += durations.pop(0)
+
+        return work
+
+
+def working(name: str = "torch") -> Comparator:
+    found = backend_comparator(name)
+    assert isinstance(found, Comparator)
+    return found
+
+
+def wrong(change: Callable[[Tensor], Tensor]) -> Comparator:
+    right = working()
+    return Comparator("wrong", lambda x: change(right.run(x)))
+
+
+def test_actions_take_turns_and_every_round_starts_with_another() -> None:
+    log: list[str] = []
+    clock = Clock()
+    actions = {name: clock.works(log, name, [1.0] * 4) for name in "abc"}
+    interleave(actions, 3, warmups=1, clock=clock)
+    assert "".join(log) == "abcbcacababc"
+
+
+def test_medians_leave_the_warm_up_out() -> None:
+    clock = Clock()
+    actions = {
+        "slow": clock.works([], "slow", [100.0, 5.0, 3.0, 4.0]),
+        "fast": clock.works([], "fast", [0.0, 1.0, 9.0, 2.0]),
+    }
+    timing = interleave(actions, 3, warmups=1, clock=clock)
+    assert timing["slow"] == Timing((5.0, 3.0, 4.0))
+    assert (timing["slow"].median, timing["slow"].best) == (4.0, 3.0)
+    assert (timing["fast"].median, timing["fast"].best) == (2.0, 1.0)
+
+
+def test_benchmark_inputs_are_in_the_domains_of_the_spec() -> None:
+    x = make_inputs(TINY.sizes, torch.float32)
+    torch.testing.assert_close(x.k.norm(dim=-1), torch.ones(x.k.shape[:-1]))
+    assert -0.1 < x.log_alpha.min() < x.log_alpha.max() <= 0
+    assert 0 < x.beta.min() < x.beta.max() < 1
+
+
+def test_right_comparators_pass_and_are_judged_on_gradients_too() -> None:
+    x = make_inputs(TINY.sizes, torch.float32)
+    checks = verify([working(), working("naive")], TINY, x, gradients=True)
+    assert [check.passed for check in checks] == [True, True]
+    assert all(check.error > 0 for check in checks)
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, d: Tensor) -> Tensor:  # type: ignore[override]
+        return d * 1.01
+
+
+def _late_head(o: Tensor) -> Tensor:
+    o = o.clone()
+    o[:, 80:, 0] *= 1.01
+    return o
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda o: o * 1.001, ".* off by 0.001, above the allowance"),
+        (lambda o: o * float("nan"), "o of all heads off by nan"),
+        (lambda o: torch.cat((o[:, :70], 2 * o[:, 70:]), 1), "o off by"),
+        (_WrongGradient.apply, "d[a-z_]+ off by 0.01"),
+        (_late_head, "[a-z]+ against the first comparator off by"),
+    ],
+    ids=("scaled", "nan", "tail", "gradient", "one head late"),
+)
+def test_a_wrong_comparator_is_refused(change: Callable[[Tensor], Tensor], what: str) -> None:
+    x = make_inputs(TINY.sizes, torch.float32)
+    with pytest.raises(RefusedError, match=f"no times are shown.*wrong on tiny: {what}"):
+        verify([working(), wrong(change)], TINY, x, gradients=True)
+
+
+def test_rows_hold_the_ratio_of_medians_to_the_peer_and_the_floor() -> None:
+    x = make_inputs(TINY.sizes, torch.float32)
+    peer = Comparator("peer", working("naive").run, is_peer=True)
+    found = measures.sequence_rows("forward", TINY, x, [peer, working()], Setting(repeats=2), RATES)
+    assert [row.comparator for row in found] == ["peer", "torch"]
+    assert found[0].ratio == 1.0
+    assert found[1].ratio == pytest.approx(found[0].median / found[1].median)
+    assert {row.samples for row in found} == {2}
+    cost = GATED_DELTA.cost
+    expected = max(cost.flops(TINY.sizes, CHUNK) / 1e11, cost.bytes(TINY.sizes, 4) / 1e10)
+    assert found[1].floor == pytest.approx(expected * 1e3)
+
+
+@pytest.mark.parametrize(
+    ("what", "case", "ratio", "median", "reached"),
+    [
+        ("forward", "qwen-16-32-2048", 4.0, 1.0, True),
+        ("forward", "qwen-16-32-2048", 3.99, 1.0, False),
+        ("forward", "qwen-16-32-2048", None, 1.0, None),
+        ("memory", "qwen-16-32-4096", 0.33, 1.0, True),
+        ("memory", "qwen-16-32-4096", 0.34, 1.0, False),
+        ("scaling", "qwen-16-32-2048", None, 1.15, True),
+        ("scaling", "qwen-16-32-2048", None, 1.16, False),
+        ("overhead", "T=8", None, 61.0, False),
+        ("step", "qwen-16-32-step-b1", 1.31, 1.0, False),
+    ],
+)
+def test_targets_are_judged_as_they_are(
+    what: str, case: str, ratio: float | None, median: float, reached: bool | None
+) -> None:
+    row = rows.make_row(what, case, "torch", "ms", median, median, 1, ratio=ratio)
+    assert row.target is not None
+    assert row.reached is reached
+    other = rows.make_row(what, case, "torch", "ms", median, median, 1, ratio=ratio, judged=False)
+    assert other.target is None
+
+
+def test_every_target_names_a_measurement_and_a_case_that_exist() -> None:
+    for target in rows.TARGETS:
+        assert target.what in suite.WHAT
+        if target.case not in ("-", f"T={measures.OVERHEAD_TOKENS}"):
+            assert find_case(target.case).name == target.case
+
+
+def test_the_eager_steps_compute_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "REPEATS", 3)
+    case = find_case("tiny-step")
+    found = steps.step_rows(case, ["torch"], Setting(), RATES)
+    assert [row.comparator for row in found] == ["torch", *steps.EAGER_STEPS]
+    best = min(row.median for row in found[1:])
+    assert found[0].ratio == pytest.approx(found[0].median / best)
+
+
+def test_a_wrong_eager_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = steps.as_sums
+    monkeypatch.setitem(steps.EAGER_STEPS, "eager sums", lambda *a: right(*a[:-1], a[-1] * 1.01))
+    with pytest.raises(RefusedError, match="step eager sums: o off by"):
+        steps.step_rows(find_case("tiny-step"), ["torch"], Setting(), RATES)
+
+
+def test_scaling_overhead_and_import_give_a_row_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "OVERHEAD_REPEATS", 3)
+    monkeypatch.setattr(measures, "IMPORT_REPEATS", 1)
+    setting = Setting(repeats=1)
+    scaling = measures.scaling_row(TINY, 2, "torch", setting)
+    assert (scaling.unit, scaling.against) == ("x", "T=200 over 2 times T=100")
+    overhead = measures.overhead_row("torch", setting)
+    assert (overhead.unit, overhead.samples) == ("us", 3)
+    assert measures.import_row(setting).median > 0
+
+
+def test_peak_memory_grows_with_the_sequence() -> None:
+    sizes = replace(TINY.sizes, T=600)
+    peak = measure_peak("naive", sizes, "float32", 1)
+    assert not isinstance(peak, str), peak
+    # The definition keeps two states per token for its backward: 2 x 2 x 4 x 32 x 48 x 4 bytes.
+    least = 600 * 2 * sizes.B * sizes.HV * sizes.K * sizes.V * 4
+    assert least <= peak.bytes < 4 * least
+    assert peak.baseline > 10_000_000
+
+
+def test_a_measuring_process_that_fails_is_a_reason() -> None:
+    reason = measure_peak("nobody", TINY.sizes, "float32", 1)
+    assert isinstance(reason, str)
+    assert "unknown backend 'nobody'" in reason
+
+
+def test_memory_rows_are_ratios_to_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {"peer": 4 << 20, "torch": 1 << 20}
+
+    def fake(name: str, *_: object) -> object:
+        return Peak(peaks[name], 0, True) if name in peaks else "it broke"
+
+    monkeypatch.setattr(measures, "measure_peak", fake)
+    run = working().run
+    comparators = [Comparator("peer", run, True), Comparator("torch", run), Comparator("x", run)]
+    found, skipped = measures.memory_rows(TINY, comparators, Setting())
+    assert [(row.comparator, row.median, row.ratio) for row in found] == [
+        ("peer", 4.0, 1.0),
+        ("torch", 1.0, 0.25),
+    ]
+    assert skipped == [("memory", "x", "it broke")]
+
+
+def test_inputs_have_the_shapes_of_the_case() -> None:
+    x = make_inputs(TINY.sizes, torch.bfloat16)
+    assert isinstance(x, Inputs)
+    assert x.q.shape == (2, 100, 2, 32)
+    assert x.v.shape == (2, 100, 4, 48)
+    assert (x.v.dtype, x.beta.dtype) == (torch.bfloat16, torch.float32)

@@ -1,0 +1,154 @@
+"""A run of the benchmark: what is left out, what is refused, what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from gdn_ops import SpecError
+from gdn_ops.bench import measures, peers, report, rows, suite
+from gdn_ops.bench.floors import Rates
+from gdn_ops.bench.inputs import Setting, find_case, make_inputs
+from gdn_ops.bench.peers import Comparator, backend_comparator, comparator
+from gdn_ops.bench.tune import tune
+from gdn_ops.bench.verify import RefusedError, verify
+
+TINY = find_case("tiny")
+
+
+@pytest.fixture(autouse=True)
+def given_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates are given: measuring them takes seconds and tests no logic."""
+    monkeypatch.setattr(suite, "measure_rates", lambda *_: Rates(1e11, 1e10, 1e10))
+
+
+def working(name: str) -> Comparator:
+    found = backend_comparator(name)
+    assert isinstance(found, Comparator)
+    return found
+
+
+def peer(change: Callable[[Tensor], Tensor]) -> Comparator:
+    right = working("naive")
+    return Comparator("transformers", lambda x: change(right.run(x)), is_peer=True)
+
+
+def test_an_absent_peer_is_a_reason_and_its_rows_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.models.qwen3_next", None)
+    reason = comparator("transformers")
+    assert isinstance(reason, str)
+    assert reason.startswith("package 'transformers' is not usable")
+    plan = _tiny_plan(("forward",), ("transformers",))
+    result = suite.run(plan)
+    assert result.skipped == [("all", "transformers", reason)]
+    assert [row.comparator for row in result.rows] == ["torch"]
+    assert result.rows[0].ratio is None
+
+
+def _tiny_plan(what: tuple[str, ...], peer_names: tuple[str, ...]) -> suite.Plan:
+    return suite.make_plan(["tiny"], what, ["torch"], peer_names, Setting(repeats=1))
+
+
+@pytest.fixture
+def fake_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(peers.PEERS, "transformers", lambda: peer(lambda o: o))
+
+
+def test_a_run_becomes_json_a_plot_and_a_table(fake_peer: None, tmp_path: Path) -> None:
+    told: list[str] = []
+    plan = _tiny_plan(("forward", "forward+backward"), ("transformers",))
+    result = suite.run(plan, told.append)
+    assert len(told) == plan.count()
+    written = report.write(result, tmp_path / "results")
+    assert [path.name for path in written if isinstance(path, Path)] == [
+        "cpu-float32.json",
+        "cpu-float32.png",
+    ]
+    data = json.loads((tmp_path / "results" / "cpu-float32.json").read_text())
+    assert data["schema"] == rows.SCHEMA
+    assert {"date", "device", "dtype", "devices", "threads", "versions"} <= set(data["system"])
+    assert set(data["rates"]) == {"gflops", "gbytes", "gbytes_cached"}
+    assert [check["passed"] for check in data["checks"]] == [True, True]
+    fields = {field.name for field in dataclasses.fields(rows.Row)}
+    assert all(set(row) == fields for row in data["rows"])
+    assert [(row["what"], row["comparator"]) for row in data["rows"]] == [
+        ("forward", "transformers"),
+        ("forward", "torch"),
+        ("forward+backward", "transformers"),
+        ("forward+backward", "torch"),
+    ]
+    stream = io.StringIO()
+    report.show(result, Console(file=stream, width=200))
+    assert "forward+backward" in stream.getvalue()
+    assert (tmp_path / "results" / "cpu-float32.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_run_with_a_wrong_comparator_times_nothing(
+    fake_peer: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(peers.PEERS, "transformers", lambda: peer(lambda o: -o))
+    timed: list[str] = []
+    monkeypatch.setattr(measures, "sequence_rows", lambda what, *_: timed.append(what))
+    with pytest.raises(RefusedError, match=r"transformers on tiny: o.* off by 2,"):
+        suite.run(_tiny_plan(("forward",), ("transformers",)))
+    assert timed == []
+
+
+def test_a_backend_that_cannot_run_the_case_is_left_out_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gdn_ops.backends.torch import Torch
+
+    monkeypatch.setattr(Torch, "reasons", lambda self, call: ["K=32 (supported: 128)"])
+    result = suite.run(_tiny_plan(("forward",), ()))
+    assert result.rows == []
+    assert result.skipped == [("tiny", "torch", "K=32 (supported: 128)")]
+
+
+def test_transformers_computes_the_same_function() -> None:
+    pytest.importorskip("transformers")
+    found = comparator("transformers")
+    assert isinstance(found, Comparator), found
+    x = make_inputs(TINY.sizes, torch.float32)
+    verify([found], TINY, x, gradients=True)
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown case 'nope', known: tiny, qwen"):
+        find_case("nope")
+    with pytest.raises(ValueError, match="unknown measurement 'speed', known: forward"):
+        suite.make_plan([], ["speed"], [], [], Setting())
+    with pytest.raises(ValueError, match="unknown peer 'x', known: transformers"):
+        suite.make_plan([], [], [], ["x"], Setting())
+    with pytest.raises(SpecError, match="unknown backend 'x'"):
+        suite.make_plan([], [], ["x"], [], Setting())
+
+
+def test_a_family_name_means_its_shortest_sequence() -> None:
+    assert find_case("qwen-16-32").name == "qwen-16-32-2048"
+    assert find_case("qwen-16-32", 300).name == "qwen-16-32-300"
+    assert find_case("qwen-16-32", 300).sizes.T == 300
+
+
+def test_tuning_checks_every_candidate_and_prints_a_row_to_paste(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gdn_ops.bench.tune.CHUNK_SIZES", (16, 32))
+    monkeypatch.setattr("gdn_ops.bench.tune.CHUNKS", (1,))
+    lines = list(tune("torch", ["tiny"], Setting(repeats=1)))
+    assert lines[0].startswith("tiny: B=2 T=100")
+    assert [line.partition("  forward")[0].strip() for line in lines[1:3]] == ["(16, 1)", "(32, 1)"]
+    assert lines[3].startswith('fastest forward and backward: "cpu": (')
+    with pytest.raises(ValueError, match="'naive' exposes no configurations"):
+        list(tune("naive", ["tiny"], Setting()))

@@ -1,0 +1,503 @@
+"""Every bad call ends in a text that names the argument, what it is and what it should be."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import gdn_ops
+from gdn_ops import BackendUnsupportedError, SpecError, SpecTypeError, gated_delta, gated_delta_step
+
+B, T, H, HV, K, V = 2, 8, 4, 8, 16, 6
+BACKENDS = ("naive", "torch")
+RULES = ("gated_delta", "delta", "gated", "linear")
+
+
+def sequence(b: int = B, t: int = T, h: int = H, hv: int = HV, **changes: Any) -> dict[str, Any]:
+    """Return the arguments of a good `gated_delta` call, with changes."""
+    generator = torch.Generator().manual_seed(0)
+    arguments = {
+        "q": torch.randn(b, t, h, K, generator=generator),
+        "k": torch.nn.functional.normalize(torch.randn(b, t, h, K, generator=generator), dim=-1),
+        "v": torch.randn(b, t, hv, V, generator=generator),
+        "alpha": torch.rand(b, t, hv, generator=generator),
+        "beta": torch.rand(b, t, hv, generator=generator),
+    }
+    return {**arguments, **changes}
+
+
+def token(hv: int = HV, **changes: Any) -> dict[str, Any]:
+    """Return the arguments of a good `gated_delta_step` call, with changes."""
+    arguments = {name: x[:, 0] for name, x in sequence(hv=hv).items()}
+    return {**arguments, "state": torch.zeros(B, hv, K, V), **changes}
+
+
+def packed(cu_seqlens: Any, b: int = 1, **changes: Any) -> dict[str, Any]:
+    return sequence(b=b, cu_seqlens=cu_seqlens, **changes)
+
+
+def error_of(function: Callable[..., Any], arguments: dict[str, Any]) -> SpecError:
+    with pytest.raises(SpecError) as caught:
+        function(**arguments)
+    return caught.value
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def zeros(*shape: int, **options: Any) -> Tensor:
+    return torch.zeros(*shape, **options)
+
+
+FLOATS = "float64, float32, bfloat16, float16"
+
+BAD_SEQUENCES = {
+    # rank
+    "q has shape (2, 8, 64), should be (B, T, H, K): 4 dimensions, not 3": sequence(
+        q=zeros(2, 8, 64)
+    ),
+    "v has shape (), should be (B, T, HV, V): 4 dimensions, not 0": sequence(v=torch.tensor(1.0)),
+    "alpha has shape (2, 8), should be (B, T, HV): 3 dimensions, not 2": sequence(
+        alpha=zeros(2, 8)
+    ),
+    "cu_seqlens has shape (1, 2), should be (N+1,): 1 dimension, not 2": packed(ints(0, T)[None]),
+    # shape
+    "k has shape (2, 7, 4, 16), should be (B, T, H, K) = (2, 8, 4, 16); T is fixed by q": sequence(
+        k=zeros(2, 7, 4, 16)
+    ),
+    "k has shape (2, 8, 2, 32), should be (B, T, H, K) = (2, 8, 4, 16); "
+    "H is fixed by q, K is fixed by q": sequence(k=zeros(2, 8, 2, 32)),
+    "v has shape (1, 8, 8, 6), should be (B, T, HV, V) = (2, 8, 8, 6); B is fixed by q": sequence(
+        v=zeros(1, 8, 8, 6)
+    ),
+    "alpha has shape (2, 8, 4), should be (B, T, HV) = (2, 8, 8); HV is fixed by v": sequence(
+        alpha=zeros(2, 8, 4)
+    ),
+    "beta has shape (2, 1, 8), should be (B, T, HV) = (2, 8, 8); T is fixed by q": sequence(
+        beta=zeros(2, 1, 8)
+    ),
+    "initial_state has shape (2, 8, 6, 16), should be (N, HV, K, V) = (2, 8, 16, 6); "
+    "K is fixed by q, V is fixed by v": sequence(initial_state=zeros(2, 8, 6, 16)),
+    "initial_state has shape (3, 8, 16, 6), should be (N, HV, K, V) = (2, 8, 16, 6); "
+    "N is fixed by q": sequence(initial_state=zeros(3, 8, 16, 6)),
+    "initial_state has shape (1, 8, 16, 6), should be (N, HV, K, V) = (2, 8, 16, 6); "
+    "N is fixed by cu_seqlens": packed(ints(0, 3, T), initial_state=zeros(1, 8, 16, 6)),
+    "v has HV=6 value heads, should be a multiple of H=4": sequence(hv=6),
+    "v has HV=2 value heads, should be a multiple of H=4": sequence(hv=2),
+    "q has H=0, should be at least 1": sequence(h=0),
+    "v has HV=0, should be at least 1": sequence(hv=0),
+    "q has K=0, should be at least 1": sequence(q=zeros(2, 8, 4, 0), k=zeros(2, 8, 4, 0)),
+    "v has V=0, should be at least 1": sequence(v=zeros(2, 8, 8, 0)),
+    # dtype
+    f"q has dtype int64, should be one of {FLOATS}": sequence(q=zeros(2, 8, 4, 16).long()),
+    f"alpha has dtype bool, should be one of {FLOATS}": sequence(alpha=zeros(2, 8, 8) > 0),
+    f"beta has dtype complex64, should be one of {FLOATS}": sequence(
+        beta=zeros(2, 8, 8, dtype=torch.complex64)
+    ),
+    "k has dtype bfloat16, should be float32, the dtype of q": sequence(
+        k=zeros(2, 8, 4, 16, dtype=torch.bfloat16)
+    ),
+    "v has dtype float64, should be float32, the dtype of q": sequence(
+        v=zeros(2, 8, 8, 6, dtype=torch.float64)
+    ),
+    "alpha has dtype float64, should be float32: q is float32": sequence(
+        alpha=zeros(2, 8, 8, dtype=torch.float64)
+    ),
+    "initial_state has dtype float64, should be float32: q is float32": sequence(
+        initial_state=zeros(2, 8, 16, 6, dtype=torch.float64)
+    ),
+    "cu_seqlens has dtype float32, should be one of int64, int32": packed(torch.tensor([0.0, T])),
+    # device and layout
+    "v is on meta, should be on cpu, the device of q": sequence(v=zeros(2, 8, 8, 6, device="meta")),
+    "k is on cpu, should be on meta, the device of q": sequence(
+        q=zeros(2, 8, 4, 16, device="meta")
+    ),
+    "beta is on meta, should be on cpu, the device of q": sequence(
+        beta=zeros(2, 8, 8, device="meta")
+    ),
+    "cu_seqlens is on meta, should be on cpu, the device of q": packed(ints(0, T).to("meta")),
+    "q has layout sparse_coo, should be strided": sequence(q=zeros(2, 8, 4, 16).to_sparse()),
+    # cu_seqlens
+    "cu_seqlens starts with 1, should start with 0": packed(ints(1, T)),
+    "cu_seqlens ends with 7, should end with T = 8": packed(ints(0, 3, 7)),
+    "cu_seqlens ends with 9, should end with T = 8": packed(ints(0, 3, 9)),
+    "cu_seqlens ends with 0, should end with T = 8": packed(ints(0)),
+    "cu_seqlens decreases at index 2 (5 to 3), should be non-decreasing": packed(ints(0, 5, 3, T)),
+    "cu_seqlens is empty, should be 0, ..., T": packed(ints()),
+    "q has B=2 rows, should be 1 when cu_seqlens is given": packed(ints(0, T), b=2),
+    # other values
+    "scale is nan, should be a finite number": sequence(scale=math.nan),
+    "scale is -inf, should be a finite number": sequence(scale=-math.inf),
+    "chunk_size is 0, should be a positive integer": sequence(chunk_size=0),
+    "chunk_size is -64, should be a positive integer": sequence(chunk_size=-64),
+    "rule is 'gated_detla', should be one of gated_delta, delta, gated, linear": sequence(
+        rule="gated_detla"
+    ),
+    "alpha has values in [-3.1, -0.2], should be in [0, 1]; log-space gates go in log_alpha=": (
+        sequence(alpha=torch.linspace(-3.1, -0.2, B * T * HV).view(B, T, HV))
+    ),
+    "alpha has values in [0, 1.5], should be in [0, 1]": sequence(
+        alpha=torch.linspace(0, 1.5, B * T * HV).view(B, T, HV)
+    ),
+    "alpha has values in [0.5, 1.00000012], should be in [0, 1]": sequence(
+        alpha=torch.tensor([0.5, 1 + 2**-23]).repeat(B, T, HV // 2)
+    ),
+    "beta has values in [-0.5, 2.5], should be in [0, 2]": sequence(
+        beta=torch.linspace(-0.5, 2.5, B * T * HV).view(B, T, HV)
+    ),
+    "log_alpha has values in [-inf, 0.25], should be in [-inf, 0]": sequence(
+        alpha=None, log_alpha=torch.tensor([-math.inf, 0.25]).repeat(B, T, HV // 2)
+    ),
+    "log_alpha has values in [0.1, 0.9], should be in [-inf, 0]; gates in [0, 1] go in alpha=": (
+        sequence(alpha=None, log_alpha=torch.tensor([0.1, 0.9]).repeat(B, T, HV // 2))
+    ),
+}
+
+BAD_STEPS = {
+    "q has shape (2, 1, 4, 16), should be (B, H, K): 3 dimensions, not 4": token(
+        q=zeros(2, 1, 4, 16)
+    ),
+    "k has shape (2, 4, 8), should be (B, H, K) = (2, 4, 16); K is fixed by q": token(
+        k=zeros(2, 4, 8)
+    ),
+    "v has shape (3, 8, 6), should be (B, HV, V) = (2, 8, 6); B is fixed by q": token(
+        v=zeros(3, 8, 6)
+    ),
+    "alpha has shape (2, 4), should be (B, HV) = (2, 8); HV is fixed by v": token(
+        alpha=zeros(2, 4)
+    ),
+    "state has shape (2, 8, 6, 16), should be (B, HV, K, V) = (2, 8, 16, 6); "
+    "K is fixed by q, V is fixed by v": token(state=zeros(2, 8, 6, 16)),
+    "state has shape (8, 16, 6), should be (B, HV, K, V): 4 dimensions, not 3": token(
+        state=zeros(8, 16, 6)
+    ),
+    "v has HV=6 value heads, should be a multiple of H=4": token(hv=6),
+    f"q has dtype int32, should be one of {FLOATS}": token(q=zeros(2, 4, 16).int()),
+    "k has dtype float16, should be float32, the dtype of q": token(k=zeros(2, 4, 16).half()),
+    "beta has dtype float64, should be float32: q is float32": token(beta=zeros(2, 8).double()),
+    "state has dtype float64, should be float32: q is float32": token(
+        state=zeros(2, 8, 16, 6).double()
+    ),
+    "state is on meta, should be on cpu, the device of q": token(
+        state=zeros(2, 8, 16, 6, device="meta")
+    ),
+    "scale is inf, should be a finite number": token(scale=math.inf),
+    "rule is 'Delta', should be one of gated_delta, delta, gated, linear": token(rule="Delta"),
+    "alpha has values in [-0.5, -0.5], should be in [0, 1]; log-space gates go in log_alpha=": (
+        token(alpha=torch.full((B, HV), -0.5))
+    ),
+    "beta has values in [3, 3], should be in [0, 2]": token(beta=torch.full((B, HV), 3.0)),
+    "log_alpha has values in [0.5, 0.5], should be in [-inf, 0]; gates in [0, 1] go in alpha=": (
+        token(alpha=None, log_alpha=torch.full((B, HV), 0.5))
+    ),
+    "state is None, should be a torch.Tensor: inplace updates it": token(state=None, inplace=True),
+    "inplace is True, should be False: gradients are needed": token(
+        inplace=True, v=zeros(2, 8, 6, requires_grad=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_SEQUENCES)
+def test_a_bad_sequence_call_says_what_is_wrong(message: str) -> None:
+    error = error_of(gated_delta, BAD_SEQUENCES[message])
+    assert str(error) == f"gated_delta: {message}"
+    assert isinstance(error, ValueError) and not isinstance(error, TypeError)
+
+
+@pytest.mark.parametrize("message", BAD_STEPS)
+def test_a_bad_step_call_says_what_is_wrong(message: str) -> None:
+    error = error_of(gated_delta_step, BAD_STEPS[message])
+    assert str(error) == f"gated_delta_step: {message}"
+    assert isinstance(error, ValueError) and not isinstance(error, TypeError)
+
+
+@pytest.mark.parametrize("arguments", [sequence(), token(), packed(ints(0, 3, T))])
+def test_the_calls_that_the_bad_ones_are_made_from_are_good(arguments: dict[str, Any]) -> None:
+    function = gated_delta_step if "state" in arguments else gated_delta
+    result = function(**arguments)
+    assert (result[0] if isinstance(result, tuple) else result).isfinite().all()
+
+
+def both(name: str, shown: str, value: Any) -> list[tuple[str, str, Any]]:
+    return [
+        ("gated_delta", f"{name} {shown}", value),
+        ("gated_delta_step", f"{name} {shown}", value),
+    ]
+
+
+WRONG_TYPES = [
+    *both("q", "has type list, should be a torch.Tensor", [[1.0]]),
+    *both("q", "is None, should be a torch.Tensor", None),
+    *both("k", "has type ndarray, should be a torch.Tensor", np.zeros((2, 8, 4, 16))),
+    *both("v", "is None, should be a torch.Tensor", None),
+    *both("alpha", "is 0.9, should be a torch.Tensor", 0.9),
+    *both("beta", "is 1, should be a torch.Tensor", 1),
+    ("gated_delta", "initial_state is True, should be a torch.Tensor", True),
+    ("gated_delta", "cu_seqlens has type list, should be a torch.Tensor", [0, 8]),
+    ("gated_delta_step", "state has type tuple, should be a torch.Tensor", ()),
+    *both("scale", "is '1', should be a finite number", "1"),
+    *both("scale", "is True, should be a finite number", True),
+    *both("scale", "has type Tensor, should be a finite number", torch.tensor(1.0)),
+    ("gated_delta", "chunk_size is True, should be a positive integer", True),
+    ("gated_delta", "chunk_size is 64.0, should be a positive integer", 64.0),
+    ("gated_delta", "chunk_size is '64', should be a positive integer", "64"),
+    *both("qk_l2norm", "is 1, should be True or False", 1),
+    *both("qk_l2norm", "is None, should be True or False", None),
+    ("gated_delta", "return_state is 'yes', should be True or False", "yes"),
+    ("gated_delta_step", "inplace is 1, should be True or False", 1),
+    *both("rule", "is None, should be one of gated_delta, delta, gated, linear", None),
+    *both("rule", "has type list, should be one of gated_delta, delta, gated, linear", ["delta"]),
+    *both("backend", "is None, should be a string", None),
+    *both("backend", "has type type, should be a string", gdn_ops.Backend),
+]
+
+
+@pytest.mark.parametrize(("op", "message", "value"), WRONG_TYPES)
+def test_a_wrong_type_is_a_type_error_and_a_value_error(op: str, message: str, value: Any) -> None:
+    name = message.split()[0]
+    function = {"gated_delta": gated_delta, "gated_delta_step": gated_delta_step}[op]
+    good = sequence() if op == "gated_delta" else token()
+    error = error_of(function, {**good, name: value})
+    assert str(error) == f"{op}: {message}"
+    assert isinstance(error, SpecTypeError)
+    assert isinstance(error, ValueError) and isinstance(error, TypeError)
+
+
+def gate_error(rule: str, has_alpha: bool, has_log_alpha: bool) -> str | None:
+    """Return what should be said of gates under a rule, or None where they are right."""
+    if rule in ("gated_delta", "gated"):
+        if has_alpha and has_log_alpha:
+            return "alpha and log_alpha are both given, should be exactly one of them"
+        if not has_alpha and not has_log_alpha:
+            return (
+                "alpha and log_alpha are both missing, should be exactly one of them: "
+                f"rule {rule!r} has a decay"
+            )
+        return None
+    if not has_alpha and not has_log_alpha:
+        return None
+    return (
+        f"{'alpha' if has_alpha else 'log_alpha'} is given, should be None: "
+        f"rule {rule!r} has no decay"
+    )
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("has_alpha", [False, True])
+@pytest.mark.parametrize("has_log_alpha", [False, True])
+@pytest.mark.parametrize("has_beta", [False, True])
+@pytest.mark.parametrize("op", ["gated_delta", "gated_delta_step"])
+def test_gates_must_fit_the_rule(
+    op: str, rule: str, has_alpha: bool, has_log_alpha: bool, has_beta: bool
+) -> None:
+    function = {"gated_delta": gated_delta, "gated_delta_step": gated_delta_step}[op]
+    arguments = sequence() if op == "gated_delta" else token()
+    alpha = arguments.pop("alpha")
+    arguments["rule"] = rule
+    if has_alpha:
+        arguments["alpha"] = alpha
+    if has_log_alpha:
+        arguments["log_alpha"] = alpha.log()
+    if not has_beta:
+        del arguments["beta"]
+    message = gate_error(rule, has_alpha, has_log_alpha)
+    if message is None:
+        result = function(**arguments)
+        o = result[0] if isinstance(result, tuple) else result
+        assert o.isfinite().all() and o.shape == arguments["v"].shape
+    else:
+        assert str(error_of(function, arguments)) == f"{op}: {message}"
+
+
+@pytest.mark.parametrize("function", [gated_delta, gated_delta_step])
+def test_an_unknown_backend_lists_the_known_ones(function: Callable[..., Any]) -> None:
+    arguments = sequence() if function is gated_delta else token()
+    known = ", ".join(info.name for info in gdn_ops.backends())
+    error = error_of(function, {**arguments, "backend": "tirton"})
+    assert str(error) == f"unknown backend 'tirton', known: {known}"
+
+
+def test_explain_checks_the_call_like_the_call_itself() -> None:
+    message = "k has shape (2, 7, 4, 16), should be (B, T, H, K) = (2, 8, 4, 16); T is fixed by q"
+    error = error_of(gdn_ops.explain, sequence(k=zeros(2, 7, 4, 16)))
+    assert str(error) == f"gated_delta: {message}"
+    with pytest.raises(SpecError, match=r"^gated_delta_step: beta has values in \[3, 3\]"):
+        gdn_ops.explain(**token(beta=torch.full((B, HV), 3.0)))
+
+
+# Warnings.
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "step"), [("bfloat16",) * 2 + (8,), ("float16",) * 2 + (11,)]
+)
+def test_a_16_bit_alpha_warns_and_names_log_alpha(dtype: str, name: str, step: int) -> None:
+    arguments = sequence()
+    rounded = arguments["alpha"].to(getattr(torch, dtype))
+    with pytest.warns(UserWarning) as caught:
+        o = gated_delta(**{**arguments, "alpha": rounded})
+    (warning,) = caught
+    assert str(warning.message) == (
+        f"gated_delta: alpha is {name}, which has no value between 1 - 2**-{step} and 1; "
+        "pass it as float32, or pass log_alpha="
+    )
+    assert warning.filename == __file__, "the warning should point at the caller"
+    torch.testing.assert_close(o, gated_delta(**{**arguments, "alpha": rounded.float()}))
+
+
+def test_the_warning_tells_the_truth_about_the_largest_value_below_one() -> None:
+    for dtype, step in ((torch.bfloat16, 8), (torch.float16, 11)):
+        below = torch.nextafter(torch.tensor(1.0, dtype=dtype), torch.tensor(0.0, dtype=dtype))
+        assert 1 - below.item() == 2.0**-step
+
+
+def test_16_bit_beta_and_log_alpha_do_not_warn() -> None:
+    arguments = sequence()
+    log_alpha = arguments.pop("alpha").log().bfloat16()
+    arguments["beta"] = arguments["beta"].bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        o = gated_delta(**arguments, log_alpha=log_alpha)
+    assert o.isfinite().all()
+
+
+# NaN in, NaN out.
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["q", "k", "v", "alpha", "beta", "log_alpha", "initial_state"])
+def test_nan_in_gives_nan_out(backend: str, name: str) -> None:
+    arguments = sequence(t=40, initial_state=zeros(B, HV, K, V), backend=backend)
+    if name == "log_alpha":
+        arguments["log_alpha"] = arguments.pop("alpha").log()
+    poisoned = arguments[name].clone()
+    place = (0, 0, 0) if name == "initial_state" else (0, 3, 0)
+    poisoned[place] = math.nan
+    arguments[name] = poisoned
+    o = gated_delta(**arguments)
+    assert o[0, 3, 0].isnan().any(), "the poisoned head says so"
+    assert o[1].isfinite().all(), "the other row is not poisoned"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["q", "k", "v", "alpha", "beta", "state"])
+def test_nan_in_gives_nan_out_of_a_step(backend: str, name: str) -> None:
+    arguments = token(backend=backend)
+    arguments[name] = arguments[name].clone()
+    arguments[name][0, 0] = math.nan
+    o, _ = gated_delta_step(**arguments)
+    assert o[0, 0].isnan().any()
+    assert o[1].isfinite().all()
+
+
+# Legal edges: MATH §6 and the recurrence say what they return.
+
+
+def ones_like_memory(n: int) -> Tensor:
+    return torch.arange(n * HV * K * V, dtype=torch.float32).view(n, HV, K, V)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens_return_the_initial_state_as_a_copy(backend: str) -> None:
+    start = ones_like_memory(B)
+    o, state = gated_delta(**sequence(t=0, initial_state=start, return_state=True, backend=backend))
+    assert o.shape == (B, 0, HV, V)
+    assert torch.equal(state, start)
+    assert state.data_ptr() != start.data_ptr()
+    _, state = gated_delta(**sequence(t=0, return_state=True, backend=backend))
+    assert torch.equal(state, zeros(B, HV, K, V))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_return_no_rows(backend: str) -> None:
+    o, state = gated_delta(**sequence(b=0, return_state=True, backend=backend))
+    assert o.shape == (0, T, HV, V)
+    assert state.shape == (0, HV, K, V)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_sequences_return_no_states(backend: str) -> None:
+    o, state = gated_delta(**packed(ints(0), t=0, return_state=True, backend=backend))
+    assert o.shape == (1, 0, HV, V)
+    assert state.shape == (0, HV, K, V)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_an_empty_sequence_returns_its_initial_state(backend: str, dtype: torch.dtype) -> None:
+    start = ones_like_memory(4)
+    boundaries = ints(0, 0, 5, 5, T).to(dtype)
+    arguments = packed(boundaries, initial_state=start, return_state=True, backend=backend)
+    o, state = gated_delta(**arguments)
+    assert torch.equal(state[0], start[0]) and torch.equal(state[2], start[2])
+    del arguments["cu_seqlens"]
+    for n, tokens in ((1, slice(0, 5)), (3, slice(5, T))):
+        alone = {
+            name: x[:, tokens] if name in ("q", "k", "v", "alpha", "beta") else x
+            for name, x in arguments.items()
+        }
+        alone["initial_state"] = start[n : n + 1]
+        o_alone, state_alone = gated_delta(**alone)
+        torch.testing.assert_close(o[:, tokens], o_alone)
+        torch.testing.assert_close(state[n : n + 1], state_alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("edge", [{"t": 0}, {"b": 0}])
+def test_empty_axes_have_empty_or_zero_gradients(backend: str, edge: dict[str, int]) -> None:
+    arguments = sequence(**edge)
+    inputs = [x.requires_grad_() for x in arguments.values()]
+    o, state = gated_delta(**arguments, return_state=True, backend=backend)
+    gradients = torch.autograd.grad(
+        o.sum() + state.sum(), inputs, allow_unused=True, materialize_grads=True
+    )
+    for x, gradient in zip(inputs, gradients, strict=True):
+        assert gradient.shape == x.shape
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_chunk_may_be_longer_than_the_sequence(backend: str) -> None:
+    arguments = sequence(backend=backend)
+    torch.testing.assert_close(gated_delta(**arguments, chunk_size=256), gated_delta(**arguments))
+
+
+def test_a_chunk_too_long_for_the_torch_backend_is_a_reason() -> None:
+    with pytest.raises(BackendUnsupportedError, match=r"chunk_size=257 \(supported: 1 to 256\)"):
+        gated_delta(**sequence(backend="torch"), chunk_size=257)
+
+
+def test_inplace_updates_the_state_and_returns_it() -> None:
+    arguments = token(state=ones_like_memory(B) / 1000)
+    before = arguments["state"].clone()
+    expected_o, expected = gated_delta_step(**arguments)
+    assert torch.equal(arguments["state"], before), "not in place: the state is kept"
+    o, state = gated_delta_step(**arguments, inplace=True)
+    assert state is arguments["state"]
+    torch.testing.assert_close((o, state), (expected_o, expected))
+
+
+def test_values_are_checked_on_every_device_only_when_asked_for() -> None:
+    code = "from gdn_ops.bind import CHECK_VALUES_EVERYWHERE; print(CHECK_VALUES_EVERYWHERE)"
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "GDN_OPS_CHECK": setting},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for setting in ("", "values")
+    ]
+    assert printed == ["False", "True"]

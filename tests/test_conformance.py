@@ -1,0 +1,117 @@
+"""Every backend passes the kit: the definition in float64, the gradients, the laws of MATH §8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import gdn_ops
+from gdn_ops.backends import compile as compile_backend
+from gdn_ops.registry import Backend, get_backend, known_backends
+from gdn_ops.testing import Example
+from gdn_ops.testing.conformance import Subject, check, run_subject, subjects
+from gdn_ops.testing.oracle import judge
+
+EXAMPLES = {"naive": 8, "torch": 25, "compile": 6}
+"""Drawn calls per subject; a backend that is not named gets the default."""
+
+DEFAULT_EXAMPLES = 15
+
+
+def _installed() -> list[tuple[str, Subject]]:
+    rows = []
+    for name in known_backends():
+        backend = get_backend(name)
+        if isinstance(backend, Backend):
+            rows += [(name, subject) for subject in subjects(backend)]
+    return rows
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace with torch.compile, but skip its C++ compiler, which takes seconds per shape."""
+    monkeypatch.setattr(compile_backend.Compile, "compiler", "aot_eager")
+
+
+@pytest.mark.usefixtures("eager_compiler")
+@pytest.mark.parametrize(
+    ("backend", "subject"),
+    [pytest.param(n, s, id=f"{n}-{s.name.replace(' ', '_')}") for n, s in _installed()],
+)
+def test_the_backend_conforms(backend: str, subject: Subject) -> None:
+    row = run_subject(backend, subject, examples=EXAMPLES.get(backend, DEFAULT_EXAMPLES))
+    assert row.passed, row.failure
+    assert row.examples > 0
+
+
+@pytest.fixture(scope="module")
+def inductor_example() -> Iterator[Example]:
+    yield Example(B=1, T=70, H=2, R=2, K=8, V=16, gate="extreme", initial_state=True)
+
+
+def test_the_compile_backend_conforms_through_inductor(inductor_example: Example) -> None:
+    verdict = judge(inductor_example, "compile")
+    assert verdict.passed, verdict
+
+
+def test_a_new_length_does_not_compile_again(inductor_example: Example) -> None:
+    judge(inductor_example, "compile")
+    before = len(compile_backend._functions)
+    for tokens in (1, 33, 200):
+        longer = Example(**(_plain(inductor_example) | {"T": tokens}))
+        verdict = judge(longer, "compile")
+        assert verdict.passed, verdict
+    assert len(compile_backend._functions) == before
+
+
+def _plain(example: Example) -> dict[str, object]:
+    return {name: getattr(example, name) for name in example.__dataclass_fields__}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_a_very_long_strong_decay_keeps_its_precision(dtype: str) -> None:
+    # After strong decays the cumulative log sum is large and its differences are small.
+    example = Example(T=700, H=1, R=2, K=8, V=8, gate="extreme", dtype=dtype, seed=5)
+    verdict = judge(example, "torch")
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("tokens", [2100, 9000])
+def test_a_long_sequence_recomputes_what_it_did_not_keep(tokens: int) -> None:
+    # More segments than checkpoints: the backward walks several segments per kept state.
+    arguments = Example(T=tokens, K=4, V=4, gate="slow", seed=3).arguments()
+    inputs = {n: arguments[n].requires_grad_() for n in ("q", "k", "v", "alpha", "beta")}
+    state = torch.zeros(1, 1, 4, 4)
+    found = {}
+    for name, chunk in (("one", 8), ("other", 64)):
+        o, final = gdn_ops.gated_delta(
+            **inputs, initial_state=state, return_state=True, chunk_size=chunk, backend="torch"
+        )
+        loss = o.square().sum() + final.square().sum()
+        found[name] = torch.autograd.grad(loss, list(inputs.values()))
+    for a, b in zip(found["one"], found["other"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_results_are_never_views_of_the_arguments() -> None:
+    arguments = Example(B=2, T=0, K=4, V=4, initial_state=True).arguments()
+    for backend in ("naive", "torch"):
+        _, state = gdn_ops.gated_delta(**arguments, return_state=True, backend=backend)
+        assert torch.equal(state, arguments["initial_state"])
+        state.zero_()
+        assert bool(arguments["initial_state"].any())
+
+
+def test_check_reports_every_subject_and_reproduces_with_a_seed() -> None:
+    seen: list[tuple[float, str]] = []
+    report = check("naive", 0.0, lambda share, text: seen.append((share, text)), seed=3)
+    assert report.passed, [row.failure for row in report.rows if not row.passed]
+    backend = get_backend("naive")
+    assert not isinstance(backend, str)
+    assert [row.subject for row in report.rows] == [s.name for s in subjects(backend)]
+    assert report.examples >= len(report.rows)
+    assert seen[-1] == (1.0, "done")
+    again = check("naive", 0.0, seed=3)
+    assert [row.worst for row in again.rows] == [row.worst for row in report.rows]

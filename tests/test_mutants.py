@@ -1,0 +1,47 @@
+"""The kit catches every classic mistake, in every backend that it is planted in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from gdn_ops.registry import get_backend, register_backend, unregister_backend
+from gdn_ops.testing.conformance import run_subject, subjects
+from gdn_ops.testing.mutants import MUTATIONS, mutant
+
+BACKENDS = ("naive", "torch")
+
+
+@pytest.fixture(params=[(m, b) for m in MUTATIONS for b in BACKENDS], ids="-".join)
+def planted(request: pytest.FixtureRequest) -> Iterator[str]:
+    mutation, base = request.param
+    cls = register_backend(mutant(mutation, base))
+    yield cls.name
+    unregister_backend(cls.name)
+
+
+def test_a_mutant_is_caught_with_the_call_that_shows_it(planted: str) -> None:
+    backend = get_backend(planted)
+    assert not isinstance(backend, str)
+    for subject in subjects(backend)[:2]:
+        row = run_subject(planted, subject, examples=60, shrink=False)
+        if not row.passed:
+            assert row.failure is not None
+            assert "WRONG" in row.failure, "a mutant must fail by its numbers, not by an error"
+            assert "Example(" in row.failure and planted in row.failure
+            return
+    pytest.fail(f"{planted} passed {row.examples} examples, but should be caught")
+
+
+def test_the_list_of_mutants_is_the_one_that_is_promised() -> None:
+    assert set(MUTATIONS) == {
+        "dropped_scale",
+        "decay_after_the_error",
+        "ungated_inverse",
+        "first_chunk_only",
+        "one_wrong_head_of_sixteen",
+        "no_gradient_at_zero",
+        "tiled_heads",
+        "state_of_the_padded_tail",
+    }

@@ -1,0 +1,46 @@
+"""A backend that another distribution brings: forward only, one rule, written with einsum."""
+
+from __future__ import annotations
+
+import torch
+
+from gdn_ops import Backend, Forward, Limits
+
+
+class ThirdParty(Backend):
+    """The recurrence of the gated delta rule, a token at a time."""
+
+    name = "third_party"
+    distribution = "gdn_ops_third_party"
+    limits = Limits(
+        devices=("cpu",),
+        dtypes=("float32",),
+        rules=("gated_delta",),
+        ops=("gated_delta",),
+        grad=False,
+        varlen=False,
+    )
+
+    def reasons(self, call):
+        """Say what limits cannot: only alpha, and q and k as they are."""
+        found = []
+        if call.log_alpha is not None:
+            found.append("log_alpha is not supported")
+        if call.qk_l2norm:
+            found.append("qk_l2norm is not supported")
+        return found
+
+    def forward(self, call):
+        """Run `gated_delta`."""
+        s = call.sizes
+        q, k = (x.repeat_interleave(s.R, 2) for x in (call.q, call.k))
+        state = torch.zeros(s.B, s.HV, s.K, s.V) if call.state is None else call.state.float()
+        beta = torch.ones(s.B, s.T, s.HV) if call.beta is None else call.beta.float()
+        o = torch.empty_like(call.v)
+        for t in range(s.T):
+            state = call.alpha[:, t, :, None, None].float() * state
+            error = call.v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+            u = beta[:, t, :, None] * error
+            state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], u)
+            o[:, t] = call.scale * torch.einsum("bhkv,bhk->bhv", state, q[:, t])
+        return Forward(o, state)
