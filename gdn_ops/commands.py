@@ -49,9 +49,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
+def _progress(console: Console, *, quiet: bool = False) -> Iterator[Progress]:
+    """Show a progress bar; a quiet one has no thread that would disturb what is timed."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, auto_refresh=not quiet) as progress:
         yield progress
 
 
@@ -175,9 +176,13 @@ def bench(
 
 def _run_bench(plan: suite.Plan, out: Path | None) -> None:
     console = Console()
-    with _progress(console) as progress:
+    with _progress(console, quiet=True) as progress:
         task = progress.add_task("starting", total=plan.count() + 1)
-        result = suite.run(plan, lambda text: progress.update(task, description=text, advance=1))
+
+        def tell(text: str) -> None:
+            progress.update(task, description=text, advance=1, refresh=True)
+
+        result = suite.run(plan, tell)
     report.show(result, console)
     for path in report.write(result, out) if out is not None else ():
         console.print(str(path), markup=False)

@@ -295,16 +295,23 @@ class _Function(torch.autograd.Function):
 def run(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Run a bound `gated_delta` call eagerly; return (o, final_state)."""
     with full_precision(call.device.type):
-        if call.needs_grad and not backend.differentiable:
+        if not call.needs_grad:
+            with torch.no_grad():
+                out = backend.forward(call)
+        elif backend.differentiable:
+            out = backend.forward(call)
+        else:
             return _Function.apply(backend, call, *call.tensors())  # type: ignore[no-untyped-call, no-any-return]
-        out = backend.forward(call)
-        return out.o, out.final_state
+    return out.o, out.final_state
 
 
 def run_step(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Run a bound `gated_delta_step` call eagerly; return (o, state)."""
     with full_precision(call.device.type):
-        if not call.needs_grad or backend.differentiable or backend.traceable_step:
+        if not call.needs_grad:
+            with torch.no_grad():
+                return backend.step(call)
+        if backend.differentiable or backend.traceable_step:
             return backend.step(call)
     o, state = run(backend, as_sequence(call))
     return o.squeeze(1), state if call.state is None else state.to(call.state.dtype)

@@ -18,10 +18,12 @@ _GATES_AND_STATES = ("alpha", "beta", "log_alpha", "initial_state", "state")
 
 
 def _is_traced(q: Any) -> bool:
-    """Whether a graph is being traced, so that the call must be one opaque operator."""
+    """Whether the call must be one opaque operator: traced, on meta, or a tensor subclass."""
     if torch.compiler.is_compiling():
         return True
-    return isinstance(q, Tensor) and type(q) not in (Tensor, torch.nn.Parameter)
+    if not isinstance(q, Tensor):
+        return False
+    return q.is_meta or type(q) not in (Tensor, torch.nn.Parameter)
 
 
 def _autocast(arguments: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def show(result: Result, console: Console) -> None:
         rates = result.rates
         console.print(
             f"measured here: matrix products {rates['gflops']:.0f} GFLOP/s, "
-            f"copies {rates['gbytes']:.1f} GB/s, in place in cache {rates['gbytes_cached']:.0f} GB/s"
+            f"copies {rates['gbytes']:.1f} GB/s, in cache {rates['gbytes_cached']:.0f} GB/s"
         )
     for check in result.checks:
         console.print(f"conformance: {check}")

@@ -72,11 +72,11 @@ def run(
         raise ValueError(f"the text has {len(text)} bytes, should have at least {SHORTEST}")
     memory = memory or make_memory()
     names = [info.name for info in registry.backends()]
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("bytes to keys and values", total=6 + len(names))
 
         def now(what: str) -> None:
-            progress.update(task, description=what, advance=1)
+            progress.update(task, description=what, advance=1, refresh=True)
 
         x = to_bytes(text)
         given = operands(memory, x)

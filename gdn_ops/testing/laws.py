@@ -398,3 +398,13 @@ LAWS: tuple[Law, ...] = (
     orthogonal_keys_need_no_correction,
 )
 """Every law of MATH §8."""
+
+RULES_OF_LAWS: dict[str, tuple[str, ...]] = {
+    "a_reset_forgets_the_past": ("gated_delta",),
+    "a_full_write_is_recalled_exactly": ("gated_delta",),
+    "a_reflection_keeps_the_norm": ("gated_delta",),
+    "delta_is_one_step_of_gradient_descent": ("gated_delta",),
+    "delta_is_gated_delta_without_decay": ("gated_delta", "delta"),
+    "orthogonal_keys_need_no_correction": ("gated_delta", "gated"),
+}
+"""The rules that a law needs, where it does not keep the drawn one."""

@@ -16,7 +16,6 @@ from gdn_ops import library
 from gdn_ops.bind import Call
 from gdn_ops.errors import SpecError
 from gdn_ops.registry import Backend, Forward, get_backend
-from gdn_ops.spec import Limits
 
 Mutation = Callable[[Backend, Call], tuple[Tensor, Tensor]]
 
@@ -71,7 +70,7 @@ def _values_of_ungated_inverse(call: Call) -> Tensor:
         right_hand = right_hand - (beta * log.exp()).unsqueeze(-1) * (k @ call.state.double())
     wrong = torch.linalg.solve_triangular(eye + A, right_hand, upper=False)
     shift = (eye + A * D) @ wrong - right_hand
-    moved = v + shift / beta.clamp(min=1e-2).unsqueeze(-1)
+    moved: Tensor = v + shift / beta.clamp(min=1e-2).unsqueeze(-1)
     return moved.transpose(1, 2).to(call.v.dtype)
 
 
@@ -153,7 +152,7 @@ def mutant(mutation: str, base: str) -> type[Backend]:
 
     class Mutant(Backend):
         name = f"{mutation}_in_{base}"
-        limits: Limits = replace(instance.limits, second_grad=False)
+        limits = replace(instance.limits, second_grad=False)
         differentiable = True
         compiles_per_shape = instance.compiles_per_shape
 

@@ -215,10 +215,12 @@ def _inner_product(stored: torch.dtype, example: Example) -> float:
 
 def _largest_log(arguments: dict[str, Any]) -> float:
     """Return the largest finite |log alpha| of a call."""
-    alpha, log_alpha = arguments.get("alpha"), arguments.get("log_alpha")
-    if alpha is None and log_alpha is None:
+    gate = arguments.get("log_alpha")
+    if arguments.get("alpha") is not None:
+        gate = arguments["alpha"].double().log()
+    if gate is None:
         return 0.0
-    log = alpha.double().log() if alpha is not None else log_alpha.double()
+    log = gate.double()
     return float(-log[log.isfinite()].min()) if bool(log.isfinite().any()) else 0.0
 
 
