@@ -118,11 +118,14 @@ def _segment_tensors(x: Segment) -> tuple[Segment, tuple[Tensor | None, ...]]:
 
 
 def _forward(
-    x: Segment, state: Tensor, scale: float, has_erase: bool, scratch: Scratch
+    x: Segment, state: Tensor, scale: float, has_erase: bool, scratch: Scratch, out: list[Tensor]
 ) -> tuple[list[Tensor], Tensor]:
     x, tensors = _segment_tensors(x)
     function = _compiled(forward_segment, (scale, has_erase), tensors)
-    return function(x, state, scale, has_erase)  # type: ignore[no-any-return]
+    (output,), state = function(x, state, scale, has_erase)
+    (view,) = out
+    view.copy_(output.unflatten(0, view.shape[:2])[..., : view.shape[3], :])
+    return [output], state
 
 
 def _advance(x: Segment, state: Tensor, scale: float, has_erase: bool, scratch: Scratch) -> Tensor:

@@ -41,16 +41,21 @@ def cumulative_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def inverse_norm(x: Tensor) -> Tensor:
+    """Return 1 / sqrt(sum(x²) + 1e-6) over the last axis, which is kept."""
+    return torch.rsqrt(x.square().sum(-1, keepdim=True) + L2NORM_EPSILON)
+
+
 def l2norm(x: Tensor) -> Tensor:
     """Return x / sqrt(sum(x²) + 1e-6) over the last axis, in the compute dtype."""
     x = x.to(compute_dtype(x.dtype))
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2NORM_EPSILON)
+    return x * inverse_norm(x)
 
 
 def l2norm_backward(x: Tensor, d_normalised: Tensor) -> Tensor:
     """Return the gradient of `l2norm` with respect to x."""
     x = x.to(d_normalised.dtype)
-    r = torch.rsqrt(x.square().sum(-1, keepdim=True) + L2NORM_EPSILON)
+    r = inverse_norm(x)
     y = x * r
     return r * (d_normalised - y * (y * d_normalised).sum(-1, keepdim=True))
 

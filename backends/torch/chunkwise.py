@@ -5,7 +5,7 @@ does not depend on the state is formed for all chunks of the segment at once; on
 correction and the state update run in sequence. Value heads of one key head are packed along
 V for every product with the state, so that q and k are never repeated.
 
-    q, k   (n, G, C, K)        D, A, T, P   (n, G, R, C, C)
+    qk     (n, G, 2 C, K)      D, A, T, P   (n, G, R, C, C)
     v, U   (n, G, R, C, V)     b, d, beta   (n, G, R, C)
     S, dS  (G, K, R V)         G_cum, z     (n, G, R, C)
 
@@ -16,6 +16,7 @@ mode without gradients they write into `Scratch`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,17 +27,32 @@ class Segment(NamedTuple):
     """The operands of a segment; see the module docstring for shapes.
 
     Attributes:
-        q, k, v, beta: operands in the compute dtype.
+        qk: q above k, in one tensor, because one product with S is faster than two.
+        v, beta: operands in the compute dtype.
         log_decay_cumsum: G of §4, inclusive within each chunk; None where nothing decays.
         zeros: z of §4; None where no gate is 0.
     """
 
-    q: Tensor
-    k: Tensor
+    qk: Tensor
     v: Tensor
     beta: Tensor
     log_decay_cumsum: Tensor | None
     zeros: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """C, tokens per chunk."""
+        return self.v.shape[3]
+
+    @property
+    def q(self) -> Tensor:
+        """(n, G, C, K)."""
+        return self.qk[..., : self.tokens, :]
+
+    @property
+    def k(self) -> Tensor:
+        """(n, G, C, K)."""
+        return self.qk[..., self.tokens :, :]
 
 
 class Decay(NamedTuple):
@@ -165,11 +181,11 @@ def decay_factors(
     G, z = x.log_decay_cumsum, x.zeros
     if G is None:
         return None
-    dtype = x.q.dtype
+    dtype = x.qk.dtype
     # §4 D_ij = exp(G_i − G_j) [z_i = z_j],  i ≥ j      [C, C]
     wide = scratch.get("G_i - G_j", (*G.shape, G.shape[-1]), G)
     difference = torch.sub(G.unsqueeze(-1), G.unsqueeze(-2), out=wide)
-    narrow = scratch.get(f"D{crossings}", difference.shape, x.q)
+    narrow = scratch.get(f"D{crossings}", difference.shape, x.qk)
     D = difference.to(dtype) if narrow is None else narrow.copy_(difference)
     b, d = G.to(dtype).exp(), (G[..., -1:] - G).to(dtype).exp()
     total = b[..., -1]
@@ -185,80 +201,109 @@ def decay_factors(
 
 def prepare(x: Segment, scale: float, has_erase: bool, scratch: Scratch = NO_SCRATCH) -> Prepared:
     """Form everything of §3 that does not depend on the state."""
-    heads, tokens = x.v.shape[2], x.q.shape[-2]
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=x.q.device).tril_()
+    n, G, heads, tokens = x.v.shape[:4]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=x.qk.device).tril_()
     decay = decay_factors(x, causal, 0, scratch)
-    D = causal.to(x.q.dtype) if decay is None else decay.D
-    k_transposed = x.k.transpose(-1, -2)
-    pairs = (*x.q.shape[:2], tokens, tokens)
-    wide = (*x.q.shape[:2], heads, tokens, tokens)
+    D = causal.to(x.qk.dtype) if decay is None else decay.D
+    wide = (n, G, heads, tokens, tokens)
+    pairs = bmm(x.qk, x.k.mT, scratch.get("[Q; K] K'", (n, G, 2 * tokens, tokens), x.qk))
     # §3 P = s lower(Q Kᵀ ⊙ D)                          [C, C]
-    qk = (bmm(x.q, k_transposed, scratch.get("qk", pairs, x.q)) * scale).unsqueeze(2)
-    P = torch.mul(qk, D.expand(wide), out=scratch.get("P", wide, x.q)).flatten(1, 2)
+    qk = pairs[..., :tokens, :].unsqueeze(2)
+    qk = qk.mul_(scale) if scratch.enabled else qk * scale
+    P = torch.mul(qk, D.expand(wide), out=scratch.get("P", wide, x.qk)).flatten(1, 2)
     if not has_erase:
         return Prepared(decay, causal, qk, None, P, None, None)
     # §3 A = strict_lower(diag(β) (K Kᵀ ⊙ D)): the solve does not read the rest  [C, C]
-    kk = bmm(x.k, k_transposed, scratch.get("kk", pairs, x.q)).unsqueeze(2)
-    A = torch.mul(kk, D.expand(wide), out=scratch.get("A", wide, x.q))
-    A = (A * x.beta.unsqueeze(-1)).flatten(1, 2)
+    kk = pairs[..., tokens:, :].unsqueeze(2)
+    buffer = scratch.get("A", wide, x.qk)
+    A = torch.mul(kk, D.expand(wide), out=buffer)
+    A = torch.mul(A, x.beta.unsqueeze(-1), out=buffer).flatten(1, 2)
     # §3 T = (I + A)⁻¹                                  [C, C]
     eye = torch.eye(tokens, dtype=A.dtype, device=A.device).expand_as(A)
-    T = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
-    T_beta = torch.mul(
-        T, x.beta.flatten(1, 2).unsqueeze(-2), out=scratch.get("T_beta", A.shape, x.q)
-    )
+    into, scaled = (scratch.get(name, A.shape, x.qk) for name in ("T", "T beta"))
+    into, scaled = (None if y is None else y.mT for y in (into, scaled))
+    T = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True, out=into)
+    T_beta = torch.mul(T, x.beta.flatten(1, 2).unsqueeze(-2), out=scaled)
     return Prepared(decay, causal, qk, kk, P, T, T_beta)
 
 
-def corrected(
-    x: Segment, p: Prepared, i: int, state: Tensor, out: Corrected
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return E = V − diag(b) K S, K S (None without erase) and U of chunk i."""
-    heads = x.v.shape[2]
+class Read(NamedTuple):
+    """What a chunk reads from the state and makes of it; also where to put it (None: anew).
+
+    Attributes:
+        qkS: [Q; K] S, (G, 2 C, R V); Q S alone without erase.
+        E: V − diag(b) K S, (G, R, C, V).
+        U: (G, R, C, V).
+    """
+
+    qkS: Tensor | None
+    E: Tensor | None
+    U: Tensor | None
+
+    @staticmethod
+    def buffers(x: Segment, has_erase: bool, scratch: Scratch) -> Read:
+        """Return buffers for one chunk."""
+        _, G, R, C, V = x.v.shape
+        return Read(
+            scratch.get("[Q; K] S", (G, 2 * C if has_erase else C, R * V), x.qk),
+            scratch.get("E", (G, R, C, V), x.qk),
+            scratch.get("U", (G, R, C, V), x.qk),
+        )
+
+
+def read_state(
+    x: Segment, p: Prepared, i: int, state: Tensor, out: Read
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [Q; K] S (Q S alone without erase), E and U of chunk i."""
+    heads, tokens = x.v.shape[2], x.tokens
     if p.T_beta is None:
         # §3 without erase, U = diag(β) V               [C, V]
-        return x.v[i], None, x.v[i] * x.beta[i].unsqueeze(-1)
-    kS = per_head(torch.bmm(x.k[i], state, out=out.kS), heads)
+        U = torch.mul(x.v[i], x.beta[i].unsqueeze(-1), out=out.U)
+        return torch.bmm(x.q[i], state, out=out.qkS), x.v[i], U
+    qkS = torch.bmm(x.qk[i], state, out=out.qkS)
+    kS = per_head(qkS[:, tokens:], heads)
     if p.decay is None:
         E = torch.sub(x.v[i], kS, out=out.E)
     else:
         E = torch.addcmul(x.v[i], kS, p.decay.b[i].unsqueeze(-1), value=-1, out=out.E)
     # §3 U = T diag(β) (V − diag(b) K S)                [C, V]
     flat = None if out.U is None else out.U.flatten(0, 1)
-    U = torch.bmm(p.T_beta[i], E.flatten(0, 1), out=flat).unflatten(0, (-1, heads))
-    return E, kS, U
+    U = torch.bmm(p.T_beta[i], E.flatten(0, 1), out=flat).view(E.shape)
+    return qkS, E, U
 
 
-class Corrected(NamedTuple):
-    """Where `corrected` puts its results; None allocates."""
-
-    kS: Tensor | None
-    E: Tensor | None
-    U: Tensor | None
-
-    @staticmethod
-    def of(x: Segment, scratch: Scratch) -> Corrected:
-        _, G, R, C, V = x.v.shape
-        one = (G, R, C, V)
-        return Corrected(
-            scratch.get("kS", (G, C, R * V), x.q),
-            scratch.get("E", one, x.q),
-            scratch.get("U", one, x.q),
-        )
-
-
-def output(
-    x: Segment, p: Prepared, i: int, U: Tensor, state: Tensor, scale: float, scratch: Scratch
+def write_output(
+    p: Prepared,
+    i: int,
+    qkS: Tensor,
+    U: Tensor,
+    scale: float,
+    scratch: Scratch,
+    out: Tensor | None,
 ) -> Tensor:
-    """Return the output of chunk i, (G, R, C, V)."""
+    """Form the output of chunk i; `out` may hold fewer tokens than the chunk.
+
+    Args:
+        p: of the segment.
+        i: the chunk.
+        qkS: Q S in its first C rows, (G, ..., R V).
+        U: (G, R, C, V).
+        scale: s.
+        scratch: buffers to reuse.
+        out: (rows, H, R, c, V) with rows H = G and c <= C, or None for a new (G, R, C, V).
+    """
     G, R, C, V = U.shape
-    qS = torch.bmm(x.q[i], state, out=scratch.get("qS", (G, C, R * V), x.q))
-    PU = torch.bmm(p.P[i], U.flatten(0, 1), out=scratch.get("PU", (G * R, C, V), x.q))
-    PU, qS = PU.unflatten(0, (G, R)), per_head(qS, R)
+    flat = torch.bmm(p.P[i], U.flatten(0, 1), out=scratch.get("P U", (G * R, C, V), U))
+    PU, qS = flat.view(G, R, C, V), per_head(qkS[:, :C], R)
+    b = None if p.decay is None else p.decay.b[i].unsqueeze(-1)
+    if out is not None:
+        rows, tokens = out.shape[0], out.shape[3]
+        PU, qS = (y.unflatten(0, (rows, -1))[..., :tokens, :] for y in (PU, qS))
+        b = None if b is None else b.unflatten(0, (rows, -1))[..., :tokens, :]
     # §3 O = s (diag(b) Q S + (lower(Q Kᵀ ⊙ D)) U)      [C, V]
-    if p.decay is None:
-        return torch.add(PU, qS, alpha=scale)
-    return torch.addcmul(PU, qS, p.decay.b[i].unsqueeze(-1), value=scale)
+    if b is None:
+        return torch.add(PU, qS, alpha=scale, out=out)
+    return torch.addcmul(PU, qS, b, value=scale, out=out)
 
 
 def advanced(
@@ -275,24 +320,35 @@ def advanced(
     if p.decay is None:
         return across(None, state, out).baddbmm_(x.k[i].transpose(1, 2), packed(U))
     G, R, C, V = U.shape
-    dU = scaled_packed(U, p.decay.d[i], scratch.get("dU", (G, C, R * V), x.q))
+    dU = scaled_packed(U, p.decay.d[i], scratch.get("dU", (G, C, R * V), x.qk))
     return across(p.decay.total[i], state, out).baddbmm_(x.k[i].transpose(1, 2), dU)
 
 
 def forward_segment(
-    x: Segment, state: Tensor, scale: float, has_erase: bool, scratch: Scratch = NO_SCRATCH
+    x: Segment,
+    state: Tensor,
+    scale: float,
+    has_erase: bool,
+    scratch: Scratch = NO_SCRATCH,
+    out: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the outputs of the chunks, each (G, R, C, V), and the state after them.
+    """Return the outputs of the chunks and the state after them.
 
-    With a scratch, `state` itself is updated.
+    Args:
+        x: the operands.
+        state: (G, K, R V) at the start; updated itself where there is a scratch.
+        scale: s.
+        has_erase: whether the rule has an error term.
+        scratch: buffers to reuse.
+        out: where to write the outputs, see `write_output`; new tensors if empty.
     """
     p = prepare(x, scale, has_erase, scratch)
-    into = Corrected.of(x, scratch)
+    into = Read.buffers(x, has_erase, scratch)
     reused = state if scratch.enabled else None
     outputs = []
-    for i in range(x.q.shape[0]):
-        _, _, U = corrected(x, p, i, state, into)
-        outputs.append(output(x, p, i, U, state, scale, scratch))
+    for i in range(x.v.shape[0]):
+        qkS, _, U = read_state(x, p, i, state, into)
+        outputs.append(write_output(p, i, qkS, U, scale, scratch, out[i] if out else None))
         state = advanced(x, p, i, U, state, scratch, reused)
     return outputs, state
 
@@ -302,8 +358,8 @@ def advance_segment(
 ) -> Tensor:
     """Return the state after a segment, in a new tensor, without the outputs."""
     p = prepare(x, scale, has_erase, scratch)
-    into = Corrected.of(x, scratch)
-    for i in range(x.q.shape[0]):
-        U = corrected(x, p, i, state, into)[2]
+    into = Read.buffers(x, has_erase, scratch)
+    for i in range(x.v.shape[0]):
+        U = read_state(x, p, i, state, into)[2]
         state = advanced(x, p, i, U, state, scratch)
     return state

@@ -14,18 +14,18 @@ from torch.nn import functional
 
 from gdn_ops.backends.torch.chunkwise import (
     NO_SCRATCH,
-    Corrected,
     Decay,
     Prepared,
+    Read,
     Scratch,
     Segment,
     across,
     advanced,
     bmm,
-    corrected,
     decay_factors,
     per_head,
     prepare,
+    read_state,
     scaled_packed,
 )
 
@@ -72,50 +72,48 @@ def backward_segment(
 
 
 class _ForwardWalk(NamedTuple):
-    """States at the chunk starts (n, G, K, R V), and E, U (n, G, R, C, V), K S."""
+    """States at the chunk starts (n, G, K, R V), E and U (n, G, R, C, V), [Q; K] S packed."""
 
     states: Tensor
     E: Tensor
     U: Tensor
-    kS: Tensor | None
+    qkS: Tensor
 
 
 class _BackwardWalk(NamedTuple):
-    """dS at the chunk ends (n, G, K, R V), dRHS and K dS (n, G, R, C, V).
+    """What the reverse walk leaves.
 
-    Xq = s diag(b) dO and Xk = −diag(βb) dRHS are packed, (n, G, C, R V); d_state is the
-    gradient of the state at the segment's start.
+    Attributes:
+        d_states: dS at the chunk ends, (n, G, K, R V).
+        dR: dRHS, (n, G, R, C, V).
+        kdS: K dS, packed, (n, G, C, R V).
+        X: s diag(b) dO above −diag(βb) dRHS, packed, (n, G, 2 C, R V); without erase only
+            the first half.
+        d_state: the gradient of the state at the segment's start.
     """
 
     d_states: Tensor
     dR: Tensor
     kdS: Tensor
-    Xq: Tensor
-    Xk: Tensor | None
+    X: Tensor
     d_state: Tensor
 
 
 def _walk_forward(x: Segment, p: Prepared, state: Tensor, scratch: Scratch) -> _ForwardWalk:
     n, G, R, C, V = x.v.shape
-    states = scratch.slots("states", n, state.shape, x.q)
-    E, U = (scratch.slots(f"{name}s", n, (G, R, C, V), x.q) for name in "EU")
-    kS = scratch.slots("kSs", n, (G, C, R * V), x.q)
+    states = scratch.slots("states", n, state.shape, x.qk)
+    E, U = (scratch.slots(f"{name}s", n, (G, R, C, V), x.qk) for name in "EU")
+    qkS = scratch.slots("[Q; K] Ss", n, (G, 2 * C if p.T is not None else C, R * V), x.qk)
     first = states.out(0)
     state = states.put(0, state if first is None else first.copy_(state))
     for i in range(n):
-        into = Corrected(kS.out(i), E.out(i), U.out(i))
-        E_i, kS_i, U_i = corrected(x, p, i, state, into)
-        E.put(i, E_i)
-        U.put(i, U_i)
-        if kS_i is not None:
-            kS.put(i, kS_i)
+        qkS_i, E_i, U_i = read_state(x, p, i, state, Read(qkS.out(i), E.out(i), U.out(i)))
+        for slots, value in ((qkS, qkS_i), (E, E_i), (U, U_i)):
+            slots.put(i, value)
         if i + 1 < n:
             state = states.put(i + 1, advanced(x, p, i, U_i, state, scratch, states.out(i + 1)))
-    if p.T is None:
-        return _ForwardWalk(states.stacked(), x.v, x.v * x.beta.unsqueeze(-1), None)
-    stacked = kS.stacked()
-    kS_heads = per_head(stacked, R) if kS.buffer is not None else stacked
-    return _ForwardWalk(states.stacked(), E.stacked(), U.stacked(), kS_heads)
+    E_all = x.v if p.T is None else E.stacked()
+    return _ForwardWalk(states.stacked(), E_all, U.stacked(), qkS.stacked())
 
 
 def _walk_backward(
@@ -123,51 +121,54 @@ def _walk_backward(
 ) -> _BackwardWalk:
     n, G, R, C, V = x.v.shape
     one, wide = (G, R, C, V), (G, C, R * V)
-    d_states = scratch.slots("d_states", n, d_state.shape, x.q)
-    kdS = scratch.slots("kdSs", n, wide, x.q)
-    dR = scratch.slots("dRs", n, one, x.q)
-    Xk = scratch.slots("Xk", n, wide, x.q)
-    # §5 s diag(b) dO, packed                                [C, R V]
+    rows = C if p.T is None else 2 * C
+    d_states = scratch.slots("d_states", n, d_state.shape, x.qk)
+    kdS = scratch.slots("K dS", n, wide, x.qk)
+    dR = scratch.slots("dRHS", n, one, x.qk)
+    X = scratch.slots("X", n, (G, rows, R * V), x.qk)
     b = torch.ones_like(x.beta) if p.decay is None else p.decay.b
-    Xq = scaled_packed(d_o, b * scale, scratch.get("Xq", (n, *wide), x.q))
-    flat = scratch.get("P'dO", (n, G * R, C, V), x.q)
-    PdO = bmm(p.P.transpose(-1, -2), d_o.flatten(1, 2), flat).unflatten(1, (G, R))
+    flat = scratch.get("P' dO", (n, G * R, C, V), x.qk)
+    PdO = bmm(p.P.mT, d_o.flatten(1, 2), flat).view(n, *one)
     for i in reversed(range(n)):
         last = d_states.out(i)
         d_state = d_states.put(i, d_state if last is None else last.copy_(d_state))
         # §5 dU = s Pᵀ dO + diag(d) K dS_C                   [C, V]
-        kdS_i = per_head(torch.bmm(x.k[i], d_state, out=kdS.out(i)), R)
-        kdS.put(i, kdS_i)
-        dU = scratch.get("dU_i", one, x.q)
+        kdS_i = kdS.put(i, torch.bmm(x.k[i], d_state, out=kdS.out(i)))
+        dU, kdS_i = scratch.get("dU_i", one, x.qk), per_head(kdS_i, R)
         if p.decay is None:
             dU = torch.add(PdO[i], kdS_i, out=dU)
         else:
             dU = torch.addcmul(PdO[i], kdS_i, p.decay.d[i].unsqueeze(-1), out=dU)
         # §5 dRHS = Tᵀ dU                                    [C, V]
-        into = dR.out(i)
-        if p.T is None:
-            dR_i = dU if into is None else into.copy_(dU)
-        else:
-            into = None if into is None else into.flatten(0, 1)
-            dR_i = torch.bmm(p.T[i].transpose(1, 2), dU.flatten(0, 1), out=into)
-            dR_i = dR_i.unflatten(0, (G, R))
-        dR.put(i, dR_i)
+        dR_i = dR.put(i, _transposed_solve(p, i, dU, dR.out(i)))
         # §5 dS_0 = b_C dS_C + s (diag(b) Q)ᵀ dO − (diag(βb) K)ᵀ dRHS   [K, R V]
+        X_i = X.put(i, _weighted(d_o[i], b[i] * scale, dR_i, x.beta[i] * -b[i], X.out(i), rows))
         total = None if p.decay is None else p.decay.total[i]
-        reused = scratch.get(f"d_state{i % 2}", d_state.shape, x.q)
-        d_state = across(total, d_state, reused).baddbmm_(x.q[i].transpose(1, 2), Xq[i])
-        if p.T is not None:
-            Xk_i = Xk.put(i, scaled_packed(dR_i, -x.beta[i] * b[i], Xk.out(i)))
-            d_state = d_state.baddbmm_(x.k[i].transpose(1, 2), Xk_i)
-    stacked = kdS.stacked()
-    return _BackwardWalk(
-        d_states.stacked(),
-        dR.stacked(),
-        per_head(stacked, R) if kdS.buffer is not None else stacked,
-        Xq,
-        None if p.T is None else Xk.stacked(),
-        d_state,
-    )
+        reused = scratch.get(f"d_state{i % 2}", d_state.shape, x.qk)
+        d_state = across(total, d_state, reused).baddbmm_(x.qk[i, :, :rows].mT, X_i)
+    return _BackwardWalk(d_states.stacked(), dR.stacked(), kdS.stacked(), X.stacked(), d_state)
+
+
+def _transposed_solve(p: Prepared, i: int, dU: Tensor, out: Tensor | None) -> Tensor:
+    """Tᵀ dU of chunk i, (G, R, C, V); dU itself without erase."""
+    if p.T is None:
+        return dU if out is None else out.copy_(dU)
+    flat = None if out is None else out.flatten(0, 1)
+    return torch.bmm(p.T[i].mT, dU.flatten(0, 1), out=flat).view(dU.shape)
+
+
+def _weighted(
+    d_o: Tensor, of_o: Tensor, dR: Tensor, of_R: Tensor, out: Tensor | None, rows: int
+) -> Tensor:
+    """Stack d_o and dR, each times its weight (G, R, C), as (G, rows, R V)."""
+    C = d_o.shape[-2]
+    if out is None:
+        upper = scaled_packed(d_o, of_o, None)
+        return upper if rows == C else torch.cat((upper, scaled_packed(dR, of_R, None)), 1)
+    scaled_packed(d_o, of_o, out[:, :C])
+    if rows > C:
+        scaled_packed(dR, of_R, out[:, C:])
+    return out
 
 
 def _parallel_gradients(
@@ -182,62 +183,62 @@ def _parallel_gradients(
     """Form what is left once dRHS and dS of every chunk are known."""
     n, G, R, C, V = x.v.shape
     square = (n, G, R, C, C)
-    D = p.causal.to(x.q.dtype) if p.decay is None else p.decay.D
+    D = p.causal.to(x.qk.dtype) if p.decay is None else p.decay.D
     beta = x.beta.unsqueeze(-1)
-    U_transposed = f.U.transpose(-1, -2)
     # §5 dP = s lower(dO Uᵀ), here without s and mask           [C, C]
-    dP = bmm(d_o, U_transposed, scratch.get("dP", square, x.q))
+    dP = bmm(d_o, f.U.mT, scratch.get("dP", square, x.qk))
     # §5 dV = diag(β) dRHS,  dβ = rowsum(dRHS ⊙ E) + ...        [C, V]
-    dV = torch.mul(w.dR, beta, out=scratch.get("dV", w.dR.shape, x.q))
+    dV = torch.mul(w.dR, beta, out=scratch.get("dV", w.dR.shape, x.qk))
     d_beta = _rowsum(w.dR, f.E, scratch)
-    pairs = torch.mul(dP, D, out=scratch.get("dP D", square, x.q)).sum(2) * scale
+    pairs = torch.mul(dP, D, out=scratch.get("masked", square, x.qk)).sum(2) * scale
     # §5 dQ = (dP ⊙ D) K + s diag(b) dO Sᵀ                      [C, K]
-    S_transposed = f.states.transpose(-1, -2)
-    dQ = _accumulated((w.Xq, S_transposed), (pairs, x.k))
+    shape = (n, G, w.X.shape[2], x.qk.shape[-1])
+    both = bmm(w.X, f.states.mT, scratch.get("dQ, dK", shape, x.qk))
+    dQ = _plus(both[..., :C, :], pairs, x.k)
     # §5 dK = (dP ⊙ D)ᵀ Q + diag(d) U dS_Cᵀ − (diag(βb) dRHS Sᵀ) + (M + Mᵀ) K   [C, K]
+    dK = both[..., C:, :] if p.T is not None else torch.zeros_like(dQ)
     d = torch.ones_like(x.beta) if p.decay is None else p.decay.d
-    dU = scaled_packed(f.U, d, scratch.get("dUs", (n, G, C, R * V), x.q))
-    terms = [(dU, w.d_states.transpose(-1, -2)), (pairs.transpose(-1, -2), x.q)]
-    M = None
-    if p.kk is not None and w.Xk is not None:
+    dU = scaled_packed(f.U, d, scratch.get("dUs", (n, G, C, R * V), x.qk))
+    dK = _plus(_plus(dK, pairs.mT, x.q), dU, w.d_states.mT)
+    E = torch.mul(dP, p.qk, out=scratch.get("E_ij", square, x.qk))
+    if p.kk is not None:
         # §5 dA = −strict_lower(dRHS Uᵀ),  M = diag(β) dA       [C, C]
-        dA = bmm(w.dR, U_transposed, scratch.get("dA", square, x.q)).tril(-1)
-        M = torch.mul(dA, -beta, out=scratch.get("M", square, x.q))
-        d_beta = d_beta - (dA * p.kk * D).sum(-1)
-        both = (M * D).sum(2)
-        terms += [(w.Xk, S_transposed), (both + both.transpose(-1, -2), x.k)]
-    dK = _accumulated(*terms)
+        dA = bmm(w.dR, f.U.mT, scratch.get("dA", square, x.qk))
+        dA = dA.tril_(-1).neg_() if scratch.enabled else -dA.tril(-1)
+        masked = torch.mul(dA, D, out=scratch.get("masked", square, x.qk))
+        d_beta = d_beta + _rowsum(masked, p.kk.expand(square), scratch)
+        M = torch.mul(masked, beta, out=scratch.get("masked", square, x.qk)).sum(2)
+        dK = _plus(dK, M + M.mT, x.k)
+        # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ                  [C, C]
+        weighted = torch.mul(dA, beta, out=scratch.get("masked", square, x.qk))
+        E = torch.addcmul(E, weighted, p.kk, out=scratch.get("E_ij", square, x.qk))
     if p.decay is None:
         return SegmentGrads(dQ, dK, dV, d_beta, None, w.d_state)
-    # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ                      [C, C]
-    E = dP * p.qk if M is None or p.kk is None else torch.addcmul(dP * p.qk, M, p.kk)
-    edges = _gate_edges(x, f, w, d_o, dV, scale, scratch)
-    d_log = _straddling(E, edges, p.decay)
+    edges = _gate_edges(x, p, f, w, d_o, dV, scale, scratch)
+    d_log = _straddling(E, edges, p.decay, scratch)
     if x.zeros is not None:
         # §5 at α_t = 0, the same sum over the pairs with one zero between them
         one = decay_factors(x, p.causal, crossings=1)
         if one is not None:
             before = functional.pad(x.zeros[..., :-1], (1, 0))
-            d_log = torch.where(x.zeros > before, _straddling(E, edges, one), d_log)
+            d_log = torch.where(x.zeros > before, _straddling(E, edges, one, scratch), d_log)
     return SegmentGrads(dQ, dK, dV, d_beta, d_log, w.d_state)
 
 
-def _accumulated(*terms: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the sum of products over equal leading axes."""
-    (a, b), *rest = terms
-    total = torch.bmm(a.flatten(0, 1), b.flatten(0, 1))
-    for left, right in rest:
-        total = total.baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
-    return total.view(*a.shape[:2], *total.shape[1:])
+def _plus(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return total + a b over equal leading axes; updates `total`."""
+    total.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    return total
 
 
 def _rowsum(a: Tensor, b: Tensor, scratch: Scratch) -> Tensor:
-    """rowsum(a ⊙ b), over V."""
-    return torch.mul(a, b, out=scratch.get("rows", a.shape, a)).sum(-1)
+    """rowsum(a ⊙ b), over the last axis."""
+    return torch.mul(a, b, out=scratch.get(f"rows {a.shape[-1]}", a.shape, a)).sum(-1)
 
 
 def _gate_edges(
     x: Segment,
+    p: Prepared,
     f: _ForwardWalk,
     w: _BackwardWalk,
     d_o: Tensor,
@@ -246,20 +247,21 @@ def _gate_edges(
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the column `start`, the row C and the corner of E (§5), before any decay factor."""
-    n, G, R, C, V = x.v.shape
-    qS = per_head(bmm(x.q, f.states, scratch.get("qSs", (n, G, C, R * V), x.q)), R)
+    R, C, V = x.v.shape[2:]
     # §5 E_i,start = s rowsum(dO ⊙ Q S)_i − β_i rowsum(dRHS ⊙ K S)_i      [C]
-    start = _rowsum(d_o, qS, scratch) * scale
-    if f.kS is not None:
-        start = start - _rowsum(dV, f.kS, scratch)
+    start = _rowsum(d_o, per_head(f.qkS[..., :C, :], R), scratch) * scale
+    if p.T is not None:
+        start = start - _rowsum(dV, per_head(f.qkS[..., C:, :], R), scratch)
     # §5 E_C,j = rowsum((K dS_C) ⊙ U)_j,  E_C,start = ⟨dS_C, S⟩           [C], []
-    end = _rowsum(w.kdS, f.U, scratch)
-    inner = torch.mul(w.d_states, f.states, out=scratch.get("dS S", f.states.shape, x.q))
+    end = _rowsum(f.U, per_head(w.kdS, R), scratch)
+    inner = torch.mul(w.d_states, f.states, out=scratch.get("dS S", f.states.shape, x.qk))
     corner = inner.unflatten(-1, (R, V)).sum((-3, -1))
     return start, end, corner
 
 
-def _straddling(E: Tensor, edges: tuple[Tensor, Tensor, Tensor], decay: Decay) -> Tensor:
+def _straddling(
+    E: Tensor, edges: tuple[Tensor, Tensor, Tensor], decay: Decay, scratch: Scratch
+) -> Tensor:
     """§5 d log α_t: the sum of X = E ⊙ D over the pairs i ≥ t > j, (n, G, R, C).
 
     Only straddling pairs are added, none is subtracted, so that a tiny α keeps its relative
@@ -269,7 +271,12 @@ def _straddling(E: Tensor, edges: tuple[Tensor, Tensor, Tensor], decay: Decay) -
     tokens = E.shape[-1]
     from_here = torch.ones(tokens, tokens, dtype=E.dtype, device=E.device).triu_()
     # Σ_{i≥t} X_ij by a product with ones, then Σ_{j<t}            [C, C] -> [C]
-    inner = torch.matmul(from_here, E * decay.D).tril(-1).sum(-1)
+    X = torch.mul(E, decay.D, out=scratch.get("masked", E.shape, E))
+    below = torch.ones_like(from_here).tril_(-1)
+    sums = scratch.get("sums", E.shape, E)
+    flat = None if sums is None else sums.flatten(0, -3)
+    product = torch.bmm(from_here.expand(X.flatten(0, -3).shape), X.flatten(0, -3), out=flat)
+    inner = _rowsum(product.view(X.shape), below.expand(X.shape), scratch)
     from_start = (start * decay.b).flip(-1).cumsum(-1).flip(-1)
     to_end = functional.pad((end * decay.d)[..., :-1].cumsum(-1), (1, 0))
     return inner + from_start + to_end + (corner * decay.total).unsqueeze(-1)

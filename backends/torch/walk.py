@@ -20,7 +20,7 @@ from gdn_ops.backends.torch.chunkwise import Scratch, Segment
 from gdn_ops.backends.torch.gradients import SegmentGrads
 from gdn_ops.backends.torch.memory import empty
 from gdn_ops.bind import Call
-from gdn_ops.numerics import LogGate, l2norm, l2norm_backward, log_gate
+from gdn_ops.numerics import LogGate, inverse_norm, l2norm, l2norm_backward, log_gate
 from gdn_ops.registry import Forward, Grads
 
 MAX_CHECKPOINTS = 64
@@ -35,13 +35,16 @@ class Engine:
         chunk_size: C, tokens per chunk.
         chunks: n, chunks per segment.
         pad_segments: whether a short last segment is padded to n chunks (static shapes).
-        forward, advance, backward: the segment functions.
+        forward, advance, backward: the segment functions; `forward` writes the outputs into
+            its last argument.
     """
 
     chunk_size: int
     chunks: int
     pad_segments: bool
-    forward: Callable[[Segment, Tensor, float, bool, Scratch], tuple[list[Tensor], Tensor]]
+    forward: Callable[
+        [Segment, Tensor, float, bool, Scratch, list[Tensor]], tuple[list[Tensor], Tensor]
+    ]
     advance: Callable[[Segment, Tensor, float, bool, Scratch], Tensor]
     backward: Callable[[Segment, Tensor, Tensor, Tensor, float, bool, Scratch], SegmentGrads]
 
@@ -110,6 +113,7 @@ class Operands:
 
     def __init__(self, call: Call, chunk_size: int) -> None:
         self.call = call
+        self.scratch = Scratch(enabled=not torch.is_grad_enabled())
         self.chunk_size = chunk_size
         self.dtype = call.compute_dtype
         self.gate: LogGate | None = None
@@ -132,9 +136,31 @@ class Operands:
         return chunks
 
     def keys(self, x: Tensor, piece: Piece) -> Tensor:
-        """(B, T, H, K) to (n, G, C, K)."""
-        x = self.cut(x, piece).permute(1, 0, 3, 2, 4).flatten(1, 2)
-        return x.to(self.dtype).contiguous()
+        """(B, T, H, K) to (n, G, C, K) in the compute dtype."""
+        return self.cut(x, piece).permute(1, 0, 3, 2, 4).flatten(1, 2).to(self.dtype)
+
+    def queries_and_keys(self, piece: Piece) -> Tensor:
+        """Return q above k, (n, G, 2 C, K), normalised if the call says so."""
+        call, s = self.call, self.call.sizes
+        shape = (piece.chunks, s.B, s.H, 2 * self.chunk_size, s.K)
+        buffer = self.scratch.get("qk", shape, self.beta)
+        if buffer is None:
+            qk = torch.cat([self.keys(x, piece) for x in (call.q, call.k)], 2)
+        else:
+            for x, half in zip((call.q, call.k), buffer.split(self.chunk_size, 3), strict=True):
+                half.copy_(self.cut(x, piece).permute(1, 0, 3, 2, 4))
+            qk = buffer.flatten(1, 2)
+        if not call.qk_l2norm:
+            return qk
+        return qk.mul_(inverse_norm(qk)) if self.scratch.enabled else l2norm(qk)
+
+    def gradients(self, x: Tensor, piece: Piece) -> Tensor:
+        """(B, T, HV, V) to (n, G, R, C, V), contiguous, in a scratch buffer."""
+        x = self.cut(x, piece).unflatten(3, (self.call.sizes.H, self.call.sizes.R))
+        x = x.permute(1, 0, 3, 4, 2, 5)
+        buffer = self.scratch.get("d_o", x.shape, self.beta)
+        x = x.to(self.dtype).contiguous() if buffer is None else buffer.copy_(x)
+        return x.flatten(1, 2)
 
     def values(self, x: Tensor, piece: Piece) -> Tensor:
         """(B, T, HV, V) to (n, G, R, C, V)."""
@@ -149,9 +175,6 @@ class Operands:
     def segment(self, piece: Piece) -> Segment:
         """Return the operands of one segment; padded tokens are the identity (α=1, β=0)."""
         call = self.call
-        q, k = (self.keys(x, piece) for x in (call.q, call.k))
-        if call.qk_l2norm:
-            q, k = l2norm(q), l2norm(k)
         G = z = None
         if self.gate is not None:
             # §4 G and z, inclusive sums within the chunk           [C]
@@ -159,7 +182,7 @@ class Operands:
             if self.gate.zero is not None:
                 z = self.gates(self.gate.zero, piece).cumsum(-1)
         beta = self.gates(self.beta, piece).contiguous()
-        return Segment(q, k, self.values(call.v, piece), beta, G, z)
+        return Segment(self.queries_and_keys(piece), self.values(call.v, piece), beta, G, z)
 
     def initial_state(self, states: slice) -> Tensor:
         """Return the packed state that the sequences `states` start from."""
@@ -170,6 +193,11 @@ class Operands:
             return torch.zeros(shape, dtype=self.dtype, device=self.call.device)
         packed = pack_state(state[states].to(self.dtype), s.H)
         return packed if torch.is_grad_enabled() else packed.clone()
+
+    def output_views(self, o: Tensor, piece: Piece) -> list[Tensor]:
+        """Return the chunks of a piece in o (B, T, HV, V) as views (B, H, R, c, V)."""
+        tokens = o[:, piece.start : piece.stop].unflatten(2, (self.call.sizes.H, -1))
+        return [chunk.permute(0, 2, 3, 1, 4) for chunk in tokens.split(self.chunk_size, 1)]
 
     def store(self, into: Tensor, piece: Piece, x: Tensor) -> None:
         """Write (n, G, [R,] C, [D]) back into tokens of (B, T, heads, [D])."""
@@ -198,7 +226,6 @@ def run_forward(call: Call, engine: Engine) -> Forward:
     if call.needs_grad:
         shape = engine.checkpoint_shape(call)
         kept = empty(shape, operands.dtype, call.device)
-    scratch = Scratch(enabled=not torch.is_grad_enabled())
     every, slot = engine.checkpoint_every(s.T), 0
     for states, start, stop in sequences(call):
         state = operands.initial_state(states)
@@ -207,12 +234,14 @@ def run_forward(call: Call, engine: Engine) -> Forward:
                 kept[slot] = state
                 slot += 1
             x = operands.segment(piece)
-            outputs, state = engine.forward(x, state, call.scale, call.rule.has_erase, scratch)
-            for i, output in enumerate(outputs):
-                a = piece.start + i * engine.chunk_size
-                if a < piece.stop:
-                    b = min(a + engine.chunk_size, piece.stop)
-                    operands.store(o, Piece(a, b, 1), output.unsqueeze(0))
+            _, state = engine.forward(
+                x,
+                state,
+                call.scale,
+                call.rule.has_erase,
+                operands.scratch,
+                operands.output_views(o, piece),
+            )
         final.unflatten(1, (s.H, s.R))[states] = unpack_state(state, s.H, s.R)
     if kept is None:
         return Forward(o, final)
@@ -259,14 +288,13 @@ def _backward_block(
     d_state: Tensor,
 ) -> Tensor:
     """Go back over the segments of one checkpoint; return the state's gradient at its start."""
-    options = call.scale, call.rule.has_erase, grads.scratch
-    segments = [grads.operands.segment(piece) for piece in block]
+    operands = grads.operands
+    options = call.scale, call.rule.has_erase, operands.scratch
     states = [state]
-    for x in segments[:-1]:
-        states.append(engine.advance(x, states[-1], *options))
-    while segments:
-        x, piece, state = segments.pop(), block[len(segments)], states.pop()
-        d_o = grads.operands.values(grads.d_o, piece)
+    for piece in block[:-1]:
+        states.append(engine.advance(operands.segment(piece), states[-1], *options))
+    for piece, state in zip(reversed(block), reversed(states), strict=True):
+        x, d_o = operands.segment(piece), operands.gradients(grads.d_o, piece)
         found = engine.backward(x, state, d_o, d_state, *options)
         grads.add(piece, found)
         d_state = found.state
@@ -279,7 +307,6 @@ class _Accumulator:
     def __init__(self, operands: Operands, d_o: Tensor) -> None:
         call, s = operands.call, operands.call.sizes
         self.operands, self.d_o = operands, d_o
-        self.scratch = Scratch(enabled=not torch.is_grad_enabled())
         dtype, device = operands.dtype, call.device
         self.q = empty((s.B, s.T, s.H, s.K), call.q.dtype, device)
         self.k = empty((s.B, s.T, s.H, s.K), call.k.dtype, device)
