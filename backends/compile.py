@@ -72,7 +72,9 @@ def _compiled(
     A copy of the code object per shape class keeps the classes apart in torch.compile, which
     counts recompilations per code object and gives up after a few.
     """
-    shapes = tuple(None if x is None else (*x.shape, x.dtype, x.device) for x in tensors)
+    shapes = tuple(
+        None if x is None else (*x.shape, x.stride(), x.dtype, x.device) for x in tensors
+    )
     key = (function, constants, shapes, Compile.compiler)
     found = _functions.get(key)
     if found is None:
@@ -111,26 +113,30 @@ def _timed(function: Callable[..., Any], name: str, shapes: tuple[Any, ...]) -> 
     return run
 
 
-def _segment_tensors(x: Segment) -> tuple[Segment, tuple[Tensor | None, ...]]:
-    """Return the segment with contiguous operands, so that strides are static too."""
-    x = Segment(*(None if t is None else t.contiguous() for t in x))  # type: ignore[arg-type]
-    return x, tuple(x)
+def _forward_chunk(x: Segment, state: Tensor, out: Tensor, scale: float, has_erase: bool) -> None:
+    """Run one chunk; write the output into `out` (rows, H, R, C, V) and update the state."""
+    (output,), new = forward_segment(x, state, scale, has_erase)
+    out.copy_(output.unflatten(0, out.shape[:2]))
+    state.copy_(new)
 
 
 def _forward(
     x: Segment, state: Tensor, scale: float, has_erase: bool, scratch: Scratch, out: list[Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    x, tensors = _segment_tensors(x)
-    function = _compiled(forward_segment, (scale, has_erase), tensors)
-    (output,), state = function(x, state, scale, has_erase)
     (view,) = out
-    view.copy_(output.unflatten(0, view.shape[:2])[..., : view.shape[3], :])
-    return [output], state
+    whole = view
+    if view.shape[3] < x.tokens:
+        # The last chunk is padded; a shorter output would be a shape class of its own.
+        whole = view.new_empty(*view.shape[:3], x.tokens, view.shape[4])
+    function = _compiled(_forward_chunk, (scale, has_erase), (*x, state, whole))
+    function(x, state, whole, scale, has_erase)
+    if whole is not view:
+        view.copy_(whole[..., : view.shape[3], :])
+    return [view], state
 
 
 def _advance(x: Segment, state: Tensor, scale: float, has_erase: bool, scratch: Scratch) -> Tensor:
-    x, tensors = _segment_tensors(x)
-    function = _compiled(advance_segment, (scale, has_erase), tensors)
+    function = _compiled(advance_segment, (scale, has_erase), (*x, state))
     return function(x, state, scale, has_erase)  # type: ignore[no-any-return]
 
 
@@ -143,9 +149,8 @@ def _backward(
     has_erase: bool,
     scratch: Scratch,
 ) -> SegmentGrads:
-    x, tensors = _segment_tensors(x)
-    function = _compiled(backward_segment, (scale, has_erase), tensors)
-    return function(x, state, d_o.contiguous(), d_state, scale, has_erase)  # type: ignore[no-any-return]
+    function = _compiled(backward_segment, (scale, has_erase), (*x, state, d_o, d_state))
+    return function(x, state, d_o, d_state, scale, has_erase)  # type: ignore[no-any-return]
 
 
 BACKEND = Compile

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,9 +33,9 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
-    """One checked call, the same for both ops; what every backend receives.
+    """One checked call, the same for both ops; what every backend receives. Never modified.
 
     Attributes:
         op: its spec.
@@ -129,34 +129,33 @@ def bind(spec: OpSpec, arguments: Mapping[str, Any], *, check_values: bool = Tru
     Raises:
         SpecError: an argument breaks the spec (SpecTypeError if its Python type does).
     """
-    for attr in spec.attrs:
-        _check_attr(spec, attr, arguments[attr.name])
-    rule = spec.rule[arguments["rule"]]
-    _check_gates(spec, rule, arguments)
-    sizes = _check_tensors(spec, arguments)
-    q = arguments["q"]
+    # A step costs tens of microseconds: what was checked once is not checked again, values aside.
+    key = _structure(spec, arguments) if check_values else None
+    found = _checked.get(key) if key is not None else None
+    if found is None:
+        found = _check_structure(spec, arguments)
+        if key is not None and not _is_narrow(arguments["alpha"]):
+            if len(_checked) >= MOST_CHECKED:
+                _checked.clear()
+            _checked[key] = found
+    q, state = arguments["q"], arguments.get("initial_state", arguments.get("state"))
     if check_values and (q.device.type == "cpu" or CHECK_VALUES_EVERYWHERE):
-        _check_values(spec, arguments, sizes)
-    scale = arguments["scale"]
-    state = arguments.get("initial_state", arguments.get("state"))
+        _check_values(spec, arguments, found.sizes)
     needs_grad = torch.is_grad_enabled() and any(
-        arguments[arg.name] is not None and arguments[arg.name].requires_grad
-        for arg in spec.tensors
+        arguments[name] is not None and arguments[name].requires_grad for name in spec.tensor
     )
-    if arguments.get("inplace", False):
-        if state is None:
-            _fail(spec, "state is None, should be a torch.Tensor: inplace updates it")
-        if needs_grad:
-            _fail(spec, "inplace is True, should be False: gradients are needed")
+    inplace = arguments.get("inplace", False)
+    if inplace and needs_grad:
+        _fail(spec, "inplace is True, should be False: gradients are needed")
     return Call(
         op=spec,
-        sizes=sizes,
-        rule=rule,
-        scale=float(scale) if scale is not None else _default_scale(sizes.K),
+        sizes=found.sizes,
+        rule=found.rule,
+        scale=found.scale,
         qk_l2norm=arguments["qk_l2norm"],
         chunk_size=arguments.get("chunk_size"),
         return_state=arguments.get("return_state", True),
-        inplace=arguments.get("inplace", False),
+        inplace=inplace,
         needs_grad=needs_grad,
         q=q,
         k=arguments["k"],
@@ -167,6 +166,61 @@ def bind(spec: OpSpec, arguments: Mapping[str, Any], *, check_values: bool = Tru
         state=state,
         cu_seqlens=arguments.get("cu_seqlens"),
     )
+
+
+class _Checked(NamedTuple):
+    """What the structure of a call, shapes and dtypes and attributes, says."""
+
+    sizes: Sizes
+    rule: Rule
+    scale: float
+
+
+MOST_CHECKED = 4096
+"""Structures remembered before all are forgotten."""
+
+_checked: dict[tuple[Any, ...], _Checked] = {}
+
+
+def _structure(spec: OpSpec, arguments: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Return everything about a call but its values, or None if it is not plain."""
+    parts: list[Any] = [spec.name]
+    add = parts.append
+    for x in arguments.values():
+        kind = type(x)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            add(x.shape)
+            add(x.dtype)
+            add(x.device)
+            add(x.layout)
+        elif x is None or kind in _PLAIN_TYPES:
+            # 1, 1.0 and True are equal keys, but only one of them is a fine bool.
+            add(kind)
+            add(x)
+        else:
+            return None
+    return tuple(parts)
+
+
+_PLAIN_TYPES = frozenset((bool, int, float, str))
+
+
+def _is_narrow(alpha: Any) -> bool:
+    """Whether alpha is of a dtype that every call is warned of."""
+    return alpha is not None and alpha.dtype in (torch.bfloat16, torch.float16)
+
+
+def _check_structure(spec: OpSpec, arguments: Mapping[str, Any]) -> _Checked:
+    """Check everything about a call but its values."""
+    for attr in spec.attrs:
+        _check_attr(spec, attr, arguments[attr.name])
+    rule = spec.rule[arguments["rule"]]
+    _check_gates(spec, rule, arguments)
+    sizes = _check_tensors(spec, arguments)
+    if arguments.get("inplace", False) and arguments["state"] is None:
+        _fail(spec, "state is None, should be a torch.Tensor: inplace updates it")
+    scale = arguments["scale"]
+    return _Checked(sizes, rule, _default_scale(sizes.K) if scale is None else float(scale))
 
 
 def _default_scale(key_width: int) -> float:
@@ -229,7 +283,7 @@ def _check_tensors(spec: OpSpec, arguments: Mapping[str, Any]) -> Sizes:
     """Check type, rank, dtype, device and shape of every tensor and return the axes."""
     bound: dict[str, tuple[int, str]] = {}
     reference: Tensor | None = None
-    for arg in _binding_order(spec):
+    for arg in spec.binding_order:
         value = arguments[arg.name]
         if value is None:
             if not arg.optional:
@@ -270,11 +324,6 @@ def _check_tensors(spec: OpSpec, arguments: Mapping[str, Any]) -> Sizes:
     return Sizes(**sizes)
 
 
-def _binding_order(spec: OpSpec) -> list[TensorArg]:
-    """Return the tensors with those that define an axis before those that only use it."""
-    return sorted(spec.tensors, key=lambda arg: arg.axes[0] == "N")
-
-
 def _check_dtype(spec: OpSpec, arg: TensorArg, value: Tensor, arguments: Mapping[str, Any]) -> None:
     name = _DTYPE_NAMES.get(value.dtype)
     if name not in arg.dtypes:
@@ -294,12 +343,12 @@ def _check_dtype(spec: OpSpec, arg: TensorArg, value: Tensor, arguments: Mapping
             f"{arg.name} has dtype float64, should be float32: "
             f"q is {dtype_name(arguments['q'].dtype)}",
         )
-    elif arg.name == "alpha" and value.dtype in (torch.bfloat16, torch.float16):
+    elif arg.name == "alpha" and _is_narrow(value):
         step = 8 if value.dtype == torch.bfloat16 else 11
         warnings.warn(
             f"{spec.name}: alpha is {name}, which has no value between 1 - 2**-{step} and 1; "
             f"pass it as float32, or pass log_alpha=",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -316,9 +365,10 @@ def _check_shape(
         )
     wrong: list[str] = []
     for axis, size in zip(arg.axes, shape, strict=True):
-        if axis == "N" and axis not in bound:
-            bound[axis] = bound["B"]
-        if bound.setdefault(axis, (size, arg.name))[0] != size:
+        known = bound.get(axis)
+        if known is None:
+            bound[axis] = known = bound["B"] if axis == "N" else (size, arg.name)
+        if known[0] != size:
             wrong.append(axis)
     if wrong:
         should = tuple(bound[axis][0] for axis in arg.axes)
@@ -344,7 +394,8 @@ def _check_values(spec: OpSpec, arguments: Mapping[str, Any], sizes: Sizes) -> N
         value = arguments[arg.name]
         if arg.domain is None or value is None or value.numel() == 0:
             continue
-        low, high = (bound.item() for bound in torch.aminmax(value.detach()))
+        smallest, largest = torch.aminmax(value.detach() if value.requires_grad else value)
+        low, high = smallest.item(), largest.item()
         if low < arg.domain.low or high > arg.domain.high:
             hint = ""
             if arg.name == "alpha" and low < 0:

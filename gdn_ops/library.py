@@ -11,6 +11,7 @@ names in its schema, binds them like any call, and hands them to a backend:
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -84,9 +85,12 @@ def _empty_results(call: Call) -> tuple[Tensor, Tensor]:
     return o, torch.empty((s.N, s.HV, s.K, s.V), dtype=stored, device=call.device)
 
 
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
+
+
 def is_autocast_on(device_type: str) -> bool:
     """Return whether autocast is active for a device type; some, like meta, have none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:
@@ -294,25 +298,29 @@ class _Function(torch.autograd.Function):
 
 def run(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Run a bound `gated_delta` call eagerly; return (o, final_state)."""
-    with full_precision(call.device.type):
-        if not call.needs_grad:
-            with torch.no_grad():
-                out = backend.forward(call)
-        elif backend.differentiable:
+    if is_autocast_on(call.device.type):
+        with torch.autocast(call.device.type, enabled=False):
+            return run(backend, call)
+    if call.needs_grad and not backend.differentiable:
+        return _Function.apply(backend, call, *call.tensors())  # type: ignore[no-untyped-call, no-any-return]
+    if call.needs_grad or not torch.is_grad_enabled():
+        out = backend.forward(call)
+    else:
+        with torch.no_grad():
             out = backend.forward(call)
-        else:
-            return _Function.apply(backend, call, *call.tensors())  # type: ignore[no-untyped-call, no-any-return]
     return out.o, out.final_state
 
 
 def run_step(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Run a bound `gated_delta_step` call eagerly; return (o, state)."""
-    with full_precision(call.device.type):
-        if not call.needs_grad:
-            with torch.no_grad():
-                return backend.step(call)
-        if backend.differentiable or backend.traceable_step:
+    if is_autocast_on(call.device.type):
+        with torch.autocast(call.device.type, enabled=False):
+            return run_step(backend, call)
+    if not call.needs_grad and torch.is_grad_enabled():
+        with torch.no_grad():
             return backend.step(call)
+    if not call.needs_grad or backend.differentiable or backend.traceable_step:
+        return backend.step(call)
     o, state = run(backend, as_sequence(call))
     return o.squeeze(1), state if call.state is None else state.to(call.state.dtype)
 

@@ -334,12 +334,17 @@ class OpSpec:
         )
         _require(bool(self.rules), f"{self.name} has no rule")
         # Filled now: torch.compile cannot trace the lock that fills a cached property.
-        _ = self.attrs, self.tensor, self.rule, self.case
+        _ = self.attrs, self.tensor, self.rule, self.case, self.binding_order
 
     @cached_property
     def tensors(self) -> tuple[TensorArg, ...]:
         """Tensor arguments, in public order."""
         return tuple(arg for arg in self.args if isinstance(arg, TensorArg))
+
+    @cached_property
+    def binding_order(self) -> tuple[TensorArg, ...]:
+        """Tensor arguments, those that define an axis before those that only use it."""
+        return tuple(sorted(self.tensors, key=lambda arg: arg.axes[0] == "N"))
 
     @cached_property
     def attrs(self) -> tuple[Attr, ...]:
@@ -383,8 +388,3 @@ def _default(arg: TensorArg | Attr) -> object:
     if isinstance(arg, Attr):
         return arg.default
     return None if arg.optional else ...
-
-
-def next_power_of_two(n: int) -> int:
-    """Return the smallest power of two that is at least n and at least 1."""
-    return 1 << (n - 1).bit_length() if n > 1 else 1

@@ -161,6 +161,15 @@ def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return product.view(*a.shape[:-2], *product.shape[1:])
 
 
+def plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return total + a b over equal leading axes; updates `total`, which nobody else holds."""
+    if torch.compiler.is_compiling():
+        # A sum that the compiler can fuse; it would make baddbmm_ a copy and a product.
+        return total + bmm(a, b)
+    total.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
+    return total
+
+
 def across(total: Tensor | None, state: Tensor, out: Tensor | None = None) -> Tensor:
     """b_C S, (G, K, R V)."""
     if total is None:
@@ -318,10 +327,10 @@ def advanced(
     """Return the state after chunk i."""
     # §3 S_C = b_C S + (diag(d) K)ᵀ U                  [K, R V]
     if p.decay is None:
-        return across(None, state, out).baddbmm_(x.k[i].transpose(1, 2), packed(U))
+        return plus_product(across(None, state, out), x.k[i].mT, packed(U))
     G, R, C, V = U.shape
     dU = scaled_packed(U, p.decay.d[i], scratch.get("dU", (G, C, R * V), x.qk))
-    return across(p.decay.total[i], state, out).baddbmm_(x.k[i].transpose(1, 2), dU)
+    return plus_product(across(p.decay.total[i], state, out), x.k[i].mT, dU)
 
 
 def forward_segment(

@@ -24,6 +24,7 @@ from gdn_ops.backends.torch.chunkwise import (
     bmm,
     decay_factors,
     per_head,
+    plus_product,
     prepare,
     read_state,
     scaled_packed,
@@ -145,7 +146,7 @@ def _walk_backward(
         X_i = X.put(i, _weighted(d_o[i], b[i] * scale, dR_i, x.beta[i] * -b[i], X.out(i), rows))
         total = None if p.decay is None else p.decay.total[i]
         reused = scratch.get(f"d_state{i % 2}", d_state.shape, x.qk)
-        d_state = across(total, d_state, reused).baddbmm_(x.qk[i, :, :rows].mT, X_i)
+        d_state = plus_product(across(total, d_state, reused), x.qk[i, :, :rows].mT, X_i)
     return _BackwardWalk(d_states.stacked(), dR.stacked(), kdS.stacked(), X.stacked(), d_state)
 
 
@@ -194,12 +195,12 @@ def _parallel_gradients(
     # §5 dQ = (dP ⊙ D) K + s diag(b) dO Sᵀ                      [C, K]
     shape = (n, G, w.X.shape[2], x.qk.shape[-1])
     both = bmm(w.X, f.states.mT, scratch.get("dQ, dK", shape, x.qk))
-    dQ = _plus(both[..., :C, :], pairs, x.k)
+    dQ = plus_product(both[..., :C, :], pairs, x.k)
     # §5 dK = (dP ⊙ D)ᵀ Q + diag(d) U dS_Cᵀ − (diag(βb) dRHS Sᵀ) + (M + Mᵀ) K   [C, K]
     dK = both[..., C:, :] if p.T is not None else torch.zeros_like(dQ)
     d = torch.ones_like(x.beta) if p.decay is None else p.decay.d
     dU = scaled_packed(f.U, d, scratch.get("dUs", (n, G, C, R * V), x.qk))
-    dK = _plus(_plus(dK, pairs.mT, x.q), dU, w.d_states.mT)
+    dK = plus_product(plus_product(dK, pairs.mT, x.q), dU, w.d_states.mT)
     E = torch.mul(dP, p.qk, out=scratch.get("E_ij", square, x.qk))
     if p.kk is not None:
         # §5 dA = −strict_lower(dRHS Uᵀ),  M = diag(β) dA       [C, C]
@@ -208,7 +209,7 @@ def _parallel_gradients(
         masked = torch.mul(dA, D, out=scratch.get("masked", square, x.qk))
         d_beta = d_beta + _rowsum(masked, p.kk.expand(square), scratch)
         M = torch.mul(masked, beta, out=scratch.get("masked", square, x.qk)).sum(2)
-        dK = _plus(dK, M + M.mT, x.k)
+        dK = plus_product(dK, M + M.mT, x.k)
         # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ                  [C, C]
         weighted = torch.mul(dA, beta, out=scratch.get("masked", square, x.qk))
         E = torch.addcmul(E, weighted, p.kk, out=scratch.get("E_ij", square, x.qk))
@@ -223,12 +224,6 @@ def _parallel_gradients(
             before = functional.pad(x.zeros[..., :-1], (1, 0))
             d_log = torch.where(x.zeros > before, _straddling(E, edges, one, scratch), d_log)
     return SegmentGrads(dQ, dK, dV, d_beta, d_log, w.d_state)
-
-
-def _plus(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return total + a b over equal leading axes; updates `total`."""
-    total.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
-    return total
 
 
 def _rowsum(a: Tensor, b: Tensor, scratch: Scratch) -> Tensor:

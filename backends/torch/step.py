@@ -62,27 +62,25 @@ def advance_token(
     qk = l2norm(qk) if options.qk_l2norm else qk.to(dtype)
     if repeats > 1:
         qk = qk.repeat_interleave(repeats, 1)
-    work = state.to(dtype)
-    # §2 S_{t-1}ᵀ [q, k]                              [2, V]
+    # §2 S' = α_t S_{t-1}                             [K, V]
+    work = state if state.dtype == dtype else state.to(dtype)
+    if decay is not None:
+        factor = decay[..., None, None]
+        work = work.mul_(factor) if options.inplace else work * factor
+    # §2 S'ᵀ [q, k]                                   [2, V]
     qS, kS = torch.matmul(qk, work).unbind(2)
     # §2 u_t = β_t (v_t − S'ᵀ k_t)                    [V]
-    u = v.to(dtype)
-    if decay is not None:
-        qS = qS * decay.unsqueeze(-1)
+    u = v if v.dtype == dtype else v.to(dtype)
     if options.has_erase:
-        u = u - kS if decay is None else torch.addcmul(u, kS, decay.unsqueeze(-1), value=-1)
+        u = u - kS
     if beta is not None:
         u = u * beta.to(dtype).unsqueeze(-1)
     # §2 o_t = s (S'ᵀ q_t + (k_t·q_t) u_t)            [V]
     q_t, k_t = qk.unbind(2)
     o = torch.addcmul(qS, (q_t * k_t).sum(-1, keepdim=True), u) * options.scale
-    # §2 S_t = α_t S_{t-1} + k_t u_tᵀ                 [K, V]
+    # §2 S_t = S' + k_t u_tᵀ                          [K, V]
     if options.inplace:
-        if decay is not None:
-            work.mul_(decay[..., None, None])
         work.addcmul_(k_t.unsqueeze(-1), u.unsqueeze(-2))
         return o.to(v.dtype), state if work is state else state.copy_(work)
-    if decay is not None:
-        work = work * decay[..., None, None]
     new = torch.addcmul(work, k_t.unsqueeze(-1), u.unsqueeze(-2))
     return o.to(v.dtype), new.to(state.dtype)

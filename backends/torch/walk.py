@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from gdn_ops.backends.torch.chunkwise import Scratch, Segment
 from gdn_ops.backends.torch.gradients import SegmentGrads
-from gdn_ops.backends.torch.memory import empty
+from gdn_ops.backends.torch.memory import empty, settle_allocator
 from gdn_ops.bind import Call
 from gdn_ops.numerics import LogGate, inverse_norm, l2norm, l2norm_backward, log_gate
 from gdn_ops.registry import Forward, Grads
@@ -219,6 +219,7 @@ class Operands:
 def run_forward(call: Call, engine: Engine) -> Forward:
     """Run `gated_delta`; saves the states that `run_backward` starts from."""
     s = call.sizes
+    settle_allocator()
     operands = Operands(call, engine.chunk_size)
     o = empty(call.v.shape, call.v.dtype, call.device)
     final = torch.empty(s.N, s.HV, s.K, s.V, dtype=operands.dtype, device=call.device)
