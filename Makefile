@@ -37,7 +37,7 @@ static: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 
 pytest: $(STAMP)
-	$(BIN)/python -m pytest -W error
+	$(BIN)/python -m pytest
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet

@@ -1,4 +1,4 @@
-"""One token in plain torch: the state is read once for q and k together, then updated."""
+"""One token in plain torch: the recurrence of MATH §2 in as few passes as eager ops allow."""
 
 from __future__ import annotations
 
@@ -42,8 +42,6 @@ def advance_token(
 ) -> tuple[Tensor, Tensor]:
     """Run one token; return o (B, HV, V) and the state (B, HV, K, V).
 
-    With S' = α S, S_tᵀ q = S'ᵀ q + (k·q) u, so that q and k read the old state in one pass.
-
     Args:
         q, k: (B, H, K).
         v: (B, HV, V).
@@ -52,35 +50,39 @@ def advance_token(
         options: the rest of the call.
     """
     dtype = compute_dtype(q.dtype)
-    repeats = v.shape[1] // q.shape[1] if q.shape[1] else 1
-    decay = alpha.to(dtype) if alpha is not None else None
+    B, HV, V = v.shape
+    K, rows = q.shape[2], B * HV
+    decay = alpha if alpha is None or alpha.dtype == dtype else alpha.to(dtype)
     if log_alpha is not None:
         decay = log_alpha.to(dtype).exp()
     if state is None:
-        state = torch.zeros(*v.shape[:2], k.shape[2], v.shape[2], dtype=dtype, device=v.device)
-    qk = torch.stack((q, k), 2)
-    qk = l2norm(qk) if options.qk_l2norm else qk.to(dtype)
-    if repeats > 1:
-        qk = qk.repeat_interleave(repeats, 1)
+        state = torch.zeros(B, HV, K, V, dtype=dtype, device=v.device)
+    q_t, k_t = (_per_value_head(x, HV, dtype, options.qk_l2norm) for x in (q, k))
     # §2 S' = α_t S_{t-1}                             [K, V]
-    work = state if state.dtype == dtype else state.to(dtype)
+    work = state.to(dtype).contiguous()
     if decay is not None:
-        factor = decay[..., None, None]
+        factor = decay.reshape(B, HV, 1, 1)
         work = work.mul_(factor) if options.inplace else work * factor
-    # §2 S'ᵀ [q, k]                                   [2, V]
-    qS, kS = torch.matmul(qk, work).unbind(2)
     # §2 u_t = β_t (v_t − S'ᵀ k_t)                    [V]
-    u = v if v.dtype == dtype else v.to(dtype)
+    u = v.to(dtype).reshape(rows, 1, V)
     if options.has_erase:
-        u = u - kS
+        u = torch.baddbmm(u, k_t, work.view(rows, K, V), alpha=-1)
     if beta is not None:
-        u = u * beta.to(dtype).unsqueeze(-1)
-    # §2 o_t = s (S'ᵀ q_t + (k_t·q_t) u_t)            [V]
-    q_t, k_t = qk.unbind(2)
-    o = torch.addcmul(qS, (q_t * k_t).sum(-1, keepdim=True), u) * options.scale
+        u = u * beta.to(dtype).reshape(rows, 1, 1)
     # §2 S_t = S' + k_t u_tᵀ                          [K, V]
-    if options.inplace:
-        work.addcmul_(k_t.unsqueeze(-1), u.unsqueeze(-2))
-        return o.to(v.dtype), state if work is state else state.copy_(work)
-    new = torch.addcmul(work, k_t.unsqueeze(-1), u.unsqueeze(-2))
-    return o.to(v.dtype), new.to(state.dtype)
+    outer = k_t.view(B, HV, K, 1), u.view(B, HV, 1, V)
+    work = work.addcmul_(*outer) if options.inplace else torch.addcmul(work, *outer)
+    # §2 o_t = s S_tᵀ q_t                             [V]
+    o = torch.bmm(q_t * options.scale, work.view(rows, K, V)).view(B, HV, V).to(v.dtype)
+    if not options.inplace:
+        return o, work.to(state.dtype)
+    return o, state if work is state else state.copy_(work)
+
+
+def _per_value_head(x: Tensor, heads: int, dtype: torch.dtype, normalise: bool) -> Tensor:
+    """(B, H, K) to (B HV, 1, K): value head h reads key head h // R."""
+    x = l2norm(x) if normalise else x.to(dtype)
+    B, H, K = x.shape
+    if heads != H:
+        x = x.unsqueeze(2).expand(B, H, heads // H, K)
+    return x.reshape(B * heads, 1, K)
