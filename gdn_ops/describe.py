@@ -91,6 +91,11 @@ def page(spec: OpSpec) -> str:
 
 
 def _signature(spec: OpSpec) -> list[str]:
-    """Return the printed spec, broken after the outputs' arrow."""
-    head, _, tail = str(spec).partition(" -> ")
-    return [head, f"    -> {tail}"]
+    """Return the signature, an argument a line."""
+    lines = [f"{spec.name}("]
+    for name, default, keyword_only in spec.parameters():
+        if keyword_only and "    *," not in lines:
+            lines.append("    *,")
+        lines.append(f"    {name}," if default is ... else f"    {name}={default!r},")
+    outputs = ", ".join(str(output) for output in spec.outputs)
+    return [*lines, f") -> {outputs}"]

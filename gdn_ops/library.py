@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdn_ops.backend import Backend, Grads
 from gdn_ops.bind import GRAD_NAMES, Call, bind
 from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
-from gdn_ops.registry import Backend, Grads, select
+from gdn_ops.registry import select
 from gdn_ops.spec import OpSpec, TensorArg
 
 NAMESPACE = "gdn_ops"

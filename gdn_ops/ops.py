@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gdn_ops import library, registry
+from gdn_ops.backend import Explanation
 from gdn_ops.bind import bind
 from gdn_ops.describe import docstring
 from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
-from gdn_ops.registry import Explanation
 
 _GATES_AND_STATES = ("alpha", "beta", "log_alpha", "initial_state", "state")
 

@@ -1,30 +1,32 @@
-"""Backends: what one is, how they are found, and which one runs a call.
+"""Backends: how they are found, and which one runs a call.
 
-Capability is data (`Limits`); `reasons` turns it into the text that users read. The choice
-is deterministic: a pinned backend runs or raises, "auto" takes the first without reasons in
+What a backend is stands in `backend`, why it cannot run a call in `capability`. The choice is
+deterministic: a pinned backend runs or raises, "auto" takes the first without reasons in
 `AUTO_ORDER`.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import pkgutil
 import warnings
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
 
-from gdn_ops.bind import Call, dtype_name
+from gdn_ops.backend import Backend as Backend
+from gdn_ops.backend import BackendInfo as BackendInfo
+from gdn_ops.backend import Explanation as Explanation
+from gdn_ops.backend import Forward as Forward
+from gdn_ops.backend import Grads as Grads
+from gdn_ops.backend import announces, installed_version, is_missing, load
+from gdn_ops.bind import Call
+from gdn_ops.capability import device_status, reasons_under_auto, unsupported
+from gdn_ops.capability import reasons as reasons
 from gdn_ops.errors import BackendUnsupportedError, SpecError
-from gdn_ops.spec import Limits
 
 logger = logging.getLogger("gdn_ops")
 
@@ -36,140 +38,6 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
 """Which backends "auto" tries, in order, per device type ("*" for any other device)."""
 
 ENTRY_POINT_GROUP = "gdn_ops.backends"
-
-
-class Forward(NamedTuple):
-    """What a backend's forward returns.
-
-    Attributes:
-        o: (B, T, HV, V), dtype of v.
-        final_state: (N, HV, K, V) in the compute dtype.
-        saved: what its backward wants kept; empty unless the call needs gradients.
-    """
-
-    o: Tensor
-    final_state: Tensor
-    saved: tuple[Tensor, ...] = ()
-
-
-class Grads(NamedTuple):
-    """Gradients of the tensors of a call, in the order of `Call.tensors`; None where absent."""
-
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-    alpha: Tensor | None
-    log_alpha: Tensor | None
-    beta: Tensor | None
-    state: Tensor | None
-
-
-class Backend:
-    """One implementation of the ops. Subclasses set the class data and the methods.
-
-    Attributes:
-        name: what users pin.
-        limits: what it can run.
-        requires: import names of the packages it needs besides torch.
-        distribution: the installed distribution that gives its version.
-        differentiable: whether `forward` and `step` are plain differentiable torch code, so
-            that autograd sees through them in eager mode.
-        traceable_step: whether `step` may be traced through by torch.compile.
-        compiles_per_shape: whether a new shape class costs seconds, so that tests draw from
-            a few.
-    """
-
-    name: ClassVar[str]
-    limits: ClassVar[Limits]
-    requires: ClassVar[tuple[str, ...]] = ()
-    distribution: ClassVar[str] = "gdn_ops"
-    differentiable: ClassVar[bool] = False
-    traceable_step: ClassVar[bool] = False
-    compiles_per_shape: ClassVar[bool] = False
-
-    def reasons(self, call: Call) -> list[str]:
-        """Return why it cannot run this call, beyond what `limits` says."""
-        return []
-
-    def saved_like(self, call: Call) -> tuple[Tensor, ...]:
-        """Return empty tensors shaped as what `forward` saves for `backward`.
-
-        It is called with fake tensors while a graph is traced.
-        """
-        return ()
-
-    def forward(self, call: Call) -> Forward:
-        """Run `gated_delta`."""
-        raise NotImplementedError
-
-    def backward(
-        self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
-    ) -> Grads:
-        """Return the gradients of `gated_delta`.
-
-        Args:
-            call: the call, on the tensors that the gradients are for.
-            saved: what `forward` returned, or None: then form it anew from `call`, and
-                differentiably where gradients are enabled (second derivatives).
-            d_o: (B, T, HV, V) gradient of the output.
-            d_state: (N, HV, K, V) gradient of the final state.
-        """
-        raise NotImplementedError
-
-    def step(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Run `gated_delta_step`; return (o, state), state being `call.state` if in place."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class BackendInfo:
-    """What `backends()` says of one backend.
-
-    Attributes:
-        name: what users pin.
-        version: of the distribution that brings it, or None.
-        limits: what it can run; None where it could not be imported.
-        status: "available", or why not on this machine.
-    """
-
-    name: str
-    version: str | None
-    limits: Limits | None
-    status: str
-
-    def __str__(self) -> str:
-        devices = ", ".join(self.limits.devices) if self.limits else "-"
-        return f"{self.name} {self.version or '-'}: {self.status} ({devices})"
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which backend would run a call and, for every other, all reasons why not.
-
-    Attributes:
-        op: name of the op.
-        inputs: the call in one line.
-        backend: the backend that would run, or None.
-        reasons: (backend, reasons against it) in the order of preference.
-    """
-
-    op: str
-    inputs: str
-    backend: str | None
-    reasons: tuple[tuple[str, tuple[str, ...]], ...]
-
-    def __str__(self) -> str:
-        width = max((len(name) for name, _ in self.reasons), default=0)
-        lines = [f"{self.op} on {self.inputs}"]
-        for name, reasons in self.reasons:
-            mark = "->" if name == self.backend else "  "
-            text = "; ".join(reasons) if reasons else "can run"
-            lines.append(f"{mark} {name:<{width}}  {'runs' if mark == '->' else text}")
-        if self.backend is None:
-            is_pinned = any(not reasons for _, reasons in self.reasons)
-            who = "the pinned backend cannot" if is_pinned else "no backend can"
-            lines.append(f"{who} run this call")
-        return "\n".join(lines)
 
 
 _backends: dict[str, type[Backend] | str] = {}
@@ -195,17 +63,11 @@ def register_backend(cls: type[Backend]) -> type[Backend]:
         raise ValueError("backend name 'auto' is reserved")
     _discover()
     known = _backends.get(cls.name)
-    if known is not None and known is not cls and not _announces(known, cls):
+    if known is not None and known is not cls and not announces(known, cls):
         holder = known if isinstance(known, str) else f"{known.__module__}.{known.__qualname__}"
         raise ValueError(f"backend name {cls.name!r} is taken by {holder}")
     _backends[cls.name] = cls
     return cls
-
-
-def _announces(source: type[Backend] | str, cls: type[Backend]) -> bool:
-    """Whether `source` is the not yet loaded entry of the package that defines `cls`."""
-    own = cls.__module__.partition(".")[0]
-    return isinstance(source, str) and source.partition(":")[0].partition(".")[0] == own
 
 
 def unregister_backend(name: str) -> None:
@@ -234,14 +96,6 @@ def known_backends() -> list[str]:
     return [n for n in order if n in _backends] + sorted(set(_backends) - set(order))
 
 
-@functools.cache
-def _package_missing(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is None
-    except ModuleNotFoundError:
-        return True
-
-
 def get_backend(name: str) -> Backend | str:
     """Return the backend of that name, or the reason why it is not installed.
 
@@ -256,95 +110,17 @@ def get_backend(name: str) -> Backend | str:
         raise SpecError(f"unknown backend {name!r}, known: {', '.join(known_backends())}")
     source = _backends[name]
     if isinstance(source, str):
-        loaded = _load(source)
+        loaded = load(source)
         if isinstance(loaded, str):
             return loaded
         source = _backends[name] = loaded
     if source.name != name:
         raise TypeError(f"backend {name!r} is {source.__qualname__}, whose name is {source.name!r}")
     for package in source.requires:
-        if _package_missing(package):
+        if is_missing(package):
             return f"package {package!r} is not installed"
     instance = _instances[name] = source()
     return instance
-
-
-def _load(source: str) -> type[Backend] | str:
-    """Import `module` or `module:Class`; only a missing foreign package is a reason."""
-    module_name, _, attribute = source.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        own = package in ("", "gdn_ops", module_name.partition(".")[0])
-        if own or not _package_missing(package):
-            raise
-        return f"package {package!r} is not installed"
-    if attribute:
-        found: Any = getattr(module, attribute)
-    else:
-        found = module.BACKEND
-    if not (isinstance(found, type) and issubclass(found, Backend)):
-        raise TypeError(f"{source} is not a subclass of gdn_ops.Backend")
-    return found
-
-
-def reasons(backend: Backend, call: Call) -> list[str]:
-    """Return every reason why a backend cannot run a call; an empty list means it can."""
-    found = _limit_reasons(backend.limits, call)
-    found += backend.reasons(call)
-    return found
-
-
-def _limit_reasons(limits: Limits, call: Call) -> list[str]:
-    """Turn limits as data into text, given a call."""
-    found: list[str] = []
-    device = call.device.type
-    if call.op.name not in limits.ops:
-        found.append(f"op {call.op.name} (supported: {', '.join(limits.ops)})")
-    if "*" not in limits.devices and device not in limits.devices + limits.emulated_devices:
-        found.append(f"device {device} (supported: {', '.join(limits.devices)})")
-    dtype = dtype_name(call.q.dtype)
-    if dtype not in limits.dtypes:
-        found.append(f"dtype {dtype} (supported: {', '.join(limits.dtypes)})")
-    if call.state is not None:
-        state_dtype = dtype_name(call.state.dtype)
-        if state_dtype not in limits.state_dtypes:
-            supported = ", ".join(limits.state_dtypes)
-            found.append(f"state dtype {state_dtype} (supported: {supported})")
-    found += _head_dim_reasons(limits, call)
-    if call.rule.name not in limits.rules:
-        found.append(f"rule {call.rule} (supported: {', '.join(limits.rules)})")
-    if call.needs_grad and not limits.grad:
-        found.append("gradients needed (supported: forward only)")
-    if call.cu_seqlens is not None and not limits.varlen:
-        found.append("cu_seqlens is not supported")
-    sizes = limits.chunk_sizes
-    if sizes is not None and call.chunk_size is not None and call.chunk_size not in sizes:
-        found.append(f"chunk_size={call.chunk_size} (supported: {_listed(sizes)})")
-    if limits.min_capability and device == "cuda" and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(call.device)
-        if capability < limits.min_capability:
-            have, need = ("".join(map(str, c)) for c in (capability, limits.min_capability))
-            found.append(f"device sm{have} (needs sm{need} or newer)")
-    return found
-
-
-def _listed(allowed: range | tuple[int, ...]) -> str:
-    if isinstance(allowed, range) and allowed.step == 1:
-        return f"{allowed[0]} to {allowed[-1]}"
-    return ", ".join(map(str, allowed))
-
-
-def _head_dim_reasons(limits: Limits, call: Call) -> list[str]:
-    found = []
-    for axis, size in (("K", call.sizes.K), ("V", call.sizes.V)):
-        allowed = limits.head_dims
-        if allowed is not None and size not in allowed:
-            found.append(f"{axis}={size} (supported: {_listed(allowed)})")
-        elif size % limits.head_dim_multiple:
-            found.append(f"{axis}={size} (supported: multiples of {limits.head_dim_multiple})")
-    return found
 
 
 def auto_order(device_type: str) -> tuple[str, ...]:
@@ -378,19 +154,12 @@ def select(call: Call, name: str = "auto") -> Backend:
             if candidate not in _backends:
                 continue
         backend = get_backend(candidate)
-        against = [backend] if isinstance(backend, str) else _reasons_under_auto(backend, call)
+        against = [backend] if isinstance(backend, str) else reasons_under_auto(backend, call)
         if not isinstance(backend, str) and not against:
             _log(call.op.name, candidate, tuple(f"{n}: {'; '.join(r)}" for n, r in skipped))
             return backend
         skipped.append((candidate, against))
     raise _unsupported(call, skipped)
-
-
-def _reasons_under_auto(backend: Backend, call: Call) -> list[str]:
-    device = call.device.type
-    if device in backend.limits.emulated_devices:
-        return [f"emulates on {device}, for checking only: pin it by name"]
-    return reasons(backend, call)
 
 
 def explain_call(call: Call, name: str = "auto") -> Explanation:
@@ -408,24 +177,17 @@ def explain_call(call: Call, name: str = "auto") -> Explanation:
             rows.append((candidate, (backend,)))
             continue
         pinned = candidate == name
-        against = reasons(backend, call) if pinned else _reasons_under_auto(backend, call)
+        against = reasons(backend, call) if pinned else reasons_under_auto(backend, call)
         if not against and name == "auto" and candidate not in order:
             against = [f"auto does not try it on {call.device.type}: pin it by name"]
         if not against and chosen is None and name in ("auto", candidate):
             chosen = candidate
         rows.append((candidate, tuple(against)))
-    return Explanation(call.op.name, call.describe(), chosen, tuple(rows))
+    return Explanation(call.op.name, call.describe(), chosen, tuple(rows), name != "auto")
 
 
 def _unsupported(call: Call, rows: list[tuple[str, list[str]]]) -> BackendUnsupportedError:
-    """Build the error: the inputs, each backend's reasons and a cure."""
-    who = "no backend" if len(rows) != 1 else f"backend {rows[0][0]!r}"
-    verb = "can" if len(rows) != 1 else "cannot"
-    lines = [f"{who} {verb} run {call.op.name} on these inputs", f"  {call.describe()}"]
-    lines += [f"  {name}: {'; '.join(against)}" for name, against in rows]
-    cure = _first_that_can(call, {name for name, _ in rows})
-    lines.append(f'  try backend="{cure}"' if cure else "  no other backend can run it either")
-    return BackendUnsupportedError("\n".join(lines))
+    return unsupported(call, rows, cure=_first_that_can(call, {name for name, _ in rows}))
 
 
 def _first_that_can(call: Call, tried: set[str]) -> str | None:
@@ -433,7 +195,7 @@ def _first_that_can(call: Call, tried: set[str]) -> str | None:
         if name in tried:
             continue
         backend = get_backend(name)
-        if not isinstance(backend, str) and not _reasons_under_auto(backend, call):
+        if not isinstance(backend, str) and not reasons_under_auto(backend, call):
             return name
     return None
 
@@ -471,25 +233,9 @@ def _info(name: str) -> BackendInfo:
     backend = get_backend(name)
     source = _backends[name]
     cls = source if isinstance(source, type) else None
-    version = None
-    if cls is not None:
-        try:
-            version = importlib.metadata.version(cls.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            version = None
-    status = backend if isinstance(backend, str) else _device_status(backend.limits)
+    version = installed_version(cls.distribution) if cls else None
+    status = backend if isinstance(backend, str) else device_status(backend.limits)
     return BackendInfo(name, version, cls.limits if cls else None, status)
-
-
-def _device_status(limits: Limits) -> str:
-    here = {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}
-    if torch.backends.mps.is_available():
-        here.add("mps")
-    if "*" in limits.devices or here & set(limits.devices):
-        return "available"
-    if here & set(limits.emulated_devices):
-        return "emulates only: no supported device here"
-    return f"no supported device here (supported: {', '.join(limits.devices)})"
 
 
 def resolve(name: object) -> object:

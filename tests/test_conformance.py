@@ -14,7 +14,7 @@ from gdn_ops.testing import Example
 from gdn_ops.testing.conformance import Subject, check, run_subject, subjects
 from gdn_ops.testing.oracle import judge
 
-EXAMPLES = {"naive": 8, "torch": 25, "compile": 6}
+EXAMPLES = {"naive": 15, "torch": 60, "compile": 8}
 """Drawn calls per subject; a backend that is not named gets the default."""
 
 DEFAULT_EXAMPLES = 15

@@ -66,7 +66,7 @@ def run_block(block: Block, name: str, namespace: dict[str, Any]) -> tuple[str, 
 def run_page(page: str, name: str) -> int:
     """Run the python blocks of a page against what it shows; return how many there were."""
     blocks, namespace, count = blocks_of(page), {"__name__": "docs"}, 0
-    for block, following in zip(blocks, [*blocks[1:], Block(0, "", "", "")], strict=True):
+    for block, following in zip(blocks, [*blocks, Block(0, "", "", "")][1:], strict=True):
         if block.language != "python":
             continue
         count += 1

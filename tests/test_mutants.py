@@ -44,4 +44,5 @@ def test_the_list_of_mutants_is_the_one_that_is_promised() -> None:
         "no_gradient_at_zero",
         "tiled_heads",
         "state_of_the_padded_tail",
+        "narrow_products",
     }

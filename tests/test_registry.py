@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -29,6 +30,7 @@ from gdn_ops import (
     registry,
     use_backend,
 )
+from gdn_ops.backend import is_missing
 from gdn_ops.bind import Call, bind
 from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
 
@@ -44,7 +46,7 @@ def registry_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_logged", set())
     monkeypatch.setattr(registry, "_default", "auto")
     yield
-    registry._package_missing.cache_clear()
+    is_missing.cache_clear()
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -265,7 +267,7 @@ def test_explain_prints_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     pinned = gdn_ops.explain(**arguments(), backend="naive")
     assert pinned.backend == "naive"
-    assert str(pinned).splitlines()[1:3] == ["   torch   can run", "-> naive   runs"]
+    assert str(pinned).splitlines()[1:3] == ["   torch   can run", "-> naive   runs (pinned)"]
 
 
 def test_explain_of_a_pinned_backend_that_cannot_run_names_none() -> None:
@@ -274,6 +276,7 @@ def test_explain_of_a_pinned_backend_that_cannot_run_names_none() -> None:
     assert explained.backend is None
     assert dict(explained.reasons)["narrow"] == ("K=8 (supported: 6, 7)",)
     assert str(explained).splitlines()[-1] == "the pinned backend cannot run this call"
+    assert "runs" not in str(explained)
 
 
 def test_explain_says_when_no_backend_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +292,7 @@ def test_explain_says_when_no_backend_can_run(monkeypatch: pytest.MonkeyPatch) -
 def test_explain_of_three_dimensions_is_that_of_the_step() -> None:
     explained = gdn_ops.explain(**step_arguments())
     assert (explained.op, explained.backend) == ("gated_delta_step", "torch")
+    assert not explained.pinned
 
 
 def test_explain_runs_nothing_and_agrees_with_the_call() -> None:
@@ -315,6 +319,21 @@ def test_backends_lists_name_limits_and_status() -> None:
         ": no supported device here (supported: imaginary) (imaginary)"
     )
     assert list(infos)[:1] == ["torch"], "the order of preference comes first"
+
+
+def test_a_checkout_that_is_not_installed_has_the_version_of_its_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def is_nowhere(distribution: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(distribution)
+
+    class Foreign(make_backend("foreign")):  # type: ignore[misc]
+        distribution = "foreign_kernels"
+
+    register_backend(Foreign)
+    monkeypatch.setattr(importlib.metadata, "version", is_nowhere)
+    versions = {info.name: info.version for info in gdn_ops.backends()}
+    assert (versions["torch"], versions["foreign"]) == (gdn_ops.__version__, None)
 
 
 def test_register_backend_is_a_decorator_and_may_be_repeated() -> None:
@@ -366,7 +385,8 @@ def test_use_backend_holds_for_a_block_and_nests() -> None:
         assert (gated_delta(**arguments()) == 7).all()
         with use_backend("eight"):
             assert (gated_delta(**arguments()) == 8).all()
-            assert gdn_ops.explain(**arguments()).backend == "eight"
+            explained = gdn_ops.explain(**arguments())
+            assert (explained.backend, explained.pinned) == ("eight", True)
         assert (gated_delta_step(**step_arguments())[0] == 7).all()
         assert torch.equal(gated_delta(**arguments(), backend="torch"), expected), "pinning wins"
         with use_backend("auto"):

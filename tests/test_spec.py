@@ -1,4 +1,4 @@
-"""The language of the spec, the two specs written in it, and what is derived from them."""
+"""The language of the spec, the two specs written in it, their workloads and cost model."""
 
 from __future__ import annotations
 
@@ -7,197 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
-import gdn_ops
 from gdn_ops import GATED_DELTA, GATED_DELTA_STEP, Limits, describe
-from gdn_ops.gated_delta import OPS
-from gdn_ops.spec import Attr, Axis, Interval, Multiple, OpSpec, Output, Rule, Sizes, TensorArg
-from gdn_ops.testing.lint import lint
-
-STATE = "(N, HV, K, V)"
+from gdn_ops.spec import Attr, Axis, Interval, Multiple, OpSpec, Sizes, TensorArg
 
 
-def lint_of(spec: OpSpec, text: Callable[[OpSpec], str] = describe.docstring) -> list[str]:
-    """Lint a spec, wrong or not, against the function, schema and text of the true one."""
-    true = next(op for op in OPS if op.name == spec.name)
-    schema = str(getattr(torch.ops.gdn_ops, spec.name).default._schema)
-    return lint(spec, getattr(gdn_ops, spec.name), schema=schema, documentation=text(true))
-
-
-# Spec, signature, schema and documentation agree.
-
-
-@pytest.mark.parametrize("spec", OPS, ids=lambda op: op.name)
-def test_signature_schema_docstring_and_page_say_what_the_spec_says(spec: OpSpec) -> None:
-    assert getattr(gdn_ops, spec.name).__doc__ == describe.docstring(spec)
-    assert lint_of(spec) == []
-    assert lint_of(spec, describe.page) == []
-
-
-def with_arg(name: str, **changes: Any) -> OpSpec:
+def with_arg(name: str, /, **changes: Any) -> OpSpec:
     """Return GATED_DELTA with one argument changed."""
     args = (replace(arg, **changes) if arg.name == name else arg for arg in GATED_DELTA.args)
     return replace(GATED_DELTA, args=tuple(args))
 
 
-def without_arg(name: str) -> OpSpec:
-    return replace(GATED_DELTA, args=tuple(a for a in GATED_DELTA.args if a.name != name))
-
-
-def swapped(i: int, j: int) -> OpSpec:
-    args = list(GATED_DELTA.args)
-    args[i], args[j] = args[j], args[i]
-    return replace(GATED_DELTA, args=tuple(args))
-
-
 def with_output(**changes: Any) -> OpSpec:
+    """Return GATED_DELTA with its final state changed."""
     o, state = GATED_DELTA.outputs
     return replace(GATED_DELTA, outputs=(o, replace(state, **changes)))
-
-
-O, FINAL_STATE = GATED_DELTA.outputs
-WRONG: dict[str, tuple[OpSpec, list[str]]] = {
-    "renamed argument": (
-        with_arg("alpha", name="alfa"),
-        [
-            "signature: argument 'alfa' is missing",
-            "signature: argument 'alpha' is not in the spec",
-            "schema: argument 'alfa' is missing",
-            "schema: argument 'alpha' is not in the spec",
-            "documentation: argument 'alfa' is missing",
-        ],
-    ),
-    "changed default": (
-        with_arg("scale", default=1.0),
-        ["signature: argument 'scale' has default None, should have default 1.0"],
-    ),
-    "default of another type": (
-        with_arg("qk_l2norm", default=0),
-        ["signature: argument 'qk_l2norm' has default False, should have default 0"],
-    ),
-    "dropped tensor": (
-        without_arg("cu_seqlens"),
-        [
-            "signature: argument 'cu_seqlens' is not in the spec",
-            "schema: argument 'cu_seqlens' is not in the spec",
-        ],
-    ),
-    "dropped attribute": (
-        without_arg("return_state"),
-        ["signature: argument 'return_state' is not in the spec"],
-    ),
-    "optional made required": (
-        with_arg("beta", optional=False),
-        [
-            "signature: argument 'beta' has default None, should have no default",
-            "signature: argument 'beta' has type Tensor | None, should have Tensor",
-            "schema: argument 'beta' has type Tensor?, should have Tensor",
-        ],
-    ),
-    "required made optional": (
-        with_arg("v", optional=True),
-        [
-            "signature: argument 'v' has no default, should have default None",
-            "signature: argument 'v' has type Tensor, should have Tensor | None",
-            "schema: argument 'v' has type Tensor, should have Tensor?",
-        ],
-    ),
-    "extra axis": (
-        with_arg("log_alpha", axes=("B", "T", "HV", "K")),
-        ["documentation: argument 'log_alpha' should have shape (B, T, HV, K)"],
-    ),
-    "missing rule": (
-        replace(GATED_DELTA, rules=GATED_DELTA.rules[:-1]),
-        ["spec: the argument 'rule' offers 'linear', which is no rule"],
-    ),
-    "missing rule and choice": (
-        replace(with_arg("rule", choices=("gated_delta",)), rules=GATED_DELTA.rules[:1]),
-        [f"documentation: rule={name!r} is not in the spec" for name in ("delta", "gated", "linear")],
-    ),
-    "unknown rule": (
-        replace(GATED_DELTA, rules=(*GATED_DELTA.rules, Rule("kda", True, True, "KDA"))),
-        [
-            "spec: rule 'kda' is no choice of the argument 'rule'",
-            "documentation: rule 'kda' is missing",
-        ],
-    ),
-    "renamed output": (
-        with_output(name="memory"),
-        [
-            "schema: output 'memory' is missing",
-            "schema: output 'final_state' is not in the spec",
-            f"documentation: output 'memory' with shape {STATE} is missing",
-        ],
-    ),
-    "output of another shape": (
-        with_output(axes=("N", "HV", "V", "K")),
-        ["documentation: output 'final_state' with shape (N, HV, V, K) is missing"],
-    ),
-    "dropped output": (
-        replace(GATED_DELTA, outputs=(O,)),
-        ["schema: output 'final_state' is not in the spec"],
-    ),
-    "swapped outputs": (
-        replace(GATED_DELTA, outputs=(FINAL_STATE, O)),
-        [
-            "schema: output 'o' stands where 'final_state' should be",
-            "schema: output 'final_state' stands where 'o' should be",
-        ],
-    ),
-    "swapped arguments": (
-        swapped(0, 1),
-        [
-            "signature: argument 'q' stands where 'k' should be",
-            "signature: argument 'k' stands where 'q' should be",
-            "schema: argument 'q' stands where 'k' should be",
-            "schema: argument 'k' stands where 'q' should be",
-        ],
-    ),
-    "keyword-only too early": (
-        replace(GATED_DELTA, keyword_only_from="beta"),
-        ["signature: argument 'beta' should be keyword-only"],
-    ),
-    "keyword-only too late": (
-        replace(GATED_DELTA, keyword_only_from="rule"),
-        ["signature: argument 'log_alpha' should be positional"],
-    ),
-    "attribute of another type": (
-        with_arg("chunk_size", type="int", schema="int"),
-        [
-            "signature: argument 'chunk_size' has type int | None, should have int",
-            "schema: argument 'chunk_size' has type int?, should have int",
-        ],
-    ),
-    "attribute that the schema lacks": (
-        with_arg("return_state", schema="bool"),
-        ["schema: argument 'return_state' is missing"],
-    ),
-    "attribute that the schema has": (
-        with_arg("qk_l2norm", schema=None),
-        ["schema: argument 'qk_l2norm' is not in the spec"],
-    ),
-    "changed equation": (
-        replace(GATED_DELTA, equations=("o_t = S_t q_t",)),
-        ["documentation: equation 'o_t = S_t q_t' is missing"],
-    ),
-}
-
-
-@pytest.mark.parametrize("text", [describe.docstring, describe.page], ids=["docstring", "page"])
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_spec_is_noticed_and_the_culprit_named(
-    name: str, text: Callable[[OpSpec], str]
-) -> None:
-    spec, findings = WRONG[name]
-    assert lint_of(spec, text) == findings
-
-
-def test_text_that_is_no_schema_is_a_finding() -> None:
-    found = lint(
-        GATED_DELTA, gdn_ops.gated_delta, schema="q", documentation=describe.page(GATED_DELTA)
-    )
-    assert found == ["schema: 'q' is not of the form name(arguments) -> (outputs)"]
 
 
 # A value that makes no sense cannot be built.
@@ -231,7 +55,10 @@ X = TensorArg("x", ("B",), "a tensor")
             lambda: replace(GATED_DELTA, args=(X, X), keyword_only_from="x"),
             "gated_delta names an argument twice: ['x', 'x']",
         ),
-        (lambda: with_arg("k", axes=("B", "Z", "Y")), "gated_delta: k uses unknown axes ['Y', 'Z']"),
+        (
+            lambda: with_arg("k", axes=("B", "Z", "Y")),
+            "gated_delta: k uses unknown axes ['Y', 'Z']",
+        ),
         (lambda: with_output(axes=("Z",)), "gated_delta: final_state uses unknown axes ['Z']"),
         (
             lambda: with_arg("v", same_dtype_as="w"),
@@ -277,7 +104,7 @@ def test_a_senseless_value_is_refused(build: Callable[[], object], message: str)
         (GATED_DELTA.tensor["log_alpha"], "log_alpha (B, T, HV) in [-inf, 0] optional"),
         (GATED_DELTA.tensor["cu_seqlens"], "cu_seqlens (N+1,) optional"),
         (GATED_DELTA.attrs[0], "rule='gated_delta'"),
-        (FINAL_STATE, f"final_state {STATE}"),
+        (GATED_DELTA.outputs[1], "final_state (N, HV, K, V)"),
         (GATED_DELTA.rule["gated"], "gated"),
         (GATED_DELTA.constraints[0], "HV is a multiple of H"),
         (GATED_DELTA.case["tiny"], "tiny: B=2 T=100 H/HV=2/4 K=32 V=48"),
@@ -314,3 +141,69 @@ def test_a_page_prints_the_signature_an_argument_a_line() -> None:
 def test_value_heads_per_key_head() -> None:
     assert Sizes(1, 1, 16, 48, 1, 1, 1).R == 3
     assert Sizes(1, 1, 0, 0, 1, 1, 1).R == 1
+
+
+# Named workloads and what they cost.
+
+QWEN = ((16, 32), (16, 48), (16, 64))
+
+
+@pytest.mark.parametrize(("H", "HV"), QWEN)
+def test_every_qwen_layer_has_cases_of_several_lengths(H: int, HV: int) -> None:
+    sizes = [case.sizes for case in GATED_DELTA.cases if case.name.startswith(f"qwen-{H}-{HV}-")]
+    assert {(s.B, s.H, s.HV, s.K, s.V, s.N) for s in sizes} == {(1, H, HV, 128, 128, 1)}
+    assert len({s.T for s in sizes}) == len(sizes) >= 2
+    assert {2048, 8192} <= {s.T for s in sizes}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("tiny", (2, 100, 2, 4, 32, 48)),
+        ("qwen-16-32-16384", (1, 16384, 16, 32, 128, 128)),
+        ("qwen-16-64-32768", (1, 32768, 16, 64, 128, 128)),
+        ("olmo-hybrid-2048", (1, 2048, 30, 30, 96, 192)),
+        ("olmo-hybrid-8192", (1, 8192, 30, 30, 96, 192)),
+        ("paper-400m-2048", (1, 2048, 9, 9, 128, 256)),
+    ],
+)
+def test_a_named_case_has_the_sizes_of_its_model(name: str, shape: tuple[int, ...]) -> None:
+    case = GATED_DELTA.case[name]
+    assert case.sizes == Sizes(*shape, N=shape[0])
+    assert case.dtype == ("float32" if name == "tiny" else "bfloat16")
+    assert case.source
+
+
+def test_step_cases_are_one_token_of_the_models() -> None:
+    shapes = {(s.B, s.H, s.HV, s.K, s.V) for s in (c.sizes for c in GATED_DELTA_STEP.cases)}
+    assert {(1, 16, 32, 128, 128), (8, 16, 32, 128, 128), (1, 30, 30, 96, 192)} <= shapes
+    assert {case.sizes.T for case in GATED_DELTA_STEP.cases} == {1}
+
+
+def test_flops_are_the_multiply_adds_of_the_chunkwise_form() -> None:
+    """The floor counts triangles once and key heads once; whole products make 87 GFLOP of it."""
+    s, C = GATED_DELTA.case["qwen-16-64-8192"].sizes, 64
+    lower, diagonal = C * (C - 1) // 2, C
+    solve = sum(i * (i - 1) for i in range(C + 1))
+    value_head = 2 * (3 * C * s.K * s.V + 2 * (lower + diagonal) * s.V) + solve
+    key_head = 2 * (2 * lower + diagonal) * s.K
+    counted = s.T // C * (s.HV * value_head + s.H * key_head)
+    assert GATED_DELTA.cost.flops(s, C) == pytest.approx(counted, rel=0.01)
+    whole = s.T * s.HV * (6 * s.K * s.V + 4 * C * s.V + 4 * C * s.K + C * C / 3)
+    assert whole == pytest.approx(87e9, rel=0.01)
+    assert GATED_DELTA.cost.flops(s, C) == pytest.approx(63.0e9, rel=0.001)
+
+
+def test_bytes_are_the_unavoidable_traffic() -> None:
+    s = GATED_DELTA.case["qwen-16-64-8192"].sizes
+    assert GATED_DELTA.cost.bytes(s, 2) == pytest.approx(348e6, rel=0.03)
+    assert GATED_DELTA.cost.state_bytes(s) == 4 * 64 * 128 * 128
+
+
+def test_a_step_costs_its_state_read_and_written() -> None:
+    s = GATED_DELTA_STEP.case["qwen-16-32-step-b8"].sizes
+    state = 4 * 8 * 32 * 128 * 128
+    assert GATED_DELTA_STEP.cost.state_bytes(s) == state
+    token = 2 * 8 * (2 * 16 * 128 + 2 * 32 * 128) + 2 * 4 * 8 * 32
+    assert GATED_DELTA_STEP.cost.bytes(s, 2) == 2 * state + token
+    assert GATED_DELTA_STEP.cost.flops(s, 64) == 7 * 8 * 32 * 128 * 128

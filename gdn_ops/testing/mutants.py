@@ -119,6 +119,19 @@ def state_of_the_padded_tail(backend: Backend, call: Call) -> tuple[Tensor, Tens
     return o, state * (last[:, -1, :, None, None].to(state.dtype) ** missing)
 
 
+def narrow_products(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Operands are rounded to the 10 mantissa bits of TF32, under the name of float32."""
+    if call.q.dtype != torch.float32:
+        return library.run(backend, call)
+    q, k, v = (x + (_ten_bits(x.detach()) - x.detach()) for x in (call.q, call.k, call.v))
+    return library.run(backend, replace(call, q=q, k=k, v=v))
+
+
+def _ten_bits(x: Tensor) -> Tensor:
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 MUTATIONS: dict[str, Mutation] = {
     mutation.__name__: mutation
     for mutation in (
@@ -130,6 +143,7 @@ MUTATIONS: dict[str, Mutation] = {
         no_gradient_at_zero,
         tiled_heads,
         state_of_the_padded_tail,
+        narrow_products,
     )
 }
 """Every mistake by name."""

@@ -1,0 +1,198 @@
+"""What a backend is: the class that one is written as, what is said of one, how one is loaded."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from gdn_ops.bind import Call
+from gdn_ops.spec import Limits
+
+
+class Forward(NamedTuple):
+    """What a backend's forward returns.
+
+    Attributes:
+        o: (B, T, HV, V), dtype of v.
+        final_state: (N, HV, K, V) in the compute dtype.
+        saved: what its backward wants kept; empty unless the call needs gradients.
+    """
+
+    o: Tensor
+    final_state: Tensor
+    saved: tuple[Tensor, ...] = ()
+
+
+class Grads(NamedTuple):
+    """Gradients of the tensors of a call, in the order of `Call.tensors`; None where absent."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    alpha: Tensor | None
+    log_alpha: Tensor | None
+    beta: Tensor | None
+    state: Tensor | None
+
+
+class Backend:
+    """One implementation of the ops. Subclasses set the class data and the methods.
+
+    Attributes:
+        name: what users pin.
+        limits: what it can run.
+        requires: import names of the packages it needs besides torch.
+        distribution: the installed distribution that gives its version.
+        differentiable: whether `forward` and `step` are plain differentiable torch code, so
+            that autograd sees through them in eager mode.
+        traceable_step: whether `step` may be traced through by torch.compile.
+        compiles_per_shape: whether a new shape class costs seconds, so that tests draw from
+            a few.
+    """
+
+    name: ClassVar[str]
+    limits: ClassVar[Limits]
+    requires: ClassVar[tuple[str, ...]] = ()
+    distribution: ClassVar[str] = "gdn_ops"
+    differentiable: ClassVar[bool] = False
+    traceable_step: ClassVar[bool] = False
+    compiles_per_shape: ClassVar[bool] = False
+
+    def reasons(self, call: Call) -> list[str]:
+        """Return why it cannot run this call, beyond what `limits` says."""
+        return []
+
+    def saved_like(self, call: Call) -> tuple[Tensor, ...]:
+        """Return empty tensors shaped as what `forward` saves for `backward`.
+
+        It is called with fake tensors while a graph is traced.
+        """
+        return ()
+
+    def forward(self, call: Call) -> Forward:
+        """Run `gated_delta`."""
+        raise NotImplementedError
+
+    def backward(
+        self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
+    ) -> Grads:
+        """Return the gradients of `gated_delta`.
+
+        Args:
+            call: the call, on the tensors that the gradients are for.
+            saved: what `forward` returned, or None: then form it anew from `call`, and
+                differentiably where gradients are enabled (second derivatives).
+            d_o: (B, T, HV, V) gradient of the output.
+            d_state: (N, HV, K, V) gradient of the final state.
+        """
+        raise NotImplementedError
+
+    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Run `gated_delta_step`; return (o, state), state being `call.state` if in place."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What `backends()` says of one backend.
+
+    Attributes:
+        name: what users pin.
+        version: of the distribution that brings it, or None.
+        limits: what it can run; None where it could not be imported.
+        status: "available", or why not on this machine.
+    """
+
+    name: str
+    version: str | None
+    limits: Limits | None
+    status: str
+
+    def __str__(self) -> str:
+        devices = ", ".join(self.limits.devices) if self.limits else "-"
+        return f"{self.name} {self.version or '-'}: {self.status} ({devices})"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would run a call and, for every other, all reasons why not.
+
+    Attributes:
+        op: name of the op.
+        inputs: the call in one line.
+        backend: the backend that would run, or None.
+        reasons: (backend, reasons against it) in the order of preference.
+        pinned: whether the call names its backend.
+    """
+
+    op: str
+    inputs: str
+    backend: str | None
+    reasons: tuple[tuple[str, tuple[str, ...]], ...]
+    pinned: bool = False
+
+    def __str__(self) -> str:
+        width = max((len(name) for name, _ in self.reasons), default=0)
+        lines = [f"{self.op} on {self.inputs}"]
+        for name, reasons in self.reasons:
+            mark, text = "  ", "; ".join(reasons) if reasons else "can run"
+            if name == self.backend:
+                mark, text = "->", "runs (pinned)" if self.pinned else "runs"
+            lines.append(f"{mark} {name:<{width}}  {text}")
+        if self.backend is None:
+            is_pinned = any(not reasons for _, reasons in self.reasons)
+            who = "the pinned backend cannot" if is_pinned else "no backend can"
+            lines.append(f"{who} run this call")
+        return "\n".join(lines)
+
+
+@functools.cache
+def is_missing(package: str) -> bool:
+    """Return whether a package cannot be imported because it is not there."""
+    try:
+        return importlib.util.find_spec(package) is None
+    except ModuleNotFoundError:
+        return True
+
+
+def load(source: str) -> type[Backend] | str:
+    """Import `module` or `module:Class`; only a missing foreign package is a reason."""
+    module_name, _, attribute = source.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        own = package in ("", "gdn_ops", module_name.partition(".")[0])
+        if own or not is_missing(package):
+            raise
+        return f"package {package!r} is not installed"
+    if attribute:
+        found: Any = getattr(module, attribute)
+    else:
+        found = module.BACKEND
+    if not (isinstance(found, type) and issubclass(found, Backend)):
+        raise TypeError(f"{source} is not a subclass of gdn_ops.Backend")
+    return found
+
+
+def announces(source: type[Backend] | str, cls: type[Backend]) -> bool:
+    """Return whether `source` is the not yet loaded entry of the package that defines `cls`."""
+    own = cls.__module__.partition(".")[0]
+    return isinstance(source, str) and source.partition(":")[0].partition(".")[0] == own
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of a distribution; gdn_ops has one where it is only on the path too."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        if distribution != "gdn_ops":
+            return None
+    # By name and late: the package imports this module.
+    return str(importlib.import_module("gdn_ops").__version__)
