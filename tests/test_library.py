@@ -238,7 +238,7 @@ def test_second_derivatives_of_the_opaque_operator_say_what_to_do() -> None:
     values = _needing_grad(_values(EXAMPLES["batch"], backend="torch"))
     o, _, _ = torch.ops.gdn_ops.gated_delta(*values, True)
     (d_q,) = torch.autograd.grad(o.square().sum(), values[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivatives .* need eager mode"):
+    with pytest.raises(RuntimeError, match=r"second derivatives .* need eager mode"):
         d_q.sum().backward()
 
 
