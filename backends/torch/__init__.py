@@ -1,9 +1,9 @@
 """The chunkwise form in plain torch ops: fast on a CPU, right on any device torch has.
 
 Map: `chunkwise` holds the equations of one segment (MATH §3, §4), `gradients` those of
-its backward (§5), `walk` runs sequences
-segment by segment and keeps what a backward needs. Gates, solve and state are float32
-(float64 for float64 inputs); cumulative log sums are float64.
+its backward (§5); `walk` cuts sequences into segments and loads them, `passes` runs them and
+keeps what a backward needs. Gates, solve and state are float32 (float64 for float64 inputs);
+cumulative log sums are float64.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gdn_ops.backends.torch import chunkwise, gradients
+from gdn_ops.backends.torch.passes import run_backward, run_forward
 from gdn_ops.backends.torch.step import step
-from gdn_ops.backends.torch.walk import Engine, run_backward, run_forward
+from gdn_ops.backends.torch.walk import Engine
 from gdn_ops.bind import Call
 from gdn_ops.registry import Backend, Forward, Grads
 from gdn_ops.spec import Limits
