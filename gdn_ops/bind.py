@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -104,9 +104,6 @@ class Call:
         if self.needs_grad:
             parts.append("gradients needed")
         return ", ".join(parts)
-
-
-CALL_FIELDS = tuple(field.name for field in fields(Call))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

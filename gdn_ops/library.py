@@ -69,7 +69,7 @@ def _arguments(spec: OpSpec, values: tuple[Any, ...], **more: Any) -> dict[str, 
 
 
 def _bound(
-    spec: OpSpec, values: tuple[Any, ...], needs_grad: bool, fake: bool = False, **more: Any
+    spec: OpSpec, values: tuple[Any, ...], needs_grad: bool, **more: Any
 ) -> tuple[Call, Backend]:
     """Bind the arguments of an operator and select its backend. No value is looked at."""
     arguments = _arguments(spec, values, **more)
