@@ -13,7 +13,8 @@ arithmetic of the backend: a triangular solve by inner products is the exact sol
 moved by that much, so this is what a chunkwise backend must be granted. In float64, where the
 reference is no better than the backend, the error of `naive` is its float32 error scaled by
 the ratio of the roundings. The band is the rounding of the stored result, plus n u, plus |G| u
-for decays formed from differences of log sums G over a chunk.
+for decays formed from differences of log sums G over a chunk. What a state carries across is
+formed as a difference too, b S - (d K)^T W S: an erased part leaves n u of what it was before.
 """
 
 from __future__ import annotations
@@ -211,12 +212,34 @@ def judgement_of(
         rounding = 2 * unit_roundoff(stored) + inner_product(stored, example)
         rounding += _largest_log_sum(arguments) * unit_roundoff(compute_dtype(stored))
         allowance[name] = 2 * error + rounding * torch.maximum(own, typical)
+        if name.endswith("state"):
+            before = arguments.get("initial_state")
+            if name != "final_state" and cotangents is not None:
+                before = cotangents[1]
+            if before is not None:
+                carried = _carried(arguments, example) * norms(before, name, example)
+                allowance[name] += inner_product(stored, example) * carried
     return Judgement(example, reference, allowance, scale)
 
 
 def inner_product(stored: torch.dtype, example: Example) -> float:
     """Return n u, the a-priori bound of an inner product of length n = K + C."""
     return (example.K + CHUNK) * unit_roundoff(compute_dtype(stored))
+
+
+def _carried(arguments: dict[str, Any], example: Example) -> Tensor:
+    """Return the product of the decays of every (sequence, head), what is left of a state."""
+    gate = arguments.get("alpha")
+    if arguments.get("log_alpha") is not None:
+        gate = arguments["log_alpha"].double().exp()
+    s = example.sizes
+    if gate is None:
+        return torch.ones(s.N, s.HV, dtype=torch.float64)
+    wide: Tensor = gate.double()
+    if example.lengths is None:
+        return wide.prod(1)
+    parts = wide[0].split(list(example.lengths))
+    return torch.stack([part.prod(0) for part in parts]) if parts else wide.new_ones(0, s.HV)
 
 
 def _largest_log_sum(arguments: dict[str, Any]) -> float:
