@@ -218,7 +218,8 @@ def judgement_of(
                 before = cotangents[1]
             if before is not None:
                 carried = _carried(arguments, example) * norms(before, name, example)
-                allowance[name] += inner_product(stored, example) * carried
+                # beta <= 2: what is taken off is at most twice what was there.
+                allowance[name] += 2 * inner_product(stored, example) * carried
     return Judgement(example, reference, allowance, scale)
 
 
