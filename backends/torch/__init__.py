@@ -21,7 +21,7 @@ from gdn_ops.spec import Limits
 
 CHUNKING = {"cpu": (32, 4), "*": (64, 16)}
 """(tokens per chunk, chunks per segment) per device type. cpu: measured on two AVX-512 cores
-at K=V=128, H/HV=16/32 (benchmarks/results); others: not measured."""
+at K=V=128, H/HV=16/32, T=2048; others: not measured."""
 
 
 class Torch(Backend):
