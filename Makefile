@@ -3,6 +3,7 @@
 #   make demo                 show what the op does, on a real text
 #   make test                 static checks and all tests
 #   make fuzz SECONDS=600     random calls against every backend
+#   make native               the custom-op library for onnxruntime (ORT_INCLUDE=<its headers>)
 #
 # torch is installed first and once, if none is there. Which build is up to you:
 #   make venv TORCH="torch==2.13.0 --index-url <the index of your CUDA or CPU build>"
@@ -11,12 +12,13 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 SECONDS ?= 600
 BENCH ?=
+ORT_INCLUDE ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv test check static pytest demo fuzz bench docs wheel clean
+.PHONY: venv test check static pytest demo fuzz bench docs native wheel clean
 
 venv: $(STAMP)
 
@@ -51,10 +53,14 @@ fuzz: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/gdn-ops bench $(BENCH)
 
+# Needs a C++ compiler and onnxruntime's headers, and nothing of Python.
+native:
+	native/build.sh $(ORT_INCLUDE)
+
 wheel: $(STAMP)
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf .venv build dist site .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf .venv build dist site native/build .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,6 +22,7 @@ from gdn_ops.backends.torch.gradients import SegmentGrads, backward_segment
 from gdn_ops.backends.torch.step import StepOptions, advance_token, step
 from gdn_ops.backends.torch.walk import Engine
 from gdn_ops.bind import Call
+from gdn_ops.decoding import one_by_one
 
 logger = logging.getLogger("gdn_ops")
 
@@ -59,6 +60,18 @@ class Compile(Torch):
         tensors = call.tensors()
         function = _compiled(advance_token, tuple(options), tensors)
         return function(*tensors, options=options)  # type: ignore[no-any-return]
+
+    def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        return one_by_one(call, self._step_of_a_copied_token)
+
+    def _step_of_a_copied_token(self, call: Call) -> tuple[Tensor, Tensor]:
+        # The strides of a token tell how many there are; those of its copy do not, so that a
+        # new T compiles nothing.
+        *token, state = call.tensors()
+        copies = (
+            None if x is None else x.clone(memory_format=torch.contiguous_format) for x in token
+        )
+        return self.step(call.with_tensors(*copies, state))
 
 
 _functions: dict[tuple[Any, ...], Callable[..., Any]] = {}

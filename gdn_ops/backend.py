@@ -6,12 +6,16 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from gdn_ops.bind import Call
+from gdn_ops.compiled import CompiledKernel, Sample
+from gdn_ops.decoding import one_by_one, through_rows
 from gdn_ops.spec import Limits
 
 
@@ -54,6 +58,9 @@ class Backend:
         traceable_step: whether `step` may be traced through by torch.compile.
         compiles_per_shape: whether a new shape class costs seconds, so that tests draw from
             a few.
+        kernels: whether it brings kernels of its own that a compiler turns into device code,
+            so that GDN_OPS_REQUIRE_CERTIFIED=1 is about it.
+        targets: the GPUs that `compile_ahead` compiles for, by name, like "sm_90".
     """
 
     name: ClassVar[str]
@@ -63,6 +70,8 @@ class Backend:
     differentiable: ClassVar[bool] = False
     traceable_step: ClassVar[bool] = False
     compiles_per_shape: ClassVar[bool] = False
+    kernels: ClassVar[bool] = False
+    targets: ClassVar[tuple[str, ...]] = ()
 
     def reasons(self, call: Call) -> list[str]:
         """Return why it cannot run this call, beyond what `limits` says."""
@@ -94,7 +103,59 @@ class Backend:
         raise NotImplementedError
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Run `gated_delta_step`; return (o, state), state being `call.state` if in place."""
+        """Run `gated_delta_step`.
+
+        Returns:
+            o (B, HV, V) in the dtype of v, and the new state in the dtype of the given one (in
+            the compute dtype if none was given); if in place it is `call.state` itself.
+
+        With `limits.pools`, `call.state` may be a pool that `call.state_indices` points into;
+        such a call is always in place, and o is 0 in rows that are skipped. Without, no call
+        has `state_indices`.
+        """
+        raise NotImplementedError
+
+    def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run `gated_delta_steps`, here by one `step` after another.
+
+        Returns:
+            o (B, T, HV, V), the new state as from `step`, and with `call.return_states` the
+            states (B, T, HV, K, V) after every token, in the dtype of the state. Between the
+            tokens of a call a state stays in the compute dtype.
+
+        `call.state_indices` are as in `step`; `states` is 0 in rows that are skipped.
+        """
+        if call.state_indices is not None:
+            return through_rows(call, self.steps)
+        return one_by_one(call, self.step)
+
+    def tunables(self, call: Call) -> Sequence[object]:
+        """Return the configurations that `gdn-ops bench --tune` may try on a call.
+
+        str() of one is the row to paste into the backend's table. Empty: nothing to tune.
+        """
+        return ()
+
+    def using(self, config: object) -> AbstractContextManager[object]:
+        """Return a context in which every call, on any thread, runs with one of `tunables`.
+
+        Any thread: autograd runs a backward on one of its own.
+        """
+        raise NotImplementedError
+
+    def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
+        """Compile what samples launch for a GPU that need not be there.
+
+        Optional: it is what `gdn-ops compile` shows of a backend that has `targets`.
+        `gdn_ops.aot.run` makes the backend do what a sample asks for, on tensors without memory.
+
+        Args:
+            target: one of `targets`.
+            samples: calls; those that the backend cannot run are left out.
+
+        Yields:
+            Every distinct kernel once, with what its target forbids.
+        """
         raise NotImplementedError
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gdn_ops import certificate
 from gdn_ops.backend import Backend
 from gdn_ops.bind import Call, dtype_name
 from gdn_ops.errors import BackendUnsupportedError
@@ -18,11 +19,18 @@ def reasons(backend: Backend, call: Call) -> list[str]:
 
 
 def reasons_under_auto(backend: Backend, call: Call) -> list[str]:
-    """Return the reasons against a call that names no backend: emulation is one of them."""
+    """Return the reasons against a call that names no backend.
+
+    Emulation is one of them and, where it is asked for, a missing certificate.
+    """
     device = call.device.type
     if device in backend.limits.emulated_devices:
         return [f"emulates on {device}, for checking only: pin it by name"]
-    return reasons(backend, call)
+    found = reasons(backend, call)
+    if certificate.REQUIRED and backend.kernels:
+        uncertified = certificate.reason_against(type(backend), str(call.device))
+        found += [uncertified] if uncertified is not None else []
+    return found
 
 
 def _limit_reasons(limits: Limits, call: Call) -> list[str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -13,16 +12,13 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.syntax import Syntax
 from rich.table import Table
 
 import gdn_ops
+from gdn_ops import commands_bench, commands_check, commands_compile, commands_export, registry
 from gdn_ops import info as facts
-from gdn_ops import registry
-from gdn_ops.bench import report, suite
+from gdn_ops.bench import gpu, models, suite
 from gdn_ops.bench.inputs import Setting
-from gdn_ops.bench.tune import tune as run_tune
 from gdn_ops.bench.verify import RefusedError
 from gdn_ops.demo import show
 from gdn_ops.errors import SpecError
@@ -48,12 +44,8 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-@contextlib.contextmanager
-def _progress(console: Console, *, quiet: bool = False) -> Iterator[Progress]:
-    """Show a progress bar; a quiet one has no thread that would disturb what is timed."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, auto_refresh=not quiet) as progress:
-        yield progress
+def _without_none(text: str) -> tuple[str, ...]:
+    return () if text == "none" else _names(text)
 
 
 @app.command()
@@ -69,15 +61,21 @@ def info(
     for name, version in found["versions"].items():
         console.print(f"{name:<13} {version or 'not installed'}", highlight=False)
     threads = found["threads"]
+    if found["driver"] is not None:
+        console.print(f"{'driver':<13} {found['driver']}", highlight=False)
     console.print(f"{'platform':<13} {found['platform']}", highlight=False)
     for device in found["devices"]:
         text = f"{device['device']:<13} {device['name']} {device['capability']}"
         console.print(escape(text), highlight=False)
     console.print(f"{'threads':<13} {threads['torch']} of {threads['cores']} cores\n")
-    table = Table("backend", "version", "status", "can run")
+    table = Table("backend", "version", "status", "can run", "check")
+    certificates = {row["name"]: row["certificates"] for row in found["backends"]}
     for backend in gdn_ops.backends():
         limits = facts.limits_text(backend.limits)
-        cells = (backend.name, backend.version or "-", backend.status, limits)
+        checks = "\n".join(
+            f"{device}: {text}" for device, text in certificates[backend.name].items()
+        )
+        cells = (backend.name, backend.version or "-", backend.status, limits, checks or "-")
         table.add_row(*map(escape, cells))
     console.print(table)
 
@@ -103,37 +101,21 @@ def check(
     backend: Annotated[str, typer.Option(help='Name of a backend, or "all".')] = "all",
     seconds: Annotated[float, typer.Option(help="Time for each backend.", min=0.1)] = 60.0,
     seed: Annotated[int | None, typer.Option(help="Repeat the same random calls.")] = None,
+    device: Annotated[
+        str, typer.Option(help="A torch device; the GPU without, where there is one.")
+    ] = "",
 ) -> None:
     """Certify backends on this machine: random calls against the definition in float64."""
-    try:
-        from gdn_ops.testing.conformance import check as run_check
-    except ModuleNotFoundError as error:
-        if error.name != "hypothesis":
-            raise
+    if importlib.util.find_spec("hypothesis") is None:
         _fail("check needs the testing extra: pip install 'gdn_ops[testing]'")
+    try:
+        torch.empty(0, device=device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        _fail(f"device {device!r} is not available: {str(error).splitlines()[0]}")
     console = Console()
-    passed = True
-    for name in _checkable(backend):
-        with _progress(console) as progress:
-            task = progress.add_task(name, total=1.0)
-
-            def on_progress(share: float, text: str) -> None:
-                progress.update(task, completed=share, description=f"{name}: {text}")  # noqa: B023
-
-            report = run_check(name, seconds, on_progress=on_progress, seed=seed)
-        table = Table("subject", "examples", "worst error / allowance", "", title=f"backend {name}")
-        for row in report.rows:
-            verdict = "[green]pass[/green]" if row.passed else "[red]FAIL[/red]"
-            table.add_row(escape(row.subject), str(row.examples), f"{row.worst:.3g}", verdict)
-        console.print(table)
-        for row in report.rows:
-            if row.failure is not None:
-                console.print(f"\n[red]{escape(row.subject)}[/red]: the smallest call that fails")
-                console.print(Syntax(row.failure, "python", word_wrap=True))
-        verdict = "[green]passed[/green]" if report.passed else "[red]failed[/red]"
-        console.print(f"{name}: {report.examples} calls in {report.seconds:.0f} s, {verdict}\n")
-        passed = passed and report.passed
-    if not passed:
+    names = _checkable(backend)
+    passed = [commands_check.run(name, seconds, seed, device, console) for name in names]
+    if not all(passed):
         raise typer.Exit(1)
 
 
@@ -141,10 +123,12 @@ def check(
 def bench(
     cases: Annotated[
         list[str] | None,
-        typer.Argument(help="Named cases; the reference table for qwen-16-32 without."),
+        typer.Argument(
+            help='Named cases, "models", "decode", or "gpu"; the reference table without.'
+        ),
     ] = None,
     backend: Annotated[str, typer.Option(help="Backends, comma-separated.")] = "",
-    peer: Annotated[str, typer.Option(help='Peers, comma-separated, or "none".')] = "transformers",
+    peer: Annotated[str | None, typer.Option(help='Peers, comma-separated, or "none".')] = None,
     what: Annotated[str, typer.Option(help="Measurements, comma-separated; all without.")] = "",
     threads: Annotated[int | None, typer.Option(help="Threads torch computes with.", min=1)] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 7,
@@ -152,40 +136,62 @@ def bench(
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and PNG.")] = None,
     tune: Annotated[str | None, typer.Option(help="Measure a backend's configurations.")] = None,
+    seconds: Annotated[float, typer.Option(help='Time for "gpu".', min=1)] = gpu.SECONDS,
 ) -> None:
     """Measure backends against peers: checked, interleaved, in one process."""
     if dtype not in FLOAT_DTYPES:
         _fail(f"unknown dtype {dtype!r}, known: {', '.join(FLOAT_DTYPES)}")
     if threads is not None:
         torch.set_num_threads(threads)
-    peers = () if peer == "none" else _names(peer)
     try:
+        if cases == ["gpu"]:
+            peers = gpu.PEERS if peer is None else _without_none(peer)
+            raise typer.Exit(gpu.show_run(_names(backend), peers, seconds, out, print))
         setting = Setting(dtype, device, repeats)
-        if tune is not None:
-            for line in run_tune(tune, cases or [], setting):
-                print(line)
+        if cases == ["decode"]:
+            commands_export.bench_decode(peer, setting, out)
             return
+        if cases == ["models"]:
+            models.show_run(_names(backend) or ("torch",), setting, out)
+            return
+        if tune is not None:
+            commands_bench.run_tune(tune, cases or [], setting)
+            return
+        peers = ("transformers",) if peer is None else _without_none(peer)
         backends = _names(backend) or suite.default_backends()
         plan = suite.make_plan(cases or [], _names(what) or suite.WHAT, backends, peers, setting)
-        _run_bench(plan, out)
+        commands_bench.run_cases(plan, out)
     except RefusedError as error:
         _fail(str(error), 1)
     except (ValueError, gdn_ops.BackendUnsupportedError) as error:
         _fail(str(error))
 
 
-def _run_bench(plan: suite.Plan, out: Path | None) -> None:
-    console = Console()
-    with _progress(console, quiet=True) as progress:
-        task = progress.add_task("starting", total=plan.count() + 1)
+@app.command(name="compile")
+def compile_(
+    backend: Annotated[str, typer.Option(help="Name of a backend with kernels.")],
+    cases: Annotated[
+        list[str] | None, typer.Argument(help="Named cases of any op; all without.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="GPUs, comma-separated; all without.")] = "",
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also what is asked for beside the defaults.")
+    ] = False,
+    path: Annotated[Path | None, typer.Option("--json", help="A file for the table.")] = None,
+) -> None:
+    """Compile kernels for GPUs that need not be there, and judge the code."""
+    try:
+        targets = _names(target)
+        passed = commands_compile.run(
+            backend, targets, cases or [], everything=everything, path=path
+        )
+    except ValueError as error:
+        _fail(str(error))
+    if not passed:
+        raise typer.Exit(1)
 
-        def tell(text: str) -> None:
-            progress.update(task, description=text, advance=1, refresh=True)
 
-        result = suite.run(plan, tell)
-    report.show(result, console)
-    for path in report.write(result, out) if out is not None else ():
-        console.print(str(path), markup=False)
+app.command()(commands_export.export)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gdn_ops.spec import Attr, OpSpec, TensorArg
+from gdn_ops.spec import Attr, OpSpec, TensorArg, printed_shape
 
 _RETURNS = {
     "gated_delta": (
@@ -12,6 +12,12 @@ _RETURNS = {
     "gated_delta_step": (
         "(o, state). state has the dtype of the given state, float32 if none was given;",
         "with inplace=True it is the given tensor.",
+    ),
+    "gated_delta_steps": (
+        "(o, state), or (o, state, states) with return_states=True. state and states have the",
+        "dtype of the given state, float32 if none was given; between tokens the state stays in",
+        "float32. With inplace=True state is the given tensor. To go back to after n tokens, take",
+        "states[:, n - 1]. It is meant for a few tokens, up to 8; gated_delta is for more.",
     ),
 }
 
@@ -36,7 +42,14 @@ def argument_line(arg: TensorArg | Attr) -> str:
         return f"{arg.meaning}.{choices} Default {arg.default!r}."
     domain = f", in {arg.domain}" if arg.domain else ""
     default = " Default None." if arg.optional else ""
-    return f"{arg.shape} {arg.meaning}; {_dtypes(arg)}{domain}.{default}"
+    return f"{_shapes(arg)} {arg.meaning}; {_dtypes(arg)}{domain}.{default}"
+
+
+def _shapes(arg: TensorArg) -> str:
+    """Return the shape of an argument, and that of a pool where it may be one."""
+    if arg.pool_index is None:
+        return arg.shape
+    return f"{arg.shape}, or {printed_shape(arg.pool_axes)} with {arg.pool_index}:"
 
 
 def docstring(spec: OpSpec) -> str:
@@ -63,7 +76,7 @@ def page(spec: OpSpec) -> str:
     lines += ["|---|---|---|---|---|"]
     for arg in spec.args:
         if isinstance(arg, TensorArg):
-            cells = (arg.shape, _dtypes(arg), str(arg.domain or "any"), arg.meaning)
+            cells = (_shapes(arg).rstrip(":"), _dtypes(arg), str(arg.domain or "any"), arg.meaning)
         else:
             allowed = ", ".join(f"`{c}`" for c in arg.choices) or "any"
             cells = ("", arg.type.replace("|", "or"), allowed, arg.meaning)

@@ -1,25 +1,34 @@
-"""The two ops of this library as values: the sequence op and the single step.
+"""The ops of this library as values: the sequence op, the single step and a few steps at once.
 
-Everything that can be said about them as data is said here and nowhere else.
+Everything that can be said about them as data is said here and nowhere else; what they cost
+and the named workloads stand in `workloads`.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from gdn_ops.spec import (
-    FLOAT_DTYPES,
     Attr,
     Axis,
-    Case,
     CostModel,
     Interval,
     Multiple,
     OpSpec,
     Output,
     Rule,
-    Sizes,
     TensorArg,
+)
+from gdn_ops.workloads import (
+    CASES,
+    STEP_CASES,
+    STEPS_CASES,
+    forward_bytes,
+    forward_flops,
+    state_bytes,
+    step_bytes,
+    step_flops,
 )
 
 RULES = (
@@ -38,7 +47,13 @@ _AXES = (
     Axis("V", "value width", 1),
     Axis("N", "sequences: B, or len(cu_seqlens) - 1"),
     Axis("N1", "N + 1", 1),
+    Axis("P", "slots of a pool of states"),
 )
+
+
+def _axes(*names: str) -> tuple[Axis, ...]:
+    return tuple(axis for axis in _AXES if axis.name in names)
+
 
 _CONSTRAINTS = (Multiple("HV", "H", "v", "value heads"),)
 
@@ -80,6 +95,29 @@ _BACKEND = Attr(
 )
 
 
+_STATE_INDICES = TensorArg(
+    "state_indices",
+    ("B",),
+    "slot of the pool `state` that a row reads and updates, a slot for at most one row; "
+    "-1 skips the row: its o is 0 and no slot changes",
+    dtypes=("int64", "int32"),
+    optional=True,
+    differentiable=False,
+)
+_INPLACE = Attr("inplace", "bool", False, "whether to update the state tensor instead of a copy")
+
+
+def _state(meaning: str) -> TensorArg:
+    """Return the state of a decode op, which may be a pool."""
+    axes = ("B", "HV", "K", "V")
+    return TensorArg("state", axes, meaning, optional=True, pool_index="state_indices")
+
+
+def _new_state(meaning: str) -> Output:
+    pool = "the whole pool (P, HV, K, V) with state_indices"
+    return Output("new_state", ("B", "HV", "K", "V"), "like:state", f"{meaning}; {pool}")
+
+
 def _gates(axes: tuple[str, ...]) -> tuple[TensorArg, TensorArg, TensorArg]:
     """Return alpha, beta and log_alpha over the given axes."""
     unit, strength = Interval(0.0, 1.0), Interval(0.0, 2.0)
@@ -97,69 +135,12 @@ def _gates(axes: tuple[str, ...]) -> tuple[TensorArg, TensorArg, TensorArg]:
     )
 
 
-def _forward_flops(s: Sizes, chunk: int) -> float:
-    """Return flops of the chunkwise form (MATH §3), a multiply-add counted as two.
-
-    Per token and value head: K S, Q S and K^T U cost 6 K V; T (.) and P U cost 2 C V each,
-    half of them above the diagonal and not needed, so 2 C V together. Per token and key
-    head: K K^T and Q K^T, likewise halved, 2 C K together. The solve costs C² / 3 a row.
-    """
-    per_value_head = 6 * s.K * s.V + 2 * chunk * s.V + chunk * chunk / 3
-    per_key_head = 2 * chunk * s.K
-    return float(s.B * s.T * (s.HV * per_value_head + s.H * per_key_head))
-
-
-def _forward_bytes(s: Sizes, element: int) -> float:
-    """Return bytes that must cross memory: q, k, v, o once, gates in float32, the states."""
-    activations = element * s.B * s.T * (2 * s.H * s.K + 2 * s.HV * s.V)
-    gates = 4 * 2 * s.B * s.T * s.HV
-    return float(activations + gates + _state_bytes(s))
-
-
-def _state_bytes(s: Sizes) -> float:
-    return float(4 * s.N * s.HV * s.K * s.V)
-
-
-def _step_flops(s: Sizes, chunk: int) -> float:
-    """Return flops of one token: decay K V, then S^T k, k u^T and S^T q at 2 K V each."""
-    return float(s.B * s.HV * 7 * s.K * s.V)
-
-
-def _step_bytes(s: Sizes, element: int) -> float:
-    """Return bytes of one token: the float32 state read and written, and the token."""
-    token = element * s.B * (2 * s.H * s.K + 2 * s.HV * s.V) + 8 * s.B * s.HV
-    return float(2 * _state_bytes(s) + token)
-
-
-def _case(
-    name: str, b: int, t: int, h: int, hv: int, k: int, v: int, source: str, dtype: str = "bfloat16"
-) -> Case:
-    return Case(name, Sizes(b, t, h, hv, k, v, b), source, dtype)
-
-
-_QWEN = "Qwen3.5 / Qwen3-Next linear-attention layer"
-CASES = (
-    _case("tiny", 2, 100, 2, 4, 32, 48, "smoke tests", "float32"),
-    *(_case(f"qwen-16-32-{t}", 1, t, 16, 32, 128, 128, _QWEN) for t in (2048, 4096, 8192, 16384)),
-    *(_case(f"qwen-16-48-{t}", 1, t, 16, 48, 128, 128, _QWEN) for t in (2048, 8192)),
-    *(_case(f"qwen-16-64-{t}", 1, t, 16, 64, 128, 128, _QWEN) for t in (2048, 8192, 32768)),
-    _case("olmo-hybrid-2048", 1, 2048, 30, 30, 96, 192, "OLMo-Hybrid linear-attention layer"),
-    _case("olmo-hybrid-8192", 1, 8192, 30, 30, 96, 192, "OLMo-Hybrid linear-attention layer"),
-    _case("paper-400m-2048", 1, 2048, 9, 9, 128, 256, "Gated DeltaNet 0.4B of the paper"),
-)
-
-STEP_CASES = (
-    _case("tiny-step", 2, 1, 2, 4, 32, 48, "smoke tests", "float32"),
-    *(_case(f"qwen-16-32-step-b{b}", b, 1, 16, 32, 128, 128, _QWEN) for b in (1, 8)),
-    _case("olmo-hybrid-step", 1, 1, 30, 30, 96, 192, "OLMo-Hybrid linear-attention layer"),
-)
-
 _ALPHA_T, _BETA_T, _LOG_ALPHA_T = _gates(("B", "T", "HV"))
 
 GATED_DELTA = OpSpec(
     name="gated_delta",
     summary="Run the gated delta rule over whole sequences.",
-    axes=_AXES,
+    axes=_axes("B", "T", "H", "HV", "K", "V", "N", "N1"),
     args=(
         TensorArg("q", ("B", "T", "H", "K"), "queries"),
         TensorArg("k", ("B", "T", "H", "K"), "keys", same_dtype_as="q"),
@@ -203,7 +184,7 @@ GATED_DELTA = OpSpec(
     constraints=_CONSTRAINTS,
     equations=_EQUATIONS,
     sources=_SOURCES,
-    cost=CostModel(_forward_flops, _forward_bytes, _state_bytes),
+    cost=CostModel(forward_flops, forward_bytes, state_bytes),
     cases=CASES,
 )
 
@@ -212,38 +193,82 @@ _ALPHA_1, _BETA_1, _LOG_ALPHA_1 = _gates(("B", "HV"))
 GATED_DELTA_STEP = OpSpec(
     name="gated_delta_step",
     summary="Run the gated delta rule for one token per row.",
-    axes=tuple(axis for axis in _AXES if axis.name not in ("T", "N", "N1")),
+    axes=_axes("B", "H", "HV", "K", "V", "P"),
     args=(
         TensorArg("q", ("B", "H", "K"), "query"),
         TensorArg("k", ("B", "H", "K"), "key", same_dtype_as="q"),
         TensorArg("v", ("B", "HV", "V"), "value", same_dtype_as="q"),
         _ALPHA_1,
         _BETA_1,
-        TensorArg(
-            "state",
-            ("B", "HV", "K", "V"),
-            "memory before the token; zeros when not given",
-            dtypes=FLOAT_DTYPES,
-            optional=True,
-        ),
+        _state("memory before the token; zeros when not given"),
         _LOG_ALPHA_1,
         _RULE,
         _SCALE,
         _QK_L2NORM,
-        Attr("inplace", "bool", False, "whether to update the state tensor instead of a copy"),
+        _STATE_INDICES,
+        _INPLACE,
         _BACKEND,
     ),
     outputs=(
         Output("o", ("B", "HV", "V"), "like:v", "what the memory answers to the query"),
-        Output("new_state", ("B", "HV", "K", "V"), "like:state", "memory after the token"),
+        _new_state("memory after the token"),
     ),
     keyword_only_from="log_alpha",
     rules=RULES,
     constraints=_CONSTRAINTS,
     equations=_EQUATIONS,
     sources=_SOURCES,
-    cost=CostModel(_step_flops, _step_bytes, _state_bytes),
+    cost=CostModel(step_flops, step_bytes, state_bytes),
     cases=STEP_CASES,
 )
 
-OPS = (GATED_DELTA, GATED_DELTA_STEP)
+GATED_DELTA_STEPS = OpSpec(
+    name="gated_delta_steps",
+    summary="Run the gated delta rule for a few tokens per row, and keep the state after each.",
+    axes=_axes("B", "T", "H", "HV", "K", "V", "P"),
+    # For decoding: no argument has a gradient.
+    args=tuple(
+        replace(arg, differentiable=False) if isinstance(arg, TensorArg) else arg
+        for arg in (
+            TensorArg("q", ("B", "T", "H", "K"), "queries"),
+            TensorArg("k", ("B", "T", "H", "K"), "keys", same_dtype_as="q"),
+            TensorArg("v", ("B", "T", "HV", "V"), "values", same_dtype_as="q"),
+            _ALPHA_T,
+            _BETA_T,
+            _state("memory before the first token; zeros when not given"),
+            _LOG_ALPHA_T,
+            _RULE,
+            _SCALE,
+            _QK_L2NORM,
+            _STATE_INDICES,
+            _INPLACE,
+            Attr(
+                "return_states",
+                "bool",
+                False,
+                "whether to return the state after every token too",
+                schema="bool",
+            ),
+            _BACKEND,
+        )
+    ),
+    outputs=(
+        Output("o", ("B", "T", "HV", "V"), "like:v", "what the memory answers to each query"),
+        _new_state("memory after the last token"),
+        Output(
+            "states",
+            ("B", "T", "HV", "K", "V"),
+            "like:state",
+            "memory after every token, 0 in rows that are skipped",
+        ),
+    ),
+    keyword_only_from="log_alpha",
+    rules=RULES,
+    constraints=_CONSTRAINTS,
+    equations=_EQUATIONS,
+    sources=_SOURCES,
+    cost=CostModel(step_flops, step_bytes, state_bytes),
+    cases=STEPS_CASES,
+)
+
+OPS = (GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS)

@@ -6,12 +6,13 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import gdn_ops
+from gdn_ops import certificate, registry
+from gdn_ops.provenance import cpu_model, driver_version
 
 OPTIONAL_PACKAGES = (
     "numpy",
@@ -41,17 +42,6 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def cpu_model() -> str:
-    """Return the processor's name as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
 def devices() -> list[dict[str, str]]:
     """Return every device torch can use: its type, name and capability."""
     capability = torch.backends.cpu.get_cpu_capability()
@@ -72,18 +62,39 @@ def threads() -> dict[str, int]:
 
 def collect() -> dict[str, Any]:
     """Return everything `gdn-ops info --json` prints, ready for JSON."""
+    recorded = certificate.read_certificates()
     backends = []
     for info in gdn_ops.backends():
         limits = None if info.limits is None else _plain(dataclasses.asdict(info.limits))
         row = {"name": info.name, "version": info.version, "status": info.status}
-        backends.append({**row, "limits": limits})
+        standings = _standings(info, recorded)
+        backends.append({**row, "limits": limits, "certificates": standings})
     return {
         "versions": versions(),
+        "driver": driver_version(),
         "platform": platform.platform(terse=True),
         "devices": devices(),
         "threads": threads(),
         "backends": backends,
+        "certificates": str(certificate.certificates_path()),
     }
+
+
+def _standings(
+    info: gdn_ops.BackendInfo, recorded: list[certificate.Certificate]
+) -> dict[str, str]:
+    """Return, by device that a backend runs or emulates on, whether it is certified there."""
+    backend = registry.get_backend(info.name)
+    if isinstance(backend, str):
+        return {}
+    limits, found = backend.limits, {}
+    for device in devices():
+        kind = device["device"].partition(":")[0]
+        name, emulates = device["device"], kind in limits.emulated_devices
+        if emulates or "*" in limits.devices or kind in limits.devices:
+            standing = certificate.standing(type(backend), name, recorded)
+            found[f"{name} (emulated)" if emulates else name] = str(standing)
+    return found
 
 
 def _plain(limits: dict[str, Any]) -> dict[str, Any]:

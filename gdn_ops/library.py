@@ -1,12 +1,10 @@
 """Spec to torch.library: schema, fake and autograd of the ops, and how a call is run.
 
-Four operators stand behind the two public functions. Each looks its arguments up by the
-names in its schema, binds them like any call, and hands them to a backend:
+An operator looks its arguments up by the names in its schema, binds them like any call, and
+hands them to a backend. Those of the decode ops stand in `library_decode`; here are
 
     gdn_ops::gated_delta            the sequence op, with what its backward wants saved
     gdn_ops::gated_delta_backward   its gradients
-    gdn_ops::gated_delta_step       one token
-    gdn_ops::gated_delta_step_      one token, state updated in place
 """
 
 from __future__ import annotations
@@ -21,7 +19,8 @@ from torch import Tensor
 
 from gdn_ops.backend import Backend, Grads
 from gdn_ops.bind import GRAD_NAMES, Call, bind
-from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
+from gdn_ops.decoding import through_rows
+from gdn_ops.gated_delta import GATED_DELTA
 from gdn_ops.registry import select
 from gdn_ops.spec import OpSpec, TensorArg
 
@@ -68,7 +67,7 @@ def _arguments(spec: OpSpec, values: tuple[Any, ...], **more: Any) -> dict[str, 
     return {**arguments, **more}
 
 
-def _bound(
+def bound(
     spec: OpSpec, values: tuple[Any, ...], needs_grad: bool, **more: Any
 ) -> tuple[Call, Backend]:
     """Bind the arguments of an operator and select its backend. No value is looked at."""
@@ -77,13 +76,9 @@ def _bound(
     return call, select(call, arguments["backend"])
 
 
-def _empty_results(call: Call) -> tuple[Tensor, Tensor]:
-    s = call.sizes
-    o = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.device)
-    stored = call.compute_dtype
-    if call.op is GATED_DELTA_STEP and call.state is not None:
-        stored = call.state.dtype
-    return o, torch.empty((s.N, s.HV, s.K, s.V), dtype=stored, device=call.device)
+def empty_output(call: Call) -> Tensor:
+    """Return an empty o."""
+    return torch.empty(call.v.shape, dtype=call.v.dtype, device=call.device)
 
 
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
@@ -106,7 +101,7 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
 
 def _gated_delta(*values: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     *values_, save = values
-    call, backend = _bound(GATED_DELTA, tuple(values_), save)
+    call, backend = bound(GATED_DELTA, tuple(values_), save)
     with full_precision(call.device.type):
         out = backend.forward(call)
     return out.o, out.final_state, [*out.saved] if save else []
@@ -114,8 +109,10 @@ def _gated_delta(*values: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 def _gated_delta_fake(*values: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     *values_, save = values
-    call, backend = _bound(GATED_DELTA, tuple(values_), save)
-    return *_empty_results(call), [*backend.saved_like(call)] if save else []
+    call, backend = bound(GATED_DELTA, tuple(values_), save)
+    s = call.sizes
+    state = torch.empty((s.N, s.HV, s.K, s.V), dtype=call.compute_dtype, device=call.device)
+    return empty_output(call), state, [*backend.saved_like(call)] if save else []
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -130,25 +127,28 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _autograd_backward(ctx: Any, d_o: Tensor, d_state: Tensor, d_saved: Any) -> tuple[Any, ...]:
     names = schema_names(GATED_DELTA)
     tensor_names = [name for name in names if name not in ctx.attributes]
-    tensors, saved = ctx.saved_tensors[: ctx.tensor_count], ctx.saved_tensors[ctx.tensor_count :]
+    # Read once: under activation checkpointing a second read is an error.
+    kept = ctx.saved_tensors
+    tensors, saved = kept[: ctx.tensor_count], kept[ctx.tensor_count :]
     values = ctx.attributes | dict(zip(tensor_names, tensors, strict=True))
     grads = iter(
         torch.ops.gdn_ops.gated_delta_backward(
             *(values[name] for name in names), list(saved), d_o, d_state
         )
     )
-    present = [name for name in _differentiable(GATED_DELTA) if values[name] is not None]
+    present = [name for name in differentiable_names(GATED_DELTA) if values[name] is not None]
     by_name = {name: next(grads) for name in present}
     return *(by_name.get(name) for name in names), None
 
 
-def _differentiable(spec: OpSpec) -> list[str]:
+def differentiable_names(spec: OpSpec) -> list[str]:
+    """Return the names of the arguments that have gradients."""
     return [arg.name for arg in spec.tensors if arg.differentiable]
 
 
 def _backward(*values: Any) -> list[Tensor]:
     *values_, saved, d_o, d_state = values
-    call, backend = _bound(GATED_DELTA, tuple(values_), True)
+    call, backend = bound(GATED_DELTA, tuple(values_), True)
     with full_precision(call.device.type), torch.no_grad():
         grads = backend.backward(call, tuple(saved), d_o, d_state)
     return [
@@ -162,11 +162,11 @@ def _public_order(tensors: tuple[Tensor | None, ...] | Grads) -> list[Tensor | N
     """Reorder from GRAD_NAMES to the order of the public signature."""
     by_name = dict(zip(GRAD_NAMES, tensors, strict=True))
     by_name["initial_state"] = by_name["state"]
-    return [by_name[name] for name in _differentiable(GATED_DELTA)]
+    return [by_name[name] for name in differentiable_names(GATED_DELTA)]
 
 
 def _backward_fake(*values: Any) -> list[Tensor]:
-    call = _bound(GATED_DELTA, tuple(values[:-3]), True)[0]
+    call = bound(GATED_DELTA, tuple(values[:-3]), True)[0]
     return [
         torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for x in _public_order(call.tensors())
@@ -176,59 +176,6 @@ def _backward_fake(*values: Any) -> list[Tensor]:
 
 def _no_second_order(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(SECOND_ORDER)
-
-
-# The step.
-
-
-def _step(*values: Any) -> tuple[Tensor, Tensor]:
-    call, backend = _bound(GATED_DELTA_STEP, values, False)
-    with full_precision(call.device.type):
-        return backend.step(call)
-
-
-def _step_fake(*values: Any) -> tuple[Tensor, Tensor]:
-    return _empty_results(_bound(GATED_DELTA_STEP, values, False)[0])
-
-
-def _step_inplace(*values: Any) -> Tensor:
-    call, backend = _bound(GATED_DELTA_STEP, values, False, inplace=True)
-    with full_precision(call.device.type):
-        return backend.step(call)[0]
-
-
-def _step_inplace_fake(*values: Any) -> Tensor:
-    return _empty_results(_bound(GATED_DELTA_STEP, values, False, inplace=True)[0])[0]
-
-
-def _step_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    names = schema_names(GATED_DELTA_STEP)
-    tensors = {arg.name for arg in GATED_DELTA_STEP.tensors}
-    values = dict(zip(names, inputs, strict=True))
-    ctx.attributes = {name: value for name, value in values.items() if name not in tensors}
-    ctx.save_for_backward(*(values[n] for n in names if n in tensors))
-
-
-def _step_autograd_backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:
-    """Take the gradient of a step as that of a sequence of one token."""
-    names = schema_names(GATED_DELTA_STEP)
-    tensor_names = [name for name in names if name not in ctx.attributes]
-    values = ctx.attributes | dict(zip(tensor_names, ctx.saved_tensors, strict=True))
-    sequence = values | {"initial_state": values["state"], "cu_seqlens": None, "chunk_size": None}
-    for name in tensor_names:
-        if name != "state" and values[name] is not None:
-            sequence[name] = values[name].unsqueeze(1)
-    grads = iter(
-        torch.ops.gdn_ops.gated_delta_backward(
-            *(sequence[name] for name in schema_names(GATED_DELTA)), [], d_o.unsqueeze(1), d_state
-        )
-    )
-    present = [name for name in _differentiable(GATED_DELTA) if sequence[name] is not None]
-    by_name = {
-        name: next(grads) if name == "initial_state" else next(grads).squeeze(1) for name in present
-    }
-    by_name["state"] = by_name.pop("initial_state", None)
-    return tuple(by_name.get(name) for name in names)
 
 
 def _define() -> None:
@@ -247,21 +194,6 @@ def _define() -> None:
     )
     backward.register_fake(_backward_fake)
     backward.register_autograd(_no_second_order)
-    step = torch.library.custom_op(
-        f"{NAMESPACE}::gated_delta_step",
-        _step,
-        mutates_args=(),
-        schema=torch_schema(GATED_DELTA_STEP),
-    )
-    step.register_fake(_step_fake)
-    step.register_autograd(_step_autograd_backward, setup_context=_step_setup_context)
-    inplace = torch.library.custom_op(
-        f"{NAMESPACE}::gated_delta_step_",
-        _step_inplace,
-        mutates_args={"state"},
-        schema=f"({', '.join(schema_arguments(GATED_DELTA_STEP, 'state'))}) -> Tensor o",
-    )
-    inplace.register_fake(_step_inplace_fake)
 
 
 _define()
@@ -277,7 +209,9 @@ class _Function(torch.autograd.Function):
     def forward(
         ctx: Any, backend: Backend, call: Call, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        out = backend.forward(call)
+        # Detached, so that a backend which compiles does not look for the gradients of non-leaves.
+        detached = (x.detach() if x is not None and x.requires_grad else x for x in tensors)
+        out = backend.forward(call.with_tensors(*detached))
         ctx.backend, ctx.count = backend, len(tensors)
         ctx.call = call.with_tensors(*(None for _ in tensors))
         ctx.save_for_backward(*tensors, *out.saved)
@@ -286,10 +220,14 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:
         backend: Backend = ctx.backend
-        tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        # Read once: under activation checkpointing a second read is an error.
+        kept = ctx.saved_tensors
+        tensors, saved = kept[: ctx.count], kept[ctx.count :]
         second = torch.is_grad_enabled()
         if second and not backend.limits.second_grad:
             raise RuntimeError(f"backend {backend.name!r}: {SECOND_ORDER}")
+        if not second:
+            tensors = tuple(None if x is None else x.detach() for x in tensors)
         call = ctx.call.with_tensors(*tensors)
         with full_precision(d_o.device.type):
             grads = backend.backward(call, None if second else saved, d_o, d_state)
@@ -319,11 +257,44 @@ def run_step(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
             return run_step(backend, call)
     if not call.needs_grad and torch.is_grad_enabled():
         with torch.no_grad():
-            return backend.step(call)
+            return advance(backend, call)
     if not call.needs_grad or backend.differentiable or backend.traceable_step:
-        return backend.step(call)
+        return advance(backend, call)
     o, state = run(backend, as_sequence(call))
     return o.squeeze(1), state if call.state is None else state.to(call.state.dtype)
+
+
+def run_steps(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run a bound `gated_delta_steps` call eagerly; return (o, state, states or None)."""
+    with full_precision(call.device.type), torch.no_grad():
+        return advance_tokens(backend, call)
+
+
+def advance(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Run the step of a backend, on a pool too if it knows none."""
+    if call.state_indices is None:
+        return backend.step(call)
+    if backend.limits.pools:
+        return backend.step(_on_own_pool(call))
+    o, state, _ = through_rows(call, lambda rows: (*backend.step(rows), None))
+    return o, state
+
+
+def advance_tokens(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run the steps of a backend, on a pool too if it knows none."""
+    if call.state_indices is None:
+        return backend.steps(call)
+    if backend.limits.pools:
+        return backend.steps(_on_own_pool(call))
+    return through_rows(call, backend.steps)
+
+
+def _on_own_pool(call: Call) -> Call:
+    """Return the call in place, on a copy of the pool if the caller wants his unchanged."""
+    if call.inplace:
+        return call
+    assert call.state is not None
+    return replace(call, state=call.state.clone(), inplace=True)
 
 
 def as_sequence(call: Call) -> Call:

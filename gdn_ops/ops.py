@@ -12,18 +12,11 @@ from gdn_ops import library, registry
 from gdn_ops.backend import Explanation
 from gdn_ops.bind import bind
 from gdn_ops.describe import docstring
-from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
+from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, OPS
+from gdn_ops.spec import OpSpec
+from gdn_ops.tracing import is_traced, traced, traced_step, traced_steps
 
 _GATES_AND_STATES = ("alpha", "beta", "log_alpha", "initial_state", "state")
-
-
-def _is_traced(q: Any) -> bool:
-    """Whether the call must be one opaque operator: traced, on meta, or a tensor subclass."""
-    if torch.compiler.is_compiling():
-        return True
-    if not isinstance(q, Tensor):
-        return False
-    return q.is_meta or type(q) not in (Tensor, torch.nn.Parameter)
 
 
 def _autocast(arguments: dict[str, Any]) -> None:
@@ -112,21 +105,12 @@ def gated_delta(
         "backend": registry.resolve(backend),
     }
     _autocast(arguments)
-    if _is_traced(q):
-        o, state = _traced(arguments)
+    if is_traced(q):
+        o, state = traced(arguments)
     else:
         call = bind(GATED_DELTA, arguments)
         o, state = library.run(registry.select(call, arguments["backend"]), call)
     return (o, state) if return_state else o
-
-
-def _traced(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    values = [arguments[name] for name in library.schema_names(GATED_DELTA)]
-    save = torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in values
-    )
-    o, state, _ = torch.ops.gdn_ops.gated_delta(*values, save)
-    return o, state
 
 
 def gated_delta_step(
@@ -141,6 +125,7 @@ def gated_delta_step(
     rule: str = "gated_delta",
     scale: float | None = None,
     qk_l2norm: bool = False,
+    state_indices: Tensor | None = None,
     inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -155,34 +140,107 @@ def gated_delta_step(
         "rule": rule,
         "scale": scale,
         "qk_l2norm": qk_l2norm,
+        "state_indices": state_indices,
         "inplace": inplace,
         "backend": registry.resolve(backend),
     }
     _autocast(arguments)
-    if not _is_traced(q):
+    if not is_traced(q):
         call = bind(GATED_DELTA_STEP, arguments)
         return library.run_step(registry.select(call, arguments["backend"]), call)
-    return _traced_step(arguments)
+    return traced_step(arguments)
 
 
-def _traced_step(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Trace through a backend made of plain torch ops; keep any other opaque."""
-    if registry.traceable_step(arguments["backend"], arguments["q"].device.type):
-        call = bind(GATED_DELTA_STEP, arguments, check_values=False)
-        return registry.select(call, arguments["backend"]).step(call)
-    values = [arguments[name] for name in library.schema_names(GATED_DELTA_STEP)]
-    if arguments["inplace"]:
-        state: Tensor = arguments["state"]
-        return torch.ops.gdn_ops.gated_delta_step_(*values), state
-    return torch.ops.gdn_ops.gated_delta_step(*values)  # type: ignore[no-any-return]
+@overload
+def gated_delta_steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None = ...,
+    beta: Tensor | None = ...,
+    state: Tensor | None = ...,
+    *,
+    log_alpha: Tensor | None = ...,
+    rule: str = ...,
+    scale: float | None = ...,
+    qk_l2norm: bool = ...,
+    state_indices: Tensor | None = ...,
+    inplace: bool = ...,
+    return_states: Literal[False] = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def gated_delta_steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None = ...,
+    beta: Tensor | None = ...,
+    state: Tensor | None = ...,
+    *,
+    log_alpha: Tensor | None = ...,
+    rule: str = ...,
+    scale: float | None = ...,
+    qk_l2norm: bool = ...,
+    state_indices: Tensor | None = ...,
+    inplace: bool = ...,
+    return_states: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def gated_delta_steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    log_alpha: Tensor | None = None,
+    rule: str = "gated_delta",
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    state_indices: Tensor | None = None,
+    inplace: bool = False,
+    return_states: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    arguments: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "alpha": alpha,
+        "beta": beta,
+        "state": state,
+        "log_alpha": log_alpha,
+        "rule": rule,
+        "scale": scale,
+        "qk_l2norm": qk_l2norm,
+        "state_indices": state_indices,
+        "inplace": inplace,
+        "return_states": return_states,
+        "backend": registry.resolve(backend),
+    }
+    _autocast(arguments)
+    states: Tensor | None
+    if is_traced(q):
+        o, new_state, states = traced_steps(arguments)
+    else:
+        call = bind(GATED_DELTA_STEPS, arguments)
+        chosen = registry.select(call, arguments["backend"])
+        o, new_state, states = library.run_steps(chosen, call)
+    if not return_states:
+        return o, new_state
+    assert states is not None
+    return o, new_state, states
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:
     """Say which backend would run a call and why no other does.
 
     Args:
-        args, kwargs: the arguments of `gated_delta`, or of `gated_delta_step` if q has three
-            dimensions.
+        args, kwargs: the arguments of `gated_delta_step` if q has three dimensions, else those
+            of `gated_delta`; where they name what only `gated_delta_steps` has, like `state`,
+            those of `gated_delta_steps`.
 
     Returns:
         An Explanation; `print` it for a table.
@@ -190,16 +248,27 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     Raises:
         SpecError: the call breaks the spec.
     """
-    q = args[0] if args else kwargs.get("q")
-    is_step = isinstance(q, Tensor) and q.dim() == 3
-    spec, function = (GATED_DELTA_STEP, gated_delta_step) if is_step else (GATED_DELTA, gated_delta)
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments = dict(bound.arguments)
+    spec, arguments = _arguments_of_some_op(args, kwargs)
     arguments["backend"] = registry.resolve(arguments["backend"])
     _autocast(arguments)
     return registry.explain_call(bind(spec, arguments), arguments["backend"])
 
 
-gated_delta.__doc__ = docstring(GATED_DELTA)
-gated_delta_step.__doc__ = docstring(GATED_DELTA_STEP)
+def _arguments_of_some_op(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[OpSpec, dict[str, Any]]:
+    """Return the op that arguments are meant for, and all its arguments by name."""
+    q = args[0] if args else kwargs.get("q")
+    is_step = isinstance(q, Tensor) and q.dim() == 3
+    spec, function = (GATED_DELTA_STEP, gated_delta_step) if is_step else (GATED_DELTA, gated_delta)
+    own = {name for name, _, _ in GATED_DELTA_STEPS.parameters()} - set(GATED_DELTA.tensor)
+    own -= {attr.name for attr in GATED_DELTA.attrs}
+    if not is_step and (len(args) > 5 or own & set(kwargs)):
+        spec, function = GATED_DELTA_STEPS, gated_delta_steps
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return spec, dict(bound.arguments)
+
+
+for _function, _spec in zip((gated_delta, gated_delta_step, gated_delta_steps), OPS, strict=True):
+    _function.__doc__ = docstring(_spec)

@@ -50,6 +50,12 @@ class Interval:
         return f"[{self.low:g}, {self.high:g}]"
 
 
+def printed_shape(axes: tuple[str, ...]) -> str:
+    """Return axes as they are printed: `(B, T, H, K)`, `(N+1,)`."""
+    printed = ["N+1" if axis == "N1" else axis for axis in axes]
+    return "(" + ", ".join(printed) + ("," if len(printed) == 1 else "") + ")"
+
+
 @dataclass(frozen=True)
 class TensorArg:
     """One tensor argument.
@@ -64,6 +70,7 @@ class TensorArg:
         differentiable: whether it has a gradient.
         same_dtype_as: name of the argument whose dtype it must share, or None.
         gate: whether it is a gate, that is, read in the compute dtype whatever it is stored in.
+        pool_index: name of the optional argument with which it is a pool, its first axis P.
     """
 
     name: str
@@ -75,6 +82,7 @@ class TensorArg:
     differentiable: bool = True
     same_dtype_as: str | None = None
     gate: bool = False
+    pool_index: str | None = None
 
     def __post_init__(self) -> None:
         _require(self.name.isidentifier(), f"argument name {self.name!r} is not an identifier")
@@ -85,8 +93,12 @@ class TensorArg:
     @property
     def shape(self) -> str:
         """The axes as they are printed: `(B, T, H, K)`, `(N+1,)`."""
-        printed = ["N+1" if axis == "N1" else axis for axis in self.axes]
-        return "(" + ", ".join(printed) + ("," if len(printed) == 1 else "") + ")"
+        return printed_shape(self.axes)
+
+    @property
+    def pool_axes(self) -> tuple[str, ...]:
+        """The axes of a pool: its slots come first, not the rows of the batch."""
+        return ("P", *self.axes[1:])
 
     def __str__(self) -> str:
         domain = f" in {self.domain}" if self.domain else ""
@@ -185,6 +197,8 @@ class Limits:
         varlen: whether cu_seqlens is supported.
         chunk_sizes: allowed chunk_size, or None for all.
         min_capability: lowest CUDA capability, or None.
+        pools: whether its decode ops read `state_indices` themselves. It is no reason against a
+            call: for any other backend the rows of a pool are gathered and scattered.
     """
 
     devices: tuple[str, ...]
@@ -194,12 +208,13 @@ class Limits:
     head_dims: range | tuple[int, ...] | None = None
     head_dim_multiple: int = 1
     rules: tuple[str, ...] = ("gated_delta", "delta", "gated", "linear")
-    ops: tuple[str, ...] = ("gated_delta", "gated_delta_step")
+    ops: tuple[str, ...] = ("gated_delta", "gated_delta_step", "gated_delta_steps")
     grad: bool = True
     second_grad: bool = False
     varlen: bool = True
     chunk_sizes: range | tuple[int, ...] | None = None
     min_capability: tuple[int, int] | None = None
+    pools: bool = False
 
     def __post_init__(self) -> None:
         _require(bool(self.devices), "limits name no device")
@@ -319,6 +334,14 @@ class OpSpec:
                 arg.same_dtype_as is None or arg.same_dtype_as in names,
                 f"{self.name}: {arg.name} takes its dtype from unknown {arg.same_dtype_as}",
             )
+            _require(
+                arg.pool_index is None or arg.pool_index in names,
+                f"{self.name}: {arg.name} is indexed by unknown {arg.pool_index}",
+            )
+            _require(
+                arg.pool_index is None or "P" in known,
+                f"{self.name}: {arg.name} is a pool, but there is no axis P",
+            )
         for constraint in self.constraints:
             unknown = {constraint.axis, constraint.of} - known
             _require(not unknown, f"{self.name}: {constraint} uses unknown axes {sorted(unknown)}")
@@ -334,7 +357,7 @@ class OpSpec:
         )
         _require(bool(self.rules), f"{self.name} has no rule")
         # Filled now: torch.compile cannot trace the lock that fills a cached property.
-        _ = self.attrs, self.tensor, self.rule, self.case, self.binding_order
+        _ = self.attrs, self.tensor, self.rule, self.case, self.binding_order, self.bounded
 
     @cached_property
     def tensors(self) -> tuple[TensorArg, ...]:
@@ -345,6 +368,11 @@ class OpSpec:
     def binding_order(self) -> tuple[TensorArg, ...]:
         """Tensor arguments, those that define an axis before those that only use it."""
         return tuple(sorted(self.tensors, key=lambda arg: arg.axes[0] == "N"))
+
+    @cached_property
+    def bounded(self) -> tuple[tuple[TensorArg, Interval], ...]:
+        """Tensor arguments whose values have a domain, and it."""
+        return tuple((arg, arg.domain) for arg in self.tensors if arg.domain is not None)
 
     @cached_property
     def attrs(self) -> tuple[Attr, ...]:

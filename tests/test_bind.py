@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops import BackendUnsupportedError, SpecError, SpecTypeError, gated_delta, gated_delta_step
+from gdn_ops import (
+    BackendUnsupportedError,
+    SpecError,
+    SpecTypeError,
+    gated_delta,
+    gated_delta_step,
+    gated_delta_steps,
+)
 
 B, T, H, HV, K, V = 2, 8, 4, 8, 16, 6
 BACKENDS = ("naive", "torch")
@@ -44,6 +51,16 @@ def token(hv: int = HV, **changes: Any) -> dict[str, Any]:
 
 def packed(cu_seqlens: Any, b: int = 1, **changes: Any) -> dict[str, Any]:
     return sequence(b=b, cu_seqlens=cu_seqlens, **changes)
+
+
+def pooled(*slots: int, p: int = 5, **changes: Any) -> dict[str, Any]:
+    """Return the arguments of a good `gated_delta_step` call on a pool, with changes."""
+    return token(**{"state": torch.zeros(p, HV, K, V), "state_indices": ints(*slots), **changes})
+
+
+def draft(**changes: Any) -> dict[str, Any]:
+    """Return the arguments of a good `gated_delta_steps` call, with changes."""
+    return sequence(**{"state": torch.zeros(B, HV, K, V), **changes})
 
 
 def error_of(function: Callable[..., Any], arguments: dict[str, Any]) -> SpecError:
@@ -208,6 +225,92 @@ BAD_STEPS = {
 }
 
 
+ONE_HEAD = torch.zeros(5, 1, K, V)
+BAD_POOLS = {
+    "state is None, should be a torch.Tensor: state_indices are slots of it": pooled(
+        0, 1, state=None
+    ),
+    "state_indices has values in [-2, 4], should be in [-1, 4]: state has 5 slots, and -1 skips "
+    "a row": pooled(-2, 4),
+    "state_indices has values in [0, 5], should be in [-1, 4]: state has 5 slots, and -1 skips "
+    "a row": pooled(0, 5),
+    "state_indices has values in [-1, 0], should be in [-1, -1]: state has 0 slots, and -1 skips "
+    "a row": pooled(-1, 0, p=0),
+    "state_indices names slot 3 twice, in rows 0 and 1, should name a slot once": pooled(3, 3),
+    "state_indices has shape (3,), should be (B,) = (2,); B is fixed by q": pooled(0, 1, 2),
+    "state_indices has shape (1, 2), should be (B,): 1 dimension, not 2": pooled(
+        0, 1, state_indices=ints(0, 1)[None]
+    ),
+    "state_indices has dtype float32, should be one of int64, int32": pooled(
+        0, 1, state_indices=zeros(2)
+    ),
+    "state_indices is on meta, should be on cpu, the device of q": pooled(
+        0, 1, state_indices=ints(0, 1).to("meta")
+    ),
+    "state has shape (5, 1, 16, 6), should be (P, HV, K, V) = (5, 8, 16, 6); HV is fixed by v": (
+        pooled(0, 1, state=ONE_HEAD)
+    ),
+    "state has shape (8, 16, 6), should be (P, HV, K, V): 4 dimensions, not 3": pooled(
+        0, 1, state=zeros(8, 16, 6)
+    ),
+    "state has shape (5, 8, 16, 6), should be (B, HV, K, V) = (2, 8, 16, 6); B is fixed by q": (
+        pooled(0, 1, state_indices=None)
+    ),
+    "state_indices is for decoding: it is given, should be None where gradients are needed; "
+    "decode under torch.no_grad()": pooled(0, 1, v=zeros(2, 8, 6, requires_grad=True)),
+    "inplace is True, should be False: gradients are needed": pooled(
+        0, 1, inplace=True, v=zeros(2, 8, 6, requires_grad=True)
+    ),
+}
+
+BAD_DRAFTS = {
+    "q has shape (2, 4, 16), should be (B, T, H, K): 4 dimensions, not 3": draft(q=zeros(2, 4, 16)),
+    "k has shape (2, 7, 4, 16), should be (B, T, H, K) = (2, 8, 4, 16); T is fixed by q": draft(
+        k=zeros(2, 7, 4, 16)
+    ),
+    "state has shape (2, 8, 8, 16, 6), should be (B, HV, K, V): 4 dimensions, not 5": draft(
+        state=zeros(2, 8, 8, 16, 6)
+    ),
+    "alpha has values in [2, 2], should be in [0, 1]": draft(alpha=torch.full((B, T, HV), 2.0)),
+    "state is None, should be a torch.Tensor: inplace updates it": draft(state=None, inplace=True),
+    "state_indices names slot 1 twice, in rows 0 and 1, should name a slot once": draft(
+        state_indices=ints(1, 1)
+    ),
+    "beta requires a gradient, should not: gated_delta_steps is for decoding, under "
+    "torch.no_grad(); gated_delta has gradients": draft(beta=zeros(2, 8, 8, requires_grad=True)),
+    "state requires a gradient, should not: gated_delta_steps is for decoding, under "
+    "torch.no_grad(); gated_delta has gradients": draft(
+        state=zeros(2, 8, 16, 6, requires_grad=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_POOLS)
+def test_a_bad_call_on_a_pool_says_what_is_wrong(message: str) -> None:
+    error = error_of(gated_delta_step, BAD_POOLS[message])
+    assert str(error) == f"gated_delta_step: {message}"
+    # A few steps say the same of their pool.
+    several = {
+        n: x.unsqueeze(1) if n in ("q", "k", "v", "alpha", "beta") else x
+        for n, x in BAD_POOLS[message].items()
+    }
+    assert str(error_of(gated_delta_steps, several)) == f"gated_delta_steps: {message}"
+
+
+@pytest.mark.parametrize("message", BAD_DRAFTS)
+def test_a_bad_call_of_a_few_steps_says_what_is_wrong(message: str) -> None:
+    error = error_of(gated_delta_steps, BAD_DRAFTS[message])
+    assert str(error) == f"gated_delta_steps: {message}"
+    assert isinstance(error, ValueError) and not isinstance(error, TypeError)
+
+
+def test_what_needs_a_gradient_decodes_without_one_under_no_grad() -> None:
+    with torch.no_grad():
+        o, _ = gated_delta_step(**pooled(0, 1, v=zeros(2, 8, 6, requires_grad=True)))
+        several, _ = gated_delta_steps(**draft(beta=zeros(2, 8, 8, requires_grad=True)))
+    assert not o.requires_grad and not several.requires_grad
+
+
 @pytest.mark.parametrize("message", BAD_SEQUENCES)
 def test_a_bad_sequence_call_says_what_is_wrong(message: str) -> None:
     error = error_of(gated_delta, BAD_SEQUENCES[message])
@@ -222,9 +325,22 @@ def test_a_bad_step_call_says_what_is_wrong(message: str) -> None:
     assert isinstance(error, ValueError) and not isinstance(error, TypeError)
 
 
-@pytest.mark.parametrize("arguments", [sequence(), token(), packed(ints(0, 3, T))])
-def test_the_calls_that_the_bad_ones_are_made_from_are_good(arguments: dict[str, Any]) -> None:
-    function = gated_delta_step if "state" in arguments else gated_delta
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (gated_delta, sequence()),
+        (gated_delta, packed(ints(0, 3, T))),
+        (gated_delta_step, token()),
+        (gated_delta_step, pooled(4, -1)),
+        (gated_delta_step, pooled(-1, -1)),
+        (gated_delta_step, pooled(-1, -1, p=0)),
+        (gated_delta_steps, draft()),
+        (gated_delta_steps, draft(state_indices=ints(1, 0))),
+    ],
+)
+def test_the_calls_that_the_bad_ones_are_made_from_are_good(
+    function: Callable[..., Any], arguments: dict[str, Any]
+) -> None:
     result = function(**arguments)
     assert (result[0] if isinstance(result, tuple) else result).isfinite().all()
 
@@ -256,6 +372,10 @@ WRONG_TYPES = [
     *both("qk_l2norm", "is None, should be True or False", None),
     ("gated_delta", "return_state is 'yes', should be True or False", "yes"),
     ("gated_delta_step", "inplace is 1, should be True or False", 1),
+    ("gated_delta_step", "state_indices is 3, should be a torch.Tensor", 3),
+    ("gated_delta_step", "state_indices has type list, should be a torch.Tensor", [0, 1]),
+    ("gated_delta_steps", "return_states is 1, should be True or False", 1),
+    ("gated_delta_steps", "state has type list, should be a torch.Tensor", []),
     *both("rule", "is None, should be one of gated_delta, delta, gated, linear", None),
     *both("rule", "has type list, should be one of gated_delta, delta, gated, linear", ["delta"]),
     *both("backend", "is None, should be a string", None),
@@ -266,8 +386,8 @@ WRONG_TYPES = [
 @pytest.mark.parametrize(("op", "message", "value"), WRONG_TYPES)
 def test_a_wrong_type_is_a_type_error_and_a_value_error(op: str, message: str, value: Any) -> None:
     name = message.split()[0]
-    function = {"gated_delta": gated_delta, "gated_delta_step": gated_delta_step}[op]
-    good = sequence() if op == "gated_delta" else token()
+    good = {"gated_delta": sequence, "gated_delta_step": token, "gated_delta_steps": draft}[op]()
+    function = getattr(gdn_ops, op)
     error = error_of(function, {**good, name: value})
     assert str(error) == f"{op}: {message}"
     assert isinstance(error, SpecTypeError)
@@ -297,12 +417,12 @@ def gate_error(rule: str, has_alpha: bool, has_log_alpha: bool) -> str | None:
 @pytest.mark.parametrize("has_alpha", [False, True])
 @pytest.mark.parametrize("has_log_alpha", [False, True])
 @pytest.mark.parametrize("has_beta", [False, True])
-@pytest.mark.parametrize("op", ["gated_delta", "gated_delta_step"])
+@pytest.mark.parametrize("op", ["gated_delta", "gated_delta_step", "gated_delta_steps"])
 def test_gates_must_fit_the_rule(
     op: str, rule: str, has_alpha: bool, has_log_alpha: bool, has_beta: bool
 ) -> None:
-    function = {"gated_delta": gated_delta, "gated_delta_step": gated_delta_step}[op]
-    arguments = sequence() if op == "gated_delta" else token()
+    function = getattr(gdn_ops, op)
+    arguments = token() if op == "gated_delta_step" else sequence()
     alpha = arguments.pop("alpha")
     arguments["rule"] = rule
     if has_alpha:

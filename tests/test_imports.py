@@ -31,10 +31,12 @@ sys.meta_path.insert(0, Block())
 
 PUBLIC = {
     # DESIGN §2
-    *("gated_delta", "gated_delta_step", "explain", "backends", "register_backend", "use_backend"),
+    *("gated_delta", "gated_delta_step", "gated_delta_steps"),
+    *("explain", "backends", "register_backend", "use_backend"),
     *("Explanation", "BackendInfo", "SpecError", "SpecTypeError", "BackendUnsupportedError"),
     # what a backend is written with, and the specs as values
-    *("Backend", "Forward", "Grads", "Limits", "GATED_DELTA", "GATED_DELTA_STEP"),
+    *("Backend", "Forward", "Grads", "Limits"),
+    *("GATED_DELTA", "GATED_DELTA_STEP", "GATED_DELTA_STEPS"),
 }
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from gdn_ops.registry import get_backend, register_backend, unregister_backend
-from gdn_ops.testing.conformance import run_subject, subjects
-from gdn_ops.testing.mutants import MUTATIONS, mutant
+from gdn_ops.testing.conformance import Subject, run_subject, subjects
+from gdn_ops.testing.decode_laws import DECODE_LAWS
+from gdn_ops.testing.mutants import DECODE_MUTATIONS, MUTATIONS, SEQUENCE_MUTATIONS, mutant
 
 BACKENDS = ("naive", "torch")
 
@@ -21,10 +22,17 @@ def planted(request: pytest.FixtureRequest) -> Iterator[str]:
     unregister_backend(cls.name)
 
 
-def test_a_mutant_is_caught_with_the_call_that_shows_it(planted: str) -> None:
+def telling_subjects(planted: str) -> list[Subject]:
+    """Return the subjects that have to catch a mutant: two, not every law that happens to."""
     backend = get_backend(planted)
     assert not isinstance(backend, str)
-    for subject in subjects(backend)[:2]:
+    if planted.partition("_in_")[0] in SEQUENCE_MUTATIONS:
+        return list(subjects(backend)[:2])
+    return [subject for subject in subjects(backend) if subject.judge in DECODE_LAWS]
+
+
+def test_a_mutant_is_caught_with_the_call_that_shows_it(planted: str) -> None:
+    for subject in telling_subjects(planted):
         row = run_subject(planted, subject, examples=60, shrink=False)
         if not row.passed:
             assert row.failure is not None
@@ -32,6 +40,18 @@ def test_a_mutant_is_caught_with_the_call_that_shows_it(planted: str) -> None:
             assert "Example(" in row.failure and planted in row.failure
             return
     pytest.fail(f"{planted} passed {row.examples} examples, but should be caught")
+
+
+@pytest.mark.parametrize("planted", [("dropped_scale", "torch")], indirect=True, ids=["sequence"])
+def test_a_mutant_of_one_kind_does_the_other_kind_right(planted: str) -> None:
+    backend = get_backend(planted)
+    assert not isinstance(backend, str)
+    rows = [
+        run_subject(planted, subject, examples=10)
+        for subject in subjects(backend)
+        if subject.judge in DECODE_LAWS
+    ]
+    assert [row.passed for row in rows] == [True, True]
 
 
 def test_the_list_of_mutants_is_the_one_that_is_promised() -> None:
@@ -45,4 +65,8 @@ def test_the_list_of_mutants_is_the_one_that_is_promised() -> None:
         "tiled_heads",
         "state_of_the_padded_tail",
         "narrow_products",
+        "skipped_rows_run",
+        "states_before_each_token",
+        "a_copied_pool",
     }
+    assert set(MUTATIONS) == {*SEQUENCE_MUTATIONS, *DECODE_MUTATIONS}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gdn_ops import GATED_DELTA, GATED_DELTA_STEP, Limits, describe
+from gdn_ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, Limits, describe
 from gdn_ops.spec import Attr, Axis, Interval, Multiple, OpSpec, Sizes, TensorArg
 
 
@@ -65,6 +65,14 @@ X = TensorArg("x", ("B",), "a tensor")
             "gated_delta: v takes its dtype from unknown w",
         ),
         (
+            lambda: with_arg("initial_state", pool_index="slots"),
+            "gated_delta: initial_state is indexed by unknown slots",
+        ),
+        (
+            lambda: with_arg("initial_state", pool_index="cu_seqlens"),
+            "gated_delta: initial_state is a pool, but there is no axis P",
+        ),
+        (
             lambda: replace(GATED_DELTA, constraints=(Multiple("HV", "Z", "v", "value heads"),)),
             "gated_delta: HV is a multiple of Z uses unknown axes ['Z']",
         ),
@@ -103,6 +111,8 @@ def test_a_senseless_value_is_refused(build: Callable[[], object], message: str)
         (GATED_DELTA.tensor["beta"], "beta (B, T, HV) in [0, 2] optional"),
         (GATED_DELTA.tensor["log_alpha"], "log_alpha (B, T, HV) in [-inf, 0] optional"),
         (GATED_DELTA.tensor["cu_seqlens"], "cu_seqlens (N+1,) optional"),
+        (GATED_DELTA_STEP.tensor["state"], "state (B, HV, K, V) optional"),
+        (GATED_DELTA_STEP.tensor["state_indices"], "state_indices (B,) optional"),
         (GATED_DELTA.attrs[0], "rule='gated_delta'"),
         (GATED_DELTA.outputs[1], "final_state (N, HV, K, V)"),
         (GATED_DELTA.rule["gated"], "gated"),
@@ -118,8 +128,15 @@ def test_a_senseless_value_is_refused(build: Callable[[], object], message: str)
         (
             GATED_DELTA_STEP,
             "gated_delta_step(q, k, v, alpha=None, beta=None, state=None, *, log_alpha=None, "
-            "rule='gated_delta', scale=None, qk_l2norm=False, inplace=False, backend='auto') "
-            "-> o (B, HV, V), new_state (B, HV, K, V)",
+            "rule='gated_delta', scale=None, qk_l2norm=False, state_indices=None, inplace=False, "
+            "backend='auto') -> o (B, HV, V), new_state (B, HV, K, V)",
+        ),
+        (
+            GATED_DELTA_STEPS,
+            "gated_delta_steps(q, k, v, alpha=None, beta=None, state=None, *, log_alpha=None, "
+            "rule='gated_delta', scale=None, qk_l2norm=False, state_indices=None, inplace=False, "
+            "return_states=False, backend='auto') -> o (B, T, HV, V), new_state (B, HV, K, V), "
+            "states (B, T, HV, K, V)",
         ),
     ],
 )
@@ -133,7 +150,8 @@ def test_a_page_prints_the_signature_an_argument_a_line() -> None:
         "gated_delta_step(",
         *("    q,", "    k,", "    v,", "    alpha=None,", "    beta=None,", "    state=None,"),
         *("    *,", "    log_alpha=None,", "    rule='gated_delta',", "    scale=None,"),
-        *("    qk_l2norm=False,", "    inplace=False,", "    backend='auto',"),
+        *("    qk_l2norm=False,", "    state_indices=None,", "    inplace=False,"),
+        "    backend='auto',",
         ") -> o (B, HV, V), new_state (B, HV, K, V)",
     ]
 
@@ -207,3 +225,29 @@ def test_a_step_costs_its_state_read_and_written() -> None:
     token = 2 * 8 * (2 * 16 * 128 + 2 * 32 * 128) + 2 * 4 * 8 * 32
     assert GATED_DELTA_STEP.cost.bytes(s, 2) == 2 * state + token
     assert GATED_DELTA_STEP.cost.flops(s, 64) == 7 * 8 * 32 * 128 * 128
+
+
+def test_a_few_steps_read_and_write_their_state_once() -> None:
+    case = GATED_DELTA_STEPS.case["qwen-16-32-steps4-b8"]
+    one = replace(case.sizes, T=1)
+    assert case.sizes == Sizes(8, 4, 16, 32, 128, 128, N=8)
+    state = GATED_DELTA_STEPS.cost.state_bytes(case.sizes)
+    bytes_of, flops_of = GATED_DELTA_STEPS.cost.bytes, GATED_DELTA_STEPS.cost.flops
+    assert bytes_of(case.sizes, 2) - 2 * state == 4 * (bytes_of(one, 2) - 2 * state)
+    assert flops_of(case.sizes, 64) == 4 * flops_of(one, 64)
+    assert bytes_of(one, 2) == GATED_DELTA_STEP.cost.bytes(one, 2)
+
+
+def test_a_pool_has_slots_for_its_first_axis() -> None:
+    state = GATED_DELTA_STEPS.tensor["state"]
+    assert state.pool_axes == ("P", "HV", "K", "V")
+    text = "(B, HV, K, V), or (P, HV, K, V) with state_indices: memory before the first token"
+    assert describe.argument_line(state).startswith(text)
+    assert f"| `state` (optional) | {text.partition(':')[0]} |" in describe.page(GATED_DELTA_STEPS)
+
+
+def test_no_argument_of_a_few_steps_has_a_gradient() -> None:
+    assert not any(arg.differentiable for arg in GATED_DELTA_STEPS.tensors)
+    assert all(
+        arg.differentiable for arg in GATED_DELTA_STEP.tensors if arg.name != "state_indices"
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 from gdn_ops.backends.torch import chunkwise, gradients
 from gdn_ops.backends.torch.passes import run_backward, run_forward
 from gdn_ops.backends.torch.step import step
+from gdn_ops.backends.torch.steps import steps
 from gdn_ops.backends.torch.walk import Engine
 from gdn_ops.bind import Call
 from gdn_ops.registry import Backend, Forward, Grads
@@ -58,6 +59,9 @@ class Torch(Backend):
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
         return step(call)
+
+    def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        return steps(call)
 
 
 BACKEND = Torch

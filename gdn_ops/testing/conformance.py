@@ -19,9 +19,11 @@ from hypothesis.errors import FlakyFailure
 import gdn_ops
 from gdn_ops.errors import BackendUnsupportedError, SpecError
 from gdn_ops.registry import Backend, get_backend
-from gdn_ops.testing.example import Example
-from gdn_ops.testing.laws import LAWS, RULES_OF_LAWS, Law
-from gdn_ops.testing.oracle import Verdict, judge
+from gdn_ops.testing.decode_laws import DECODE_LAWS
+from gdn_ops.testing.example import Example, device_code
+from gdn_ops.testing.laws import LAWS, OPS_OF_LAWS, RULES_OF_LAWS
+from gdn_ops.testing.oracle import Verdict, examples_on, judge
+from gdn_ops.testing.runs import Law
 from gdn_ops.testing.strategies import SHAPE_CLASSES, calls
 
 EXAMPLES_PER_ROUND = 10
@@ -52,7 +54,7 @@ class Subject:
         if self.law is None:
             return example.code(backend)
         return (
-            "from gdn_ops.testing import Example\n"
+            f"{device_code()}from gdn_ops.testing import Example\n"
             f"from gdn_ops.testing.laws import {self.law}\n"
             f"print({self.law}({backend!r}, {example!r}))"
         )
@@ -92,11 +94,15 @@ class CheckReport:
         backend: its name.
         rows: a row per subject.
         seconds: how long it took.
+        device: torch device that the calls ran on.
+        seed: of the first round.
     """
 
     backend: str
     rows: tuple[CheckRow, ...]
     seconds: float
+    device: str = "cpu"
+    seed: int = 0
 
     @property
     def passed(self) -> bool:
@@ -155,12 +161,11 @@ def subjects(backend: Backend) -> tuple[Subject, ...]:
         rows.append(
             Subject("so they do for packed sequences", forward_and_gradients, (("varlen", True),))
         )
-    has_step = "gated_delta_step" in limits.ops
     for law in LAWS:
         name = getattr(law, "__name__", "")
         if not set(RULES_OF_LAWS.get(name, ())) <= set(limits.rules):
             continue
-        if not has_step and "step" in name and "descent" not in name:
+        if OPS_OF_LAWS.get(name, "gated_delta") not in limits.ops:
             continue
         if not limits.varlen and "packing" in name:
             continue
@@ -168,7 +173,8 @@ def subjects(backend: Backend) -> tuple[Subject, ...]:
             continue
         if "float64" not in limits.dtypes and name == "one_scalar_checks_a_whole_backward":
             continue
-        rows.append(Subject(name.replace("_", " "), law, law=name))
+        options = (("decode", True),) if law in DECODE_LAWS else ()
+        rows.append(Subject(name.replace("_", " "), law, options, law=name))
     if limits.second_grad and "float64" in limits.dtypes:
         small = (("dtypes", ("float64",)), ("max_tokens", 3), ("shape_classes", _TINY))
         rows.append(
@@ -263,6 +269,7 @@ def check(
     seconds: float,
     on_progress: Callable[[float, str], None] | None = None,
     seed: int | None = None,
+    device: str = "cpu",
 ) -> CheckReport:
     """Check a backend for a given time: every subject at least once, then round and round.
 
@@ -271,6 +278,7 @@ def check(
         seconds: how long; the first round is finished whatever it takes.
         on_progress: called with the fraction done and the subject under test.
         seed: of the first round; random if None.
+        device: torch device of every tensor.
 
     Raises:
         SpecError: no backend has that name, or it is not installed.
@@ -280,10 +288,21 @@ def check(
         raise SpecError(f"backend {backend!r}: {instance}")
     first = int(torch.seed() % 2**31) if seed is None else seed
     start = time.perf_counter()
-    rows = {
-        subject.name: CheckRow(subject.name, 0, 0.0, True, None) for subject in subjects(instance)
-    }
-    everything, turn = subjects(instance), 0
+    with examples_on(device):
+        rows = _rounds(instance, start, seconds, on_progress, first)
+    return CheckReport(backend, rows, time.perf_counter() - start, device, first)
+
+
+def _rounds(
+    backend: Backend,
+    start: float,
+    seconds: float,
+    on_progress: Callable[[float, str], None] | None,
+    seed: int,
+) -> tuple[CheckRow, ...]:
+    """Judge every subject in rounds until the time is up."""
+    everything, turn = subjects(backend), 0
+    rows = {subject.name: CheckRow(subject.name, 0, 0.0, True, None) for subject in everything}
     while turn == 0 or time.perf_counter() - start < seconds:
         for i, subject in enumerate(everything):
             elapsed = time.perf_counter() - start
@@ -296,10 +315,10 @@ def check(
             if not old.passed:
                 continue
             new = run_subject(
-                backend,
+                backend.name,
                 subject,
                 examples=EXAMPLES_PER_ROUND if turn else 3,
-                seed=first + turn,
+                seed=seed + turn,
                 deadline=start + seconds,
                 profile=settings(database=None),
             )
@@ -315,4 +334,4 @@ def check(
             break
     if on_progress is not None:
         on_progress(1.0, "done")
-    return CheckReport(backend, tuple(rows.values()), time.perf_counter() - start)
+    return tuple(rows.values())

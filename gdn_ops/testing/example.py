@@ -29,7 +29,7 @@ KEYS = ("random", "parallel", "repeated")
 """How keys of norm 1 are drawn: independent; nearly parallel; from three vectors."""
 
 DEVICE = "cpu"
-"""Where the tensors of examples are made; `gdn-ops check` sets it to the device under test."""
+"""Where the tensors of examples are made; `conformance.check` sets it to the device under test."""
 
 Results = dict[str, Tensor]
 
@@ -48,6 +48,9 @@ class Example:
         initial_state: whether there is one.
         qk_l2norm, scale, chunk_size: as in the call.
         strided: whether q, k, v are views with gaps.
+        state_dtype: of the state in a call of a decode op; the compute dtype by default.
+        slots: in a call of a decode op, `state_indices` into a pool, or None for no pool.
+        pool: how many slots the pool has.
         seed: of every random number.
     """
 
@@ -69,11 +72,16 @@ class Example:
     scale: float | None = None
     chunk_size: int | None = None
     strided: bool = False
+    state_dtype: str | None = None
+    slots: tuple[int, ...] | None = None
+    pool: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.lengths is not None and (self.B != 1 or sum(self.lengths) != self.T):
             raise ValueError(f"lengths {self.lengths} need B=1 and T={sum(self.lengths)}")
+        if self.slots is not None and len(self.slots) != self.B:
+            raise ValueError(f"slots {self.slots} need B={len(self.slots)}")
 
     def __repr__(self) -> str:
         shown = [f for f in fields(self) if getattr(self, f.name) != f.default]
@@ -109,10 +117,17 @@ class Example:
     def code(self, backend: str) -> str:
         """Return the code that runs this example against the oracle."""
         return (
-            "from gdn_ops.testing import Example\n"
+            f"{device_code()}from gdn_ops.testing import Example\n"
             "from gdn_ops.testing.oracle import judge\n"
             f"print(judge({self!r}, {backend!r}))"
         )
+
+
+def device_code() -> str:
+    """Return the lines that make examples on the device that they are made on now."""
+    if DEVICE == "cpu":
+        return ""
+    return f"from gdn_ops.testing import example\nexample.DEVICE = {DEVICE!r}\n"
 
 
 def run(
@@ -229,6 +244,6 @@ class _Drawing:
         """Return x, or an equal view with gaps and transposed strides."""
         if not self.example.strided:
             return x.to(DEVICE)
-        wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype)
+        wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype, device=DEVICE)
         view = wide.transpose(1, 2).contiguous().transpose(1, 2)[..., 1::2]
-        return view.copy_(x).to(DEVICE)
+        return view.copy_(x)

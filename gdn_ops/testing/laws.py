@@ -6,56 +6,32 @@ equal may differ by the allowances of both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops.testing.example import Example, Results, run
+from gdn_ops.testing.decode_laws import (
+    a_pool_equals_separate_states,
+    an_in_place_step_equals_a_step,
+    single_steps_equal_one_prefill,
+    steps_equal_one_step_after_another,
+)
+from gdn_ops.testing.example import Example, run
 from gdn_ops.testing.oracle import Verdict, inner_product, judgement, judgement_of, norms
-
-Law = Callable[[str, Example], Verdict]
-
-
-def _without_sequences(example: Example) -> Example:
-    return replace(example, lengths=None) if example.lengths is not None else example
-
-
-def _token_slice(arguments: dict[str, Any], tokens: slice) -> dict[str, Any]:
-    names = ("q", "k", "v", "alpha", "log_alpha", "beta")
-    return {
-        name: x[:, tokens] if name in names and x is not None else x
-        for name, x in arguments.items()
-    }
-
-
-def _single(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Drop the token axis, of length 1."""
-    return {n: x.squeeze(1) if isinstance(x, Tensor) else x for n, x in arguments.items()}
-
-
-def _plain(arguments: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
-    out = run(arguments, backend, None)
-    return out["o"], out["final_state"]
-
-
-def _compare(example: Example, results: Results, others: Results, factor: float = 2.0) -> Verdict:
-    gradients = any(name.startswith("d_") for name in others)
-    return judgement(example, gradients).compare(results, others, factor)
+from gdn_ops.testing.runs import Law, compare, plain, token_slice, without_sequences
 
 
 def two_segments_equal_one_run(backend: str, example: Example) -> Verdict:
     """Law 1: running [0, t) and then [t, T) through the state equals one run."""
-    example = _without_sequences(example)
+    example = without_sequences(example)
     arguments, cut = example.arguments(), example.T // 3
-    o1, state = _plain(_token_slice(arguments, slice(0, cut)), backend)
-    rest = _token_slice(arguments, slice(cut, None)) | {"initial_state": state}
-    o2, final = _plain(rest, backend)
+    o1, state = plain(token_slice(arguments, slice(0, cut)), backend)
+    rest = token_slice(arguments, slice(cut, None)) | {"initial_state": state}
+    o2, final = plain(rest, backend)
     got = {"o": torch.cat((o1, o2), 1), "final_state": final}
-    return _compare(example, got, example.run(backend, gradients=False), 3.0)
+    return compare(example, got, example.run(backend, gradients=False), 3.0)
 
 
 def packing_equals_separate_calls(backend: str, example: Example) -> Verdict:
@@ -68,21 +44,21 @@ def packing_equals_separate_calls(backend: str, example: Example) -> Verdict:
     del arguments["cu_seqlens"]
     outputs, states, start = [], [], 0
     for n, length in enumerate(example.lengths or ()):
-        part = _token_slice(arguments, slice(start, start + length))
+        part = token_slice(arguments, slice(start, start + length))
         if example.initial_state:
             part["initial_state"] = arguments["initial_state"][n : n + 1]
-        o, state = _plain(part, backend)
+        o, state = plain(part, backend)
         outputs.append(o)
         states.append(state)
         start += length
     if not outputs:
-        return _compare(example, whole, whole)
-    return _compare(example, whole, {"o": torch.cat(outputs, 1), "final_state": torch.cat(states)})
+        return compare(example, whole, whole)
+    return compare(example, whole, {"o": torch.cat(outputs, 1), "final_state": torch.cat(states)})
 
 
 def padding_changes_nothing(backend: str, example: Example) -> Verdict:
     """Law 2: appended tokens with alpha = 1, beta = 0 change nothing."""
-    example = _without_sequences(example)
+    example = without_sequences(example)
     arguments = example.arguments()
     padded = dict(arguments)
     padding = 7
@@ -95,68 +71,32 @@ def padding_changes_nothing(backend: str, example: Example) -> Verdict:
         if x is not None and (rule.has_decay or name not in ("alpha", "log_alpha")):
             extra = x.new_full((x.shape[0], padding, *x.shape[2:]), fill.get(name, 0.5))
             padded[name] = torch.cat((x, extra), 1)
-    o, state = _plain(padded, backend)
+    o, state = plain(padded, backend)
     got = {"o": o[:, : example.T], "final_state": state}
-    return _compare(example, got, example.run(backend, gradients=False))
-
-
-def single_steps_equal_one_prefill(backend: str, example: Example) -> Verdict:
-    """Law 3: T single steps equal one prefill."""
-    example = replace(_without_sequences(example), T=min(example.T, 20))
-    arguments = example.arguments()
-    arguments.pop("chunk_size")
-    state = arguments.pop("initial_state", None)
-    if state is None:
-        s = example.sizes
-        wide = torch.float64 if example.dtype == "float64" else torch.float32
-        state = torch.zeros(s.N, s.HV, s.K, s.V, dtype=wide, device=arguments["v"].device)
-    outputs = []
-    for t in range(example.T):
-        token = _token_slice(arguments, slice(t, t + 1))
-        token = _single(token)
-        o, state = gdn_ops.gated_delta_step(**token, state=state, backend=backend)
-        outputs.append(o)
-    o = torch.stack(outputs, 1) if outputs else torch.zeros_like(arguments["v"])
-    got = {"o": o, "final_state": state}
-    return _compare(example, got, example.run(backend, gradients=False))
-
-
-def an_in_place_step_equals_a_step(backend: str, example: Example) -> Verdict:
-    """Law 3, in place: the state tensor itself is updated, to the same values."""
-    example = replace(_without_sequences(example), T=1, initial_state=True)
-    arguments = example.arguments()
-    arguments.pop("chunk_size")
-    state = arguments.pop("initial_state")
-    token = _single(arguments)
-    mine = state.clone()
-    o, returned = gdn_ops.gated_delta_step(**token, state=mine, inplace=True, backend=backend)
-    if returned is not mine:
-        return Verdict(float("inf"), "the returned state is not the given tensor", 1.0, 0.0)
-    got = {"o": o.unsqueeze(1), "final_state": mine}
-    return judgement(example, False).judge(got)
+    return compare(example, got, example.run(backend, gradients=False))
 
 
 def later_tokens_change_nothing_before(backend: str, example: Example) -> Verdict:
     """Law 4: changing tokens after t leaves o up to t unchanged."""
-    example = _without_sequences(example)
+    example = without_sequences(example)
     cut = example.T // 2
     arguments = example.arguments()
     changed = dict(arguments)
     for name in ("q", "k", "v"):
         changed[name] = arguments[name].clone()
         changed[name][:, cut:] = changed[name][:, cut:].flip(-1) * 0.5
-    before, after = _plain(arguments, backend)[0], _plain(changed, backend)[0]
+    before, after = plain(arguments, backend)[0], plain(changed, backend)[0]
     keep = torch.zeros_like(before)
     keep[:, :cut] = after[:, :cut]
     base = torch.zeros_like(before)
     base[:, :cut] = before[:, :cut]
-    return _compare(example, {"o": keep}, {"o": base})
+    return compare(example, {"o": keep}, {"o": base})
 
 
 def a_reset_forgets_the_past(backend: str, example: Example) -> Verdict:
     """Law 5: with alpha_t = 0, o from t on and S_T, and all their gradients, ignore the past."""
     example = replace(
-        _without_sequences(example), rule="gated_delta", initial_state=True, T=max(example.T, 2)
+        without_sequences(example), rule="gated_delta", initial_state=True, T=max(example.T, 2)
     )
     cut = example.T // 2
     gate = "log_alpha" if example.log_gate else "alpha"
@@ -171,23 +111,23 @@ def a_reset_forgets_the_past(backend: str, example: Example) -> Verdict:
             return Verdict(float("inf"), f"d_{name} before the reset is not 0", 1.0, 0.0)
     if bool(results["d_initial_state"].any()):
         return Verdict(float("inf"), "d_initial_state is not 0", 1.0, 0.0)
-    forgotten = _token_slice(arguments, slice(cut, None))
+    forgotten = token_slice(arguments, slice(cut, None))
     forgotten["initial_state"] = torch.zeros_like(arguments["initial_state"])
-    o, state = _plain(forgotten, backend)
+    o, state = plain(forgotten, backend)
     whole = torch.zeros_like(results["o"])
     whole[:, cut:] = o
     got = results["o"].clone()
     got[:, :cut] = 0
     same = {"o": whole, "final_state": state}
-    return _compare(example, {"o": got, "final_state": results["final_state"]}, same)
+    return compare(example, {"o": got, "final_state": results["final_state"]}, same)
 
 
 def alpha_one_beta_zero_leaves_the_state(backend: str, example: Example) -> Verdict:
     """Law 6: alpha = 1, beta = 0 leaves S as it was, to the last bit."""
-    example = replace(_without_sequences(example), gate="one", initial_state=True, beta="unit")
+    example = replace(without_sequences(example), gate="one", initial_state=True, beta="unit")
     arguments = example.arguments()
     arguments["beta"] = torch.zeros_like(arguments["beta"])
-    state = _plain(arguments, backend)[1]
+    state = plain(arguments, backend)[1]
     equal = torch.equal(state, arguments["initial_state"].to(state.dtype))
     return Verdict(0.0 if equal else float("inf"), "final_state", float(not equal), 0.0)
 
@@ -195,7 +135,7 @@ def alpha_one_beta_zero_leaves_the_state(backend: str, example: Example) -> Verd
 def a_full_write_is_recalled_exactly(backend: str, example: Example) -> Verdict:
     """Law 7: with a key of norm 1 and beta = 1, S^T k = v."""
     example = replace(
-        _without_sequences(example),
+        without_sequences(example),
         rule="gated_delta",
         qk_l2norm=False,
         scale=1.0,
@@ -205,7 +145,7 @@ def a_full_write_is_recalled_exactly(backend: str, example: Example) -> Verdict:
     arguments = example.arguments()
     arguments["beta"] = torch.ones_like(arguments["beta"])
     arguments["q"] = arguments["k"]
-    o = _plain(arguments, backend)[0]
+    o = plain(arguments, backend)[0]
     judged = judgement_of(arguments, None, example)
     # A key has norm 1 only up to its rounding: the definition says how much that changes.
     missed = norms(judged.reference["o"] - arguments["v"].double(), "o", example)
@@ -216,7 +156,7 @@ def a_full_write_is_recalled_exactly(backend: str, example: Example) -> Verdict:
 def a_reflection_keeps_the_norm(backend: str, example: Example) -> Verdict:
     """Law 8: beta = 2, v = 0, alpha = 1, ||k|| = 1 keeps the Frobenius norm of S."""
     example = replace(
-        _without_sequences(example),
+        without_sequences(example),
         rule="gated_delta",
         gate="one",
         beta="unit",
@@ -226,7 +166,7 @@ def a_reflection_keeps_the_norm(backend: str, example: Example) -> Verdict:
     arguments = example.arguments()
     arguments["beta"] = torch.full_like(arguments["beta"], 2.0)
     arguments["v"] = torch.zeros_like(arguments["v"])
-    state = _plain(arguments, backend)[1]
+    state = plain(arguments, backend)[1]
     judged = judgement_of(arguments, None, example)
     before, after, exact = (
         norms(x, "final_state", example)
@@ -242,7 +182,7 @@ def a_reflection_keeps_the_norm(backend: str, example: Example) -> Verdict:
 
 def a_rotation_changes_no_output(backend: str, example: Example) -> Verdict:
     """Law 9: for orthogonal Omega, (Omega q, Omega k, Omega S_0) gives the same o."""
-    example = replace(_without_sequences(example), initial_state=True, dtype=_wide(example))
+    example = replace(without_sequences(example), initial_state=True, dtype=_wide(example))
     arguments = example.arguments()
     generator = torch.Generator().manual_seed(example.seed)
     square = torch.randn(example.K, example.K, generator=generator, dtype=torch.float64)
@@ -251,10 +191,10 @@ def a_rotation_changes_no_output(backend: str, example: Example) -> Verdict:
     for name in ("q", "k"):
         turned[name] = arguments[name] @ omega.mT
     turned["initial_state"] = omega @ arguments["initial_state"]
-    o, state = _plain(turned, backend)
+    o, state = plain(turned, backend)
     got = {"o": o, "final_state": omega.mT @ state}
     # Rotating rounds every operand once more than the allowance knows.
-    return _compare(example, got, example.run(backend, gradients=False), 4.0)
+    return compare(example, got, example.run(backend, gradients=False), 4.0)
 
 
 def _wide(example: Example) -> str:
@@ -263,15 +203,15 @@ def _wide(example: Example) -> str:
 
 def the_output_is_linear_in_values_and_state(backend: str, example: Example) -> Verdict:
     """Law 10: (o, S_T) is linear in (v, S_0): doubling both doubles both, to the last bit."""
-    example = replace(_without_sequences(example), initial_state=True)
+    example = replace(without_sequences(example), initial_state=True)
     arguments = example.arguments()
     doubled = arguments | {
         "v": arguments["v"] * 2,
         "initial_state": arguments["initial_state"] * 2,
     }
-    o, state = _plain(doubled, backend)
+    o, state = plain(doubled, backend)
     halved = {"o": o / 2, "final_state": state / 2}
-    return _compare(example, halved, example.run(backend, gradients=False))
+    return compare(example, halved, example.run(backend, gradients=False))
 
 
 def grouping_equals_repeated_heads(backend: str, example: Example) -> Verdict:
@@ -285,19 +225,19 @@ def grouping_equals_repeated_heads(backend: str, example: Example) -> Verdict:
         parts = results[name].double().unflatten(2, (example.H, example.R))
         results[name] = parts.sum(3)
     # Summing R rounded gradients rounds R times.
-    return _compare(example, results, example.run(backend), 2.0 * example.R)
+    return compare(example, results, example.run(backend), 2.0 * example.R)
 
 
 def rows_of_a_batch_do_not_meet(backend: str, example: Example) -> Verdict:
     """Law 12: a row alone equals the row in a batch."""
-    example = replace(_without_sequences(example), B=max(example.B, 1))
+    example = replace(without_sequences(example), B=max(example.B, 1))
     arguments = example.arguments()
     last = {n: x[-1:] if isinstance(x, Tensor) else x for n, x in arguments.items()}
-    alone, whole = _plain(last, backend), _plain(arguments, backend)
+    alone, whole = plain(last, backend), plain(arguments, backend)
     results = {"o": whole[0].clone(), "final_state": whole[1].clone()}
     for name, x in zip(results, alone, strict=True):
         results[name][-1:] = x
-    return _compare(example, results, {"o": whole[0], "final_state": whole[1]})
+    return compare(example, results, {"o": whole[0], "final_state": whole[1]})
 
 
 def one_scalar_checks_a_whole_backward(backend: str, example: Example) -> Verdict:
@@ -328,7 +268,7 @@ def one_scalar_checks_a_whole_backward(backend: str, example: Example) -> Verdic
 def delta_is_one_step_of_gradient_descent(backend: str, example: Example) -> Verdict:
     """Law 14: `delta` is an SGD step with rate beta on 0.5 ||S^T k - v||^2, from alpha S."""
     example = replace(
-        _without_sequences(example),
+        without_sequences(example),
         T=1,
         initial_state=True,
         beta="unit",
@@ -345,7 +285,7 @@ def delta_is_one_step_of_gradient_descent(backend: str, example: Example) -> Ver
         loss = 0.5 * ((start * k.unsqueeze(-1)).sum(-2) - v).square().sum()
     (gradient,) = torch.autograd.grad(loss, start)
     descended = start.detach() - arguments["beta"][:, 0, :, None, None].double() * gradient
-    got = {"final_state": _plain(arguments, backend)[1]}
+    got = {"final_state": plain(arguments, backend)[1]}
     return judgement(example, False).compare(got, {"final_state": descended}, 1.0)
 
 
@@ -357,14 +297,14 @@ def delta_is_gated_delta_without_decay(backend: str, example: Example) -> Verdic
     whole = run(arguments, backend, example.cotangents())
     without = run(plain, backend, example.cotangents())
     whole = {name: x for name, x in whole.items() if name in without}
-    return _compare(example, without, whole)
+    return compare(example, without, whole)
 
 
 def orthogonal_keys_need_no_correction(backend: str, example: Example) -> Verdict:
     """Law 15: with orthogonal keys and S_0 = 0, `gated` equals `gated_delta`."""
     tokens = min(example.T, example.K)
     example = replace(
-        _without_sequences(example),
+        without_sequences(example),
         T=tokens,
         rule="gated_delta",
         initial_state=False,
@@ -374,9 +314,9 @@ def orthogonal_keys_need_no_correction(backend: str, example: Example) -> Verdic
     arguments = example.arguments()
     keys = torch.eye(example.K)[:tokens, None].expand(example.B, tokens, example.H, example.K)
     arguments["k"] = keys.to(arguments["k"])
-    with_rule = [_plain(arguments | {"rule": rule}, backend) for rule in ("gated_delta", "gated")]
+    with_rule = [plain(arguments | {"rule": rule}, backend) for rule in ("gated_delta", "gated")]
     results = [{"o": o, "final_state": state} for o, state in with_rule]
-    return _compare(example, results[0], results[1])
+    return compare(example, results[0], results[1])
 
 
 LAWS: tuple[Law, ...] = (
@@ -385,6 +325,8 @@ LAWS: tuple[Law, ...] = (
     padding_changes_nothing,
     single_steps_equal_one_prefill,
     an_in_place_step_equals_a_step,
+    a_pool_equals_separate_states,
+    steps_equal_one_step_after_another,
     later_tokens_change_nothing_before,
     a_reset_forgets_the_past,
     alpha_one_beta_zero_leaves_the_state,
@@ -410,3 +352,11 @@ RULES_OF_LAWS: dict[str, tuple[str, ...]] = {
     "orthogonal_keys_need_no_correction": ("gated_delta", "gated"),
 }
 """The rules that a law needs, where it does not keep the drawn one."""
+
+OPS_OF_LAWS: dict[str, str] = {
+    "single_steps_equal_one_prefill": "gated_delta_step",
+    "an_in_place_step_equals_a_step": "gated_delta_step",
+    "a_pool_equals_separate_states": "gated_delta_step",
+    "steps_equal_one_step_after_another": "gated_delta_steps",
+}
+"""The op of a law that is about another one than `gated_delta`."""

@@ -15,9 +15,14 @@ from torch import Tensor
 from gdn_ops import library
 from gdn_ops.bind import Call
 from gdn_ops.errors import SpecError
+from gdn_ops.gated_delta import GATED_DELTA_STEP
 from gdn_ops.registry import Backend, Forward, get_backend
 
 Mutation = Callable[[Backend, Call], tuple[Tensor, Tensor]]
+"""What a wrong backend makes of a call of `gated_delta`: (o, final_state)."""
+
+DecodeMutation = Callable[[Backend, Call], tuple[Tensor, Tensor, Tensor | None]]
+"""What it makes of a call of a decode op: (o, new_state, states or None)."""
 
 
 def dropped_scale(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
@@ -132,7 +137,37 @@ def _ten_bits(x: Tensor) -> Tensor:
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-MUTATIONS: dict[str, Mutation] = {
+def skipped_rows_run(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A row that should be skipped, slot -1, reads and writes slot 0."""
+    if call.state_indices is not None:
+        call = replace(call, state_indices=call.state_indices.clamp(min=0))
+    return _decoded(backend, call)
+
+
+def states_before_each_token(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The states of `gated_delta_steps` are off by one: before each token, not after."""
+    o, new, states = _decoded(backend, call)
+    return o, new, None if states is None else states.roll(1, 1)
+
+
+def a_copied_pool(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows are advanced in a pool of fresh memory; slots that no row names hold what it held."""
+    o, new, states = _decoded(backend, call)
+    if call.state_indices is None:
+        return o, new, states
+    fresh = torch.zeros_like(new)
+    named = call.state_indices[call.state_indices >= 0].long()
+    fresh[named] = new[named]
+    return o, new.copy_(fresh), states
+
+
+def _decoded(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    if call.op is GATED_DELTA_STEP:
+        return *library.advance(backend, call), None
+    return library.advance_tokens(backend, call)
+
+
+SEQUENCE_MUTATIONS: dict[str, Mutation] = {
     mutation.__name__: mutation
     for mutation in (
         dropped_scale,
@@ -146,6 +181,15 @@ MUTATIONS: dict[str, Mutation] = {
         narrow_products,
     )
 }
+"""Mistakes in `gated_delta`, by name."""
+
+DECODE_MUTATIONS: dict[str, DecodeMutation] = {
+    mutation.__name__: mutation
+    for mutation in (skipped_rows_run, states_before_each_token, a_copied_pool)
+}
+"""Mistakes in the decode ops, by name."""
+
+MUTATIONS: dict[str, Mutation | DecodeMutation] = {**SEQUENCE_MUTATIONS, **DECODE_MUTATIONS}
 """Every mistake by name."""
 
 
@@ -163,18 +207,22 @@ def mutant(mutation: str, base: str) -> type[Backend]:
     if isinstance(found, str):
         raise SpecError(f"backend {base!r}: {found}")
     instance: Backend = found
+    sequence, decode = SEQUENCE_MUTATIONS.get(mutation), DECODE_MUTATIONS.get(mutation)
 
     class Mutant(Backend):
         name = f"{mutation}_in_{base}"
-        limits = replace(instance.limits, second_grad=False)
+        limits = replace(instance.limits, second_grad=False, pools=True)
         differentiable = True
         compiles_per_shape = instance.compiles_per_shape
 
         def forward(self, call: Call) -> Forward:
-            return Forward(*MUTATIONS[mutation](instance, call))
+            return Forward(*(sequence or library.run)(instance, call))
 
         def step(self, call: Call) -> tuple[Tensor, Tensor]:
-            return instance.step(call)
+            return (decode or _decoded)(instance, call)[:2]
+
+        def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+            return (decode or _decoded)(instance, call)
 
     return Mutant
 

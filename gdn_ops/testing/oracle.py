@@ -12,15 +12,18 @@ is moved by that and by n u, the a-priori bound of an inner product of length n 
 arithmetic of the backend: a triangular solve by inner products is the exact solve of operands
 moved by that much, so this is what a chunkwise backend must be granted. In float64, where the
 reference is no better than the backend, the error of `naive` is its float32 error scaled by
-the ratio of the roundings. The band is the rounding of the stored result, plus n u, plus |G| u
-for decays formed from differences of log sums G over a chunk. What a state carries across is
-formed as a difference too, b S - (d K)^T W S: an erased part leaves n u of what it was before.
+the ratio of the roundings. The band is one rounding of the dtype of q, k, v, in which
+results are stored and the operands of matrix products may be, plus n u, plus |G| u for decays
+formed from differences of log sums G over a chunk. What a state carries across is formed as a
+difference too, b S - (d K)^T W S: an erased part leaves n u of what it was before. In float16,
+operands below 2**-24 are lost, which is an absolute allowance.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.numerics import compute_dtype
+from gdn_ops.testing import example as drawing
 from gdn_ops.testing.example import Example, Results, run
 
 CHUNK = 64
@@ -209,9 +213,12 @@ def judgement_of(
         scale[name] = own
         typical = own.square().mean().sqrt() if own.numel() else own.sum()
         stored = runs[0][name].dtype
-        rounding = 2 * unit_roundoff(stored) + inner_product(stored, example)
+        rounding = 2 * unit_roundoff(getattr(torch, example.dtype))
+        rounding += inner_product(stored, example)
         rounding += _largest_log_sum(arguments) * unit_roundoff(compute_dtype(stored))
         allowance[name] = 2 * error + rounding * torch.maximum(own, typical)
+        if example.dtype == "float16":
+            allowance[name] += _underflow(example) * (y.numel() / max(own.numel(), 1)) ** 0.5
         if name.endswith("state"):
             before = arguments.get("initial_state")
             if name != "final_state" and cotangents is not None:
@@ -228,6 +235,15 @@ def inner_product(stored: torch.dtype, example: Example) -> float:
     return (example.K + CHUNK) * unit_roundoff(compute_dtype(stored))
 
 
+def _underflow(example: Example) -> float:
+    """Return what n products may lose where float16 operands end, at 2**-24.
+
+    It is absolute: examples are drawn in units of 1, and what a decay has made smaller than
+    this is not there in float16.
+    """
+    return (example.K + CHUNK) * 2**-24
+
+
 def _carried(arguments: dict[str, Any], example: Example) -> Tensor:
     """Return the product of the decays of every (sequence, head), what is left of a state."""
     gate = arguments.get("alpha")
@@ -235,7 +251,7 @@ def _carried(arguments: dict[str, Any], example: Example) -> Tensor:
         gate = arguments["log_alpha"].double().exp()
     s = example.sizes
     if gate is None:
-        return torch.ones(s.N, s.HV, dtype=torch.float64)
+        return torch.ones(s.N, s.HV, dtype=torch.float64, device=arguments["q"].device)
     wide: Tensor = gate.double()
     if example.lengths is None:
         return wide.prod(1)
@@ -276,3 +292,16 @@ def _scaled_error(
 def judge(example: Example, backend: str, gradients: bool = True) -> Verdict:
     """Run an example on a backend and compare it with the definition in float64."""
     return judgement(example, gradients).judge(example.run(backend, gradients=gradients))
+
+
+@contextlib.contextmanager
+def examples_on(device: str) -> Iterator[None]:
+    """Make the tensors of examples on a device; references made on another are forgotten."""
+    previous = drawing.DEVICE
+    drawing.DEVICE = device
+    judgement.cache_clear()
+    try:
+        yield
+    finally:
+        drawing.DEVICE = previous
+        judgement.cache_clear()

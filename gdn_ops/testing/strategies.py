@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from hypothesis import strategies as st
 
 from gdn_ops.gated_delta import GATED_DELTA
-from gdn_ops.spec import Limits, OpSpec
+from gdn_ops.spec import FLOAT_DTYPES, Limits, OpSpec
 from gdn_ops.testing.example import BETAS, GATES, KEYS, Example
 
 TOKENS = (0, 1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70, 127, 129, 150)
 """Lengths around the edges of chunks of 16, 32 and 64 and of segments of 128."""
+
+DRAFTS = (1, 2, 3, 4, 8, 0, 5, 9, 17)
+"""Tokens of one call of `gated_delta_steps`: few, and around 8 and 16."""
 
 HEAD_DIMS = (1, 2, 3, 5, 8, 16, 17, 24, 32, 48)
 
@@ -44,6 +49,7 @@ def calls(
     shape_classes: Sequence[dict[str, int]] | None = None,
     varlen: bool | None = None,
     max_tokens: int = max(TOKENS),
+    decode: bool = False,
 ) -> Example:
     """Draw a call that the spec allows and `limits` supports.
 
@@ -55,13 +61,15 @@ def calls(
         shape_classes: draw B, H, R, K, V from these instead of freely.
         varlen: whether sequences are packed; drawn by default.
         max_tokens: the longest sequence.
+        decode: draw what only decode ops have too, and few tokens.
     """
     rule = spec.rule[draw(st.sampled_from([r.name for r in spec.rules if r.name in limits.rules]))]
-    tokens = st.sampled_from([t for t in TOKENS if t <= max_tokens])
-    packed = limits.varlen and (draw(st.booleans()) if varlen is None else varlen)
+    tokens = st.sampled_from([t for t in (DRAFTS if decode else TOKENS) if t <= max_tokens])
+    packed = limits.varlen and not decode and (draw(st.booleans()) if varlen is None else varlen)
     lengths = None
     if packed:
         lengths = tuple(draw(st.lists(tokens, min_size=0, max_size=3)))
+    shape: dict[str, Any]
     if shape_classes is not None:
         shape = dict(draw(st.sampled_from(shape_classes)))
     else:
@@ -77,7 +85,7 @@ def calls(
         shape["B"] = 1
     classes = shape_classes is not None
     sizes = limits.chunk_sizes or (16, 32, 64, 5)
-    return Example(
+    example = Example(
         rule=rule.name,
         dtype=draw(st.sampled_from(list(dtypes or limits.dtypes))),
         T=draw(tokens) if lengths is None else sum(lengths),
@@ -95,3 +103,19 @@ def calls(
         seed=draw(st.integers(0, 2**16)),
         **shape,
     )
+    return draw(_decoding(example, limits)) if decode else example
+
+
+@st.composite
+def _decoding(draw: st.DrawFn, example: Example, limits: Limits) -> Example:
+    """Draw the state of a decode op: its dtype, and maybe slots of a pool, some rows skipped."""
+    wide = ("float64",) if example.dtype == "float64" else ()
+    stored = [d for d in FLOAT_DTYPES if d in limits.state_dtypes and (d != "float64" or wide)]
+    state_dtype = draw(st.sampled_from([None, *stored]))
+    if draw(st.booleans()):
+        return replace(example, state_dtype=state_dtype)
+    pool = example.B + draw(st.sampled_from((1, 0, 2, 5)))
+    order = draw(st.permutations(range(pool)))[: example.B]
+    skipped = draw(st.lists(st.booleans(), min_size=example.B, max_size=example.B))
+    slots = tuple(-1 if skip else slot for slot, skip in zip(order, skipped, strict=True))
+    return replace(example, state_dtype=state_dtype, slots=slots, pool=pool, initial_state=True)

@@ -1,0 +1,271 @@
+"""MATH §8 for the decode ops: steps, a few steps in one call, and pools of states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gdn_ops
+from gdn_ops.numerics import compute_dtype
+from gdn_ops.testing.example import Example
+from gdn_ops.testing.oracle import Judgement, Verdict, judgement, judgement_of, unit_roundoff, worst
+from gdn_ops.testing.runs import Law, compare, single, token_slice, without_sequences
+
+
+def single_steps_equal_one_prefill(backend: str, example: Example) -> Verdict:
+    """Law 3: T single steps equal one prefill."""
+    example = replace(without_sequences(example), T=min(example.T, 20))
+    arguments = example.arguments()
+    arguments.pop("chunk_size")
+    state = arguments.pop("initial_state", None)
+    if state is None:
+        s = example.sizes
+        wide = torch.float64 if example.dtype == "float64" else torch.float32
+        state = torch.zeros(s.N, s.HV, s.K, s.V, dtype=wide, device=arguments["v"].device)
+    outputs = []
+    for t in range(example.T):
+        token = token_slice(arguments, slice(t, t + 1))
+        token = single(token)
+        o, state = gdn_ops.gated_delta_step(**token, state=state, backend=backend)
+        outputs.append(o)
+    o = torch.stack(outputs, 1) if outputs else torch.zeros_like(arguments["v"])
+    got = {"o": o, "final_state": state}
+    return compare(example, got, example.run(backend, gradients=False))
+
+
+def an_in_place_step_equals_a_step(backend: str, example: Example) -> Verdict:
+    """Law 3, in place: the state tensor itself is updated, to the same values."""
+    example = replace(without_sequences(example), T=1, initial_state=True)
+    arguments = example.arguments()
+    arguments.pop("chunk_size")
+    state = arguments.pop("initial_state")
+    token = single(arguments)
+    mine = state.clone()
+    o, returned = gdn_ops.gated_delta_step(**token, state=mine, inplace=True, backend=backend)
+    if returned is not mine:
+        return Verdict(float("inf"), "the returned state is not the given tensor", 1.0, 0.0)
+    got = {"o": o.unsqueeze(1), "final_state": mine}
+    return judgement(example, False).judge(got)
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """One call of a decode op, made from an example.
+
+    Attributes:
+        example: it, without packed sequences.
+        tokens: the arguments but the state, with a token axis; NaN in rows that are skipped.
+        state: the rows' states (B, HV, K, V), or None.
+        slots: (B,) int64, or None where there is no pool.
+        live: (B,) bool, the rows that are not skipped.
+    """
+
+    example: Example
+    tokens: dict[str, Any]
+    state: Tensor | None
+    slots: Tensor | None
+    live: Tensor
+
+    @staticmethod
+    def of(example: Example) -> _Decoding:
+        example = without_sequences(example)
+        tokens = example.arguments()
+        tokens.pop("chunk_size")
+        state = tokens.pop("initial_state", None)
+        if state is not None and example.state_dtype is not None:
+            state = state.to(getattr(torch, example.state_dtype))
+        device = tokens["v"].device
+        if example.slots is None:
+            return _Decoding(example, tokens, state, None, torch.ones(example.B).bool().to(device))
+        slots = torch.tensor(example.slots, dtype=torch.int64, device=device)
+        for name in ("q", "k", "v"):
+            tokens[name][slots < 0] = torch.nan
+        return _Decoding(example, tokens, state, slots, slots >= 0)
+
+    def pool(self) -> tuple[Tensor, Tensor]:
+        """Return (buffer, pool): NaN but for the rows' states in their slots.
+
+        The pool is a part of the buffer, with NaN before and behind, and between the slots too
+        if the example is strided.
+        """
+        assert self.state is not None and self.slots is not None
+        layers = 2 if self.example.strided else 1
+        shape = (self.example.pool + 2, layers, *self.state.shape[1:])
+        buffer = torch.full(shape, torch.nan, dtype=self.state.dtype, device=self.state.device)
+        pool = buffer[1:-1, 0]
+        pool[self.slots[self.live]] = self.state[self.live]
+        return buffer, pool
+
+    def indices(self) -> Tensor | None:
+        """Return `state_indices`, in one or the other dtype."""
+        if self.slots is None:
+            return None
+        return self.slots.to(torch.int32 if self.example.seed % 2 else torch.int64)
+
+    def judgement(self, tokens: int) -> Judgement:
+        """Return the reference of the live rows after some tokens, and what is allowed."""
+        arguments = token_slice(self.tokens, slice(0, tokens))
+        arguments = {
+            name: x[self.live] if isinstance(x, Tensor) else x for name, x in arguments.items()
+        }
+        wide = compute_dtype(self.tokens["q"].dtype)
+        stored = wide if self.state is None else self.state.dtype
+        if self.state is not None:
+            arguments["initial_state"] = self.state[self.live].to(wide)
+        rows = int(self.live.sum())
+        judged = judgement_of(arguments, None, replace(self.example, B=rows, T=tokens, slots=None))
+        if stored == wide:
+            return judged
+        # The state is rounded once more, when it is stored.
+        size = judged.scale["final_state"]
+        least = torch.finfo(stored).smallest_normal * torch.finfo(stored).eps
+        rounding = unit_roundoff(stored) * size + least * (self.example.K * self.example.V) ** 0.5
+        allowance = {**judged.allowance, "final_state": judged.allowance["final_state"] + rounding}
+        return replace(judged, allowance=allowance)
+
+
+def _wrong(what: str) -> Verdict:
+    return Verdict(float("inf"), what, 1.0, 0.0)
+
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+"""The integer of as many bytes."""
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are equal to the last bit, NaN included."""
+    bits = _BITS[x.itemsize]
+    return x.dtype == y.dtype and torch.equal(x.view(bits), y.view(bits))
+
+
+def _broken_fence(
+    call: _Decoding, before: Tensor, buffer: Tensor, pool: Tensor, new: Tensor, inplace: bool
+) -> Iterator[Verdict]:
+    """Yield what of a pool changed that no row names.
+
+    Args:
+        call: the call.
+        before: the buffer as it was.
+        buffer: the buffer after the call, `pool` being a part of it.
+        pool: what the call was given.
+        new: what it returned.
+        inplace: as in the call.
+    """
+    assert call.slots is not None
+    if inplace != (new is pool):
+        yield _wrong(
+            "the returned state is the given pool, and should not"
+            if new is pool
+            else "the returned state is not the given pool"
+        )
+    named = call.slots[call.live]
+    others = torch.ones(pool.shape[0], dtype=torch.bool, device=pool.device)
+    others[named] = False
+    if not _same_bits(new[others], before[1:-1, 0][others]):
+        yield _wrong("a slot that no row names has changed")
+    kept = before.clone()
+    if inplace:
+        kept[1:-1, 0][named] = pool[named]
+    if not _same_bits(kept, buffer):
+        yield _wrong("memory beside the slots has changed" if inplace else "the pool has changed")
+
+
+def a_pool_equals_separate_states(backend: str, example: Example) -> Verdict:
+    """Law 3, pool: rows that name slots of a pool equal rows with states; no other slot changes."""
+    example = replace(without_sequences(example), T=1, initial_state=True)
+    if example.slots is None:
+        example = replace(example, slots=tuple(reversed(range(example.B))), pool=example.B + 1)
+    call = _Decoding.of(example)
+    assert call.slots is not None
+    judged = call.judgement(1)
+    verdicts: list[Verdict] = []
+    for inplace in (False, True):
+        buffer, pool = call.pool()
+        before = buffer.clone()
+        o, new = gdn_ops.gated_delta_step(
+            **single(call.tokens),
+            state=pool,
+            state_indices=call.indices(),
+            inplace=inplace,
+            backend=backend,
+        )
+        verdicts += _broken_fence(call, before, buffer, pool, new, inplace)
+        if bool((o[~call.live] != 0).any()):
+            verdicts.append(_wrong("o of a skipped row is not 0"))
+        got = {"o": o[call.live].unsqueeze(1), "final_state": new[call.slots[call.live]]}
+        verdicts.append(judged.judge(got))
+    return worst(verdicts)
+
+
+def steps_equal_one_step_after_another(backend: str, example: Example) -> Verdict:
+    """Law 3, a few steps: o and the state after every token equal those of single steps."""
+    if example.slots is not None:
+        example = replace(example, initial_state=True)
+    call = _Decoding.of(replace(without_sequences(example), T=min(example.T, 20)))
+    states_wanted = [call.judgement(t + 1) for t in range(call.example.T)]
+    verdicts: list[Verdict] = []
+    for inplace in (False, True) if call.state is not None else (False,):
+        # A backend may well take other ways with and without the states: one each.
+        return_states = inplace == bool(example.seed // 2 % 2)
+        verdicts += _judged_steps(backend, call, states_wanted, inplace, return_states)
+    return worst(verdicts)
+
+
+def _judged_steps(
+    backend: str, call: _Decoding, wanted: list[Judgement], inplace: bool, return_states: bool
+) -> Iterator[Verdict]:
+    """Run `gated_delta_steps` and yield what is to be said of its results."""
+    given = call.state
+    state = None if given is None else given.clone()
+    if call.slots is not None:
+        buffer, state = call.pool()
+        before = buffer.clone()
+    o, new, *more = gdn_ops.gated_delta_steps(
+        **call.tokens,
+        state=state,
+        state_indices=call.indices(),
+        inplace=inplace,
+        return_states=return_states,  # type: ignore[call-overload]
+        backend=backend,
+    )
+    states: Tensor | None = more[0] if return_states else None
+    if call.slots is not None:
+        assert state is not None
+        yield from _broken_fence(call, before, buffer, state, new, inplace)
+        new = new[call.slots.clamp(min=0)]
+    elif inplace and new is not state:
+        yield _wrong("the returned state is not the given tensor")
+    elif not inplace and state is not None and given is not None and not _same_bits(state, given):
+        yield _wrong("the given state has changed")
+    yield from _judged_results(call, wanted, o, new, states)
+
+
+def _judged_results(
+    call: _Decoding, wanted: list[Judgement], o: Tensor, new: Tensor, states: Tensor | None
+) -> Iterator[Verdict]:
+    """Yield how o, the rows' new states and the states after every token compare."""
+    live = call.live
+    for x in (o, states):
+        if x is not None and bool((x[~live] != 0).any()):
+            yield _wrong("o or states of a skipped row are not 0")
+    for t, judged in enumerate(wanted):
+        yield judged.judge({"o": o[live, : t + 1]})
+        if states is not None:
+            yield judged.judge({"final_state": states[live, t]})
+    if wanted:
+        yield wanted[-1].judge({"final_state": new[live]})
+    else:
+        start = torch.zeros_like(new) if call.state is None else call.state
+        same = _same_bits(new[live], start[live])
+        yield Verdict(0.0 if same else float("inf"), "final_state", float(not same), 0.0)
+
+
+DECODE_LAWS: tuple[Law, ...] = (
+    a_pool_equals_separate_states,
+    steps_equal_one_step_after_another,
+)
+"""The laws that draw what only decode ops have: the dtype of the state, a pool, skipped rows."""

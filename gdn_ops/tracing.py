@@ -1,0 +1,69 @@
+"""Calls while a graph is traced: one opaque operator, or a step that may be traced through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_ops import library, onnx_export, registry
+from gdn_ops import library_decode as library_decode  # registers the decode operators
+from gdn_ops.bind import bind
+from gdn_ops.checks import check_gradients
+from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
+from gdn_ops.spec import OpSpec
+
+
+def is_traced(q: Any) -> bool:
+    """Whether the call must be one opaque operator: traced, on meta, or a tensor subclass."""
+    if torch.compiler.is_compiling():
+        return True
+    if not isinstance(q, Tensor):
+        return False
+    return q.is_meta or type(q) not in (Tensor, torch.nn.Parameter)
+
+
+def traced(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Call the operator of `gated_delta`; return (o, final_state)."""
+    values = _schema_values(GATED_DELTA, arguments)
+    o, state, _ = torch.ops.gdn_ops.gated_delta(*values, _needs_grad(values))
+    return o, state
+
+
+def _schema_values(spec: OpSpec, arguments: dict[str, Any]) -> list[Any]:
+    """Return the arguments of the operator, which is about to be called."""
+    onnx_export.check_call(spec, bool(arguments.get("inplace")))
+    return [arguments[name] for name in library.schema_names(spec)]
+
+
+def _needs_grad(values: list[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in values
+    )
+
+
+def traced_step(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Trace through a backend made of plain torch ops; keep any other, and ONNX, opaque."""
+    traceable = registry.traceable_step(arguments["backend"], arguments["q"].device.type)
+    if traceable and not onnx_export.is_exporting():
+        call = bind(GATED_DELTA_STEP, arguments, check_values=False)
+        return library.advance(registry.select(call, arguments["backend"]), call)
+    values = _schema_values(GATED_DELTA_STEP, arguments)
+    if _needs_grad(values):
+        check_gradients(GATED_DELTA_STEP, arguments)
+    if arguments["inplace"]:
+        state: Tensor = arguments["state"]
+        return torch.ops.gdn_ops.gated_delta_step_(*values), state
+    return torch.ops.gdn_ops.gated_delta_step(*values)  # type: ignore[no-any-return]
+
+
+def traced_steps(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the operator: a graph never unrolls over T."""
+    values = _schema_values(GATED_DELTA_STEPS, arguments)
+    if _needs_grad(values):
+        check_gradients(GATED_DELTA_STEPS, arguments)
+    if arguments["inplace"]:
+        o, states = torch.ops.gdn_ops.gated_delta_steps_(*values)
+        return o, arguments["state"], states
+    return torch.ops.gdn_ops.gated_delta_steps(*values)  # type: ignore[no-any-return]

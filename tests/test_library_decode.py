@@ -1,0 +1,177 @@
+"""The decode operators: a few steps and pools under torch.library and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gdn_ops
+from gdn_ops import gated_delta_step, gated_delta_steps, library
+from gdn_ops.backends import compile as compile_backend
+from gdn_ops.gated_delta import GATED_DELTA_STEP, GATED_DELTA_STEPS
+from gdn_ops.spec import OpSpec
+from gdn_ops.testing import Example
+
+OPERATORS = torch.ops.gdn_ops
+
+
+def arguments(tokens: int = 3, pool: bool = False, **changes: Any) -> dict[str, Any]:
+    """Return every argument of `gated_delta_steps`."""
+    example = Example(B=2, T=tokens, H=2, R=2, K=4, V=3, initial_state=True)
+    drawn = example.arguments()
+    state = drawn.pop("initial_state")
+    del drawn["chunk_size"]
+    found = {name: default for name, default, _ in GATED_DELTA_STEPS.parameters()}
+    found |= drawn | {"state": state}
+    if pool:
+        found["state"] = torch.cat((state, state, state))
+        found["state_indices"] = torch.tensor([4, -1])
+    return found | changes
+
+
+def one_token(**changes: Any) -> dict[str, Any]:
+    """Return every argument of `gated_delta_step`."""
+    found = {n: x for n, x in arguments(1, **changes).items() if n != "return_states"}
+    tokens = ("q", "k", "v", "alpha", "beta")
+    return {n: x.squeeze(1) if n in tokens else x for n, x in found.items()}
+
+
+def schema_values(spec: OpSpec, values: dict[str, Any]) -> list[Any]:
+    return [values[name] for name in library.schema_names(spec)]
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+@pytest.mark.parametrize("pool", [False, True], ids=["states", "pool"])
+def test_opcheck_passes_for_every_decode_operator(backend: str, pool: bool) -> None:
+    step = schema_values(GATED_DELTA_STEP, one_token(pool=pool, backend=backend))
+    torch.library.opcheck(OPERATORS.gated_delta_step.default, step)
+    torch.library.opcheck(OPERATORS.gated_delta_step_.default, step)
+    for tokens, return_states in ((3, True), (2, False), (0, True), (1, False)):
+        values = arguments(tokens, pool, return_states=return_states, backend=backend)
+        steps = schema_values(GATED_DELTA_STEPS, values)
+        torch.library.opcheck(OPERATORS.gated_delta_steps.default, steps)
+        torch.library.opcheck(OPERATORS.gated_delta_steps_.default, steps)
+
+
+def test_opcheck_passes_for_a_few_steps_from_zeros() -> None:
+    values = arguments(state=None, return_states=True, backend="torch")
+    steps = schema_values(GATED_DELTA_STEPS, values)
+    torch.library.opcheck(OPERATORS.gated_delta_steps.default, steps)
+
+
+def test_the_schemas_are_the_ones_that_torch_registered() -> None:
+    registered = str(OPERATORS.gated_delta_steps.default._schema)
+    assert registered == f"gdn_ops::gated_delta_steps{library.torch_schema(GATED_DELTA_STEPS)}"
+    outputs = str(OPERATORS.gated_delta_steps_.default._schema).partition(" -> ")[2]
+    assert outputs == "(Tensor o, Tensor states)"
+
+
+def test_states_that_are_not_asked_for_have_no_token() -> None:
+    steps = schema_values(GATED_DELTA_STEPS, arguments(backend="torch"))
+    assert OPERATORS.gated_delta_steps(*steps)[2].shape == (2, 0, 4, 4, 3)
+
+
+def compiled(
+    function: Callable[..., Any], **options: Any
+) -> tuple[Callable[..., Any], list[torch.fx.GraphModule]]:
+    """Return a function as one graph, and the list that keeps the graphs."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=keep, **options), graphs
+
+
+def nodes(graphs: list[torch.fx.GraphModule]) -> list[str]:
+    found = [str(n.target) for g in graphs for n in g.graph.nodes]
+    return [name for name in found if "gdn_ops" in name]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "naive"])
+def test_a_step_on_a_pool_is_one_full_graph(backend: str, inplace: bool) -> None:
+    def values() -> dict[str, Any]:
+        return one_token(pool=True, backend=backend, inplace=inplace)
+
+    function, graphs = compiled(gated_delta_step)
+    torch.testing.assert_close(function(**values()), gated_delta_step(**values()))
+    operator = f"gdn_ops.gated_delta_step{'_' if inplace else ''}"
+    assert nodes(graphs) == ([] if backend == "torch" else [operator])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("pool", [False, True], ids=["states", "pool"])
+def test_a_few_steps_are_one_node_whatever_their_number(pool: bool, inplace: bool) -> None:
+    def values(tokens: int) -> dict[str, Any]:
+        return arguments(tokens, pool, inplace=inplace, return_states=True)
+
+    function, graphs = compiled(gated_delta_steps, dynamic=True)
+    # None is another axis' size: torch.compile takes equal sizes for one axis.
+    for tokens in (5, 7, 9):
+        mine, theirs = values(tokens), values(tokens)
+        torch.testing.assert_close(function(**mine), gated_delta_steps(**theirs))
+        assert torch.equal(mine["state"], values(tokens)["state"]) != inplace
+    assert nodes(graphs) == [f"gdn_ops.gated_delta_steps{'_' if inplace else ''}"]
+
+
+def test_inductor_compiles_a_step_on_a_pool() -> None:
+    values = one_token(pool=True)
+    torch._dynamo.reset()
+    found = torch.compile(gated_delta_step, fullgraph=True)(**values)
+    torch.testing.assert_close(found, gated_delta_step(**values))
+
+
+def needing_a_gradient(values: dict[str, Any]) -> dict[str, Any]:
+    return values | {"v": values["v"].requires_grad_()}
+
+
+def test_a_graph_that_needs_gradients_is_refused() -> None:
+    function, _ = compiled(gated_delta_steps)
+    with pytest.raises(Exception, match="v requires a gradient, should not: gated_delta_steps is"):
+        function(**needing_a_gradient(arguments()))
+    function, _ = compiled(gated_delta_step)
+    for backend in ("naive", "torch"):
+        with pytest.raises(Exception, match="state_indices is for decoding"):
+            function(**needing_a_gradient(one_token(pool=True, backend=backend)))
+
+
+def test_the_operators_themselves_have_no_gradients_but_of_a_plain_step() -> None:
+    values = needing_a_gradient(arguments(backend="torch"))
+    o, *_ = OPERATORS.gated_delta_steps(*schema_values(GATED_DELTA_STEPS, values))
+    with pytest.raises(RuntimeError) as caught:
+        o.sum().backward()
+    assert str(caught.value) == (
+        "gated_delta_steps is for decoding and has no gradients; gated_delta has"
+    )
+    values = needing_a_gradient(one_token(pool=True, backend="torch"))
+    o, _ = OPERATORS.gated_delta_step(*schema_values(GATED_DELTA_STEP, values))
+    with pytest.raises(RuntimeError) as caught:
+        o.sum().backward()
+    assert str(caught.value) == (
+        "gated_delta_step with state_indices is for decoding and has no gradients; gated_delta has"
+    )
+
+
+def test_meta_tensors_have_the_shapes_of_results() -> None:
+    values = {
+        n: x.to("meta") if isinstance(x, Tensor) else x for n, x in arguments(pool=True).items()
+    }
+    o, pool, states = gdn_ops.gated_delta_steps(**(values | {"return_states": True}))
+    assert (o.shape, pool.shape, states.shape) == ((2, 3, 4, 3), (6, 4, 4, 3), (2, 3, 4, 4, 3))
+
+
+def test_a_new_draft_length_does_not_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_backend.Compile, "compiler", "aot_eager")
+    gated_delta_steps(**arguments(backend="compile"))
+    before = len(compile_backend._functions)
+    for t in (1, 2, 7):
+        found = gated_delta_steps(**arguments(t, backend="compile"))
+        torch.testing.assert_close(found, gated_delta_steps(**arguments(t, backend="naive")))
+    assert len(compile_backend._functions) == before

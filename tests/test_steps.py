@@ -1,0 +1,293 @@
+"""A few steps in one call, and pools of states: results, operators, and what a backend is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import gdn_ops
+from gdn_ops import (
+    Backend,
+    BackendUnsupportedError,
+    Limits,
+    decoding,
+    gated_delta,
+    gated_delta_step,
+    gated_delta_steps,
+    library,
+)
+from gdn_ops.bind import Call
+from gdn_ops.gated_delta import GATED_DELTA_STEP, GATED_DELTA_STEPS
+from gdn_ops.registry import register_backend, unregister_backend
+
+B, T, H, HV, K, V, P = 3, 4, 2, 4, 8, 6, 5
+BACKENDS = ("naive", "torch")
+
+
+def draft(t: int = T, b: int = B, **changes: Any) -> dict[str, Any]:
+    """Return the arguments of `gated_delta_steps` with a state per row, with changes."""
+    g = torch.Generator().manual_seed(0)
+    k = torch.randn(b, t, H, K, generator=g)
+    arguments = {
+        "q": torch.randn(b, t, H, K, generator=g),
+        "k": torch.nn.functional.normalize(k, dim=-1),
+        "v": torch.randn(b, t, HV, V, generator=g),
+        "alpha": torch.rand(b, t, HV, generator=g),
+        "beta": torch.rand(b, t, HV, generator=g),
+        "state": torch.randn(b, HV, K, V, generator=g),
+    }
+    return arguments | changes
+
+
+def pooled(*slots: int, p: int = P, t: int = T, **changes: Any) -> dict[str, Any]:
+    """Return the same on a pool."""
+    pool = torch.randn(p, HV, K, V, generator=torch.Generator().manual_seed(1))
+    return draft(t, len(slots), state=pool, state_indices=torch.tensor(slots).long(), **changes)
+
+
+def token(arguments: dict[str, Any], t: int = 0) -> dict[str, Any]:
+    """Return the arguments of `gated_delta_step` for one of the tokens."""
+    kept = ("state", "state_indices")
+    return {
+        name: x[:, t] if isinstance(x, Tensor) and name not in kept else x
+        for name, x in arguments.items()
+    }
+
+
+def as_sequence(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `gated_delta` for a draft without a pool."""
+    return {"initial_state" if n == "state" else n: x for n, x in arguments.items()}
+
+
+# What the ops compute; the conformance kit does this on random calls.
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rejected_draft_is_rolled_back_to_the_state_after_the_accepted_tokens(
+    backend: str,
+) -> None:
+    arguments, accepted = draft(backend=backend), 2
+    _, _, states = gated_delta_steps(**arguments, return_states=True)
+    state = states[:, accepted - 1]
+    expected = arguments["state"]
+    for t in range(accepted):
+        expected = gated_delta_step(**token(arguments | {"state": expected}, t))[1]
+    torch.testing.assert_close(state, expected)
+
+
+@pytest.mark.parametrize("large", [decoding.LARGE_STATE, 0], ids=["gathered", "by_row"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("slots", [(0, -1, -1), (-1, 0, -1), (-1, -1, -1), (4, -1, 0), (2, 0, 1)])
+def test_skipped_rows_never_write_whichever_slot_the_others_name(
+    backend: str, slots: tuple[int, ...], large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "LARGE_STATE", large)
+    arguments = pooled(*slots, backend=backend)
+    o, pool, states = gated_delta_steps(**arguments, return_states=True)
+    before = arguments["state"]
+    for slot in set(range(P)) - set(slots):
+        assert torch.equal(pool[slot], before[slot])
+    for row, slot in enumerate(slots):
+        alone = {n: x[row : row + 1] if isinstance(x, Tensor) else x for n, x in arguments.items()}
+        del alone["state_indices"]
+        if slot < 0:
+            assert not o[row].any() and not states[row].any()
+            continue
+        alone["state"] = before[slot : slot + 1]
+        expected = gated_delta_steps(**alone, return_states=True)
+        torch.testing.assert_close(
+            (o[row], pool[slot], states[row]), (expected[0][0], expected[1][0], expected[2][0])
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("arguments", [pooled(), pooled(-1, -1, p=0), pooled(0, -1, t=0)])
+def test_nothing_to_run_changes_nothing(backend: str, arguments: dict[str, Any]) -> None:
+    o, pool, states = gated_delta_steps(**arguments, return_states=True, backend=backend)
+    assert torch.equal(pool, arguments["state"]) and pool is not arguments["state"]
+    assert not o.any() and not states.any()
+    assert (o.shape, states.shape[:3]) == (arguments["v"].shape, (*o.shape[:2], HV))
+    if arguments["v"].shape[1]:
+        o, pool = gated_delta_step(**token(arguments), backend=backend)
+        assert not o.any() and torch.equal(pool, arguments["state"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_token_returns_a_copy_of_the_state_or_zeros(backend: str) -> None:
+    arguments = draft(t=0, backend=backend)
+    _, state = gated_delta_steps(**arguments)
+    assert torch.equal(state, arguments["state"])
+    assert state.data_ptr() != arguments["state"].data_ptr()
+    assert gated_delta_steps(**arguments, inplace=True)[1] is arguments["state"]
+    _, state, states = gated_delta_steps(**(arguments | {"state": None}), return_states=True)
+    assert torch.equal(state, torch.zeros(B, HV, K, V)) and states.shape == (B, 0, HV, K, V)
+
+
+def test_a_narrow_state_is_rounded_once_per_call_and_not_once_per_token() -> None:
+    arguments = draft(t=30, backend="naive")
+    arguments["state"] = arguments["state"].bfloat16()
+    _, state, states = gated_delta_steps(**arguments, return_states=True)
+    wide = gated_delta_steps(**(arguments | {"state": arguments["state"].float()}))[1]
+    assert torch.equal(state, wide.bfloat16()) and torch.equal(states[:, -1], state)
+    one_by_one = arguments["state"]
+    for t in range(30):
+        one_by_one = gated_delta_step(**token(arguments | {"state": one_by_one}, t))[1]
+    assert not torch.equal(one_by_one, state), "the test is about nothing"
+
+
+@pytest.mark.parametrize("rule", ["gated_delta", "delta", "gated", "linear"])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_long_draft_through_torch_equals_a_sequence(rule: str, zeros: bool) -> None:
+    arguments = draft(t=40, rule=rule, qk_l2norm=True)
+    if zeros:
+        arguments["alpha"][:, ::7] = 0
+    if rule in ("delta", "linear"):
+        arguments["alpha"] = None
+    o, state, states = gated_delta_steps(**arguments, return_states=True, backend="torch")
+    expected = gated_delta(**as_sequence(arguments), return_state=True, backend="naive")
+    torch.testing.assert_close((o, state), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states[:, -1], state)
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "default"))
+def test_a_state_with_gaps_is_updated_in_place(backend: str, stand_in: type[Backend]) -> None:
+    arguments = draft(backend=stand_in.name if backend == "default" else backend)
+    expected = gated_delta_steps(**arguments)
+    wide = torch.full((B, HV, V, 2 * K), torch.nan)
+    state = wide[..., ::2].mT.copy_(arguments["state"])
+    o, same = gated_delta_steps(**(arguments | {"state": state}), inplace=True)
+    assert same is state and bool(wide[..., 1::2].isnan().all())
+    torch.testing.assert_close((o, state), expected)
+
+
+def test_autocast_narrows_activations_and_keeps_the_state_wide() -> None:
+    arguments = pooled(3, -1, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o, pool = gated_delta_steps(**arguments)
+    narrow = {n: arguments[n].bfloat16() for n in ("q", "k", "v")}
+    assert (o.dtype, pool.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close((o, pool), gated_delta_steps(**(arguments | narrow)))
+
+
+# What a backend is given.
+
+
+class StandIn(Backend):
+    """Notes its calls, and runs them on torch."""
+
+    name = "stand_in"
+    limits = Limits(devices=("cpu",))
+    calls: list[Call]
+
+    def __init__(self) -> None:
+        type(self).calls = []
+
+    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+        self.calls.append(call)
+        return library.advance(gdn_ops.registry.get_backend("torch"), call)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def stand_in() -> Iterator[type[Backend]]:
+    register_backend(StandIn)
+    yield StandIn
+    unregister_backend(StandIn.name)
+
+
+def test_a_backend_that_knows_no_pools_is_given_rows(stand_in: type[StandIn]) -> None:
+    arguments = pooled(3, -1, 1, backend="stand_in")
+    o, pool, states = gated_delta_steps(**arguments, return_states=True)
+    expected = gated_delta_steps(**(arguments | {"backend": "torch"}), return_states=True)
+    torch.testing.assert_close((o, pool, states), expected)
+    gated_delta_step(**token(arguments))
+    assert len(stand_in.calls) == T + 1, "steps are one step after another by default"
+    assert {(c.op, c.sizes.T, c.inplace) for c in stand_in.calls} == {(GATED_DELTA_STEP, 1, True)}
+    assert all(c.state_indices is None and not c.return_states for c in stand_in.calls)
+    assert {c.state.shape for c in stand_in.calls if c.state is not None} == {(B, HV, K, V)}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_backend_that_knows_pools_is_given_one_to_update(
+    stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch, inplace: bool
+) -> None:
+    monkeypatch.setattr(stand_in, "limits", Limits(devices=("cpu",), pools=True))
+    arguments = pooled(3, -1, 1, backend="stand_in", inplace=inplace)
+    before = arguments["state"].clone()
+    _, pool = gated_delta_step(**token(arguments))
+    (call,) = stand_in.calls
+    assert call.inplace and call.state is pool and call.state_indices is arguments["state_indices"]
+    assert (pool is arguments["state"]) == inplace
+    assert torch.equal(arguments["state"], before) != inplace
+    gated_delta_steps(**arguments)
+    assert all(c.state_indices is None for c in stand_in.calls[1:]), "the default gathers rows"
+
+
+def test_a_backend_without_the_op_says_so() -> None:
+    class Old(StandIn):
+        name = "old"
+        limits = Limits(devices=("cpu",), ops=("gated_delta", "gated_delta_step"))
+
+    register_backend(Old)
+    try:
+        with pytest.raises(BackendUnsupportedError) as caught:
+            gated_delta_steps(**pooled(3, -1, 1, backend="old"))
+    finally:
+        unregister_backend("old")
+    assert str(caught.value) == (
+        "backend 'old' cannot run gated_delta_steps on these inputs\n"
+        "  q float32 (3, 4, 2, 8) cpu, v (3, 4, 4, 6), rule gated_delta, "
+        "state_indices into a pool of 5\n"
+        "  old: op gated_delta_steps (supported: gated_delta, gated_delta_step)\n"
+        '  try backend="torch"'
+    )
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_large_states_on_a_cpu_are_advanced_where_they_are(
+    stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch, rows: bool
+) -> None:
+    arguments = pooled(3, -1, 1, backend="stand_in", inplace=True)
+    monkeypatch.setattr(decoding, "LARGE_STATE", HV * K * V * 4 + (not rows))
+    gated_delta_step(**token(arguments))
+    given = [call.state for call in stand_in.calls]
+    if rows:
+        pool = arguments["state"]
+        slots = [x.data_ptr() for x in given if x is not None]
+        assert slots == [pool[3].data_ptr(), pool[1].data_ptr()]
+        assert {(c.sizes.B, c.sizes.N) for c in stand_in.calls} == {(1, 1)}
+    else:
+        assert [x.shape for x in given if x is not None] == [(B, HV, K, V)]
+
+
+def test_explain_knows_the_op_by_what_only_it_has() -> None:
+    arguments = draft()
+    positional = [arguments[n] for n in ("q", "k", "v", "alpha", "beta", "state")]
+    assert gdn_ops.explain(*positional).op == "gated_delta_steps"
+    assert gdn_ops.explain(**arguments).op == "gated_delta_steps"
+    assert gdn_ops.explain(*positional[:5], return_states=True).op == "gated_delta_steps"
+    assert gdn_ops.explain(*positional[:5]).op == "gated_delta"
+    assert gdn_ops.explain(**token(pooled(0, 1, 2))).op == "gated_delta_step"
+
+
+def test_nothing_waits_for_the_device_to_find_the_slots() -> None:
+    with FakeTensorMode() as mode:
+        arguments = {
+            n: mode.from_tensor(x) if isinstance(x, Tensor) else x
+            for n, x in pooled(3, -1, 1).items()
+        }
+        call = gdn_ops.bind.bind(
+            GATED_DELTA_STEPS,
+            {n: d for n, d, _ in GATED_DELTA_STEPS.parameters()} | arguments,
+            check_values=False,
+        )
+        # A fake tensor has no values: a look at one raises.
+        for name in BACKENDS:
+            backend = gdn_ops.registry.get_backend(name)
+            assert isinstance(backend, Backend)
+            o, pool, _ = library.advance_tokens(backend, call)
+            assert (o.shape, pool.shape) == ((B, T, HV, V), (P, HV, K, V))
