@@ -148,7 +148,10 @@ def test_tuning_checks_every_candidate_and_prints_a_row_to_paste(
     monkeypatch.setattr("gdn_ops.bench.tune.CHUNKS", (1,))
     lines = list(tune("torch", ["tiny"], Setting(repeats=1)))
     assert lines[0].startswith("tiny: B=2 T=100")
-    assert [line.partition("  forward")[0].strip() for line in lines[1:3]] == ["(16, 1)", "(32, 1)"]
-    assert lines[3].startswith('fastest forward and backward: "cpu": (')
+    for what, rows_ in (("forward", lines[1:4]), ("forward+backward", lines[4:7])):
+        assert [line.partition(" ms  ")[2] for line in rows_[:2]] == ["(16, 1)", "(32, 1)"]
+        times = {float(line.split()[1]): line.partition(" ms  ")[2] for line in rows_[:2]}
+        assert rows_[2] == f'fastest {what}: "cpu": {times[min(times)]},'
+    assert len(lines) == 7
     with pytest.raises(ValueError, match="'naive' exposes no configurations"):
         list(tune("naive", ["tiny"], Setting()))

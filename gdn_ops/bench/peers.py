@@ -7,6 +7,7 @@ never an error.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,11 +25,13 @@ class Comparator:
         name: of the backend or the peer.
         run: from operands to o (B, T, HV, V), differentiable.
         is_peer: whether it is somebody else's.
+        context: entered around `run` and around the backward of what it returned.
     """
 
     name: str
     run: Callable[[Inputs], Tensor]
     is_peer: bool = False
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 def backend_comparator(name: str) -> Comparator | str:

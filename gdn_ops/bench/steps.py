@@ -144,6 +144,19 @@ def _timed_steps(x: Inputs, case: Case, steps: dict[str, Step], s: Setting) -> d
     return interleave(actions, REPEATS, warmups=10, device=s.device, collect=False)
 
 
+def check_step(
+    name: str, x: Inputs, start: Tensor, found: tuple[Tensor, Tensor], s: Setting
+) -> None:
+    """Refuse (o, new state) of a step from a state if they are not those of the definition.
+
+    Raises:
+        RefusedError: they are not.
+    """
+    operands = (x.q, x.k, x.v, x.log_alpha.exp(), x.beta, start)
+    exact = ops.gated_delta_step(*(y.double() for y in operands), backend="naive")
+    _compare(name, found, exact, s)
+
+
 def _compare(
     name: str, found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], s: Setting
 ) -> None:

@@ -1,52 +1,105 @@
 """Measure a backend's configurations and print rows to paste into its table.
 
-A backend takes part by exposing `engine(call)`, a dataclass with the fields `chunk_size` and
-`chunks`; then every pair of CHUNK_SIZES and CHUNKS is a candidate.
+A backend takes part through `Backend.tunables(call)` and `Backend.using(config)`; str() of a
+configuration is the row to paste. One that exposes `engine(call)` instead, a dataclass with the
+fields `chunk_size` and `chunks`, is tried with every pair of CHUNK_SIZES and CHUNKS. Every
+candidate is checked first; one that fails is a line with its error. Steps are timed for cases of
+one token, forward and forward with backward for the others. On a GPU the time is that of the
+device's work, replayed from a graph where it can be captured.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gdn_ops import library, registry
-from gdn_ops.bench.inputs import Setting, find_case, make_inputs, make_output_gradient, with_grad
+from gdn_ops.backend import Backend
+from gdn_ops.bench.gpu_device import Cuda, Run
+from gdn_ops.bench.gpu_measure import WARMUPS
+from gdn_ops.bench.gpu_turns import sample_in_turns
+from gdn_ops.bench.inputs import (
+    Inputs,
+    Setting,
+    find_case,
+    make_inputs,
+    make_output_gradient,
+    with_grad,
+)
 from gdn_ops.bench.peers import Comparator
 from gdn_ops.bench.runner import Timing, interleave
+from gdn_ops.bench.steps import check_step
 from gdn_ops.bench.verify import verify
 from gdn_ops.bind import Call, bind
-from gdn_ops.gated_delta import GATED_DELTA
-from gdn_ops.spec import Case
+from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
+from gdn_ops.spec import Case, OpSpec
 
 CHUNK_SIZES = (16, 32, 64)
 CHUNKS = (1, 2, 4, 8)
 
+AS_IT_IS = "as it is"
+"""Name of the candidate that leaves the choice to the backend."""
 
-def _variant(backend: registry.Backend, chunk_size: int, chunks: int) -> registry.Backend:
+
+@dataclass(frozen=True)
+class Candidate:
+    """One configuration of a backend.
+
+    Attributes:
+        name: as printed.
+        row: to paste.
+        backend: what runs.
+        context: in which it runs with this configuration.
+    """
+
+    name: str
+    row: str
+    backend: Backend
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+def _variant(backend: Backend, chunk_size: int, chunks: int) -> Backend:
     """Return a copy of a backend whose engine cuts calls in another way."""
     kind: Any = type(backend)
 
     def engine(self: Any, call: Call) -> Any:
         return replace(kind.engine(self, call), chunk_size=chunk_size, chunks=chunks)
 
-    found: registry.Backend = type(kind.__name__, (kind,), {"engine": engine})()
+    found: Backend = type(kind.__name__, (kind,), {"engine": engine})()
     return found
 
 
-def _comparator(backend: registry.Backend, name: str) -> Comparator:
-    defaults = {n: default for n, default, _ in GATED_DELTA.parameters()}
+def candidates(backend: Backend, call: Call) -> list[Candidate]:
+    """Return the configurations to try on a call.
 
-    def run(x: Any) -> torch.Tensor:
-        return library.run(backend, bind(GATED_DELTA, defaults | x._asdict()))[0]
+    Raises:
+        ValueError: there is none.
+    """
+    configs = backend.tunables(call)
+    if configs:
+        rows = {str(c): functools.partial(backend.using, c) for c in configs}
+        own = [Candidate(row, row, backend, context) for row, context in rows.items()]
+        return [Candidate(AS_IT_IS, "", backend), *own]
+    if not hasattr(backend, "engine") or call.op is not GATED_DELTA:
+        raise ValueError(f"backend {backend.name!r} exposes no configurations to tune")
+    pairs = [(size, chunks) for size in CHUNK_SIZES for chunks in CHUNKS]
+    kind = call.device.type
+    return [Candidate(str(p), f'"{kind}": {p},', _variant(backend, *p)) for p in pairs]
 
-    return Comparator(name, run)
+
+def _bound(spec: OpSpec, **given: object) -> Call:
+    defaults = {n: default for n, default, _ in spec.parameters()}
+    return bind(spec, defaults | given)
 
 
 def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
-    """Measure forward, and forward and backward, of every candidate in turns.
+    """Measure every candidate in turns.
 
     Args:
         name: of the backend.
@@ -57,43 +110,134 @@ def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
         Lines to print: a row per candidate, then the row to paste.
 
     Raises:
-        ValueError: the backend cannot be tuned.
+        ValueError: the backend cannot be tuned, or only emulates on the device.
     """
     backend = registry.get_backend(name)
     if isinstance(backend, str):
         raise ValueError(f"backend {name!r} is not available: {backend}")
-    if not hasattr(backend, "engine"):
-        raise ValueError(f"backend {name!r} exposes no configurations to tune")
-    pairs = [(size, chunks) for size in CHUNK_SIZES for chunks in CHUNKS]
-    candidates = {str(p): _comparator(_variant(backend, *p), str(p)) for p in pairs}
-    for name in cases or ["qwen-16-32-2048"]:
-        case = find_case(name)
-        times = _measure(case, candidates, setting)
-        yield f"{case}, {setting.dtype}: (tokens per chunk, chunks per segment)"
-        for pair in candidates:
-            row = (f"{what} {t[pair].median * 1e3:8.2f} ms" for what, t in times.items())
-            yield f"{pair:>9}  " + "  ".join(row)
-        best = min(candidates, key=lambda pair: times["forward+backward"][pair].median)
-        yield f'fastest forward and backward: "{setting.device.partition(":")[0]}": {best},'
+    kind = setting.device.partition(":")[0]
+    if kind in backend.limits.emulated_devices:
+        raise ValueError(f"backend {name!r} only emulates on {kind}: tune it with --device cuda")
+    for case_name in cases or ["qwen-16-32-2048"]:
+        case = find_case(case_name)
+        yield f"{case}, {setting.dtype}"
+        tuned = _step_actions if case.sizes.T == 1 else _sequence_actions
+        for what, found, failed in tuned(backend, case, setting):
+            yield from (f"{row}  failed: {text}" for row, text in failed.items())
+            times = _time(found, setting)
+            for row, t in times.items():
+                yield f"{what}  {t.median * 1e3:10.4f} ms  {row}"
+            own = [row for row in times if row != AS_IT_IS]
+            if own:
+                best = min(own, key=lambda row: times[row].median)
+                yield f"fastest {what}: {found[best][0].row}"
 
 
-def _measure(
-    case: Case, candidates: dict[str, Comparator], setting: Setting
-) -> dict[str, dict[str, Timing]]:
-    """Check the candidates on a case, then time them in turns."""
+Actions = dict[str, tuple[Candidate, Run]]
+Found = Iterator[tuple[str, Actions, dict[str, str]]]
+
+
+def _sequence_actions(backend: Backend, case: Case, setting: Setting) -> Found:
+    """Check the candidates for a forward, then for forward and backward; yield those that pass."""
     x = make_inputs(case.sizes, setting.torch_dtype, setting.device)
     d_o = make_output_gradient(case.sizes, setting.torch_dtype, setting.device)
-    verify(list(candidates.values()), case, x, gradients=True)
     leaves = with_grad(x)
 
-    def forward(c: Comparator) -> Callable[[], object]:
+    def comparator(c: Candidate) -> Comparator:
+        def run(given: Inputs) -> Tensor:
+            return library.run(c.backend, _bound(GATED_DELTA, **given._asdict()))[0]
+
+        return Comparator(c.name, run, context=c.context)
+
+    def forward(c: Comparator) -> Run:
         return lambda: c.run(x)
 
-    def both(c: Comparator) -> Callable[[], object]:
+    def both(c: Comparator) -> Run:
         return lambda: torch.autograd.grad(c.run(leaves), leaves, d_o)
 
-    times = {}
-    for what, make in (("forward", forward), ("forward+backward", both)):
-        actions = {name: make(c) for name, c in candidates.items()}
-        times[what] = interleave(actions, setting.repeats, device=setting.device)
-    return times
+    for what, operands, make in (("forward", x, forward), ("forward+backward", leaves, both)):
+        if what != "forward" and not backend.limits.grad:
+            continue
+        space = candidates(backend, _bound(GATED_DELTA, **operands._asdict()))
+        named = {c.name: comparator(c) for c in space}
+        passed, failed = _passed(list(named.values()), case, x, what != "forward")
+        yield what, {c.name: (c, make(named[c.name])) for c in space if c.name in passed}, failed
+
+
+def _passed(
+    comparators: list[Comparator], case: Case, x: Inputs, gradients: bool
+) -> tuple[set[str], dict[str, str]]:
+    """Return the names of those that compute the right thing, and why each of the others not."""
+    failed: dict[str, str] = {}
+    runs = []
+    for c in comparators:
+        try:
+            # A configuration that does not compile is no reason to stop.
+            with c.context():
+                c.run(x)
+            runs.append(c)
+        except Exception as error:
+            failed[c.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    if runs:
+        verify(runs, case, x, gradients=gradients)
+    return {c.name for c in runs}, failed
+
+
+def _step_actions(backend: Backend, case: Case, setting: Setting) -> Found:
+    """Check the candidates for a step; yield those that pass."""
+    x = Inputs(
+        *(y.squeeze(1) for y in make_inputs(case.sizes, setting.torch_dtype, setting.device))
+    )
+    s = case.sizes
+    start = torch.randn(s.B, s.HV, s.K, s.V, device=setting.device)
+
+    def action(c: Candidate, state: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        call = _bound(GATED_DELTA_STEP, **x._asdict(), state=state, inplace=True)
+        return lambda: library.run_step(c.backend, call)
+
+    space = candidates(backend, _bound(GATED_DELTA_STEP, **x._asdict(), state=start, inplace=True))
+    found: Actions = {}
+    failed: dict[str, str] = {}
+    for c in space:
+        run = action(c, start.clone())
+        try:
+            with c.context():
+                result = run()
+        except Exception as error:
+            failed[c.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        check_step(c.name, x, start, result, setting)
+        found[c.name] = (c, run)
+    yield "step", found, failed
+
+
+def _time(actions: Actions, setting: Setting) -> dict[str, Timing]:
+    """Time what is left, in turns."""
+    if not setting.device.startswith("cuda"):
+        runs = {name: _within(c, run) for name, (c, run) in actions.items()}
+        return interleave(runs, setting.repeats, device=setting.device) if runs else {}
+    device = Cuda(torch.device(setting.device).index or 0)
+    with device.working():
+        replays = {name: _captured(c, run, device) for name, (c, run) in actions.items()}
+        samples = sample_in_turns(replays, 2.0 * len(replays), device.clock)
+    return {name: Timing(tuple(t for (t,) in found)) for name, found in samples.items()}
+
+
+def _within(c: Candidate, run: Run) -> Run:
+    def wrapped() -> object:
+        with c.context():
+            return run()
+
+    return wrapped
+
+
+def _captured(c: Candidate, run: Run, device: Cuda) -> Callable[[], tuple[float, ...]]:
+    """Return a function that times the device's work of a run."""
+    with c.context():
+        for _ in range(WARMUPS):
+            run()
+        try:
+            replay = device.graph([run])
+        except RuntimeError:
+            replay = device.events([_within(c, run)])
+    return lambda: (replay(),)

@@ -191,7 +191,8 @@ def verify(
     checks: list[Check] = []
     first: list[Tensor] | None = None
     for c in comparators:
-        results = _outputs(c.run, x, d_o, gradients)
+        with c.context():
+            results = _outputs(c.run, x, d_o, gradients)
         found = [judge.check(c.name, results)]
         if first is None:
             first = results

@@ -1,0 +1,277 @@
+"""One decode step in onnxruntime: its bodies, in place and not, against torch and the floor.
+
+The floor is one pass over the state in place, read and written, in the same turns. A sample is
+the mean of a few steps in a row, as a layer of a small model sees them; every way has
+tensors of its own. What is timed was compared with the definition before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto
+from rich.console import Console
+
+from gdn_ops import ops
+from gdn_ops.bench import report, suite
+from gdn_ops.bench.decode_rows import decode_rows
+from gdn_ops.bench.inputs import Inputs, Setting, make_inputs
+from gdn_ops.bench.rows import Result
+from gdn_ops.bench.runner import Timing, interleave
+from gdn_ops.bench.verify import Check, RefusedError
+from gdn_ops.export import DecodeSession, available_bodies, make_decode_model
+from gdn_ops.export.judge import compare
+from gdn_ops.spec import Sizes
+
+WIDTH = 128
+SHAPES = ((1, 16), (1, 32), (8, 16), (8, 32))
+"""(batch rows, heads): states of 1, 2, 8 and 16 MiB."""
+
+STEPS_PER_MIB = 20
+"""Steps in a sample, for a state of 1 MiB; fewer for larger ones."""
+
+ROUNDS_PER_REPEAT = 4
+"""Microseconds are easily disturbed: more rounds than for milliseconds."""
+
+# Without a guard: shapes are made from the operands, so a batch of one would be broadcast.
+_PLAIN = """<domain: "gdn_ops", opset_import: ["": {opset}, "com.microsoft": 1]>
+GatedDeltaStep <num_qk_heads, num_v_heads, scale, rule, qk_l2norm>
+(q, k, v, log_alpha, beta, state) => (o, new_state) {{
+  token = Constant <value_ints = [1]> ()
+  q_flat = Flatten (q)
+  q_p = Unsqueeze (q_flat, token)
+  k_flat = Flatten (k)
+  k_p = Unsqueeze (k_flat, token)
+  v_flat = Flatten (v)
+  v_p = Unsqueeze (v_flat, token)
+  decay = Unsqueeze (log_alpha, token)
+  strength = Unsqueeze (beta, token)
+  o_p, new_state = com.microsoft.LinearAttention <q_num_heads: int = @num_qk_heads,
+    kv_num_heads: int = @num_v_heads, scale: float = @scale, update_rule = "gated_delta">
+    (q_p, k_p, v_p, state, decay, strength)
+  o_to = Shape (v)
+  o = Reshape (o_p, o_to)
+}}"""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a step.
+
+    Attributes:
+        name: as shown.
+        step: runs it once.
+    """
+
+    name: str
+    step: Callable[[], object]
+
+
+def unguarded(model: ModelProto) -> ModelProto:
+    """Return a model of body "ort" with the plain form of it, to see what the guards cost."""
+    plain = ModelProto()
+    plain.CopyFrom(model)
+    opset = next(o.version for o in plain.opset_import if not o.domain)
+    del plain.functions[:]
+    plain.functions.append(onnx.parser.parse_function(_PLAIN.format(opset=opset)))
+    return plain
+
+
+class _Bare:
+    """run_with_iobinding on the buffers of a session, without its checks and copies."""
+
+    def __init__(self, session: DecodeSession) -> None:
+        self.session, self.turn = session, 0
+
+    def step(self) -> None:
+        bindings = self.session._bindings
+        self.session._ort.run_with_iobinding(bindings[self.turn])
+        self.turn = (self.turn + 1) % len(bindings)
+
+
+def _sessions(model: ModelProto, batch: int, x: Inputs, library: str | None) -> list[Way]:
+    """Return the ways in onnxruntime; a session computes with one thread."""
+    feeds = [y.numpy() for y in x]
+    bodies = [body for body in ("standard", "ort") if body in available_bodies()]
+
+    def session(body: str, **options: Any) -> DecodeSession:
+        made = DecodeSession(model, batch=batch, body=body, threads=1, **options)
+        # Fills the buffers for the bare runs.
+        made.step(*feeds)
+        return made
+
+    ways = []
+    for body in bodies:
+        own = session(body)
+        ways.append(Way(f"{body} in place", _calls(own, feeds)))
+        ways.append(Way(f"{body} in place, bare", _Bare(own).step))
+        ways.append(Way(f"{body} two buffers", _Bare(session(body, in_place=False)).step))
+    if "ort" in bodies:
+        ways.append(Way("ort in place, bare, no guards", _plain_run(model, session("ort"))))
+    if library is not None:
+        custom = session("custom", custom_op_library=library)
+        ways.append(Way("custom in place", _calls(custom, feeds)))
+    return ways
+
+
+def _calls(session: DecodeSession, feeds: list[Any]) -> Callable[[], object]:
+    return lambda: session.step(*feeds)
+
+
+def _plain_run(model: ModelProto, session: DecodeSession) -> Callable[[], None]:
+    """Return a run of the body without guards on the buffers of a session."""
+    from gdn_ops.export.model import set_body, states_of
+    from gdn_ops.export.runtime import open_session
+
+    session._ort = open_session(unguarded(set_body(model, "ort")), None, 1, None)
+    session._bindings = [session._bind(0, states_of(model))]
+    return _Bare(session).step
+
+
+def _torch_ways(x: Inputs, state: torch.Tensor) -> list[Way]:
+    """Return the steps of torch, new states and in place."""
+    alpha = x.log_alpha.exp()
+
+    def way(name: str, backend: str, inplace: bool) -> Way:
+        kept = state.clone()
+
+        def step() -> object:
+            nonlocal kept
+            o, kept = ops.gated_delta_step(
+                x.q, x.k, x.v, alpha, x.beta, kept, inplace=inplace, backend=backend
+            )
+            return o
+
+        return Way(name, step)
+
+    return [
+        way("torch", "torch", False),
+        way("torch in place", "torch", True),
+        way("compile", "compile", False),
+        way("compile in place", "compile", True),
+    ]
+
+
+def _floor(state: torch.Tensor) -> Way:
+    values = state.numpy().copy()
+    return Way("floor", lambda: np.multiply(values, 1.0, out=values))
+
+
+def _check(model: ModelProto, case: str, batch: int, library: str | None) -> list[Check]:
+    """Compare every body with the definition.
+
+    Raises:
+        RefusedError: one of them computes something else.
+    """
+    bodies = [body for body in ("standard", "ort") if body in available_bodies()]
+    checks = []
+    for body in (*bodies, *(["custom"] if library is not None else [])):
+        found = compare(
+            model,
+            body,
+            batch=batch,
+            tokens=2,
+            custom_op_library=library if body == "custom" else None,
+        )
+        pairs = (("o", found.o, found.allowed_o), ("state", found.state, found.allowed_state))
+        checks += [Check(body, case, what, error, allowed) for what, error, allowed in pairs]
+    for check in checks:
+        if not check.passed:
+            raise RefusedError(str(check))
+    return checks
+
+
+def measure(
+    batch: int, heads: int, width: int, rounds: int, library: str | None, result: Result
+) -> None:
+    """Compare and time one shape; rows and checks are added to the result.
+
+    Raises:
+        RefusedError: a body computes something else.
+    """
+    mib = 4 * batch * heads * width * width / 2**20
+    case = f"{mib:.3g} MiB, B={batch} H={heads}"
+    model = make_decode_model(
+        num_qk_heads=heads, num_v_heads=heads, head_k_dim=width, head_v_dim=width
+    )
+    result.checks += _check(model, case, batch, library)
+    sizes = Sizes(batch, 1, heads, heads, width, width, batch)
+    x = Inputs(*(y.squeeze(1).contiguous() for y in make_inputs(sizes, torch.float32)))
+    state = torch.randn(batch, heads, width, width, generator=torch.Generator().manual_seed(2))
+    ways = [_floor(state), *_sessions(model, batch, x, library), *_torch_ways(x, state)]
+    count = max(2, round(STEPS_PER_MIB / max(mib, 1)))
+
+    def sample(way: Way) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(count):
+                way.step()
+
+        return run
+
+    with torch.no_grad():
+        actions = {way.name: sample(way) for way in ways}
+        timing = interleave(actions, rounds, warmups=2, collect=False)
+    per_step = {
+        name: Timing(tuple(seconds / count for seconds in t.samples)) for name, t in timing.items()
+    }
+    result.rows += decode_rows(case, mib, per_step)
+
+
+def run(
+    setting: Setting,
+    library: str | None = None,
+    tell: suite.Tell = lambda text: None,
+    shapes: tuple[tuple[int, int], ...] = SHAPES,
+    width: int = WIDTH,
+) -> Result:
+    """Measure every shape with one thread.
+
+    Args:
+        setting: the number of rounds; it is float32 on the CPU here.
+        library: path of a custom-op library, or None.
+        tell: told in one line what starts now.
+        shapes: (batch rows, heads).
+        width: K = V.
+
+    Raises:
+        RefusedError: a body computes something else.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = Result(suite.system(setting))
+        if "ort" not in available_bodies():
+            result.skipped.append(("decode", "ort", "onnxruntime 1.25 or newer has its kernel"))
+        rounds = ROUNDS_PER_REPEAT * setting.repeats
+        for batch, heads in shapes:
+            tell(f"B={batch} H={heads}")
+            measure(batch, heads, width, rounds, library, result)
+        return result
+    finally:
+        torch.set_num_threads(before)
+
+
+def show_run(library: str | None, setting: Setting, out: Path | None) -> None:
+    """Run, print and write what `gdn-ops bench decode` asks for.
+
+    Raises:
+        RefusedError: as `run`.
+        SpecError: the library cannot be loaded.
+        ModuleNotFoundError: onnx or onnxruntime is not installed.
+    """
+    console = Console()
+    with console.status("starting") as status:
+        result = run(replace(setting, dtype="float32", device="cpu"), library, status.update)
+    console.print(f"onnxruntime {result.system['versions']['onnxruntime']}, one thread")
+    report.show(result, console)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "decode-cpu-float32.json"
+        report.write_json(result, path)
+        console.print(str(path), markup=False)

@@ -1,0 +1,74 @@
+"""The rows of `gdn-ops bench decode`: times, and what is judged of them."""
+
+from __future__ import annotations
+
+import statistics
+
+from gdn_ops.bench.rows import Row
+from gdn_ops.bench.runner import Timing
+
+
+def decode_rows(case: str, mib: float, timing: dict[str, Timing]) -> list[Row]:
+    """Return times, and what the issue of being fast enough is decided by."""
+    floor, us = timing["floor"].median, 1e6
+    rows = [
+        Row(
+            "decode",
+            case,
+            name,
+            "us",
+            t.median * us,
+            t.best * us,
+            len(t.samples),
+            ratio=floor / t.median,
+            against="floor",
+            floor=floor * us,
+        )
+        for name, t in timing.items()
+    ]
+    if "ort in place" not in timing:
+        return rows
+    own = timing["ort in place"]
+    bound = 4.0 if mib < 2 else 3.0
+    rows.append(_ratio(case, "ort / floor", own, timing["floor"], bound, at_least=False))
+    for other, least in (("standard in place", 3.0), ("torch", 3.0), ("compile", 2.0)):
+        rows.append(_ratio(case, f"{other} / ort", timing[other], own, least, at_least=True))
+    bare = timing["ort in place, bare"]
+    guards = timing["ort in place, bare, no guards"]
+    rows.append(_difference(case, "cost of guards", bare, guards, 15.0))
+    rows.append(_difference(case, "cost of step()", own, bare, 25.0))
+    return rows
+
+
+def _ratio(case: str, name: str, x: Timing, y: Timing, bound: float, *, at_least: bool) -> Row:
+    value = x.median / y.median
+    reached = value >= bound if at_least else value <= bound
+    text = f"{'>=' if at_least else '<='} {bound:g}x"
+    return Row(
+        "decode",
+        case,
+        name,
+        "x",
+        value,
+        x.best / y.best,
+        len(x.samples),
+        target=text,
+        reached=reached,
+    )
+
+
+def _difference(case: str, name: str, x: Timing, y: Timing, bound: float) -> Row:
+    # Of each round: a disturbance that lasts longer meets both.
+    value = statistics.median(a - b for a, b in zip(x.samples, y.samples, strict=True)) * 1e6
+    best = (x.best - y.best) * 1e6
+    return Row(
+        "decode",
+        case,
+        name,
+        "us",
+        value,
+        best,
+        len(x.samples),
+        target=f"<= {bound:g} us",
+        reached=value <= bound,
+    )

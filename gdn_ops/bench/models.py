@@ -1,0 +1,300 @@
+"""Whole models of transformers, with their own delta rule and with gdn_ops, in turns.
+
+One random Qwen3.5 in float32: hidden 1024, four layers of which three are linear attention, 16
+key heads and 32 value heads of 128. Both ways run the same model object in the same process,
+after their logits and loss were compared; peak memory is measured in a process of its own each,
+which is this file run as `python -m gdn_ops.bench.models JSON`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from gdn_ops import registry
+from gdn_ops.bench import memory, report, suite
+from gdn_ops.bench.inputs import Setting
+from gdn_ops.bench.rows import Result, Row, Target
+from gdn_ops.bench.runner import Timing, interleave
+from gdn_ops.bench.verify import Check, RefusedError
+from gdn_ops.compat.transformers import accelerate
+
+PEER = "transformers"
+ALLOWED = 1e-4
+"""Largest relative difference of logits and loss that is the same model in float32."""
+
+DECODED = 8
+"""Tokens per timed decode."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A random Qwen3.5 and how many tokens it reads.
+
+    Attributes:
+        tokens: of the prompt and of the training step.
+        hidden, intermediate, layers, vocabulary: of the model; every fourth layer attends fully.
+        key_heads, value_heads, width: of linear attention, K = V = width.
+    """
+
+    tokens: int = 2048
+    hidden: int = 1024
+    intermediate: int = 3584
+    layers: int = 4
+    vocabulary: int = 4096
+    key_heads: int = 16
+    value_heads: int = 32
+    width: int = 128
+
+    @property
+    def case(self) -> str:
+        """Name of the case."""
+        return f"qwen3.5-{self.hidden}x{self.layers}-T{self.tokens}"
+
+
+TARGETS = tuple(
+    Target(what, Shape().case, "torch", bound, at_least, True, text)
+    for what, bound, at_least, text in (
+        ("prefill", 1.4, True, ">= 1.4x faster"),
+        ("training step", 2.0, True, ">= 2x faster"),
+        ("decode", 1.0, True, "not slower"),
+        ("memory", 0.5, False, "<= 1/2"),
+    )
+)
+"""For float32 on CPUs, memory being that of a training step."""
+
+
+def build(shape: Shape) -> Any:
+    """Return the model, in eval mode.
+
+    Raises:
+        ValueError: transformers is not usable.
+    """
+    try:
+        import transformers
+        from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+    except ImportError as error:
+        raise ValueError(f"bench models needs transformers with Qwen3.5: {error}") from error
+    transformers.utils.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        vocab_size=shape.vocabulary,
+        num_attention_heads=shape.hidden // 128 or 1,
+        num_key_value_heads=max(1, shape.hidden // 512),
+        head_dim=min(128, shape.hidden),
+        linear_num_key_heads=shape.key_heads,
+        linear_num_value_heads=shape.value_heads,
+        linear_key_head_dim=shape.width,
+        linear_value_head_dim=shape.width,
+        pad_token_id=0,
+    )
+    return Qwen3_5ForCausalLM(config).eval()
+
+
+def prompt(shape: Shape) -> Tensor:
+    """Return the tokens, (1, T)."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(1, shape.vocabulary, (1, shape.tokens), generator=generator)
+
+
+def way(name: str) -> AbstractContextManager[Any]:
+    """Return the context in which a comparator computes."""
+    return contextlib.nullcontext() if name == PEER else accelerate(name)
+
+
+@torch.no_grad()
+def prefill(model: Any, ids: Tensor) -> Tensor:
+    """Fill a cache and return the logits of the next token."""
+    logits: Tensor = model(ids, use_cache=True, logits_to_keep=1).logits
+    return logits
+
+
+def training_step(model: Any, ids: Tensor) -> Tensor:
+    """Return the loss, after its gradients were computed and dropped."""
+    loss: Tensor = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+class Decoder:
+    """Decodes on and on from a cache of its own."""
+
+    def __init__(self, model: Any, ids: Tensor) -> None:
+        self.model = model
+        with torch.no_grad():
+            self.cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        self.token = ids[:, -1:]
+
+    @torch.no_grad()
+    def run(self) -> Tensor:
+        """Decode DECODED tokens; return the logits of the last."""
+        for _ in range(DECODED):
+            out = self.model(self.token, past_key_values=self.cache, use_cache=True)
+            self.token = out.logits.argmax(-1)
+        logits: Tensor = out.logits
+        return logits
+
+
+def run(
+    backends: Sequence[str], setting: Setting, tell: suite.Tell, shape: Shape | None = None
+) -> Result:
+    """Compare, then measure.
+
+    Args:
+        backends: of gdn_ops.
+        setting: the number of rounds.
+        tell: told what starts now, five times.
+        shape: the model.
+
+    Raises:
+        RefusedError: a backend computes another model; nothing was timed.
+        ValueError: a backend is unknown, transformers not usable, or it is not float32 on a CPU.
+    """
+    shape = shape or Shape()
+    if (setting.dtype, setting.device) != ("float32", "cpu"):
+        raise ValueError(
+            f"bench models measures float32 on cpu, not {setting.dtype} on {setting.device}"
+        )
+    for name in backends:
+        registry.get_backend(name)
+    result, names = Result(suite.system(setting)), (PEER, *backends)
+    result.system["model"] = asdict(shape)
+    _in_turns(names, setting, tell, shape, result)
+    tell("memory of a training step")
+    result.rows += _memory_rows(names, shape, result)
+    return result
+
+
+def _in_turns(
+    names: Sequence[str], setting: Setting, tell: suite.Tell, shape: Shape, result: Result
+) -> None:
+    """Compare and time; the model is gone afterwards."""
+    tell("logits and loss")
+    model, ids = build(shape), prompt(shape)
+    result.checks += _verify(model, ids, names, shape.case)
+    decoders = {}
+    for name in names:
+        with way(name):
+            decoders[name] = Decoder(model, ids[:, : min(128, shape.tokens)])
+
+    def once(what: str, name: str) -> object:
+        with way(name):
+            if what == "decode":
+                return decoders[name].run()
+            return (prefill if what == "prefill" else training_step)(model, ids)
+
+    for what in ("prefill", "training step", "decode"):
+        tell(what)
+        actions = {name: functools.partial(once, what, name) for name in names}
+        result.rows += _timed_rows(what, shape.case, interleave(actions, setting.repeats))
+
+
+def _verify(model: Any, ids: Tensor, names: Sequence[str], case: str) -> list[Check]:
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in names:
+        with way(name):
+            found[name] = prefill(model, ids), training_step(model, ids)
+    checks = []
+    for name in names[1:]:
+        for what, x, own in zip(("logits", "loss"), found[name], found[PEER], strict=True):
+            error = float((x - own).norm() / own.norm())
+            check = Check(name, case, f"{what} against {PEER}", error, ALLOWED)
+            if not check.passed:
+                raise RefusedError(str(check))
+            checks.append(check)
+    return checks
+
+
+def _row(
+    what: str, case: str, name: str, unit: str, numbers: tuple[float, float, int], ratio: float
+) -> Row:
+    """Return a row with its target looked up."""
+    key = (what, case, name)
+    judged: dict[str, Any] = {}
+    for t in TARGETS:
+        if (t.what, t.case, t.comparator) == key:
+            judged = {"target": t.text, "reached": t.reached(numbers[0], ratio)}
+    return Row(what, case, name, unit, *numbers, ratio, PEER, **judged)
+
+
+def _timed_rows(what: str, case: str, timing: dict[str, Timing]) -> list[Row]:
+    own, scale = timing[PEER].median, 1e3 / (DECODED if what == "decode" else 1)
+    rows = []
+    for name, t in timing.items():
+        numbers = (t.median * scale, t.best * scale, len(t.samples))
+        rows.append(_row(what, case, name, "ms", numbers, own / t.median))
+    return rows
+
+
+def _memory_rows(names: Sequence[str], shape: Shape, result: Result) -> list[Row]:
+    peaks: dict[str, float] = {}
+    for name in names:
+        order = {"name": name, "shape": asdict(shape), "threads": torch.get_num_threads()}
+        done = subprocess.run(
+            [sys.executable, "-m", "gdn_ops.bench.models", json.dumps(order)],
+            env=memory.child_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or [""])[-1]
+            result.skipped.append(("memory", name, f"its process failed: {reason}"))
+            continue
+        peaks[name] = memory.Peak(**json.loads(done.stdout.splitlines()[-1])).bytes / 2**20
+    if PEER not in peaks:
+        return []
+    at = ("memory", shape.case)
+    return [_row(*at, n, "MiB", (m, m, 1), m / peaks[PEER]) for n, m in peaks.items()]
+
+
+def show_run(backends: Sequence[str], setting: Setting, out: Path | None) -> None:
+    """Run, print and write what `gdn-ops bench models` asks for.
+
+    Raises:
+        RefusedError, ValueError: as `run`.
+    """
+    console = Console()
+    with console.status("starting") as status:
+        result = run(backends, setting, status.update)
+    report.show(result, console)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"models-{setting.device}-{setting.dtype}.json"
+        report.write_json(result, path)
+        console.print(str(path), markup=False)
+
+
+def _main(order: dict[str, Any]) -> None:
+    """Print the peak of one training step, after one on a few tokens."""
+    torch.set_num_threads(order["threads"])
+    shape = Shape(**order["shape"])
+    model, ids = build(shape), prompt(shape)
+    with way(order["name"]):
+        training_step(model, ids[:, : min(256, shape.tokens)])
+        memory._return_free_memory()
+        exact = memory._reset_high_water()
+        baseline = memory._status_bytes("VmRSS") or memory._high_water()
+        training_step(model, ids)
+    peak = memory.Peak(max(0, memory._high_water() - baseline), baseline, exact)
+    print(json.dumps(asdict(peak)))
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))

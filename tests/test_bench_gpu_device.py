@@ -1,0 +1,58 @@
+"""What `bench gpu` asks of a real GPU; `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gdn_ops.bench.gpu_device import Cuda
+from gdn_ops.bench.gpu_measure import measure_row
+from gdn_ops.bench.gpu_peers import Ours
+from gdn_ops.bench.gpu_rows import GpuRow
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+]
+
+
+def test_a_graph_replays_what_was_captured_and_takes_as_long() -> None:
+    device = Cuda()
+    with device.working(), torch.no_grad():
+        x = torch.ones(1 << 26, device=device.torch_device)
+
+        def work() -> None:
+            x.mul_(2.0)
+
+        work()
+        once, often = (device.graph([work] * n) for n in (1, 10))
+        x.fill_(1.0)
+        times = [(once(), often()) for _ in range(5)]
+        assert x[0].item() == 2.0**55
+    single, tenfold = (min(t) for t in zip(*times, strict=True))
+    assert 7 < tenfold / single < 13
+    assert device.peak(lambda: torch.ones(1 << 20, device="cuda")) >= 4 << 20
+    assert device.facts.memory > device.facts.l2 > 0
+
+
+def test_a_run_that_waits_for_the_device_is_not_captured() -> None:
+    device = Cuda()
+    x = torch.ones(8, device=device.torch_device)
+    with device.working(), pytest.raises(RuntimeError, match="synchronizing"):
+        device.graph([lambda: x.sum().item()])
+    with device.working():
+        assert device.graph([lambda: x.mul_(1.0)])() > 0
+
+
+@pytest.mark.parametrize("what", ["forward", "backward", "step"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_row_is_measured(what: str, backend: str) -> None:
+    lengths = (1, 1) if what == "step" else (256,)
+    row = GpuRow(what, (2, 4), lengths)
+    (outcome,) = measure_row(row, [Ours(backend)], Cuda(), 60.0, lambda event: None)
+    assert outcome.status == "measured", outcome.reason
+    assert outcome.error is not None and outcome.error < 0.05
+    assert outcome.kernel is not None and outcome.wall is not None
+    assert 0 < outcome.kernel < outcome.wall
+    if backend == "triton":
+        assert outcome.kernel_by == "graph", outcome.reason

@@ -1,0 +1,371 @@
+"""A run of `bench gpu` comes to its end: by the clock, whatever a contender does to its process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import gdn_ops
+from gdn_ops import commands
+from gdn_ops.bench import gpu, gpu_report, gpu_run
+from gdn_ops.bench.gpu_process import StoppedError
+from gdn_ops.bench.gpu_result import Conformance, GpuResult, Outcome
+from gdn_ops.bench.gpu_rows import ROWS
+from gdn_ops.bench.gpu_run import Plan, run
+
+SYSTEM = {
+    "date": "2026-11-21",
+    "device": "NVIDIA H200",
+    "driver": "580.1",
+    "versions": {"torch": "2.13.0", "gdn_ops": "0.1.0"},
+}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeWorker:
+    """Answers orders from a script; time passes as the script says."""
+
+    def __init__(self, script: Script) -> None:
+        self.script, self.closed = script, False
+        script.workers.append(self)
+
+    def ask(self, order: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+        assert not self.closed
+        self.script.orders.append((order, seconds))
+        yield from self.script.answer(order, seconds)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Script:
+    """What the workers of a run do: measure in a time, hang or die at a contender."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.workers: list[FakeWorker] = []
+        self.orders: list[tuple[dict[str, Any], float]] = []
+        self.seconds = 1.0
+        self.hangs: set[str] = set()
+        self.dies: set[str] = set()
+        self.wrong: set[str] = set()
+        self.red: set[str] = set()
+
+    def start(self) -> FakeWorker:
+        return FakeWorker(self)
+
+    def answer(self, order: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+        if order["do"] == "check":
+            name = order["backend"]
+            yield {"conformance": asdict(Conformance(name, name not in self.red, 3, 11, 0.5))}
+        elif order["do"] == "warm":
+            yield from ({"warm": row} for row in order["rows"])
+        else:
+            yield {"at": "reference"}
+            for name in order["contenders"]:
+                yield from self._contender(name, seconds)
+            self.clock.now += self.seconds
+
+    def _contender(self, name: str, seconds: float) -> Iterator[dict[str, Any]]:
+        yield {"at": name}
+        if name in self.hangs:
+            self.clock.now += seconds
+            raise StoppedError(f"stopped after {seconds:.0f} s")
+        if name in self.dies:
+            raise StoppedError("the process ended with signal SIGSEGV")
+        status = "wrong" if name in self.wrong else "measured"
+        is_peer = name not in ("triton", "torch")
+        outcome = Outcome(name, "1", is_peer, status, kernel=1.0, wall=2.0, host=1.5, error=1e-3)
+        yield {"outcome": asdict(outcome)}
+
+    def rows(self) -> list[tuple[str, list[str]]]:
+        return [(o["row"], o["contenders"]) for o, _ in self.orders if o["do"] == "row"]
+
+
+@pytest.fixture
+def script() -> Script:
+    return Script(Clock())
+
+
+def go(script: Script, folder: Path, **changes: Any) -> tuple[GpuResult, list[str]]:
+    told: list[str] = []
+    plan = Plan(("triton", "torch"), ("fla",), **changes)
+    result = run(plan, SYSTEM, folder, told.append, start=script.start, clock=script.clock)
+    return result, told
+
+
+def test_every_row_is_measured_in_its_order_and_every_process_ended(
+    script: Script, tmp_path: Path
+) -> None:
+    result, told = go(script, tmp_path)
+    everybody = ["triton", "torch", "fla"]
+    assert script.rows() == [(row.name, everybody) for row in ROWS]
+    assert [row for row, _ in result.rows] == list(ROWS)
+    assert not result.failed
+    assert all(worker.closed for worker in script.workers)
+    assert len(script.workers) == 2 + 3 * 3 + 1, "checks, warm-ups, and one for all rows"
+    assert told[-1] == f"{ROWS[-1].name}: triton 1 ms, torch 1 ms, fla 1 ms"
+
+
+def test_everybody_compiles_for_every_kind_of_row_before(script: Script, tmp_path: Path) -> None:
+    go(script, tmp_path)
+    warmed: dict[str, list[str]] = {"triton": [], "torch": [], "fla": []}
+    for order, _ in script.orders:
+        if order["do"] == "warm":
+            warmed[order["contender"]] += order["rows"]
+    kinds = {(r.what, r.heads, r.dims, r.dtype, r.packed, r.state_dtype) for r in ROWS}
+    assert {name: len(rows) for name, rows in warmed.items()} == dict.fromkeys(warmed, len(kinds))
+    assert ROWS[0].name in warmed["fla"]
+    assert set(warmed["fla"]) < {row.name for row in ROWS}
+
+
+def test_the_result_is_written_after_every_row(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    path = tmp_path / "gpu-nvidia-h200.json"
+    line = gpu_report.line
+
+    def spy(*arguments: Any) -> str:
+        written.append(len(json.loads(path.read_text())["rows"]))
+        return line(*arguments)
+
+    monkeypatch.setattr(gpu_report, "line", spy)
+    go(script, tmp_path, rows=ROWS[:4])
+    assert written == [1, 2, 3, 4]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_ends_in_its_time_and_names_what_it_left_out(script: Script, tmp_path: Path) -> None:
+    script.seconds = 20.0
+    result, _ = go(script, tmp_path, seconds=100.0)
+    assert script.clock.now <= 100.0 + script.seconds
+    assert all(seconds <= 100.0 for _, seconds in script.orders)
+    statuses = [[o.status for o in outcomes] for _, outcomes in result.rows]
+    assert statuses[:5] == [["measured"] * 3] * 5
+    assert statuses[5:] == [["left out"] * 3] * (len(ROWS) - 5)
+    assert {o.reason for _, outcomes in result.rows[5:] for o in outcomes} == {"not measured: time"}
+
+
+def test_a_contender_that_hangs_costs_itself_and_is_left_out_in_the_end(
+    script: Script, tmp_path: Path
+) -> None:
+    script.hangs = {"fla"}
+    result, _ = go(script, tmp_path, rows=ROWS[:5])
+    # Rows 0, 1 and 4 are forwards; 2 is a backward, 3 a step.
+    assert script.rows() == [
+        (ROWS[0].name, ["triton", "torch", "fla"]),
+        (ROWS[1].name, ["triton", "torch", "fla"]),
+        (ROWS[2].name, ["triton", "torch", "fla"]),
+        (ROWS[3].name, ["triton", "torch", "fla"]),
+        (ROWS[4].name, ["triton", "torch"]),
+    ]
+    by_row = [{o.contender: o for o in outcomes} for _, outcomes in result.rows]
+    assert all(found["triton"].status == "measured" for found in by_row)
+    assert by_row[0]["fla"].status == "failed"
+    assert by_row[0]["fla"].reason == "not measured: stopped after 90 s"
+    assert by_row[1]["fla"].reason == "not measured: stopped after 45 s"
+    assert by_row[4]["fla"].status == "left out"
+    assert by_row[4]["fla"].reason.startswith("left out after it was stopped 2 times: stopped")
+    assert script.clock.now < gpu_run.SECONDS
+
+
+def test_a_row_is_tried_again_without_the_one_who_ended_the_process(
+    script: Script, tmp_path: Path
+) -> None:
+    script.dies = {"torch"}
+    result, _ = go(script, tmp_path, rows=ROWS[:1])
+    assert script.rows() == [
+        (ROWS[0].name, ["triton", "torch", "fla"]),
+        (ROWS[0].name, ["fla"]),
+    ]
+    outcomes = {o.contender: o for o in result.rows[0][1]}
+    assert outcomes["torch"].reason == "not measured: the process ended with signal SIGSEGV"
+    assert outcomes["triton"].status == outcomes["fla"].status == "measured"
+
+
+def test_a_process_that_ends_while_timing_leaves_the_row_out(tmp_path: Path) -> None:
+    class Timing(Script):
+        def answer(self, order: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+            if order["do"] != "row":
+                yield from super().answer(order, seconds)
+                return
+            yield {"at": "timing"}
+            raise StoppedError("stopped after 9 s")
+
+    result, _ = go(Timing(Clock()), tmp_path, rows=ROWS[:1])
+    reasons = {o.reason for o in result.rows[0][1]}
+    assert reasons == {"not measured: stopped after 9 s, at timing"}
+
+
+def test_a_wrong_backend_stops_everything(script: Script, tmp_path: Path) -> None:
+    script.red = {"triton"}
+    result, told = go(script, tmp_path)
+    assert result.failed
+    assert result.rows == [] and script.rows() == []
+    assert told[-1] == "a backend is wrong: nothing is timed"
+    data = json.loads((tmp_path / "gpu-nvidia-h200.json").read_text())
+    assert data["failed"] is True
+    assert [c["passed"] for c in data["conformance"]] == [False, True]
+    assert gpu_report.text(result).endswith("nothing was timed")
+
+
+def test_a_check_that_dies_is_red_and_one_that_is_too_slow_is_not(tmp_path: Path) -> None:
+    class Checks(Script):
+        def answer(self, order: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+            if order["do"] == "check":
+                yield {"conformance": asdict(Conformance(order["backend"], True, 2, 11, 0.5))}
+                raise StoppedError(self.why)
+            yield from super().answer(order, seconds)
+
+    script = Checks(Clock())
+    script.why = "stopped after 30 s"  # type: ignore[attr-defined]
+    result, _ = go(script, tmp_path, rows=ROWS[:1])
+    assert [(c.passed, c.examples, c.text) for c in result.conformance] == [
+        (True, 2, "stopped after 30 s")
+    ] * 2
+    script.why = "the process ended with exit code 1: RuntimeError"  # type: ignore[attr-defined]
+    assert go(script, tmp_path)[0].failed
+
+
+def test_a_wrong_row_of_ours_fails_the_run_and_of_a_peer_does_not(
+    script: Script, tmp_path: Path
+) -> None:
+    script.wrong = {"fla"}
+    assert not go(script, tmp_path, rows=ROWS[:1])[0].failed
+    script.wrong = {"triton"}
+    assert go(script, tmp_path, rows=ROWS[:2])[0].failed
+
+
+# The report.
+
+
+def test_the_report_names_times_goals_and_what_is_not_ours(script: Script, tmp_path: Path) -> None:
+    script.dies = {"torch"}
+    result, _ = go(script, tmp_path, rows=ROWS[:4])
+    text = gpu_report.text(result)
+    lines = text.splitlines()
+    assert lines[0] == "NVIDIA H200, driver 580.1, torch 2.13.0, 2026-11-21"
+    rows = {name: i for i, name in enumerate(lines) if not name.startswith(" ")}
+    first = lines[rows["forward 16/64 T=8192"] + 1 :][:5]
+    assert first[0].split() == [
+        *("triton", "1", "-", "2", "1.5e+03", "1.0e-03", "-", "-"),
+        *("goal", "kernel", "<=", "0.5", "ms:", "missed"),
+    ]
+    assert "not measured: the process ended with signal SIGSEGV" in first[1]
+    assert first[2].split()[:3] == ["fla", "1", "0.814"]
+    assert [line.split() for line in first[3:]] == [
+        ["flash_qla", "-", "0.397"],
+        ["flashinfer", "-", "0.392"],
+    ]
+    assert "onnxruntime  -" in text and "0.0058, 0.0185 wall" in text
+    assert lines[-2].startswith("theirs: published, not measured here (theirs: NVIDIA H200, CUDA")
+    assert lines[-1] == "goals reached: 1 of 5, not measured: 0"
+
+
+def test_the_result_becomes_json_and_a_plot(script: Script, tmp_path: Path) -> None:
+    result, _ = go(script, tmp_path, rows=ROWS[:4])
+    written = gpu_report.write(result, tmp_path)
+    assert written == [tmp_path / "gpu-nvidia-h200.json", tmp_path / "gpu-nvidia-h200.png"]
+    assert (tmp_path / "gpu-nvidia-h200.png").read_bytes()[1:4] == b"PNG"
+    data = json.loads((tmp_path / "gpu-nvidia-h200.json").read_text())
+    assert data["schema"] == 1
+    assert data["system"] == SYSTEM
+    row = data["rows"][0]
+    assert row["name"] == "forward 16/64 T=8192"
+    assert row["sizes"]["HV"] == 64
+    assert row["published"][0] == {"who": "flash_qla", "ms": 0.397, "what": "kernel"}
+    assert row["goals"] == [
+        {"backend": "triton", "what": "kernel", "at_most": 0.5, "reached": False}
+    ]
+    assert [o["contender"] for o in row["outcomes"]] == ["triton", "torch", "fla"]
+
+
+def test_without_matplotlib_there_is_a_reason_instead_of_a_plot(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, _ = go(script, tmp_path, rows=ROWS[:1])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert gpu_report.write(result, tmp_path)[1] == (
+        "no plot: package 'matplotlib.figure' is not installed"
+    )
+
+
+def test_results_go_into_the_checkout_or_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(gdn_ops.__file__).resolve().parents[1]
+    assert gpu_report.default_folder() == root / "benchmarks" / "results"
+    monkeypatch.setattr(gdn_ops, "__file__", str(tmp_path / "site" / "gdn_ops" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert gpu_report.default_folder() == tmp_path
+
+
+# The plan and the command.
+
+
+def test_the_plan_takes_what_can_run_on_a_gpu_and_says_what_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = {"triton": "package 'triton' is not installed"}
+    monkeypatch.setattr(gdn_ops.registry, "known_backends", lambda: ["triton", "torch", "naive"])
+    found = gdn_ops.registry.get_backend
+    monkeypatch.setattr(gdn_ops.registry, "get_backend", lambda n: answers.get(n) or found(n))
+    plan = gpu.make_plan([], gpu.PEERS, 450.0)
+    assert plan.backends == ("torch",)
+    assert plan.left_out == (
+        ("triton", "package 'triton' is not installed"),
+        ("tilelang", "this version has no such backend"),
+    )
+    assert gpu.make_plan(["naive"], [], 1.0).backends == ("naive",)
+    with pytest.raises(ValueError, match="unknown peer 'x', known: fla, flash_qla, flashinfer"):
+        gpu.make_plan([], ["x"], 1.0)
+    with pytest.raises(gdn_ops.SpecError, match="unknown backend 'x'"):
+        gpu.make_plan(["x"], [], 1.0)
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(commands.app, ["bench", "gpu"])
+    assert result.exit_code == 2
+    assert result.stderr == "gdn-ops: no GPU: torch.cuda.is_available() is False\n"
+    assert gpu.main([]) == 2
+    result = CliRunner().invoke(commands.app, ["bench", "gpu", "--peer", "x"])
+    assert result.exit_code == 2
+    assert "unknown peer 'x'" in result.stderr
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_command_runs_shows_and_ends_with_the_verdict(
+    wrong: bool, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.red = {"torch"} if wrong else set()
+
+    def fake(plan: Plan, system: Any, folder: Path, tell: Any) -> GpuResult:
+        assert (plan.backends, plan.peers, plan.seconds) == (("torch",), ("fla",), 60.0)
+        plan = replace(plan, rows=ROWS[:1])
+        return run(plan, system, folder, tell, start=script.start, clock=script.clock)
+
+    monkeypatch.setattr(gpu, "run", fake)
+    monkeypatch.setattr(gpu, "system", lambda seconds: SYSTEM)
+    arguments = ["bench", "gpu", "--backend", "torch", "--peer", "fla", "--seconds", "60"]
+    result = CliRunner().invoke(commands.app, [*arguments, "--out", str(tmp_path)])
+    assert result.exit_code == int(wrong), result.output
+    assert ("nothing was timed" in result.output) == wrong
+    assert str(tmp_path / "gpu-nvidia-h200.json") in result.output

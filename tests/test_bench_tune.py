@@ -1,0 +1,158 @@
+"""Tuning tries what a backend offers, shows what fails, and prints the row to paste."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+from torch import Tensor
+
+import gdn_ops
+from gdn_ops import Limits, registry
+from gdn_ops.backends.torch import Torch
+from gdn_ops.bench import runner
+from gdn_ops.bench import tune as tuning
+from gdn_ops.bench.inputs import Setting, find_case
+from gdn_ops.bench.tune import AS_IT_IS, tune
+from gdn_ops.bench.verify import RefusedError
+
+ONCE = Setting(repeats=1)
+SHORT = {"tiny": 12}
+
+
+@dataclass(frozen=True)
+class Config:
+    tiles: int
+
+    def __str__(self) -> str:
+        return f"Config(tiles={self.tiles}),"
+
+
+class Tunable(Torch):
+    """The torch backend with configurations that change nothing but a log."""
+
+    name = "tunable"
+    log: ClassVar[list[tuple[str, int]]] = []
+    current: ClassVar[int] = 0
+    offered: ClassVar[tuple[int, ...]] = (1, 2)
+
+    def tunables(self, call: Any) -> Sequence[object]:
+        gradients = (Config(8),) if call.needs_grad else ()
+        return (*map(Config, self.offered), *gradients)
+
+    @contextlib.contextmanager
+    def using(self, config: object) -> Iterator[None]:
+        assert isinstance(config, Config)
+        previous, Tunable.current = Tunable.current, config.tiles
+        try:
+            yield
+        finally:
+            Tunable.current = previous
+
+    def forward(self, call: Any) -> gdn_ops.Forward:
+        if self.current == 3:
+            raise RuntimeError("out of resource: shared memory\nRequired: 300000")
+        self.log.append(("forward", self.current))
+        return super().forward(call)
+
+    def backward(self, call: Any, *arguments: Any) -> gdn_ops.Grads:
+        self.log.append(("backward", self.current))
+        return super().backward(call, *arguments)
+
+    def step(self, call: Any) -> tuple[Tensor, Tensor]:
+        self.log.append(("step", self.current))
+        return super().step(call)
+
+
+@pytest.fixture(autouse=True)
+def tunable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(Tunable, "log", [])
+    # Everything that pytest holds is looked through before each round: seconds, and of no use here.
+    monkeypatch.setattr(runner.gc, "collect", lambda: 0)
+    # Long enough to have a tail; the definition in float64 takes its time.
+    monkeypatch.setattr(tuning, "find_case", lambda name: find_case(name, SHORT.get(name)))
+    registry.register_backend(Tunable)
+    yield
+    registry.unregister_backend("tunable")
+
+
+def rows(lines: list[str], what: str) -> list[str]:
+    return [line.partition(" ms  ")[2] for line in lines if line.startswith(f"{what} ")]
+
+
+def test_every_configuration_is_timed_in_its_context_the_backward_too() -> None:
+    lines = list(tune("tunable", ["tiny"], ONCE))
+    assert lines[0].startswith("tiny-12: B=2 T=12")
+    first = [AS_IT_IS, "Config(tiles=1),", "Config(tiles=2),"]
+    assert rows(lines, "forward") == first
+    assert rows(lines, "forward+backward") == [*first, "Config(tiles=8),"]
+    assert {tiles for what, tiles in Tunable.log if what == "backward"} == {0, 1, 2, 8}
+    assert Tunable.current == 0
+
+
+def test_the_row_to_paste_is_the_fastest_that_can_be_pasted() -> None:
+    lines = list(tune("tunable", ["tiny"], ONCE))
+    for what in ("forward", "forward+backward"):
+        times = {
+            line.partition(" ms  ")[2]: float(line.split()[1])
+            for line in lines
+            if line.startswith(f"{what} ") and AS_IT_IS not in line
+        }
+        assert f"fastest {what}: {min(times, key=times.__getitem__)}" in lines
+
+
+def test_steps_are_tuned_on_cases_of_one_token() -> None:
+    lines = list(tune("tunable", ["tiny-step"], ONCE))
+    assert rows(lines, "step") == [AS_IT_IS, "Config(tiles=1),", "Config(tiles=2),"]
+    assert {tiles for what, tiles in Tunable.log if what == "step"} == {0, 1, 2}
+
+
+def test_a_configuration_that_fails_is_a_line_and_not_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Tunable, "offered", (1, 3))
+    lines = list(tune("tunable", ["tiny"], ONCE))
+    assert "Config(tiles=3),  failed: RuntimeError: out of resource: shared memory" in lines
+    assert rows(lines, "forward") == [AS_IT_IS, "Config(tiles=1),"]
+    assert "fastest forward: Config(tiles=1)," in lines
+
+
+@pytest.mark.parametrize("case", ["tiny", "tiny-step"])
+def test_a_configuration_that_computes_something_else_is_refused(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, right_step = Tunable.forward, Tunable.step
+
+    def wrong(self: Tunable, call: Any) -> gdn_ops.Forward:
+        out = right(self, call)
+        return out._replace(o=out.o * 1.01) if self.current == 2 else out
+
+    def wrong_step(self: Tunable, call: Any) -> tuple[Tensor, Tensor]:
+        o, state = right_step(self, call)
+        return (o * 1.01 if self.current == 2 else o), state
+
+    monkeypatch.setattr(Tunable, "forward", wrong)
+    monkeypatch.setattr(Tunable, "step", wrong_step)
+    with pytest.raises(RefusedError, match=r"Config\(tiles=2\),.* off by 0.01, above"):
+        list(tune("tunable", [case], ONCE))
+
+
+def test_an_emulation_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(devices=("cuda",), emulated_devices=("cpu",))
+    monkeypatch.setattr(Tunable, "limits", limits)
+    with pytest.raises(ValueError, match="'tunable' only emulates on cpu: tune it with --device"):
+        list(tune("tunable", ["tiny"], ONCE))
+
+
+def test_a_backend_without_configurations_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="'naive' exposes no configurations to tune"):
+        list(tune("naive", ["tiny"], ONCE))
+    # The engine that torch exposes is that of sequences.
+    with pytest.raises(ValueError, match="'torch' exposes no configurations to tune"):
+        list(tune("torch", ["tiny-step"], ONCE))
+    monkeypatch.setattr(tuning.registry, "get_backend", lambda name: "package 'x' is missing")
+    with pytest.raises(ValueError, match="'tunable' is not available: package 'x' is missing"):
+        list(tune("tunable", ["tiny"], ONCE))
