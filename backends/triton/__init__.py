@@ -1,0 +1,146 @@
+"""The chunkwise form as Triton kernels, for NVIDIA and AMD GPUs.
+
+    prepare, states, output                     three launches forward (`forward`)
+    states, reads_back, state_gradients,
+    pair_gradients, token_gradients             five backward (`backward`)
+    tokens                                      one for a token, or a few (`decode`)
+
+How they are launched is data (`table`, chosen by `config`). On CPU tensors the same kernels are
+emulated, for checking (`interpret`); without a GPU they are compiled for one (`aot`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from gdn_ops.backends.triton import config as configs
+from gdn_ops.backends.triton import decode
+from gdn_ops.backends.triton.backward import backward
+from gdn_ops.backends.triton.forward import forward
+from gdn_ops.backends.triton.plan import Saved, empty_saved, make_plan
+from gdn_ops.backends.triton.shapes import Row
+from gdn_ops.bind import Call
+from gdn_ops.compiled import CompiledKernel, Sample
+from gdn_ops.gated_delta import GATED_DELTA
+from gdn_ops.registry import Backend, Forward, Grads
+from gdn_ops.spec import Limits
+
+OLDEST, NEWEST = (3, 6), (3, 9)
+"""The versions of Triton that the kernels are emulated and compiled with in the tests."""
+
+
+@functools.cache
+def version_reasons() -> tuple[str, ...]:
+    """Return why the Triton that is installed cannot be used."""
+    version = importlib.metadata.version("triton")
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or not OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
+        low, high = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+        return (f"triton {version} is installed (supported: {low} to {high})",)
+    return ()
+
+
+@functools.cache
+def compiler_reasons() -> tuple[str, ...]:
+    """Return why Triton could not build what it launches kernels with."""
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return ()
+    return ("no C compiler, which Triton launches with: install gcc or clang, or set CC",)
+
+
+class Triton(Backend):
+    """Chunkwise kernels that keep T and recompute the rest in the backward."""
+
+    name = "triton"
+    kernels = True
+    requires = ("triton",)
+    distribution = "triton"
+    targets = configs.TARGETS
+    limits = Limits(
+        devices=("cuda",),
+        emulated_devices=("cpu",),
+        dtypes=("bfloat16", "float16", "float32"),
+        state_dtypes=("float32", "bfloat16"),
+        head_dims=range(1, 257),
+        chunk_sizes=configs.CHUNKS,
+        min_capability=(8, 0),
+        pools=True,
+    )
+
+    def reasons(self, call: Call) -> list[str]:
+        found = [*version_reasons()]
+        if call.device.type == "cuda":
+            found += compiler_reasons()
+        return found
+
+    def saved_like(self, call: Call) -> tuple[Tensor, ...]:
+        return tuple(empty_saved(make_plan(call), call.device))
+
+    def forward(self, call: Call) -> Forward:
+        plan = make_plan(call)
+        s = plan.sizes
+        if min(s.B * s.T, s.N, s.H, s.K, s.V) == 0:
+            return _without_tokens(call, plan_saved=empty_saved(plan, call.device))
+        if s.T <= configs.MOST_STEPS and not (call.needs_grad or plan.varlen or call.chunk_size):
+            return Forward(*decode.run(call)[:2])
+        return forward(call, plan)
+
+    def backward(
+        self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
+    ) -> Grads:
+        plan = make_plan(call)
+        s = plan.sizes
+        if min(s.B * s.T, s.N) == 0:
+            zeros = [None if x is None else torch.zeros_like(x) for x in call.tensors()]
+            return Grads(*zeros)._replace(state=None if call.state is None else d_state.clone())
+        if saved is None:
+            raise RuntimeError("gradients of gradients were asked for, which limits exclude")
+        return backward(call, plan, Saved(*saved), d_o, d_state)
+
+    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+        return decode.run(call)[:2]
+
+    def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        return decode.run(call)
+
+    def tunables(self, call: Call) -> Sequence[Row]:
+        K, V, device = call.sizes.K, call.sizes.V, call.device
+        if call.op is GATED_DELTA:
+            key = configs.sequence_key(device, call.q.dtype, K, V)
+            return configs.neighbours(Row(key, configs.choose(device, call.q.dtype, K, V)))
+        key_of_step = configs.step_key(device, K, V)
+        return configs.neighbours(Row(key_of_step, configs.choose_step(device, K, V)))
+
+    def using(self, config: object) -> AbstractContextManager[object]:
+        if not isinstance(config, Row):
+            raise TypeError(f"config is {type(config).__name__}, should be one of `tunables`")
+        return configs.using(config)
+
+    def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
+        from gdn_ops.backends.triton import aot
+
+        return aot.compile_ahead(self, target, samples)
+
+
+def _without_tokens(call: Call, plan_saved: Saved) -> Forward:
+    """Return the results where there is nothing to launch: the state as it was."""
+    s = call.sizes
+    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.v.dtype, device=call.device)
+    shape = (s.N, s.HV, s.K, s.V)
+    if call.state is None:
+        state = torch.zeros(shape, dtype=torch.float32, device=call.device)
+    else:
+        state = call.state.to(torch.float32, copy=True)
+    return Forward(o, state, tuple(plan_saved) if call.needs_grad else ())
+
+
+BACKEND = Triton

@@ -1,0 +1,264 @@
+"""The arithmetic of the emulation: Triton's interpreter builder, right where the stock one is not.
+
+A builder does what a line of a kernel means on numpy arrays. The one that ships with Triton
+stores bfloat16 as uint16 and computes on those bits, truncates where a GPU rounds, and ignores
+the precision of a product. Here
+
+    bfloat16      every operation widens to float32, computes, rounds to nearest, ties to even
+    products      accumulate in float32; "tf32" and "tf32x3" round operands as a tensor core does
+    memory        an access outside of the tensors of the launch is an IndexError
+    the program   its index is kept per thread, so that two threads may emulate at once
+
+What stays different from a GPU: the order of additions inside a product or a reduction, and
+float32 functions, which are numpy's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import triton.language as tl
+from triton._C.libtriton import interpreter as memory
+from triton._C.libtriton import ir
+from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, TensorHandle
+
+Array = npt.NDArray[Any]
+
+_BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
+_ROUND_TOWARDS_ZERO = ir.ROUNDING_MODE.RTZ
+
+
+def widen_bfloat16(bits: Array) -> Array:
+    """Return float32 values, given the bits of bfloat16 values as uint16."""
+    wide: Array = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return wide
+
+
+def round_to_bfloat16(values: Array) -> Array:
+    """Return the bits, as uint16, of values rounded to nearest bfloat16, ties to even.
+
+    A NaN stays one: its payload is cut, its quiet bit set.
+    """
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    rounded = ((bits + half) >> np.uint32(16)).astype(np.uint16)
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    if is_nan.any():
+        quiet = ((bits >> np.uint32(16)) | np.uint32(0x40)).astype(np.uint16)
+        rounded = np.where(is_nan, quiet, rounded)
+    return rounded.reshape(np.shape(values))
+
+
+def round_to_tf32(values: Array) -> Array:
+    """Return float32 values rounded to TF32, 10 bits of mantissa, halves away from zero."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(values), rounded, values).astype(np.float32)
+
+
+def is_bfloat16(handle: Any) -> bool:
+    """Return whether a handle holds bfloat16 values, and not pointers to some."""
+    # By name: comparing two types takes as long as adding two blocks.
+    return bool(handle.dtype.scalar.name == "bf16")
+
+
+def wide(handle: Any) -> Array:
+    """Return the values of a handle in a dtype that numpy computes in."""
+    data: Array = handle.data
+    return widen_bfloat16(data) if is_bfloat16(handle) else data
+
+
+def narrow(values: Array, dtype: Any) -> Array:
+    """Return values as they are stored for a scalar type of Triton."""
+    return round_to_bfloat16(values) if dtype.name == "bf16" else values.astype(numpy_dtype(dtype))
+
+
+_NUMPY = {
+    "int1": np.dtype(np.bool_),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(np.uint16),
+    "fp32": np.dtype(np.float32),
+    "fp64": np.dtype(np.float64),
+    **{f"int{n}": np.dtype(f"int{n}") for n in (8, 16, 32, 64)},
+    **{f"uint{n}": np.dtype(f"uint{n}") for n in (8, 16, 32, 64)},
+}
+
+
+_UNDEFINED = {
+    name: np.array(np.nan if dtype.kind == "f" else 1 if dtype.kind == "b" else -1).astype(dtype)
+    for name, dtype in _NUMPY.items()
+}
+"""What stands for a value that is not defined: NaN, which all bits are in bfloat16 too, or -1."""
+
+
+def numpy_dtype(dtype: Any) -> np.dtype[Any]:
+    """Return the numpy dtype that stores a scalar type of Triton; bits for bfloat16."""
+    return _NUMPY[dtype.name]
+
+
+class Extent(NamedTuple):
+    """The memory of one tensor of a launch, from its first byte to behind its last."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def _stray(address: int, size: int, extents: Sequence[Extent], does: str) -> str:
+    """Say how far an address lies outside of the tensor that is nearest."""
+    if not extents:
+        return f"{does} {size} bytes, but the launch has no tensor"
+    near = min(extents, key=lambda e: max(e.start - address, address - e.stop))
+    if address < near.start:
+        return f"{does} {size} bytes, {near.start - address} bytes before {near.name}"
+    return f"{does} {size} bytes, {address - near.stop} bytes behind the end of {near.name}"
+
+
+class Builder(InterpreterBuilder):  # type: ignore[misc]
+    """One for the process; the index of the running program is kept per thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.local()
+        # tl.device_assert is checked. Checking every int32 sum in int64 would cost five
+        # operations for one.
+        self.options = InterpreterOptions(debug=True, sanitize_overflow=False)
+
+    def begin(self, grid: tuple[int, int, int], extents: Sequence[Extent]) -> None:
+        """Begin a launch in this thread, whose programs may touch `extents` only."""
+        self._thread.grid, self._thread.extents = grid, extents
+
+    def start(self, index: tuple[int, int, int]) -> None:
+        """Make `index` that of the program which this thread runs."""
+        self._thread.index = index
+
+    @property
+    def grid_idx(self) -> tuple[int, int, int]:
+        """The index of the running program."""
+        return self._thread.index  # type: ignore[no-any-return]
+
+    @property
+    def grid_dim(self) -> tuple[int, int, int]:
+        """How many programs there are along each axis."""
+        return self._thread.grid  # type: ignore[no-any-return]
+
+    def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *hints: Any) -> Any:
+        """Load; what a mask leaves out and no `other` replaces is NaN, undefined on a GPU."""
+        self._check(ptrs, mask, "reads")
+        dtype = ptrs.get_element_ty()
+        stored = numpy_dtype(dtype)
+        fill = np.full(ptrs.data.shape, _UNDEFINED[dtype.name]) if other is None else other.data
+        return TensorHandle(memory.load(ptrs.data, mask.data, fill, stored), dtype)
+
+    def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *hints: Any) -> Any:
+        self._check(ptrs, mask, "writes")
+        memory.store(ptrs.data, value.data, mask.data)
+
+    def _check(self, ptrs: Any, mask: Any, does: str) -> None:
+        """Raise an IndexError where a program leaves the tensors of its launch."""
+        addresses = ptrs.data[mask.data]
+        if not addresses.size:
+            return
+        size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
+        first, last = int(addresses.min()), int(addresses.max()) + size
+        extents: Sequence[Extent] = self._thread.extents
+        if any(extent.start <= first and last <= extent.stop for extent in extents):
+            return
+        inside = np.zeros(addresses.shape, np.bool_)
+        for extent in extents:
+            inside |= (addresses >= extent.start) & (addresses + np.uint64(size) <= extent.stop)
+        if not inside.all():
+            raise IndexError(_stray(int(addresses[~inside][0]), size, extents, does))
+
+    def get_bf16(self, value: float) -> Any:
+        return TensorHandle(round_to_bfloat16(np.array([value])), tl.bfloat16)
+
+    def cast_impl(self, src: Any, dst_type: Any) -> Any:
+        target = dst_type.scalar
+        if target == tl.bfloat16:
+            return TensorHandle(round_to_bfloat16(wide(src)), target)
+        if is_bfloat16(src):
+            src = TensorHandle(wide(src), tl.float32)
+        return super().cast_impl(src, dst_type)
+
+    def create_fp_to_fp(self, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        touches = is_bfloat16(src) or dst_type.scalar == tl.bfloat16
+        narrowest = min(src.dtype.scalar.primitive_bitwidth, dst_type.scalar.primitive_bitwidth)
+        if touches and narrowest >= 16 and rounding_mode != _ROUND_TOWARDS_ZERO:
+            return self.cast_impl(src, dst_type)
+        return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+    def binary_op(self, lhs: Any, rhs: Any, op: Any) -> Any:
+        if not (is_bfloat16(lhs) or is_bfloat16(rhs)) or op in _BITWISE:
+            return super().binary_op(lhs, rhs, op)
+        out = op(wide(lhs), wide(rhs))
+        if out.dtype == np.bool_:
+            return TensorHandle(out, tl.int1)
+        return TensorHandle(round_to_bfloat16(out), tl.bfloat16)
+
+    def unary_op(self, arg: Any, op: Any) -> Any:
+        if not is_bfloat16(arg):
+            return super().unary_op(arg, op)
+        return TensorHandle(round_to_bfloat16(op(wide(arg))), tl.bfloat16)
+
+    def ternary_op(self, lhs: Any, rhs: Any, other: Any, op: Any) -> Any:
+        if op is np.where or not is_bfloat16(other):
+            return super().ternary_op(lhs, rhs, other, op)
+        out = op(wide(lhs), wide(rhs), wide(other))
+        return TensorHandle(round_to_bfloat16(out), tl.bfloat16)
+
+    def create_minnumf(self, lhs: Any, rhs: Any) -> Any:
+        """Return the smaller of two; what is not a number loses, in every version of Triton."""
+        return self.binary_op(lhs, rhs, np.fmin)
+
+    def create_maxnumf(self, lhs: Any, rhs: Any) -> Any:
+        return self.binary_op(lhs, rhs, np.fmax)
+
+    def create_clampf(self, arg: Any, lo: Any, hi: Any, propagate_nans: Any) -> Any:
+        if propagate_nans == ir.PROPAGATE_NAN.ALL:
+            return super().create_clampf(arg, lo, hi, propagate_nans)
+        return self.create_minnumf(self.create_maxnumf(arg, lo), hi)
+
+    def create_fma(self, x: Any, y: Any, z: Any) -> Any:
+        if not is_bfloat16(z):
+            return super().create_fma(x, y, z)
+        out = np.multiply(wide(x), wide(y), dtype=np.float64) + wide(z)
+        return TensorHandle(round_to_bfloat16(out), tl.bfloat16)
+
+    def create_dot(self, a: Any, b: Any, d: Any, input_precision: Any, *rest: Any) -> Any:
+        """Return a b + d, accumulated in float32 (float64 for float64, int32 for int8)."""
+        if a.dtype.scalar.primitive_bitwidth == 8 or a.dtype.scalar == tl.float64:
+            return super().create_dot(a, b, d, input_precision, *rest)
+        # float16 is widened first: numpy multiplies it without BLAS.
+        lhs, rhs = wide(a).astype(np.float32), wide(b).astype(np.float32)
+        is_float32 = a.dtype.scalar == tl.float32
+        product = _float32_product(lhs, rhs, input_precision) if is_float32 else lhs @ rhs
+        return TensorHandle(narrow(product + wide(d), d.dtype.scalar), d.dtype.scalar)
+
+    def create_splat(self, ret_ty: Any, arg: Any) -> Any:
+        """No copy: nothing ever writes to the data of a handle."""
+        return TensorHandle(np.broadcast_to(arg.data, ret_ty.shape), arg.dtype.scalar)
+
+
+def _float32_product(a: Array, b: Array, precision: Any) -> Array:
+    """Return a b as a tensor core forms it from float32 operands.
+
+    "ieee" is float32 throughout. "tf32" rounds both operands. "tf32x3" adds the products with
+    what that rounding cut off: hi lo + lo hi + hi hi.
+    """
+    out: Array
+    if precision == ir.INPUT_PRECISION.IEEE:
+        out = a @ b
+        return out
+    high_a, high_b = round_to_tf32(a), round_to_tf32(b)
+    out = high_a @ high_b
+    if precision == ir.INPUT_PRECISION.TF32x3:
+        low_a, low_b = round_to_tf32(a - high_a), round_to_tf32(b - high_b)
+        low = high_a @ low_b + low_a @ high_b
+        # What an infinity leaves is no number, and belongs to the high product alone.
+        out = np.where(np.isnan(low), np.float32(0), low) + out
+    return out

@@ -1,0 +1,1 @@
+"""The kernels; the numbers above their blocks are those of the mathematics chapter."""

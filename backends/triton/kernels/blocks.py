@@ -1,0 +1,181 @@
+"""Device functions that the kernels share: where a chunk lies, its decay, its inverse.
+
+The tokens of a sequence are cut into chunks of C. Chunk c of sequence n has the *slot*
+
+    slot(n, c) = begin_n // C + n + c        begin_n: first token of sequence n in a pack
+    slot(n, c) = n * ceil(T / C) + c         without packing
+
+which no other chunk has: a sequence of L tokens has at most (begin + L) // C + 1 - begin // C
+chunks, and `+ n` gives it one more. So what is kept per chunk needs no table of chunk indices, no
+prefix sum and no look at cu_seqlens from the host. A slot may be empty.
+
+Everything kept per chunk is padded to whole chunks: padded tokens have β = 0 and the
+cumulative log sum of the last token, so that later kernels read it without a mask.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SEARCH = tl.constexpr(128)
+"""Sequences looked at together when the owner of a slot is searched."""
+
+NO_DECAY = tl.constexpr(0)
+ALPHA = tl.constexpr(1)
+LOG_ALPHA = tl.constexpr(2)
+"""How the decay is given."""
+
+L2NORM_EPSILON = tl.constexpr(1e-6)
+LOG_FLOOR = tl.constexpr(-1000.0)
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+"""The conventions of `gdn_ops.numerics`, for float32."""
+
+
+@triton.jit
+def sequence(n, cu_seqlens, T, C: tl.constexpr, VARLEN: tl.constexpr):
+    """Return (batch row, first token in it, tokens, first slot) of sequence n."""
+    if VARLEN:
+        begin = tl.load(cu_seqlens + n).to(tl.int64)
+        end = tl.load(cu_seqlens + n + 1).to(tl.int64)
+        row = tl.zeros([], tl.int64)
+        slot = begin // C + n
+    else:
+        begin = tl.zeros([], tl.int64)
+        end = begin + T
+        row = begin + n
+        slot = row * tl.cdiv(T, C)
+    return row, begin, (end - begin).to(tl.int32), slot
+
+
+@triton.jit
+def owner(p, cu_seqlens, N, T, C: tl.constexpr, VARLEN: tl.constexpr):
+    """Return (sequence, chunk in it) of slot p, a sequence with fewer chunks included."""
+    if VARLEN:
+        n = tl.zeros([], tl.int32) - 1
+        for first in range(0, N, SEARCH):
+            m = first + tl.arange(0, SEARCH)
+            begin = tl.load(cu_seqlens + m, mask=m < N, other=0)
+            n += tl.sum(((m < N) & (begin // C + m <= p)).to(tl.int32))
+        begin = tl.load(cu_seqlens + n)
+        chunk = p - (begin // C + n).to(tl.int32)
+    else:
+        chunks = tl.cdiv(T, C)
+        n = p // chunks
+        chunk = p % chunks
+    return n, chunk
+
+
+@triton.jit
+def decay(hi_i, lo_i, z_i, hi_j, lo_j, z_j, CROSSED: tl.constexpr):
+    """Return exp(G_i - G_j) where CROSSED zeros lie between, else 0 (MATH §4).
+
+    G = hi + lo: equal parts cancel exactly, so a difference of large sums keeps its precision.
+    It is at most 0 for i >= j; the minimum keeps the other half finite.
+    """
+    log = (hi_i - hi_j) + (lo_i - lo_j)
+    return tl.where(z_i - z_j == CROSSED, tl.exp(tl.minimum(log, 0.0)), 0.0)
+
+
+@triton.jit
+def rows(x, row, batch_stride, first, token_stride, head, head_stride, i, d):
+    """Return the pointers to tokens first + i (C,) and columns d (D,) of one head, (C, D).
+
+    What can pass 2**31 is one scalar; the offsets within the tile are int32.
+    """
+    start = row * batch_stride + first * token_stride + tl.cast(head, tl.int64) * head_stride
+    return x + start + (i * token_stride)[:, None] + d[None, :]
+
+
+@triton.jit
+def kept_rows(x, head, slot, i, d, slots, C: tl.constexpr, D: tl.constexpr):
+    """Return the pointers to rows i, columns d of what is kept per chunk, (heads, slots, C, D)."""
+    start = (tl.cast(head, tl.int64) * slots + slot) * (C * D)
+    return x + start + i[:, None] * D + d[None, :]
+
+
+@triton.jit
+def kept_row(x, head, slot, i, slots, C: tl.constexpr):
+    """Return the pointers to entries i of what is kept per chunk, (heads, slots, C)."""
+    return x + (tl.cast(head, tl.int64) * slots + slot) * C + i
+
+
+@triton.jit
+def read_gates(gates, hv, slot, i, HV, slots, C: tl.constexpr):
+    """Return hi, lo, z of a chunk, float32 (C,), from (4, HV, slots, C)."""
+    at = kept_row(gates, hv, slot, i, slots, C)
+    plane = tl.cast(HV, tl.int64) * slots * C
+    return tl.load(at), tl.load(at + plane), tl.load(at + 2 * plane)
+
+
+@triton.jit
+def read_beta(gates, hv, slot, i, HV, slots, C: tl.constexpr):
+    """Return β of a chunk, float32 (C,), 0 for padding."""
+    return tl.load(kept_row(gates, 3 * HV + hv, slot, i, slots, C))
+
+
+@triton.jit
+def inverse_norm(x):
+    """Return 1 / sqrt(sum(x²) + 1e-6) of every row, float32."""
+    wide = x.to(tl.float32)
+    return 1.0 / tl.sqrt(tl.sum(wide * wide, 1) + L2NORM_EPSILON)
+
+
+# T = (I + A)⁻¹ by halves: [[X, 0], [-Y B X, Y]] of [[X⁻¹, 0], [B, Y⁻¹]] (MATH §3). Every step
+# forms entries of the inverse of a leading block, which stay of the order of β for unit keys;
+# powers of A, as in (I - A)(I + A²)(I + A⁴)..., would pass through 10⁶ for repeated keys and β = 2.
+
+
+@triton.jit
+def halves(m, n: tl.constexpr, b: tl.constexpr):
+    """Return the diagonal blocks (2n, b, b) and the lower left ones (n, b, b) of (n, 2b, 2b)."""
+    x = tl.permute(tl.reshape(m, (n, 2, b, 2, b)), (0, 2, 4, 1, 3))
+    left, right = tl.split(x)
+    top, below = tl.split(left)
+    _above, bottom = tl.split(right)
+    diagonal = tl.permute(tl.join(top, bottom), (0, 3, 1, 2))
+    return tl.reshape(diagonal, (2 * n, b, b)), below
+
+
+@triton.jit
+def merged(x, below, n: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the inverses (n, 2b, 2b) from those of the diagonal blocks, (2n, b, b)."""
+    top, bottom = tl.split(tl.permute(tl.reshape(x, (n, 2, b, b)), (0, 2, 3, 1)))
+    lower = tl.dot(bottom, below, input_precision=PRECISION)
+    lower = -tl.dot(lower, top, input_precision=PRECISION)
+    whole = tl.join(tl.join(top, lower), tl.join(tl.zeros_like(top), bottom))
+    return tl.reshape(tl.permute(whole, (0, 3, 1, 4, 2)), (n, 2 * b, 2 * b))
+
+
+@triton.jit
+def inverse_of_sixteen(a, n: tl.constexpr, PRECISION: tl.constexpr):
+    """Return (I + A)⁻¹ of n strictly lower blocks (n, 16, 16), halving by masks."""
+    i = tl.arange(0, 16)
+    apart = (i[:, None] ^ i[None, :])[None]
+    eye = tl.where(apart == 0, 1.0, 0.0)
+    x = eye - tl.where(apart == 1, a, 0.0)
+    for level in tl.static_range(1, 4):
+        # The pairs of blocks of 2**level rows: their numbers differ in the last bit only.
+        below = tl.where((apart >> level) == 1, a, 0.0)
+        right = tl.dot(below, x, input_precision=PRECISION)
+        x -= tl.dot(x, right, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def unit_lower_inverse(a, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Return (I + A)⁻¹ (C, C) of a strictly lower A (C, C), C one of 16, 32, 64."""
+    whole = tl.reshape(a, (1, C, C))
+    if C == 64:
+        diagonal, below_32 = halves(whole, 1, 32)
+        diagonal, below_16 = halves(diagonal, 2, 16)
+        x = inverse_of_sixteen(diagonal, 4, PRECISION)
+        x = merged(x, below_16, 2, 16, PRECISION)
+        x = merged(x, below_32, 1, 32, PRECISION)
+    elif C == 32:
+        diagonal, below_16 = halves(whole, 1, 16)
+        x = inverse_of_sixteen(diagonal, 2, PRECISION)
+        x = merged(x, below_16, 1, 16, PRECISION)
+    else:
+        x = inverse_of_sixteen(whole, 1, PRECISION)
+    return tl.reshape(x, (C, C))

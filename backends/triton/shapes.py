@@ -1,0 +1,82 @@
+"""What a configuration of the kernels consists of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one kernel is launched.
+
+    Attributes:
+        BV: columns of V per program, or per turn of its loop.
+        warps: per program.
+        stages: of the software pipeline.
+    """
+
+    BV: int
+    warps: int
+    stages: int
+
+    def __repr__(self) -> str:
+        return f"Tiles({self.BV}, {self.warps}, {self.stages})"
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernels of the sequence op are launched.
+
+    Attributes:
+        C: tokens per chunk.
+        every: chunks per kept state in the forward.
+        prepare, states, output: of the forward; `prepare` has no columns of V.
+        reads_back, state_gradients, pair_gradients, token_gradients: of the backward.
+        pair_rows: rows of the squares that a program of `pair_gradients` has.
+        reload: whether `token_gradients` reads k again instead of holding it in registers.
+        measured: where and when, or that it was not.
+    """
+
+    C: int
+    every: int
+    prepare: Tiles
+    states: Tiles
+    output: Tiles
+    reads_back: Tiles
+    state_gradients: Tiles
+    pair_gradients: Tiles
+    token_gradients: Tiles
+    pair_rows: int
+    reload: bool
+    measured: str
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How the kernel of the decode ops is launched.
+
+    Attributes:
+        BV: columns of V per program.
+        warps: per program.
+        measured: where and when, or that it was not.
+    """
+
+    BV: int
+    warps: int
+    measured: str
+
+
+Key = tuple[str, int, str] | tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: its key and what it says. str() is the row as source text."""
+
+    key: Key
+    config: Config | StepConfig
+
+    def __str__(self) -> str:
+        values = ((f.name, getattr(self.config, f.name)) for f in fields(self.config))
+        text = ", ".join(f"{name}={value!r}" for name, value in values)
+        return f"{self.key!r}: {type(self.config).__name__}({text}),"
