@@ -1,0 +1,117 @@
+"""One call of transformers' delta rule on gdn_ops: the arguments converted, the backend noted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_ops import library, registry
+from gdn_ops.bind import bind
+from gdn_ops.errors import SpecError
+from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
+from gdn_ops.ops import gated_delta, gated_delta_step
+from gdn_ops.spec import OpSpec
+
+Note = Callable[[str, str], None]
+"""Told the name of the op and of the backend of every call."""
+
+IN_A_GRAPH = "in a compiled graph"
+"""Noted instead of a backend while a graph is traced, once per call in the graph."""
+
+PACKED = (
+    "cu_seqlens is given without seq_idx, should be given with it: the short convolution in "
+    "front would mix the packed sequences"
+)
+
+_PUBLIC: dict[str, Callable[..., Any]] = {
+    "gated_delta": gated_delta,
+    "gated_delta_step": gated_delta_step,
+}
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    spec.name: {name: default for name, default, _ in spec.parameters()}
+    for spec in (GATED_DELTA, GATED_DELTA_STEP)
+}
+
+
+def delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    use_qk_l2norm_in_kernel: bool,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    backend: str,
+    note: Note,
+) -> tuple[Tensor, Tensor | None]:
+    """Run what `torch_chunk_gated_delta_rule` and `torch_recurrent_gated_delta_rule` compute.
+
+    Args:
+        query, key: (B, T, H, K), or repeated to (B, T, HV, K).
+        value: (B, T, HV, V).
+        g: (B, T, HV) log α.
+        beta: (B, T, HV).
+        initial_state: (B, HV, K, V) or None.
+        output_final_state: whether to return the final state.
+        use_qk_l2norm_in_kernel: whether to normalise q and k.
+        mask: (B, T), 0 where a token is padding and must be the identity, or None.
+        cu_seqlens: (N+1,) boundaries of packed sequences, or None.
+        chunk_size: tokens per chunk, or None for the backend's choice.
+        backend: of gdn_ops.
+        note: told of every call.
+
+    Returns:
+        o (B, T, HV, V) in the dtype of `value`, and the state (B, HV, K, V) or None.
+    """
+    if mask is not None:
+        # α = 1, β = 0. A zeroed hidden state is not enough: after real tokens its key is not 0.
+        is_padding = mask.eq(0).unsqueeze(-1)
+        g, beta = g.masked_fill(is_padding, 0.0), beta.masked_fill(is_padding, 0.0)
+    options = {"qk_l2norm": use_qk_l2norm_in_kernel, "backend": backend}
+    if query.shape[1] == 1 and cu_seqlens is None:
+        q, k, v, log_alpha, b = (x.squeeze(1) for x in (query, key, value, g, beta))
+        tensors = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": b}
+        o, state = _run(GATED_DELTA_STEP, {**tensors, "state": initial_state, **options}, note)
+        o = o.unsqueeze(1)
+    else:
+        tensors = {"q": query, "k": key, "v": value, "log_alpha": g, "beta": beta}
+        more = {"cu_seqlens": cu_seqlens, "chunk_size": chunk_size, "return_state": True}
+        arguments = {**tensors, "initial_state": initial_state, **more, **options}
+        o, state = _run(GATED_DELTA, arguments, note)
+    return o, state if output_final_state else None
+
+
+def packed_sequences(options: dict[str, Any]) -> Tensor | None:
+    """Return the boundaries among a layer's other keywords, if its convolution keeps them too.
+
+    Raises:
+        SpecError: the convolution was not told of them.
+    """
+    cu_seqlens: Tensor | None = options.get("cu_seqlens")
+    if cu_seqlens is not None and options.get("seq_idx") is None:
+        raise SpecError(f"accelerate: {PACKED}")
+    return cu_seqlens
+
+
+def _run(spec: OpSpec, arguments: dict[str, Any], note: Note) -> tuple[Tensor, Tensor]:
+    """Bind, select, note and run; a traced call goes through the public function."""
+    q = arguments["q"]
+    if torch.compiler.is_compiling() or q.is_meta or type(q) is not Tensor:
+        note(spec.name, IN_A_GRAPH)
+        traced: Callable[..., tuple[Tensor, Tensor]] = _PUBLIC[spec.name]
+        return traced(**arguments)
+    call = bind(spec, {**_DEFAULTS[spec.name], **arguments})
+    backend = registry.select(call, registry.resolve(arguments["backend"]))  # type: ignore[arg-type]
+    note(spec.name, backend.name)
+    if spec is GATED_DELTA:
+        return library.run(backend, call)
+    return library.run_step(backend, call)

@@ -1,0 +1,270 @@
+"""flash-linear-attention's functions of the gated delta rule, on gdn_ops.
+
+    import gdn_ops.compat.fla as fla_ops
+
+is the whole migration: names, defaults and returns are those of `fla.ops.gated_delta_rule`. What
+gdn_ops cannot do raises by name; no argument is dropped. Arguments that only tell FLA's kernels
+how to work, `cu_seqlens_cpu` and `chunk_indices`, are accepted and not needed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn_ops.compat.states import check_state
+from gdn_ops.errors import SpecError, SpecTypeError
+from gdn_ops.nn.gates import gate
+from gdn_ops.ops import gated_delta, gated_delta_step
+
+_SEQUENCE: Callable[..., tuple[Tensor, Tensor]] = gated_delta
+_STEP: Callable[..., tuple[Tensor, Tensor]] = gated_delta_step
+
+
+class _Gates(NamedTuple):
+    """How the gates are given, as FLA's keywords say it."""
+
+    use_gate_in_kernel: bool
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    use_beta_sigmoid_in_kernel: bool
+    allow_neg_eigval: bool
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+    cp_context: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the gated delta rule over whole sequences, as FLA's function of this name.
+
+    Args:
+        q, k: (B, T, H, K).
+        v: (B, T, HV, V).
+        g: (B, T, HV) log α, or with `use_gate_in_kernel` what the gate is made from.
+        beta: (B, T, HV), or with `use_beta_sigmoid_in_kernel` its logits.
+        scale: factor on q; K**-0.5 when not given.
+        initial_state: (N, HV, K, V), or (N, HV, V, K) with `state_v_first`.
+        output_final_state: whether to return the final state.
+        use_qk_l2norm_in_kernel: whether to normalise q and k.
+        use_beta_sigmoid_in_kernel: whether β is sigmoid(beta).
+        allow_neg_eigval: whether β is 2 sigmoid(beta) then.
+        state_v_first: whether states are (N, HV, V, K).
+        cu_seqlens: (N+1,) boundaries of packed sequences.
+        cu_seqlens_cpu, chunk_indices: not needed.
+        cp_context: not supported.
+        kwargs: `use_gate_in_kernel` (g is then raw, and log α = −exp(A_log) softplus(g + dt_bias)),
+            `A_log` and `dt_bias` (HV,), `chunk_size`, and the older name `transpose_state_layout`
+            of `state_v_first`.
+
+    Returns:
+        o (B, T, HV, V), and the final state or None.
+
+    Raises:
+        SpecError: an argument breaks the spec of gdn_ops, or is not supported.
+    """
+    name = "chunk_gated_delta_rule"
+    if cp_context is not None:
+        raise SpecError(
+            f"{name}: cp_context is given, should be None: context parallelism over devices is "
+            f"not supported"
+        )
+    gates = _Gates(
+        kwargs.pop("use_gate_in_kernel", False),
+        kwargs.pop("A_log", None),
+        kwargs.pop("dt_bias", None),
+        use_beta_sigmoid_in_kernel,
+        allow_neg_eigval,
+    )
+    chunk_size = kwargs.pop("chunk_size", None)
+    return _sequence(
+        name,
+        (q, k, v, g, beta),
+        gates,
+        state_v_first=_v_first(name, state_v_first, kwargs),
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        scale=scale,
+        qk_l2norm=use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+    )
+
+
+def fused_recurrent_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the gated delta rule, as FLA's function of this name; it has gradients here.
+
+    Args:
+        q, k, v, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel: as in
+            `chunk_gated_delta_rule`; one token is a single step.
+        g: (B, T, HV), or None for no decay.
+        gk, gv: not supported: a decay per channel.
+        beta: (B, T, HV), or None for 1.
+        use_gate_in_kernel, A_log, dt_bias: as in `chunk_gated_delta_rule`.
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens: likewise.
+        kwargs: `transpose_state_layout`, the older name of `state_v_first`.
+
+    Returns:
+        o (B, T, HV, V), and the final state or None.
+
+    Raises:
+        SpecError: an argument breaks the spec of gdn_ops, or is not supported.
+    """
+    name = "fused_recurrent_gated_delta_rule"
+    for other, value in (("gk", gk), ("gv", gv)):
+        if value is not None:
+            raise SpecError(
+                f"{name}: {other} is given, should be None: a decay per channel is not supported; "
+                f"g is one decay per head"
+            )
+    gates = _Gates(use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    return _sequence(
+        name,
+        (q, k, v, g, beta),
+        gates,
+        state_v_first=_v_first(name, state_v_first, kwargs),
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        scale=scale,
+        qk_l2norm=use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
+        chunk_size=None,
+    )
+
+
+chunk_gdn = chunk_gated_delta_rule
+fused_recurrent_gdn = fused_recurrent_gated_delta_rule
+
+
+def _v_first(name: str, state_v_first: bool, kwargs: dict[str, Any]) -> bool:
+    """Return the layout of states, its older name included; refuse any other keyword."""
+    if "transpose_state_layout" in kwargs:
+        if state_v_first:
+            raise SpecError(
+                f"{name}: state_v_first and transpose_state_layout are both given, should be "
+                f"state_v_first: the other is its older name"
+            )
+        warnings.warn(
+            f"{name}: transpose_state_layout is the older name of state_v_first",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        state_v_first = kwargs.pop("transpose_state_layout")
+    for other in kwargs:
+        raise SpecTypeError(f"{name}: got an unknown keyword argument {other!r}")
+    return state_v_first
+
+
+def _sequence(
+    name: str,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    gates: _Gates,
+    *,
+    state_v_first: bool,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    q, k, v, g, beta = tensors
+    log_alpha, beta = _log_alpha(name, g, gates), _beta(name, beta, gates)
+    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": beta}
+    options["rule"] = "delta" if log_alpha is None else "gated_delta"
+    state = initial_state
+    if state is not None and state_v_first:
+        state = state.mT.contiguous()
+    elif state is not None and q.dim() == v.dim() == 4:
+        rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        check_state(name, "initial_state", state, (rows, v.shape[2], q.shape[3], v.shape[3]))
+    try:
+        if q.dim() == 4 and q.shape[1] == 1 and cu_seqlens is None and chunk_size is None:
+            token = {n: None if x is None else x.squeeze(1) for n, x in arguments.items()}
+            o, final = _STEP(**token, state=state, **options)
+            o = o.unsqueeze(1)
+        else:
+            options |= {"cu_seqlens": cu_seqlens, "chunk_size": chunk_size, "return_state": True}
+            o, final = _SEQUENCE(**arguments, initial_state=state, **options)
+    except SpecError as error:
+        _explain(name, g, gates, error)
+        raise
+    if not output_final_state:
+        return o, None
+    return o, final.mT.contiguous() if state_v_first else final
+
+
+def _log_alpha(name: str, g: Tensor | None, gates: _Gates) -> Tensor | None:
+    if not gates.use_gate_in_kernel:
+        return g
+    for argument, value in (("g", g), ("A_log", gates.A_log)):
+        if value is None:
+            raise SpecError(
+                f"{name}: {argument} is None, should be a torch.Tensor: use_gate_in_kernel is True"
+            )
+    return gate(g, gates.A_log, gates.dt_bias)  # type: ignore[arg-type]
+
+
+def _beta(name: str, beta: Tensor | None, gates: _Gates) -> Tensor | None:
+    if not gates.use_beta_sigmoid_in_kernel:
+        if gates.allow_neg_eigval:
+            raise SpecError(
+                f"{name}: allow_neg_eigval is True, should be False: it takes effect with "
+                f"use_beta_sigmoid_in_kernel=True only"
+            )
+        return beta
+    if beta is None:
+        raise SpecError(
+            f"{name}: beta is None, should be a torch.Tensor: use_beta_sigmoid_in_kernel is True"
+        )
+    strength = beta.float().sigmoid() if beta.dtype != torch.float64 else beta.sigmoid()
+    return 2.0 * strength if gates.allow_neg_eigval else strength
+
+
+def _explain(name: str, g: Tensor | None, gates: _Gates, error: SpecError) -> None:
+    """Say in FLA's words that g is α where log α is meant."""
+    if g is None or gates.use_gate_in_kernel or g.is_meta or g.numel() == 0:
+        return
+    low, high = (float(x) for x in g.detach().aminmax())
+    if high > 0:
+        raise SpecError(
+            f"{name}: g has values in [{low:.4g}, {high:.4g}], should be in [-inf, 0]: "
+            f"it is log α; from α, g = alpha.log()"
+        ) from error

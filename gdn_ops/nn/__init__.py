@@ -1,0 +1,20 @@
+"""Layers built on the op: the token mixer of the paper and what it is made of."""
+
+from __future__ import annotations
+
+from gdn_ops.nn.convolution import ShortConvolution
+from gdn_ops.nn.gated_delta_net import GatedDeltaNet
+from gdn_ops.nn.gates import gate
+from gdn_ops.nn.norm import GatedRMSNorm
+from gdn_ops.nn.state import State
+from gdn_ops.nn.weights import from_fla, from_transformers
+
+__all__ = [
+    "GatedDeltaNet",
+    "GatedRMSNorm",
+    "ShortConvolution",
+    "State",
+    "from_fla",
+    "from_transformers",
+    "gate",
+]

@@ -1,0 +1,148 @@
+"""The short causal depthwise convolution in front of the rule, with the state to continue it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gdn_ops.errors import SpecError
+
+
+class ShortConvolution(nn.Module):
+    """y_t = activation(Σ_j w_j ⊙ x_{t−k+1+j} + bias), j < k: every channel on its own.
+
+    Args:
+        channels: width of the last axis.
+        kernel_size: k.
+        bias: whether there is one.
+        activation: "silu" or None.
+        device, dtype: of the parameters.
+
+    Raises:
+        SpecError: the activation is unknown.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 4,
+        *,
+        bias: bool = False,
+        activation: str | None = "silu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ("silu", None):
+            raise SpecError(
+                f"ShortConvolution: activation is {activation!r}, should be 'silu' or None"
+            )
+        self.channels = channels
+        self.kernel_size = kernel_size
+        self.activation = activation
+        weight = torch.empty(channels, kernel_size, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.empty_like(weight[:, 0])) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw from ±1/sqrt(k), as torch does for a depthwise Conv1d."""
+        bound = self.kernel_size**-0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def zero_state(self, rows: int) -> Tensor:
+        """Return the state before any token: (rows, channels, kernel_size - 1)."""
+        return self.weight.new_zeros(rows, self.channels, self.kernel_size - 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve whole sequences or the next token.
+
+        Args:
+            x: (B, T, channels).
+            state: (N, channels, kernel_size - 1), the inputs before x, latest last; or None for
+                zeros. N = B, or the number of packed sequences.
+            lengths: (B,) number of tokens of each row, what follows them being padding; or None.
+            cu_seqlens: (N+1,) boundaries of sequences packed along T with B = 1, or None.
+
+        Returns:
+            y like x, and the state after the last token of every sequence.
+        """
+        if cu_seqlens is not None:
+            return self._packed(x, state, cu_seqlens)
+        reach, tokens = self.kernel_size - 1, x.shape[1]
+        past = self.zero_state(x.shape[0]) if state is None else state
+        window = torch.cat([past.mT.to(x.dtype), x], 1)
+        if lengths is None:
+            last = window[:, tokens:]
+        else:
+            # The token at index i of a row stands at i + reach of its window.
+            index = lengths[:, None] + torch.arange(reach, device=x.device)
+            last = window.gather(1, index[..., None].expand(-1, -1, self.channels))
+        # A copy: a view would keep the whole window alive.
+        return self._convolve(window), last.mT.contiguous()
+
+    def _convolve(self, window: Tensor) -> Tensor:
+        """(B, reach + T, channels) to (B, T, channels)."""
+        tokens = window.shape[1] - self.kernel_size + 1
+        weight = self.weight.to(window.dtype)
+        # Shifted products: about as fast as a grouped convolution, which wants T last, and plain
+        # arithmetic in an exported graph.
+        y = window[:, :tokens] * weight[:, 0]
+        for j in range(1, self.kernel_size):
+            y = torch.addcmul(y, window[:, j : j + tokens], weight[:, j])
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return functional.silu(y) if self.activation == "silu" else y
+
+    def _packed(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """Run packed sequences as one long row, each behind its own past."""
+        where = _places(cu_seqlens, x.shape[1], self.kernel_size - 1)
+        sequences = cu_seqlens.shape[0] - 1
+        past = self.zero_state(sequences) if state is None else state
+        window = x.new_zeros(x.shape[1] + where.past.numel(), self.channels)
+        window = window.index_copy(0, where.past.flatten(), past.mT.to(x.dtype).flatten(0, 1))
+        window = window.index_copy(0, where.tokens, x[0])
+        y = self._convolve(window.unsqueeze(0))
+        y = y[:, where.tokens - (self.kernel_size - 1)]
+        return y, window[where.last].mT.contiguous()
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, kernel_size={self.kernel_size}, activation={self.activation!r}"
+
+
+class _Places(NamedTuple):
+    """Where things stand in a row in which every packed sequence follows its past.
+
+    Attributes:
+        past: (N, reach) the inputs before each sequence.
+        tokens: (T,) the tokens.
+        last: (N, reach) the last inputs of each sequence, its past included.
+    """
+
+    past: Tensor
+    tokens: Tensor
+    last: Tensor
+
+
+def _places(cu_seqlens: Tensor, tokens: int, reach: int) -> _Places:
+    cuts = cu_seqlens.long()
+    step = torch.arange(reach, device=cuts.device)
+    sequence = torch.arange(len(cuts) - 1, device=cuts.device)
+    token = torch.arange(tokens, device=cuts.device)
+    own = torch.searchsorted(cuts[1:].contiguous(), token, right=True)
+    return _Places(
+        past=(cuts[:-1] + sequence * reach)[:, None] + step,
+        tokens=token + (own + 1) * reach,
+        last=(cuts[1:] + sequence * reach)[:, None] + step,
+    )

@@ -1,0 +1,281 @@
+"""The token mixer of Gated DeltaNet (arXiv 2412.06464, Fig. 1), with its ablations as options.
+
+q, k = feature_map(conv(W x)), normalised per head        v = SiLU(conv(W x))
+log α = −exp(A_log) softplus(W x + dt_bias)                β = sigmoid(W x)
+y = W (RMSNorm(rule(q, k, v, α, β)) ⊙ SiLU(W x))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gdn_ops.gated_delta import GATED_DELTA
+from gdn_ops.nn.convolution import ShortConvolution
+from gdn_ops.nn.gates import draw_A_log, draw_dt_bias, gate
+from gdn_ops.nn.norm import GATE_ACTIVATIONS, GatedRMSNorm
+from gdn_ops.nn.options import (
+    FEATURE_MAPS,
+    QK_NORMS,
+    check_choice,
+    fail,
+    key_width,
+    value_width,
+)
+from gdn_ops.nn.padding import Padding
+from gdn_ops.nn.state import State, check_state
+from gdn_ops.ops import gated_delta, gated_delta_step
+
+
+class GatedDeltaNet(nn.Module):
+    """The token mixer: projections, short convolution, gates, the rule, output norm and gate.
+
+    Args:
+        hidden_size: width of the input and output.
+        num_heads: H, key heads.
+        num_value_heads: HV, a multiple of H; H when not given.
+        head_dim: K; 0.75 hidden_size / num_heads when not given.
+        expand_v: V / K.
+        rule: a member of the family: gated_delta, delta, gated, linear.
+        short_conv: kernel size of the convolution; 0 for none.
+        feature_map: of q and k: silu, relu, elu (1 + ELU), none.
+        qk_norm: "l2", "l1" or None.
+        output_gate: "silu", "sigmoid" or None.
+        output_norm: whether the output is normalised per head.
+        allow_neg_eigval: whether β reaches up to 2.
+        norm_eps: of the output norm.
+        conv_bias: whether the convolution has one.
+        backend: of the op.
+        device, dtype: of the parameters; A_log and dt_bias are made in float32.
+
+    Raises:
+        SpecError: an option is unknown, or the sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_value_heads: int | None = None,
+        head_dim: int | None = None,
+        expand_v: float = 2.0,
+        *,
+        rule: str = "gated_delta",
+        short_conv: int = 4,
+        feature_map: str = "silu",
+        qk_norm: str | None = "l2",
+        output_gate: str | None = "silu",
+        output_norm: bool = True,
+        allow_neg_eigval: bool = False,
+        norm_eps: float = 1e-5,
+        conv_bias: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("rule", rule, tuple(GATED_DELTA.rule))
+        check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
+        check_choice("qk_norm", qk_norm, QK_NORMS)
+        check_choice("output_gate", output_gate, (*GATE_ACTIVATIONS, None))
+        self.hidden_size, self.num_heads = hidden_size, num_heads
+        self.num_value_heads = num_heads if num_value_heads is None else num_value_heads
+        self.head_dim = key_width(hidden_size, num_heads) if head_dim is None else head_dim
+        self.value_dim = value_width(self.head_dim, expand_v)
+        if self.num_value_heads % num_heads:
+            fail(
+                f"num_value_heads is {self.num_value_heads}, should be a multiple of "
+                f"num_heads = {num_heads}"
+            )
+        self.rule, self.feature_map, self.qk_norm = rule, feature_map, qk_norm
+        self.output_gate, self.output_norm = output_gate, output_norm
+        self.allow_neg_eigval, self.backend = allow_neg_eigval, backend
+        self._build(short_conv, conv_bias, norm_eps, {"device": device, "dtype": dtype})
+
+    def _build(self, kernel: int, conv_bias: bool, eps: float, made: dict[str, Any]) -> None:
+        width, heads = self.hidden_size, self.num_value_heads
+        keys, values = self.num_heads * self.head_dim, heads * self.value_dim
+        self._split = [keys, keys, values]
+        self.q_proj = nn.Linear(width, keys, bias=False, **made)
+        self.k_proj = nn.Linear(width, keys, bias=False, **made)
+        self.v_proj = nn.Linear(width, values, bias=False, **made)
+        self.b_proj = nn.Linear(width, heads, bias=False, **made)
+        if GATED_DELTA.rule[self.rule].has_decay:
+            self.a_proj = nn.Linear(width, heads, bias=False, **made)
+            self.A_log = nn.Parameter(draw_A_log(heads, made["device"]))
+            self.dt_bias = nn.Parameter(draw_dt_bias(heads, made["device"]))
+            self.mark_weight_decay()
+        self.conv: ShortConvolution | None = None
+        if kernel:
+            channels = sum(self._split)
+            self.conv = ShortConvolution(channels, kernel, bias=conv_bias, activation=None, **made)
+        if self.output_gate is not None:
+            self.g_proj = nn.Linear(width, values, bias=False, **made)
+        if self.output_norm:
+            activation = self.output_gate or "silu"
+            self.o_norm = GatedRMSNorm(self.value_dim, eps, activation, **made)
+        self.o_proj = nn.Linear(values, width, bias=False, **made)
+
+    def mark_weight_decay(self) -> None:
+        """Mark the parameters of the gate, which take no weight decay.
+
+        Set-ups of optimizers read the mark, as they do for FLA and Mamba.
+        """
+        for name in ("A_log", "dt_bias"):
+            if hasattr(self, name):
+                getattr(self, name)._no_weight_decay = True
+
+    def zero_state(self, rows: int) -> State:
+        """Return the state before any token."""
+        weight = self.o_proj.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        shape = (rows, self.num_value_heads, self.head_dim, self.value_dim)
+        memory = torch.zeros(shape, dtype=dtype, device=weight.device)
+        return State(None if self.conv is None else self.conv.zero_state(rows), memory)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Mix whole sequences, or continue them by any number of tokens.
+
+        Args:
+            x: (B, T, hidden_size).
+            state: what an earlier call returned, or None to start.
+            mask: (B, T), 0 where a token is padding, which may be anywhere in a row. It changes
+                no state, and its output is 0.
+            cu_seqlens: (N+1,) boundaries of sequences packed along T with B = 1. The states are
+                those of the N sequences.
+
+        Returns:
+            y like x, and the state after the last token.
+
+        Raises:
+            SpecError: a shape does not fit.
+        """
+        self._check(x, state, mask, cu_seqlens)
+        padding = None if mask is None else Padding.of(mask, x)
+        if padding is not None:
+            x = padding.front(x)
+        lengths = None if padding is None else padding.lengths
+        conv, memory = (None, None) if state is None else state
+        q, k, v, conv = self._qkv(x, conv, lengths, cu_seqlens)
+        log_alpha, beta = self._gates(x, padding)
+        o, memory = self._mix(q, k, v, log_alpha, beta, memory, cu_seqlens)
+        y = self._output(o, x)
+        return (y if padding is None else padding.back(y)), State(conv, memory)
+
+    def _qkv(
+        self, x: Tensor, state: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return q, k (B, T, H, K), v (B, T, HV, V) and the state of the convolution."""
+        parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        if self.conv is not None:
+            mixed, state = self.conv(
+                torch.cat(parts, -1), state, lengths=lengths, cu_seqlens=cu_seqlens
+            )
+            parts = list(mixed.split(self._split, -1))
+        feature = FEATURE_MAPS[self.feature_map]
+        q, k = (feature(y).unflatten(-1, (self.num_heads, -1)) for y in parts[:2])
+        if self.qk_norm == "l1":
+            q, k = (functional.normalize(y, p=1.0, dim=-1, eps=1e-6) for y in (q, k))
+        v = functional.silu(parts[2]).unflatten(-1, (self.num_value_heads, -1))
+        return q, k, v, state
+
+    def _gates(self, x: Tensor, padding: Padding | None) -> tuple[Tensor | None, Tensor]:
+        """Return log α, or None without a decay, and β, (B, T, HV) in float32 at least."""
+        b = self.b_proj(x)
+        beta = b.to(torch.promote_types(b.dtype, torch.float32)).sigmoid()
+        if self.allow_neg_eigval:
+            beta = 2 * beta
+        log_alpha = None
+        if GATED_DELTA.rule[self.rule].has_decay:
+            log_alpha = gate(self.a_proj(x), self.A_log, self.dt_bias)
+        if padding is not None:
+            # A padded token is the identity: α = 1, β = 0.
+            behind = padding.behind()
+            beta = beta.masked_fill(behind, 0.0)
+            log_alpha = None if log_alpha is None else log_alpha.masked_fill(behind, 0.0)
+        return log_alpha, beta
+
+    def _mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_alpha: Tensor | None,
+        beta: Tensor,
+        memory: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the rule; return o (B, T, HV, V) and the memory."""
+        options: dict[str, Any] = {
+            "rule": self.rule,
+            "qk_l2norm": self.qk_norm == "l2",
+            "backend": self.backend,
+        }
+        if q.shape[1] == 1 and cu_seqlens is None:
+            q_t, k_t, v_t, beta_t = (x.squeeze(1) for x in (q, k, v, beta))
+            decay = None if log_alpha is None else log_alpha.squeeze(1)
+            o, memory = gated_delta_step(
+                q_t, k_t, v_t, None, beta_t, memory, log_alpha=decay, **options
+            )
+            return o.unsqueeze(1), memory
+        return gated_delta(
+            q,
+            k,
+            v,
+            beta=beta,
+            log_alpha=log_alpha,
+            initial_state=memory,
+            return_state=True,
+            cu_seqlens=cu_seqlens,
+            **options,
+        )
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        """Normalise and gate o (B, T, HV, V), then project to (B, T, hidden_size)."""
+        z = None
+        if self.output_gate is not None:
+            z = self.g_proj(x).unflatten(-1, (self.num_value_heads, -1))
+        if self.output_norm:
+            o = self.o_norm(o, z)
+        elif z is not None:
+            o = o * GATE_ACTIVATIONS[self.output_gate or "silu"](z)
+        y: Tensor = self.o_proj(o.flatten(-2))
+        return y
+
+    def _check(
+        self, x: Tensor, state: State | None, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> None:
+        if x.dim() != 3 or x.shape[2] != self.hidden_size:
+            fail(
+                f"x has shape {tuple(x.shape)}, should be (B, T, hidden_size) with "
+                f"hidden_size = {self.hidden_size}"
+            )
+        if mask is not None and cu_seqlens is not None:
+            fail(
+                "mask and cu_seqlens are both given, should be one of them: packing has no padding"
+            )
+        if state is not None:
+            rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            conv = self.conv
+            check_state(
+                state,
+                (rows, self.num_value_heads, self.head_dim, self.value_dim),
+                None if conv is None else (rows, conv.channels, conv.kernel_size - 1),
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.hidden_size}, num_heads={self.num_heads}, "
+            f"num_value_heads={self.num_value_heads}, head_dim={self.head_dim}, "
+            f"value_dim={self.value_dim}, rule={self.rule!r}"
+        )

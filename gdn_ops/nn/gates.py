@@ -1,0 +1,46 @@
+"""The decay gate of the layer, in log space, and its published initialisation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+LARGEST_A = 16.0
+"""A is drawn uniformly from (0, 16)."""
+
+DT_RANGE = (1e-3, 0.1)
+"""The step size is drawn log-uniformly from here; dt_bias is its inverse softplus."""
+
+
+def gate(a: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
+    """Return log α = −exp(A_log) softplus(a + dt_bias).
+
+    Args:
+        a: (..., HV), any float dtype.
+        A_log: (HV,) log of the rate A.
+        dt_bias: (HV,) or None for 0.
+
+    Returns:
+        (..., HV) in [-inf, 0], float32, or float64 if any argument is. It stays exact where α is
+        close to 1, which α in a narrow dtype could not be.
+    """
+    dtype = torch.promote_types(torch.promote_types(a.dtype, A_log.dtype), torch.float32)
+    step = a.to(dtype) if dt_bias is None else a.to(dtype) + dt_bias.to(dtype)
+    return -A_log.to(dtype).exp() * functional.softplus(step)
+
+
+def draw_A_log(heads: int, device: torch.device | str | None = None) -> Tensor:
+    """Return log A with A ~ U(0, 16), (heads,) float32; never log 0."""
+    A = torch.empty(heads, device=device).uniform_(0, LARGEST_A)
+    return A.clamp_(min=torch.finfo(torch.float32).tiny).log_()
+
+
+def draw_dt_bias(heads: int, device: torch.device | str | None = None) -> Tensor:
+    """Return b with softplus(b) log-uniform in DT_RANGE, (heads,) float32."""
+    low, high = (math.log(x) for x in DT_RANGE)
+    dt = torch.empty(heads, device=device).uniform_(low, high).exp_()
+    # softplus⁻¹(dt) = log(eᵈᵗ − 1) = dt + log(1 − e⁻ᵈᵗ)
+    return dt + torch.log(-torch.expm1(-dt))

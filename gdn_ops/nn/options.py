@@ -1,0 +1,53 @@
+"""The options of the layer, and the sizes that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+from torch import Tensor
+from torch.nn import functional
+
+from gdn_ops.errors import SpecError
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "relu": functional.relu,
+    "elu": lambda x: 1 + functional.elu(x),
+    "none": lambda x: x,
+}
+
+QK_NORMS = ("l2", "l1", None)
+
+WIDTH_OF_KEYS = 0.75
+"""Of the hidden width, so that a mixer has 6 hidden² parameters, with values twice as wide."""
+
+
+def fail(message: str) -> NoReturn:
+    """Raise what is wrong with a layer's arguments."""
+    raise SpecError(f"GatedDeltaNet: {message}")
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        fail(f"{name} is {value!r}, should be one of {', '.join(map(str, choices))}")
+
+
+def key_width(hidden_size: int, heads: int) -> int:
+    """Return the published width of a key head."""
+    width = WIDTH_OF_KEYS * hidden_size / heads
+    if width != int(width):
+        fail(
+            f"head_dim is not given and 0.75 hidden_size / num_heads = {width:.6g} is no integer; "
+            f"pass head_dim="
+        )
+    return int(width)
+
+
+def value_width(head_dim: int, expand_v: float) -> int:
+    """Return the width of a value head."""
+    width = expand_v * head_dim
+    if round(width) < 1 or abs(width - round(width)) > 1e-6:
+        fail(f"expand_v is {expand_v}, should make expand_v * head_dim = {width:.6g} an integer")
+    return round(width)

@@ -1,0 +1,62 @@
+"""Padding anywhere in a row: the tokens are moved to its front and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn_ops.errors import SpecError
+
+
+class Padding(NamedTuple):
+    """A batch of rows whose tokens have been moved to the front, padding behind.
+
+    Then the convolution finds the token before, or the state, right in front of every token.
+
+    Attributes:
+        is_token: (B, T) bool, in the caller's order.
+        order: (B, T) the caller's index of each place.
+        lengths: (B,) number of tokens.
+    """
+
+    is_token: Tensor
+    order: Tensor
+    lengths: Tensor
+
+    @staticmethod
+    def of(mask: Tensor, x: Tensor) -> Padding:
+        """Read a mask.
+
+        Args:
+            mask: (B, T), 0 or False where a token is padding.
+            x: (B, T, width).
+
+        Raises:
+            SpecError: the mask has another shape.
+        """
+        if mask.shape != x.shape[:2]:
+            raise SpecError(
+                f"GatedDeltaNet: mask has shape {tuple(mask.shape)}, should be (B, T) = "
+                f"{tuple(x.shape[:2])}, 0 where a token is padding"
+            )
+        is_token = mask.ne(0)
+        order = torch.argsort(is_token.logical_not().byte(), dim=1, stable=True)
+        return Padding(is_token, order, is_token.sum(1))
+
+    def front(self, x: Tensor) -> Tensor:
+        """Move the tokens of (B, T, width) to the front, with 0 at the padding."""
+        moved = x.gather(1, self.order[..., None].expand_as(x))
+        # Padding may hold anything, NaN too.
+        return moved.masked_fill(self.behind(), 0)
+
+    def back(self, y: Tensor) -> Tensor:
+        """Move the tokens of (B, T, width) back, with 0 at the padding."""
+        moved = torch.empty_like(y).scatter(1, self.order[..., None].expand_as(y), y)
+        return moved.masked_fill(self.is_token.logical_not()[..., None], 0)
+
+    def behind(self) -> Tensor:
+        """Return (B, T, 1), True at the padding, in the order of `front`."""
+        place = torch.arange(self.order.shape[1], device=self.order.device)
+        return (place >= self.lengths[:, None]).unsqueeze(-1)

@@ -1,0 +1,55 @@
+"""What a layer keeps between calls, and the check that it fits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from gdn_ops.errors import SpecError
+
+
+class State(NamedTuple):
+    """What a layer keeps between calls.
+
+    Attributes:
+        conv: (N, 2 H K + HV V, kernel_size - 1), the last inputs of the convolution, channels of
+            q, k and v in this order; None without one.
+        memory: (N, HV, K, V), float32, or float64 for float64 inputs.
+    """
+
+    conv: Tensor | None
+    memory: Tensor
+
+
+def check_state(
+    state: State, memory_shape: tuple[int, int, int, int], conv_shape: tuple[int, int, int] | None
+) -> None:
+    """Refuse a state that does not fit a layer and its input.
+
+    Args:
+        state: as given.
+        memory_shape: (N, HV, K, V).
+        conv_shape: (N, channels, kernel_size - 1), or None without a convolution.
+
+    Raises:
+        SpecError: a shape is different; a V-first memory is told how to be turned.
+    """
+    shape, (rows, heads, key_width, value_width) = tuple(state.memory.shape), memory_shape
+    if shape != memory_shape:
+        cure = ""
+        if shape == (rows, heads, value_width, key_width):
+            cure = "; gdn_ops.compat.states.state_from('fla_v_first', memory) turns a V-first state"
+        raise SpecError(
+            f"GatedDeltaNet: state.memory has shape {shape}, should be (N, HV, K, V) = "
+            f"{memory_shape}{cure}"
+        )
+    if conv_shape is None:
+        return
+    given = None if state.conv is None else tuple(state.conv.shape)
+    if given != conv_shape:
+        found = "is None" if given is None else f"has shape {given}"
+        raise SpecError(
+            f"GatedDeltaNet: state.conv {found}, should be (N, channels, kernel_size - 1) = "
+            f"{conv_shape}"
+        )

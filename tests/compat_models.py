@@ -1,0 +1,140 @@
+"""Tiny random models of every family whose delta rule is replaced; shared by the compat tests."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+transformers.utils.logging.set_verbosity_error()
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+
+
+def heads(keys: int, values: int, key_width: int, value_width: int) -> dict[str, int]:
+    return {
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": values,
+        "linear_key_head_dim": key_width,
+        "linear_value_head_dim": value_width,
+    }
+
+
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # name: configuration, model, what is not common
+    "qwen3_next-2:1": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {"head_dim": 16, **EXPERTS, **heads(2, 4, 16, 16)},
+    ),
+    "qwen3_next-3:1": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {"head_dim": 16, **EXPERTS, **heads(2, 6, 16, 8)},
+    ),
+    "qwen3_5-3:1": (
+        "Qwen3_5TextConfig",
+        "Qwen3_5ForCausalLM",
+        {"head_dim": 16, **heads(1, 3, 16, 16)},
+    ),
+    "qwen3_5_moe-2:1": (
+        "Qwen3_5MoeTextConfig",
+        "Qwen3_5MoeForCausalLM",
+        {"head_dim": 16, **EXPERTS, **heads(2, 4, 16, 16)},
+    ),
+    # Heads as in the 7B model, 96 and 192, by four; β in (0, 2).
+    "olmo_hybrid-1:1": (
+        "OlmoHybridConfig",
+        "OlmoHybridForCausalLM",
+        {"linear_allow_neg_eigval": True, "eos_token_id": 1, **heads(3, 3, 24, 48)},
+    ),
+}
+
+
+def architecture(family: str) -> str:
+    return family.partition("-")[0]
+
+
+@functools.cache
+def model(family: str) -> Any:
+    """Return the model of a family, random, in float32, in eval mode."""
+    config_name, model_name, more = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_name)(**COMMON, **more)
+    found = getattr(transformers, model_name)(config).eval()
+    # The default one has no float64.
+    found.config._experts_implementation = "eager"
+    with torch.no_grad():
+        # As built, logits are 0.02 wide and most greedy tokens are ties in all but name.
+        for parameter in found.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return found
+
+
+def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, COMMON["vocab_size"], (rows, length), generator=generator)
+
+
+def gradients(model: Any, ids: Tensor, **options: Any) -> dict[str, Tensor]:
+    """Return the gradient of the loss with respect to every parameter that has one."""
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False, **options).loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@contextlib.contextmanager
+def no_float32() -> Iterator[None]:
+    """Let float64 tensors stay float64 where a model asks for float32."""
+    to, as_float = Tensor.to, Tensor.float
+
+    def wide_to(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if x.dtype == torch.float64 and arguments[:1] == (torch.float32,):
+            arguments = (torch.float64, *arguments[1:])
+        return to(x, *arguments, **options)
+
+    def wide_float(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else as_float(x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "to", wide_to)
+        patch.setattr(Tensor, "float", wide_float)
+        yield
+
+
+@functools.cache
+def exact_gradients(family: str, rows: int, length: int) -> dict[str, Tensor]:
+    """Return the gradients that transformers itself computes in float64."""
+    with no_float32():
+        wide = copy.deepcopy(model(family)).double()
+        return gradients(wide, tokens(rows, length))
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach(), expected.detach()
+    return float((found - expected).norm() / expected.norm())

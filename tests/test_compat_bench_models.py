@@ -1,0 +1,95 @@
+"""`gdn-ops bench models` compares before it times, and judges the rows it was made for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+from gdn_ops.bench import models
+from gdn_ops.bench.inputs import Setting
+from gdn_ops.bench.verify import RefusedError
+from gdn_ops.errors import SpecError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = models.Shape(
+    tokens=20, hidden=32, intermediate=16, vocabulary=50, key_heads=1, value_heads=2, width=8
+)
+ONCE = Setting("float32", "cpu", 1)
+
+
+def test_a_tiny_model_is_compared_timed_and_weighed() -> None:
+    told: list[str] = []
+    result = models.run(("torch",), ONCE, told.append, TINY)
+    assert told == [
+        "logits and loss",
+        "prefill",
+        "training step",
+        "decode",
+        "memory of a training step",
+    ]
+    assert [check.what for check in result.checks] == [
+        "logits against transformers",
+        "loss against transformers",
+    ]
+    assert all(check.passed for check in result.checks)
+    rows = {(row.what, row.comparator): row for row in result.rows}
+    whats = ("prefill", "training step", "decode", "memory")
+    assert set(rows) == {(what, name) for what in whats for name in ("transformers", "torch")}
+    for (what, name), row in rows.items():
+        own = rows[what, "transformers"].median
+        expected = row.median / own if what == "memory" else own / row.median
+        assert row.ratio == pytest.approx(expected), (what, name)
+        # Targets are for the model of the full size.
+        assert row.target is None
+    assert json.loads(json.dumps(result.to_json()))["system"]["model"] == dataclasses.asdict(TINY)
+
+
+def test_the_model_of_the_full_size_is_judged() -> None:
+    numbers, case = (10.0, 9.0, 3), models.Shape().case
+    judged = [models._row(t.what, case, "torch", "ms", numbers, 1.5) for t in models.TARGETS]
+    assert [(row.what, row.reached) for row in judged] == [
+        ("prefill", True),
+        ("training step", False),
+        ("decode", True),
+        ("memory", False),
+    ]
+    assert models._row("prefill", case, "naive", "ms", numbers, 1.5).target is None
+
+
+def test_another_model_is_refused_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        calls.append(0)
+        return torch.tensor([1.0, float(len(calls))])
+
+    calls: list[int] = []
+    monkeypatch.setattr(models, "prefill", wrong)
+    with pytest.raises(RefusedError, match="logits against transformers"):
+        models.run(("torch",), ONCE, lambda text: None, TINY)
+    assert len(calls) == 2
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(SpecError, match="unknown backend 'fast'"):
+        models.run(("fast",), ONCE, lambda text: None, TINY)
+
+
+def test_what_it_does_not_measure_is_refused() -> None:
+    with pytest.raises(ValueError, match="measures float32 on cpu, not bfloat16 on cpu"):
+        models.run(("torch",), Setting("bfloat16", "cpu", 1), lambda text: None, TINY)
+
+
+def test_the_result_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "Shape", lambda: TINY)
+    monkeypatch.setattr(models, "_memory_rows", lambda names, shape, result: [])
+    models.show_run(("torch",), ONCE, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "models-cpu-float32.json").read_text())
+    assert {row["what"] for row in written["rows"]} == {"prefill", "training step", "decode"}
