@@ -1,1 +1,41 @@
-"""Export of the recurrent decode path to ONNX."""
+"""Export of the recurrent decode path to ONNX, and a session that runs it.
+
+export_decode, export_prefill            a torch module to a model
+make_decode_model, make_prefill_model    a model of one node, without a module
+set_body                                 exchange the function body of a model's nodes
+DecodeSession                            decode with onnxruntime, states updated in place
+"""
+
+from __future__ import annotations
+
+try:
+    import onnx  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "gdn_ops.export needs the onnx extra: pip install 'gdn_ops[onnx]'", name=error.name
+    ) from error
+
+from gdn_ops.export.bodies import decode_function
+from gdn_ops.export.build import make_decode_model, make_prefill_model
+from gdn_ops.export.exporter import export_decode, export_prefill
+from gdn_ops.export.model import bodies_of, nodes_of, set_body, states_of
+from gdn_ops.export.runtime import available_bodies
+from gdn_ops.export.schema import op_schema
+from gdn_ops.export.session import DecodeSession
+from gdn_ops.export.translation import translation_table
+
+__all__ = [
+    "DecodeSession",
+    "available_bodies",
+    "bodies_of",
+    "decode_function",
+    "export_decode",
+    "export_prefill",
+    "make_decode_model",
+    "make_prefill_model",
+    "nodes_of",
+    "op_schema",
+    "set_body",
+    "states_of",
+    "translation_table",
+]

@@ -14,6 +14,8 @@ from gdn_ops.testing import Example
 from gdn_ops.testing.conformance import Subject, check, run_subject, subjects
 from gdn_ops.testing.oracle import judge
 
+pytestmark = pytest.mark.filterwarnings("ignore:backend '.*' emulates its kernels")
+
 EXAMPLES = {"naive": 15, "torch": 60, "compile": 8}
 """Drawn calls per subject; a backend that is not named gets the default."""
 

@@ -91,6 +91,34 @@ def test_many_packed_sequences_are_found_by_every_chunk() -> None:
     assert verdict.passed, verdict
 
 
+def test_boundaries_may_lie_apart() -> None:
+    arguments = dataclasses.replace(AWKWARD, lengths=(30, 40), T=70).arguments()
+    expected = gdn_ops.gated_delta(**arguments, backend="triton")
+    wide = torch.full((6,), -1)
+    wide[::2] = arguments["cu_seqlens"]
+    arguments["cu_seqlens"] = wide[::2]
+    assert torch.equal(gdn_ops.gated_delta(**arguments, backend="triton"), expected)
+
+
+@pytest.mark.parametrize(
+    ("capability", "row"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((12, 0), "sm_80"),
+    ],
+)
+def test_every_gpu_gets_a_row_that_it_can_run(
+    capability: tuple[int, int], row: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    configs._target_of.cache_clear()
+    assert configs.target(torch.device("cuda", 0)) == row
+    configs._target_of.cache_clear()
+
+
 def test_float32_means_float32() -> None:
     example = Example(T=130, R=2, K=64, V=64, beta="wide", gate="slow", initial_state=True)
     reference = judgement(example).reference

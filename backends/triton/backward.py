@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.backends.triton.config import power_of_two
-from gdn_ops.backends.triton.forward import common, gate_of, options, run_states
+from gdn_ops.backends.triton.forward import bounds_of, common, gate_of, options, run_states
 from gdn_ops.backends.triton.interpret import launch
 from gdn_ops.backends.triton.kernels import gradients, reverse
 from gdn_ops.backends.triton.plan import Plan, Saved, readable, strides
@@ -37,7 +37,7 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
     d_final = d_final.contiguous()
     constants = common(call, plan) | {"V": s.V}
     gates, norms, inverses = saved
-    erase, scale, cu = plan.rule.has_erase, float(call.scale), call.cu_seqlens
+    erase, scale, cu = plan.rule.has_erase, float(call.scale), bounds_of(call)
     u, kept, _ = run_states(call, plan, k, v, saved, 1)
 
     def tile(tiles: Tiles) -> int:

@@ -64,6 +64,11 @@ def gate_of(call: Call) -> Tensor | None:
     return None if given is None else given.contiguous()
 
 
+def bounds_of(call: Call) -> Tensor | None:
+    """Return cu_seqlens, dense."""
+    return None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
+
+
 def run_prepare(call: Call, plan: Plan, k: Tensor) -> Saved:
     """Form the gates and T of all chunks."""
     s, saved = plan.sizes, empty_saved(plan, call.device)
@@ -71,7 +76,7 @@ def run_prepare(call: Call, plan: Plan, k: Tensor) -> Saved:
     constants = common(call, plan)
     launch(
         prepare.prepare, (plan.slots, s.H),
-        k, gate_of(call), beta, *saved, call.cu_seqlens,
+        k, gate_of(call), beta, *saved, bounds_of(call),
         s.N, s.T, plan.slots, *strides(k), **constants,
         HAS_BETA=beta is not None, ERASE=plan.rule.has_erase,
         SOLVE_PRECISION=constants["PRECISION"], **options(plan.config.prepare),
@@ -94,7 +99,7 @@ def run_states(
     BV = min(tiles.BV, power_of_two(s.V))
     launch(
         states.states, (s.N * s.HV, -(-s.V // BV)),
-        k, v, *saved, initial, u, kept, final, call.cu_seqlens,
+        k, v, *saved, initial, u, kept, final, bounds_of(call),
         s.T, plan.slots, places, *strides(k), *strides(v), **common(call, plan),
         V=s.V, BV=BV, EVERY=every, ERASE=plan.rule.has_erase,
         HAS_INITIAL=initial is not None, **options(tiles),
@@ -117,7 +122,7 @@ def forward(call: Call, plan: Plan) -> Forward:
     BV = min(tiles.BV, power_of_two(s.V))
     launch(
         output.output, (plan.places, -(-s.V // BV), s.H if every == 1 else s.HV),
-        q, k, v, saved.gates, saved.norms, u, kept, o, call.cu_seqlens, float(call.scale),
+        q, k, v, saved.gates, saved.norms, u, kept, o, bounds_of(call), float(call.scale),
         s.N, s.T, plan.slots, plan.places, *strides(q), *strides(k), *strides(v),
         **common(call, plan), V=s.V, BV=BV, EVERY=every, ERASE=plan.rule.has_erase,
         **options(tiles),

@@ -66,7 +66,7 @@ SEQUENCE: dict[tuple[str, int, str], Config] = {
     ),
     ("sm_90", 128, "low"): Config(
         C=64, every=1, prepare=Tiles(0, 4, 1), states=Tiles(64, 4, 2), output=Tiles(128, 8, 2),
-        reads_back=Tiles(128, 8, 2), state_gradients=Tiles(64, 4, 2),
+        reads_back=Tiles(128, 8, 2), state_gradients=Tiles(64, 8, 2),
         pair_gradients=Tiles(64, 8, 1), token_gradients=Tiles(64, 8, 1),
         pair_rows=64, reload=False, measured=UNMEASURED,
     ),
@@ -102,7 +102,7 @@ SEQUENCE: dict[tuple[str, int, str], Config] = {
     ),
     ("sm_100", 128, "low"): Config(
         C=64, every=1, prepare=Tiles(0, 4, 1), states=Tiles(64, 4, 2), output=Tiles(128, 8, 2),
-        reads_back=Tiles(128, 8, 2), state_gradients=Tiles(64, 4, 2),
+        reads_back=Tiles(128, 8, 2), state_gradients=Tiles(64, 8, 2),
         pair_gradients=Tiles(64, 8, 1), token_gradients=Tiles(64, 8, 1),
         pair_rows=64, reload=False, measured=UNMEASURED,
     ),
