@@ -71,24 +71,22 @@ def pair_gradients(
     in_k = dk < K
     valid_i, valid_j = chunk * C + i < length, chunk * C + j < length
     first = begin + chunk * C
+    from_k = rows(k, row, k_batch, first, k_token, h, k_head, j, dk)
+    k_j = tl.load(from_k, mask=valid_j[:, None] & in_k[None, :], other=0.0)
+    if NORM:
+        norm_j = tl.load(kept_row(norms, h, slot, j, slots, C))
     if GATE != NO_DECAY:
-        from_k = rows(k, row, k_batch, first, k_token, h, k_head, j, dk)
-        k_j = tl.load(from_k, mask=valid_j[:, None] & in_k[None, :], other=0.0)
         from_q = rows(q, row, q_batch, first, q_token, h, q_head, i, dk)
         q_i = tl.load(from_q, mask=valid_i[:, None] & in_k[None, :], other=0.0)
         qk = tl.dot(q_i, tl.trans(k_j), input_precision=PRECISION)
         if NORM:
-            norm_j = tl.load(kept_row(norms, h, slot, j, slots, C))
             qk *= inverse_norm(q_i)[:, None] * norm_j[None, :]
     if ERASE:
-        from_k = rows(k, row, k_batch, first, k_token, h, k_head, j, dk)
-        k_j = tl.load(from_k, mask=valid_j[:, None] & in_k[None, :], other=0.0)
         from_k = rows(k, row, k_batch, first, k_token, h, k_head, i, dk)
         k_i = tl.load(from_k, mask=valid_i[:, None] & in_k[None, :], other=0.0)
         kk = tl.dot(k_i, tl.trans(k_j), input_precision=PRECISION)
         if NORM:
             norm_i = tl.load(kept_row(norms, h, slot, i, slots, C))
-            norm_j = tl.load(kept_row(norms, h, slot, j, slots, C))
             kk *= norm_i[:, None] * norm_j[None, :]
     sum_qk = tl.zeros([ROWS, C], tl.float32)
     sum_kk = tl.zeros([ROWS, C], tl.float32)
