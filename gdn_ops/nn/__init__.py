@@ -1,18 +1,24 @@
-"""Layers built on the op: the token mixer of the paper and what it is made of."""
+"""Layers built on the op: the token mixer of the paper, its hybrids and what they are made of."""
 
 from __future__ import annotations
 
+from gdn_ops.nn.attention import KeyValueRing, SlidingWindowAttention
 from gdn_ops.nn.convolution import ShortConvolution
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
 from gdn_ops.nn.gates import gate
+from gdn_ops.nn.hybrid import PAPER, HybridLM
 from gdn_ops.nn.norm import GatedRMSNorm
 from gdn_ops.nn.state import State
 from gdn_ops.nn.weights import from_fla, from_transformers
 
 __all__ = [
+    "PAPER",
     "GatedDeltaNet",
     "GatedRMSNorm",
+    "HybridLM",
+    "KeyValueRing",
     "ShortConvolution",
+    "SlidingWindowAttention",
     "State",
     "from_fla",
     "from_transformers",

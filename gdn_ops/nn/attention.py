@@ -1,0 +1,195 @@
+"""Causal softmax attention inside a window, with rotary positions and a ring of keys and values.
+
+y_t = W Σ_j softmax_j(q_tᵀ k_j / √D) v_j,   t − window < j ≤ t,   q, k rotated by their positions
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gdn_ops.errors import SpecError
+
+ROPE_BASE = 10000.0
+"""Of the rotary positions, as published."""
+
+SMALLEST_BLOCK = 128
+"""Queries that are attended to together at least: for narrow windows fewer would be slow."""
+
+
+class KeyValueRing(NamedTuple):
+    """The last `window` keys and values: token t stands in slot t mod window.
+
+    Attributes:
+        keys: (B, heads, window, D), rotated by their positions.
+        values: (B, heads, window, D).
+        tokens: () int64, how many tokens have been read; on the device, so that decoding waits
+            for nothing.
+    """
+
+    keys: Tensor
+    values: Tensor
+    tokens: Tensor
+
+
+def rotate(x: Tensor, positions: Tensor, base: float = ROPE_BASE) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + D/2}) by the angles position · base^(−2i/D).
+
+    Args:
+        x: (B, heads, T, D), D even.
+        positions: (T,) int64.
+        base: of the wavelengths.
+
+    Returns:
+        Like x; angles are float32, float64 for float64 inputs.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    half = x.shape[-1] // 2
+    place = torch.arange(half, dtype=dtype, device=x.device)
+    angle = positions.to(dtype)[:, None] * base ** (-place / half)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.to(dtype).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class SlidingWindowAttention(nn.Module):
+    """Multi-head attention to the last `window` tokens, the token itself included.
+
+    Time and memory are linear in the length: queries are taken in blocks of about a window.
+
+    Args:
+        hidden_size: width of the input and output.
+        num_heads: heads; each is hidden_size / num_heads wide.
+        window: tokens that a token sees, itself included.
+        rope_base: of the rotary positions.
+        device, dtype: of the parameters.
+
+    Raises:
+        SpecError: the sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        window: int = 2048,
+        *,
+        rope_base: float = ROPE_BASE,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or hidden_size % (2 * num_heads):
+            _fail(
+                f"num_heads is {num_heads}, should divide hidden_size = {hidden_size} into heads "
+                f"of an even width"
+            )
+        if window < 1:
+            _fail(f"window is {window}, should be at least 1, the token itself")
+        self.hidden_size, self.num_heads, self.window = hidden_size, num_heads, window
+        self.head_dim, self.rope_base = hidden_size // num_heads, rope_base
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            nn.Linear(hidden_size, hidden_size, bias=False, device=device, dtype=dtype)
+            for _ in range(4)
+        )
+
+    def zero_state(self, rows: int) -> KeyValueRing:
+        """Return the ring before any token."""
+        weight = self.o_proj.weight
+        empty = weight.new_zeros(rows, self.num_heads, self.window, self.head_dim)
+        tokens = torch.zeros((), dtype=torch.int64, device=weight.device)
+        return KeyValueRing(empty, empty, tokens)
+
+    def forward(self, x: Tensor, state: KeyValueRing | None = None) -> tuple[Tensor, KeyValueRing]:
+        """Attend within whole sequences, or continue them by any number of tokens.
+
+        Args:
+            x: (B, T, hidden_size).
+            state: what an earlier call returned, or None to start. It is not changed.
+
+        Returns:
+            y like x, and the ring after the last token.
+
+        Raises:
+            SpecError: a shape does not fit.
+        """
+        self._check(x, state)
+        q, k, v = (
+            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        ring = self.zero_state(x.shape[0]) if state is None else state
+        positions = ring.tokens + torch.arange(x.shape[1], device=x.device)
+        q, k = (rotate(y, positions, self.rope_base) for y in (q, k))
+        written = self._write(ring, k, v, positions)
+        if state is not None and x.shape[1] == 1:
+            o = self._attend_to_ring(q, written)
+        else:
+            o = self._attend(q, k, v, state)
+        y: Tensor = self.o_proj(o.transpose(1, 2).flatten(-2))
+        return y, written
+
+    def _write(self, ring: KeyValueRing, k: Tensor, v: Tensor, positions: Tensor) -> KeyValueRing:
+        """Return the ring with k, v (B, heads, T, D) over what is out of the window now."""
+        # Of more than a window of tokens the first would be overwritten by the last.
+        slots = positions[-self.window :] % self.window
+        keys, values = (
+            old.to(new.dtype).index_copy(2, slots, new[:, :, -self.window :])
+            for old, new in ((ring.keys, k), (ring.values, v))
+        )
+        return KeyValueRing(keys, values, ring.tokens + len(positions))
+
+    def _attend_to_ring(self, q: Tensor, ring: KeyValueRing) -> Tensor:
+        """One query (B, heads, 1, D): the order of the slots does not matter to it."""
+        slot = torch.arange(self.window, device=q.device)
+        return functional.scaled_dot_product_attention(
+            q, ring.keys, ring.values, attn_mask=(slot < ring.tokens)[None]
+        )
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueRing | None) -> Tensor:
+        """Queries (B, heads, T, D) to the keys of their windows, block by block."""
+        attention, tokens = functional.scaled_dot_product_attention, q.shape[2]
+        if state is None and tokens <= self.window:
+            return attention(q, k, v, is_causal=True)
+        past = 0
+        place = torch.arange(k.shape[2], device=q.device)
+        if state is not None:
+            # The last window − 1 tokens, oldest first; slots before the first token hold nothing.
+            past = self.window - 1
+            place = torch.arange(-past, tokens, device=q.device)
+            slots = (state.tokens + place[:past]) % self.window
+            k = torch.cat([state.keys[:, :, slots].to(k.dtype), k], 2)
+            v = torch.cat([state.values[:, :, slots].to(v.dtype), v], 2)
+        outputs, block = [], max(self.window, SMALLEST_BLOCK)
+        for first in range(0, tokens, block):
+            rows = slice(first, min(first + block, tokens))
+            seen = slice(max(0, first + past - self.window + 1), rows.stop + past)
+            distance = place[past:][rows, None] - place[None, seen]
+            mask = (distance >= 0) & (distance < self.window)
+            if state is not None:
+                mask = mask & (place[None, seen] + state.tokens >= 0)
+            outputs.append(attention(q[:, :, rows], k[:, :, seen], v[:, :, seen], mask))
+        return torch.cat(outputs, 2)
+
+    def _check(self, x: Tensor, state: KeyValueRing | None) -> None:
+        if x.dim() != 3 or x.shape[2] != self.hidden_size:
+            _fail(
+                f"x has shape {tuple(x.shape)}, should be (B, T, hidden_size) with "
+                f"hidden_size = {self.hidden_size}"
+            )
+        expected = (x.shape[0], self.num_heads, self.window, self.head_dim)
+        if state is not None and tuple(state.keys.shape) != expected:
+            _fail(
+                f"state.keys has shape {tuple(state.keys.shape)}, should be (B, heads, window, D) "
+                f"= {expected}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, num_heads={self.num_heads}, window={self.window}"
+
+
+def _fail(message: str) -> NoReturn:
+    raise SpecError(f"SlidingWindowAttention: {message}")

@@ -1,0 +1,278 @@
+"""Language models whose layers are named by a string, as the hybrids of the paper are.
+
+x ← x + mixer(RMSNorm(x)),   x ← x + SwiGLU(RMSNorm(x)),   logits = RMSNorm(x) Eᵀ
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gdn_ops.errors import SpecError
+from gdn_ops.nn.attention import KeyValueRing, SlidingWindowAttention
+from gdn_ops.nn.gated_delta_net import GatedDeltaNet
+from gdn_ops.nn.state import State
+
+LayerState = State | KeyValueRing
+"""What one layer keeps between calls."""
+
+LETTERS = {
+    "G": "GatedDeltaNet with the rule that is asked for",
+    "M": "GatedDeltaNet with the decay-only rule `gated`, in the place of Mamba2",
+    "A": "SlidingWindowAttention",
+}
+"""The letters of a pattern, bottom layer first: "G", "GA" (H1), "MGA" (H2), "A"."""
+
+PAPER: dict[str, dict[str, Any]] = {
+    name: {
+        "pattern": pattern,
+        "num_layers": layers,
+        "vocab_size": 32000,
+        "hidden_size": width,
+        "num_heads": 9,
+        "attention_heads": heads,
+        "mlp_size": inner,
+        "window": 2048,
+    }
+    for name, pattern, layers, width, heads, inner in (
+        ("GDN 0.4B", "G", 11, 1536, 12, 6144),
+        ("GDN-H1 0.4B", "GA", 12, 1536, 12, 6144),
+        ("GDN 1.3B", "G", 16, 2400, 16, 5888),
+        ("GDN-H1 1.3B", "GA", 18, 2304, 18, 6144),
+    )
+}
+"""The published configurations, as arguments of HybridLM."""
+
+
+class SwiGLU(nn.Module):
+    """y = W_down (SiLU(W_gate x) ⊙ W_up x).
+
+    Args:
+        hidden_size: width of the input and output.
+        inner_size: width in between.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(self, hidden_size: int, inner_size: int, **made: Any) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, inner_size, bias=False, **made)
+        self.up_proj = nn.Linear(hidden_size, inner_size, bias=False, **made)
+        self.down_proj = nn.Linear(inner_size, hidden_size, bias=False, **made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., hidden_size) to the same shape."""
+        y: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class Block(nn.Module):
+    """x ← x + mixer(RMSNorm(x)), then x ← x + mlp(RMSNorm(x)).
+
+    Args:
+        mixer: GatedDeltaNet or SlidingWindowAttention.
+        mlp_size: inner width of the SwiGLU; 0 for none.
+        norm_eps: of both norms.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        mixer: GatedDeltaNet | SlidingWindowAttention,
+        mlp_size: int,
+        norm_eps: float,
+        **made: Any,
+    ) -> None:
+        super().__init__()
+        width = mixer.hidden_size
+        self.mixer_norm = nn.RMSNorm(width, norm_eps, **made)
+        self.mixer = mixer
+        self.mlp: SwiGLU | None = None
+        if mlp_size:
+            self.mlp_norm = nn.RMSNorm(width, norm_eps, **made)
+            self.mlp = SwiGLU(width, mlp_size, **made)
+
+    def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
+        """Map x (B, T, hidden_size) to the same shape, and return the state of the mixer."""
+        mixed, new_state = self.mixer(self.mixer_norm(x), state)
+        x = x + mixed
+        if self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, new_state
+
+
+class HybridLM(nn.Module):
+    """A language model of recurrent and attention layers; the embedding is the output matrix too.
+
+    Args:
+        pattern: kinds of layers, bottom first, repeated until there are num_layers: G the
+            gated delta rule, M the decay-only rule, A attention in a window. "GA" is the paper's
+            H1, "MGA" its H2.
+        vocab_size: tokens.
+        hidden_size: width.
+        num_layers: layers; those of the pattern, once, when not given.
+        num_heads: key heads of G and M.
+        attention_heads: heads of A; num_heads when not given.
+        window: tokens that attention sees.
+        mlp_size: inner width of the SwiGLU behind every mixer; 4 hidden_size when not given, 0 for
+            none.
+        rule: of the layers G.
+        norm_eps: of all norms.
+        device, dtype: of the parameters.
+        mixer: further arguments of GatedDeltaNet, such as head_dim or backend.
+
+    Raises:
+        SpecError: the pattern has an unknown letter, or sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        num_layers: int | None = None,
+        num_heads: int,
+        attention_heads: int | None = None,
+        window: int = 2048,
+        mlp_size: int | None = None,
+        rule: str = "gated_delta",
+        norm_eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **mixer: Any,
+    ) -> None:
+        super().__init__()
+        _check_pattern(pattern)
+        count = len(pattern) if num_layers is None else num_layers
+        if count < 1:
+            _fail(f"num_layers is {num_layers}, should be at least 1")
+        self.pattern = (pattern * count)[:count]
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner = 4 * hidden_size if mlp_size is None else mlp_size
+        heads = num_heads if attention_heads is None else attention_heads
+        rules = {"G": rule, "M": "gated"}
+
+        def mixer_of(letter: str) -> GatedDeltaNet | SlidingWindowAttention:
+            if letter == "A":
+                return SlidingWindowAttention(hidden_size, heads, window, **made)
+            options = {"norm_eps": norm_eps, **mixer, **made}
+            return GatedDeltaNet(hidden_size, num_heads, rule=rules[letter], **options)
+
+        self.embedding = nn.Embedding(vocab_size, hidden_size, **made)
+        self.blocks = nn.ModuleList(
+            Block(mixer_of(letter), inner, norm_eps, **made) for letter in self.pattern
+        )
+        self.norm = nn.RMSNorm(hidden_size, norm_eps, **made)
+        self.reset_weights()
+
+    def reset_weights(self) -> None:
+        """Draw the linear layers and the embedding from N(0, 2 / (5 hidden_size)).
+
+        Those that write into the residual stream start smaller by sqrt(2 layers). Gates,
+        convolutions and norms keep the initialisation of their layers.
+        """
+        std = math.sqrt(2 / (5 * self.embedding.embedding_dim))
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                writes = name.endswith(("o_proj", "down_proj"))
+                shrink = math.sqrt(2 * len(self.blocks)) if writes else 1.0
+                nn.init.normal_(module.weight, std=std / shrink)
+
+    def forward(
+        self, tokens: Tensor, state: Sequence[LayerState] | None = None
+    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        """Read whole sequences, or continue them by any number of tokens.
+
+        Args:
+            tokens: (B, T) int64.
+            state: what an earlier call returned, or None to start. It is not changed.
+
+        Returns:
+            logits (B, T, vocab_size) of each next token, and the state of every layer.
+
+        Raises:
+            SpecError: a shape does not fit.
+        """
+        x, after = self.hidden(tokens, state)
+        return self.logits(x), after
+
+    def hidden(
+        self, tokens: Tensor, state: Sequence[LayerState] | None = None
+    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        """Return what `logits` reads, (B, T, hidden_size), and the states, as `forward` does."""
+        if tokens.dim() != 2:
+            _fail(f"tokens has shape {tuple(tokens.shape)}, should be (B, T)")
+        if state is not None and len(state) != len(self.blocks):
+            _fail(f"state is of {len(state)} layers, should be of {len(self.blocks)}")
+        x, after = self.embedding(tokens), []
+        for i, block in enumerate(self.blocks):
+            x, new_state = block(x, None if state is None else state[i])
+            after.append(new_state)
+        return self.norm(x), tuple(after)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits (..., vocab_size) of what `hidden` gave."""
+        return functional.linear(x, self.embedding.weight)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        count: int,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue prompts, one token at a time.
+
+        Args:
+            tokens: (B, T) int64, the prompts, T > 0.
+            count: how many tokens are added.
+            temperature: logits are divided by it; 0 takes the most likely token.
+            generator: of the draws.
+
+        Returns:
+            (B, T + count), the prompts and what follows.
+        """
+        x, state = self.hidden(tokens)
+        found = [tokens]
+        for place in range(count):
+            logits = self.logits(x[:, -1])
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                chances = (logits.float() / temperature).softmax(-1)
+                token = torch.multinomial(chances, 1, generator=generator)
+            found.append(token)
+            if place + 1 < count:
+                x, state = self.hidden(token, state)
+        return torch.cat(found, 1)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the groups of an optimizer: matrices decay; norms, gates, embedding do not."""
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.named_parameters():
+            kept = getattr(parameter, "_no_weight_decay", False) or parameter.dim() < 2
+            groups[not kept and not name.startswith("embedding")].append(parameter)
+        return [
+            {"params": groups[True], "weight_decay": weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ]
+
+
+def _check_pattern(pattern: str) -> None:
+    known = ", ".join(f"{letter} ({what})" for letter, what in LETTERS.items())
+    if not pattern:
+        _fail(f"pattern is empty, should be letters of {known}")
+    for letter in pattern:
+        if letter not in LETTERS:
+            _fail(f"pattern {pattern!r} has the letter {letter!r}, should have only {known}")
+
+
+def _fail(message: str) -> NoReturn:
+    raise SpecError(f"HybridLM: {message}")
