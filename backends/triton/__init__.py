@@ -86,25 +86,24 @@ class Triton(Backend):
         return tuple(empty_saved(make_plan(call), call.device))
 
     def forward(self, call: Call) -> Forward:
-        plan = make_plan(call)
-        s = plan.sizes
-        if min(s.B * s.T, s.N, s.H, s.K, s.V) == 0:
-            return _without_tokens(call, plan_saved=empty_saved(plan, call.device))
-        if s.T <= configs.MOST_STEPS and not (call.needs_grad or plan.varlen or call.chunk_size):
+        s = call.sizes
+        if min(s.B * s.T, s.N) == 0:
+            return _without_tokens(call)
+        is_packed = call.cu_seqlens is not None
+        if s.T <= configs.MOST_STEPS and not (call.needs_grad or is_packed or call.chunk_size):
             return Forward(*decode.run(call)[:2])
-        return forward(call, plan)
+        return forward(call, make_plan(call))
 
     def backward(
         self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
     ) -> Grads:
-        plan = make_plan(call)
-        s = plan.sizes
+        s = call.sizes
         if min(s.B * s.T, s.N) == 0:
             zeros = [None if x is None else torch.zeros_like(x) for x in call.tensors()]
             return Grads(*zeros)._replace(state=None if call.state is None else d_state.clone())
         if saved is None:
             raise RuntimeError("gradients of gradients were asked for, which limits exclude")
-        return backward(call, plan, Saved(*saved), d_o, d_state)
+        return backward(call, make_plan(call), Saved(*saved), d_o, d_state)
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
         return decode.run(call)[:2]
@@ -131,7 +130,7 @@ class Triton(Backend):
         return aot.compile_ahead(self, target, samples)
 
 
-def _without_tokens(call: Call, plan_saved: Saved) -> Forward:
+def _without_tokens(call: Call) -> Forward:
     """Return the results where there is nothing to launch: the state as it was."""
     s = call.sizes
     o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.v.dtype, device=call.device)
@@ -140,7 +139,8 @@ def _without_tokens(call: Call, plan_saved: Saved) -> Forward:
         state = torch.zeros(shape, dtype=torch.float32, device=call.device)
     else:
         state = call.state.to(torch.float32, copy=True)
-    return Forward(o, state, tuple(plan_saved) if call.needs_grad else ())
+    saved = empty_saved(make_plan(call), call.device) if call.needs_grad else ()
+    return Forward(o, state, tuple(saved))
 
 
 BACKEND = Triton
