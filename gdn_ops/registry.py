@@ -1,8 +1,8 @@
 """Backends: how they are found, and which one runs a call.
 
 What a backend is stands in `backend`, why it cannot run a call in `capability`. The choice is
-deterministic: a pinned backend runs or raises, "auto" takes the first without reasons in
-`AUTO_ORDER`.
+deterministic: a pinned backend runs or raises, "auto" takes the first without reasons in the
+order of `order`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,11 @@ from gdn_ops.bind import Call
 from gdn_ops.capability import device_status, reasons_under_auto, unsupported
 from gdn_ops.capability import reasons as reasons
 from gdn_ops.errors import BackendUnsupportedError, SpecError
+from gdn_ops.order import AUTO_ORDER as AUTO_ORDER
+from gdn_ops.order import auto_order as auto_order
+from gdn_ops.order import order_for
 
 logger = logging.getLogger("gdn_ops")
-
-AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("torch", "naive"),
-    "cuda": ("triton", "tilelang", "torch", "naive"),
-    "*": ("torch", "naive"),
-}
-"""Which backends "auto" tries, in order, per device type ("*" for any other device)."""
 
 ENTRY_POINT_GROUP = "gdn_ops.backends"
 
@@ -123,11 +119,6 @@ def get_backend(name: str) -> Backend | str:
     return instance
 
 
-def auto_order(device_type: str) -> tuple[str, ...]:
-    """Return the names "auto" tries for a device type, in order."""
-    return AUTO_ORDER.get(device_type, AUTO_ORDER["*"])
-
-
 def select(call: Call, name: str = "auto") -> Backend:
     """Return the backend that runs a call.
 
@@ -148,7 +139,7 @@ def select(call: Call, name: str = "auto") -> Backend:
         _log(call.op.name, name, ())
         return backend
     skipped: list[tuple[str, list[str]]] = []
-    for candidate in auto_order(call.device.type):
+    for candidate in order_for(call):
         if candidate not in _backends and candidate not in _instances:
             _discover()
             if candidate not in _backends:
@@ -164,7 +155,7 @@ def select(call: Call, name: str = "auto") -> Backend:
 
 def explain_call(call: Call, name: str = "auto") -> Explanation:
     """Return which backend would run a bound call and every reason against the others."""
-    order = auto_order(call.device.type)
+    order = order_for(call)
     names = [n for n in order if n in known_backends()]
     names += [n for n in known_backends() if n not in names]
     rows: list[tuple[str, tuple[str, ...]]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -26,6 +27,7 @@ from gdn_ops import (
     SpecError,
     gated_delta,
     gated_delta_step,
+    order,
     register_backend,
     registry,
     use_backend,
@@ -183,6 +185,57 @@ def test_auto_takes_the_first_without_reasons(monkeypatch: pytest.MonkeyPatch) -
     register_backend(make_backend("seven"))
     assert (gated_delta(**arguments()) == 7).all()
     assert (gated_delta_step(**step_arguments())[0] == 7).all()
+
+
+def preference(**choice: Any) -> order.Preference:
+    return order.Preference("seven", "gated_delta", "cpu", "made up", ("float32",), **choice)
+
+
+@pytest.mark.parametrize(
+    ("choice", "first"),
+    [
+        ({}, "seven"),
+        ({"least_tokens": 4}, "seven"),
+        ({"least_tokens": 5}, "torch"),
+        ({"most_heads": 4}, "seven"),
+        ({"most_heads": 3}, "torch"),
+        ({"needs_grad": False}, "seven"),
+        ({"needs_grad": True}, "torch"),
+    ],
+)
+def test_a_measured_preference_comes_before_the_order(
+    monkeypatch: pytest.MonkeyPatch, choice: dict[str, Any], first: str
+) -> None:
+    register_backend(make_backend("seven"))
+    call = bound()
+    assert (call.sizes.T, call.sizes.N * call.sizes.HV) == (4, 4)
+    monkeypatch.setattr(order, "PREFERENCES", (preference(**choice),))
+    assert registry.select(call).name == first
+    explained = registry.explain_call(call)
+    assert explained.backend == first
+    assert explained.reasons[0][0] == first
+
+
+def test_a_preference_is_for_its_op_its_device_and_its_dtypes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    register_backend(make_backend("seven"))
+    for other in ({"op": "gated_delta_step"}, {"device": "sm_90"}, {"dtypes": ("bfloat16",)}):
+        row = dataclasses.replace(preference(), **other)  # type: ignore[arg-type]
+        monkeypatch.setattr(order, "PREFERENCES", (row,))
+        assert registry.select(bound()).name == "torch"
+
+
+def test_a_preferred_backend_that_cannot_run_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_backend(make_backend("seven", head_dims=(128,)))
+    monkeypatch.setattr(order, "PREFERENCES", (preference(),))
+    assert registry.select(bound()).name == "torch"
+
+
+def test_nothing_is_preferred_that_was_not_measured() -> None:
+    for row in order.PREFERENCES:
+        assert (ROOT / row.measured.split()[0]).is_file(), row
+    assert order.AUTO_ORDER["cuda"][:2] == ("triton", "tilelang")
 
 
 def test_auto_on_a_cpu_is_torch() -> None:
