@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +91,7 @@ class Buffer:
 
     Attributes:
         port: what it is for.
+        memory: the bytes; every view of the array, and of a view, refers to them.
         array: its values, zero at first.
         value: the OrtValue.
     """
@@ -97,9 +100,9 @@ class Buffer:
         self.port = port
         self.dtype, self.shape = port.dtype, port.shape
         size = math.prod(port.shape) * self.dtype.itemsize
-        memory = np.zeros(size + _ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % _ALIGNMENT
-        self.array = memory[start : start + size].view(self.dtype).reshape(port.shape)
+        self.memory = np.zeros(size + _ALIGNMENT, np.uint8)
+        start = -self.memory.ctypes.data % _ALIGNMENT
+        self.array = self.memory[start : start + size].view(self.dtype).reshape(port.shape)
         # numpy itself knows no bfloat16: onnxruntime is given the bits.
         is_known = self.dtype.isbuiltin == 1
         bits = self.array if is_known else self.array.view(f"u{self.dtype.itemsize}")
@@ -137,6 +140,36 @@ class Buffer:
         if len(own) == 4 and shape == (*own[:2], own[3], own[2]):
             return "; K comes before V in a state"
         return ""
+
+
+class Results:
+    """Buffers whose arrays are given away, and written again once nobody has them any more.
+
+    A fresh array of a few hundred KiB costs more to touch for the first time than to fill. What
+    refers to an array, or to a part of it, refers to its memory: so the count of references says
+    whether a result is still in use. Where the count cannot tell, it is taken to be.
+
+    Attributes:
+        buffers: by the name of the output.
+        bindings: that write them, in the order of the session's turns.
+    """
+
+    def __init__(self, ports: Iterable[Port]) -> None:
+        self.buffers = {port.name: Buffer(port) for port in ports}
+        self.bindings: list[Any] = []
+        self._unused = self._references()
+
+    def _references(self) -> list[int]:
+        return [sys.getrefcount(buffer.memory) for buffer in self.buffers.values()]
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody has an array of an earlier step."""
+        return self._references() == self._unused
+
+    def arrays(self) -> tuple[np.ndarray[Any, Any], ...]:
+        """Return the arrays, as views of their own."""
+        return tuple(buffer.array.view() for buffer in self.buffers.values())
 
 
 def _listed(sizes: tuple[int | str, ...]) -> str:

@@ -12,19 +12,23 @@ import onnx
 from onnx import ModelProto
 
 from gdn_ops.errors import SpecError, SpecTypeError
-from gdn_ops.export.buffers import Buffer, Port, ports_of
+from gdn_ops.export.buffers import Buffer, Port, Results, ports_of
 from gdn_ops.export.model import nodes_of, set_body, states_of
 from gdn_ops.export.runtime import CUSTOM, choose_body, open_session
 
 Array = np.ndarray[Any, Any]
 
+_KEPT = 2
+"""Results that are used again: that of the last step, which a caller still has, and another."""
+
 
 class DecodeSession:
     """A model that decodes one token at a time, with its states inside.
 
-    Every buffer that onnxruntime reads or writes belongs to the session; what `step` takes is
-    copied in, and what it returns is a copy. In place, a state is one buffer, bound as the input
-    and as the output. If a run fails midway its states may be half updated: set them again.
+    Every buffer that onnxruntime reads belongs to the session: what `step` takes is copied in.
+    What it returns belongs to the caller; its memory is written again only when nothing refers to
+    it any more. In place, a state is one buffer, bound as the input and as the output. If a run
+    fails midway its states may be half updated: set them again.
 
     Attributes:
         batch: the number of rows.
@@ -71,13 +75,13 @@ class DecodeSession:
         self._check_states(states, inputs, outputs)
         written = set(states.values())
         self._inputs = {p.name: Buffer(p) for p in inputs.values() if p.name not in states}
-        self._outputs = {p.name: Buffer(p) for p in outputs.values() if p.name not in written}
+        self._ports = [port for port in outputs.values() if port.name not in written]
         copies = 1 if in_place else 2
         # What is read next is at [turn % copies].
         self._states = {name: [Buffer(inputs[name]) for _ in range(copies)] for name in states}
-        self._turn = 0
-        self._bindings = [self._bind(turn, states) for turn in range(copies)]
-        self.inputs, self.outputs = tuple(self._inputs), tuple(self._outputs)
+        self._turn, self._copies, self._carried = 0, copies, states
+        self._results: list[Results] = []
+        self.inputs, self.outputs = tuple(self._inputs), tuple(p.name for p in self._ports)
 
     def _check_states(
         self, states: Mapping[str, str], inputs: Mapping[str, Port], outputs: Mapping[str, Port]
@@ -100,18 +104,28 @@ class DecodeSession:
                     f"value {new}, {outputs[new]}"
                 )
 
-    def _bind(self, turn: int, states: Mapping[str, str]) -> Any:
+    def _bind(self, turn: int, results: Results) -> Any:
         """Bind every buffer for the steps of one turn."""
         binding = self._ort.io_binding()
         for name, buffer in self._inputs.items():
             binding.bind_ortvalue_input(name, buffer.value)
-        for name, buffer in self._outputs.items():
+        for name, buffer in results.buffers.items():
             binding.bind_ortvalue_output(name, buffer.value)
-        for old, new in states.items():
+        for old, new in self._carried.items():
             buffers = self._states[old]
             binding.bind_ortvalue_input(old, buffers[turn].value)
             binding.bind_ortvalue_output(new, buffers[(turn + 1) % len(buffers)].value)
         return binding
+
+    def _free_results(self) -> Results:
+        """Return results that nobody has: used ones, or new ones, of which the last are kept."""
+        for results in self._results:
+            if results.is_free:
+                return results
+        results = Results(self._ports)
+        results.bindings = [self._bind(turn, results) for turn in range(self._copies)]
+        self._results = [*self._results[1 - _KEPT :], results]
+        return results
 
     def step(self, *args: Array, **kwargs: Array) -> Any:
         """Decode one token per row and advance the states.
@@ -133,10 +147,11 @@ class DecodeSession:
             buffer.check("DecodeSession.step", x)
         for buffer, x in zip(self._inputs.values(), args, strict=True):
             np.copyto(buffer.array, x)
-        self._ort.run_with_iobinding(self._bindings[self._turn])
-        self._turn = (self._turn + 1) % len(self._bindings)
-        results = tuple(buffer.array.copy() for buffer in self._outputs.values())
-        return results[0] if len(results) == 1 else results
+        results = self._free_results()
+        self._ort.run_with_iobinding(results.bindings[self._turn])
+        self._turn = (self._turn + 1) % self._copies
+        arrays = results.arrays()
+        return arrays[0] if len(arrays) == 1 else arrays
 
     def _in_order(self, args: tuple[Array, ...], kwargs: Mapping[str, Array]) -> tuple[Array, ...]:
         """Return the inputs of a step in the order of the graph."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -61,7 +63,7 @@ def test_a_session_outlives_everything_that_it_was_made_of(body: str, in_place: 
     assert relative_error(session.state[STATE], exact_state) <= 1e-6
 
 
-def test_what_a_session_returns_is_a_copy() -> None:
+def test_what_a_session_returns_belongs_to_the_caller() -> None:
     tokens, state = Step(tokens=2).draw()
     session = export.DecodeSession(Step().model("standard"), batch=2)
     given = state.numpy().copy()
@@ -76,6 +78,50 @@ def test_what_a_session_returns_is_a_copy() -> None:
     session.step(**feed(tokens[1]))
     assert np.array_equal(o, before)
     assert session.state[STATE].flags.owndata
+
+
+HOLDERS: dict[str, Callable[[Any], Any]] = {
+    "the array": lambda o: o,
+    "a part": lambda o: o[1, 1:],
+    "a part of a part": lambda o: o[0][:1].T,
+    "another dtype": lambda o: o.view(np.int32),
+    "a tensor": lambda o: torch.from_numpy(o).numpy(),
+    "a buffer": memoryview,
+    "an iterator": lambda o: o.flat,
+}
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_result_is_not_written_again_while_anybody_has_a_part_of_it(
+    holder: str, in_place: bool
+) -> None:
+    tokens, _ = Step(tokens=6).draw()
+    session = export.DecodeSession(Step().model("standard"), batch=2, in_place=in_place)
+    held, values = [], []
+    for token in tokens:
+        o = session.step(**feed(token))
+        held.append(HOLDERS[holder](o))
+        values.append(np.array(held[-1]))
+        del o
+    for kept, value in zip(held, values, strict=True):
+        assert np.array_equal(np.array(kept), value)
+
+
+def test_the_memory_of_a_result_that_nobody_has_is_used_again() -> None:
+    tokens, _ = Step(tokens=8).draw()
+    session = export.DecodeSession(Step().model("standard"), batch=2)
+    session.step(**feed(tokens[0]))
+    made = session._results[0]
+    for token in tokens[1:4]:
+        session.step(**feed(token))
+    assert session._results == [made]
+    # As a loop does that still has the last result while it makes the next.
+    o = session.step(**feed(tokens[4]))
+    for token in tokens[5:]:
+        o = session.step(**feed(token))
+    assert len(session._results) == 2 and made in session._results
+    assert o.flags.writeable
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -350,7 +396,7 @@ def test_without_onnxruntime_a_session_says_what_to_install(
 
 def test_the_buffers_of_a_session_are_aligned_to_cache_lines() -> None:
     session = export.DecodeSession(Step(K=5, V=7).model("standard"), batch=2)
-    for buffers in (session._inputs, session._outputs):
+    for buffers in (session._inputs, session._free_results().buffers):
         assert all(buffer.array.ctypes.data % 64 == 0 for buffer in buffers.values())
 
 

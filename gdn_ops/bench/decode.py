@@ -88,9 +88,10 @@ class _Bare:
 
     def __init__(self, session: DecodeSession) -> None:
         self.session, self.turn = session, 0
+        self.bindings = session._free_results().bindings
 
     def step(self) -> None:
-        bindings = self.session._bindings
+        bindings = self.bindings
         self.session._ort.run_with_iobinding(bindings[self.turn])
         self.turn = (self.turn + 1) % len(bindings)
 
@@ -126,11 +127,11 @@ def _calls(session: DecodeSession, feeds: list[Any]) -> Callable[[], object]:
 
 def _plain_run(model: ModelProto, session: DecodeSession) -> Callable[[], None]:
     """Return a run of the body without guards on the buffers of a session."""
-    from gdn_ops.export.model import set_body, states_of
+    from gdn_ops.export.model import set_body
     from gdn_ops.export.runtime import open_session
 
     session._ort = open_session(unguarded(set_body(model, "ort")), None, 1, None)
-    session._bindings = [session._bind(0, states_of(model))]
+    session._results.clear()
     return _Bare(session).step
 
 
