@@ -32,7 +32,7 @@ class CompiledKernel:
         kernel: its name.
         sample: label of the first sample that launches it so.
         target: the GPU.
-        options: of the launch, like the number of warps.
+        options: of the launch, like the number of warps, or what the kernel is made of.
         shared: bytes of shared memory of one program.
         registers: per thread.
         spills: instructions (NVIDIA) or registers (AMD) that move a register to memory.
@@ -46,7 +46,7 @@ class CompiledKernel:
     kernel: str
     sample: str
     target: str
-    options: Mapping[str, int | bool] = field(default_factory=dict)
+    options: Mapping[str, int | bool | str] = field(default_factory=dict)
     shared: int = 0
     registers: int = 0
     spills: int = 0

@@ -26,9 +26,9 @@ pytest.importorskip("triton")
 from gdn_ops.backends import triton as backend
 from gdn_ops.backends.triton import config as configs
 from gdn_ops.backends.triton import table
-from gdn_ops.backends.triton.interpret import recording
 from gdn_ops.backends.triton.plan import forward_bytes, make_plan
 from gdn_ops.backends.triton.shapes import Config, Row, Tiles
+from gdn_ops.launches import recording
 
 pytestmark = pytest.mark.filterwarnings("ignore:backend 'triton' emulates")
 

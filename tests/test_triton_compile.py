@@ -18,23 +18,19 @@ from gdn_ops import GATED_DELTA, GATED_DELTA_STEP, aot  # noqa: E402
 from gdn_ops.backend import Backend, Forward  # noqa: E402
 from gdn_ops.backends.triton.aot import (  # noqa: E402
     TARGETS,
-    Granted,
     compile_ahead,
     compile_job,
     specialised,
 )
-from gdn_ops.backends.triton.aot_usage import (  # noqa: E402
-    Product,
-    Usage,
-    amd_usage,
-    nvidia_usage,
-    products,
-)
-from gdn_ops.backends.triton.interpret import launch, recording  # noqa: E402
+from gdn_ops.backends.triton.aot_usage import amd_usage, products  # noqa: E402
+from gdn_ops.backends.triton.interpret import launch  # noqa: E402
 from gdn_ops.bind import Call  # noqa: E402
+from gdn_ops.budgets import BUDGETS, Granted, Product  # noqa: E402
 from gdn_ops.compiled import CompiledKernel, Sample  # noqa: E402
 from gdn_ops.gated_delta import GATED_DELTA_STEPS, OPS  # noqa: E402
+from gdn_ops.launches import recording  # noqa: E402
 from gdn_ops.registry import get_backend  # noqa: E402
+from gdn_ops.sass import Usage  # noqa: E402
 from gdn_ops.spec import Limits  # noqa: E402
 
 REFERENCE = next(aot.samples([GATED_DELTA.case[aot.REFERENCE]]))
@@ -118,7 +114,7 @@ def test_every_target_multiplies_in_its_matrix_unit(target: str, instruction: st
     assert row.target == target and row.kernel == "product" and row.sample == REFERENCE.label
     assert row.options == {"num_warps": 4, "enable_fp_fusion": True}
     assert row.instructions[instruction] > 0
-    assert 0 < row.shared <= TARGETS[target].shared and 0 < row.registers <= 512
+    assert 0 < row.shared <= BUDGETS[target].shared and 0 < row.registers <= 512
     assert row.failures == ()
 
 
@@ -168,7 +164,7 @@ class StubDriver(DriverBase):
 def driver_for(target: str) -> Iterator[None]:
     config = triton.runtime.driver
     before = config._active
-    config.set_active(StubDriver(TARGETS[target].gpu))
+    config.set_active(StubDriver(TARGETS[target]))
     try:
         yield
     finally:
@@ -193,7 +189,7 @@ def test_the_specialisation_is_the_one_that_a_launch_makes(target: str) -> None:
         with recording(target) as launches:
             launch(bad.gather, (1,), *args, N=64, num_warps=2, enable_fp_fusion=True)
         _, job = specialised(launches[0], target, REFERENCE)
-        gpu = TARGETS[target].gpu
+        gpu = TARGETS[target]
         ours = triton.compile(job.source, target=gpu, options=job.options.__dict__)
         with driver_for(target):
             theirs = bad.gather.warmup(*args, N=64, num_warps=2, enable_fp_fusion=True, grid=(1,))
@@ -251,21 +247,10 @@ def test_a_kernel_of_a_reference_is_judged_as_one_whoever_launches_it_first() ->
     assert row.failures == (f"spills are {row.spills}, should be none",)
 
 
-# What tools print is read.
+# What a compiler prints is read.
 
 
-def test_usage_is_read_from_what_the_tools_print() -> None:
-    resources = " Function f:\n  REG:254 STACK:8 SHARED:1024 LOCAL:16 CONSTANT[0]:608 TEXTURE:0"
-    code = """
-        /*0010*/  HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], !UPT ;
-        /*0020*/  HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
-        /*0030*/  STL.64 [R1+0x8], R2 ;
-        /*0040*/  LDL R2, [R1+0x8] ;
-        /*0050*/  UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR12] ;
-        /*0060*/  HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
-    """
-    counts = {"HGMMA": 1, "HMMA": 2, "UTCHMMA": 1}
-    assert nvidia_usage(resources, code) == Usage(254, 1, 24, counts)
+def test_usage_on_amd_is_read_from_the_assembly() -> None:
     assembly = """
         v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]
         v_smfmac_f32_16x16x32_bf16 v[0:3], v[4:5], v[6:9], v10

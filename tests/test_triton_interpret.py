@@ -16,12 +16,8 @@ from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 from triton_kernels import arithmetic, control, helpers  # noqa: E402
 
 from gdn_ops.backends.triton import interpret_function, interpret_tensor  # noqa: E402
-from gdn_ops.backends.triton.interpret import (  # noqa: E402
-    Launch,
-    launch,
-    recorded_target,
-    recording,
-)
+from gdn_ops.backends.triton.interpret import launch  # noqa: E402
+from gdn_ops.launches import Launch, recorded_target, recording  # noqa: E402
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

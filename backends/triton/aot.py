@@ -3,13 +3,8 @@
 Calls are made on meta tensors inside `recording`, so the launches are those of the backend itself:
 its configurations, its grids, its constants. Each is specialised by Triton as a launch would be
 (what is divisible by 16, what is 1, which pointers stay below 2 GiB) and compiled without a driver.
-A launch that is specialised like an earlier one is compiled once.
-
-A target forbids
-
-    more shared memory than a program has
-    spills, where the sample is a reference: bfloat16, K = V = 128, nothing but defaults
-    a product of bfloat16 or float16 that could use HGMMA and does not, on sm_90
+A launch that is specialised like an earlier one is compiled once. What a target forbids is in
+`gdn_ops.budgets`.
 """
 
 from __future__ import annotations
@@ -17,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -28,37 +23,18 @@ from triton.runtime.jit import create_function_from_signature
 
 from gdn_ops.aot import reasons_against, run
 from gdn_ops.backend import Backend
-from gdn_ops.backends.triton.aot_usage import Product, Usage, products, usage
-from gdn_ops.backends.triton.interpret import Launch, recording
+from gdn_ops.backends.triton.aot_usage import products, usage
+from gdn_ops.budgets import Granted, judged
 from gdn_ops.compiled import CompiledKernel, Sample
+from gdn_ops.launches import Launch, recording
 
-
-class Target(NamedTuple):
-    """A GPU to compile for.
-
-    Attributes:
-        gpu: as Triton names it: backend, architecture, threads of a warp.
-        shared: bytes of shared memory that one program can have.
-        least_rows: of a product in 16 bits that must use `matrix`; a warp group multiplies 64.
-        matrix: the instruction that such a product must use, or nothing.
-    """
-
-    gpu: GPUTarget
-    shared: int
-    matrix: str = ""
-    least_rows: int = 64
-
-
-TARGETS: dict[str, Target] = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, matrix="HGMMA"),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
+TARGETS: dict[str, GPUTarget] = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-"""A100, H100 and H200, B200, MI300."""
-
-Granted = Mapping[tuple[str, str], tuple[int, str]]
-"""(kernel, target) -> the most spills that a reference may have, and why they must be."""
+"""A100, H100 and H200, B200, MI300: backend, architecture, threads of a warp."""
 
 
 class Job(NamedTuple):
@@ -121,7 +97,7 @@ def specialised(launch: Launch, target: str, sample: Sample) -> tuple[Any, Job]:
 
 @functools.cache
 def _compiler(target: str) -> Any:
-    return make_backend(TARGETS[target].gpu)
+    return make_backend(TARGETS[target])
 
 
 @functools.cache
@@ -146,25 +122,15 @@ def compile_job(job: Job, target: str, granted: Granted) -> CompiledKernel:
     options = {k: v for k, v in job.launch.kwargs.items() if k not in job.source.signature}
     result = functools.partial(CompiledKernel, name, job.sample, target, options)
     try:
-        compiled = triton.compile(
-            job.source, target=TARGETS[target].gpu, options=job.options.__dict__
-        )
+        compiled = triton.compile(job.source, target=TARGETS[target], options=job.options.__dict__)
     except Exception as error:
         return result(failures=(f"does not compile: {type(error).__name__}: {_reason(error)}",))
-    used, shared = usage(compiled), int(compiled.metadata.shared)
-    most, reason = granted.get((name, target), (0, ""))
-    failures = (
-        *_shared_failures(shared, target),
-        *(_spill_failures(used, most) if job.is_reference else ()),
-        *_matrix_failures(used, products(compiled.asm["ttir"]), target),
-    )
-    return result(
-        shared=shared,
-        **used._asdict(),
-        failures=failures,
-        note=reason if used.spills and used.spills <= most else "",
+    row = result(
+        shared=int(compiled.metadata.shared),
+        **usage(compiled)._asdict(),
         seconds=time.perf_counter() - start,
     )
+    return judged(row, products(compiled.asm["ttir"]), job.is_reference, granted)
 
 
 def _reason(error: Exception) -> str:
@@ -172,25 +138,3 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
     marks = [i for i, line in enumerate(lines) if line == "^" and i > 0]
     return f"{lines[-1]}, in: {lines[marks[-1] - 1]}" if marks else lines[-1]
-
-
-def _shared_failures(shared: int, target: str) -> Iterator[str]:
-    most = TARGETS[target].shared
-    if shared > most:
-        yield f"shared memory is {shared} bytes, should be at most {most} on {target}"
-
-
-def _spill_failures(used: Usage, most: int) -> Iterator[str]:
-    if used.spills > most:
-        yield f"spills are {used.spills}, should be {f'at most {most}' if most else 'none'}"
-
-
-def _matrix_failures(used: Usage, found: list[Product], target: str) -> Iterator[str]:
-    wanted = TARGETS[target].matrix
-    if not wanted or used.instructions.get(wanted):
-        return
-    for product in found:
-        if product.dtype in ("bf16", "f16") and TARGETS[target].least_rows <= product.M:
-            m, n, k, dtype = product
-            yield f"no {wanted} on {target}, but a {dtype} product of {m} x {k} by {k} x {n}"
-            return

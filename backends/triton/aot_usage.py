@@ -1,4 +1,4 @@
-"""What compiled code uses of a GPU: registers, spills, stack, instructions of matrix units.
+"""What compiled code of Triton uses of a GPU, and the products in it.
 
 Read with the tools that Triton's wheel brings. Reading takes longer than a compilation that is
 found in Triton's cache, so what was read is kept beside the code.
@@ -8,47 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 from triton.runtime.cache import get_cache_manager
 
+from gdn_ops.budgets import Product
+from gdn_ops.sass import Usage, cubin_usage
+
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _KEPT = "gdn_ops_usage_1.json"
-"""Name of what was read, with a number that changes when this file reads something else."""
+"""Name of what was read, with a number that changes when this file or gdn_ops.sass reads
+something else."""
 
-_NVIDIA_MATRIX = re.compile(r"\b(HGMMA|HMMA|QGMMA|IGMMA|IMMA|DMMA|UTC\w*MMA)\b")
-_NVIDIA_SPILL = re.compile(r"\bSTL\b")
 _AMD_MATRIX = re.compile(r"\bv_(s?mfma)")
-
-
-class Usage(NamedTuple):
-    """What one kernel uses.
-
-    Attributes:
-        registers: per thread; on AMD vector and accumulation registers together.
-        spills: on NVIDIA instructions that store a register to local memory, on AMD registers.
-        stack: bytes of local memory per thread.
-        instructions: of matrix units, counted by name.
-    """
-
-    registers: int
-    spills: int
-    stack: int
-    instructions: dict[str, int]
-
-
-class Product(NamedTuple):
-    """A product of blocks in the source: (M, K) by (K, N)."""
-
-    M: int
-    N: int
-    K: int
-    dtype: str
 
 
 def usage(compiled: Any) -> Usage:
@@ -58,36 +33,11 @@ def usage(compiled: Any) -> Usage:
     if kept is not None:
         return Usage(**json.loads(Path(kept).read_text()))
     if "cubin" in compiled.asm:
-        found = _nvidia(compiled.asm["cubin"])
+        found = cubin_usage(compiled.asm["cubin"], [_TOOLS])
     else:
         found = amd_usage(compiled.asm["amdgcn"])
     cache.put(json.dumps(found._asdict()), _KEPT, binary=False)
     return found
-
-
-def _nvidia(cubin: bytes) -> Usage:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        resources = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("cuobjdump", "-sass", file.name)
-    return nvidia_usage(resources, code)
-
-
-def _tool(name: str, *arguments: str) -> str:
-    command = [str(_TOOLS / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-
-
-def nvidia_usage(resources: str, code: str) -> Usage:
-    """Return the usage, given what cuobjdump says of resources and the code it lists."""
-    sizes = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)}
-    return Usage(
-        registers=sizes["REG"],
-        spills=len(_NVIDIA_SPILL.findall(code)),
-        stack=sizes["STACK"] + sizes["LOCAL"],
-        instructions=dict(Counter(_NVIDIA_MATRIX.findall(code))),
-    )
 
 
 def amd_usage(assembly: str) -> Usage:

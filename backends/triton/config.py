@@ -15,8 +15,8 @@ from typing import Final
 import torch
 
 from gdn_ops.backends.triton import table
-from gdn_ops.backends.triton.interpret import recorded_target
 from gdn_ops.backends.triton.shapes import Config, Row, StepConfig, Tiles
+from gdn_ops.launches import recorded_target
 
 TARGETS: Final = ("sm_80", "sm_90", "sm_100", "gfx942")
 """Device classes that have rows."""

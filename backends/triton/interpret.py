@@ -7,8 +7,8 @@ the grid runs in Python, one after the other, on the memory of the tensors: the 
 same rounding of bfloat16 and of TF32, no environment variable, nothing patched. It is for checking:
 a line of a kernel costs some twenty microseconds in every program.
 
-Where they are on the meta device, nothing runs: inside `recording` a launch is noted, which is how
-all launches of a call are found, and compiled ahead of time, without a GPU and without memory.
+Where they are on the meta device, nothing runs: inside `recording` of `gdn_ops.launches` a launch
+is noted.
 
 An access outside of the tensors of a launch is an error. What an emulation does not show: races
 between programs, the order of additions, and a compiler that is wrong.
@@ -16,38 +16,10 @@ between programs, the order of additions, and a compiler that is wrong.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-
-class Launch(NamedTuple):
-    """One launch that was noted instead of run.
-
-    Attributes:
-        kernel: the jitted function.
-        grid: one to three sizes.
-        args: the positional arguments, tensors on the meta device among them.
-        kwargs: the named arguments and the options of the launch.
-    """
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class Recording(NamedTuple):
-    """The launches that a `recording` has noted, and the GPU they are meant for."""
-
-    target: str
-    launches: list[Launch]
-
-
-_recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar(
-    "recording", default=None
-)
+from gdn_ops.launches import Launch, note
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
@@ -71,7 +43,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     if where.is_cuda:
         kernel[grid](*args, **kwargs)
     elif where.is_meta:
-        _note(Launch(kernel, grid, args, kwargs))
+        note(Launch(kernel, grid, args, kwargs))
     elif where.is_cpu:
         _emulate()(kernel, grid, args, kwargs)
     else:
@@ -83,40 +55,3 @@ def _emulate() -> Callable[..., None]:
     from gdn_ops.backends.triton.interpret_launch import emulate
 
     return emulate
-
-
-def _note(noted: Launch) -> None:
-    recording = _recording.get()
-    if recording is None:
-        raise ValueError(
-            f"{noted.kernel.__name__}: the first tensor is on the meta device, should be on cuda "
-            f"or cpu"
-        )
-    recording.launches.append(noted)
-
-
-@contextlib.contextmanager
-def recording(target: str) -> Iterator[list[Launch]]:
-    """Note the launches of this thread on meta tensors, as they would be made for a target.
-
-    Args:
-        target: name of a GPU, like "sm_90"; `recorded_target` returns it.
-
-    Yields:
-        The launches, in their order.
-    """
-    noted: list[Launch] = []
-    token = _recording.set(Recording(target, noted))
-    try:
-        yield noted
-    finally:
-        _recording.reset(token)
-
-
-def recorded_target() -> str | None:
-    """Return the GPU that launches are noted for, or None outside of `recording`.
-
-    Whoever chooses by the device of a tensor asks this first: the meta device says nothing.
-    """
-    found = _recording.get()
-    return None if found is None else found.target
