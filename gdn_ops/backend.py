@@ -58,6 +58,8 @@ class Backend:
         traceable_step: whether `step` may be traced through by torch.compile.
         compiles_per_shape: whether a new shape class costs seconds, so that tests draw from
             a few.
+        compiles_per_width: whether new head dims, a new chunk size or a new dtype cost seconds,
+            and lengths and numbers of heads nothing.
         kernels: whether it brings kernels of its own that a compiler turns into device code,
             so that GDN_OPS_REQUIRE_CERTIFIED=1 is about it.
         targets: the GPUs that `compile_ahead` compiles for, by name, like "sm_90".
@@ -70,12 +72,22 @@ class Backend:
     differentiable: ClassVar[bool] = False
     traceable_step: ClassVar[bool] = False
     compiles_per_shape: ClassVar[bool] = False
+    compiles_per_width: ClassVar[bool] = False
     kernels: ClassVar[bool] = False
     targets: ClassVar[tuple[str, ...]] = ()
 
     def reasons(self, call: Call) -> list[str]:
         """Return why it cannot run this call, beyond what `limits` says."""
         return []
+
+    @classmethod
+    def tools(cls, device: str) -> dict[str, str]:
+        """Return the versions, by name, of what else makes its code for a torch device.
+
+        Beyond torch, `requires`, the driver and its own source: a certificate counts for those
+        and for these.
+        """
+        return {}
 
     def saved_like(self, call: Call) -> tuple[Tensor, ...]:
         """Return empty tensors shaped as what `forward` saves for `backward`.

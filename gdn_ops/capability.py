@@ -58,7 +58,7 @@ def _limit_reasons(limits: Limits, call: Call) -> list[str]:
         found.append("cu_seqlens is not supported")
     sizes = limits.chunk_sizes
     if sizes is not None and call.chunk_size is not None and call.chunk_size not in sizes:
-        found.append(f"chunk_size={call.chunk_size} (supported: {_listed(sizes)})")
+        found.append(f"chunk_size={call.chunk_size} (supported: {listed(sizes)})")
     if limits.min_capability and device == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(call.device)
         if capability < limits.min_capability:
@@ -67,10 +67,12 @@ def _limit_reasons(limits: Limits, call: Call) -> list[str]:
     return found
 
 
-def _listed(allowed: range | tuple[int, ...]) -> str:
-    if isinstance(allowed, range) and allowed.step == 1:
-        return f"{allowed[0]} to {allowed[-1]}"
-    return ", ".join(map(str, allowed))
+def listed(allowed: range | tuple[int, ...]) -> str:
+    """Return numbers as text: "1 to 256", "multiples of 16 from 16 to 256", "64, 128"."""
+    if not isinstance(allowed, range) or allowed[0] % allowed.step:
+        return ", ".join(map(str, allowed))
+    ends = f"{allowed[0]} to {allowed[-1]}"
+    return ends if allowed.step == 1 else f"multiples of {allowed.step} from {ends}"
 
 
 def _head_dim_reasons(limits: Limits, call: Call) -> list[str]:
@@ -78,7 +80,7 @@ def _head_dim_reasons(limits: Limits, call: Call) -> list[str]:
     for axis, size in (("K", call.sizes.K), ("V", call.sizes.V)):
         allowed = limits.head_dims
         if allowed is not None and size not in allowed:
-            found.append(f"{axis}={size} (supported: {_listed(allowed)})")
+            found.append(f"{axis}={size} (supported: {listed(allowed)})")
         elif size % limits.head_dim_multiple:
             found.append(f"{axis}={size} (supported: multiples of {limits.head_dim_multiple})")
     return found

@@ -185,7 +185,7 @@ def compile_(
         passed = commands_compile.run(
             backend, targets, cases or [], everything=everything, path=path
         )
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         _fail(str(error))
     if not passed:
         raise typer.Exit(1)

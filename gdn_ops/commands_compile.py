@@ -15,6 +15,7 @@ from rich.table import Table
 from gdn_ops import registry
 from gdn_ops.aot import samples
 from gdn_ops.backend import Backend, installed_version
+from gdn_ops.budgets import refusal
 from gdn_ops.compiled import CompiledKernel
 from gdn_ops.gated_delta import OPS
 from gdn_ops.spec import Case
@@ -46,7 +47,7 @@ def run(
     chosen = targets or backend.targets
     for target in chosen:
         if target not in backend.targets:
-            raise ValueError(f"unknown target {target!r}, known: {', '.join(backend.targets)}")
+            raise ValueError(refusal(target, backend.targets))
     found_cases = find_cases(cases)
     console = Console()
     rows: list[CompiledKernel] = []
@@ -117,7 +118,7 @@ def as_json(backend: Backend, rows: Iterable[CompiledKernel]) -> str:
     head = {
         "backend": backend.name,
         "date": datetime.date.today().isoformat(),
-        "versions": {name: installed_version(name) for name in names},
+        "versions": {name: installed_version(name) for name in names} | backend.tools("cuda"),
     }
     found: list[str] = []
     for row in rows:

@@ -12,6 +12,7 @@ import torch
 
 import gdn_ops
 from gdn_ops import certificate, registry
+from gdn_ops.capability import listed
 from gdn_ops.provenance import cpu_model, driver_version
 
 OPTIONAL_PACKAGES = (
@@ -100,8 +101,7 @@ def _standings(
 def _plain(limits: dict[str, Any]) -> dict[str, Any]:
     """Return limits with ranges as text, so that JSON can hold them."""
     return {
-        name: f"{value[0]} to {value[-1]}" if isinstance(value, range) else value
-        for name, value in limits.items()
+        name: listed(value) if isinstance(value, range) else value for name, value in limits.items()
     }
 
 
@@ -116,10 +116,8 @@ def limits_text(limits: gdn_ops.Limits | None) -> str:
         parts.append("sm{}{}+".format(*limits.min_capability))
     parts.append(", ".join(limits.dtypes))
     dims = limits.head_dims
-    if isinstance(dims, range):
-        parts.append(f"K, V {dims[0]} to {dims[-1]}")
-    elif dims is not None:
-        parts.append(f"K, V in {', '.join(map(str, dims))}")
+    if dims is not None:
+        parts.append(f"K, V {'' if isinstance(dims, range) else 'in '}{listed(dims)}")
     if limits.head_dim_multiple > 1:
         parts.append(f"K, V multiples of {limits.head_dim_multiple}")
     if len(limits.rules) < len(gdn_ops.GATED_DELTA.rules):

@@ -107,4 +107,4 @@ def circumstances(cls: type[Backend], device: str) -> dict[str, str]:
         found[cls.distribution] = installed_version(cls.distribution) or "unknown"
     if device.partition(":")[0] == "cuda":
         found["driver"] = driver_version() or "unknown"
-    return {**found, "source": source_hash(cls)}
+    return {**found, **cls.tools(device), "source": source_hash(cls)}

@@ -24,7 +24,7 @@ from gdn_ops.testing.example import Example, device_code
 from gdn_ops.testing.laws import LAWS, OPS_OF_LAWS, RULES_OF_LAWS
 from gdn_ops.testing.oracle import Verdict, examples_on, judge
 from gdn_ops.testing.runs import Law
-from gdn_ops.testing.strategies import SHAPE_CLASSES, calls
+from gdn_ops.testing.strategies import SHAPE_CLASSES, calls, widths
 
 EXAMPLES_PER_ROUND = 10
 
@@ -190,7 +190,10 @@ _LAWS_OF_GRADIENTS = (
     "delta_is_gated_delta_without_decay",
 )
 
-_TINY = ({"B": 1, "H": 1, "R": 2, "K": 2, "V": 3}, {"B": 2, "H": 1, "R": 1, "K": 3, "V": 2})
+_TINY = (
+    {"B": 1, "H": 1, "R": 2, "K": 2, "V": 3, "scale": None, "chunk_size": None},
+    {"B": 2, "H": 1, "R": 1, "K": 3, "V": 2, "scale": 1.0, "chunk_size": None},
+)
 
 
 def _options(backend: Backend, subject: Subject) -> dict[str, Any]:
@@ -198,6 +201,8 @@ def _options(backend: Backend, subject: Subject) -> dict[str, Any]:
     if backend.compiles_per_shape:
         options.setdefault("shape_classes", SHAPE_CLASSES)
         options.setdefault("dtypes", ("float32",))
+    elif backend.compiles_per_width:
+        options.setdefault("shape_classes", widths(backend.limits))
     return options
 
 

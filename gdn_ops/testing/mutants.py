@@ -214,6 +214,7 @@ def mutant(mutation: str, base: str) -> type[Backend]:
         limits = replace(instance.limits, second_grad=False, pools=True)
         differentiable = True
         compiles_per_shape = instance.compiles_per_shape
+        compiles_per_width = instance.compiles_per_width
 
         def forward(self, call: Call) -> Forward:
             return Forward(*(sequence or library.run)(instance, call))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,11 +26,38 @@ SCALES = (None, 1.0, 0.3, -2.0, 0.0)
 
 ANYWHERE = Limits(devices=("*",))
 
-SHAPE_CLASSES: tuple[dict[str, int], ...] = (
-    {"B": 1, "H": 2, "R": 2, "K": 8, "V": 16},
-    {"B": 2, "H": 1, "R": 3, "K": 16, "V": 5},
+ShapeClass = Mapping[str, Any]
+"""Fields of an example that are not drawn."""
+
+SHAPE_CLASSES: tuple[ShapeClass, ...] = (
+    {"B": 1, "H": 2, "R": 2, "K": 8, "V": 16, "scale": None, "chunk_size": None},
+    {"B": 2, "H": 1, "R": 3, "K": 16, "V": 5, "scale": 1.0, "chunk_size": None},
 )
 """For backends that compile per shape: few classes, every length and every value."""
+
+WIDTHS: tuple[ShapeClass, ...] = (
+    {"K": 16, "V": 48, "chunk_size": 16, "dtype": "float32"},
+    {"K": 48, "V": 80, "chunk_size": None, "dtype": "bfloat16"},
+    {"K": 80, "V": 16, "chunk_size": 32, "dtype": "float16"},
+)
+"""For backends that compile per width: K below V and above it, narrower than a tile of 64 and
+wider, no power of two; every batch, number of heads and length, and every value."""
+
+
+def widths(limits: Limits) -> tuple[ShapeClass, ...] | None:
+    """Return those of WIDTHS that limits allow, or None, for drawing freely, if they allow none."""
+    dims, sizes = limits.head_dims, limits.chunk_sizes
+
+    def is_allowed(width: ShapeClass) -> bool:
+        heads = (width["K"], width["V"])
+        return (
+            width["dtype"] in limits.dtypes
+            and (sizes is None or width["chunk_size"] in (None, *sizes))
+            and all(d % limits.head_dim_multiple == 0 for d in heads)
+            and (dims is None or all(d in dims for d in heads))
+        )
+
+    return tuple(width for width in WIDTHS if is_allowed(width)) or None
 
 
 def _head_dims(limits: Limits) -> list[int]:
@@ -46,7 +73,7 @@ def calls(
     limits: Limits = ANYWHERE,
     *,
     dtypes: Sequence[str] | None = None,
-    shape_classes: Sequence[dict[str, int]] | None = None,
+    shape_classes: Sequence[ShapeClass] | None = None,
     varlen: bool | None = None,
     max_tokens: int = max(TOKENS),
     decode: bool = False,
@@ -58,7 +85,7 @@ def calls(
         spec: GATED_DELTA; its rules and attribute choices are drawn from it.
         limits: of the backend under test.
         dtypes: dtypes of q, k, v to draw from; those of the limits by default.
-        shape_classes: draw B, H, R, K, V from these instead of freely.
+        shape_classes: draw one of these, and freely only what it leaves open.
         varlen: whether sequences are packed; drawn by default.
         max_tokens: the longest sequence.
         decode: draw what only decode ops have too, and few tokens.
@@ -69,25 +96,24 @@ def calls(
     lengths = None
     if packed:
         lengths = tuple(draw(st.lists(tokens, min_size=0, max_size=3)))
-    shape: dict[str, Any]
-    if shape_classes is not None:
-        shape = dict(draw(st.sampled_from(shape_classes)))
-    else:
-        dims = st.sampled_from(_head_dims(limits))
-        shape = {
-            "B": draw(st.sampled_from((1, 2, 3, 0))),
-            "H": draw(st.sampled_from((1, 2, 3))),
-            "R": draw(st.sampled_from(REPEATS)),
-            "K": draw(dims),
-            "V": draw(dims),
-        }
-    if lengths is not None:
-        shape["B"] = 1
-    classes = shape_classes is not None
+    dims = st.sampled_from(_head_dims(limits))
     sizes = limits.chunk_sizes or (16, 32, 64, 5)
+    free: dict[str, st.SearchStrategy[Any]] = {
+        "B": st.sampled_from((1, 2, 3, 0)),
+        "H": st.sampled_from((1, 2, 3)),
+        "R": st.sampled_from(REPEATS),
+        "K": dims,
+        "V": dims,
+        "dtype": st.sampled_from(list(dtypes or limits.dtypes)),
+        "scale": st.sampled_from(SCALES),
+        "chunk_size": st.sampled_from((None, *sizes)),
+    }
+    fixed = draw(st.sampled_from(shape_classes)) if shape_classes is not None else {}
+    drawn = {name: draw(own) for name, own in free.items() if name not in fixed} | dict(fixed)
+    if lengths is not None:
+        drawn["B"] = 1
     example = Example(
         rule=rule.name,
-        dtype=draw(st.sampled_from(list(dtypes or limits.dtypes))),
         T=draw(tokens) if lengths is None else sum(lengths),
         lengths=lengths,
         gate=draw(st.sampled_from(GATES)) if rule.has_decay else "uniform",
@@ -96,12 +122,10 @@ def calls(
         log_gate=rule.has_decay and draw(st.booleans()),
         initial_state=draw(st.booleans()),
         # A normalised single number is its sign: its gradient is nothing but cancellation.
-        qk_l2norm=shape["K"] > 1 and draw(st.booleans()),
-        scale=draw(st.sampled_from(SCALES[:2] if classes else SCALES)),
-        chunk_size=None if classes else draw(st.sampled_from((None, *sizes))),
+        qk_l2norm=drawn["K"] > 1 and draw(st.booleans()),
         strided=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
-        **shape,
+        **drawn,
     )
     return draw(_decoding(example, limits)) if decode else example
 

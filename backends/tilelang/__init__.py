@@ -1,0 +1,150 @@
+"""The chunkwise form as TileLang kernels, for NVIDIA GPUs.
+
+    solve, walk                  two launches forward, and two more for segments (`forward`)
+    walk, reverse, gradients     backward (`backward`)
+    tokens                       one for a token, or a few (`decode`)
+
+How they are launched is data (`table`, chosen by `config`). On CPU tensors the same kernels are
+compiled as C++ and run for checking (`language`); without a GPU they are compiled for one (`aot`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from gdn_ops.backends.tilelang import config as configs
+from gdn_ops.backends.tilelang import toolchain
+from gdn_ops.backends.tilelang.plan import Saved, empty_saved, make_plan
+from gdn_ops.backends.tilelang.shapes import Row
+from gdn_ops.bind import Call
+from gdn_ops.compiled import CompiledKernel, Sample
+from gdn_ops.gated_delta import GATED_DELTA
+from gdn_ops.registry import Backend, Forward, Grads
+from gdn_ops.spec import Limits
+
+
+@functools.cache
+def tool_reasons(device: str) -> tuple[str, ...]:
+    """Return why kernels cannot be built for a device type, whatever the call."""
+    found = toolchain.version_reasons()
+    if device == "cuda":
+        found += toolchain.gpu_reasons()
+    elif device == "cpu":
+        found += toolchain.cpu_reasons()
+    return tuple(found)
+
+
+def _version_of(compiler: str) -> str:
+    """Return the line of `compiler --version` that tells one build from another."""
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60)
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    return (lines[-1] if "nvcc" in compiler else lines[0]) if lines else "unknown"
+
+
+class TileLang(Backend):
+    """Chunkwise kernels that write the output while the state walks, and keep T."""
+
+    name = "tilelang"
+    kernels = True
+    compiles_per_width = True
+    requires = ("tilelang",)
+    distribution = "tilelang"
+    targets = configs.TARGETS
+    limits = Limits(
+        devices=("cuda",),
+        emulated_devices=("cpu",),
+        dtypes=("bfloat16", "float16", "float32"),
+        state_dtypes=("float32", "bfloat16"),
+        head_dims=range(16, 257, 16),
+        chunk_sizes=configs.CHUNKS,
+        min_capability=(8, 0),
+        pools=True,
+    )
+
+    def reasons(self, call: Call) -> list[str]:
+        return list(tool_reasons(call.device.type))
+
+    @classmethod
+    def tools(cls, device: str) -> dict[str, str]:
+        is_gpu = device.partition(":")[0] == "cuda"
+        compiler = toolchain.nvcc() if is_gpu else toolchain.compiler()
+        return {
+            "apache-tvm-ffi": importlib.metadata.version("apache-tvm-ffi"),
+            "compiler": "none" if compiler is None else _version_of(str(compiler)),
+        }
+
+    def saved_like(self, call: Call) -> tuple[Tensor, ...]:
+        return tuple(empty_saved(make_plan(call), call.device))
+
+    def forward(self, call: Call) -> Forward:
+        s = call.sizes
+        if min(s.B * s.T, s.N) == 0:
+            return _without_tokens(call)
+        is_packed = call.cu_seqlens is not None
+        if s.T <= configs.MOST_STEPS and not (call.needs_grad or is_packed or call.chunk_size):
+            return Forward(*self.steps(call)[:2])
+        from gdn_ops.backends.tilelang.forward import forward
+
+        return forward(call, make_plan(call))
+
+    def backward(
+        self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
+    ) -> Grads:
+        s = call.sizes
+        if min(s.B * s.T, s.N) == 0:
+            zeros = [None if x is None else torch.zeros_like(x) for x in call.tensors()]
+            return Grads(*zeros)._replace(state=None if call.state is None else d_state.clone())
+        if saved is None:
+            raise RuntimeError("gradients of gradients were asked for, which limits exclude")
+        from gdn_ops.backends.tilelang.backward import backward
+
+        return backward(call, make_plan(call), Saved(*saved), d_o, d_state)
+
+    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+        return self.steps(call)[:2]
+
+    def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        from gdn_ops.backends.tilelang import decode
+
+        return decode.run(call)
+
+    def tunables(self, call: Call) -> Sequence[Row]:
+        K, V, device = call.sizes.K, call.sizes.V, call.device
+        if call.op is GATED_DELTA:
+            key = configs.sequence_key(device, call.q.dtype, K, V)
+            return configs.neighbours(Row(key, configs.choose(device, call.q.dtype, K, V)))
+        key_of_step = configs.step_key(device, K, V)
+        return configs.neighbours(Row(key_of_step, configs.choose_step(device, K, V)))
+
+    def using(self, config: object) -> AbstractContextManager[object]:
+        if not isinstance(config, Row):
+            raise TypeError(f"config is {type(config).__name__}, should be one of `tunables`")
+        return configs.using(config)
+
+    def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
+        from gdn_ops.backends.tilelang import aot
+
+        return aot.compile_ahead(self, target, samples)
+
+
+def _without_tokens(call: Call) -> Forward:
+    """Return the results where there is nothing to launch: the state as it was."""
+    s = call.sizes
+    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.v.dtype, device=call.device)
+    shape = (s.N, s.HV, s.K, s.V)
+    if call.state is None:
+        state = torch.zeros(shape, dtype=torch.float32, device=call.device)
+    else:
+        state = call.state.to(torch.float32, copy=True)
+    saved = empty_saved(make_plan(call), call.device) if call.needs_grad else ()
+    return Forward(o, state, tuple(saved))
+
+
+BACKEND = TileLang

@@ -1,0 +1,68 @@
+"""Which indices of tiles may be outside: a GPU would read or write something else, and say nothing.
+
+An index that the loops and conditions around it keep inside costs nothing. Any other is checked
+when the kernel runs: 0 is taken instead, and the call raises IndexError. Indices of tensors are not
+checked here: what is outside of a tensor is 0, on a GPU too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+class Bounds:
+    """What is known of the variables where a pass is.
+
+    Attributes:
+        tiles: the names of tiles with an index that is checked; a check says which by number.
+    """
+
+    def __init__(self) -> None:
+        from tvm import arith
+
+        self.tiles: list[str] = []
+        self._analyzer = arith.Analyzer()
+
+    def loop(self, op: Any) -> None:
+        """Remember what the variable of a loop runs over."""
+        from tvm import ir
+
+        self._analyzer.bind(op.loop_var, ir.Range.from_min_extent(op.min, op.extent), True)
+
+    def bind(self, variable: Any, value: Any) -> None:
+        """Remember what a variable stands for."""
+        if str(variable.dtype).startswith("int"):
+            self._analyzer.update(variable, self._analyzer.const_int_bound(value), True)
+
+    @contextlib.contextmanager
+    def condition(self, condition: Any) -> Iterator[None]:
+        """Be where a condition holds."""
+        with self._analyzer.constraint_scope(condition):
+            yield
+
+    def checked(self, buffer: Any, indices: Sequence[Any], originals: Sequence[Any]) -> list[Any]:
+        """Return the indices of a tile, each checked if it may be outside.
+
+        Args:
+            buffer: the tile.
+            indices: as they are to be used.
+            originals: as they were traced, which is what is known about.
+        """
+        return [
+            self._checked(buffer, int(size), index, original)
+            for size, index, original in zip(buffer.shape, indices, originals, strict=True)
+        ]
+
+    def _checked(self, buffer: Any, size: int, index: Any, original: Any) -> Any:
+        from tvm import tirx
+
+        bound = self._analyzer.const_int_bound(original)
+        if bound.min_value >= 0 and bound.max_value < size:
+            return index
+        name = str(buffer.name)
+        if name not in self.tiles:
+            self.tiles.append(name)
+        number = self.tiles.index(name) + 1
+        return tirx.call_pure_extern(str(index.dtype), "gdn_ops_index", index, size, number)

@@ -1,0 +1,182 @@
+"""Which configuration a call gets: by rule, from the rows of `table`, never tuned at run time.
+
+`gdn-ops bench --tune tilelang` measures the `neighbours` of a row and prints rows to paste.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from gdn_ops.backends.tilelang import table
+from gdn_ops.backends.tilelang.shapes import Config, Row, StepConfig, Tiles
+from gdn_ops.launches import recorded_target
+from gdn_ops.spec import Sizes
+
+TARGETS: Final = ("sm_90a", "sm_80", "sm_100a", "sm_120a")
+"""Device classes that have rows."""
+
+CHUNKS: Final = (16, 32, 64)
+"""Chunk sizes that the kernels have."""
+
+MOST_STEPS: Final = 8
+"""Tokens per row up to which a call without gradients takes the decode kernel."""
+
+KERNELS: Final = ("solve", "walk", "reverse", "gradients")
+
+ONE_SEGMENT: Final = 2**30
+"""Tokens of a segment where a sequence is not cut: more than fit, and in 32 bits."""
+
+LEAST_CHUNKS: Final = 32
+"""Chunks of a sequence from which on it may be cut. By count of launches, not measured."""
+
+LEAST_SEGMENT: Final = 8
+"""Chunks that a segment has at least: forming its map costs as much as walking it twice. By count
+of products, not measured."""
+
+NARROWEST: Final = 32
+"""Columns of V that a program of the walks has at least. By width of the products, not measured."""
+
+EMULATED_PROCESSORS: Final = 132
+"""Streaming multiprocessors of an H100 or H200, which an emulation stands for."""
+
+_override: Row | None = None
+
+
+def head_class(K: int, V: int) -> int:
+    """Return the larger head dim, padded to a multiple of 64."""
+    return -(-max(K, V) // 64) * 64
+
+
+@functools.cache
+def _target_of(index: int) -> str:
+    """Return the device class of a GPU, or one that asks for no more than it has.
+
+    Consumer GPUs, sm_86, sm_89 and sm_120, have 99 KiB of shared memory per program.
+    """
+    capability = torch.cuda.get_device_capability(index)
+    if capability == (8, 0):
+        return "sm_80"
+    return {9: "sm_90a", 10: "sm_100a"}.get(capability[0], "sm_120a")
+
+
+def target(device: torch.device) -> str:
+    """Return the device class that launches on a device are configured for."""
+    recorded = recorded_target()
+    if recorded is not None:
+        return recorded
+    # An emulation runs what a Hopper GPU would.
+    return _target_of(device.index or 0) if device.type == "cuda" else "sm_90a"
+
+
+def sequence_key(device: torch.device, dtype: torch.dtype, K: int, V: int) -> tuple[str, int, str]:
+    """Return the key of the row for a call of the sequence op."""
+    kind = "float32" if dtype == torch.float32 else "low"
+    return target(device), head_class(K, V), kind
+
+
+def step_key(device: torch.device, K: int, V: int) -> tuple[str, int]:
+    """Return the key of the row for a call of a decode op."""
+    return target(device), head_class(K, V)
+
+
+def choose(device: torch.device, dtype: torch.dtype, K: int, V: int) -> Config:
+    """Return how a call of the sequence op is launched."""
+    key = sequence_key(device, dtype, K, V)
+    if _override is not None and _override.key == key and isinstance(_override.config, Config):
+        return _override.config
+    return table.SEQUENCE[key]
+
+
+def choose_step(device: torch.device, K: int, V: int) -> StepConfig:
+    """Return how a call of a decode op is launched."""
+    key = step_key(device, K, V)
+    if _override is not None and _override.key == key and isinstance(_override.config, StepConfig):
+        return _override.config
+    return table.STEP[key]
+
+
+@functools.cache
+def _processors_of(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def processors(device: torch.device) -> int:
+    """Return how many programs a device runs at the same time, one on each multiprocessor."""
+    is_real = device.type == "cuda" and recorded_target() is None
+    return _processors_of(device.index or 0) if is_real else EMULATED_PROCESSORS
+
+
+def columns(device: torch.device, s: Sizes, BV: int) -> int:
+    """Return how many columns of V a program of the walks has, at most BV.
+
+    V is split further where there would be fewer programs than processors. What is computed for a
+    column does not depend on it.
+    """
+    while BV > NARROWEST and processors(device) > s.N * s.HV * -(-s.V // BV):
+        BV //= 2
+    return BV
+
+
+def segment_chunks(device: torch.device, s: Sizes, C: int, config: Config) -> int:
+    """Return how many chunks of a sequence are walked by one program (MATH §6).
+
+    A sequence is cut into segments where the walk over whole sequences would leave more than half
+    of the GPU idle and a sequence has LEAST_CHUNKS or more; then into so many that the grid fills
+    the GPU about once. What a sequence computes so depends, in its rounding, on how many others
+    are in the call; GDN_OPS_TILELANG_SEGMENTS=off, read at import, never cuts.
+    """
+    if config.segment is not None:
+        return config.segment
+    programs = s.N * s.HV * -(-s.V // columns(device, s, config.walk.BV))
+    chunks = -(-s.B * s.T // (max(s.N, 1) * C))
+    found = processors(device)
+    if not _cuts or chunks < LEAST_CHUNKS or 2 * programs >= found:
+        return ONE_SEGMENT // C
+    return max(LEAST_SEGMENT, -(-chunks // (found // programs)))
+
+
+def _read_choice() -> bool:
+    found = os.environ.get("GDN_OPS_TILELANG_SEGMENTS", "") or "on"
+    if found not in ("on", "off"):
+        raise ValueError(f"GDN_OPS_TILELANG_SEGMENTS is {found!r}, should be one of on, off")
+    return found == "on"
+
+
+_cuts = _read_choice()
+
+
+@contextlib.contextmanager
+def using(row: Row) -> Iterator[None]:
+    """Launch by a row instead of the table's, on every thread."""
+    global _override
+    previous, _override = _override, row
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def neighbours(row: Row) -> tuple[Row, ...]:
+    """Return the rows that differ from one in a single choice, itself first."""
+    found = [row.config]
+    if isinstance(row.config, StepConfig):
+        step = row.config
+        found += [replace(step, BV=BV) for BV in (8, 16, 32)]
+        found += [replace(step, threads=threads) for threads in (32, 64)]
+    else:
+        config = row.config
+        found += [replace(config, C=C) for C in CHUNKS]
+        for kernel in KERNELS:
+            own: Tiles = getattr(config, kernel)
+            tiles = [replace(own, BV=BV) for BV in (32, 64, 128) if kernel != "solve"]
+            tiles += [replace(own, threads=threads) for threads in (128, 256)]
+            tiles += [replace(own, stages=stages) for stages in (1, 2, 3)]
+            found += [replace(config, **{kernel: t}) for t in tiles]  # type: ignore[arg-type]
+    return tuple(Row(row.key, config) for config in dict.fromkeys(found))

@@ -1,0 +1,107 @@
+"""Macros that the kernels share: where a chunk lies, its decay, products of split operands.
+
+The tokens of a sequence are cut into chunks of C. Chunk c of sequence n has the *slot*
+
+    slot(n, c) = begin_n // C + n + c        begin_n: first token of sequence n in the pack
+
+which no other chunk has: a sequence of L tokens has at most (begin + L) // C + 1 - begin // C
+chunks, and `+ n` gives it one more. So what is kept per chunk needs no table of chunk indices and
+no look at cu_seqlens from the host. A slot may be empty. Segments of several chunks have *places*,
+by the same formula with C times their length.
+
+A low-precision operand of a product is one tile. A float32 operand is three bfloat16 tiles that
+add up to it, and a product is the sum of the six products that matter (to 2**-24 of it): tensor
+cores then multiply in float32, and no TF32 is involved. Both are lists of tiles here.
+"""
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+L2NORM_EPSILON = 1e-6
+LOG_FLOOR = -1000.0
+SMALLEST_NORMAL = 1.1754943508222875e-38
+"""The conventions of `gdn_ops.numerics`, for float32."""
+
+NO_DECAY, ALPHA, LOG_ALPHA = 0, 1, 2
+"""How the decay is given."""
+
+PAIRS = {1: ((0, 0),), 3: ((0, 2), (1, 1), (2, 0), (0, 1), (1, 0), (0, 0))}
+"""Which parts are multiplied, small products first, by the number of parts."""
+
+
+def parts_of(dtype: str) -> int:
+    """Return how many tiles an operand of a product consists of."""
+    return 3 if dtype == "float32" else 1
+
+
+def low_of(dtype: str) -> str:
+    """Return the dtype of the tiles of an operand."""
+    return "bfloat16" if dtype == "float32" else dtype
+
+
+@functools.cache
+def blocks(T: Any) -> SimpleNamespace:
+    """Return the macros, for one language namespace."""
+
+    def operand(shape: tuple[int, ...], dtype: str) -> list[Any]:
+        """Allocate the shared tiles of an operand of products."""
+        return [T.alloc_shared(shape, low_of(dtype)) for _ in range(parts_of(dtype))]
+
+    @T.macro
+    def owner(cu, N, tokens, p):
+        """Return the sequence that has slot p, where a slot has so many tokens."""
+        n = T.alloc_var("int32")
+        above = T.alloc_var("int32")
+        middle = T.alloc_var("int32")
+        n = 0
+        above = N
+        while n + 1 < above:
+            middle = (n + above) // 2
+            if cu[middle] // tokens + middle <= p:
+                n = middle
+            else:
+                above = middle
+        return n
+
+    @T.macro
+    def put(parts, i, j, x):
+        """Set element (i, j) of an operand to the float32 value x."""
+        if len(parts) == 1:
+            parts[0][i, j] = T.cast(x, parts[0].dtype)
+        else:
+            high = T.cast(x, "bfloat16")
+            rest = x - T.cast(high, "float32")
+            middle = T.cast(rest, "bfloat16")
+            parts[0][i, j] = high
+            parts[1][i, j] = middle
+            parts[2][i, j] = T.cast(rest - T.cast(middle, "float32"), "bfloat16")
+
+    def value(parts: list[Any], i: Any, j: Any) -> Any:
+        """Return element (i, j) of an operand, float32."""
+        x = T.cast(parts[-1][i, j], "float32")
+        for part in parts[-2::-1]:
+            x = x + T.cast(part[i, j], "float32")
+        return x
+
+    @T.macro
+    def multiply(a, b, c, transpose_A, transpose_B, clear):
+        """Add the product of two operands to c, or set c to it."""
+        for index, (x, y) in [*enumerate(PAIRS[len(a)])]:
+            T.gemm(
+                a[x], b[y], c,
+                transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=clear and index == 0,
+            )  # fmt: skip
+
+    def decay(hi_i: Any, lo_i: Any, z_i: Any, hi_j: Any, lo_j: Any, z_j: Any, crossed: int) -> Any:
+        """Return exp(G_i - G_j) where `crossed` zeros lie between, else 0 (MATH §4).
+
+        G = hi + lo: equal parts cancel exactly, so a difference of large sums keeps its
+        precision. It is at most 0 for i >= j; the minimum keeps the other half finite.
+        """
+        log = (hi_i - hi_j) + (lo_i - lo_j)
+        return T.if_then_else(z_i - z_j == float(crossed), T.exp(T.min(log, 0.0)), 0.0)
+
+    return SimpleNamespace(
+        operand=operand, owner=owner, put=put, value=value, multiply=multiply, decay=decay
+    )

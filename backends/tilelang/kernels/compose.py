@@ -1,0 +1,90 @@
+"""Between the two walks of a call in segments: the state at every cut, exactly (MATH §6).
+
+One program per sequence, value head and block of BV columns of V. What a segment does to a state,
+S -> M S + R, is applied segment by segment; dS -> Mᵀ dS + R from the last to the first.
+
+    reads   M (places, HV, K, K), R (places, HV, K, V) float32; the state that a sequence starts
+            from, or the gradient of the one it ends in, (N, HV, K, V) float32
+    writes  the state at the start of every segment, or dS at its end, (places, HV, K, V) float32
+
+The products are of split float32 operands, whatever the dtype of the call: a cut costs no
+precision.
+"""
+
+from typing import Any
+
+from gdn_ops.backends.tilelang.kernels.blocks import blocks
+
+F32 = "float32"
+
+
+def compose(
+    T: Any, *, K: int, BK: int, V: int, BV: int, C: int, reverse: bool, threads: int
+) -> Any:
+    """Make the kernel. Grid (ceil(V / BV), N, HV).
+
+    Args:
+        T: the language.
+        K, BK: width of a key, and of the tile that holds it, a multiple of 64.
+        V, BV: width of a value, and of the block that a program has.
+        C: tokens per chunk.
+        reverse: whether gradients go from the end to the start.
+        threads: per program.
+    """
+    # Columns of M, or rows of Mᵀ, that are multiplied at a time: 96 KiB of tiles at most.
+    width = 64 if BK <= 128 else 32
+    b = blocks(T)
+    places, HV, N1 = (T.dynamic(x) for x in ("places", "HV", "N1"))
+    first_N, first_HV = T.dynamic("first_N"), T.dynamic("first_HV")
+    shape = (width, BK) if reverse else (BK, width)
+
+    @T.prim_func
+    def compose(
+        maps: T.Tensor((places, HV, K, K), F32),
+        shifts: T.Tensor((places, HV, K, V), F32),
+        begin_with: T.Tensor((first_N, first_HV, K, V), F32),
+        cu: T.Tensor((N1,), "int32"),
+        cuts: T.Tensor((places, HV, K, V), F32),
+        has_first: T.int32,
+        L: T.int32,
+        N: T.int32,
+    ):
+        with T.Kernel(T.ceildiv(V, BV), N, HV, threads=threads) as (column, n, hv):
+            factor = b.operand(shape, F32)
+            S_low = b.operand((BK, BV), F32)
+            S = T.alloc_fragment((BK, BV), F32)
+            dv = column * BV
+            tokens = C * L
+            first = cu[n] // tokens + n
+            segments = T.max(T.ceildiv(cu[n + 1] - cu[n], tokens), 1)
+            for i, j in T.Parallel(BK, BV):
+                S[i, j] = 0.0
+                if has_first != 0 and i < K and dv + j < V:
+                    S[i, j] = begin_with[n, hv, i, dv + j]
+            for turn in T.serial(segments):
+                place = first + (segments - 1 - turn if reverse else turn)
+                for i, j in T.Parallel(BK, BV):
+                    if i < K and dv + j < V:
+                        cuts[place, hv, i, dv + j] = S[i, j]
+                if turn < segments - 1:
+                    for i, j in T.Parallel(BK, BV):
+                        b.put(S_low, i, j, S[i, j])
+                    for i, j in T.Parallel(BK, BV):
+                        S[i, j] = 0.0
+                        if i < K and dv + j < V:
+                            S[i, j] = shifts[place, hv, i, dv + j]
+                    for block in [*range(0, BK, width)]:
+                        for i, j in T.Parallel(*shape):
+                            row = i + block if reverse else i
+                            at = j if reverse else j + block
+                            b.put(
+                                factor, i, j,
+                                T.if_then_else(
+                                    row < K and at < K, maps[place, hv, row, at], 0.0
+                                ),
+                            )  # fmt: skip
+                        rows = [part[block : block + width, 0:BV] for part in S_low]
+                        # §6 S = M S + R, or Mᵀ S + R                            [BK, BV]
+                        b.multiply(factor, rows, S, reverse, False, False)
+
+    return compose

@@ -1,0 +1,144 @@
+"""Kernels that a GPU would refuse, or run in another way than they read, each for one reason."""
+
+from typing import Any
+
+
+def tile_operation(
+    T: Any, *, name: str, shapes: Any, scopes: str, dtypes: Any, options: Any
+) -> Any:
+    """One tile operation on tiles of these shapes.
+
+    Args:
+        T: the language.
+        name: of the operation.
+        shapes: of the tiles.
+        scopes: of the tiles, a letter each: s for shared, f for fragment.
+        dtypes: of the tiles.
+        options: pairs of a keyword and its value.
+    """
+    memory = {"s": "alloc_shared", "f": "alloc_fragment"}
+
+    @T.prim_func
+    def tile_operation(x: T.Tensor((1,), "float32")):
+        with T.Kernel(1, threads=128):
+            tiles = [
+                getattr(T, memory[scope])(shape, dtype)
+                for scope, shape, dtype in [*zip(scopes, shapes, dtypes, strict=True)]
+            ]
+            getattr(T, name)(*tiles, **dict(options))
+
+    return tile_operation
+
+
+def one_for_all(T: Any) -> Any:
+    """All iterations write one element."""
+
+    @T.prim_func
+    def one_for_all(x: T.Tensor((8, 8), "float32")):
+        with T.Kernel(1, threads=32):
+            total = T.alloc_shared((8,), "float32")
+            T.clear(total)
+            for i, j in T.Parallel(8, 8):
+                total[i] = total[i] + x[i, j]
+            T.copy(total, x[0, :])
+
+    return one_for_all
+
+
+def neighbour(T: Any) -> Any:
+    """An iteration reads what its neighbour writes."""
+
+    @T.prim_func
+    def neighbour(x: T.Tensor((8,), "float32")):
+        with T.Kernel(1, threads=32):
+            tile = T.alloc_shared((8,), "float32")
+            T.copy(x, tile)
+            for i in T.Parallel(8):
+                if i > 0:
+                    tile[i] = tile[i - 1] + 1.0
+            T.copy(tile, x)
+
+    return neighbour
+
+
+def nested(T: Any) -> Any:
+    """A product inside of a parallel loop."""
+
+    @T.prim_func
+    def nested(x: T.Tensor((8,), "float32")):
+        with T.Kernel(1, threads=128):
+            a = T.alloc_shared((16, 16), "bfloat16")
+            c = T.alloc_fragment((16, 16), "float32")
+            for i in T.Parallel(8):
+                T.gemm(a, a, c)
+                x[i] = c[0, 0]
+
+    return nested
+
+
+def orderly(T: Any) -> Any:
+    """No race: what looks like one is in the same iteration, behind a condition, or apart."""
+
+    @T.prim_func
+    def orderly(x: T.Tensor((8, 16), "float32")):
+        with T.Kernel(1, threads=32):
+            tile = T.alloc_shared((8, 16), "float32")
+            row = T.alloc_shared((8,), "float32")
+            T.copy(x, tile)
+            for i in T.Parallel(8):
+                for j in T.serial(1, 16):
+                    tile[i, j] = tile[i, j] + tile[i, j - 1]
+            for i, j in T.Parallel(8, 16):
+                if j == 15:
+                    row[i] = tile[i, j]
+            for i, j in T.Parallel(8, 8):
+                k = j + 8
+                tile[i, k] = tile[i, j] + row[i]
+            T.copy(tile, x)
+
+    return orderly
+
+
+def named(T: Any, *, name: str) -> Any:
+    """Ask the language for a name."""
+
+    @T.prim_func
+    def named(x: T.Tensor((1,), "float32")):
+        with T.Kernel(1, threads=32):
+            getattr(T, name)(x)
+
+    return named
+
+
+def threads(T: Any, *, threads: int) -> Any:
+    """So many threads."""
+
+    @T.prim_func
+    def kernel(x: T.Tensor((1,), "float32")):
+        with T.Kernel(1, threads=threads):
+            x[0] = 1.0
+
+    return kernel
+
+
+def low_number(T: Any) -> Any:
+    """A number of a low dtype."""
+
+    @T.prim_func
+    def low_number(x: T.Tensor((1,), "float32"), y: T.bfloat16):
+        with T.Kernel(1, threads=32):
+            x[0] = T.cast(y, "float32")
+
+    return low_number
+
+
+def tile_of(T: Any, *, dtype: str) -> Any:
+    """A tile of a dtype."""
+
+    @T.prim_func
+    def tile_of(x: T.Tensor((8,), "float32")):
+        with T.Kernel(1, threads=32):
+            tile = T.alloc_shared((8,), dtype)
+            T.copy(x, tile)
+
+    return tile_of
