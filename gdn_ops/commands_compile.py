@@ -89,7 +89,9 @@ def find_cases(names: Sequence[str]) -> list[Case]:
 
 def show(rows: Iterable[CompiledKernel], target: str, console: Console) -> None:
     """Print the kernels of one target, then what each failure is."""
-    table = Table(*COLUMNS, "", title=f"compiled for {target}")
+    table = Table(title=f"compiled for {target}")
+    for column in (*COLUMNS, ""):
+        table.add_column(column, no_wrap=column not in ("launched by", "options"))
     for row in rows:
         verdict = "[red]FAIL[/red]" if row.failures else "[green]pass[/green]"
         verdict = "[yellow]granted[/yellow]" if row.note and not row.failures else verdict
@@ -106,10 +108,18 @@ def show(rows: Iterable[CompiledKernel], target: str, console: Console) -> None:
 def cells(row: CompiledKernel) -> tuple[str, ...]:
     """Return the columns of a kernel as text."""
     matrix = ", ".join(f"{name} {count}" for name, count in sorted(row.instructions.items()))
-    options = (f"{name.removeprefix('num_')} {x}" for name, x in row.options.items())
+    options = ", ".join(filter(None, (_option(*item) for item in row.options.items())))
     numbers = map(str, (row.shared, row.registers, row.spills, row.stack))
-    shown = ", ".join(text for text in options if not text.startswith("enable_"))
-    return row.kernel, row.sample, shown, *numbers, matrix or "-"
+    return row.kernel, row.sample, options, *numbers, matrix or "-"
+
+
+def _option(name: str, value: int | bool | str) -> str:
+    """Return what distinguishes a kernel, short: not what is off, nor how to compile it."""
+    if name.startswith("enable_") or value is False:
+        return ""
+    if value is True:
+        return name
+    return value if isinstance(value, str) else f"{name.removeprefix('num_')} {value}"
 
 
 def as_json(backend: Backend, rows: Iterable[CompiledKernel]) -> str:

@@ -14,6 +14,10 @@ from gdn_ops.testing.mutants import DECODE_MUTATIONS, MUTATIONS, SEQUENCE_MUTATI
 
 BACKENDS = ("naive", "torch", *(["tilelang"] if not is_missing("tilelang") else []))
 
+EXAMPLES = 200
+"""Drawn calls per subject, at most: the rarest mistake shows in one of twenty, and what is drawn
+changes with every number that any module of the package contains."""
+
 pytestmark = pytest.mark.filterwarnings("ignore:backend '.*' emulates its kernels")
 
 
@@ -36,7 +40,7 @@ def telling_subjects(planted: str) -> list[Subject]:
 
 def test_a_mutant_is_caught_with_the_call_that_shows_it(planted: str) -> None:
     for subject in telling_subjects(planted):
-        row = run_subject(planted, subject, examples=60, shrink=False)
+        row = run_subject(planted, subject, examples=EXAMPLES, shrink=False)
         if not row.passed:
             assert row.failure is not None
             assert "WRONG" in row.failure, "a mutant must fail by its numbers, not by an error"

@@ -175,7 +175,7 @@ def test_without_tokens_the_state_is_as_it_was(B: int, T: int) -> None:
 def test_no_block_of_columns_changes_what_is_decoded(BV: int) -> None:
     # 48 columns are no multiple of 32.
     example = dataclasses.replace(DECODING, K=32, V=48)
-    row = Row(configs.step_key(CPU, 32, 48), StepConfig(BV=BV, threads=32, measured=""))
+    row = Row(configs.step_key(CPU, 32), StepConfig(BV=BV, threads=32, measured=""))
     with configs.using(row):
         verdict = steps_equal_one_step_after_another("tilelang", example)
     assert verdict.passed, verdict
@@ -243,9 +243,9 @@ def test_saved_tensors_are_as_the_tracer_was_told(changes: dict[str, Any]) -> No
 def test_slots_and_places_are_enough_for_any_lengths() -> None:
     lengths = (0, 17, 64, 1, 200, 63, 0)
     sizes = {"B": 1, "T": sum(lengths), "H": 1, "HV": 1, "K": 16, "V": 16, "N": len(lengths)}
-    for C, L in ((16, 1), (32, 2), (64, 4)):
+    for C, L in ((32, 1), (32, 2), (64, 4)):
         call = _meta_call(**sizes, chunk_size=C)
-        key = configs.sequence_key(CPU, torch.bfloat16, 16, 16)
+        key = configs.sequence_key(CPU, torch.bfloat16, 16)
         row = Row(key, dataclasses.replace(table.SEQUENCE[key], segment=L))
         with configs.using(row):
             found = make_plan(call)
@@ -352,7 +352,11 @@ WIDTHS = "multiples of 16 from 16 to 256"
         ({"dtype": torch.float64}, "dtype float64 (supported: bfloat16, float16, float32)"),
         ({"K": 24}, f"K=24 (supported: {WIDTHS}); V=24 (supported: {WIDTHS})"),
         ({"K": 272}, f"K=272 (supported: {WIDTHS}); V=272 (supported: {WIDTHS})"),
-        ({"chunk_size": 48}, "chunk_size=48 (supported: 16, 32, 64)"),
+        ({"chunk_size": 48}, "chunk_size=48 (supported: 32, 64)"),
+        (
+            {"chunk_size": 64},
+            "chunk_size=64 (at most 32 for float32 with K=16 on sm_90a)",
+        ),
     ],
 )
 def test_what_it_cannot_run_is_a_reason(changes: dict[str, Any], reason: str) -> None:
@@ -533,9 +537,24 @@ def test_every_row_names_its_kernels_and_is_source_text() -> None:
 
 
 def test_there_is_a_row_for_every_width_on_every_target() -> None:
-    widths = {configs.head_class(K, V) for K in range(16, 257, 16) for V in range(16, 257, 16)}
+    widths = {configs.width_class(K) for K in range(16, 257, 16)}
     assert set(table.STEP) == {(t, w) for t in configs.TARGETS for w in widths}
-    assert set(table.SEQUENCE) == {(*key, d) for key in table.STEP for d in ("low", "float32")}
+    full = {(*key, d) for key in table.STEP for d in ("low", "float32")}
+    # Three parts of every operand do not fit 99 KiB for the widest keys.
+    assert full - set(table.SEQUENCE) == {("sm_120a", width, "float32") for width in (192, 256)}
+
+
+def test_a_key_too_wide_for_a_small_gpu_is_a_reason() -> None:
+    sizes = SIZES | {"K": 144, "V": 16}
+    for dtype, found in (
+        ("bfloat16", []),
+        ("float32", ["float32 with K=144 on sm_120a (supported: K up to 128)"]),
+    ):
+        call = _meta_call(**sizes, dtype=getattr(torch, dtype))
+        with recording("sm_120a"):
+            assert configs.shape_reasons(call) == found
+        with recording("sm_90a"):
+            assert configs.shape_reasons(call) == []
 
 
 def test_neighbours_differ_in_one_choice_and_begin_with_the_row() -> None:

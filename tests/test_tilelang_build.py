@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -89,6 +90,26 @@ def test_what_is_on_disk_is_not_compiled_again(
     run()
     _, line = said()
     assert re.fullmatch(rf"tilelang: {re.escape(NAME)} taken from disk in \d+\.\d\d s", line)
+
+
+@needs_compiler
+@pytest.mark.parametrize("file", ["kernel.so", "kernel.json"])
+def test_what_is_broken_on_disk_is_compiled_again(
+    file: str, cold: Path, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    (entry,) = cold.iterdir()
+    # Elsewhere: a library that is loaded is not opened again.
+    elsewhere = cold.parent / "elsewhere"
+    broken = elsewhere / "gdn_ops" / entry.name
+    shutil.copytree(entry, broken)
+    (broken / file).write_text("half of it")
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(elsewhere))
+    for expected in ("compiled", "taken from disk"):
+        monkeypatch.setattr(build, "_launched", {})
+        monkeypatch.setattr(build, "_built", {})
+        run()
+        assert f"{NAME} {expected} in " in said()[-1]
 
 
 @needs_compiler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from typing import Any
 
@@ -48,10 +49,9 @@ def around(dtype: torch.dtype) -> Tensor:
     subnormal = torch.arange(-4100, 4101) * 2.0**-26
     edges = torch.tensor([65519.0, 65519.996, 65520.0, 65536.0, 3.4e38, 3.39e38, 1e-45, 1e-8])
     random = torch.randint(-(2**31), 2**31, (2**16,), generator=torch.Generator().manual_seed(0))
-    floats = torch.cat([*near, random]).to(torch.int32).view(torch.float32)
-    floats = torch.cat([floats, ties, subnormal, edges, -edges])
-    # A signalling NaN is one that no computation gives.
-    return torch.where(floats.isnan(), float("nan"), floats)
+    nans = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1, -0x7FFFFF])
+    floats = torch.cat([*near, random, nans]).to(torch.int32).view(torch.float32)
+    return torch.cat([floats, ties, subnormal, edges, -edges])
 
 
 def same(found: Tensor, expected: Tensor) -> None:
@@ -117,6 +117,15 @@ def test_a_constant_of_a_low_dtype_is_the_nearest(dtype: torch.dtype) -> None:
     assert nearest(-1e300, name_of(dtype)) == float("-inf")
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW], ids=name_of)
+def test_a_constant_keeps_every_digit(dtype: torch.dtype) -> None:
+    given = (0.1, -1 / 3, 1e-30, 1.25, -0.0, 2.0**-149, 12345.6789, math.inf, -math.inf, math.nan)
+    x = torch.zeros(len(given), dtype=dtype)
+    launch(tiles.constants, {"values": given, "dtype": name_of(dtype)}, x)
+    same(x, torch.tensor(given, dtype=torch.float64).to(dtype))
+
+
 # Tile operations.
 
 
@@ -175,6 +184,10 @@ def test_a_product_of_small_integers_is_exact(
 def test_reductions_and_scans_agree_with_torch() -> None:
     M, N = 16, 12
     x = torch.randint(-50, 51, (M, N), generator=torch.Generator().manual_seed(5)).float()
+    # A row and a column without a positive number, and a row without a negative one.
+    x[0] -= 100
+    x[1] += 100
+    x[:, 0] = -x[:, 0].abs()
     nan = float("nan")
     rows, columns = torch.full((4, M), nan), torch.full((3, N), nan)
     scans, sums = torch.full((4, M, N), nan), torch.full((N,), nan, dtype=torch.float64)
@@ -230,6 +243,16 @@ def test_an_index_outside_of_a_tile_is_an_error(index: int) -> None:
         launch(tiles.strays, {}, x, index)
     assert str(raised.value) == "strays: an index is outside of the tile tile"
     launch(tiles.strays, {}, x, 0)
+
+
+@needs_compiler
+def test_a_loop_that_runs_past_the_end_of_a_tile_is_an_error() -> None:
+    x = torch.zeros(8)
+    launch(tiles.sweeps, {"n": 4}, x)
+    assert x.tolist() == [3.0] * 4 + [0.0] * 4
+    with pytest.raises(IndexError) as raised:
+        launch(tiles.sweeps, {"n": 5}, x)
+    assert str(raised.value) == "sweeps: an index is outside of the tile tile"
 
 
 def test_only_an_index_that_may_be_outside_is_checked() -> None:
@@ -426,6 +449,15 @@ def test_a_number_of_threads_that_no_gpu_has_is_refused(threads: int) -> None:
     assert str(raised.value) == (
         f"T.Kernel: threads={threads}, should be a multiple of 32 up to 1024"
     )
+
+
+def test_operations_and_views_without_an_emulation_are_refused() -> None:
+    with pytest.raises(NotImplementedError) as raised:
+        traced(wrong.clamped)
+    assert str(raised.value) == "tl.clamp has no emulation on CPU tensors"
+    with pytest.raises(NotImplementedError) as raised:
+        traced(wrong.viewed)
+    assert str(raised.value) == "square, a view of a tile, has no emulation on CPU tensors"
 
 
 def test_dtypes_without_an_emulation_are_refused() -> None:

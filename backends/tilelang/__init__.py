@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.backends.tilelang import config as configs
-from gdn_ops.backends.tilelang import toolchain
+from gdn_ops.backends.tilelang import table, toolchain
 from gdn_ops.backends.tilelang.plan import Saved, empty_saved, make_plan
 from gdn_ops.backends.tilelang.shapes import Row
 from gdn_ops.bind import Call
@@ -69,7 +69,7 @@ class TileLang(Backend):
     )
 
     def reasons(self, call: Call) -> list[str]:
-        return list(tool_reasons(call.device.type))
+        return [*tool_reasons(call.device.type), *configs.shape_reasons(call)]
 
     @classmethod
     def tools(cls, device: str) -> dict[str, str]:
@@ -116,12 +116,12 @@ class TileLang(Backend):
         return decode.run(call)
 
     def tunables(self, call: Call) -> Sequence[Row]:
-        K, V, device = call.sizes.K, call.sizes.V, call.device
+        K, device = call.sizes.K, call.device
         if call.op is GATED_DELTA:
-            key = configs.sequence_key(device, call.q.dtype, K, V)
-            return configs.neighbours(Row(key, configs.choose(device, call.q.dtype, K, V)))
-        key_of_step = configs.step_key(device, K, V)
-        return configs.neighbours(Row(key_of_step, configs.choose_step(device, K, V)))
+            key = configs.sequence_key(device, call.q.dtype, K)
+            return configs.neighbours(Row(key, configs.choose(device, call.q.dtype, K)))
+        key_of_step = configs.step_key(device, K)
+        return configs.neighbours(Row(key_of_step, configs.choose_step(device, K)))
 
     def using(self, config: object) -> AbstractContextManager[object]:
         if not isinstance(config, Row):
@@ -131,7 +131,7 @@ class TileLang(Backend):
     def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
         from gdn_ops.backends.tilelang import aot
 
-        return aot.compile_ahead(self, target, samples)
+        return aot.compile_ahead(self, target, samples, table.GRANTED)
 
 
 def _without_tokens(call: Call) -> Forward:

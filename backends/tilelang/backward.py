@@ -17,14 +17,19 @@ from torch import Tensor
 
 from gdn_ops.backends.tilelang import config as configs
 from gdn_ops.backends.tilelang.build import launch
-from gdn_ops.backends.tilelang.forward import (
-    dtype_of,
-    is_bulk,
-    run_compose,
-    run_states,
+from gdn_ops.backends.tilelang.forward import dtype_of, is_bulk, run_compose, run_states
+from gdn_ops.backends.tilelang.kernels.gradients import gradients
+from gdn_ops.backends.tilelang.kernels.reverse import reverse
+from gdn_ops.backends.tilelang.plan import (
+    Plan,
+    Saved,
+    absent,
+    aligned,
+    cu_of,
+    gate_kind,
+    gate_of,
+    packed,
 )
-from gdn_ops.backends.tilelang.kernels import gradients, reverse
-from gdn_ops.backends.tilelang.plan import Plan, Saved, absent, cu_of, gate_kind, gate_of, packed
 from gdn_ops.bind import Call
 from gdn_ops.registry import Grads
 
@@ -42,7 +47,7 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
     s, device = plan.sizes, call.device
     q, k, v, d_o, cu = packed(call.q), packed(call.k), packed(call.v), packed(d_o), cu_of(call)
     kept, u = run_states(call, plan, q, k, v, saved, cu)
-    d_ends = d_final.to(torch.float32).contiguous()
+    d_ends = d_final = aligned(d_final.to(torch.float32))
     if plan.is_segmented:
         d_shifts, d_ends = torch.empty_like(saved.starts), torch.empty_like(saved.starts)
         run_reverse(call, plan, "shift", q, k, d_o, saved, None, cu, d_shifts)
@@ -87,11 +92,11 @@ def run_reverse(
     s, device, tiles = plan.sizes, call.device, plan.config.reverse
     erase, f32 = plan.rule.has_erase, torch.float32
     launch(
-        reverse.reverse,
+        reverse,
         {
             "K": s.K, "BK": plan.BK, "V": s.V, "BV": configs.columns(device, s, tiles.BV),
-            "C": plan.C, "dtype": dtype_of(plan), "erase": erase, "mode": mode, "threads": tiles.threads,
-            "stages": tiles.stages, "bulk": is_bulk(call),
+            "C": plan.C, "dtype": dtype_of(plan), "erase": erase, "mode": mode,
+            "threads": tiles.threads, "stages": tiles.stages, "bulk": is_bulk(call),
         },
         q, k, d_o, saved.gates, saved.norms,
         saved.inverses if erase else absent(plan.low, device, 1, 1, plan.C, plan.C),
@@ -128,7 +133,7 @@ def run_gradients(
         else torch.empty(call.beta.shape, dtype=f32, device=device)
     )
     launch(
-        gradients.gradients,
+        gradients,
         {
             "K": s.K, "BK": plan.BK, "V": s.V, "BV": tiles.BV, "C": plan.C,
             "dtype": dtype_of(plan), "erase": plan.rule.has_erase, "threads": tiles.threads,

@@ -11,6 +11,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import tilelang  # noqa: F401, it is what brings tvm
+from tvm import arith, ir, tirx
+
 
 class Bounds:
     """What is known of the variables where a pass is.
@@ -20,15 +23,11 @@ class Bounds:
     """
 
     def __init__(self) -> None:
-        from tvm import arith
-
         self.tiles: list[str] = []
         self._analyzer = arith.Analyzer()
 
     def loop(self, op: Any) -> None:
         """Remember what the variable of a loop runs over."""
-        from tvm import ir
-
         self._analyzer.bind(op.loop_var, ir.Range.from_min_extent(op.min, op.extent), True)
 
     def bind(self, variable: Any, value: Any) -> None:
@@ -56,8 +55,6 @@ class Bounds:
         ]
 
     def _checked(self, buffer: Any, size: int, index: Any, original: Any) -> Any:
-        from tvm import tirx
-
         bound = self._analyzer.const_int_bound(original)
         if bound.min_value >= 0 and bound.max_value < size:
             return index

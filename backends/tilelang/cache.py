@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -84,15 +85,25 @@ def _add(module: str, files: set[Path]) -> None:
     Modules elsewhere are versions, or Python's own: only those of gdn_ops count, and those in the
     folder of a kernel that lives outside of it.
     """
-    loaded = sys.modules.get(module)
-    path = Path(getattr(loaded, "__file__", None) or "/").resolve()
+    path = _file(module)
     if path.suffix != ".py" or path in files:
         return
     files.add(path)
     for name in _imported(path):
-        other = Path(getattr(sys.modules.get(name), "__file__", None) or "/").resolve()
-        if name.partition(".")[0] == "gdn_ops" or other.parent == path.parent:
+        if name.partition(".")[0] == "gdn_ops" or _file(name).parent == path.parent:
             _add(name, files)
+
+
+def _file(module: str) -> Path:
+    """Return the file of a module, loaded or not; nothing where there is no such module."""
+    loaded = sys.modules.get(module)
+    if loaded is not None:
+        return Path(getattr(loaded, "__file__", None) or "").resolve()
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return Path()
+    return Path((spec and spec.origin) or "").resolve()
 
 
 def _imported(path: Path) -> Iterator[str]:
@@ -113,7 +124,7 @@ def _machine() -> tuple[str, ...]:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return (*versions, platform.machine(), platform.processor(), features)
+    return (*versions, platform.machine(), features)
 
 
 def stored(name: str) -> Path | None:
@@ -141,6 +152,11 @@ def store(name: str, library: Path, description: dict[str, Any]) -> Path:
         # Another process was faster, with the same.
         shutil.rmtree(scratch, ignore_errors=True)
     return entry
+
+
+def drop(entry: Path) -> None:
+    """Forget an entry that cannot be used."""
+    shutil.rmtree(entry, ignore_errors=True)
 
 
 def keep_log(name: str, text: str) -> Path:

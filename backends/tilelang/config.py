@@ -16,14 +16,16 @@ import torch
 
 from gdn_ops.backends.tilelang import table
 from gdn_ops.backends.tilelang.shapes import Config, Row, StepConfig, Tiles
+from gdn_ops.bind import Call
+from gdn_ops.gated_delta import GATED_DELTA
 from gdn_ops.launches import recorded_target
 from gdn_ops.spec import Sizes
 
 TARGETS: Final = ("sm_90a", "sm_80", "sm_100a", "sm_120a")
 """Device classes that have rows."""
 
-CHUNKS: Final = (16, 32, 64)
-"""Chunk sizes that the kernels have."""
+CHUNKS: Final = (32, 64)
+"""Chunk sizes that the kernels have: four warps do not share a product of 16 by 16."""
 
 MOST_STEPS: Final = 8
 """Tokens per row up to which a call without gradients takes the decode kernel."""
@@ -49,9 +51,9 @@ EMULATED_PROCESSORS: Final = 132
 _override: Row | None = None
 
 
-def head_class(K: int, V: int) -> int:
-    """Return the larger head dim, padded to a multiple of 64."""
-    return -(-max(K, V) // 64) * 64
+def width_class(K: int) -> int:
+    """Return the width of the tiles that hold a key: what shared memory and registers depend on."""
+    return -(-K // 64) * 64
 
 
 @functools.cache
@@ -75,31 +77,48 @@ def target(device: torch.device) -> str:
     return _target_of(device.index or 0) if device.type == "cuda" else "sm_90a"
 
 
-def sequence_key(device: torch.device, dtype: torch.dtype, K: int, V: int) -> tuple[str, int, str]:
+def sequence_key(device: torch.device, dtype: torch.dtype, K: int) -> tuple[str, int, str]:
     """Return the key of the row for a call of the sequence op."""
     kind = "float32" if dtype == torch.float32 else "low"
-    return target(device), head_class(K, V), kind
+    return target(device), width_class(K), kind
 
 
-def step_key(device: torch.device, K: int, V: int) -> tuple[str, int]:
+def step_key(device: torch.device, K: int) -> tuple[str, int]:
     """Return the key of the row for a call of a decode op."""
-    return target(device), head_class(K, V)
+    return target(device), width_class(K)
 
 
-def choose(device: torch.device, dtype: torch.dtype, K: int, V: int) -> Config:
+def choose(device: torch.device, dtype: torch.dtype, K: int) -> Config:
     """Return how a call of the sequence op is launched."""
-    key = sequence_key(device, dtype, K, V)
+    key = sequence_key(device, dtype, K)
     if _override is not None and _override.key == key and isinstance(_override.config, Config):
         return _override.config
     return table.SEQUENCE[key]
 
 
-def choose_step(device: torch.device, K: int, V: int) -> StepConfig:
+def choose_step(device: torch.device, K: int) -> StepConfig:
     """Return how a call of a decode op is launched."""
-    key = step_key(device, K, V)
+    key = step_key(device, K)
     if _override is not None and _override.key == key and isinstance(_override.config, StepConfig):
         return _override.config
     return table.STEP[key]
+
+
+def shape_reasons(call: Call) -> list[str]:
+    """Return why the tiles that a call of the sequence op needs do not fit the shared memory."""
+    K, is_sequence = call.sizes.K, call.op is GATED_DELTA
+    if not is_sequence or (call.device.type == "cuda" and not torch.cuda.is_available()):
+        return []
+    key = sequence_key(call.device, call.q.dtype, K)
+    what = f"{str(call.q.dtype).removeprefix('torch.')} with K={K} on {key[0]}"
+    row = table.SEQUENCE.get(key)
+    if row is None:
+        widths = [width for target, width, kind in table.SEQUENCE if (target, kind) == key[::2]]
+        is_known = K in range(16, 257, 16)
+        return [f"{what} (supported: K up to {max(widths)})"] if is_known else []
+    if call.chunk_size in CHUNKS and call.chunk_size > row.C:
+        return [f"chunk_size={call.chunk_size} (at most {row.C} for {what})"]
+    return []
 
 
 @functools.cache
@@ -172,7 +191,7 @@ def neighbours(row: Row) -> tuple[Row, ...]:
         found += [replace(step, threads=threads) for threads in (32, 64)]
     else:
         config = row.config
-        found += [replace(config, C=C) for C in CHUNKS]
+        found += [replace(config, C=C) for C in CHUNKS if config.C >= C]
         for kernel in KERNELS:
             own: Tiles = getattr(config, kernel)
             tiles = [replace(own, BV=BV) for BV in (32, 64, 128) if kernel != "solve"]

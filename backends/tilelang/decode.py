@@ -58,7 +58,7 @@ def _launch(
     q, k, v = tokens
     B, T, HV, V = v.shape
     K, R, state = q.shape[-1], HV // q.shape[2], call.state
-    config = configs.choose_step(call.device, K, V)
+    config = configs.choose_step(call.device, K)
     unit = UNIT if state is None or _is_wide(state) else 1
     gate, beta = gate_of(call), dense(call.beta)
     nothing = absent(torch.float32, call.device)
@@ -68,7 +68,7 @@ def _launch(
         step.tokens,
         {
             "K": K, "V": V, "BV": math.gcd(config.BV, V), "low": dtype_name(v.dtype),
-            "stored": dtype_name(new_state.dtype), "ERASE": call.rule.has_erase, "UNIT": unit,
+            "stored": dtype_name(new_state.dtype), "erase": call.rule.has_erase, "UNIT": unit,
             "threads": config.threads,
         },
         memory(q), memory(k), memory(v),

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from gdn_ops.backends.tilelang.prelude import PRELUDE
-from gdn_ops.backends.tilelang.rounding import lowered
 
 _NUMBERS: Final[dict[str, Any]] = {
     "float32": ctypes.c_float,
@@ -27,7 +26,8 @@ _NUMBERS: Final[dict[str, Any]] = {
     "int64": ctypes.c_int64,
     "bool": ctypes.c_bool,
 }
-_ARRAY: Final = re.compile(r"^ +(\w+) (\w+)\[(\d+)\];$", re.MULTILINE)
+_ARRAY: Final = re.compile(r"^ +(\w+) (\w+)\[(\d\d+|[2-9])\];$", re.MULTILINE)
+"""The declaration of a tile; of one element, it is a variable, and had better be in a register."""
 _PROTOTYPE: Final = re.compile(r"#ifdef __cplusplus\nextern \"C\"\n#endif\n\w+ \w+\([^{;]*\);\n")
 _memory = threading.local()
 
@@ -71,6 +71,8 @@ def program(function: Any) -> Program:
     Args:
         function: a `tvm.tirx.PrimFunc`, traced with `language.CPU`.
     """
+    from gdn_ops.backends.tilelang.rounding import lowered
+
     exact, tiles = lowered(function)
     kernel, source = _generated(exact)
     order = [(str(variable.name), str(variable.dtype)) for variable in kernel.params]

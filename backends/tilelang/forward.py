@@ -110,8 +110,8 @@ def run_walk(
         walk,
         {
             "K": s.K, "BK": plan.BK, "V": s.V, "BV": configs.columns(device, s, tiles.BV),
-            "C": plan.C, "dtype": dtype_of(plan), "erase": erase, "mode": mode, "threads": tiles.threads,
-            "stages": tiles.stages, "bulk": is_bulk(call),
+            "C": plan.C, "dtype": dtype_of(plan), "erase": erase, "mode": mode,
+            "threads": tiles.threads, "stages": tiles.stages, "bulk": is_bulk(call),
         },
         q, k, v, saved.gates, saved.norms,
         saved.inverses if erase else absent(plan.low, device, 1, 1, plan.C, plan.C),

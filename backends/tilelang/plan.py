@@ -52,7 +52,7 @@ class Plan:
 def make_plan(call: Call) -> Plan:
     """Return the plan of a call. Looks at no value."""
     s = call.sizes
-    config = configs.choose(call.device, call.q.dtype, s.K, s.V)
+    config = configs.choose(call.device, call.q.dtype, s.K)
     C, tokens = call.chunk_size or config.C, s.B * s.T
     L = configs.segment_chunks(call.device, s, C, config)
     return Plan(

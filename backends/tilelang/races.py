@@ -12,6 +12,9 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import tilelang  # noqa: F401, it is what brings tvm
+from tvm import arith, ir, tirx
+
 
 class _Access(NamedTuple):
     """One load or store.
@@ -108,16 +111,12 @@ class Accesses:
 
     def _is_safe(self, store: _Access, load: _Access, shared: set[Any]) -> bool:
         """Return whether a load is of the iteration of a store, or of other elements."""
-        from tvm import ir
-
         pairs = list(zip(store.indices, load.indices, strict=True))
         agreeing = [a for a, b in pairs if ir.structural_equal(a, b, map_free_vars=False)]
         return shared <= self._variables(agreeing) or self._are_apart(store, load)
 
     def _are_apart(self, store: _Access, load: _Access) -> bool:
         """Return whether in some axis the indices never meet, whatever the loops are at."""
-        from tvm import arith, ir
-
         analyzer = arith.Analyzer()
         for loop in (*store.loops, *load.loops):
             extent = ir.Range.from_min_extent(loop.min, loop.extent)
@@ -134,8 +133,6 @@ class Accesses:
 
     def _variables(self, expressions: Iterable[Any]) -> set[Any]:
         """Return the variables of expressions, those that bound ones stand for included."""
-        from tvm import tirx
-
         found: set[Any] = set()
 
         def visit(node: Any) -> None:
@@ -151,8 +148,6 @@ class Accesses:
 
 def _is_parallel(loop: Any) -> bool:
     """Return whether a loop is parallel, and runs more than once."""
-    from tvm import tirx
-
     once = isinstance(loop.extent, tirx.IntImm) and loop.extent.value <= 1
     return bool(loop.kind == tirx.ForKind.PARALLEL) and not once
 

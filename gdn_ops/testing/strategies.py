@@ -20,6 +20,9 @@ DRAFTS = (1, 2, 3, 4, 8, 0, 5, 9, 17)
 
 HEAD_DIMS = (1, 2, 3, 5, 8, 16, 17, 24, 32, 48)
 
+BATCHES = (1, 2, 3, 1, 2, 0)
+"""Numbers of rows; an empty batch proves little, and is rarer."""
+
 REPEATS = (1, 2, 3, 4, 8)
 
 SCALES = (None, 1.0, 0.3, -2.0, 0.0)
@@ -36,7 +39,7 @@ SHAPE_CLASSES: tuple[ShapeClass, ...] = (
 """For backends that compile per shape: few classes, every length and every value."""
 
 WIDTHS: tuple[ShapeClass, ...] = (
-    {"K": 16, "V": 48, "chunk_size": 16, "dtype": "float32"},
+    {"K": 16, "V": 48, "chunk_size": None, "dtype": "float32"},
     {"K": 48, "V": 80, "chunk_size": None, "dtype": "bfloat16"},
     {"K": 80, "V": 16, "chunk_size": 32, "dtype": "float16"},
 )
@@ -99,7 +102,7 @@ def calls(
     dims = st.sampled_from(_head_dims(limits))
     sizes = limits.chunk_sizes or (16, 32, 64, 5)
     free: dict[str, st.SearchStrategy[Any]] = {
-        "B": st.sampled_from((1, 2, 3, 0)),
+        "B": st.sampled_from(BATCHES),
         "H": st.sampled_from((1, 2, 3)),
         "R": st.sampled_from(REPEATS),
         "K": dims,
@@ -116,7 +119,7 @@ def calls(
         rule=rule.name,
         T=draw(tokens) if lengths is None else sum(lengths),
         lengths=lengths,
-        gate=draw(st.sampled_from(GATES)) if rule.has_decay else "uniform",
+        gate=draw(st.sampled_from((*GATES, "extreme"))) if rule.has_decay else "uniform",
         beta=draw(st.sampled_from(BETAS)),
         keys=draw(st.sampled_from(KEYS)),
         log_gate=rule.has_decay and draw(st.booleans()),

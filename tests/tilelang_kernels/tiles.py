@@ -58,6 +58,18 @@ def computes(T: Any, *, dtype: str) -> Any:
     return computes
 
 
+def constants(T: Any, *, values: Any, dtype: str) -> Any:
+    """Store numbers that the kernel is made with."""
+
+    @T.prim_func
+    def constants(x: T.Tensor((len(values),), dtype)):
+        with T.Kernel(1, threads=32):
+            for i, value in [*enumerate(values)]:
+                x[i] = T.cast(value, dtype)
+
+    return constants
+
+
 def copies(T: Any, *, rows: int, columns: int, dtype: str, shift: int) -> Any:
     """Copy a matrix tile by tile, moved by `shift` in both axes, through another dtype."""
     M, N = T.dynamic("M"), T.dynamic("N")
@@ -232,6 +244,20 @@ def strays(T: Any) -> Any:
                 x[j] = T.if_then_else(j >= 4, tile[j - 4], 0.0) + tile[i]
 
     return strays
+
+
+def sweeps(T: Any, *, n: int) -> Any:
+    """Read the first n elements of a tile of four."""
+
+    @T.prim_func
+    def sweeps(x: T.Tensor((8,), "float32")):
+        with T.Kernel(1, threads=32):
+            tile = T.alloc_shared((4,), "float32")
+            T.fill(tile, 3.0)
+            for j in T.Parallel(n):
+                x[j] = tile[j]
+
+    return sweeps
 
 
 def widens(T: Any, *, tiles: int, rows: int) -> Any:

@@ -142,3 +142,28 @@ def tile_of(T: Any, *, dtype: str) -> Any:
             T.copy(x, tile)
 
     return tile_of
+
+
+def clamped(T: Any) -> Any:
+    """An operation that only a GPU's code generator has."""
+
+    @T.prim_func
+    def clamped(x: T.Tensor((8,), "float32")):
+        with T.Kernel(1, threads=32):
+            x[0] = T.clamp(x[0], 0.0, 1.0)
+
+    return clamped
+
+
+def viewed(T: Any) -> Any:
+    """A tile under two names."""
+
+    @T.prim_func
+    def viewed(x: T.Tensor((8,), "float32")):
+        with T.Kernel(1, threads=32):
+            tile = T.alloc_shared((8,), "float32")
+            square = T.Tensor((2, 4), "float32", tile.data)
+            T.copy(x, tile)
+            x[0] = square[1, 1]
+
+    return viewed

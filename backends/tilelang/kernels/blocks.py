@@ -40,6 +40,17 @@ def low_of(dtype: str) -> str:
     return "bfloat16" if dtype == "float32" else dtype
 
 
+def fitting(threads: int, stages: int, *sides: int) -> tuple[int, int]:
+    """Return how many threads can share a product whose sides are no larger, and stages for them.
+
+    A warp multiplies 16 rows and 8 columns at least. Fewer than a warp group, 128 threads, are not
+    split into those that load and those that multiply: then there is no pipeline.
+    """
+    side = min(sides)
+    found = min(threads, 32 * (sides[0] // 16) * (side // 8))
+    return found, stages if found >= 128 else 0
+
+
 @functools.cache
 def blocks(T: Any) -> SimpleNamespace:
     """Return the macros, for one language namespace."""

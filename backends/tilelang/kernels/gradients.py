@@ -1,14 +1,16 @@
 """The parallel part of the backward: all gradients of a chunk, given dRHS and dS.
 
-One program per chunk and key head. It turns over the R value heads of the key head and the blocks of
-BV columns of V; the sums over value heads, dQ and dK (C, BK) and their pairs (C, C), stay in
-registers, float32. No sum leaves a program: no atomics, and the same call gives the same bits.
+One program per chunk and key head. It turns over the R value heads of the key head and blocks of
+BV columns of V. The sums over value heads, dQ and dK (C, BK) and their pairs (C, C), stay in the
+program, float32: no atomics, and the same call gives the same bits. K is taken SLICE columns at a
+time, so that what is multiplied fits the registers beside dQ and dK.
 
     reads   q, k (M, H, K), v, dO (M, HV, V), α or log α (M, HV) float32; gates, norms;
-            U, dRHS (HV, slots, C, V); S, dS at the ends of chunks (HV, slots, K, V)
+            U, dRHS (HV, slots, C, V); S at the starts, dS at the ends of chunks (HV, slots, K, V)
     writes  dq, dk (M, H, K), dv (M, HV, V) in their dtype; dα or d log α, dβ (M, HV) float32
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 from gdn_ops.backends.tilelang.kernels.blocks import (
@@ -16,15 +18,22 @@ from gdn_ops.backends.tilelang.kernels.blocks import (
     NO_DECAY,
     PAIRS,
     blocks,
+    fitting,
     parts_of,
 )
 
 F32 = "float32"
 SLICE = 64
 """Columns of K that a gradient is formed of at a time."""
-
 QUARTERS = 4
 """Into how many parts a row or a column is cut that threads sum at once."""
+(
+    *(FROM_START, TO_END, READING, ERASING, START, ERASED, END, CORNER, BETA, PAIR, TOTAL, IS_ZERO),
+    VECTORS,
+) = range(13)
+"""Rows of what a head has per token in shared memory."""
+PAD = 8
+"""Columns that a square has in shared memory beside its own, so that rows lie in other banks."""
 
 
 def gradients(
@@ -40,21 +49,20 @@ def gradients(
         C: tokens per chunk.
         dtype: of q, k, v, dO and of what is kept.
         erase: whether the rule has an error term.
-        threads: per program.
+        threads: per program, at most.
         stages: of the software pipeline; 0 for none.
     """
     b = blocks(T)
     M, H, HV = T.dynamic("M"), T.dynamic("H"), T.dynamic("HV")
     N1, slots = T.dynamic("N1"), T.dynamic("slots")
     u_HV, u_slots, gate_M, gate_HV, beta_M, beta_HV = (
-        T.dynamic(f"{x}") for x in ("u_HV", "u_slots", "gate_M", "gate_HV", "beta_M", "beta_HV")
+        T.dynamic(x) for x in ("u_HV", "u_slots", "gate_M", "gate_HV", "beta_M", "beta_HV")
     )
+    threads, stages = fitting(threads, stages, C, C)
     is_split = parts_of(dtype) > 1
-    columns = -(-V // BV)
-    quarter = C // QUARTERS
-    slices = [*range(BK // SLICE)]
+    columns, quarter, slices = -(-V // BV), C // QUARTERS, [*range(BK // SLICE)]
 
-    def rows(parts: list[Any], at: int) -> list[Any]:
+    def rows_of(parts: list[Any], at: int) -> list[Any]:
         """Return SLICE rows of a state."""
         return [part[at * SLICE : (at + 1) * SLICE, 0:BV] for part in parts]
 
@@ -63,8 +71,11 @@ def gradients(
         return [part[0:C, at * SLICE : (at + 1) * SLICE] for part in parts]
 
     @T.macro
-    def multiply(left, right, to, transpose_A, transpose_B, clear):  # type: ignore[no-untyped-def]
-        """Add the product of two operands to `to`, or set it: its rows over as many warps as can be."""
+    def multiply(left, right, to, transpose_A, transpose_B, clear):
+        """Add the product of two operands to `to`, or set it.
+
+        Its rows are spread over as many warps as they can be: sums over a row are formed after it.
+        """
         for index, (x, y) in [*enumerate(PAIRS[len(left)])]:
             T.gemm(
                 left[x], right[y], to,
@@ -73,7 +84,7 @@ def gradients(
             )  # fmt: skip
 
     @T.macro
-    def lower(x, parts, height, width):  # type: ignore[no-untyped-def]
+    def lower(x, parts, height, width):
         """Round a fragment to an operand."""
         if is_split:
             for i, j in T.Parallel(height, width):
@@ -82,7 +93,7 @@ def gradients(
             T.copy(x, parts[0])
 
     @T.macro
-    def load(x, parts, landing, height, width):  # type: ignore[no-untyped-def]
+    def load(x, parts, landing, height, width):
         """Copy a region of a tensor into an operand."""
         if is_split:
             T.copy(x, landing)
@@ -91,8 +102,11 @@ def gradients(
             T.copy(x, parts[0])
 
     @T.macro
-    def load_rows(x, first, head, rest, parts):  # type: ignore[no-untyped-def]
-        """Copy the C rows of a head of x (M, heads, K) into an operand, 0 where there is no token."""
+    def load_rows(x, first, head, rest, parts):
+        """Copy the C rows of a head of x (M, heads, K) into an operand, 0 where no token is.
+
+        Element by element: in 0.1.15, a whole copy before a pipelined loop is waited for in it.
+        """
         for i, j in T.Parallel(C, BK):
             found = T.if_then_else(i < rest and j < K, x[first + i, head, j], T.cast(0.0, dtype))
             if is_split:
@@ -101,29 +115,73 @@ def gradients(
                 parts[0][i, j] = found
 
     @T.macro
-    def chunk_decay(g, from_start, to_end, crossed):  # type: ignore[no-untyped-def]
-        """Set b and d of a chunk (MATH §3), with so many zeros in between."""
+    def chunk_decay(g, t, crossed):
+        """Set b and d of a chunk (MATH §3), with so many zeros in between; b_C is the last b."""
         for i in T.Parallel(C):
-            from_start[i] = b.decay(g[0, i], g[1, i], g[2, i], 0.0, 0.0, 0.0, crossed)
-            to_end[i] = b.decay(
+            t[FROM_START, i] = b.decay(g[0, i], g[1, i], g[2, i], 0.0, 0.0, 0.0, crossed)
+            t[TO_END, i] = b.decay(
                 g[0, C - 1], g[1, C - 1], g[2, C - 1], g[0, i], g[1, i], g[2, i], crossed
             )
 
     @T.macro
-    def weigh(  # type: ignore[no-untyped-def]
-        start, end, corner, g, from_start, to_end, starts, ends, corners, crossed
-    ):
-        """Multiply what reaches out of the chunk by its decay: X in column start and in row C."""
-        for i in T.Parallel(C):
-            starts[i] = start[i] * from_start[i]
-            ends[i] = end[i] * to_end[i]
-            corners[i] = corner[i] * b.decay(
-                g[0, C - 1], g[1, C - 1], g[2, C - 1], 0.0, 0.0, 0.0, crossed
-            )
+    def through(left, state, t, weight, tile, to, x, products, sums):
+        """Add diag(t_weight) L Sᵀ to `to`, and rowsum(L Sᵀ ⊙ tile) to `sums`."""
+        T.clear(products)
+        for at in slices:
+            multiply(left, rows_of(state, at), x, False, True, True)
+            for i, j in T.Parallel(C, SLICE):
+                to[at][i, j] = to[at][i, j] + x[i, j] * t[weight, i]
+                products[i, j] = products[i, j] + x[i, j] * b.value(tile, i, at * SLICE + j)
+        T.reduce_sum(products, sums, dim=1, clear=False)
 
     @T.macro
-    def sum_straddling(X, parts, partial, starts, ends, corners, total):  # type: ignore[no-untyped-def]
-        """Set total_t to the sum of X_ij over i ≥ t > j, column start and row C included.
+    def pair_gradients(g, norm, q_tile, k_tile, f, X, squares, scale, rest):
+        """Add s dP ⊙ D of a head to the first of `squares`, M to the second.
+
+        dP becomes E, dA becomes dA ⊙ K Kᵀ ⊙ D, and X is E ⊙ D.
+        """
+        for i, j in T.Parallel(C, C):
+            f.D[i, j] = b.decay(g[0, i], g[1, i], g[2, i], g[0, j], g[1, j], g[2, j], 0)
+        multiply(q_tile, k_tile, f.pair, False, True, True)
+        for i, j in T.Parallel(C, C):
+            own = T.if_then_else(i >= j and i < rest, f.dP[i, j] * scale, 0.0)
+            f.dP[i, j] = own * (f.pair[i, j] * (norm[0, i] * norm[1, j]))
+            squares[0][i, j] = squares[0][i, j] + own * f.D[i, j]
+        if erase:
+            multiply(k_tile, k_tile, f.pair, False, True, True)
+            for i, j in T.Parallel(C, C):
+                own = T.if_then_else(i > j, -f.dA[i, j], 0.0)
+                f.dA[i, j] = own * (f.pair[i, j] * (norm[1, i] * norm[1, j]))
+                f.dP[i, j] = f.dP[i, j] + f.dA[i, j] * g[3, i]
+                f.dA[i, j] = f.dA[i, j] * f.D[i, j]
+                squares[1][i, j] = squares[1][i, j] + own * (f.D[i, j] * g[3, i])
+        for i, j in T.Parallel(C, C):
+            X[i, j] = f.dP[i, j] * f.D[i, j]
+
+    @T.macro
+    def finish_sums(g, norm, sums, t, corners, scale, rest):
+        """Turn the sums over rows of a head into E in column start, E in row C, and dβ."""
+        T.copy(sums.start, t[START, 0:C])
+        T.copy(sums.end, t[END, 0:C])
+        T.copy(sums.beta, t[BETA, 0:C])
+        T.copy(sums.corner, corners)
+        if erase:
+            T.copy(sums.erased, t[ERASED, 0:C])
+            T.copy(sums.pair, t[PAIR, 0:C])
+        for i in T.Parallel(C):
+            t[CORNER, i] = corners[i]
+            for part in [*range(1, BK // C)]:
+                t[CORNER, i] = t[CORNER, i] + corners[part * C + i]
+            t[START, i] = T.if_then_else(i < rest, t[START, i] * (scale * norm[0, i]), 0.0)
+            t[END, i] = t[END, i] * norm[1, i]
+            if erase:
+                t[ERASED, i] = t[ERASED, i] * norm[1, i]
+                t[START, i] = t[START, i] - g[3, i] * t[ERASED, i]
+                t[BETA, i] = t[BETA, i] + t[PAIR, i] - t[FROM_START, i] * t[ERASED, i]
+
+    @T.macro
+    def sum_straddling(X, t, quarters, partial, total):
+        """Set row `total` of t to the sum of X_ij over i ≥ t > j, column start and row C included.
 
         Only such pairs are added and none is subtracted: each holds α_t as a factor, so that
         the sum keeps its precision relative to a tiny α_t.
@@ -135,48 +193,78 @@ def gradients(
                 here = X[i, part * quarter + j]
                 X[i, part * quarter + j] = run
                 run = run + here
-            parts[part, i] = run
+            quarters[part, i] = run
         for i in T.Parallel(C):
-            run = starts[i]
+            run = t[START, i] * t[FROM_START, i]
             for part in T.serial(QUARTERS):
-                here = parts[part, i]
-                parts[part, i] = run
+                here = quarters[part, i]
+                quarters[part, i] = run
                 run = run + here
-        for part, t in T.Parallel(QUARTERS, C):
+        for part, j in T.Parallel(QUARTERS, C):
             run = 0.0
             for i in T.serial(quarter):
                 row = part * quarter + i
-                run = (
-                    run
-                    + corners[row]
-                    + T.if_then_else(row >= t, X[row, t] + parts[t // quarter, row], ends[row])
+                below = X[row, j] + quarters[j // quarter, row]
+                above = t[END, row] * t[TO_END, row]
+                run = run + T.if_then_else(row >= j, below, above)
+                run = run + t[CORNER, row] * t[FROM_START, C - 1]
+            partial[part, j] = run
+        for j in T.Parallel(C):
+            t[total, j] = (partial[0, j] + partial[1, j]) + (partial[2, j] + partial[3, j])
+
+    @T.macro
+    def gate_gradient(gate, d_gate, first, hv, g, f, X, t, quarters, partial, kind, rest):
+        """Write d log α, or dα."""
+        # §5 d log α_t: X = E ⊙ D over i ≥ t > j                                 [C]
+        sum_straddling(X, t, quarters, partial, TOTAL)
+        for i in T.Parallel(C):
+            before = T.if_then_else(i > 0, g[2, T.max(i - 1, 0)], 0.0)
+            t[IS_ZERO, i] = T.if_then_else(g[2, i] > before, 1.0, 0.0)
+            is_divided = kind == ALPHA and i < rest and g[2, i] <= before
+            given = T.if_then_else(is_divided, gate[first + i, hv], 1.0)
+            t[TOTAL, i] = T.if_then_else(g[2, i] > before, 0.0, t[TOTAL, i] / given)
+        if kind == ALPHA and g[2, C - 1] > 0.0:
+            # §5 dα_t where α_t = 0: X¹ = E ⊙ D¹                                 [C]
+            for i, j in T.Parallel(C, C):
+                X[i, j] = f.dP[i, j] * b.decay(
+                    g[0, i], g[1, i], g[2, i], g[0, j], g[1, j], g[2, j], 1
                 )
-            partial[part, t] = run
-        for t in T.Parallel(C):
-            total[t] = (partial[0, t] + partial[1, t]) + (partial[2, t] + partial[3, t])
+            chunk_decay(g, t, 1)
+            sum_straddling(X, t, quarters, partial, PAIR)
+            for i in T.Parallel(C):
+                if t[IS_ZERO, i] > 0.0:
+                    t[TOTAL, i] = t[PAIR, i]
+        for i in T.Parallel(C):
+            if i < rest:
+                d_gate[first + i, hv] = t[TOTAL, i]
 
     @T.macro
-    def weighted(x, norm, row, axis, parts):  # type: ignore[no-untyped-def]
-        """Round a sum of pairs, times a row of norms along an axis, to an operand."""
+    def multiply_pairs(square, norm, row, axis, pairs, tile, to):
+        """Add sums of pairs times q or k, which a norm multiplies, to `to`.
+
+        Tokens of q or k are columns of the square (axis 1), or its rows (0): then it is transposed.
+        """
         for i, j in T.Parallel(C, C):
-            b.put(parts, i, j, x[i, j] * norm[row, j if axis else i])
+            b.put(pairs, i, j, square[i, j] * norm[row, j if axis else i])
+        for at in slices:
+            multiply(pairs, columns_of(tile, at), to[at], axis == 0, False, False)
 
     @T.macro
-    def project(x, parts, norm, row, products, sums, along):  # type: ignore[no-untyped-def]
+    def project(x, tile, norm, row, products, sums, t):
         """Turn the gradient of y / ‖y‖ into that of y."""
         T.clear(products)
         for at in slices:
             for i, j in T.Parallel(C, SLICE):
-                products[i, j] += x[at][i, j] * b.value(parts, i, at * SLICE + j)
+                products[i, j] = products[i, j] + x[at][i, j] * b.value(tile, i, at * SLICE + j)
         T.reduce_sum(products, sums, dim=1, clear=True)
-        T.copy(sums, along)
+        T.copy(sums, t[START, 0:C])
         for at in slices:
             for i, j in T.Parallel(C, SLICE):
-                same = norm[row, i] * norm[row, i] * along[i] * b.value(parts, i, at * SLICE + j)
+                same = norm[row, i] * norm[row, i] * t[START, i] * b.value(tile, i, at * SLICE + j)
                 x[at][i, j] = (x[at][i, j] - same) * norm[row, i]
 
     @T.macro
-    def store(x, to, first, head, rest):  # type: ignore[no-untyped-def]
+    def store(x, to, first, head, rest):
         """Copy the rows that are tokens to (M, heads, K)."""
         for at in slices:
             for i, j in T.Parallel(C, SLICE):
@@ -211,45 +299,36 @@ def gradients(
             q_tile = b.operand((C, BK), dtype)
             k_tile = b.operand((C, BK), dtype)
             S = b.operand((BK, BV), dtype)
-            dS = b.operand((BK, BV), dtype)
+            # float32 operands take three tiles: there dS replaces S.
+            dS = S if is_split else b.operand((BK, BV), dtype)
             U = b.operand((C, BV), dtype)
             dR = b.operand((C, BV), dtype)
-            d_o_tile = b.operand((C, BV), dtype)
+            o_tile = b.operand((C, BV), dtype)
             v_tile = T.alloc_shared((C, BV), dtype)
+            pairs = b.operand((C, C), dtype)
             g = T.alloc_shared((4, C), F32)
             norm = T.alloc_shared((2, C), F32)
-            from_start = T.alloc_shared((C,), F32)
-            to_end = T.alloc_shared((C,), F32)
+            squares = [T.alloc_shared((C, C + PAD), F32) for _ in range(2 if erase else 1)]
+            X = T.alloc_shared((C, C + 1), F32)
             dQ = [T.alloc_fragment((C, SLICE), F32) for _ in slices]
             dK = [T.alloc_fragment((C, SLICE), F32) for _ in slices]
             x = T.alloc_fragment((C, SLICE), F32)
             products = T.alloc_fragment((C, SLICE), F32)
             state = T.alloc_fragment((BK, BV), F32)
+            both = T.alloc_fragment((BK, BV), F32)
             values = T.alloc_fragment((C, BV), F32)
-            D = T.alloc_fragment((C, C), F32)
-            pair = T.alloc_fragment((C, C), F32)
-            dP = T.alloc_fragment((C, C), F32)
-            dA = T.alloc_fragment((C, C), F32)
-            sum_qk = T.alloc_shared((C, C + 8), F32)
-            sum_kk = T.alloc_shared((C, C + 8), F32)
-            pairs = b.operand((C, C), dtype)
-            X = T.alloc_shared((C, C + 1), F32)
-            start_sums = T.alloc_fragment((C,), F32)
-            erased_sums = T.alloc_fragment((C,), F32)
-            end_sums = T.alloc_fragment((C,), F32)
-            beta_sums = T.alloc_fragment((C,), F32)
-            corner_sums = T.alloc_fragment((C,), F32)
-            pair_sums = T.alloc_fragment((C,), F32)
-            start = T.alloc_shared((C,), F32)
-            erased = T.alloc_shared((C,), F32)
-            end = T.alloc_shared((C,), F32)
-            corner = T.alloc_shared((C,), F32)
-            own_beta = T.alloc_shared((C,), F32)
-            starts = T.alloc_shared((C,), F32)
-            ends = T.alloc_shared((C,), F32)
-            total = T.alloc_shared((C,), F32)
-            at_zero = T.alloc_shared((C,), F32)
-            corners = T.alloc_shared((C,), F32)
+            f = SimpleNamespace(
+                **{name: T.alloc_fragment((C, C), F32) for name in ("dP", "dA", "pair", "D")}
+            )
+            sums = SimpleNamespace(
+                corner=T.alloc_fragment((BK,), F32),
+                **{
+                    name: T.alloc_fragment((C,), F32)
+                    for name in ("start", "erased", "end", "beta", "pair", "along")
+                },
+            )
+            t = T.alloc_shared((VECTORS, C), F32)
+            corners = T.alloc_shared((BK,), F32)
             quarters = T.alloc_shared((QUARTERS, C), F32)
             partial = T.alloc_shared((QUARTERS, C), F32)
             n = T.alloc_var("int32")
@@ -258,8 +337,9 @@ def gradients(
             turns = T.alloc_var("int32")
             first_head = T.alloc_var("int32")
 
-            T.annotate_producer_reg_dealloc(24)
-            T.annotate_consumer_reg_alloc(240)
+            if stages > 0:
+                T.annotate_producer_reg_dealloc(24)
+                T.annotate_consumer_reg_alloc(240)
             n = b.owner(cu, N1 - 1, C, slot)
             first = cu[n] + (slot - (cu[n] // C + n)) * C
             rest = cu[n + 1] - first
@@ -267,169 +347,96 @@ def gradients(
             turns = T.if_then_else(rest > 0, HV // H * columns, 0)
             load_rows(q, first, h, rest, q_tile)
             load_rows(k, first, h, rest, k_tile)
-            for a, i in T.Parallel(2, C):
-                norm[a, i] = norms[h, slot, a, i]
+            for row, i in T.Parallel(2, C):
+                norm[row, i] = norms[h, slot, row, i]
             for part in [*dQ, *dK]:
                 T.clear(part)
-            T.clear(sum_qk)
-            T.clear(sum_kk)
+            for part in [*squares]:
+                T.clear(part)
             for turn in T.Pipelined(turns, num_stages=stages):
                 hv = first_head + turn // columns
                 dv = turn % columns * BV
                 T.copy(gates[hv, slot, 0:4, 0:C], g)
-                load(d_o[first : first + C, hv, dv : dv + BV], d_o_tile, values, C, BV)
+                load(d_o[first : first + C, hv, dv : dv + BV], o_tile, values, C, BV)
                 if erase:
                     load(u[hv, slot, 0:C, dv : dv + BV], U, values, C, BV)
                 load(d_rhs[hv, slot, 0:C, dv : dv + BV], dR, values, C, BV)
                 load(kept[hv, slot, 0:BK, dv : dv + BV], S, state, BK, BV)
-                load(d_states[hv, slot, 0:BK, dv : dv + BV], dS, state, BK, BV)
+                if not is_split:
+                    load(d_states[hv, slot, 0:BK, dv : dv + BV], dS, state, BK, BV)
                 T.copy(v[first : first + C, hv, dv : dv + BV], v_tile)
                 if not erase:
                     for i, j in T.Parallel(C, BV):
-                        values[i, j] = T.if_then_else(
-                            i < rest, T.cast(v_tile[i, j], F32) * g[3, i], 0.0
-                        )
+                        value = T.cast(v_tile[i, j], F32) * g[3, i]
+                        values[i, j] = T.if_then_else(i < rest, value, 0.0)
                     lower(values, U, C, BV)
-                chunk_decay(g, from_start, to_end, 0)
+                # §3 b, d                                                        [C], [C]
+                chunk_decay(g, t, 0)
+                for i in T.Parallel(C):
+                    t[READING, i] = scale * t[FROM_START, i]
+                    t[ERASING, i] = -g[3, i] * t[FROM_START, i]
                 if turn % columns == 0:
-                    T.clear(dP)
-                    T.clear(dA)
-                    T.clear(start_sums)
-                    T.clear(erased_sums)
-                    T.clear(end_sums)
-                    T.clear(beta_sums)
-                    T.clear(corner_sums)
+                    T.clear(f.dP)
+                    T.clear(sums.start)
+                    T.clear(sums.end)
+                    T.clear(sums.beta)
+                    T.clear(sums.corner)
+                    if erase:
+                        T.clear(f.dA)
+                        T.clear(sums.erased)
                 # §5 dP = s lower(dO Uᵀ),  dA = −strict_lower(dRHS Uᵀ)           [C, C]
-                multiply(d_o_tile, U, dP, False, True, False)
+                multiply(o_tile, U, f.dP, False, True, False)
                 if erase:
-                    multiply(dR, U, dA, False, True, False)
+                    multiply(dR, U, f.dA, False, True, False)
                 # §5 s diag(b) dO Sᵀ to dQ; E_i,start += s rowsum(dO ⊙ Q S)      [C, BK]
-                T.clear(products)
-                for at in slices:
-                    multiply(d_o_tile, rows(S, at), x, False, True, True)
-                    for i, j in T.Parallel(C, SLICE):
-                        dQ[at][i, j] = dQ[at][i, j] + x[i, j] * (scale * from_start[i])
-                        products[i, j] += x[i, j] * b.value(q_tile, i, at * SLICE + j)
-                T.reduce_sum(products, start_sums, dim=1, clear=False)
+                through(o_tile, S, t, READING, q_tile, dQ, x, products, sums.start)
                 if erase:
                     # §5 − diag(βb) dRHS Sᵀ to dK; rowsum(dRHS ⊙ K S)            [C, BK]
-                    T.clear(products)
-                    for at in slices:
-                        multiply(dR, rows(S, at), x, False, True, True)
-                        for i, j in T.Parallel(C, SLICE):
-                            dK[at][i, j] = dK[at][i, j] - x[i, j] * (g[3, i] * from_start[i])
-                            products[i, j] += x[i, j] * b.value(k_tile, i, at * SLICE + j)
-                    T.reduce_sum(products, erased_sums, dim=1, clear=False)
+                    through(dR, S, t, ERASING, k_tile, dK, x, products, sums.erased)
+                # §5 E_C,start = ⟨dS_C, S⟩                                       [BK]
+                if is_split:
+                    T.copy(d_states[hv, slot, 0:BK, dv : dv + BV], state)
+                    for i, j in T.Parallel(BK, BV):
+                        both[i, j] = state[i, j] * b.value(S, i, j)
+                    lower(state, dS, BK, BV)
+                else:
+                    for i, j in T.Parallel(BK, BV):
+                        both[i, j] = b.value(dS, i, j) * b.value(S, i, j)
+                T.reduce_sum(both, sums.corner, dim=1, clear=False)
                 # §5 diag(d) U dS_Cᵀ to dK; E_C,j += rowsum((K dS_C) ⊙ U)        [C, BK]
-                T.clear(products)
-                for at in slices:
-                    multiply(U, rows(dS, at), x, False, True, True)
-                    for i, j in T.Parallel(C, SLICE):
-                        dK[at][i, j] = dK[at][i, j] + x[i, j] * to_end[i]
-                        products[i, j] += x[i, j] * b.value(k_tile, i, at * SLICE + j)
-                T.reduce_sum(products, end_sums, dim=1, clear=False)
+                through(U, dS, t, TO_END, k_tile, dK, x, products, sums.end)
                 # §5 dV = diag(β) dRHS,  dβ = rowsum(dRHS ⊙ V) ...               [C, BV]
                 for i, j in T.Parallel(C, BV):
                     if i < rest and dv + j < V:
                         d_v[first + i, hv, dv + j] = T.cast(b.value(dR, i, j) * g[3, i], dtype)
                 for i, j in T.Parallel(C, BV):
                     values[i, j] = b.value(dR, i, j) * T.cast(v_tile[i, j], F32)
-                T.reduce_sum(values, beta_sums, dim=1, clear=False)
-                # §5 E_C,start = ⟨dS_C, S⟩
-                T.clear(values)
-                for part in T.serial(BK // C):
-                    for i, j in T.Parallel(C, BV):
-                        values[i, j] += b.value(S, part * C + i, j) * b.value(dS, part * C + i, j)
-                T.reduce_sum(values, corner_sums, dim=1, clear=False)
+                T.reduce_sum(values, sums.beta, dim=1, clear=False)
                 if turn % columns == columns - 1:
                     # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ,  M = diag(β) dA ⊙ D  [C, C]
-                    for i, j in T.Parallel(C, C):
-                        D[i, j] = b.decay(g[0, i], g[1, i], g[2, i], g[0, j], g[1, j], g[2, j], 0)
-                    multiply(q_tile, k_tile, pair, False, True, True)
-                    for i, j in T.Parallel(C, C):
-                        own = T.if_then_else(i >= j and i < rest, dP[i, j] * scale, 0.0)
-                        sum_qk[i, j] = sum_qk[i, j] + own * D[i, j]
-                        dP[i, j] = own * (pair[i, j] * (norm[0, i] * norm[1, j]))
+                    pair_gradients(g, norm, q_tile, k_tile, f, X, squares, scale, rest)
                     if erase:
-                        multiply(k_tile, k_tile, pair, False, True, True)
-                        for i, j in T.Parallel(C, C):
-                            own = T.if_then_else(i > j, -dA[i, j], 0.0)
-                            sum_kk[i, j] = sum_kk[i, j] + own * (D[i, j] * g[3, i])
-                            dA[i, j] = own * (pair[i, j] * (norm[1, i] * norm[1, j]))
-                            dP[i, j] = dP[i, j] + dA[i, j] * g[3, i]
-                            dA[i, j] = dA[i, j] * D[i, j]
-                    for i, j in T.Parallel(C, C):
-                        X[i, j] = dP[i, j] * D[i, j]
-                    if erase:
-                        # §5 dβ: rowsum(dA ⊙ K Kᵀ ⊙ D)                           [C]
-                        T.reduce_sum(dA, pair_sums, dim=1, clear=True)
-                        T.copy(pair_sums, total)
-                    T.copy(start_sums, start)
-                    T.copy(erased_sums, erased)
-                    T.copy(end_sums, end)
-                    T.copy(beta_sums, own_beta)
-                    T.copy(corner_sums, corner)
-                    for i in T.Parallel(C):
-                        start[i] = T.if_then_else(i < rest, start[i] * (scale * norm[0, i]), 0.0)
-                        end[i] = end[i] * norm[1, i]
-                        if erase:
-                            erased[i] = erased[i] * norm[1, i]
-                            start[i] = start[i] - g[3, i] * erased[i]
-                            own_beta[i] = own_beta[i] + total[i] - from_start[i] * erased[i]
+                        # §5 dβ ... + rowsum(dA ⊙ K Kᵀ ⊙ D)                      [C]
+                        T.reduce_sum(f.dA, sums.pair, dim=1, clear=True)
+                    finish_sums(g, norm, sums, t, corners, scale, rest)
                     if has_beta != 0:
                         for i in T.Parallel(C):
                             if i < rest:
-                                d_beta[first + i, hv] = own_beta[i]
+                                d_beta[first + i, hv] = t[BETA, i]
                     if kind != NO_DECAY:
-                        # §5 d log α_t: X = E ⊙ D over i ≥ t > j                 [C]
-                        weigh(start, end, corner, g, from_start, to_end, starts, ends, corners, 0)
-                        sum_straddling(X, quarters, partial, starts, ends, corners, total)
-                        for i in T.Parallel(C):
-                            before = T.if_then_else(i > 0, g[2, T.max(i - 1, 0)], 0.0)
-                            is_zero = g[2, i] > before
-                            given = T.if_then_else(
-                                kind == ALPHA and i < rest and not is_zero,
-                                gate[first + i, hv],
-                                1.0,
-                            )
-                            total[i] = T.if_then_else(is_zero, 0.0, total[i] / given)
-                        if kind == ALPHA and g[2, C - 1] > 0.0:
-                            # §5 dα_t where α_t = 0: X¹ = E ⊙ D¹                 [C]
-                            for i, j in T.Parallel(C, C):
-                                crossed = b.decay(
-                                    g[0, i], g[1, i], g[2, i], g[0, j], g[1, j], g[2, j], 1
-                                )
-                                X[i, j] = dP[i, j] * crossed
-                            chunk_decay(g, from_start, to_end, 1)
-                            weigh(
-                                start, end, corner, g, from_start, to_end, starts, ends, corners, 1
-                            )
-                            sum_straddling(X, quarters, partial, starts, ends, corners, at_zero)
-                            for i in T.Parallel(C):
-                                before = T.if_then_else(i > 0, g[2, T.max(i - 1, 0)], 0.0)
-                                if g[2, i] > before:
-                                    total[i] = at_zero[i]
-                        for i in T.Parallel(C):
-                            if i < rest:
-                                d_gate[first + i, hv] = total[i]
+                        gate_gradient(
+                            gate, d_gate, first, hv, g, f, X, t, quarters, partial, kind, rest
+                        )
             # §5 (dP ⊙ D) K to dQ, (dP ⊙ D)ᵀ Q to dK, of the normalised q, k       [C, BK]
-            weighted(sum_qk, norm, 1, 1, pairs)
-            for at in slices:
-                multiply(pairs, columns_of(k_tile, at), dQ[at], False, False, False)
-            weighted(sum_qk, norm, 0, 0, pairs)
-            for at in slices:
-                multiply(pairs, columns_of(q_tile, at), dK[at], True, False, False)
+            multiply_pairs(squares[0], norm, 1, 1, pairs, k_tile, dQ)
+            multiply_pairs(squares[0], norm, 0, 0, pairs, q_tile, dK)
             if erase:
                 # §5 M K + Mᵀ K to dK                                            [C, BK]
-                weighted(sum_kk, norm, 1, 1, pairs)
-                for at in slices:
-                    multiply(pairs, columns_of(k_tile, at), dK[at], False, False, False)
-                weighted(sum_kk, norm, 1, 0, pairs)
-                for at in slices:
-                    multiply(pairs, columns_of(k_tile, at), dK[at], True, False, False)
+                multiply_pairs(squares[1], norm, 1, 1, pairs, k_tile, dK)
+                multiply_pairs(squares[1], norm, 1, 0, pairs, k_tile, dK)
             if has_norm != 0:
-                project(dQ, q_tile, norm, 0, products, start_sums, start)
-                project(dK, k_tile, norm, 1, products, start_sums, start)
+                project(dQ, q_tile, norm, 0, products, sums.along, t)
+                project(dK, k_tile, norm, 1, products, sums.along, t)
             store(dQ, d_q, first, h, rest)
             store(dK, d_k, first, h, rest)
 

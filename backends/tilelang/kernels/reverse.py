@@ -14,7 +14,7 @@ K dS, Tᵀ dU and Kᵀ dRHS.
 
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import blocks, parts_of
+from gdn_ops.backends.tilelang.kernels.blocks import blocks, fitting, parts_of
 
 F32 = "float32"
 MODES = ("gradients", "shift")
@@ -34,7 +34,7 @@ def reverse(
         dtype: of q, k, dO and of what is kept.
         erase: whether the rule has an error term.
         mode: one of MODES.
-        threads: per program.
+        threads: per program, at most.
         stages: of the software pipeline; 0 for none.
         bulk: whether tiles are copied whole (by the copy engine that Hopper and later GPUs have)
             and cleared where a sequence ends, or read element by element as far as it goes.
@@ -46,33 +46,34 @@ def reverse(
         T.dynamic(x) for x in ("T_HV", "T_slots", "kept_HV", "kept_slots")
     )
     out_places, ends_HV = T.dynamic("out_places"), T.dynamic("ends_HV")
-    is_split = parts_of(dtype) > 1
-    is_shift = mode == "shift"
+    threads, stages = fitting(threads, stages, C, BV)
+    is_split, is_shift = parts_of(dtype) > 1, mode == "shift"
 
     @T.macro
-    def load(x, first, head, column, width, rest, landing, parts):  # type: ignore[no-untyped-def]
+    def load(x, first, head, column, width, rest, parts):
         """Copy C rows of x (M, heads, D) into an operand."""
-        if bulk:
-            T.copy(x[first : first + C, head, column : column + width], landing)
-        else:
+        if is_split or not bulk:
             for i, j in T.Parallel(C, width):
-                landing[i, j] = T.if_then_else(
+                found = T.if_then_else(
                     i < rest and column + j < x.shape[2],
                     x[first + i, head, column + j],
                     T.cast(0.0, dtype),
                 )
-        if is_split:
-            for i, j in T.Parallel(C, width):
-                b.put(parts, i, j, T.cast(landing[i, j], F32))
+                if is_split:
+                    b.put(parts, i, j, found)
+                else:
+                    parts[0][i, j] = found
+        else:
+            T.copy(x[first : first + C, head, column : column + width], parts[0])
 
     @T.macro
-    def clear_tail(tile, rest, width):  # type: ignore[no-untyped-def]
+    def clear_tail(tile, rest, width):
         """Zero the rows that belong to no token of this sequence, whatever is in them."""
         for i, j in T.Parallel(C, width):
-            tile[i, j] = T.if_then_else(i < rest, tile[i, j], T.cast(0.0, tile.dtype))
+            tile[i, j] = T.if_then_else(i < rest, tile[i, j], T.cast(0.0, dtype))
 
     @T.macro
-    def lower(x, parts, height, width):  # type: ignore[no-untyped-def]
+    def lower(x, parts, height, width):
         """Round a fragment to an operand."""
         if is_split:
             for i, j in T.Parallel(height, width):
@@ -98,14 +99,10 @@ def reverse(
         grid: T.int32,
     ):
         with T.Kernel(-(-V // BV), grid, HV, threads=threads) as (column, place, hv):
-            q_landing = T.alloc_shared((C, BK), dtype)
-            k_landing = T.alloc_shared((C, BK), dtype)
-            o_landing = T.alloc_shared((C, BV), dtype)
-            x_landing = T.alloc_shared((C, C), dtype)
-            q_tile = b.operand((C, BK), dtype) if is_split else [q_landing]
-            k_tile = b.operand((C, BK), dtype) if is_split else [k_landing]
-            o_tile = b.operand((C, BV), dtype) if is_split else [o_landing]
-            x_tile = b.operand((C, C), dtype) if is_split else [x_landing]
+            q_tile = b.operand((C, BK), dtype)
+            k_tile = b.operand((C, BK), dtype)
+            o_tile = b.operand((C, BV), dtype)
+            x_tile = b.operand((C, C), dtype)
             g = T.alloc_shared((4, C), F32)
             norm = T.alloc_shared((2, C), F32)
             from_start = T.alloc_shared((C,), F32)
@@ -117,7 +114,6 @@ def reverse(
             dU = T.alloc_fragment((C, BV), F32)
             dR = T.alloc_fragment((C, BV), F32)
             low = b.operand((C, BV), dtype)
-
             n = T.alloc_var("int32")
             h = T.alloc_var("int32")
             segment = T.alloc_var("int32")
@@ -125,6 +121,7 @@ def reverse(
             last_slot = T.alloc_var("int32")
             last_first = T.alloc_var("int32")
             last_rest = T.alloc_var("int32")
+
             n = b.owner(cu, N1 - 1, C * L, place)
             h = hv // (HV // H)
             segment = place - (cu[n] // (C * L) + n)
@@ -141,28 +138,28 @@ def reverse(
                 slot = last_slot - step
                 first = last_first - step * C
                 rest = last_rest + step * C
-                load(k, first, h, 0, BK, rest, k_landing, k_tile)
-                load(q, first, h, 0, BK, rest, q_landing, q_tile)
-                load(d_o, first, hv, dv, BV, rest, o_landing, o_tile)
+                load(k, first, h, 0, BK, rest, k_tile)
+                load(q, first, h, 0, BK, rest, q_tile)
+                load(d_o, first, hv, dv, BV, rest, o_tile)
                 T.copy(gates[hv, slot, 0:4, 0:C], g)
                 T.copy(norms[h, slot, 0:2, 0:C], norm)
                 if erase:
-                    T.copy(inverses[hv, slot, 0:C, 0:C], x_landing)
                     if is_split:
                         for i, j in T.Parallel(C, C):
-                            b.put(x_tile, i, j, T.cast(x_landing[i, j], F32))
-                if bulk and rest < C:
-                    for part in [*k_tile, *q_tile]:
-                        clear_tail(part, rest, BK)
-                    for part in [*o_tile]:
-                        clear_tail(part, rest, BV)
+                            b.put(x_tile, i, j, inverses[hv, slot, i, j])
+                    else:
+                        T.copy(inverses[hv, slot, 0:C, 0:C], x_tile[0])
+                if bulk and not is_split and rest < C:
+                    clear_tail(k_tile[0], rest, BK)
+                    clear_tail(q_tile[0], rest, BK)
+                    clear_tail(o_tile[0], rest, BV)
                 # §3 b, d; b_C is the last b                                     [C], [C]
                 for i in T.Parallel(C):
                     from_start[i] = b.decay(g[0, i], g[1, i], g[2, i], 0.0, 0.0, 0.0, 0)
                     to_end[i] = b.decay(
                         g[0, C - 1], g[1, C - 1], g[2, C - 1], g[0, i], g[1, i], g[2, i], 0
                     )
-                # Pᵀ = (K Qᵀ) ⊙ Dᵀ, formed as such: no product is transposed     [C, C]
+                # s Pᵀ = s (K Qᵀ) ⊙ Dᵀ, formed as such: no product is transposed [C, C]
                 b.multiply(k_tile, q_tile, kq, False, True, True)
                 for i, j in T.Parallel(C, C):
                     D = b.decay(g[0, j], g[1, j], g[2, j], g[0, i], g[1, i], g[2, i], 0)
@@ -171,14 +168,11 @@ def reverse(
                 lower(kq, P, C, C)
                 lower(dS, dS_low, BK, BV)
                 if not is_shift:
-                    if is_split:
-                        T.copy(dS, d_states[hv, slot, 0:BK, dv : dv + BV])
-                    else:
-                        T.copy(
-                            dS_low[0],
-                            d_states[hv, slot, 0:BK, dv : dv + BV],
-                            annotations={"disable_tma": True},
-                        )
+                    T.copy(
+                        dS if is_split else dS_low[0],
+                        d_states[hv, slot, 0:BK, dv : dv + BV],
+                        annotations=PLAIN,
+                    )
                 # §5 dU = s Pᵀ dO + diag(d) K dS_C                               [C, BV]
                 b.multiply(k_tile, dS_low, dU, False, False, True)
                 for i, j in T.Parallel(C, BV):
@@ -191,15 +185,13 @@ def reverse(
                 else:
                     T.copy(dU, dR)
                 if not is_shift:
-                    if is_split:
-                        T.copy(dR, d_rhs[hv, slot, 0:C, dv : dv + BV])
-                    else:
+                    if not is_split:
                         lower(dR, low, C, BV)
-                        T.copy(
-                            low[0],
-                            d_rhs[hv, slot, 0:C, dv : dv + BV],
-                            annotations={"disable_tma": True},
-                        )
+                    T.copy(
+                        dR if is_split else low[0],
+                        d_rhs[hv, slot, 0:C, dv : dv + BV],
+                        annotations=PLAIN,
+                    )
                 # §5 dS_0 = b_C dS_C + s (diag(b) Q)ᵀ dO − (diag(βb) K)ᵀ dRHS    [BK, BV]
                 for i, j in T.Parallel(BK, BV):
                     dS[i, j] = dS[i, j] * from_start[C - 1]
@@ -212,14 +204,14 @@ def reverse(
                         dR[i, j] = -dR[i, j] * (g[3, i] * from_start[i] * norm[1, i])
                     lower(dR, low, C, BV)
                     b.multiply(k_tile, low, dS, True, False, False)
-            if is_shift:
-                if segment == 0 or chunks > 0:
-                    for i, j in T.Parallel(BK, BV):
-                        if i < K and dv + j < V:
-                            d_starts[place, hv, i, dv + j] = dS[i, j]
-            elif segment == 0:
+            if segment == 0 or (is_shift and chunks > 0):
+                to = place if is_shift else n
                 for i, j in T.Parallel(BK, BV):
                     if i < K and dv + j < V:
-                        d_starts[n, hv, i, dv + j] = dS[i, j]
+                        d_starts[to, hv, i, dv + j] = dS[i, j]
 
     return reverse
+
+
+PLAIN = {"disable_tma": True}
+"""A store that nothing waits for: the engine that stores whole tiles is waited for."""

@@ -27,7 +27,7 @@ def tokens(
     BV: int,
     low: str,
     stored: str,
-    ERASE: bool,
+    erase: bool,
     UNIT: int,
     threads: int,
 ) -> Any:
@@ -39,7 +39,7 @@ def tokens(
         BV: columns of V per program, a divisor of V.
         low: dtype of q, k, v and o.
         stored: dtype of the states.
-        ERASE: whether the rule has an error term.
+        erase: whether the rule has an error term.
         UNIT: elements that a stride of a state counts.
         threads: per program.
     """
@@ -164,7 +164,7 @@ def tokens(
                     S[i, j] = S[i, j] * alpha
                 # §2 u_t = β_t (v_t − S'ᵀ k_t)                                   [BV]
                 T.clear(u)
-                if ERASE:
+                if erase:
                     for i, j in T.Parallel(K, BV):
                         x[i, j] = S[i, j] * k_shared[i]
                     T.reduce_sum(x, u, dim=0)
