@@ -11,6 +11,9 @@ raises NotImplementedError.
 What a GPU would refuse, or do with less precision than a reader expects, is refused here too:
 products of float32 (TF32 on a GPU) or of tiles in the wrong memory, shapes that do not match.
 `rounding` finishes what is traced here: low precision, and parallel loops, which may not race.
+
+What an emulation does not show: races between programs, the order in which a GPU adds, layouts of
+fragments, how much shared memory there is, and a compiler that is wrong.
 """
 
 from __future__ import annotations
