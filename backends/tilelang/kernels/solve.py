@@ -21,6 +21,8 @@ from gdn_ops.backends.tilelang.kernels.blocks import (
 )
 
 F32 = "float32"
+LOWEST = -3.4028234663852886e38
+"""The lowest finite float32: what is below it is -inf."""
 ROWS = 16
 """Rows of the blocks that are inverted by substitution, a column in the registers of a thread."""
 
@@ -185,7 +187,7 @@ def solve(T: Any, *, K: int, BK: int, C: int, dtype: str, erase: bool, threads: 
                             kind != NO_DECAY and i < rest, gate[first + i, hv], 0.0
                         )
                         is_zero = T.if_then_else(
-                            kind == ALPHA, given < SMALLEST_NORMAL, given == -T.infinity(F32)
+                            kind == ALPHA, given < SMALLEST_NORMAL, given < LOWEST
                         )
                         is_zero = is_zero and i < rest and kind != NO_DECAY
                         alpha = T.if_then_else(is_zero or kind != ALPHA or i >= rest, 1.0, given)
