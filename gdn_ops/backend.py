@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gdn_ops.bind import Call
@@ -169,6 +170,27 @@ class Backend:
             Every distinct kernel once, with what its target forbids.
         """
         raise NotImplementedError
+
+
+def has_tokens(call: Call) -> bool:
+    """Return whether there is anything to launch for a call of `gated_delta`."""
+    return min(call.sizes.B * call.sizes.T, call.sizes.N) > 0
+
+
+def without_tokens(call: Call, saved: tuple[Tensor, ...]) -> Forward:
+    """Return the results of a call without tokens: the state as it was, float32."""
+    s = call.sizes
+    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.v.dtype, device=call.device)
+    if call.state is None:
+        shape = (s.N, s.HV, s.K, s.V)
+        return Forward(o, torch.zeros(shape, dtype=torch.float32, device=call.device), saved)
+    return Forward(o, call.state.to(torch.float32, copy=True), saved)
+
+
+def gradients_without_tokens(call: Call, d_state: Tensor) -> Grads:
+    """Return the gradients of a call without tokens."""
+    zeros = [None if x is None else torch.zeros_like(x) for x in call.tensors()]
+    return Grads(*zeros)._replace(state=None if call.state is None else d_state.clone())
 
 
 @dataclass(frozen=True)

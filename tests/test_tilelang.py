@@ -27,6 +27,7 @@ from gdn_ops.testing.decode_laws import (
     steps_equal_one_step_after_another,
 )
 from gdn_ops.testing.oracle import judge
+from gdn_ops.tuning import Row
 
 pytest.importorskip("tilelang")
 
@@ -34,7 +35,7 @@ from gdn_ops.backends import tilelang as backend
 from gdn_ops.backends.tilelang import config as configs
 from gdn_ops.backends.tilelang import decode, plan, table, toolchain
 from gdn_ops.backends.tilelang.plan import forward_bytes, make_plan
-from gdn_ops.backends.tilelang.shapes import Config, Row, StepConfig, Tiles
+from gdn_ops.backends.tilelang.shapes import Config, StepConfig, Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:backend 'tilelang' emulates")
 

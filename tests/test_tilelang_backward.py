@@ -17,13 +17,14 @@ from gdn_ops.launches import recording
 from gdn_ops.testing import Example
 from gdn_ops.testing.example import Results, run
 from gdn_ops.testing.oracle import judge, judgement
+from gdn_ops.tuning import Row
 
 pytest.importorskip("tilelang")
 
 from gdn_ops.backends import tilelang as backend
 from gdn_ops.backends.tilelang import config as configs
 from gdn_ops.backends.tilelang import table
-from gdn_ops.backends.tilelang.shapes import Row, Tiles
+from gdn_ops.backends.tilelang.shapes import Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:backend 'tilelang' emulates")
 

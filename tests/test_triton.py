@@ -20,6 +20,7 @@ from gdn_ops.registry import get_backend
 from gdn_ops.testing import Example
 from gdn_ops.testing.example import run
 from gdn_ops.testing.oracle import judge, judgement
+from gdn_ops.tuning import Row
 
 pytest.importorskip("triton")
 
@@ -27,7 +28,7 @@ from gdn_ops.backends import triton as backend
 from gdn_ops.backends.triton import config as configs
 from gdn_ops.backends.triton import table
 from gdn_ops.backends.triton.plan import forward_bytes, make_plan
-from gdn_ops.backends.triton.shapes import Config, Row, Tiles
+from gdn_ops.backends.triton.shapes import Config, Tiles
 from gdn_ops.launches import recording
 
 pytestmark = pytest.mark.filterwarnings("ignore:backend 'triton' emulates")

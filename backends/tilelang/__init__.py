@@ -16,18 +16,18 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
-import torch
 from torch import Tensor
 
+from gdn_ops.backend import gradients_without_tokens, has_tokens, without_tokens
 from gdn_ops.backends.tilelang import config as configs
 from gdn_ops.backends.tilelang import table, toolchain
 from gdn_ops.backends.tilelang.plan import Saved, empty_saved, make_plan
-from gdn_ops.backends.tilelang.shapes import Row
 from gdn_ops.bind import Call
 from gdn_ops.compiled import CompiledKernel, Sample
 from gdn_ops.gated_delta import GATED_DELTA
 from gdn_ops.registry import Backend, Forward, Grads
 from gdn_ops.spec import Limits
+from gdn_ops.tuning import Row
 
 
 @functools.cache
@@ -84,9 +84,9 @@ class TileLang(Backend):
         return tuple(empty_saved(make_plan(call), call.device))
 
     def forward(self, call: Call) -> Forward:
+        if not has_tokens(call):
+            return without_tokens(call, self.saved_like(call) if call.needs_grad else ())
         s = call.sizes
-        if min(s.B * s.T, s.N) == 0:
-            return _without_tokens(call)
         is_packed = call.cu_seqlens is not None
         if s.T <= configs.MOST_STEPS and not (call.needs_grad or is_packed or call.chunk_size):
             return Forward(*self.steps(call)[:2])
@@ -97,10 +97,8 @@ class TileLang(Backend):
     def backward(
         self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
     ) -> Grads:
-        s = call.sizes
-        if min(s.B * s.T, s.N) == 0:
-            zeros = [None if x is None else torch.zeros_like(x) for x in call.tensors()]
-            return Grads(*zeros)._replace(state=None if call.state is None else d_state.clone())
+        if not has_tokens(call):
+            return gradients_without_tokens(call, d_state)
         if saved is None:
             raise RuntimeError("gradients of gradients were asked for, which limits exclude")
         from gdn_ops.backends.tilelang.backward import backward
@@ -132,19 +130,6 @@ class TileLang(Backend):
         from gdn_ops.backends.tilelang import aot
 
         return aot.compile_ahead(self, target, samples, table.GRANTED)
-
-
-def _without_tokens(call: Call) -> Forward:
-    """Return the results where there is nothing to launch: the state as it was."""
-    s = call.sizes
-    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.v.dtype, device=call.device)
-    shape = (s.N, s.HV, s.K, s.V)
-    if call.state is None:
-        state = torch.zeros(shape, dtype=torch.float32, device=call.device)
-    else:
-        state = call.state.to(torch.float32, copy=True)
-    saved = empty_saved(make_plan(call), call.device) if call.needs_grad else ()
-    return Forward(o, state, tuple(saved))
 
 
 BACKEND = TileLang

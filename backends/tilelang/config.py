@@ -5,21 +5,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
 import torch
 
 from gdn_ops.backends.tilelang import table
-from gdn_ops.backends.tilelang.shapes import Config, Row, StepConfig, Tiles
+from gdn_ops.backends.tilelang.shapes import Config, StepConfig, Tiles
 from gdn_ops.bind import Call
 from gdn_ops.gated_delta import GATED_DELTA
 from gdn_ops.launches import recorded_target
 from gdn_ops.spec import Sizes
+from gdn_ops.tuning import Override, Row
 
 TARGETS: Final = ("sm_90a", "sm_80", "sm_100a", "sm_120a")
 """Device classes that have rows."""
@@ -48,7 +47,8 @@ NARROWEST: Final = 32
 EMULATED_PROCESSORS: Final = 132
 """Streaming multiprocessors of an H100 or H200, which an emulation stands for."""
 
-_override: Row | None = None
+_override = Override()
+using = _override.using
 
 
 def width_class(K: int) -> int:
@@ -90,18 +90,12 @@ def step_key(device: torch.device, K: int) -> tuple[str, int]:
 
 def choose(device: torch.device, dtype: torch.dtype, K: int) -> Config:
     """Return how a call of the sequence op is launched."""
-    key = sequence_key(device, dtype, K)
-    if _override is not None and _override.key == key and isinstance(_override.config, Config):
-        return _override.config
-    return table.SEQUENCE[key]
+    return _override.choose(table.SEQUENCE, sequence_key(device, dtype, K))
 
 
 def choose_step(device: torch.device, K: int) -> StepConfig:
     """Return how a call of a decode op is launched."""
-    key = step_key(device, K)
-    if _override is not None and _override.key == key and isinstance(_override.config, StepConfig):
-        return _override.config
-    return table.STEP[key]
+    return _override.choose(table.STEP, step_key(device, K))
 
 
 def shape_reasons(call: Call) -> list[str]:
@@ -171,17 +165,6 @@ def _read_choice() -> bool:
 _cuts = _read_choice()
 
 
-@contextlib.contextmanager
-def using(row: Row) -> Iterator[None]:
-    """Launch by a row instead of the table's, on every thread."""
-    global _override
-    previous, _override = _override, row
-    try:
-        yield
-    finally:
-        _override = previous
-
-
 def neighbours(row: Row) -> tuple[Row, ...]:
     """Return the rows that differ from one in a single choice, itself first."""
     found = [row.config]
@@ -197,5 +180,5 @@ def neighbours(row: Row) -> tuple[Row, ...]:
             tiles = [replace(own, BV=BV) for BV in (32, 64, 128) if kernel != "solve"]
             tiles += [replace(own, threads=threads) for threads in (128, 256)]
             tiles += [replace(own, stages=stages) for stages in (1, 2, 3)]
-            found += [replace(config, **{kernel: t}) for t in tiles]  # type: ignore[arg-type]
+            found += [replace(config, **{kernel: t}) for t in tiles]
     return tuple(Row(row.key, config) for config in dict.fromkeys(found))

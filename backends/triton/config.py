@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
 import torch
 
 from gdn_ops.backends.triton import table
-from gdn_ops.backends.triton.shapes import Config, Row, StepConfig, Tiles
+from gdn_ops.backends.triton.shapes import Config, StepConfig, Tiles
 from gdn_ops.launches import recorded_target
+from gdn_ops.tuning import Override, Row
 
 TARGETS: Final = ("sm_80", "sm_90", "sm_100", "gfx942")
 """Device classes that have rows."""
@@ -40,7 +39,8 @@ KERNELS: Final = (
     "token_gradients",
 )
 
-_override: Row | None = None
+_override = Override()
+using = _override.using
 
 
 def power_of_two(n: int) -> int:
@@ -82,29 +82,12 @@ def step_key(device: torch.device, K: int, V: int) -> tuple[str, int]:
 
 def choose(device: torch.device, dtype: torch.dtype, K: int, V: int) -> Config:
     """Return how a call of the sequence op is launched."""
-    key = sequence_key(device, dtype, K, V)
-    if _override is not None and _override.key == key and isinstance(_override.config, Config):
-        return _override.config
-    return table.SEQUENCE[key]
+    return _override.choose(table.SEQUENCE, sequence_key(device, dtype, K, V))
 
 
 def choose_step(device: torch.device, K: int, V: int) -> StepConfig:
     """Return how a call of a decode op is launched."""
-    key = step_key(device, K, V)
-    if _override is not None and _override.key == key and isinstance(_override.config, StepConfig):
-        return _override.config
-    return table.STEP[key]
-
-
-@contextlib.contextmanager
-def using(row: Row) -> Iterator[None]:
-    """Launch by a row instead of the table's, on every thread."""
-    global _override
-    previous, _override = _override, row
-    try:
-        yield
-    finally:
-        _override = previous
+    return _override.choose(table.STEP, step_key(device, K, V))
 
 
 def neighbours(row: Row) -> tuple[Row, ...]:
@@ -125,7 +108,7 @@ def neighbours(row: Row) -> tuple[Row, ...]:
             tiles = [replace(own, BV=BV) for BV in (32, 64, 128) if kernel != "prepare"]
             tiles += [replace(own, warps=warps) for warps in (4, 8)]
             tiles += [replace(own, stages=stages) for stages in (1, 2, 3)]
-            found += [replace(config, **{kernel: t}) for t in tiles]  # type: ignore[arg-type]
+            found += [replace(config, **{kernel: t}) for t in tiles]
     return tuple(Row(row.key, config) for config in dict.fromkeys(found))
 
 

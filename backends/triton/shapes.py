@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,3 @@ class StepConfig:
     BV: int
     warps: int
     measured: str
-
-
-Key = tuple[str, int, str] | tuple[str, int]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table: its key and what it says. str() is the row as source text."""
-
-    key: Key
-    config: Config | StepConfig
-
-    def __str__(self) -> str:
-        values = ((f.name, getattr(self.config, f.name)) for f in fields(self.config))
-        text = ", ".join(f"{name}={value!r}" for name, value in values)
-        return f"{self.key!r}: {type(self.config).__name__}({text}),"

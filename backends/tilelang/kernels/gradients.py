@@ -70,6 +70,53 @@ def gradients(
         """Return SLICE columns of q or k."""
         return [part[0:C, at * SLICE : (at + 1) * SLICE] for part in parts]
 
+    def tiles() -> SimpleNamespace:
+        """Allocate shared memory."""
+        S = b.operand((BK, BV), dtype)
+        return SimpleNamespace(
+            q=b.operand((C, BK), dtype),
+            k=b.operand((C, BK), dtype),
+            S=S,
+            # float32 operands take three tiles: there dS replaces S.
+            dS=S if is_split else b.operand((BK, BV), dtype),
+            U=b.operand((C, BV), dtype),
+            dR=b.operand((C, BV), dtype),
+            d_o=b.operand((C, BV), dtype),
+            v=T.alloc_shared((C, BV), dtype),
+            pairs=b.operand((C, C), dtype),
+            g=T.alloc_shared((4, C), F32),
+            norm=T.alloc_shared((2, C), F32),
+            squares=[T.alloc_shared((C, C + PAD), F32) for _ in range(2 if erase else 1)],
+            X=T.alloc_shared((C, C + 1), F32),
+            t=T.alloc_shared((VECTORS, C), F32),
+            corners=T.alloc_shared((BK,), F32),
+            before=T.alloc_shared((QUARTERS, C), F32),
+            partial=T.alloc_shared((QUARTERS, C), F32),
+        )
+
+    def fragments() -> SimpleNamespace:
+        """Allocate what is multiplied and summed in registers."""
+        names = {"dP": C, "dA": C, "pair": C, "D": C, "x": SLICE, "products": SLICE, "values": BV}
+        return SimpleNamespace(
+            dQ=[T.alloc_fragment((C, SLICE), F32) for _ in slices],
+            dK=[T.alloc_fragment((C, SLICE), F32) for _ in slices],
+            state=T.alloc_fragment((BK, BV), F32),
+            both=T.alloc_fragment((BK, BV), F32),
+            **{name: T.alloc_fragment((C, width), F32) for name, width in names.items()},
+        )
+
+    def row_sums() -> SimpleNamespace:
+        """Allocate the sums over rows in registers."""
+        names = ("start", "erased", "end", "beta", "pair", "along")
+        return SimpleNamespace(
+            corner=T.alloc_fragment((BK,), F32),
+            **{name: T.alloc_fragment((C,), F32) for name in names},
+        )
+
+    def pair_decay(g: Any, i: Any, j: Any, crossed: int) -> Any:
+        """Return D_ij of a chunk, or D¹_ij."""
+        return b.decay(g[0, i], g[1, i], g[2, i], g[0, j], g[1, j], g[2, j], crossed)
+
     @T.macro
     def multiply(left, right, to, transpose_A, transpose_B, clear):
         """Add the product of two operands to `to`, or set it.
@@ -124,68 +171,70 @@ def gradients(
             )
 
     @T.macro
-    def through(left, state, t, weight, tile, to, x, products, sums):
+    def through(left, state, t, weight, tile, to, f, sums):
         """Add diag(t_weight) L Sᵀ to `to`, and rowsum(L Sᵀ ⊙ tile) to `sums`."""
-        T.clear(products)
+        T.clear(f.products)
         for at in slices:
-            multiply(left, rows_of(state, at), x, False, True, True)
+            multiply(left, rows_of(state, at), f.x, False, True, True)
             for i, j in T.Parallel(C, SLICE):
-                to[at][i, j] = to[at][i, j] + x[i, j] * t[weight, i]
-                products[i, j] = products[i, j] + x[i, j] * b.value(tile, i, at * SLICE + j)
-        T.reduce_sum(products, sums, dim=1, clear=False)
+                to[at][i, j] = to[at][i, j] + f.x[i, j] * t[weight, i]
+                f.products[i, j] += f.x[i, j] * b.value(tile, i, at * SLICE + j)
+        T.reduce_sum(f.products, sums, dim=1, clear=False)
 
     @T.macro
-    def pair_gradients(g, norm, q_tile, k_tile, f, X, squares, scale, rest):
-        """Add s dP ⊙ D of a head to the first of `squares`, M to the second.
+    def pair_gradients(m, f, scale, rest):
+        """Add s dP ⊙ D of a head to the first of the squares, M to the second.
 
         dP becomes E, dA becomes dA ⊙ K Kᵀ ⊙ D, and X is E ⊙ D.
         """
         for i, j in T.Parallel(C, C):
-            f.D[i, j] = b.decay(g[0, i], g[1, i], g[2, i], g[0, j], g[1, j], g[2, j], 0)
-        multiply(q_tile, k_tile, f.pair, False, True, True)
+            f.D[i, j] = pair_decay(m.g, i, j, 0)
+        multiply(m.q, m.k, f.pair, False, True, True)
         for i, j in T.Parallel(C, C):
             own = T.if_then_else(i >= j and i < rest, f.dP[i, j] * scale, 0.0)
-            f.dP[i, j] = own * (f.pair[i, j] * (norm[0, i] * norm[1, j]))
-            squares[0][i, j] = squares[0][i, j] + own * f.D[i, j]
+            f.dP[i, j] = own * (f.pair[i, j] * (m.norm[0, i] * m.norm[1, j]))
+            m.squares[0][i, j] += own * f.D[i, j]
         if erase:
-            multiply(k_tile, k_tile, f.pair, False, True, True)
+            multiply(m.k, m.k, f.pair, False, True, True)
             for i, j in T.Parallel(C, C):
                 own = T.if_then_else(i > j, -f.dA[i, j], 0.0)
-                f.dA[i, j] = own * (f.pair[i, j] * (norm[1, i] * norm[1, j]))
-                f.dP[i, j] = f.dP[i, j] + f.dA[i, j] * g[3, i]
+                f.dA[i, j] = own * (f.pair[i, j] * (m.norm[1, i] * m.norm[1, j]))
+                f.dP[i, j] += f.dA[i, j] * m.g[3, i]
                 f.dA[i, j] = f.dA[i, j] * f.D[i, j]
-                squares[1][i, j] = squares[1][i, j] + own * (f.D[i, j] * g[3, i])
+                m.squares[1][i, j] += own * (f.D[i, j] * m.g[3, i])
         for i, j in T.Parallel(C, C):
-            X[i, j] = f.dP[i, j] * f.D[i, j]
+            m.X[i, j] = f.dP[i, j] * f.D[i, j]
 
     @T.macro
-    def finish_sums(g, norm, sums, t, corners, scale, rest):
+    def finish_sums(m, sums, scale, rest):
         """Turn the sums over rows of a head into E in column start, E in row C, and dβ."""
+        t = m.t
         T.copy(sums.start, t[START, 0:C])
         T.copy(sums.end, t[END, 0:C])
         T.copy(sums.beta, t[BETA, 0:C])
-        T.copy(sums.corner, corners)
+        T.copy(sums.corner, m.corners)
         if erase:
             T.copy(sums.erased, t[ERASED, 0:C])
             T.copy(sums.pair, t[PAIR, 0:C])
         for i in T.Parallel(C):
-            t[CORNER, i] = corners[i]
+            t[CORNER, i] = m.corners[i]
             for part in [*range(1, BK // C)]:
-                t[CORNER, i] = t[CORNER, i] + corners[part * C + i]
-            t[START, i] = T.if_then_else(i < rest, t[START, i] * (scale * norm[0, i]), 0.0)
-            t[END, i] = t[END, i] * norm[1, i]
+                t[CORNER, i] += m.corners[part * C + i]
+            t[START, i] = T.if_then_else(i < rest, t[START, i] * (scale * m.norm[0, i]), 0.0)
+            t[END, i] = t[END, i] * m.norm[1, i]
             if erase:
-                t[ERASED, i] = t[ERASED, i] * norm[1, i]
-                t[START, i] = t[START, i] - g[3, i] * t[ERASED, i]
-                t[BETA, i] = t[BETA, i] + t[PAIR, i] - t[FROM_START, i] * t[ERASED, i]
+                t[ERASED, i] = t[ERASED, i] * m.norm[1, i]
+                t[START, i] -= m.g[3, i] * t[ERASED, i]
+                t[BETA, i] += t[PAIR, i] - t[FROM_START, i] * t[ERASED, i]
 
     @T.macro
-    def sum_straddling(X, t, quarters, partial, total):
+    def sum_straddling(m, total):
         """Set row `total` of t to the sum of X_ij over i ≥ t > j, column start and row C included.
 
         Only such pairs are added and none is subtracted: each holds α_t as a factor, so that
         the sum keeps its precision relative to a tiny α_t.
         """
+        X, t, before, partial = m.X, m.t, m.before, m.partial
         run = T.alloc_var(F32)
         for part, i in T.Parallel(QUARTERS, C):
             run = 0.0
@@ -193,30 +242,30 @@ def gradients(
                 here = X[i, part * quarter + j]
                 X[i, part * quarter + j] = run
                 run = run + here
-            quarters[part, i] = run
+            before[part, i] = run
         for i in T.Parallel(C):
             run = t[START, i] * t[FROM_START, i]
             for part in T.serial(QUARTERS):
-                here = quarters[part, i]
-                quarters[part, i] = run
+                here = before[part, i]
+                before[part, i] = run
                 run = run + here
         for part, j in T.Parallel(QUARTERS, C):
             run = 0.0
             for i in T.serial(quarter):
                 row = part * quarter + i
-                below = X[row, j] + quarters[j // quarter, row]
-                above = t[END, row] * t[TO_END, row]
-                run = run + T.if_then_else(row >= j, below, above)
+                own = X[row, j] + before[j // quarter, row]
+                run = run + T.if_then_else(row >= j, own, t[END, row] * t[TO_END, row])
                 run = run + t[CORNER, row] * t[FROM_START, C - 1]
             partial[part, j] = run
         for j in T.Parallel(C):
             t[total, j] = (partial[0, j] + partial[1, j]) + (partial[2, j] + partial[3, j])
 
     @T.macro
-    def gate_gradient(gate, d_gate, first, hv, g, f, X, t, quarters, partial, kind, rest):
+    def gate_gradient(gate, d_gate, first, hv, m, f, kind, rest):
         """Write d log α, or dα."""
+        g, t = m.g, m.t
         # §5 d log α_t: X = E ⊙ D over i ≥ t > j                                 [C]
-        sum_straddling(X, t, quarters, partial, TOTAL)
+        sum_straddling(m, TOTAL)
         for i in T.Parallel(C):
             before = T.if_then_else(i > 0, g[2, T.max(i - 1, 0)], 0.0)
             t[IS_ZERO, i] = T.if_then_else(g[2, i] > before, 1.0, 0.0)
@@ -226,11 +275,9 @@ def gradients(
         if kind == ALPHA and g[2, C - 1] > 0.0:
             # §5 dα_t where α_t = 0: X¹ = E ⊙ D¹                                 [C]
             for i, j in T.Parallel(C, C):
-                X[i, j] = f.dP[i, j] * b.decay(
-                    g[0, i], g[1, i], g[2, i], g[0, j], g[1, j], g[2, j], 1
-                )
+                m.X[i, j] = f.dP[i, j] * pair_decay(g, i, j, 1)
             chunk_decay(g, t, 1)
-            sum_straddling(X, t, quarters, partial, PAIR)
+            sum_straddling(m, PAIR)
             for i in T.Parallel(C):
                 if t[IS_ZERO, i] > 0.0:
                     t[TOTAL, i] = t[PAIR, i]
@@ -239,29 +286,30 @@ def gradients(
                 d_gate[first + i, hv] = t[TOTAL, i]
 
     @T.macro
-    def multiply_pairs(square, norm, row, axis, pairs, tile, to):
+    def multiply_pairs(m, which, row, axis, tile, to):
         """Add sums of pairs times q or k, which a norm multiplies, to `to`.
 
         Tokens of q or k are columns of the square (axis 1), or its rows (0): then it is transposed.
         """
         for i, j in T.Parallel(C, C):
-            b.put(pairs, i, j, square[i, j] * norm[row, j if axis else i])
+            b.put(m.pairs, i, j, m.squares[which][i, j] * m.norm[row, j if axis else i])
         for at in slices:
-            multiply(pairs, columns_of(tile, at), to[at], axis == 0, False, False)
+            multiply(m.pairs, columns_of(tile, at), to[at], axis == 0, False, False)
 
     @T.macro
-    def project(x, tile, norm, row, products, sums, t):
+    def project(x, tile, row, m, f, sums):
         """Turn the gradient of y / ‖y‖ into that of y."""
-        T.clear(products)
+        T.clear(f.products)
         for at in slices:
             for i, j in T.Parallel(C, SLICE):
-                products[i, j] = products[i, j] + x[at][i, j] * b.value(tile, i, at * SLICE + j)
-        T.reduce_sum(products, sums, dim=1, clear=True)
-        T.copy(sums, t[START, 0:C])
+                f.products[i, j] += x[at][i, j] * b.value(tile, i, at * SLICE + j)
+        T.reduce_sum(f.products, sums.along, dim=1, clear=True)
+        T.copy(sums.along, m.t[START, 0:C])
         for at in slices:
             for i, j in T.Parallel(C, SLICE):
-                same = norm[row, i] * norm[row, i] * t[START, i] * b.value(tile, i, at * SLICE + j)
-                x[at][i, j] = (x[at][i, j] - same) * norm[row, i]
+                squared = m.norm[row, i] * m.norm[row, i]
+                same = squared * m.t[START, i] * b.value(tile, i, at * SLICE + j)
+                x[at][i, j] = (x[at][i, j] - same) * m.norm[row, i]
 
     @T.macro
     def store(x, to, first, head, rest):
@@ -296,41 +344,9 @@ def gradients(
         has_norm: T.int32,
     ):
         with T.Kernel(slots, H, threads=threads) as (slot, h):
-            q_tile = b.operand((C, BK), dtype)
-            k_tile = b.operand((C, BK), dtype)
-            S = b.operand((BK, BV), dtype)
-            # float32 operands take three tiles: there dS replaces S.
-            dS = S if is_split else b.operand((BK, BV), dtype)
-            U = b.operand((C, BV), dtype)
-            dR = b.operand((C, BV), dtype)
-            o_tile = b.operand((C, BV), dtype)
-            v_tile = T.alloc_shared((C, BV), dtype)
-            pairs = b.operand((C, C), dtype)
-            g = T.alloc_shared((4, C), F32)
-            norm = T.alloc_shared((2, C), F32)
-            squares = [T.alloc_shared((C, C + PAD), F32) for _ in range(2 if erase else 1)]
-            X = T.alloc_shared((C, C + 1), F32)
-            dQ = [T.alloc_fragment((C, SLICE), F32) for _ in slices]
-            dK = [T.alloc_fragment((C, SLICE), F32) for _ in slices]
-            x = T.alloc_fragment((C, SLICE), F32)
-            products = T.alloc_fragment((C, SLICE), F32)
-            state = T.alloc_fragment((BK, BV), F32)
-            both = T.alloc_fragment((BK, BV), F32)
-            values = T.alloc_fragment((C, BV), F32)
-            f = SimpleNamespace(
-                **{name: T.alloc_fragment((C, C), F32) for name in ("dP", "dA", "pair", "D")}
-            )
-            sums = SimpleNamespace(
-                corner=T.alloc_fragment((BK,), F32),
-                **{
-                    name: T.alloc_fragment((C,), F32)
-                    for name in ("start", "erased", "end", "beta", "pair", "along")
-                },
-            )
-            t = T.alloc_shared((VECTORS, C), F32)
-            corners = T.alloc_shared((BK,), F32)
-            quarters = T.alloc_shared((QUARTERS, C), F32)
-            partial = T.alloc_shared((QUARTERS, C), F32)
+            m, f, sums = tiles(), fragments(), row_sums()
+            q_tile, k_tile, S, dS, U, dR = m.q, m.k, m.S, m.dS, m.U, m.dR
+            g, norm, t, values = m.g, m.norm, m.t, f.values
             n = T.alloc_var("int32")
             first = T.alloc_var("int32")
             rest = T.alloc_var("int32")
@@ -349,25 +365,23 @@ def gradients(
             load_rows(k, first, h, rest, k_tile)
             for row, i in T.Parallel(2, C):
                 norm[row, i] = norms[h, slot, row, i]
-            for part in [*dQ, *dK]:
-                T.clear(part)
-            for part in [*squares]:
-                T.clear(part)
+            for tile in [*f.dQ, *f.dK, *m.squares]:
+                T.clear(tile)
             for turn in T.Pipelined(turns, num_stages=stages):
                 hv = first_head + turn // columns
                 dv = turn % columns * BV
                 T.copy(gates[hv, slot, 0:4, 0:C], g)
-                load(d_o[first : first + C, hv, dv : dv + BV], o_tile, values, C, BV)
+                load(d_o[first : first + C, hv, dv : dv + BV], m.d_o, values, C, BV)
                 if erase:
                     load(u[hv, slot, 0:C, dv : dv + BV], U, values, C, BV)
                 load(d_rhs[hv, slot, 0:C, dv : dv + BV], dR, values, C, BV)
-                load(kept[hv, slot, 0:BK, dv : dv + BV], S, state, BK, BV)
+                load(kept[hv, slot, 0:BK, dv : dv + BV], S, f.state, BK, BV)
                 if not is_split:
-                    load(d_states[hv, slot, 0:BK, dv : dv + BV], dS, state, BK, BV)
-                T.copy(v[first : first + C, hv, dv : dv + BV], v_tile)
+                    load(d_states[hv, slot, 0:BK, dv : dv + BV], dS, f.state, BK, BV)
+                T.copy(v[first : first + C, hv, dv : dv + BV], m.v)
                 if not erase:
                     for i, j in T.Parallel(C, BV):
-                        value = T.cast(v_tile[i, j], F32) * g[3, i]
+                        value = T.cast(m.v[i, j], F32) * g[3, i]
                         values[i, j] = T.if_then_else(i < rest, value, 0.0)
                     lower(values, U, C, BV)
                 # §3 b, d                                                        [C], [C]
@@ -376,68 +390,63 @@ def gradients(
                     t[READING, i] = scale * t[FROM_START, i]
                     t[ERASING, i] = -g[3, i] * t[FROM_START, i]
                 if turn % columns == 0:
-                    T.clear(f.dP)
-                    T.clear(sums.start)
-                    T.clear(sums.end)
-                    T.clear(sums.beta)
-                    T.clear(sums.corner)
+                    for tile in [f.dP, sums.start, sums.end, sums.beta, sums.corner]:
+                        T.clear(tile)
                     if erase:
                         T.clear(f.dA)
                         T.clear(sums.erased)
                 # §5 dP = s lower(dO Uᵀ),  dA = −strict_lower(dRHS Uᵀ)           [C, C]
-                multiply(o_tile, U, f.dP, False, True, False)
+                multiply(m.d_o, U, f.dP, False, True, False)
                 if erase:
                     multiply(dR, U, f.dA, False, True, False)
                 # §5 s diag(b) dO Sᵀ to dQ; E_i,start += s rowsum(dO ⊙ Q S)      [C, BK]
-                through(o_tile, S, t, READING, q_tile, dQ, x, products, sums.start)
+                through(m.d_o, S, t, READING, q_tile, f.dQ, f, sums.start)
                 if erase:
                     # §5 − diag(βb) dRHS Sᵀ to dK; rowsum(dRHS ⊙ K S)            [C, BK]
-                    through(dR, S, t, ERASING, k_tile, dK, x, products, sums.erased)
+                    through(dR, S, t, ERASING, k_tile, f.dK, f, sums.erased)
                 # §5 E_C,start = ⟨dS_C, S⟩                                       [BK]
                 if is_split:
-                    T.copy(d_states[hv, slot, 0:BK, dv : dv + BV], state)
+                    T.copy(d_states[hv, slot, 0:BK, dv : dv + BV], f.state)
                     for i, j in T.Parallel(BK, BV):
-                        both[i, j] = state[i, j] * b.value(S, i, j)
-                    lower(state, dS, BK, BV)
+                        f.both[i, j] = f.state[i, j] * b.value(S, i, j)
+                    lower(f.state, dS, BK, BV)
                 else:
                     for i, j in T.Parallel(BK, BV):
-                        both[i, j] = b.value(dS, i, j) * b.value(S, i, j)
-                T.reduce_sum(both, sums.corner, dim=1, clear=False)
+                        f.both[i, j] = b.value(dS, i, j) * b.value(S, i, j)
+                T.reduce_sum(f.both, sums.corner, dim=1, clear=False)
                 # §5 diag(d) U dS_Cᵀ to dK; E_C,j += rowsum((K dS_C) ⊙ U)        [C, BK]
-                through(U, dS, t, TO_END, k_tile, dK, x, products, sums.end)
+                through(U, dS, t, TO_END, k_tile, f.dK, f, sums.end)
                 # §5 dV = diag(β) dRHS,  dβ = rowsum(dRHS ⊙ V) ...               [C, BV]
                 for i, j in T.Parallel(C, BV):
                     if i < rest and dv + j < V:
                         d_v[first + i, hv, dv + j] = T.cast(b.value(dR, i, j) * g[3, i], dtype)
                 for i, j in T.Parallel(C, BV):
-                    values[i, j] = b.value(dR, i, j) * T.cast(v_tile[i, j], F32)
+                    values[i, j] = b.value(dR, i, j) * T.cast(m.v[i, j], F32)
                 T.reduce_sum(values, sums.beta, dim=1, clear=False)
                 if turn % columns == columns - 1:
                     # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ,  M = diag(β) dA ⊙ D  [C, C]
-                    pair_gradients(g, norm, q_tile, k_tile, f, X, squares, scale, rest)
+                    pair_gradients(m, f, scale, rest)
                     if erase:
                         # §5 dβ ... + rowsum(dA ⊙ K Kᵀ ⊙ D)                      [C]
                         T.reduce_sum(f.dA, sums.pair, dim=1, clear=True)
-                    finish_sums(g, norm, sums, t, corners, scale, rest)
+                    finish_sums(m, sums, scale, rest)
                     if has_beta != 0:
                         for i in T.Parallel(C):
                             if i < rest:
                                 d_beta[first + i, hv] = t[BETA, i]
                     if kind != NO_DECAY:
-                        gate_gradient(
-                            gate, d_gate, first, hv, g, f, X, t, quarters, partial, kind, rest
-                        )
+                        gate_gradient(gate, d_gate, first, hv, m, f, kind, rest)
             # §5 (dP ⊙ D) K to dQ, (dP ⊙ D)ᵀ Q to dK, of the normalised q, k       [C, BK]
-            multiply_pairs(squares[0], norm, 1, 1, pairs, k_tile, dQ)
-            multiply_pairs(squares[0], norm, 0, 0, pairs, q_tile, dK)
+            multiply_pairs(m, 0, 1, 1, k_tile, f.dQ)
+            multiply_pairs(m, 0, 0, 0, q_tile, f.dK)
             if erase:
                 # §5 M K + Mᵀ K to dK                                            [C, BK]
-                multiply_pairs(squares[1], norm, 1, 1, pairs, k_tile, dK)
-                multiply_pairs(squares[1], norm, 1, 0, pairs, k_tile, dK)
+                multiply_pairs(m, 1, 1, 1, k_tile, f.dK)
+                multiply_pairs(m, 1, 1, 0, k_tile, f.dK)
             if has_norm != 0:
-                project(dQ, q_tile, norm, 0, products, sums.along, t)
-                project(dK, k_tile, norm, 1, products, sums.along, t)
-            store(dQ, d_q, first, h, rest)
-            store(dK, d_k, first, h, rest)
+                project(f.dQ, q_tile, 0, m, f, sums)
+                project(f.dK, k_tile, 1, m, f, sums)
+            store(f.dQ, d_q, first, h, rest)
+            store(f.dK, d_k, first, h, rest)
 
     return gradients

@@ -24,7 +24,7 @@ def reverse(
     T: Any, *, K: int, BK: int, V: int, BV: int, C: int, dtype: str, erase: bool, mode: str,
     threads: int, stages: int, bulk: bool = True,
 ) -> Any:  # fmt: skip
-    """Make the kernel. Grid (ceil(V / BV), places, HV).
+    """Make the kernel. Grid (places ceil(V / BV), HV).
 
     Args:
         T: the language.
@@ -47,7 +47,7 @@ def reverse(
     )
     out_places, ends_HV = T.dynamic("out_places"), T.dynamic("ends_HV")
     threads, stages = fitting(threads, stages, C, BV)
-    is_split, is_shift = parts_of(dtype) > 1, mode == "shift"
+    is_split, is_shift, columns = parts_of(dtype) > 1, mode == "shift", -(-V // BV)
 
     @T.macro
     def load(x, first, head, column, width, rest, parts):
@@ -98,7 +98,7 @@ def reverse(
         L: T.int32,
         grid: T.int32,
     ):
-        with T.Kernel(-(-V // BV), grid, HV, threads=threads) as (column, place, hv):
+        with T.Kernel(columns * grid, HV, threads=threads) as (program, hv):
             q_tile = b.operand((C, BK), dtype)
             k_tile = b.operand((C, BK), dtype)
             o_tile = b.operand((C, BV), dtype)
@@ -114,6 +114,7 @@ def reverse(
             dU = T.alloc_fragment((C, BV), F32)
             dR = T.alloc_fragment((C, BV), F32)
             low = b.operand((C, BV), dtype)
+            place = program // columns
             n = T.alloc_var("int32")
             h = T.alloc_var("int32")
             segment = T.alloc_var("int32")
@@ -129,7 +130,7 @@ def reverse(
             last_slot = cu[n] // C + n + segment * L + chunks - 1
             last_first = cu[n] + (segment * L + chunks - 1) * C
             last_rest = cu[n + 1] - last_first
-            dv = column * BV
+            dv = program % columns * BV
             if is_shift:
                 T.clear(dS)
             else:
