@@ -121,9 +121,9 @@ def test_a_constant_of_a_low_dtype_is_the_nearest(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW], ids=name_of)
 def test_a_constant_keeps_every_digit(dtype: torch.dtype) -> None:
     given = (0.1, -1 / 3, 1e-30, 1.25, -0.0, 2.0**-149, 12345.6789, math.inf, -math.inf, math.nan)
-    x = torch.zeros(len(given), dtype=dtype)
+    x = torch.zeros(len(given) + 1, dtype=dtype)
     launch(tiles.constants, {"values": given, "dtype": name_of(dtype)}, x)
-    same(x, torch.tensor(given, dtype=torch.float64).to(dtype))
+    same(x, torch.tensor([*given, -math.inf], dtype=torch.float64).to(dtype))
 
 
 # Tile operations.

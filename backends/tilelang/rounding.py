@@ -38,8 +38,8 @@ _EXACT: Final = (
     *("uint8", "uint16", "uint32", "uint64"),
 )
 _UNROUNDED: Final = ("tirx.if_then_else", "tirx.address_of", "tirx.fabs")
-_KNOWN: Final = ("tl.launch_thread_idx",)
-"""Operations of TileLang's own that `T.Kernel` makes."""
+_KNOWN: Final = ("tl.launch_thread_idx", "tl.infinity")
+"""Operations of TileLang's own that its C target knows."""
 
 _MISSING: Final = {"tirx.fabs": "fabs", "tirx.fmod": "fmod", "tirx.exp10": "exp10"}
 """Functions of C that the C target does not know."""

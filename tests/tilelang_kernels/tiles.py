@@ -62,10 +62,11 @@ def constants(T: Any, *, values: Any, dtype: str) -> Any:
     """Store numbers that the kernel is made with."""
 
     @T.prim_func
-    def constants(x: T.Tensor((len(values),), dtype)):
+    def constants(x: T.Tensor((len(values) + 1,), dtype)):
         with T.Kernel(1, threads=32):
             for i, value in [*enumerate(values)]:
                 x[i] = T.cast(value, dtype)
+            x[len(values)] = T.cast(-T.infinity("float32"), dtype)
 
     return constants
 
