@@ -74,8 +74,9 @@ def _sources(module: str) -> str:
     here = Path(__file__).resolve().parent
     files |= {here / f"{name}.py" for name in EMULATION}
     digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    # In the order of what is hashed, which does not depend on where it lies.
+    for name, source in sorted((path.name, path.read_bytes()) for path in files):
+        digest.update(name.encode() + b"\0" + source)
     return digest.hexdigest()
 
 

@@ -7,9 +7,10 @@ average hides one wrong head of 64. The allowance is derived, never tuned:
 
 `naive` at working precision is run on the inputs as they are and on slightly moved inputs,
 and the largest error counts, so that a call whose result is sensitive to rounding is judged by
-that sensitivity and not by luck. A gate is moved by one rounding of its dtype. Everything else
-is moved by that and by n u, the a-priori bound of an inner product of length n = K + C in the
-arithmetic of the backend: a triangular solve by inner products is the exact solve of operands
+that sensitivity and not by luck. A gate is moved by one rounding of its dtype, the state by one of
+the dtype of q, k, v, because it is an operand of matrix products. Everything but a gate is moved by
+n u more, the a-priori bound of an inner product of length n = K + C in the arithmetic of the
+backend: a triangular solve by inner products is the exact solve of operands
 moved by that much, so this is what a chunkwise backend must be granted. In float64, where the
 reference is no better than the backend, the error of `naive` is its float32 error scaled by
 the ratio of the roundings. The band is one rounding of the dtype of q, k, v, in which
@@ -103,7 +104,8 @@ def _moved(arguments: dict[str, Any], seed: int, inner: float) -> dict[str, Any]
         if isinstance(x, Tensor) and x.is_floating_point():
             signs = torch.randint(2, x.shape, generator=generator)
             noise = signs.to(torch.float64) * 2 - 1
-            size = unit_roundoff(x.dtype) + (0 if name == "alpha" else inner)
+            stored = arguments["q"].dtype if name.endswith("state") else x.dtype
+            size = unit_roundoff(stored) + (0 if name == "alpha" else inner)
             wide = x.double().cpu() * (1 + size * noise)
             if name == "alpha":
                 wide = wide.clamp(max=1)
