@@ -88,7 +88,7 @@ SEQUENCE: dict[tuple[str, int, str], Config] = {
     ),
     ("sm_100a", 128, "low"): Config(
         C=64, solve=Tiles(0, 128, 1), walk=Tiles(64, 128, 2), reverse=Tiles(64, 128, 2),
-        gradients=Tiles(64, 256, 1), measured=UNMEASURED,
+        gradients=Tiles(32, 256, 0), measured=UNMEASURED,
     ),
     ("sm_100a", 128, "float32"): Config(
         C=32, solve=Tiles(0, 128, 1), walk=Tiles(32, 256, 0), reverse=Tiles(32, 128, 0),
@@ -158,11 +158,13 @@ STEP: dict[tuple[str, int], StepConfig] = {
 """(device class, width class) -> how the decode ops are launched."""
 # fmt: on
 
+_FULL = (
+    "dQ, dK and two squares of a key head, with what is multiplied, take all 255 registers; chunks "
+    "of 32 would not spill and double the steps of the serial walk"
+)
+
 GRANTED: dict[tuple[str, str], tuple[int, str]] = {
-    ("gradients", "sm_80"): (
-        10,
-        "dQ, dK and two squares of a key head, with what is multiplied, take all 255 registers; "
-        "chunks of 32 would not spill and double the steps of the serial walk",
-    ),
+    ("gradients", "sm_80"): (10, _FULL),
+    ("gradients", "sm_100a"): (18, _FULL),
 }
 """(kernel, target) -> the most spills that a reference may have there, and why."""
