@@ -157,19 +157,22 @@ class Results:
     def __init__(self, ports: Iterable[Port]) -> None:
         self.buffers = {port.name: Buffer(port) for port in ports}
         self.bindings: list[Any] = []
+        self._arrays = [buffer.array for buffer in self.buffers.values()]
+        self._memories = [buffer.memory for buffer in self.buffers.values()]
         self._unused = self._references()
 
     def _references(self) -> list[int]:
-        return [sys.getrefcount(buffer.memory) for buffer in self.buffers.values()]
+        return [sys.getrefcount(memory) for memory in self._memories]
 
-    @property
     def is_free(self) -> bool:
-        """Whether nobody has an array of an earlier step."""
+        """Return whether nobody has an array of an earlier step."""
         return self._references() == self._unused
 
-    def arrays(self) -> tuple[np.ndarray[Any, Any], ...]:
-        """Return the arrays, as views of their own."""
-        return tuple(buffer.array.view() for buffer in self.buffers.values())
+    def given(self) -> Any:
+        """Return the array, or a tuple of them, as views of their own."""
+        if len(self._arrays) == 1:
+            return self._arrays[0].view()
+        return tuple(array.view() for array in self._arrays)
 
 
 def _listed(sizes: tuple[int | str, ...]) -> str:

@@ -25,7 +25,8 @@ _KEPT = 2
 class DecodeSession:
     """A model that decodes one token at a time, with its states inside.
 
-    Every buffer that onnxruntime reads belongs to the session: what `step` takes is copied in.
+    Every buffer that onnxruntime reads belongs to the session: what `step` takes is copied in,
+    unless it is one of `buffers`, where a caller may write the next token.
     What it returns belongs to the caller; its memory is written again only when nothing refers to
     it any more. In place, a state is one buffer, bound as the input and as the output. If a run
     fails midway its states may be half updated: set them again.
@@ -75,6 +76,8 @@ class DecodeSession:
         self._check_states(states, inputs, outputs)
         written = set(states.values())
         self._inputs = {p.name: Buffer(p) for p in inputs.values() if p.name not in states}
+        # What a step looks at, in few places: it runs cold after the pass over the states.
+        self._taken = tuple((b.array, b.shape, b.dtype, b) for b in self._inputs.values())
         self._ports = [port for port in outputs.values() if port.name not in written]
         copies = 1 if in_place else 2
         # What is read next is at [turn % copies].
@@ -117,11 +120,8 @@ class DecodeSession:
             binding.bind_ortvalue_output(new, buffers[(turn + 1) % len(buffers)].value)
         return binding
 
-    def _free_results(self) -> Results:
-        """Return results that nobody has: used ones, or new ones, of which the last are kept."""
-        for results in self._results:
-            if results.is_free:
-                return results
+    def _new_results(self) -> Results:
+        """Return results that nobody has; the last ones are kept to be used again."""
         results = Results(self._ports)
         results.bindings = [self._bind(turn, results) for turn in range(self._copies)]
         self._results = [*self._results[1 - _KEPT :], results]
@@ -141,17 +141,26 @@ class DecodeSession:
             SpecError: an input is missing, unknown, or has another shape or dtype; the states
                 have not changed.
         """
-        if kwargs or len(args) != len(self._inputs):
+        if kwargs or len(args) != len(self._taken):
             args = self._in_order(args, kwargs)
-        for buffer, x in zip(self._inputs.values(), args, strict=True):
-            buffer.check("DecodeSession.step", x)
-        for buffer, x in zip(self._inputs.values(), args, strict=True):
-            np.copyto(buffer.array, x)
-        results = self._free_results()
+        is_own = True
+        for (array, shape, dtype, buffer), x in zip(self._taken, args, strict=True):
+            if x is not array:
+                is_own = False
+                if type(x) is not np.ndarray or x.dtype is not dtype or x.shape != shape:
+                    buffer.check("DecodeSession.step", x)
+        if not is_own:
+            for (array, _, _, _), x in zip(self._taken, args, strict=True):
+                if x is not array:
+                    np.copyto(array, x)
+        for results in self._results:
+            if results.is_free():
+                break
+        else:
+            results = self._new_results()
         self._ort.run_with_iobinding(results.bindings[self._turn])
         self._turn = (self._turn + 1) % self._copies
-        arrays = results.arrays()
-        return arrays[0] if len(arrays) == 1 else arrays
+        return results.given()
 
     def _in_order(self, args: tuple[Array, ...], kwargs: Mapping[str, Array]) -> tuple[Array, ...]:
         """Return the inputs of a step in the order of the graph."""
@@ -173,6 +182,15 @@ class DecodeSession:
                 f"{label}: {missing[0]} is missing, should be given: the inputs are {names}"
             )
         return tuple(given[name] for name in self.inputs)
+
+    @property
+    def buffers(self) -> dict[str, Array]:
+        """The session's own input arrays, by name: `step` takes them without a copy.
+
+        Write a token into them and hand them over, some or all: `step(**session.buffers)`. What
+        `step` copies in overwrites them.
+        """
+        return {name: buffer.array for name, buffer in self._inputs.items()}
 
     @property
     def state(self) -> dict[str, Array]:

@@ -124,6 +124,24 @@ def test_the_memory_of_a_result_that_nobody_has_is_used_again() -> None:
     assert o.flags.writeable
 
 
+@pytest.mark.parametrize("body", export.available_bodies())
+def test_a_token_written_into_the_buffers_is_one_that_was_given(body: str) -> None:
+    tokens, _ = Step(tokens=6).draw()
+    given, written = (
+        export.DecodeSession(Step().model(body), batch=2, body=body) for _ in range(2)
+    )
+    for i, token in enumerate(tokens):
+        arrays = feed(token)
+        expected = given.step(**arrays)
+        buffers = written.buffers
+        for name in list(arrays)[: i % (len(arrays) + 1)]:
+            buffers[name][...] = arrays[name]
+            arrays[name] = buffers[name]
+        assert np.array_equal(written.step(**arrays), expected)
+    for x, y in zip(given.state.values(), written.state.values(), strict=True):
+        assert np.array_equal(x, y)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_reset_session_is_a_new_one(in_place: bool) -> None:
     tokens, _ = Step(tokens=3).draw()
@@ -396,7 +414,7 @@ def test_without_onnxruntime_a_session_says_what_to_install(
 
 def test_the_buffers_of_a_session_are_aligned_to_cache_lines() -> None:
     session = export.DecodeSession(Step(K=5, V=7).model("standard"), batch=2)
-    for buffers in (session._inputs, session._free_results().buffers):
+    for buffers in (session._inputs, session._new_results().buffers):
         assert all(buffer.array.ctypes.data % 64 == 0 for buffer in buffers.values())
 
 

@@ -1,12 +1,14 @@
 """One decode step in onnxruntime: its bodies, in place and not, against torch and the floor.
 
 The floor is one pass over the state in place, read and written, in the same turns. A sample is
-the mean of a few steps in a row, as a layer of a small model sees them; every way has
-tensors of its own. What is timed was compared with the definition before.
+the mean of a few steps in a row, as a layer of a small model sees them. What is compared in
+microseconds works on the same memory, far apart in a round; every other way has tensors of its
+own. What is timed was compared with the definition before.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +27,12 @@ from gdn_ops.bench.inputs import Inputs, Setting, make_inputs
 from gdn_ops.bench.rows import Result
 from gdn_ops.bench.runner import Timing, interleave
 from gdn_ops.bench.verify import Check, RefusedError
-from gdn_ops.export import DecodeSession, available_bodies, make_decode_model
+from gdn_ops.export import DecodeSession, available_bodies, make_decode_model, set_body
 from gdn_ops.export.judge import compare
+from gdn_ops.export.runtime import open_session
 from gdn_ops.spec import Sizes
+
+Array = np.ndarray[Any, Any]
 
 WIDTH = 128
 SHAPES = ((1, 16), (1, 32), (8, 16), (8, 32))
@@ -36,7 +41,7 @@ SHAPES = ((1, 16), (1, 32), (8, 16), (8, 32))
 STEPS_AT_1_MIB = 80
 """Steps in a sample; fewer for larger states. The first of them finds its state out of cache."""
 
-ROUNDS_PER_REPEAT = 4
+ROUNDS_PER_REPEAT = 12
 """Microseconds are easily disturbed: more rounds than for milliseconds."""
 
 # Without a guard: shapes are made from the operands, so a batch of one would be broadcast.
@@ -60,6 +65,26 @@ GatedDeltaStep <num_qk_heads, num_v_heads, scale, rule, qk_l2norm>
 }}"""
 
 
+class _Clock:
+    """An onnxruntime session that keeps the time of its last run.
+
+    Attributes:
+        seconds: of that run.
+    """
+
+    def __init__(self, session: Any) -> None:
+        self.seconds, self._session = 0.0, session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        """Run and keep the time."""
+        start = time.perf_counter()
+        self._session.run_with_iobinding(binding)
+        self.seconds = time.perf_counter() - start
+
+
 @dataclass(frozen=True)
 class Way:
     """One way to run a step.
@@ -67,10 +92,12 @@ class Way:
     Attributes:
         name: as shown.
         step: runs it once.
+        added: of every step, the seconds outside of onnxruntime's run; None if not known.
     """
 
     name: str
     step: Callable[[], object]
+    added: list[float] | None = None
 
 
 def unguarded(model: ModelProto) -> ModelProto:
@@ -86,53 +113,85 @@ def unguarded(model: ModelProto) -> ModelProto:
 class _Bare:
     """run_with_iobinding on the buffers of a session, without its checks and copies."""
 
-    def __init__(self, session: DecodeSession) -> None:
-        self.session, self.turn = session, 0
-        self.bindings = session._free_results().bindings
+    def __init__(self, session: DecodeSession, ort: Any = None) -> None:
+        self.ort, self.turn = session._ort, 0
+        self.bindings = session._results[0].bindings
+        if ort is not None:
+            # A binding belongs to the onnxruntime session that made it.
+            own, session._ort = session._ort, ort
+            turns = range(len(self.bindings))
+            self.bindings = [session._bind(turn, session._results[0]) for turn in turns]
+            self.ort, session._ort = ort, own
 
     def step(self) -> None:
         bindings = self.bindings
-        self.session._ort.run_with_iobinding(bindings[self.turn])
+        self.ort.run_with_iobinding(bindings[self.turn])
         self.turn = (self.turn + 1) % len(bindings)
 
 
-def _sessions(model: ModelProto, batch: int, x: Inputs, library: str | None) -> list[Way]:
-    """Return the ways in onnxruntime; a session computes with one thread."""
-    feeds = [y.numpy() for y in x]
-    bodies = [body for body in ("standard", "ort") if body in available_bodies()]
+def _session(model: ModelProto, batch: int, feeds: list[Array], body: str, **options: Any) -> Any:
+    """Return a session of one thread with full buffers, for runs without step()."""
+    made = DecodeSession(model, batch=batch, body=body, threads=1, **options)
+    made.step(*feeds)
+    return made
 
-    def session(body: str, **options: Any) -> DecodeSession:
-        made = DecodeSession(model, batch=batch, body=body, threads=1, **options)
-        # Fills the buffers for the bare runs.
-        made.step(*feeds)
-        return made
 
+def _bodies() -> list[str]:
+    return [body for body in ("standard", "ort") if body in available_bodies()]
+
+
+def _own_ways(model: ModelProto, batch: int, feeds: list[Array], library: str | None) -> list[Way]:
+    """Return the ways in onnxruntime that have buffers of their own."""
     ways = []
-    for body in bodies:
-        ways.append(Way(f"{body} in place", _calls(session(body), feeds)))
-        # On a state of its own: it would find the other one in cache.
-        ways.append(Way(f"{body} in place, bare", _Bare(session(body)).step))
-        ways.append(Way(f"{body} two buffers", _Bare(session(body, in_place=False)).step))
-    if "ort" in bodies:
-        ways.append(Way("ort in place, bare, no guards", _plain_run(model, session("ort"))))
+    for body in _bodies():
+        if body != "ort":
+            session = _session(model, batch, feeds, body)
+            ways.append(Way(f"{body} in place", _calls(session, feeds)))
+            session = _session(model, batch, feeds, body)
+            ways.append(Way(f"{body} in place, bare", _Bare(session).step))
+        session = _session(model, batch, feeds, body, in_place=False)
+        ways.append(Way(f"{body} two buffers", _Bare(session).step))
     if library is not None:
-        custom = session("custom", custom_op_library=library)
-        ways.append(Way("custom in place", _calls(custom, feeds)))
+        session = _session(model, batch, feeds, "custom", custom_op_library=library)
+        ways.append(Way("custom in place", _calls(session, feeds)))
     return ways
 
 
-def _calls(session: DecodeSession, feeds: list[Any]) -> Callable[[], object]:
-    return lambda: session.step(*feeds)
+def _shared_ways(model: ModelProto, batch: int, feeds: list[Array]) -> list[Way]:
+    """Return the ways of body "ort" in place and their floor, all on the same memory."""
+    session = _session(model, batch, feeds, "ort")
+    plain = open_session(unguarded(set_body(model, "ort")), None, 1, None)
+    bare, unguarded_run = _Bare(session), _Bare(session, plain)
+    (state,) = session._states.values()
+    session._ort = _Clock(session._ort)
+    return [
+        _floor(state[0].array),
+        _watched("ort in place", session, feeds),
+        Way("ort in place, bare", bare.step),
+        _watched("ort in place, own buffers", session, [*session.buffers.values()]),
+        Way("ort in place, bare, no guards", unguarded_run.step),
+    ]
 
 
-def _plain_run(model: ModelProto, session: DecodeSession) -> Callable[[], None]:
-    """Return a run of the body without guards on the buffers of a session."""
-    from gdn_ops.export.model import set_body
-    from gdn_ops.export.runtime import open_session
+def _watched(name: str, session: DecodeSession, feeds: list[Array]) -> Way:
+    """Return the way through step() of a session with a clock."""
+    added: list[float] = []
 
-    session._ort = open_session(unguarded(set_body(model, "ort")), None, 1, None)
-    session._results.clear()
-    return _Bare(session).step
+    def step() -> None:
+        start = time.perf_counter()
+        session.step(*feeds)
+        added.append(time.perf_counter() - start - session._ort.seconds)
+
+    return Way(name, step, added)
+
+
+def _apart(shared: list[Way], others: list[Way]) -> list[Way]:
+    """Return both with the first spread among the others: what they share has left the caches."""
+    ways = []
+    for i, way in enumerate(shared):
+        start, stop = (len(others) * j // len(shared) for j in (i, i + 1))
+        ways += [way, *others[start:stop]]
+    return ways
 
 
 def _torch_ways(x: Inputs, state: torch.Tensor) -> list[Way]:
@@ -159,9 +218,12 @@ def _torch_ways(x: Inputs, state: torch.Tensor) -> list[Way]:
     ]
 
 
-def _floor(state: torch.Tensor) -> Way:
-    values = state.numpy().copy()
-    return Way("floor", lambda: np.multiply(values, 1.0, out=values))
+def _calls(session: DecodeSession, feeds: list[Array]) -> Callable[[], object]:
+    return lambda: session.step(*feeds)
+
+
+def _floor(state: Array) -> Way:
+    return Way("floor", lambda: np.multiply(state, 1.0, out=state))
 
 
 def _check(model: ModelProto, case: str, batch: int, library: str | None) -> list[Check]:
@@ -170,9 +232,8 @@ def _check(model: ModelProto, case: str, batch: int, library: str | None) -> lis
     Raises:
         RefusedError: one of them computes something else.
     """
-    bodies = [body for body in ("standard", "ort") if body in available_bodies()]
     checks = []
-    for body in (*bodies, *(["custom"] if library is not None else [])):
+    for body in (*_bodies(), *(["custom"] if library is not None else [])):
         found = compare(
             model,
             body,
@@ -205,7 +266,13 @@ def measure(
     sizes = Sizes(batch, 1, heads, heads, width, width, batch)
     x = Inputs(*(y.squeeze(1).contiguous() for y in make_inputs(sizes, torch.float32)))
     state = torch.randn(batch, heads, width, width, generator=torch.Generator().manual_seed(2))
-    ways = [_floor(state), *_sessions(model, batch, x, library), *_torch_ways(x, state)]
+    feeds = [y.numpy() for y in x]
+    others = [*_own_ways(model, batch, feeds, library), *_torch_ways(x, state)]
+    if "ort" in _bodies():
+        shared = _shared_ways(model, batch, feeds)
+    else:
+        shared = [_floor(state.numpy().copy())]
+    ways = _apart(shared, others)
     count = max(2, round(STEPS_AT_1_MIB / max(mib, 1)))
 
     def sample(way: Way) -> Callable[[], None]:
@@ -221,7 +288,12 @@ def measure(
     per_step = {
         name: Timing(tuple(seconds / count for seconds in t.samples)) for name, t in timing.items()
     }
-    result.rows += decode_rows(case, mib, per_step)
+    added = {
+        way.name: Timing(tuple(np.reshape(way.added, (-1, count)).mean(1)[-rounds:].tolist()))
+        for way in ways
+        if way.added is not None
+    }
+    result.rows += decode_rows(case, mib, per_step, added)
 
 
 def run(
