@@ -197,7 +197,10 @@ def originals(family: str) -> dict[str, Any]:
     return {
         "chunk": module.torch_chunk_gated_delta_rule,
         "recurrent": module.torch_recurrent_gated_delta_rule,
+        "convolution": module.causal_conv1d_fn,
+        "update": module.causal_conv1d_update,
         "forward": vars(layer)["forward"],
+        "norm": vars(parts(family)[1])["forward"],
         "names": set(vars(layer)),
     }
 
@@ -207,12 +210,12 @@ def test_undo_puts_the_very_objects_back() -> None:
     used = accelerate()
     for family, kept in before.items():
         now = originals(family)
-        assert all(now[name] is not kept[name] for name in ("chunk", "recurrent", "forward"))
+        assert all(now[name] is not kept[name] for name in kept.keys() - {"names"})
     used.undo()
     used.undo()
     for family, kept in before.items():
         now = originals(family)
-        assert all(now[name] is kept[name] for name in ("chunk", "recurrent", "forward"))
+        assert all(now[name] is kept[name] for name in kept.keys() - {"names"})
         assert now["names"] == kept["names"]
     assert not any(type(finder).__module__ == Acceleration.__module__ for finder in sys.meta_path)
 
@@ -244,6 +247,9 @@ def test_it_says_what_it_replaced_and_what_ran() -> None:
         assert used.replaced == (
             "transformers.models.qwen3_5.modeling_qwen3_5.torch_chunk_gated_delta_rule",
             "transformers.models.qwen3_5.modeling_qwen3_5.torch_recurrent_gated_delta_rule",
+            "transformers.models.qwen3_5.modeling_qwen3_5.causal_conv1d_fn",
+            "transformers.models.qwen3_5.modeling_qwen3_5.causal_conv1d_update",
+            "Qwen3_5RMSNormGated.forward",
             "Qwen3_5GatedDeltaNet.forward",
         )
         assert str(used).splitlines()[-1] == "  no call yet"
@@ -252,6 +258,9 @@ def test_it_says_what_it_replaced_and_what_ran() -> None:
             "accelerate(backend='torch'), active",
             "  qwen3_5: replaced qwen3_5.modeling_qwen3_5.torch_chunk_gated_delta_rule, "
             "qwen3_5.modeling_qwen3_5.torch_recurrent_gated_delta_rule, "
+            "qwen3_5.modeling_qwen3_5.causal_conv1d_fn, "
+            "qwen3_5.modeling_qwen3_5.causal_conv1d_update, "
+            "Qwen3_5RMSNormGated.forward, "
             "Qwen3_5GatedDeltaNet.forward",
             "  qwen3_5: gated_delta torch x 3",
         ]
@@ -497,7 +506,118 @@ def test_missing_transformers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(error.value) == expected
 
 
-def test_packed_sequences_need_a_convolution_that_keeps_them_apart() -> None:
+# The convolution and the norm around the rule.
+
+
+def parts(family: str) -> Any:
+    """Return the modeling module of a family, and its gated norm."""
+    module = sys.modules[type(model(family)).__module__]
+    return module, next(cls for name, cls in vars(module).items() if name.endswith("RMSNormGated"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_convolution_and_the_norm_are_those_of_transformers(
+    family: str, dtype: torch.dtype
+) -> None:
+    module, norm_class = parts(family)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
+    norm = norm_class(6).to(dtype)
+    x, weight, state, gate = draw(2, 6, 9), draw(6, 4), draw(2, 6, 4), draw(2, 9, 6)
+
+    def results() -> list[Tensor]:
+        y = module.causal_conv1d_fn(x, weight, None, activation="silu", position_ids=None)
+        plain = module.causal_conv1d_fn(x, weight, state[0, :, 0])
+        last, several = state.clone(), state[..., :3].clone()
+        one = module.causal_conv1d_update(x[..., :1], last, weight, state[0, :, 0], "silu")
+        two = module.causal_conv1d_update(x[..., :2], several, weight, None, "silu")
+        return [y, plain, one, last, two, several, norm(y.mT, gate)]
+
+    with torch.no_grad():
+        expected = results()
+        with accelerate():
+            found = results()
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
+
+
+def test_what_the_package_of_kernels_has_is_left_to_it() -> None:
+    # The convolution and the norm are replaced for numbers on CPUs alone.
+    module, norm_class = parts(SMALL)
+    x, weight = torch.empty(1, 6, 5, device="meta"), torch.empty(6, 4, device="meta")
+    with accelerate():
+        y = module.causal_conv1d_fn(x, weight, None, activation="silu")
+        assert y.is_meta
+        assert y.shape == x.shape
+        with torch.device("meta"):
+            assert norm_class(6)(x.mT, x.mT).is_meta
+        with pytest.raises(KeyError, match="no such activation"):
+            module.causal_conv1d_fn(x, weight, None, activation="no such activation")
+
+
+def test_a_convolution_or_norm_that_looks_different_is_left_alone(holding: Any) -> None:
+    def causal_conv1d_fn(x: Tensor, weight: Tensor) -> Tensor:
+        return x
+
+    def causal_conv1d_update(
+        hidden_states: Tensor,
+        conv_state: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        return hidden_states + 7
+
+    class GateBeforeRMSNormGated(nn.Module):
+        def __init__(self, width: int, eps: float = 1e-6) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = nn.Parameter(torch.ones(width)), eps
+            self.activation = "silu"
+
+        def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:
+            x = hidden_states * nn.functional.silu(gate)
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+    class AfterRMSNormGated(GateBeforeRMSNormGated):
+        def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:
+            x = nn.functional.rms_norm(
+                hidden_states, self.weight.shape, self.weight, self.variance_epsilon
+            )
+            return x * nn.functional.silu(gate)
+
+    class OtherRMSNormGated(AfterRMSNormGated):
+        def __init__(self, config: Any) -> None:
+            raise AttributeError
+
+    for cls in (GateBeforeRMSNormGated, AfterRMSNormGated, OtherRMSNormGated):
+        cls.__module__ = holding.__name__
+        setattr(holding, cls.__name__, cls)
+    holding.causal_conv1d_fn = causal_conv1d_fn
+    holding.causal_conv1d_update = causal_conv1d_update
+    before = dict(vars(holding))
+    with accelerate(architectures=["olmo_hybrid"]) as used:
+        own = [name for name in used.replaced if "conv" in name or "Norm" in name]
+        assert own == [f"{holding.__name__}.causal_conv1d_update", "AfterRMSNormGated.forward"]
+    assert dict(vars(holding)) == before
+
+
+def test_packed_sequences_are_kept_apart() -> None:
+    tiny = model(SMALL)
+    layer = next(m for m in tiny.modules() if type(m).__name__.endswith("GatedDeltaNet"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 12, tiny.config.hidden_size, generator=generator)
+    lengths = (5, 1, 6)
+    cuts = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    sequences = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    with accelerate(), torch.no_grad():
+        found = layer(x, cu_seq_lens_q=cuts, seq_idx=sequences.int())
+        alone = [layer(part) for part in x.split(lengths, 1)]
+    assert relative(found, torch.cat(alone, 1)) < 1e-5
+
+
+def test_packed_sequences_without_their_numbers_are_refused() -> None:
     cuts = torch.tensor([0, 3, 5], dtype=torch.int32)
     with accelerate(), pytest.raises(gdn_ops.SpecError) as error:
         run(model(SMALL), tokens(1, 5), use_cache=False, cu_seq_lens_q=cuts)

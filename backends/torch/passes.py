@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gdn_ops.backends.torch.gradients import SegmentGrads
-from gdn_ops.backends.torch.memory import empty, settle_allocator
 from gdn_ops.backends.torch.walk import (
     Engine,
     Operands,
@@ -20,6 +19,7 @@ from gdn_ops.backends.torch.walk import (
 )
 from gdn_ops.bind import Call
 from gdn_ops.numerics import LogGate, l2norm_backward
+from gdn_ops.pages import empty, settle_allocator
 from gdn_ops.registry import Forward, Grads
 
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.backends.torch.memory import empty, settle_allocator
 from gdn_ops.backends.torch.step import step
 from gdn_ops.bind import Call
 from gdn_ops.numerics import l2norm
+from gdn_ops.pages import empty, settle_allocator
 
 TOKENS = 16
 """Tokens of one chunk; a longer call is cut. What is done per pair of tokens stays small."""

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
+
+from gdn_ops.nn.norm import gated_rms_norm
 
 ARCHITECTURES = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "qwen4_exp")
 """Model folders of transformers whose layers call the two functions."""
@@ -26,6 +29,12 @@ _LEADING = ("query", "key", "value", "g", "beta")
 _TRAILING = ("initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
 PARAMETERS = {CHUNK: (*_LEADING, "chunk_size", *_TRAILING), RECURRENT: (*_LEADING, *_TRAILING)}
 """Names of the parameters of each function, in order; `**kwargs` may follow."""
+
+CONVOLUTIONS = {
+    "causal_conv1d_fn": ("hidden_states", "weight", "bias", "activation"),
+    "causal_conv1d_update": ("hidden_states", "conv_state", "weight", "bias", "activation"),
+}
+"""Functions in front of the delta rule, and their parameters: faster on CPUs if they are there."""
 
 LAYER_PARAMETERS = ("hidden_states", "cache_params", "attention_mask")
 """Parameters that the forward of a layer must have, in any order."""
@@ -58,6 +67,47 @@ def objections(module: ModuleType) -> list[str]:
         if missing:
             found.append(f"{layer.__name__}.forward has no {', '.join(missing)}")
     return found
+
+
+def convolutions(module: ModuleType) -> tuple[str, ...]:
+    """Return the names of the convolutions of a module that look as they should."""
+    found = []
+    for name, expected in CONVOLUTIONS.items():
+        function = getattr(module, name, None)
+        if callable(function) and _signature_objection(function, expected) is None:
+            found.append(name)
+    return tuple(found)
+
+
+def gated_norms(module: ModuleType) -> list[type[nn.Module]]:
+    """Return the classes of a module that compute the gated norm of `nn.GatedRMSNorm`.
+
+    What a class computes is not seen from its signature: one is tried.
+    """
+    return [
+        cls
+        for name, cls in vars(module).items()
+        if name.endswith("RMSNormGated")
+        and inspect.isclass(cls)
+        and issubclass(cls, nn.Module)
+        and cls.__module__ == module.__name__
+        and tuple(inspect.signature(cls.forward).parameters) == ("self", "hidden_states", "gate")
+        and _is_gated_norm(cls)
+    ]
+
+
+def _is_gated_norm(cls: type[nn.Module]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x, gate = torch.randn(2, 3, 4, generator=generator)
+    try:
+        norm: Any = cls(4, eps=0.5)
+        with torch.no_grad():
+            norm.weight.copy_(torch.arange(1.0, 5.0))
+            found = norm(x, gate)
+            expected = gated_rms_norm(x, norm.weight, gate, eps=norm.variance_epsilon)
+    except (TypeError, AttributeError, RuntimeError):
+        return False
+    return norm.variance_epsilon == 0.5 and torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def _signature_objection(function: Callable[..., Any], expected: tuple[str, ...]) -> str | None:

@@ -14,11 +14,16 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from gdn_ops.compat import modeling
+from gdn_ops.compat import layer_parts, modeling
 from gdn_ops.compat.delta_rule import delta_rule, packed_sequences
 from gdn_ops.errors import SpecError
 
 _MISSING = object()
+
+_CONVOLUTIONS = {
+    "causal_conv1d_fn": layer_parts.whole_convolution,
+    "causal_conv1d_update": layer_parts.convolution_update,
+}
 
 _current = threading.local()
 """`mask`: the padding mask of the layer that runs in this thread, which its functions need."""
@@ -82,6 +87,10 @@ class Site:
         layers = modeling.layers(self.module)
         for name, function in new.items():
             self._set(self.module, name, function)
+        for name in modeling.convolutions(self.module):
+            self._set(self.module, name, _CONVOLUTIONS[name](getattr(self.module, name)))
+        for cls in modeling.gated_norms(self.module):
+            self._set(cls, "forward", layer_parts.gated_norm(cls.forward))
         for layer in layers:
             self._set(layer, "forward", _with_mask(layer.forward))
             if modeling.holds(layer):

@@ -2,18 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from gdn_ops.errors import SpecError
+from gdn_ops.nn.blocks import blocks, differentiable_gradients, runs_in_blocks, wide
+from gdn_ops.pages import empty
 
 GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "sigmoid": torch.sigmoid,
 }
+
+
+def gated_rms_norm(
+    x: Tensor, weight: Tensor, z: Tensor | None = None, *, eps: float, activation: str = "silu"
+) -> Tensor:
+    """Return w ⊙ x / sqrt(mean(x²) + eps) ⊙ activation(z), computed in float32 at least.
+
+    Args:
+        x: (..., width), any float dtype.
+        weight: (width,).
+        z: like x, or None for no gate.
+        eps: added to the mean of squares.
+        activation: of z, "silu" or "sigmoid".
+
+    Returns:
+        Like x.
+    """
+    if z is not None and runs_in_blocks(x) and z.shape == x.shape:
+        y: Tensor = _Blocked.apply(x, weight, z, eps, activation)  # type: ignore[no-untyped-call]
+        return y
+    return _whole(x, weight, z, eps=eps, activation=activation)
+
+
+def _whole(x: Tensor, weight: Tensor, z: Tensor | None, *, eps: float, activation: str) -> Tensor:
+    """All rows at once, in operations that autograd and compilers see."""
+    y = x.to(wide(x.dtype))
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    y = y * weight.to(y.dtype)
+    if z is not None:
+        y = y * GATE_ACTIVATIONS[activation](z.to(y.dtype))
+    return y.to(x.dtype)
+
+
+class _Rows:
+    """The operands as rows, blocks of them in the dtype that is computed in."""
+
+    def __init__(self, x: Tensor, weight: Tensor, z: Tensor) -> None:
+        self.dtype, width = wide(x.dtype), x.shape[-1]
+        self.x, self.z = x.reshape(-1, width), z.reshape(-1, width)
+        self.weight = weight.to(self.dtype)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        return blocks(*self.x.shape)
+
+    def normalised(self, start: int, stop: int, eps: float) -> tuple[Tensor, Tensor]:
+        """Return x / sqrt(mean(x²) + eps) and 1 / sqrt(...) of a block."""
+        x = self.x[start:stop].to(self.dtype)
+        scale = torch.rsqrt_(x.square().mean(-1, keepdim=True).add_(eps))
+        return x * scale, scale
+
+
+class _Blocked(torch.autograd.Function):
+    """The norm and its gate by blocks. Only the operands are kept for the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, z: Tensor, eps: float, activation: str
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, z)
+        ctx.eps, ctx.activation = eps, activation
+        rows = _Rows(x, weight, z)
+        y = empty(x.shape, x.dtype, x.device)
+        flat = y.view(rows.x.shape)
+        for start, stop in rows.blocks():
+            n, _ = rows.normalised(start, stop, eps)
+            gate = GATE_ACTIVATIONS[activation](rows.z[start:stop].to(rows.dtype))
+            torch.mul(n.mul_(rows.weight), gate, out=n)
+            flat[start:stop] = n
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, z = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            whole = functools.partial(_whole, eps=ctx.eps, activation=ctx.activation)
+            needed = ctx.needs_input_grad[:3]
+            found = differentiable_gradients(whole, (x, weight, z), needed, d_y)
+            return (*found, None, None)
+        rows = _Rows(x, weight, z)
+        d_rows = d_y.reshape(rows.x.shape)
+        d_x, d_z = (empty(t.shape, t.dtype, t.device) for t in (x, z))
+        d_weight = torch.zeros_like(rows.weight)
+        for start, stop in rows.blocks():
+            n, scale = rows.normalised(start, stop, ctx.eps)
+            d = d_rows[start:stop].to(rows.dtype)
+            gate, d_gate = _gate(rows.z[start:stop].to(rows.dtype), d * n, ctx.activation)
+            d_weight += (d * n).mul_(gate).sum(0)
+            d_z.view(rows.x.shape)[start:stop] = d_gate.mul_(rows.weight)
+            d_n = (d * gate).mul_(rows.weight)
+            d_n -= n * (d_n * n).mean(-1, keepdim=True)
+            d_x.view(rows.x.shape)[start:stop] = d_n.mul_(scale)
+        return d_x, d_weight.to(weight.dtype), d_z, None, None
+
+
+def _gate(z: Tensor, d: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Return activation(z), and d times its derivative."""
+    if activation == "silu":
+        return functional.silu(z), torch.ops.aten.silu_backward(d, z)
+    gate = torch.sigmoid(z)
+    return gate, torch.ops.aten.sigmoid_backward(d, gate)
 
 
 class GatedRMSNorm(nn.Module):
@@ -58,12 +162,7 @@ class GatedRMSNorm(nn.Module):
         Returns:
             Like x.
         """
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        y = y * self.weight.to(y.dtype)
-        if z is not None:
-            y = y * GATE_ACTIVATIONS[self.activation](z.to(y.dtype))
-        return y.to(x.dtype)
+        return gated_rms_norm(x, self.weight, z, eps=self.eps, activation=self.activation)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, activation={self.activation!r}"

@@ -1,0 +1,59 @@
+"""Long sequences a block of tokens at a time, so that what is done to a block stays in cache.
+
+A chain of elementwise operations over a whole layer reads and writes memory once per operation,
+fresh pages for every result; by blocks it reads and writes it once, and autograd keeps only the
+operands: their results are made again, block by block, in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 19
+"""Numbers in a block: with its results it stays in the caches of two cores."""
+
+_FEW = 16
+"""A sixteenth of a block takes less time than autograd's calls around a loop over blocks."""
+
+
+def is_plain(x: Tensor) -> bool:
+    """Return whether x has numbers on a CPU: in a graph, loops over blocks are in the way."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def runs_in_blocks(x: Tensor) -> bool:
+    """Return whether x is plain, and large enough for blocks to pay."""
+    return x.numel() > _BLOCK // _FEW and is_plain(x)
+
+
+def blocks(tokens: int, width: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of blocks of tokens, each of `width` numbers."""
+    length = max(1, _BLOCK // max(1, width))
+    for start in range(0, tokens, length):
+        yield start, min(tokens, start + length)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that is computed in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def differentiable_gradients(
+    function: Callable[..., Tensor],
+    operands: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    d_y: Tensor,
+) -> list[Tensor | None]:
+    """Return the gradients of a function that can be differentiated again; None if not needed."""
+    wanted = [x for x, is_needed in zip(operands, needed, strict=True) if is_needed]
+    y = function(*operands)
+    found = iter(torch.autograd.grad(y, wanted, d_y, create_graph=True))  # type: ignore[arg-type]
+    return [next(found) if is_needed else None for is_needed in needed]
