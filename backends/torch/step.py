@@ -52,36 +52,43 @@ def advance_token(
     dtype = compute_dtype(q.dtype)
     B, HV, V = v.shape
     K, rows = q.shape[2], B * HV
-    decay = alpha if alpha is None or alpha.dtype == dtype else alpha.to(dtype)
-    if log_alpha is not None:
-        decay = log_alpha.to(dtype).exp()
+    decay = alpha if log_alpha is None else _to(log_alpha, dtype).exp()
     if state is None:
         state = torch.zeros(B, HV, K, V, dtype=dtype, device=v.device)
     q_t, k_t = (_per_value_head(x, HV, dtype, options.qk_l2norm) for x in (q, k))
     # §2 S' = α_t S_{t-1}                             [K, V]
-    work = state.to(dtype).contiguous()
+    held = _to(state, dtype).contiguous()
+    work, is_own = held.view(rows, K, V), options.inplace
     if decay is not None:
-        factor = decay.reshape(B, HV, 1, 1)
-        work = work.mul_(factor) if options.inplace else work * factor
+        factor = _to(decay, dtype).reshape(rows, 1, 1)
+        work = work.mul_(factor) if is_own else work * factor
+        # A fresh S' may be written as well, unless autograd keeps it for a backward.
+        is_own = is_own or not torch.is_grad_enabled()
     # §2 u_t = β_t (v_t − S'ᵀ k_t)                    [V]
-    u = v.to(dtype).reshape(rows, 1, V)
+    u = v_t = _to(v, dtype).reshape(rows, 1, V)
     if options.has_erase:
-        u = torch.baddbmm(u, k_t, work.view(rows, K, V), alpha=-1)
+        u = torch.baddbmm(u, k_t, work, alpha=-1)
     if beta is not None:
-        u = u * beta.to(dtype).reshape(rows, 1, 1)
+        u = u * _to(beta, dtype).reshape(rows, 1, 1)
     # §2 S_t = S' + k_t u_tᵀ                          [K, V]
-    outer = k_t.view(B, HV, K, 1), u.view(B, HV, 1, V)
-    work = work.addcmul_(*outer) if options.inplace else torch.addcmul(work, *outer)
+    k_column = k_t.mT
+    work = work.addcmul_(k_column, u) if is_own else torch.addcmul(work, k_column, u)
     # §2 o_t = s S_tᵀ q_t                             [V]
-    o = torch.bmm(q_t * options.scale, work.view(rows, K, V)).view(B, HV, V).to(v.dtype)
+    o = torch.baddbmm(v_t, q_t, work, beta=0, alpha=options.scale)
+    o = _to(o.view(B, HV, V), v.dtype)
     if not options.inplace:
-        return o, work.to(state.dtype)
-    return o, state if work is state else state.copy_(work)
+        return o, _to(work.view(B, HV, K, V), state.dtype)
+    return o, state if held is state else state.copy_(held)
+
+
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As x.to(dtype), which takes a microsecond to do nothing."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _per_value_head(x: Tensor, heads: int, dtype: torch.dtype, normalise: bool) -> Tensor:
     """(B, H, K) to (B HV, 1, K): value head h reads key head h // R."""
-    x = l2norm(x) if normalise else x.to(dtype)
+    x = l2norm(x) if normalise else _to(x, dtype)
     B, H, K = x.shape
     if heads != H:
         x = x.unsqueeze(2).expand(B, H, heads // H, K)
