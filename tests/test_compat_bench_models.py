@@ -31,9 +31,8 @@ def test_a_tiny_model_is_compared_timed_and_weighed() -> None:
     result = models.run(("torch",), ONCE, told.append, TINY)
     assert told == [
         "logits and loss",
-        "prefill",
         "training step",
-        "decode",
+        "prefill and decode",
         "memory of a training step",
     ]
     assert [check.what for check in result.checks] == [

@@ -2,8 +2,10 @@
 
 One random Qwen3.5 in float32: hidden 1024, four layers of which three are linear attention, 16
 key heads and 32 value heads of 128. Both ways run the same model object in the same process,
-after their logits and loss were compared; peak memory is measured in a process of its own each,
-which is this file run as `python -m gdn_ops.bench.models JSON`.
+after their logits and loss were compared. Prefill and decode take turns in a process that does
+nothing else, as one that serves: after a training step the C library's heap has other habits.
+Peak memory is measured in a process of its own for each way. Such a process is this file, run as
+`python -m gdn_ops.bench.models JSON`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -159,7 +161,7 @@ def run(
     Args:
         backends: of gdn_ops.
         setting: the number of rounds.
-        tell: told what starts now, five times.
+        tell: told what starts now, four times.
         shape: the model.
 
     Raises:
@@ -176,6 +178,8 @@ def run(
     result, names = Result(suite.system(setting)), (PEER, *backends)
     result.system["model"] = asdict(shape)
     _in_turns(names, setting, tell, shape, result)
+    tell("prefill and decode")
+    result.rows += _serving_rows(names, setting, shape, result)
     tell("memory of a training step")
     result.rows += _memory_rows(names, shape, result)
     return result
@@ -188,21 +192,47 @@ def _in_turns(
     tell("logits and loss")
     model, ids = build(shape), prompt(shape)
     result.checks += _verify(model, ids, names, shape.case)
-    decoders = {}
-    for name in names:
-        with way(name):
-            decoders[name] = Decoder(model, ids[:, : min(128, shape.tokens)])
+    tell("training step")
+    actions = {name: functools.partial(_under, name, training_step, model, ids) for name in names}
+    result.rows += _timed_rows("training step", shape.case, interleave(actions, setting.repeats))
 
-    def once(what: str, name: str) -> object:
-        with way(name):
-            if what == "decode":
-                return decoders[name].run()
-            return (prefill if what == "prefill" else training_step)(model, ids)
 
-    for what in ("prefill", "training step", "decode"):
-        tell(what)
-        actions = {name: functools.partial(once, what, name) for name in names}
-        result.rows += _timed_rows(what, shape.case, interleave(actions, setting.repeats))
+def _under(name: str, function: Callable[..., object], *arguments: Any) -> object:
+    with way(name):
+        return function(*arguments)
+
+
+def _serving_rows(
+    names: Sequence[str], setting: Setting, shape: Shape, result: Result
+) -> list[Row]:
+    """Return the rows of prefill and decode, from a process of their own."""
+    order = {"what": "serving", "names": list(names), "repeats": setting.repeats}
+    found = _child(order, shape)
+    if isinstance(found, str):
+        result.skipped += [(what, "all", found) for what in ("prefill", "decode")]
+        return []
+    rows = []
+    for what, samples in found.items():
+        timing = {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
+        rows += _timed_rows(what, shape.case, timing)
+    return rows
+
+
+def _serve(order: dict[str, Any], shape: Shape) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds of prefill and of decoding by what and by name."""
+    model, ids, names = build(shape), prompt(shape), order["names"]
+    found = {}
+    for what in ("prefill", "decode"):
+        actions = {}
+        for name in names:
+            if what == "prefill":
+                actions[name] = functools.partial(_under, name, prefill, model, ids)
+            else:
+                decoder: Any = _under(name, Decoder, model, ids[:, : min(128, shape.tokens)])
+                actions[name] = functools.partial(_under, name, decoder.run)
+        timing = interleave(actions, order["repeats"])
+        found[what] = {name: list(t.samples) for name, t in timing.items()}
+    return found
 
 
 def _verify(model: Any, ids: Tensor, names: Sequence[str], case: str) -> list[Check]:
@@ -245,23 +275,31 @@ def _timed_rows(what: str, case: str, timing: dict[str, Timing]) -> list[Row]:
 def _memory_rows(names: Sequence[str], shape: Shape, result: Result) -> list[Row]:
     peaks: dict[str, float] = {}
     for name in names:
-        order = {"name": name, "shape": asdict(shape), "threads": torch.get_num_threads()}
-        done = subprocess.run(
-            [sys.executable, "-m", "gdn_ops.bench.models", json.dumps(order)],
-            env=memory.child_environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or [""])[-1]
-            result.skipped.append(("memory", name, f"its process failed: {reason}"))
-            continue
-        peaks[name] = memory.Peak(**json.loads(done.stdout.splitlines()[-1])).bytes / 2**20
+        found = _child({"what": "memory", "name": name}, shape)
+        if isinstance(found, str):
+            result.skipped.append(("memory", name, found))
+        else:
+            peaks[name] = memory.Peak(**found).bytes / 2**20
     if PEER not in peaks:
         return []
     at = ("memory", shape.case)
     return [_row(*at, n, "MiB", (m, m, 1), m / peaks[PEER]) for n, m in peaks.items()]
+
+
+def _child(order: dict[str, Any], shape: Shape) -> Any:
+    """Return what a process of its own prints of an order, or why it failed."""
+    order |= {"shape": asdict(shape), "threads": torch.get_num_threads()}
+    done = subprocess.run(
+        [sys.executable, "-m", "gdn_ops.bench.models", json.dumps(order)],
+        env=memory.child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [""])[-1]
+        return f"its process failed: {reason}"
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def show_run(backends: Sequence[str], setting: Setting, out: Path | None) -> None:
@@ -281,10 +319,8 @@ def show_run(backends: Sequence[str], setting: Setting, out: Path | None) -> Non
         console.print(str(path), markup=False)
 
 
-def _main(order: dict[str, Any]) -> None:
-    """Print the peak of one training step, after one on a few tokens."""
-    torch.set_num_threads(order["threads"])
-    shape = Shape(**order["shape"])
+def _weigh(order: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """Return the peak of one training step, after one on a few tokens."""
     model, ids = build(shape), prompt(shape)
     with way(order["name"]):
         training_step(model, ids[:, : min(256, shape.tokens)])
@@ -292,8 +328,13 @@ def _main(order: dict[str, Any]) -> None:
         exact = memory._reset_high_water()
         baseline = memory._status_bytes("VmRSS") or memory._high_water()
         training_step(model, ids)
-    peak = memory.Peak(max(0, memory._high_water() - baseline), baseline, exact)
-    print(json.dumps(asdict(peak)))
+    return asdict(memory.Peak(max(0, memory._high_water() - baseline), baseline, exact))
+
+
+def _main(order: dict[str, Any]) -> None:
+    torch.set_num_threads(order["threads"])
+    run_order = _serve if order["what"] == "serving" else _weigh
+    print(json.dumps(run_order(order, Shape(**order["shape"]))))
 
 
 if __name__ == "__main__":
