@@ -40,6 +40,9 @@ ALLOWED = 1e-4
 DECODED = 8
 """Tokens per timed decode."""
 
+DECODES = 8
+"""Timed decodes for one prefill: they are shorter, and easier disturbed."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -230,7 +233,8 @@ def _serve(order: dict[str, Any], shape: Shape) -> dict[str, dict[str, list[floa
             else:
                 decoder: Any = _under(name, Decoder, model, ids[:, : min(128, shape.tokens)])
                 actions[name] = functools.partial(_under, name, decoder.run)
-        timing = interleave(actions, order["repeats"])
+        rounds = order["repeats"] * (DECODES if what == "decode" else 1)
+        timing = interleave(actions, rounds)
         found[what] = {name: list(t.samples) for name, t in timing.items()}
     return found
 

@@ -138,13 +138,17 @@ class _Blocked(torch.autograd.Function):
             if needed[2]:
                 d_bias += d_p.sum((0, 1))
             if d_x is not None:
+                own, target = stop - start, d_x[:, start:stop]
                 d_p = torch.cat([d_p, after], 1)
-                own = stop - start
-                d_block = d_p[:, :own] * operands.taps[reach]
+                exact = target.dtype == dtype
+                d_block = torch.mul(
+                    d_p[:, :own], operands.taps[reach], out=target if exact else None
+                )
                 for j in range(reach):
                     shift = reach - j
                     d_block.addcmul_(d_p[:, shift : shift + own], operands.taps[j])
-                d_x[:, start:stop] = d_block
+                if not exact:
+                    target.copy_(d_block)
                 after = d_p[:, :reach]
         d_weight = d_taps.t().to(weight.dtype) if needed[1] else None
         return d_x, d_weight, d_bias.to(bias.dtype) if needed[2] else None, None

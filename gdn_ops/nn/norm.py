@@ -84,8 +84,7 @@ class _Blocked(torch.autograd.Function):
         for start, stop in rows.blocks():
             n, _ = rows.normalised(start, stop, eps)
             gate = GATE_ACTIVATIONS[activation](rows.z[start:stop].to(rows.dtype))
-            torch.mul(n.mul_(rows.weight), gate, out=n)
-            flat[start:stop] = n
+            _product(n.mul_(rows.weight), gate, flat[start:stop])
         return y
 
     @staticmethod
@@ -105,11 +104,19 @@ class _Blocked(torch.autograd.Function):
             d = d_rows[start:stop].to(rows.dtype)
             gate, d_gate = _gate(rows.z[start:stop].to(rows.dtype), d * n, ctx.activation)
             d_weight += (d * n).mul_(gate).sum(0)
-            d_z.view(rows.x.shape)[start:stop] = d_gate.mul_(rows.weight)
+            _product(d_gate, rows.weight, d_z.view(rows.x.shape)[start:stop])
             d_n = (d * gate).mul_(rows.weight)
             d_n -= n * (d_n * n).mean(-1, keepdim=True)
-            d_x.view(rows.x.shape)[start:stop] = d_n.mul_(scale)
+            _product(d_n, scale, d_x.view(rows.x.shape)[start:stop])
         return d_x, d_weight.to(weight.dtype), d_z, None, None
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write a b, in the dtype of `out`."""
+    if out.dtype == a.dtype:
+        torch.mul(a, b, out=out)
+    else:
+        out.copy_(a * b)
 
 
 def _gate(z: Tensor, d: Tensor, activation: str) -> tuple[Tensor, Tensor]:
