@@ -161,13 +161,21 @@ def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return product.view(*a.shape[:-2], *product.shape[1:])
 
 
-def plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return total + a b over equal leading axes; updates `total`, which nobody else holds."""
+def plus_product(total: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return total + a b over equal leading axes.
+
+    It is in `out` if that is given; else in `total`, which nobody else holds, if that is
+    contiguous: torch multiplies matrix by matrix into a batch that is not.
+    """
     if torch.compiler.is_compiling():
         # A sum that the compiler can fuse; it would make baddbmm_ a copy and a product.
         return total + bmm(a, b)
-    total.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
-    return total
+    operands = (total.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3))
+    if out is None and total.is_contiguous():
+        operands[0].baddbmm_(*operands[1:])
+        return total
+    flat = None if out is None else out.flatten(0, -3)
+    return torch.baddbmm(*operands, out=flat).view(total.shape)
 
 
 def across(total: Tensor | None, state: Tensor, out: Tensor | None = None) -> Tensor:

@@ -195,12 +195,14 @@ def _parallel_gradients(
     # §5 dQ = (dP ⊙ D) K + s diag(b) dO Sᵀ                      [C, K]
     shape = (n, G, w.X.shape[2], x.qk.shape[-1])
     both = bmm(w.X, f.states.mT, scratch.get("dQ, dK", shape, x.qk))
-    dQ = plus_product(both[..., :C, :], pairs, x.k)
+    half = (*shape[:2], C, shape[3])
+    dQ = plus_product(both[..., :C, :], pairs, x.k, scratch.get("dQ", half, x.qk))
     # §5 dK = (dP ⊙ D)ᵀ Q + diag(d) U dS_Cᵀ − (diag(βb) dRHS Sᵀ) + (M + Mᵀ) K   [C, K]
     dK = both[..., C:, :] if p.T is not None else torch.zeros_like(dQ)
     d = torch.ones_like(x.beta) if p.decay is None else p.decay.d
     dU = scaled_packed(f.U, d, scratch.get("dUs", (n, G, C, R * V), x.qk))
-    dK = plus_product(plus_product(dK, pairs.mT, x.q), dU, w.d_states.mT)
+    dK = plus_product(dK, pairs.mT, x.q, scratch.get("dK", half, x.qk))
+    dK = plus_product(dK, dU, w.d_states.mT)
     E = torch.mul(dP, p.qk, out=scratch.get("E_ij", square, x.qk))
     if p.kk is not None:
         # §5 dA = −strict_lower(dRHS Uᵀ),  M = diag(β) dA       [C, C]
