@@ -11,6 +11,8 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 SECONDS ?= 600
+# Processes that tests run in; on small tensors a second thread only waits for the first.
+WORKERS ?= 2
 BENCH ?=
 ORT_INCLUDE ?=
 
@@ -39,7 +41,7 @@ static: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 
 pytest: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gdn_ops.nn.blocks import is_plain
+from gdn_ops.nn.blocks import is_plain, wide
 from gdn_ops.nn.causal import causal_convolution
 from gdn_ops.nn.norm import gated_rms_norm
 
@@ -75,10 +75,11 @@ def convolution_update(original: Function) -> Function:
             return original(hidden_states, conv_state, weight, bias, activation)
         window = torch.cat([conv_state, hidden_states], -1)
         conv_state.copy_(window[..., 1:])
-        p = (window[..., -taps:] * weight).sum(-1, keepdim=True)
+        dtype = wide(weight.dtype)
+        p = (window[..., -taps:].to(dtype) * weight.to(dtype)).sum(-1, keepdim=True)
         if bias is not None:
-            p = p + bias[:, None]
-        return functional.silu(p) if activation is not None else p
+            p = p + bias.to(dtype)[:, None]
+        return (functional.silu(p) if activation is not None else p).to(hidden_states.dtype)
 
     return causal_conv1d_update
 
