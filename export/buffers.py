@@ -161,8 +161,11 @@ class Results:
         self._memories = [buffer.memory for buffer in self.buffers.values()]
         self._unused = self._references()
 
-    def _references(self) -> list[int]:
-        return [sys.getrefcount(memory) for memory in self._memories]
+    def _references(self) -> int:
+        count = 0
+        for memory in self._memories:
+            count += sys.getrefcount(memory)
+        return count
 
     def is_free(self) -> bool:
         """Return whether nobody has an array of an earlier step."""

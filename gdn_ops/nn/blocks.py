@@ -31,7 +31,8 @@ def is_plain(x: Tensor) -> bool:
 
 def runs_in_blocks(x: Tensor) -> bool:
     """Return whether x is plain, and large enough for blocks to pay."""
-    return x.numel() > _BLOCK // _FEW and is_plain(x)
+    # In this order: a graph would take a comparison of its sizes for a condition on them.
+    return is_plain(x) and x.numel() > _BLOCK // _FEW
 
 
 def blocks(tokens: int, width: int) -> Iterator[tuple[int, int]]:
