@@ -22,11 +22,14 @@ from gdn_ops.tuning import Row
 pytest.importorskip("tilelang")
 
 from gdn_ops.backends import tilelang as backend
+from gdn_ops.backends.tilelang import backward, forward, table
 from gdn_ops.backends.tilelang import config as configs
-from gdn_ops.backends.tilelang import table
 from gdn_ops.backends.tilelang.shapes import Tiles
 
-pytestmark = pytest.mark.filterwarnings("ignore:backend 'tilelang' emulates")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:backend 'tilelang' emulates"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 CPU = torch.device("cpu")
 
@@ -254,6 +257,25 @@ def test_no_kernel_touches_memory_that_is_not_its_own(
     for name, x in found.items():
         assert not bool(x.isnan().any()), name
     _same(found, expected)
+
+
+@pytest.mark.parametrize("segment", [None, 1])
+def test_tokens_of_no_sequence_are_not_written(
+    segment: int | None, allocated: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a program writes past the end of its sequence, the next one's program would hide.
+    end = LENGTHS[0]
+    boundaries = torch.tensor([0, end], dtype=torch.int32)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "cu_of", lambda call: boundaries)
+    with _using(PACKED, segment=segment):
+        found = run(PACKED.arguments(), "tilelang", PACKED.cotangents())
+    for name in ("o", "d_q", "d_k", "d_v", "d_alpha", "d_beta"):
+        assert bool(found[name][:, :end].isfinite().all()), name
+        assert bool(found[name][:, end:].isnan().all()), name
+    for name in ("final_state", "d_initial_state"):
+        assert bool(found[name][0].isfinite().all()), name
+        assert bool(found[name][1:].isnan().all()), name
 
 
 # Launches.
