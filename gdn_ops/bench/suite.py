@@ -129,13 +129,15 @@ def run(plan: Plan, tell: Tell = lambda text: None) -> Result:
     }
     for case in plan.cases:
         _sequences(plan, case, comparators, rates, result, tell)
+    _small(plan, [c.name for c in comparators if not c.is_peer], rates, result, tell)
+    # At the end: its processes give gigabytes back, and a virtual machine may take seconds to get
+    # the pages that the next fresh result needs.
     if "memory" in plan.what:
         for case in plan.memory_cases:
             tell(f"memory, {case.name}")
             rows, skipped = measures.memory_rows(case, comparators, s)
             result.rows += rows
             result.skipped += skipped
-    _small(plan, [c.name for c in comparators if not c.is_peer], rates, result, tell)
     return result
 
 
