@@ -16,6 +16,7 @@ from gdn_ops.bench.inputs import Inputs, Setting, find_case, make_inputs
 from gdn_ops.bench.memory import Peak, measure_peak
 from gdn_ops.bench.peers import Comparator, backend_comparator
 from gdn_ops.bench.runner import Timing, interleave
+from gdn_ops.bench.scaling import scaling_row
 from gdn_ops.bench.verify import RefusedError, verify
 
 TINY = find_case("tiny")
@@ -181,11 +182,19 @@ def test_scaling_overhead_and_import_give_a_row_each(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(measures, "OVERHEAD_REPEATS", 3)
     monkeypatch.setattr(measures, "IMPORT_REPEATS", 1)
     setting = Setting(repeats=1)
-    scaling = measures.scaling_row(TINY, 2, "torch", setting)
+    scaling = scaling_row(TINY, 2, "torch", setting)
+    assert not isinstance(scaling, str), scaling
+    assert scaling.median > 0
     assert (scaling.unit, scaling.against) == ("x", "T=200 over 2 times T=100")
     overhead = measures.overhead_row("torch", setting)
     assert (overhead.unit, overhead.samples) == ("us", 3)
     assert measures.import_row(setting).median > 0
+
+
+def test_a_process_that_fails_is_a_reason() -> None:
+    found = scaling_row(TINY, 2, "no such backend", Setting(repeats=1))
+    assert isinstance(found, str)
+    assert found.startswith("the measuring process ended with 1: gdn_ops.errors.SpecError: unknown")
 
 
 def test_peak_memory_grows_with_the_sequence() -> None:

@@ -6,7 +6,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -101,35 +100,6 @@ def memory_rows(
             )
         )
     return rows, skipped
-
-
-def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row:
-    """Compare the forward time of a sequence `times` as long with `times` the forward time."""
-    long = replace(case.sizes, T=case.sizes.T * times)
-    operands = {n: make_inputs(n, s.torch_dtype, s.device) for n in (case.sizes, long)}
-
-    def action(sizes: Sizes) -> Callable[[], Tensor]:
-        x = operands[sizes]
-        return lambda: ops.gated_delta(
-            x.q, x.k, x.v, log_alpha=x.log_alpha, beta=x.beta, backend=name
-        )
-
-    with torch.no_grad():
-        timing = interleave(
-            {"short": action(case.sizes), "long": action(long)}, s.repeats, device=s.device
-        )
-    longer, shorter = timing["long"], timing["short"]
-    return make_row(
-        "scaling",
-        case.name,
-        name,
-        "x",
-        longer.median / shorter.median / times,
-        longer.best / shorter.best / times,
-        s.repeats,
-        against=f"T={long.T} over {times} times T={case.sizes.T}",
-        judged=s.judged,
-    )
 
 
 def overhead_row(name: str, s: Setting) -> Row:

@@ -12,6 +12,7 @@ from gdn_ops.bench.floors import Rates, measure_rates
 from gdn_ops.bench.inputs import Inputs, Setting, find_case, make_inputs, with_grad
 from gdn_ops.bench.peers import PEERS, Comparator, comparator
 from gdn_ops.bench.rows import Result
+from gdn_ops.bench.scaling import scaling_row
 from gdn_ops.bench.steps import step_rows
 from gdn_ops.bench.verify import verify
 from gdn_ops.ops import explain
@@ -204,7 +205,12 @@ def _small(plan: Plan, names: list[str], rates: Rates, result: Result, tell: Tel
     if "scaling" in plan.what:
         for case in plan.cases:
             tell(f"scaling, {case.name}")
-            result.rows += [measures.scaling_row(case, SCALING_TIMES, n, s) for n in names]
+            for name in names:
+                row = scaling_row(case, SCALING_TIMES, name, s)
+                if isinstance(row, str):
+                    result.skipped.append(("scaling", name, row))
+                else:
+                    result.rows.append(row)
     if "overhead" in plan.what:
         tell("overhead per call")
         result.rows += [measures.overhead_row(name, s) for name in names]

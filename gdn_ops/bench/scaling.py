@@ -1,0 +1,83 @@
+"""The forward of a long sequence against that of a short one, in a process of their own.
+
+What a process did before decides which of its fresh pages are cheap, and a long result has many.
+The process is this file, run as `python -m gdn_ops.bench.scaling JSON`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_ops import ops
+from gdn_ops.bench.inputs import Setting, make_inputs
+from gdn_ops.bench.memory import child_environment
+from gdn_ops.bench.rows import Row, make_row
+from gdn_ops.bench.runner import Timing, interleave
+from gdn_ops.spec import Case, Sizes
+
+
+def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row | str:
+    """Compare the forward of a sequence `times` as long with `times` the forward.
+
+    Returns:
+        The row, or why the process failed.
+    """
+    order = {
+        "name": name,
+        "sizes": asdict(case.sizes),
+        "times": times,
+        "setting": asdict(s),
+        "threads": torch.get_num_threads(),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "gdn_ops.bench.scaling", json.dumps(order)],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        return f"the measuring process ended with {done.returncode}: {lines[-1] if lines else ''}"
+    samples = json.loads(done.stdout.splitlines()[-1])
+    longer, shorter = (Timing(tuple(samples[what])) for what in ("long", "short"))
+    return make_row(
+        "scaling",
+        case.name,
+        name,
+        "x",
+        longer.median / shorter.median / times,
+        longer.best / shorter.best / times,
+        s.repeats,
+        against=f"T={case.sizes.T * times} over {times} times T={case.sizes.T}",
+        judged=s.judged,
+    )
+
+
+def _forward(name: str, sizes: Sizes, s: Setting) -> functools.partial[Tensor]:
+    x = make_inputs(sizes, s.torch_dtype, s.device)
+    return functools.partial(
+        ops.gated_delta, x.q, x.k, x.v, log_alpha=x.log_alpha, beta=x.beta, backend=name
+    )
+
+
+def _main(order: dict[str, Any]) -> None:
+    torch.set_num_threads(order["threads"])
+    s, sizes = Setting(**order["setting"]), Sizes(**order["sizes"])
+    long = replace(sizes, T=sizes.T * order["times"])
+    actions = {"short": _forward(order["name"], sizes, s), "long": _forward(order["name"], long, s)}
+    with torch.no_grad():
+        timing = interleave(actions, s.repeats, device=s.device)
+    print(json.dumps({what: list(t.samples) for what, t in timing.items()}))
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))
