@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from gdn_ops.bench.child import child_environment
 from gdn_ops.bench.gpu_worker import ENVIRONMENT
-from gdn_ops.bench.memory import child_environment
 
 COMMAND = (sys.executable, "-m", "gdn_ops.bench.gpu_worker")
 

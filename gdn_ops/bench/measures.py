@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from gdn_ops import ops, registry
+from gdn_ops.bench.child import child_environment
 from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.inputs import Inputs, Setting, make_inputs, make_output_gradient, with_grad
-from gdn_ops.bench.memory import child_environment, measure_peak
+from gdn_ops.bench.memory import measure_peak
 from gdn_ops.bench.peers import Comparator
 from gdn_ops.bench.rows import Row, make_row, timed_row
 from gdn_ops.bench.runner import interleave

@@ -15,8 +15,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import Any
 
 import torch
 
-import gdn_ops
+from gdn_ops.bench.child import ask
 from gdn_ops.bench.inputs import make_inputs, make_output_gradient, with_grad
 from gdn_ops.bench.peers import Comparator, comparator
 from gdn_ops.spec import Sizes
@@ -47,13 +45,6 @@ class Peak:
     exact: bool
 
 
-def child_environment() -> dict[str, str]:
-    """Return an environment in which a child imports this very gdn_ops."""
-    root = str(Path(gdn_ops.__file__).resolve().parents[1])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-
-
 def measure_peak(
     name: str, sizes: Sizes, dtype: str, threads: int, device: str = "cpu"
 ) -> Peak | str:
@@ -73,17 +64,8 @@ def measure_peak(
         "threads": threads,
         "device": device,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "gdn_ops.bench.memory", json.dumps(order)],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        return f"the measuring process ended with {done.returncode}: {lines[-1] if lines else ''}"
-    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+    answer = ask("gdn_ops.bench.memory", order)
+    return answer if isinstance(answer, str) else Peak(**answer)
 
 
 def _status_bytes(field: str) -> int | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from gdn_ops import registry
 from gdn_ops.bench import memory, report, suite
+from gdn_ops.bench.child import ask
 from gdn_ops.bench.inputs import Setting
 from gdn_ops.bench.rows import Result, Row, Target
 from gdn_ops.bench.runner import Timing, interleave
@@ -293,17 +293,7 @@ def _memory_rows(names: Sequence[str], shape: Shape, result: Result) -> list[Row
 def _child(order: dict[str, Any], shape: Shape) -> Any:
     """Return what a process of its own prints of an order, or why it failed."""
     order |= {"shape": asdict(shape), "threads": torch.get_num_threads()}
-    done = subprocess.run(
-        [sys.executable, "-m", "gdn_ops.bench.models", json.dumps(order)],
-        env=memory.child_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [""])[-1]
-        return f"its process failed: {reason}"
-    return json.loads(done.stdout.splitlines()[-1])
+    return ask("gdn_ops.bench.models", order)
 
 
 def show_run(backends: Sequence[str], setting: Setting, out: Path | None) -> None:

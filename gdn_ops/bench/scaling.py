@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gdn_ops import ops
+from gdn_ops.bench.child import ask
 from gdn_ops.bench.inputs import Setting, make_inputs
-from gdn_ops.bench.memory import child_environment
 from gdn_ops.bench.rows import Row, make_row
 from gdn_ops.bench.runner import Timing, interleave
 from gdn_ops.spec import Case, Sizes
@@ -37,17 +36,9 @@ def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row | str:
         "setting": asdict(s),
         "threads": torch.get_num_threads(),
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "gdn_ops.bench.scaling", json.dumps(order)],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        return f"the measuring process ended with {done.returncode}: {lines[-1] if lines else ''}"
-    samples = json.loads(done.stdout.splitlines()[-1])
+    samples = ask("gdn_ops.bench.scaling", order)
+    if isinstance(samples, str):
+        return samples
     longer, shorter = (Timing(tuple(samples[what])) for what in ("long", "short"))
     return make_row(
         "scaling",
