@@ -82,6 +82,7 @@ class DecodeSession:
         copies = 1 if in_place else 2
         # What is read next is at [turn % copies].
         self._states = {name: [Buffer(inputs[name]) for _ in range(copies)] for name in states}
+        self._memories = {id(buffer.memory) for buffer in self._inputs.values()}
         self._turn, self._copies, self._carried = 0, copies, states
         self._results: list[Results] = []
         self.inputs, self.outputs = tuple(self._inputs), tuple(p.name for p in self._ports)
@@ -150,9 +151,14 @@ class DecodeSession:
                 if type(x) is not np.ndarray or x.dtype is not dtype or x.shape != shape:
                     buffer.check("DecodeSession.step", x)
         if not is_own:
-            for (array, _, _, _), x in zip(self._taken, args, strict=True):
-                if x is not array:
-                    np.copyto(array, x)
+            # A buffer that is given for another input is read before it is written.
+            foreign = [
+                (taken[0], x.copy() if id(x.base) in self._memories else x)
+                for taken, x in zip(self._taken, args, strict=True)
+                if x is not taken[0]
+            ]
+            for array, x in foreign:
+                np.copyto(array, x)
         for results in self._results:
             if results.is_free():
                 break

@@ -142,6 +142,19 @@ def test_a_token_written_into_the_buffers_is_one_that_was_given(body: str) -> No
         assert np.array_equal(x, y)
 
 
+def test_a_buffer_that_is_given_for_another_input_is_read_before_it_is_written() -> None:
+    tokens, _ = Step(tokens=1).draw()
+    arrays = feed(tokens[0])
+    swapped = arrays | {"q": arrays["k"], "k": arrays["q"]}
+    session, other = (export.DecodeSession(Step().model("standard"), batch=2) for _ in range(2))
+    expected = other.step(**swapped)
+    buffers = session.buffers
+    for name, x in arrays.items():
+        buffers[name][...] = x
+    given = buffers | {"q": buffers["k"][:], "k": buffers["q"]}
+    assert np.array_equal(session.step(**given), expected)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_reset_session_is_a_new_one(in_place: bool) -> None:
     tokens, _ = Step(tokens=3).draw()

@@ -129,7 +129,9 @@ class _Bare:
         self.turn = (self.turn + 1) % len(bindings)
 
 
-def _session(model: ModelProto, batch: int, feeds: list[Array], body: str, **options: Any) -> Any:
+def _session(
+    model: ModelProto, batch: int, feeds: list[Array], body: str, **options: Any
+) -> DecodeSession:
     """Return a session of one thread with full buffers, for runs without step()."""
     made = DecodeSession(model, batch=batch, body=body, threads=1, **options)
     made.step(*feeds)

@@ -43,16 +43,20 @@ def causal_convolution(
 
 def _whole(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """All tokens at once, in operations that autograd and compilers see."""
-    reach, tokens = weight.shape[1] - 1, x.shape[1]
-    dtype = wide(x.dtype)
-    window = functional.pad(x.to(dtype), (0, 0, reach, 0))
-    w = weight.to(dtype)
+    window = functional.pad(x.to(wide(x.dtype)), (0, 0, weight.shape[1] - 1, 0))
+    return convolved_window(window, weight, bias, silu=silu).to(x.dtype)
+
+
+def convolved_window(window: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool) -> Tensor:
+    """Convolve (B, k − 1 + T, D) to (B, T, D) in plain arithmetic, in the dtype of the window."""
+    tokens = window.shape[1] - weight.shape[1] + 1
+    w = weight.to(window.dtype)
     p = window[:, :tokens] * w[:, 0]
-    for j in range(1, reach + 1):
+    for j in range(1, weight.shape[1]):
         p = torch.addcmul(p, window[:, j : j + tokens], w[:, j])
     if bias is not None:
-        p = p + bias.to(dtype)
-    return (functional.silu(p) if silu else p).to(x.dtype)
+        p = p + bias.to(p.dtype)
+    return functional.silu(p) if silu else p
 
 
 class _Operands:

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gdn_ops.errors import SpecError
 from gdn_ops.nn.blocks import runs_in_blocks
-from gdn_ops.nn.causal import causal_convolution
+from gdn_ops.nn.causal import causal_convolution, convolved_window
 
 
 class ShortConvolution(nn.Module):
@@ -96,19 +95,10 @@ class ShortConvolution(nn.Module):
 
     def _convolve(self, window: Tensor) -> Tensor:
         """(B, reach + T, channels) to (B, T, channels)."""
-        reach = self.kernel_size - 1
-        tokens = window.shape[1] - reach
-        if tokens > 1 and runs_in_blocks(window):
-            silu = self.activation == "silu"
+        reach, silu = self.kernel_size - 1, self.activation == "silu"
+        if window.shape[1] > reach + 1 and runs_in_blocks(window):
             return causal_convolution(window, self.weight, self.bias, silu=silu)[:, reach:]
-        weight = self.weight.to(window.dtype)
-        # Plain arithmetic in an exported graph.
-        y = window[:, :tokens] * weight[:, 0]
-        for j in range(1, self.kernel_size):
-            y = torch.addcmul(y, window[:, j : j + tokens], weight[:, j])
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return functional.silu(y) if self.activation == "silu" else y
+        return convolved_window(window, self.weight, self.bias, silu=silu)
 
     def _packed(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """Run packed sequences as one long row, each behind its own past."""
