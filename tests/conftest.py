@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from fences import fenced
 from hypothesis import HealthCheck, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
+from torch import Tensor
 
 # Drawing tensors is slow by hypothesis' measure, and the first call of a backend may compile.
 _SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large)
@@ -48,3 +51,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def allocated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """Every tensor that a call allocates, NaN inside and a number in its fences."""
+    found: list[Tensor] = []
+    empty = torch.empty
+
+    def fenced_empty(*size: Any, **options: Any) -> Tensor:
+        inside = empty(*size, **options)
+        if not inside.is_floating_point():
+            return inside
+        found.append(fenced(inside.fill_(float("nan")), 7.0))
+        return found[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", fenced_empty)
+        patch.setattr(torch, "empty_like", lambda x, **o: fenced_empty(x.shape, dtype=x.dtype))
+        yield found

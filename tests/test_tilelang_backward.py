@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
+from fences import fenced, fences
 from torch import Tensor
 
 from gdn_ops.bind import bind
@@ -194,38 +194,6 @@ def test_what_is_asked_of_the_past_changes_no_bit_of_the_present(at: int) -> Non
 
 # Memory: inputs and scratch lie between fences, and every scratch tensor starts as NaN.
 
-FENCE = 64
-
-
-def _fenced(x: Tensor, value: float) -> Tensor:
-    """Return x inside a larger allocation that is full of a value on both sides."""
-    wide = torch.full((x.numel() + 2 * FENCE,), value, dtype=x.dtype)
-    return wide[FENCE : FENCE + x.numel()].copy_(x.reshape(-1)).view(x.shape)
-
-
-def _fences(x: Tensor) -> Tensor:
-    storage = x.new_empty(0).set_(x.untyped_storage())
-    return torch.cat((storage[:FENCE], storage[-FENCE:]))
-
-
-@pytest.fixture
-def allocated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """Every tensor that a call allocates, NaN inside and a number in its fences."""
-    found: list[Tensor] = []
-    empty = torch.empty
-
-    def fenced_empty(*size: Any, **options: Any) -> Tensor:
-        inside = empty(*size, **options)
-        if not inside.is_floating_point():
-            return inside
-        found.append(_fenced(inside.fill_(float("nan")), 7.0))
-        return found[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", fenced_empty)
-        patch.setattr(torch, "empty_like", lambda x, **o: fenced_empty(x.shape, dtype=x.dtype))
-        yield found
-
 
 @pytest.mark.parametrize(
     ("changes", "segment"),
@@ -241,18 +209,18 @@ def test_no_kernel_touches_memory_that_is_not_its_own(
 ) -> None:
     example = dataclasses.replace(PACKED, **changes)
     arguments, (d_o, d_state) = example.arguments(), example.cotangents()
-    fenced = {
-        name: _fenced(x, float("nan")) if isinstance(x, Tensor) and x.is_floating_point() else x
+    between = {
+        name: fenced(x, float("nan")) if isinstance(x, Tensor) and x.is_floating_point() else x
         for name, x in arguments.items()
     }
-    cotangents = (_fenced(d_o, float("nan")), _fenced(d_state, float("nan")))
+    cotangents = (fenced(d_o, float("nan")), fenced(d_state, float("nan")))
     with _using(example, segment=segment):
         expected = run(arguments, "tilelang", (d_o, d_state))
         allocated.clear()
-        found = run(fenced, "tilelang", cotangents)
+        found = run(between, "tilelang", cotangents)
     assert len(allocated) >= 10
     for x in allocated:
-        assert bool((_fences(x) == 7.0).all()), tuple(x.shape)
+        assert bool((fences(x) == 7.0).all()), tuple(x.shape)
     # NaN from a fence, or from what nothing has written, would be in the results.
     for name, x in found.items():
         assert not bool(x.isnan().any()), name

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fences import fenced, fences
 from torch import Tensor
 
 import gdn_ops
@@ -140,38 +141,6 @@ def test_the_same_call_gives_the_same_bits() -> None:
 
 # Memory: inputs and scratch lie between fences, and every scratch tensor starts as NaN.
 
-FENCE = 64
-
-
-def _fenced(x: Tensor, value: float) -> Tensor:
-    """Return x inside a larger allocation that is full of a value on both sides."""
-    wide = torch.full((x.numel() + 2 * FENCE,), value, dtype=x.dtype)
-    inner = wide[FENCE : FENCE + x.numel()]
-    return inner.copy_(x.reshape(-1)).view(x.shape)
-
-
-def _fences(x: Tensor) -> Tensor:
-    storage = x.new_empty(0).set_(x.untyped_storage())
-    return torch.cat((storage[:FENCE], storage[-FENCE:]))
-
-
-@pytest.fixture
-def allocated(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Every tensor that a call allocates, NaN inside and a number in its fences."""
-    found: list[Tensor] = []
-    empty = torch.empty
-
-    def fenced_empty(*size: Any, **options: Any) -> Tensor:
-        inside = empty(*size, **options)
-        if not inside.is_floating_point():
-            return inside
-        found.append(_fenced(inside.fill_(float("nan")), 7.0))
-        return found[-1]
-
-    monkeypatch.setattr(torch, "empty", fenced_empty)
-    monkeypatch.setattr(torch, "empty_like", lambda x, **o: fenced_empty(x.shape, dtype=x.dtype))
-    return found
-
 
 MEMORY_CASES = [
     AWKWARD,
@@ -187,24 +156,24 @@ def test_no_kernel_touches_memory_that_is_not_its_own(
     example: Example, allocated: list[Tensor]
 ) -> None:
     arguments = {
-        name: _fenced(x, float("nan")) if isinstance(x, Tensor) and x.is_floating_point() else x
+        name: fenced(x, float("nan")) if isinstance(x, Tensor) and x.is_floating_point() else x
         for name, x in example.arguments().items()
     }
     allocated.clear()
-    cotangents = tuple(_fenced(x, float("nan")) for x in example.cotangents())
+    cotangents = tuple(fenced(x, float("nan")) for x in example.cotangents())
     allocated.clear()
     found = run(arguments, "triton", cotangents)  # type: ignore[arg-type]
     for name, x in found.items():
         assert not bool(x.isnan().any()), name
     assert allocated
     for x in allocated:
-        assert bool((_fences(x) == 7.0).all()), tuple(x.shape)
+        assert bool((fences(x) == 7.0).all()), tuple(x.shape)
     with torch.no_grad():
         allocated.clear()
         o, state = gdn_ops.gated_delta(**arguments, return_state=True, backend="triton")
         assert not bool(o.isnan().any() | state.isnan().any())
         for x in allocated:
-            assert bool((_fences(x) == 7.0).all()), tuple(x.shape)
+            assert bool((fences(x) == 7.0).all()), tuple(x.shape)
 
 
 def test_a_strided_view_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
