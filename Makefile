@@ -1,34 +1,56 @@
-# Every target works on a fresh clone: what it needs is installed into .venv first.
+# Every target works on a fresh clone: what it needs is installed into .venv first, in the
+# versions of constraints.txt.
 #
 #   make demo                 show what the op does, on a real text
 #   make test                 static checks and all tests
 #   make fuzz SECONDS=600     random calls against every backend
+#   make lock                 refresh constraints.txt and show what changed
+#   make versions             the tests with other versions of torch, transformers, onnx, ...
+#   make versions CELL='triton-3.6 transformers-*'     some of them
 #   make native               the custom-op library for onnxruntime (ORT_INCLUDE=<its headers>)
 #
 # torch is installed first and once, if none is there. Which build is up to you:
 #   make venv TORCH="torch==2.13.0 --index-url <the index of your CUDA or CPU build>"
 
-TORCH ?= torch==2.13.0
+LOCK := constraints.txt
+ifeq ($(strip $(TORCH)),)
+TORCH := $(shell grep '^torch==' $(LOCK))
+endif
 PYTHON ?= python3
+VENV ?= .venv
 SECONDS ?= 600
 # Processes that tests run in; on small tensors a second thread only waits for the first.
 WORKERS ?= 2
 BENCH ?=
 ORT_INCLUDE ?=
+# Cells of `make versions`, names or patterns; how many run at once, by cores and memory without;
+# RECORD=1 puts the result of a few cells into docs/versions.md.
+CELL ?=
+JOBS ?=
+RECORD ?=
 
-BIN := .venv/bin
-STAMP := .venv/.installed
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONSTRAINTS := $(VENV)/constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv test check static pytest demo fuzz bench docs native wheel clean
+.PHONY: venv lock test check static pytest versions demo fuzz bench docs native wheel clean distclean
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable ".[dev]"
+# What builds gdn_ops is locked too, hence no isolation; torch may refuse lines of the lock.
+$(STAMP): pyproject.toml $(LOCK)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) $(TORCH)
+	PYTHONPATH=tests $(BIN)/python -m versions.constrain $(LOCK) > $(CONSTRAINTS)
+	$(INSTALL) --constraint $(CONSTRAINTS) setuptools wheel
+	$(INSTALL) --constraint $(CONSTRAINTS) --no-build-isolation --editable ".[dev]"
 	touch $@
+
+lock:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PYTHONPATH=tests $(BIN)/python -m versions.lock $(LOCK) "$(TORCH)"
 
 test: check
 
@@ -42,6 +64,10 @@ static: $(STAMP)
 
 pytest: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+versions: $(STAMP)
+	$(BIN)/python tests/versions $(foreach cell,$(CELL),'$(cell)') \
+		$(if $(JOBS),--jobs $(JOBS)) $(if $(RECORD),--record)
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet
@@ -63,6 +89,10 @@ wheel: $(STAMP)
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation
 
+# Keeps what was installed: .venv, and the cells of `make versions`.
 clean:
-	rm -rf .venv build dist site native/build .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist site native/build .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	find . -path ./$(VENV) -prune -o -path ./.versions -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) .versions

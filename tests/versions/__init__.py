@@ -1,0 +1,1 @@
+"""Lock what `make test` and `make demo` install, and run the tests with other versions."""

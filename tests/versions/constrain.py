@@ -1,0 +1,80 @@
+"""Write constraints for an environment that has torch: `python -m versions.constrain LOCK`.
+
+A CUDA build of torch pins its own Triton and CUDA libraries, a CPU build pins nothing. So the
+lock holds for every build less the lines that the torch at hand does not allow. This runs where
+nothing but pip and torch is installed, hence with the parts of pip.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.utils import canonicalize_name
+from pip._vendor.packaging.version import Version
+
+
+def read_lock(text: str) -> dict[str, str]:
+    """Return the versions of a lock by name."""
+    pairs = (line.partition("==") for line in text.splitlines())
+    return {name: version for name, _, version in pairs}
+
+
+def write_lock(versions: dict[str, str]) -> str:
+    """Return a lock: a line `name==version` for each name, sorted."""
+    return "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()))
+
+
+def installed_requirements(name: str) -> list[str]:
+    """Return what an installed package requires; nothing for one that is not installed."""
+    try:
+        return importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _applies(requirement: Requirement, extras: Iterable[str]) -> bool:
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
+
+
+def refused(
+    lock: dict[str, str], requires: Callable[[str], list[str]] = installed_requirements
+) -> set[str]:
+    """Return the names whose locked version is not allowed by torch or by what it requires."""
+    found: set[str] = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
+    waiting = [("torch", frozenset[str]())]
+    while waiting:
+        name, extras = waiting.pop()
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        for requirement in map(Requirement, requires(name)):
+            if _applies(requirement, extras):
+                needed = canonicalize_name(requirement.name)
+                version = lock.get(needed)
+                if version and not requirement.specifier.contains(version, prereleases=True):
+                    found.add(needed)
+                waiting.append((needed, frozenset(requirement.extras)))
+    return found
+
+
+def main(lock: Path) -> None:
+    """Print the constraints, and on stderr what they leave out."""
+    versions = read_lock(lock.read_text(encoding="utf-8"))
+    here, locked = importlib.metadata.version("torch"), versions.pop("torch")
+    if Version(here).public != locked:
+        print(f"torch {here} is installed, {lock} has {locked}", file=sys.stderr)
+    left_out = refused(versions)
+    if left_out:
+        names = ", ".join(sorted(left_out))
+        print(f"left out of {lock}, torch {here} needs other versions: {names}", file=sys.stderr)
+    print(write_lock({n: v for n, v in versions.items() if n not in left_out}), end="")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

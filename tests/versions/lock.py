@@ -1,0 +1,94 @@
+"""Refresh the lock and show what changed: `python -m versions.lock constraints.txt TORCH`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.utils import canonicalize_name
+from pip._vendor.packaging.version import Version
+
+from versions.constrain import read_lock, write_lock
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = (".[dev]", "setuptools", "wheel")
+"""What is locked: everything for tests, documentation and demo, and what builds the wheel."""
+
+
+def resolve(*arguments: str) -> list[dict[str, Any]]:
+    """Return the metadata of what pip would install where nothing is installed yet."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        options = ("--dry-run", "--quiet", "--ignore-installed", "--report", str(report))
+        command = [sys.executable, "-m", "pip", "install", *options, *arguments]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            raise SystemExit("lock: pip found no set of versions; nothing was changed")
+        found = json.loads(report.read_text(encoding="utf-8"))["install"]
+    return [entry["metadata"] for entry in found]
+
+
+def stand_in(torch: dict[str, Any], folder: Path) -> Path:
+    """Write a wheel that needs what every build of a torch needs, and return its path.
+
+    What only one build needs (a CUDA build: its CUDA libraries and its Triton) has a marker.
+    Without it the lock is the same whatever build the machine gets.
+    """
+    version = Version(torch["version"]).public
+    needs = [text for text in torch["requires_dist"] if Requirement(text).marker is None]
+    head = ["Metadata-Version: 2.1", "Name: torch", f"Version: {version}"]
+    wheel = folder / f"torch-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        info = f"torch-{version}.dist-info"
+        lines = [*head, *(f"Requires-Dist: {text}" for text in needs), ""]
+        archive.writestr(f"{info}/METADATA", "\n".join(lines))
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return wheel
+
+
+def versions_of(packages: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the public versions of packages by their normalized names, without gdn_ops."""
+    found = {canonicalize_name(p["name"]): Version(p["version"]).public for p in packages}
+    found.pop("gdn-ops", None)
+    return found
+
+
+def changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """Return a line for each name that is added, removed or has another version."""
+    lines = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if before is None:
+            lines.append(f"+ {name} {after}")
+        elif after is None:
+            lines.append(f"- {name} {before}")
+        elif before != after:
+            lines.append(f"  {name} {before} -> {after}")
+    return lines
+
+
+def main(lock: Path, torch: str) -> None:
+    """Resolve everything anew, show what changes, and only then write the lock."""
+    found = resolve("--no-deps", *shlex.split(torch))
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = stand_in(found[0], Path(folder))
+        new = versions_of(resolve(str(wheel), *PROJECT))
+    old = read_lock(lock.read_text(encoding="utf-8")) if lock.exists() else {}
+    lines = changes(old, new)
+    print("\n".join(lines) or "nothing changed")
+    print(f"{lock}: {len(new)} packages, {len(lines)} changed")
+    written = lock.with_suffix(".new")
+    written.write_text(write_lock(new), encoding="utf-8")
+    written.replace(lock)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
