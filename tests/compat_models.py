@@ -1,16 +1,19 @@
-"""Tiny random models of every family whose delta rule is replaced; shared by the compat tests."""
+"""Make tiny random models of every family, and stand-ins for modeling modules."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gdn_ops import gated_delta
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.set_verbosity_error()
@@ -64,6 +67,32 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen3_5MoeForCausalLM",
         {"head_dim": 16, **EXPERTS, **heads(2, 4, 16, 16)},
     ),
+    "qwen4_exp-2:1": (
+        "Qwen4ExpTextConfig",
+        "Qwen4ExpForCausalLM",
+        {
+            "head_dim": 16,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 64,
+            "indexer_compress_ratio": 4,
+            "hc_lowrank": 8,
+            "ngram_vocab_size_base": 64,
+            "heads_per_ngram": 2,
+            "make_ngram_vocab_size_divisible_by": 8,
+            "split_ngram_parts": 4,
+            "ple_layer_ids": [1, 3],
+            "eos_token_id": 1,
+            **EXPERTS,
+            **heads(2, 4, 16, 16),
+        },
+    ),
+    "lara_mini-2:1": (
+        "LaraMiniConfig",
+        "LaraMiniForCausalLM",
+        {"head_dim": 16, "num_hidden_layers": 4, **EXPERTS, **heads(2, 4, 16, 8)},
+    ),
     # Heads as in the 7B model, 96 and 192, by four; β in (0, 2).
     "olmo_hybrid-1:1": (
         "OlmoHybridConfig",
@@ -71,6 +100,10 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"linear_allow_neg_eigval": True, "eos_token_id": 1, **heads(3, 3, 24, 48)},
     ),
 }
+
+
+SMALL = "qwen3_5-3:1" if hasattr(transformers, "Qwen3_5ForCausalLM") else "qwen3_next-2:1"
+"""A family that the installed transformers has, for tests that need only one."""
 
 
 def architecture(family: str) -> str:
@@ -81,8 +114,10 @@ def architecture(family: str) -> str:
 def model(family: str) -> Any:
     """Return the model of a family, random, in float32, in eval mode."""
     config_name, model_name, more = FAMILIES[family]
+    if not hasattr(transformers, model_name):
+        pytest.skip(f"this transformers has no {model_name}")
     torch.manual_seed(0)
-    config = getattr(transformers, config_name)(**COMMON, **more)
+    config = getattr(transformers, config_name)(**{**COMMON, **more})
     found = getattr(transformers, model_name)(config).eval()
     # The default one has no float64.
     found.config._experts_implementation = "eager"
@@ -137,4 +172,97 @@ def exact_gradients(family: str, rows: int, length: int) -> dict[str, Tensor]:
 
 def relative(found: Tensor, expected: Tensor) -> float:
     found, expected = found.detach(), expected.detach()
-    return float((found - expected).norm() / expected.norm())
+    norm = float(expected.norm())
+    # An absolute difference from zero: what is not used has no gradient.
+    return float((found - expected).norm()) / (norm or 1.0)
+
+
+def run(model: Any, ids: Tensor, **options: Any) -> Tensor:
+    """Return the logits of a model."""
+    with torch.no_grad():
+        return model(ids, **options).logits
+
+
+# Stand-ins for modeling modules: what they compute is right, and `ran` tells that they did.
+
+
+def _recurrence(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Any, has_state: bool, l2: bool
+) -> tuple[Tensor, Tensor | None]:
+    options = {"qk_l2norm": l2, "initial_state": state, "return_state": True, "backend": "naive"}
+    o, final = gated_delta(q, k, v, log_alpha=g, beta=beta, **options)
+    return o, final if has_state else None
+
+
+def stand_in(name: str, *, holds: bool) -> types.ModuleType:
+    """Return a module with both functions and a layer that looks them up, or holds them."""
+    module = types.ModuleType(name)
+    ran: list[str] = []
+
+    def torch_chunk_gated_delta_rule(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        chunk_size: int = 64,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        ran.append("chunk")
+        rest = (initial_state, output_final_state, use_qk_l2norm_in_kernel)
+        return _recurrence(query, key, value, g, beta, *rest)
+
+    def torch_recurrent_gated_delta_rule(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None,
+        output_final_state: bool,
+        use_qk_l2norm_in_kernel: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        ran.append("recurrent")
+        rest = (initial_state, output_final_state, use_qk_l2norm_in_kernel)
+        return _recurrence(query, key, value, g, beta, *rest)
+
+    def run_layer(self: Any, x: Tensor, chunk: Any, recurrent: Any) -> Tensor:
+        gate = -x[..., 0].abs()
+        if x.shape[1] > 1:
+            return chunk(x, x, x, g=gate, beta=-gate)[0]
+        return recurrent(x, x, x, g=gate, beta=-gate, initial_state=None, output_final_state=True)[
+            0
+        ]
+
+    class Holding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer_idx = 0
+            self.chunk_gated_delta_rule = module.torch_chunk_gated_delta_rule
+            self.recurrent_gated_delta_rule = module.torch_recurrent_gated_delta_rule
+
+        def forward(
+            self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Any = None
+        ) -> Tensor:
+            functions = self.chunk_gated_delta_rule, self.recurrent_gated_delta_rule
+            return run_layer(self, hidden_states, *functions)
+
+    class Looking(nn.Module):
+        def forward(
+            self, hidden_states: Tensor, cache: Any = None, attention_mask: Any = None, **kw: Any
+        ) -> Tensor:
+            functions = module.torch_chunk_gated_delta_rule, module.torch_recurrent_gated_delta_rule
+            return run_layer(self, hidden_states, *functions)
+
+    layer = Holding if holds else Looking
+    layer.__module__, layer.__name__ = name, "Layer"
+    vars(module).update(
+        Layer=layer,
+        ran=ran,
+        torch_chunk_gated_delta_rule=torch_chunk_gated_delta_rule,
+        torch_recurrent_gated_delta_rule=torch_recurrent_gated_delta_rule,
+    )
+    return module

@@ -70,3 +70,21 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         patch.setattr(torch, "empty", fenced_empty)
         patch.setattr(torch, "empty_like", lambda x, **o: fenced_empty(x.shape, dtype=x.dtype))
         yield found
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the convolution and the norm of a tiny model run in several blocks."""
+    from gdn_ops.nn import blocks
+
+    monkeypatch.setattr(blocks, "_BLOCK", 1 << 10)
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Trace with torch.compile, but skip its C++ compiler, which takes seconds per shape."""
+    from gdn_ops.backends import compile as compile_backend
+
+    monkeypatch.setattr(compile_backend.Compile, "compiler", "aot_eager")
+    yield
+    torch.compiler.reset()

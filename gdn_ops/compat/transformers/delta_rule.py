@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gdn_ops import library, registry
 from gdn_ops.bind import bind
-from gdn_ops.errors import SpecError
 from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
 from gdn_ops.ops import gated_delta, gated_delta_step
 from gdn_ops.spec import OpSpec
@@ -20,11 +19,6 @@ Note = Callable[[str, str], None]
 
 IN_A_GRAPH = "in a compiled graph"
 """Noted instead of a backend while a graph is traced, once per call in the graph."""
-
-PACKED = (
-    "cu_seqlens is given without seq_idx, should be given with it: the short convolution in "
-    "front would mix the packed sequences"
-)
 
 _PUBLIC: dict[str, Callable[..., Any]] = {
     "gated_delta": gated_delta,
@@ -88,18 +82,6 @@ def delta_rule(
         arguments = {**tensors, "initial_state": initial_state, **more, **options}
         o, state = _run(GATED_DELTA, arguments, note)
     return o, state if output_final_state else None
-
-
-def packed_sequences(options: dict[str, Any]) -> Tensor | None:
-    """Return the boundaries among a layer's other keywords, if its convolution keeps them too.
-
-    Raises:
-        SpecError: the convolution was not told of them.
-    """
-    cu_seqlens: Tensor | None = options.get("cu_seqlens")
-    if cu_seqlens is not None and options.get("seq_idx") is None:
-        raise SpecError(f"accelerate: {PACKED}")
-    return cu_seqlens
 
 
 def _run(spec: OpSpec, arguments: dict[str, Any], note: Note) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,17 @@
+"""Run the models of transformers on gdn_ops.
+
+    from gdn_ops.compat.transformers import accelerate
+
+    accelerate()
+
+While it is active, gdn_ops computes the gated delta rule of every model of transformers that has
+it (Qwen3-Next, Qwen3.5, OLMo-Hybrid and whatever the installed release adds), in models that are
+loaded already and in those that are loaded later.
+"""
+
+from __future__ import annotations
+
+from gdn_ops.compat.transformers.acceleration import Acceleration, accelerate
+from gdn_ops.compat.transformers.discovery import known_architectures
+
+__all__ = ["Acceleration", "accelerate", "known_architectures"]

@@ -1,0 +1,148 @@
+"""Replace the short convolution of transformers' layers on CPUs: blocks of tokens, no transpose.
+
+Elsewhere than on CPUs, in a graph, or for operands of a kind that is not known here, the original
+runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gdn_ops.compat.transformers.rule import ORIGINAL, original_of
+from gdn_ops.compat.transformers.signatures import definition, leading_objection
+from gdn_ops.compat.transformers.trial import Draw, difference, plain_torch
+from gdn_ops.nn.blocks import is_plain, wide
+from gdn_ops.nn.causal import causal_convolution
+
+Function = Callable[..., Tensor]
+
+_ACTIVATIONS = (None, "silu", "swish")
+
+PARAMETERS = {
+    "causal_conv1d_fn": ("hidden_states", "weight", "bias", "activation"),
+    "causal_conv1d_update": ("hidden_states", "conv_state", "weight", "bias", "activation"),
+}
+"""What the parameters of each function begin with, in order."""
+
+
+def whole_convolution(original: Function) -> Function:
+    """Return what stands instead of `causal_conv1d_fn`."""
+
+    def causal_conv1d_fn(
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        **options: Any,
+    ) -> Tensor:
+        sequences = options.get("seq_idx")
+        if (
+            activation not in _ACTIVATIONS
+            or not is_plain(hidden_states)
+            or options.get("cu_seqlens") is not None
+            or (sequences is not None and sequences.shape != (1, hidden_states.shape[2]))
+        ):
+            return original(hidden_states, weight, bias, activation=activation, **options)
+        x, silu = hidden_states.transpose(1, 2), activation is not None
+        if sequences is None:
+            return causal_convolution(x, weight, bias, silu=silu).transpose(1, 2)
+        lengths = torch.unique_consecutive(sequences[0], return_counts=True)[1].tolist()
+        parts = [causal_convolution(part, weight, bias, silu=silu) for part in x.split(lengths, 1)]
+        return torch.cat(parts, 1).transpose(1, 2)
+
+    return causal_conv1d_fn
+
+
+def convolution_update(original: Function) -> Function:
+    """Return what stands instead of `causal_conv1d_update`, which writes the next state."""
+
+    def causal_conv1d_update(
+        hidden_states: Tensor,
+        conv_state: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        **options: Any,
+    ) -> Tensor:
+        dtypes = {hidden_states.dtype, conv_state.dtype, weight.dtype}
+        taps = weight.shape[1]
+        if (
+            options
+            or activation not in _ACTIVATIONS
+            or not is_plain(hidden_states)
+            or len(dtypes) > 1
+            or hidden_states.shape[2] != 1
+            or conv_state.shape[2] < taps - 1
+        ):
+            return original(hidden_states, conv_state, weight, bias, activation, **options)
+        window = torch.cat([conv_state, hidden_states], -1)
+        conv_state.copy_(window[..., 1:])
+        dtype = wide(weight.dtype)
+        p = (window[..., -taps:].to(dtype) * weight.to(dtype)).sum(-1, keepdim=True)
+        if bias is not None:
+            p = p + bias.to(dtype)[:, None]
+        return (functional.silu(p) if activation is not None else p).to(hidden_states.dtype)
+
+    return causal_conv1d_update
+
+
+_REPLACEMENTS: dict[str, Callable[[Function], Function]] = {
+    "causal_conv1d_fn": whole_convolution,
+    "causal_conv1d_update": convolution_update,
+}
+
+
+def examine_convolution(name: str, module: ModuleType) -> Function | str | None:
+    """Return what stands instead of a convolution of a module, why nothing can, or None.
+
+    None where the module has no such function.
+    """
+    function = vars(module).get(name)
+    if not callable(function):
+        return None
+    original = original_of(function)
+    found = definition(original, PARAMETERS[name])
+    if found is None:
+        return leading_objection(name, original, PARAMETERS[name])
+    new = _REPLACEMENTS[name](original)
+    setattr(new, ORIGINAL, original)
+    with plain_torch():
+        for example in _EXAMPLES[name]():
+            # An update writes its second argument.
+            results = [(f, [_copy(x) for x in example]) for f in (found, new)]
+            objection = difference(*(_run_of(f, arguments) for f, arguments in results))
+            if objection is not None:
+                return f"{name} {objection}"
+    return new
+
+
+def _copy(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def _run_of(function: Function, arguments: list[Any]) -> Callable[[], Sequence[Tensor]]:
+    """Return what calls a function and returns its result and the argument that it may write."""
+    return lambda: (function(*arguments), arguments[1])
+
+
+def _whole_examples() -> Iterator[list[Any]]:
+    draw = Draw()
+    x, weight, bias = draw.normal(2, 6, 9), draw.normal(6, 4), draw.normal(6)
+    yield [x, weight, None, "silu"]
+    yield [x, weight, bias, None]
+
+
+def _update_examples() -> Iterator[list[Any]]:
+    draw = Draw()
+    x, state, weight, bias = (draw.normal(*s) for s in ((2, 6, 1), (2, 6, 4), (6, 4), (6,)))
+    yield [x, state, weight, None, "silu"]
+    yield [x, state[..., 1:], weight, bias, "silu"]
+
+
+_EXAMPLES = {"causal_conv1d_fn": _whole_examples, "causal_conv1d_update": _update_examples}

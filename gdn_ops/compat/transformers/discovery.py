@@ -1,0 +1,65 @@
+"""Find the modeling modules of transformers that have the gated delta rule; none is listed here."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+CHUNK = "torch_chunk_gated_delta_rule"
+RECURRENT = "torch_recurrent_gated_delta_rule"
+FUNCTIONS = (CHUNK, RECURRENT)
+"""The functions that are replaced: of many tokens, and of one."""
+
+_MODELS = "transformers.models."
+
+
+def architecture_of(name: str) -> str | None:
+    """Return the model folder that a module's name belongs to; None if it is no modeling module."""
+    if not name.startswith(_MODELS):
+        return None
+    folder, _, module = name.removeprefix(_MODELS).partition(".")
+    return folder if module.startswith("modeling_") and "." not in module else None
+
+
+def functions_of(module: ModuleType) -> tuple[str, ...]:
+    """Return which of the two functions a module has."""
+    # Not by getattr: it would make the lazy modules of transformers import things.
+    return tuple(name for name in FUNCTIONS if vars(module).get(name) is not None)
+
+
+def loaded_modules() -> list[ModuleType]:
+    """Return the loaded modeling modules that have at least one of the two functions."""
+    return [
+        module
+        for name, module in sorted(sys.modules.items())
+        if architecture_of(name) is not None
+        and isinstance(module, ModuleType)
+        and functions_of(module)
+    ]
+
+
+def known_architectures() -> tuple[str, ...]:
+    """Return the model folders of the installed transformers that have the gated delta rule.
+
+    Its source files are searched and nothing is imported. Modules that are loaded already count,
+    wherever they come from.
+    """
+    spec = importlib.util.find_spec("transformers")
+    folders = () if spec is None else tuple(spec.submodule_search_locations or ())
+    loaded = (m.__name__ for m in loaded_modules() if functions_of(m) == FUNCTIONS)
+    found = {architecture_of(name) for name in loaded} | set(_architectures_in(folders))
+    return tuple(sorted(name for name in found if name is not None))
+
+
+@functools.cache
+def _architectures_in(folders: tuple[str, ...]) -> frozenset[str]:
+    """Return the model folders whose modeling files name both functions."""
+    files = [p for folder in folders for p in Path(folder, "models").glob("*/modeling_*.py")]
+    return frozenset(path.parent.name for path in files if _names_both(path.read_bytes()))
+
+
+def _names_both(source: bytes) -> bool:
+    return all(name.encode() in source for name in FUNCTIONS)

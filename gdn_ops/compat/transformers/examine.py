@@ -1,0 +1,126 @@
+"""Examine a modeling module: what of it gdn_ops can replace, and why it cannot replace the rest.
+
+Only the two functions of the delta rule are required, by what their parameters begin with. The
+convolution, the gated norm and the padding mask are found by what they are, tried, and left to
+transformers where they do not fit. Versions are never looked at.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from gdn_ops.compat.transformers import convolution, norm
+from gdn_ops.compat.transformers.discovery import CHUNK, FUNCTIONS, RECURRENT
+from gdn_ops.compat.transformers.padding import MASK
+from gdn_ops.compat.transformers.rule import Rule, examine_rule
+from gdn_ops.compat.transformers.signatures import layers_of, mentions, parameters_of
+
+HELD = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "recurrent_gated_delta_rule"}
+"""Attribute of a layer that holds each function, where layers hold them: before 5.15."""
+
+PACKAGE = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "fused_recurrent_gated_delta_rule"}
+"""Name in such a module of the function of the package fla, which a layer holds if it is there."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A class whose forward runs the delta rule.
+
+    Attributes:
+        cls: the class.
+        parameters: names of the parameters of its forward, in order, without `self`.
+        holds: whether it calls the functions through attributes of its own.
+    """
+
+    cls: type[nn.Module]
+    parameters: tuple[str, ...]
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What can be replaced in a module.
+
+    Attributes:
+        rules: the two functions, by name.
+        layers: the classes that run them.
+        convolutions: what stands instead of each convolution, by name.
+        norms: the classes whose forward is replaced.
+        left: what is there and does not fit, each with the reason.
+        absent: what this release has not got, so that nothing can be replaced.
+    """
+
+    rules: dict[str, Rule]
+    layers: list[Layer]
+    convolutions: dict[str, Any]
+    norms: list[type[nn.Module]]
+    left: list[str]
+    absent: list[str]
+
+
+def examine(module: ModuleType) -> Plan | list[str]:
+    """Return what can be replaced in a module, or every reason why the delta rule cannot be."""
+    found = {name: examine_rule(name, vars(module).get(name)) for name in FUNCTIONS}
+    rules = {name: rule for name, rule in found.items() if isinstance(rule, Rule)}
+    if len(rules) < len(FUNCTIONS):
+        return [rule for rule in found.values() if isinstance(rule, str)]
+    layers, left = _layers(module), []
+    if not layers:
+        left.append(f"the padding mask: no layer calls {CHUNK} and {RECURRENT}")
+    left += [
+        f"the padding mask: {layer.cls.__name__}.forward has no {MASK}"
+        for layer in layers
+        if MASK not in layer.parameters
+    ]
+    convolutions: dict[str, Any] = {}
+    absent = []
+    for name in convolution.PARAMETERS:
+        # A layer that holds its functions does not look its convolution up in the module either.
+        is_held = any(layer.holds for layer in layers)
+        new = None if is_held else convolution.examine_convolution(name, module)
+        if new is None:
+            absent.append(f"{name}: layers of this release do not call such a function")
+        elif isinstance(new, str):
+            left.append(new)
+        else:
+            convolutions[name] = new
+    norms = []
+    for cls in norm.candidates(module):
+        objection = norm.objection_to(cls)
+        if objection is None:
+            norms.append(cls)
+        else:
+            left.append(objection)
+    return Plan(rules, layers, convolutions, norms, left, absent)
+
+
+def _layers(module: ModuleType) -> list[Layer]:
+    """Return the classes of a module that call both functions, or hold both."""
+    found = []
+    for cls in vars(module).values():
+        if (
+            inspect.isclass(cls)
+            and issubclass(cls, nn.Module)
+            and cls.__module__ == module.__name__
+            and "forward" in vars(cls)
+        ):
+            methods = [f for f in vars(cls).values() if inspect.isfunction(f)]
+            holds = any(mentions(f, tuple(HELD.values())) for f in methods)
+            if holds or any(mentions(f, FUNCTIONS) for f in methods if f.__name__ != "__init__"):
+                found.append(Layer(cls, _parameters(vars(cls)["forward"]), holds))
+    return found
+
+
+def _parameters(forward: Any) -> tuple[str, ...]:
+    """Return the names of what a forward takes, looking through decorators."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found: tuple[str, ...] = ()
+    for function in layers_of(forward):
+        named = tuple(n for n, p in parameters_of(function).items() if p.kind not in variable)
+        found = max(found, named, key=len)
+    return found

@@ -1,0 +1,98 @@
+"""Replace the gated norm of transformers' layers on CPUs, by blocks of rows.
+
+Elsewhere than on CPUs, in a graph, or for operands of a kind that is not known here, the original
+runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdn_ops.compat.transformers.signatures import definition, parameters_of
+from gdn_ops.compat.transformers.trial import Draw, difference, plain_torch
+from gdn_ops.nn.blocks import is_plain
+from gdn_ops.nn.norm import gated_rms_norm
+
+Forward = Callable[..., Tensor]
+
+_PARAMETERS = ("hidden_states", "gate")
+
+_GATES = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
+"""Activations of a gate as transformers calls them, and as `gated_rms_norm` does."""
+
+
+def gated_norm(original: Forward) -> Forward:
+    """Return what stands instead of the forward of a gated norm."""
+
+    @functools.wraps(original)
+    def forward(self: Any, hidden_states: Tensor, *gates: Any, **options: Any) -> Tensor:
+        gate = gates[0] if len(gates) == 1 and not options else options.get("gate")
+        weight, eps = getattr(self, "weight", None), getattr(self, "variance_epsilon", None)
+        # Where a norm names no activation it has the one that the trial has seen.
+        activation = _GATES.get(getattr(self, "activation", "silu"))
+        if (
+            len(gates) + len(options) != 1
+            or gate is None
+            or weight is None
+            or eps is None
+            or activation is None
+            or not is_plain(hidden_states)
+            or hidden_states.shape != gate.shape
+            # In half precision transformers rounds between norm and gate.
+            or {hidden_states.dtype, gate.dtype, weight.dtype} != {torch.float32}
+        ):
+            return original(self, hidden_states, *gates, **options)
+        return gated_rms_norm(hidden_states, weight, gate, eps=eps, activation=activation)
+
+    return forward
+
+
+def candidates(module: ModuleType) -> list[type[nn.Module]]:
+    """Return the classes of a module whose forward takes a gate for its hidden states."""
+    return [
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type)
+        and issubclass(cls, nn.Module)
+        and cls.__module__ == module.__name__
+        and "forward" in vars(cls)
+        and _takes_a_gate(vars(cls)["forward"])
+    ]
+
+
+def _takes_a_gate(forward: Any) -> bool:
+    found = definition(forward, _PARAMETERS)
+    return found is not None and len(parameters_of(found)) == len(_PARAMETERS)
+
+
+def objection_to(cls: type[nn.Module]) -> str | None:
+    """Return why the forward of a class cannot be replaced, or None: one is made and tried."""
+    original = vars(cls)["forward"]
+    new = gated_norm(original)
+    with plain_torch():
+        try:
+            norm: Any = cls(4, eps=0.5)
+            norm.weight.copy_(torch.arange(1.0, 5.0))
+        except Exception as error:
+            return f"{cls.__name__} cannot be tried: {type(error).__name__}: {error}"
+        draw = Draw()
+        x, gate = draw.normal(3, 4), draw.normal(3, 4)
+        for activation in _activations(norm):
+            if activation is not None:
+                norm.activation = activation
+            found = difference(lambda: [original(norm, x, gate)], lambda: [new(norm, x, gate)])
+            if found is not None:
+                return f"{cls.__name__} {found}"
+    return None
+
+
+def _activations(norm: Any) -> tuple[str | None, ...]:
+    """Return the activations to try: that of a norm as made, and others if it has a choice."""
+    has_choice = isinstance(getattr(norm, "activation", None), str)
+    return (None, *_GATES) if has_choice else (None,)

@@ -1,0 +1,87 @@
+"""Keep packed sequences apart as transformers' own functions do: both parts of a layer, or none.
+
+A layer is told of packed sequences twice: `cu_seqlens`, the boundaries, for the delta rule, and
+`seq_idx`, the number of every token's sequence, for the short convolution in front of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_ops.errors import SpecError
+
+WITHOUT_NUMBERS = (
+    "cu_seqlens is given without seq_idx, should be given with it: the short convolution in "
+    "front would mix the packed sequences"
+)
+WITHOUT_CONVOLUTION = (
+    "packed sequences are given, should be one sequence per row: the convolution of {layer} "
+    "would mix them; install causal-conv1d or a transformers whose module has a function "
+    "causal_conv1d_fn"
+)
+
+
+def is_packed(options: dict[str, Any]) -> bool:
+    """Return whether keywords of a layer tell of packed sequences."""
+    names = ("seq_idx", "cu_seq_lens_q", "cu_seqlens")
+    return any(options.get(name) is not None for name in names)
+
+
+def boundaries(
+    cu_seqlens: Tensor | None, seq_idx: Tensor | None, rows: int, tokens: int
+) -> Tensor | None:
+    """Return the boundaries of the packed sequences of a call.
+
+    Args:
+        cu_seqlens: (N+1,) boundaries, or None.
+        seq_idx: (1, T) the number of the sequence of every token, or None.
+        rows, tokens: B and T.
+
+    Returns:
+        (N+1,), or None where every row is one sequence.
+
+    Raises:
+        SpecError: the convolution was not told of the sequences, or of others.
+    """
+    if seq_idx is None:
+        if cu_seqlens is not None:
+            raise SpecError(f"accelerate: {WITHOUT_NUMBERS}")
+        return None
+    if tuple(seq_idx.shape) != (1, tokens) or rows != 1:
+        raise SpecError(
+            f"accelerate: seq_idx has shape {tuple(seq_idx.shape)} for {rows} rows of {tokens} "
+            f"tokens, should be (1, {tokens}) for one row: pack all sequences into it"
+        )
+    if torch.compiler.is_compiling() or seq_idx.is_meta:
+        if cu_seqlens is None:
+            raise SpecError(
+                "accelerate: seq_idx is given without cu_seq_lens_q, should be given with it in "
+                "a compiled graph: the number of sequences is not known there"
+            )
+        return cu_seqlens
+    if cu_seqlens is None:
+        return _starts(seq_idx, tokens)
+    # A look at values costs a wait for a GPU: there the caller's word is taken.
+    if seq_idx.device.type == "cpu":
+        _check_agreement(cu_seqlens, _starts(seq_idx, tokens))
+    return cu_seqlens
+
+
+def _starts(seq_idx: Tensor, tokens: int) -> Tensor:
+    """Return the boundaries where the number of the sequence changes."""
+    inside = seq_idx[0].diff().nonzero().flatten() + 1
+    return torch.cat([inside.new_zeros(1), inside, inside.new_full((1,), tokens)]).int()
+
+
+def _check_agreement(cu_seqlens: Tensor, starts: Tensor) -> None:
+    """Check that both say the same; an empty sequence has no tokens to be numbered."""
+    given, numbered = (torch.unique_consecutive(x).tolist() for x in (cu_seqlens, starts))
+    if given != numbered:
+        raise SpecError(
+            f"accelerate: cu_seqlens has boundaries {given}, should be those of seq_idx, "
+            f"{numbered}: the delta rule would keep other sequences apart than the short "
+            f"convolution"
+        )

@@ -1,0 +1,104 @@
+"""Let the functions of a layer see its padding mask, and guard a cache against right padding."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdn_ops.compat.transformers import packing
+from gdn_ops.errors import SpecError
+
+_current = threading.local()
+"""`mask`, `sequences`: what the layer that runs in this thread was given, for its functions."""
+
+MASK = "attention_mask"
+
+_PADDED = "_gdn_ops_right_padded"
+"""Attribute of a cache: the row that was padded on the right, by the index of the layer."""
+
+
+def mask_for(query: Tensor) -> Tensor | None:
+    """Return the mask of the running layer, if it is one for these tokens."""
+    mask: Tensor | None = getattr(_current, "mask", None)
+    return mask if mask is not None and mask.shape == query.shape[:2] else None
+
+
+def sequences() -> Tensor | None:
+    """Return the `seq_idx` of the running layer."""
+    return getattr(_current, "sequences", None)
+
+
+def with_context(
+    forward: Callable[..., Any], names: tuple[str, ...], holds_functions: bool
+) -> Callable[..., Any]:
+    """Return a layer's forward that lets its functions see what it was given.
+
+    Args:
+        forward: of the class.
+        names: of its parameters, in order.
+        holds_functions: whether the layer calls functions through attributes of its own.
+    """
+
+    @functools.wraps(forward)
+    def forward_with_context(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        named = dict(zip(names, arguments, strict=False)) | keywords
+        mask = named.get(MASK)
+        if not torch.compiler.is_compiling():
+            cache = next((x for x in named.values() if hasattr(x, "has_previous_state")), None)
+            if cache is not None:
+                _check_padding(self, cache, mask)
+        if holds_functions and packing.is_packed(named):
+            _check_convolution(self)
+        outer = getattr(_current, "mask", None), getattr(_current, "sequences", None)
+        _current.mask, _current.sequences = mask, named.get("seq_idx")
+        try:
+            return forward(self, *arguments, **keywords)
+        finally:
+            _current.mask, _current.sequences = outer
+
+    return forward_with_context
+
+
+def _check_convolution(layer: nn.Module) -> None:
+    """Check that a layer has a convolution that is told of packed sequences."""
+    if getattr(layer, "causal_conv1d_fn", None) is None:
+        text = packing.WITHOUT_CONVOLUTION.format(layer=type(layer).__name__)
+        raise SpecError(f"accelerate: {text}")
+
+
+def _check_padding(layer: nn.Module, cache: Any, mask: Tensor | None) -> None:
+    """Refuse to continue from a cache that was filled from rows padded on the right.
+
+    Its memory is right, since padding is the identity, but its convolution would go on from the
+    padding. Filling one is fine: training and scoring do, and never look at it again.
+    """
+    index: Any = getattr(layer, "layer_idx", None)
+    padded: dict[Any, int] = vars(cache).setdefault(_PADDED, {})
+    if not _continues(cache, index):
+        padded.pop(index, None)
+    elif index in padded:
+        raise SpecError(
+            f"accelerate: attention_mask of the call that filled the cache has padding on the "
+            f"right in row {padded[index]}, should have it on the left: the short convolution "
+            f"would continue from the padding; tokenizer.padding_side = 'left'"
+        )
+    if mask is not None and mask.dim() == 2:
+        kept = mask.ne(0)
+        rows = (kept[:, :-1] & ~kept[:, 1:]).any(1).nonzero()
+        if len(rows):
+            padded[index] = int(rows[0])
+
+
+def _continues(cache: Any, index: Any) -> bool:
+    """Return whether a cache holds a state of a layer; caches ask for its index or not."""
+    has_previous = cache.has_previous_state
+    if not callable(has_previous):
+        return bool(has_previous)
+    takes_index = bool(inspect.signature(has_previous).parameters)
+    return bool(has_previous(index) if takes_index else has_previous())

@@ -1,0 +1,139 @@
+"""The patch of one modeling module: installed as a whole, taken back object by object."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from gdn_ops.compat.transformers.discovery import architecture_of
+from gdn_ops.compat.transformers.examine import HELD, PACKAGE, Plan
+from gdn_ops.compat.transformers.norm import gated_norm
+from gdn_ops.compat.transformers.padding import with_context
+
+_MISSING = object()
+
+
+class User(Protocol):
+    """Whoever asked for the patch: the backend to run on, and the account of calls."""
+
+    backend: str
+    calls: Counter[tuple[str, str, str]]
+
+
+class Site:
+    """One modeling module. Patched while somebody uses it; calls run for the latest user.
+
+    Attributes:
+        module: the module.
+        architecture: the model folder it is of.
+        plan: what is replaced.
+        users: who uses the patch, the latest last.
+        originals: what was replaced: (owner, name, the object).
+    """
+
+    known: ClassVar[dict[str, Site]] = {}
+    """The sites of this process by the name of their module."""
+
+    def __init__(self, module: ModuleType, plan: Plan) -> None:
+        self.module, self.plan = module, plan
+        self.architecture = architecture_of(module.__name__) or module.__name__
+        self.users: list[User] = []
+        self.originals: list[tuple[Any, str, Any]] = []
+        Site.known[module.__name__] = self
+
+    def add(self, user: User) -> None:
+        """Patch the module for a user."""
+        self.users.append(user)
+        if len(self.users) == 1:
+            self._install()
+
+    def remove(self, user: User) -> None:
+        """Forget a user; the last one takes the patch along."""
+        self.users.remove(user)
+        if not self.users:
+            for owner, name, original in reversed(self.originals):
+                if original is _MISSING:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, original)
+            self.originals.clear()
+            self._forget_graphs()
+
+    def replaced(self) -> list[str]:
+        """Return the names of what is replaced."""
+        return [f"{getattr(owner, '__name__', owner)}.{name}" for owner, name, _ in self.originals]
+
+    def backend(self) -> str:
+        """Return the backend of the latest user."""
+        return self.users[-1].backend
+
+    def note(self, op: str, backend: str) -> None:
+        """Count a call in the account of the latest user."""
+        _count(self.module.__name__, op, backend)
+
+    def _install(self) -> None:
+        plan = self.plan
+        new = {name: rule.replacement(self.backend, self.note) for name, rule in plan.rules.items()}
+        for name, function in new.items():
+            self._set(self.module, name, function, plan.rules[name].original)
+        for name, function in plan.convolutions.items():
+            self._set(self.module, name, function, vars(self.module)[name])
+        for cls in plan.norms:
+            self._set(cls, "forward", gated_norm(vars(cls)["forward"]))
+        for layer in plan.layers:
+            forward = vars(layer.cls)["forward"]
+            self._set(layer.cls, "forward", with_context(forward, layer.parameters, layer.holds))
+            if layer.holds:
+                for name, attribute in HELD.items():
+                    replaced = (plan.rules[name].original, vars(self.module).get(PACKAGE[name]))
+                    self._set(layer.cls, attribute, _held(attribute, replaced, new[name]))
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        """Drop compiled graphs that would not notice the change.
+
+        A graph checks the globals that it was made with, but not the attributes of a class.
+        """
+        if any(layer.holds for layer in self.plan.layers) and "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
+
+    def _set(self, owner: Any, name: str, value: Any, original: Any = None) -> None:
+        if original is None:
+            original = vars(owner).get(name, _MISSING)
+        self.originals.append((owner, name, original))
+        setattr(owner, name, value)
+
+
+def _count(module: str, op: str, backend: str) -> None:
+    site = Site.known[module]
+    site.users[-1].calls[site.architecture, op, backend] += 1
+
+
+# What torch.compiler.assume_constant_result does: run while tracing, and leave no code in the
+# graph. It can be done with plain values only.
+_count._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _held(attribute: str, originals: Iterable[Any], new: Any) -> property:
+    """Return a property that shows `new` wherever a layer holds one of the originals.
+
+    A property of the class goes before what its instances hold, so that models which are loaded
+    already are reached, and nothing of theirs is changed. One that is built meanwhile holds the
+    original as well.
+    """
+    replaced = [original for original in originals if original is not None]
+
+    def get(layer: nn.Module) -> Any:
+        held = vars(layer)[attribute]
+        return new if any(held is original for original in replaced) else held
+
+    def set_(layer: nn.Module, value: Any) -> None:
+        vars(layer)[attribute] = replaced[0] if value is new else value
+
+    return property(get, set_)
