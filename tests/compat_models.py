@@ -145,20 +145,17 @@ def gradients(model: Any, ids: Tensor, **options: Any) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def no_float32() -> Iterator[None]:
-    """Let float64 tensors stay float64 where a model asks for float32."""
-    to, as_float = Tensor.to, Tensor.float
+    """Give a model float64 wherever it asks for float32."""
+    to = Tensor.to
 
     def wide_to(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        if x.dtype == torch.float64 and arguments[:1] == (torch.float32,):
+        if arguments[:1] == (torch.float32,):
             arguments = (torch.float64, *arguments[1:])
         return to(x, *arguments, **options)
 
-    def wide_float(x: Tensor) -> Tensor:
-        return x if x.dtype == torch.float64 else as_float(x)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "to", wide_to)
-        patch.setattr(Tensor, "float", wide_float)
+        patch.setattr(Tensor, "float", Tensor.double)
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,18 @@ from gdn_ops.errors import SpecError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+needs_qwen3_5 = pytest.mark.skipif(
+    not hasattr(sys.modules["transformers"], "Qwen3_5ForCausalLM"),
+    reason="this transformers has no Qwen3_5ForCausalLM",
+)
+
 TINY = models.Shape(
     tokens=20, hidden=32, intermediate=16, vocabulary=50, key_heads=1, value_heads=2, width=8
 )
 ONCE = Setting("float32", "cpu", 1)
 
 
+@needs_qwen3_5
 def test_a_tiny_model_is_compared_timed_and_weighed() -> None:
     told: list[str] = []
     result = models.run(("torch",), ONCE, told.append, TINY)
@@ -64,6 +71,7 @@ def test_the_model_of_the_full_size_is_judged() -> None:
     assert models._row("prefill", case, "naive", "ms", numbers, 1.5).target is None
 
 
+@needs_qwen3_5
 def test_another_model_is_refused_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(model: Any, ids: torch.Tensor) -> torch.Tensor:
         calls.append(0)
@@ -86,6 +94,7 @@ def test_what_it_does_not_measure_is_refused() -> None:
         models.run(("torch",), Setting("bfloat16", "cpu", 1), lambda text: None, TINY)
 
 
+@needs_qwen3_5
 def test_the_result_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "Shape", lambda: TINY)
     monkeypatch.setattr(models, "_memory_rows", lambda names, shape, result: [])

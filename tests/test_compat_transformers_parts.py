@@ -25,8 +25,8 @@ def module_of(family: str) -> Any:
 
 
 def norm_class(family: str) -> Any:
-    classes = vars(module_of(family)).items()
-    return next(cls for name, cls in classes if name.endswith("RMSNormGated"))
+    classes = [x for x in vars(module_of(family)).values() if isinstance(x, type)]
+    return next(cls for cls in classes if cls.__name__.endswith("RMSNormGated"))
 
 
 def layer_of(family: str) -> Any:
@@ -50,8 +50,8 @@ def test_the_norm_is_that_of_transformers(family: str, dtype: torch.dtype) -> No
     with torch.no_grad():
         expected = layer(x, gate)
         with accelerate() as used:
+            assert f"{type(layer).__name__}.forward" in used.replaced
             found = layer(x, gate)
-    assert f"{norm_class(family).__name__}.forward" in used.replaced or used.replaced == ()
     torch.testing.assert_close(found, expected)
 
 
