@@ -60,6 +60,8 @@ def info(
     console = Console()
     for name, version in found["versions"].items():
         console.print(f"{name:<13} {version or 'not installed'}", highlight=False)
+    for warning in found["warnings"]:
+        console.print(f"{'warning':<13} {escape(warning)}", highlight=False, soft_wrap=True)
     threads = found["threads"]
     if found["driver"] is not None:
         console.print(f"{'driver':<13} {found['driver']}", highlight=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import gdn_ops
-from gdn_ops import certificate, registry
+from gdn_ops import certificate, registry, tested
 from gdn_ops.capability import listed
 from gdn_ops.provenance import cpu_model, driver_version
 
@@ -70,8 +70,10 @@ def collect() -> dict[str, Any]:
         row = {"name": info.name, "version": info.version, "status": info.status}
         standings = _standings(info, recorded)
         backends.append({**row, "limits": limits, "certificates": standings})
+    found = versions()
     return {
-        "versions": versions(),
+        "versions": found,
+        "warnings": tested.warnings(found),
         "driver": driver_version(),
         "platform": platform.platform(terse=True),
         "devices": devices(),

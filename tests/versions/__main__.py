@@ -1,0 +1,108 @@
+"""Run the tests with other versions: `python tests/versions [CELL ...]`, as `make versions`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from versions import report
+from versions.cells import UnknownCellError, select
+from versions.run import Matrix, Result, default_jobs, log_of
+
+STATES = {"passed": "passed", "failed": "RED", "not run": "NOT RUN"}
+FAILURES_SHOWN = 3
+
+
+def duration(seconds: float) -> str:
+    """Return a time in minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:2} s" if minutes else f"{rest} s"
+
+
+def line(place: str, result: Result) -> str:
+    """Return what is printed when a cell ends; a red one with its first failures and its log."""
+    counts = f"{result.passed} passed, {result.skipped} skipped"
+    if result.failures:
+        counts = f"{len(result.failures)} failed, {counts}"
+    if result.state == "not run":
+        counts = "no fault of gdn_ops" if result.excused else "counts as failed"
+    versions = report.versions_text(result) or "-"
+    lines = [
+        f"{place} {STATES[result.state]:<7} {result.cell:<18} {versions:<44} {counts}, "
+        f"{duration(result.seconds)}"
+    ]
+    if result.state != "passed":
+        lines += [f"    {text}" for text in [result.reason] if text]
+        lines += [f"    {name}" for name in result.failures[:FAILURES_SHOWN]]
+        left = len(result.failures) - FAILURES_SHOWN
+        lines += [f"    and {left} more"] if left > 0 else []
+        lines += [f"    log: {log_of(result.cell)}"]
+    return "\n".join(lines)
+
+
+def summary(results: list[Result]) -> str:
+    """Return the table at the end, in the order of the table of cells."""
+    order = list(report.sorted_names(result.cell for result in results))
+    ordered = sorted(results, key=lambda result: order.index(result.cell))
+    head = f"{'':<7} {'cell':<18} {'passed':>7} {'skipped':>8} {'failed':>7}  ran with"
+    rows = [
+        f"{STATES[result.state]:<7} {result.cell:<18} {result.passed:>7} {result.skipped:>8} "
+        f"{len(result.failures):>7}  {report.versions_text(result) or '-'}"
+        for result in ordered
+    ]
+    green = sum(result.is_green for result in results)
+    return "\n".join(["", head, *rows, "", f"{green} of {len(results)} cells are green"])
+
+
+def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python tests/versions", description=__doc__)
+    parser.add_argument("cells", nargs="*", metavar="CELL", help="names or patterns; all without")
+    parser.add_argument("--list", action="store_true", help="name the cells and end")
+    parser.add_argument("--jobs", type=int, help="cells at once; by cores and memory without")
+    parser.add_argument("--minutes", type=float, default=60, help="time limit of a cell")
+    parser.add_argument("--record", action="store_true", help="record also what was named")
+    parser.add_argument("--render", action="store_true", help="write the page of what is recorded")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run cells, print a line for each and a table; return 1 if any is red."""
+    asked = arguments_of(arguments)
+    if asked.render:
+        report.record([])
+        return 0
+    try:
+        cells = select(asked.cells)
+    except UnknownCellError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if asked.list:
+        print("\n".join(cell.name for cell in cells))
+        return 0
+    # A time limit from outside ends this as Ctrl-C does, with all that was started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    matrix = Matrix(asked.jobs or default_jobs(), asked.minutes * 60)
+    print(f"{len(cells)} cells, {matrix.jobs} at once", flush=True)
+    results: list[Result] = []
+    try:
+        for result in matrix.run(cells):
+            results.append(result)
+            print(line(f"[{len(results):>2}/{len(cells)}]", result), flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: nothing is recorded", file=sys.stderr)
+        return 130
+    print(summary(results))
+    if asked.record or not asked.cells:
+        report.record(results)
+        print(f"wrote {report.PAGE.relative_to(report.ROOT)}")
+    return 0 if all(result.is_green for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
