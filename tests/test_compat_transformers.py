@@ -192,7 +192,9 @@ def test_a_compiled_model_follows_accelerate_and_its_undo() -> None:
     with accelerate() as used:
         assert relative(run(graph, ids, use_cache=False), expected) < 1e-5
         key = (architecture(family), "gated_delta", "in a compiled graph")
-        assert used.calls == {key: 3}
+        # A graph for each of the three layers; where torch breaks graphs, one may be made again.
+        assert used.calls.keys() == {key}
+        assert used.calls[key] >= 3
         found = gradients(graph, ids)
         found = {name.removeprefix("_orig_mod."): grad for name, grad in found.items()}
         assert_gradients(found, expected_gradients)

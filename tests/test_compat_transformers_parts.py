@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import sys
 from typing import Any
@@ -18,6 +19,10 @@ from gdn_ops.compat.transformers.examine import Plan, examine
 pytestmark = pytest.mark.usefixtures("one_thread", "small_blocks")
 
 NAME = "transformers.models.someones_model.modeling_someones_model"
+
+LENGTHS = (5, 1, 6)
+CUTS = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+NUMBERS = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))[None].int()
 
 
 def module_of(family: str) -> Any:
@@ -270,23 +275,32 @@ def test_a_convolution_by_other_means_is_replaced() -> None:
     ]
 
 
-def test_what_guards_a_convolution_stays() -> None:
-    def guarded(hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
-        raise ValueError(sorted(options))
+@pytest.mark.parametrize(
+    "options",
+    [{"cu_seqlens": CUTS}, {"seq_idx": torch.zeros(2, 5)}, {"seq_idx": torch.zeros(1, 4)}],
+)
+def test_a_convolution_that_cannot_keep_sequences_apart_refuses_them(options: Any) -> None:
+    def mixing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        raise AssertionError("some releases do not look at what tells of packed sequences")
 
-    new = convolution.whole_convolution(guarded)
-    x, weight = torch.rand(1, 2, 5), torch.rand(2, 4)
-    two_rows, other_length = torch.zeros(2, 5), torch.zeros(1, 4)
-    for options in ({"cu_seqlens": x}, {"seq_idx": two_rows}, {"seq_idx": other_length}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            new(x, weight, **options)
+    new = convolution.whole_convolution(mixing)
+    with pytest.raises(gdn_ops.SpecError) as error:
+        new(torch.rand(1, 2, 5), torch.rand(2, 4), **options)
+    assert str(error.value) == f"accelerate: {packing.WITHOUT_PACKAGE}"
+
+
+def test_a_gpu_keeps_sequences_apart_by_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: set[str] = set()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in found or None)
+    with pytest.raises(gdn_ops.SpecError):
+        packing.check_package("cuda")
+    found.add("causal_conv1d")
+    packing.check_package("cuda")
+    with pytest.raises(gdn_ops.SpecError):
+        packing.check_package("cpu")
 
 
 # Packed sequences.
-
-LENGTHS = (5, 1, 6)
-CUTS = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
-NUMBERS = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))[None].int()
 
 
 @pytest.fixture
@@ -357,8 +371,7 @@ def test_half_of_what_tells_of_packed_sequences_is_refused(
 
 def test_packed_rows_of_a_batch_are_refused(packed: tuple[Any, Tensor]) -> None:
     layer, x = packed
-    # The convolution of transformers refuses first, or asks for a package.
-    with accelerate(), pytest.raises(ValueError, match=r"packed|seq_idx"):
+    with accelerate(), pytest.raises(gdn_ops.SpecError, match="packed sequences are given where"):
         layer(x.expand(2, -1, -1), seq_idx=NUMBERS.expand(2, -1))
     with pytest.raises(gdn_ops.SpecError) as error:
         packing.boundaries(None, NUMBERS.expand(2, -1), 2, 12)
@@ -376,13 +389,13 @@ def test_empty_sequences_have_no_number() -> None:
     assert packing.boundaries(None, None, 2, 12) is None
 
 
-def test_a_compiled_graph_leaves_packed_sequences_to_transformers(
+def test_a_compiled_graph_refuses_packed_sequences(
     packed: tuple[Any, Tensor],
 ) -> None:
     layer, x = packed
     with accelerate(), torch.no_grad():
         compiled = torch.compile(layer, backend="eager")
-        with pytest.raises(Exception, match="can't keep packed sequences apart without"):
+        with pytest.raises(Exception, match="packed sequences are given where causal_conv1d_fn"):
             compiled(x, seq_idx=NUMBERS, cu_seq_lens_q=CUTS)
     torch.compiler.reset()
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gdn_ops.compat.transformers import packing
 from gdn_ops.compat.transformers.rule import ORIGINAL, original_of
 from gdn_ops.compat.transformers.signatures import definition, leading_objection
 from gdn_ops.compat.transformers.trial import Draw, difference, plain_torch
@@ -48,6 +49,8 @@ def whole_convolution(original: Function) -> Function:
             or options.get("cu_seqlens") is not None
             or (sequences is not None and sequences.shape != (1, hidden_states.shape[2]))
         ):
+            if packing.is_packed(options):
+                packing.check_package(hidden_states.device.type)
             return original(hidden_states, weight, bias, activation=activation, **options)
         x, silu = hidden_states.transpose(1, 2), activation is not None
         if sequences is None:

@@ -6,6 +6,7 @@ A layer is told of packed sequences twice: `cu_seqlens`, the boundaries, for the
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -22,6 +23,33 @@ WITHOUT_CONVOLUTION = (
     "would mix them; install causal-conv1d or a transformers whose module has a function "
     "causal_conv1d_fn"
 )
+WITHOUT_PACKAGE = (
+    "packed sequences are given where causal_conv1d_fn cannot keep them apart: it can for one row "
+    "of seq_idx on a CPU, outside of compiled graphs, and on GPUs with the package causal-conv1d"
+)
+
+_PACKAGES = ("causal_conv1d", "kernels")
+"""Packages whose convolution, on GPUs, is told of packed sequences."""
+
+
+def check_package(device_type: str) -> None:
+    """Check that transformers' own convolution keeps packed sequences apart on a device.
+
+    Some releases check it themselves, others compute something else.
+
+    Raises:
+        SpecError: it does not.
+    """
+    if device_type == "cpu" or not _has_package():
+        raise SpecError(f"accelerate: {WITHOUT_PACKAGE}")
+
+
+def _has_package() -> bool:
+    return any(importlib.util.find_spec(name) is not None for name in _PACKAGES)
+
+
+# What torch.compiler.assume_constant_result does: run while tracing, and leave no code in a graph.
+_has_package._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_packed(options: dict[str, Any]) -> bool:
