@@ -9,7 +9,6 @@ hands them to a backend. Those of the decode ops stand in `library_decode`; here
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -81,12 +80,15 @@ def empty_output(call: Call) -> Tensor:
     return torch.empty(call.v.shape, dtype=call.v.dtype, device=call.device)
 
 
-_has_autocast = functools.cache(torch.amp.is_autocast_available)
+# Asked once, at import: not every Dynamo traces the question.
+_WITHOUT_AUTOCAST = frozenset(
+    kind for kind in ("lazy", "meta", "vulkan") if not torch.amp.is_autocast_available(kind)
+)
 
 
 def is_autocast_on(device_type: str) -> bool:
     """Return whether autocast is active for a device type; some, like meta, have none."""
-    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 
 from gdn_ops.errors import SpecError
-from gdn_ops.spec import OpSpec
 
 _has_table = False
 
@@ -26,7 +25,7 @@ def note_table() -> None:
     _has_table = True
 
 
-def check_call(spec: OpSpec, inplace: bool) -> None:
+def check_call(op: str, inplace: bool) -> None:
     """Check that torch.onnx.export can export a call, if it is what runs.
 
     Raises:
@@ -36,12 +35,12 @@ def check_call(spec: OpSpec, inplace: bool) -> None:
         return
     if not _has_table:
         raise SpecError(
-            f"{spec.name}: torch.onnx.export was given no translation of it, should be given "
+            f"{op}: torch.onnx.export was given no translation of it, should be given "
             f"custom_translation_table=gdn_ops.export.translation_table()"
         )
     if inplace:
         raise SpecError(
-            f"{spec.name}: inplace is True, should be False in an export to ONNX: the module "
+            f"{op}: inplace is True, should be False in an export to ONNX: the module "
             f"returns the new state, and a DecodeSession binds both to one buffer"
         )
 

@@ -24,8 +24,9 @@ from gdn_ops.backend import Forward as Forward
 from gdn_ops.backend import Grads as Grads
 from gdn_ops.backend import announces, installed_version, is_missing, load
 from gdn_ops.bind import Call
-from gdn_ops.capability import device_status, reasons_under_auto, unsupported
+from gdn_ops.capability import device_status, unsupported
 from gdn_ops.capability import reasons as reasons
+from gdn_ops.capability import reasons_under_auto as reasons_under_auto
 from gdn_ops.errors import BackendUnsupportedError, SpecError
 from gdn_ops.order import AUTO_ORDER as AUTO_ORDER
 from gdn_ops.order import auto_order as auto_order
@@ -192,9 +193,9 @@ def _first_that_can(call: Call, tried: set[str]) -> str | None:
 
 
 def _log(op: str, name: str, skipped: tuple[str, ...]) -> None:
-    """Log a choice at INFO, once per distinct reason; torch.compile cannot trace a logger."""
+    """Log a choice at INFO, once per distinct reason."""
     key = (op, name, *skipped)
-    if key in _logged or torch.compiler.is_compiling():
+    if key in _logged:
         return
     _logged.add(key)
     because = f" ({' | '.join(skipped)})" if skipped else ""
@@ -273,15 +274,18 @@ class use_backend:  # noqa: N801  (reads as a verb, like torch.no_grad)
         _default = self._previous
 
 
-def traceable_step(name: str, device_type: str) -> bool:
-    """Return whether torch.compile may trace through the step of the backend that would run."""
+def traceable_step(name: str, device_type: str) -> str | None:
+    """Return the backend that would run if torch.compile may trace through its step, by name.
+
+    It is loaded then: a graph looks it up by `get_backend`, and imports nothing.
+    """
     names = auto_order(device_type) if name == "auto" else (name,)
     for candidate in names:
         if candidate in known_backends():
             backend = get_backend(candidate)
             if not isinstance(backend, str):
-                return backend.traceable_step
-    return False
+                return candidate if backend.traceable_step else None
+    return None
 
 
 # What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo,

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from gdn_ops import library, onnx_export, registry
 from gdn_ops import library_decode as library_decode  # registers the decode operators
+from gdn_ops.backend import Backend
 from gdn_ops.bind import bind
-from gdn_ops.checks import check_gradients
+from gdn_ops.checks import check_gradients, is_narrow
 from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
 from gdn_ops.spec import OpSpec
 
@@ -33,7 +34,7 @@ def traced(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def _schema_values(spec: OpSpec, arguments: dict[str, Any]) -> list[Any]:
     """Return the arguments of the operator, which is about to be called."""
-    onnx_export.check_call(spec, bool(arguments.get("inplace")))
+    onnx_export.check_call(spec.name, bool(arguments.get("inplace")))
     return [arguments[name] for name in library.schema_names(spec)]
 
 
@@ -45,10 +46,13 @@ def _needs_grad(values: list[Any]) -> bool:
 
 def traced_step(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Trace through a backend made of plain torch ops; keep any other, and ONNX, opaque."""
-    traceable = registry.traceable_step(arguments["backend"], arguments["q"].device.type)
-    if traceable and not onnx_export.is_exporting():
-        call = bind(GATED_DELTA_STEP, arguments, check_values=False)
-        return library.advance(registry.select(call, arguments["backend"]), call)
+    name = registry.traceable_step(arguments["backend"], arguments["q"].device.type)
+    # The operator warns of a narrow alpha: a graph cannot.
+    if name is not None and not is_narrow(arguments["alpha"]) and not onnx_export.is_exporting():
+        call, backend = bind(GATED_DELTA_STEP, arguments, check_values=False), _loaded(name)
+        # The operator passes over a backend with reasons against it, or refuses it in words.
+        if not registry.reasons_under_auto(backend, call):
+            return library.advance(backend, call)
     values = _schema_values(GATED_DELTA_STEP, arguments)
     if _needs_grad(values):
         check_gradients(GATED_DELTA_STEP, arguments)
@@ -56,6 +60,13 @@ def traced_step(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         state: Tensor = arguments["state"]
         return torch.ops.gdn_ops.gated_delta_step_(*values), state
     return torch.ops.gdn_ops.gated_delta_step(*values)  # type: ignore[no-any-return]
+
+
+def _loaded(name: str) -> Backend:
+    """Return a backend that is loaded already: nothing is imported while a graph is traced."""
+    backend = registry.get_backend(name)
+    assert not isinstance(backend, str)
+    return backend
 
 
 def traced_steps(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
