@@ -114,6 +114,8 @@ class _Bare:
     """run_with_iobinding on the buffers of a session, without its checks and copies."""
 
     def __init__(self, session: DecodeSession, ort: Any = None) -> None:
+        # A binding does not keep the buffers that it binds.
+        self.session = session
         self.ort, self.turn = session._ort, 0
         self.bindings = session._results[0].bindings
         if ort is not None:
