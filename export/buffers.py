@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnx import helper
+from onnx import TensorProto, helper
 
 from gdn_ops.errors import SpecError, SpecTypeError
 from gdn_ops.export.runtime import onnxruntime
@@ -19,6 +19,18 @@ _ALIGNMENT = 64
 """Bytes of a cache line, and of the widest vector: without it every load of a row takes two."""
 
 _ORT_TYPES = {"tensor(double)": "float64", "tensor(float)": "float32"}
+
+
+def numpy_dtype(element_type: int) -> np.dtype[Any]:
+    """Return the dtype of an ONNX element type; that of bfloat16 is ml_dtypes'."""
+    if element_type == TensorProto.BFLOAT16:
+        # Before 1.19, onnx takes float32 for it.
+        import ml_dtypes
+
+        found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    else:
+        found = helper.tensor_dtype_to_np_dtype(element_type)
+    return found
 
 
 @dataclass(frozen=True)
@@ -39,9 +51,8 @@ class Port:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Its dtype; that of bfloat16 is ml_dtypes'."""
-        found: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(self.element_type)
-        return found
+        """Its dtype, see `numpy_dtype`."""
+        return numpy_dtype(self.element_type)
 
     def is_like(self, other: Port) -> bool:
         """Return whether one buffer can be both."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import onnx
 from onnx import ModelProto, ValueInfoProto, helper
 
 from gdn_ops.errors import SpecError
@@ -20,6 +19,7 @@ from gdn_ops.export.schema import (
     VERSION,
     Operator,
 )
+from gdn_ops.export.variants import DEFAULT_OPSET, check_opset
 
 BATCH = "batch"
 TOKENS = "sequence"
@@ -46,7 +46,7 @@ def make_decode_model(
     scale: float | None = None,
     qk_l2norm: bool = False,
     has_beta: bool = True,
-    opset: int = 21,
+    opset: int = DEFAULT_OPSET,
     body: str | None = "standard",
 ) -> ModelProto:
     """Return a model of one gdn_ops::GatedDeltaStep, its batch symbolic.
@@ -83,7 +83,7 @@ def make_prefill_model(
     scale: float | None = None,
     qk_l2norm: bool = False,
     has_beta: bool = True,
-    opset: int = 21,
+    opset: int = DEFAULT_OPSET,
     body: str | None = "standard",
 ) -> ModelProto:
     """Return a model of one gdn_ops::GatedDelta, its batch and number of tokens symbolic.
@@ -124,12 +124,7 @@ class _Plan:
         if not math.isfinite(self.resolved_scale):
             raise SpecError(f"{label}: scale is {self.scale}, should be a finite number")
         check_dtypes(label, self.dtype, self.stored)
-        newest = onnx.defs.onnx_opset_version()
-        if not 1 <= self.opset <= newest:
-            raise SpecError(
-                f"{label}: opset is {self.opset}, should be at most {newest}, the newest that the "
-                f"installed onnx knows"
-            )
+        check_opset(label, self.opset, self.body)
 
     @property
     def resolved_scale(self) -> float:

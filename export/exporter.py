@@ -16,11 +16,12 @@ from torch.utils import _pytree as pytree
 
 from gdn_ops.errors import SpecError
 from gdn_ops.export.build import BATCH, TOKENS
-from gdn_ops.export.model import check_model, ir_version, nodes_of, set_body
+from gdn_ops.export.model import check_model, nodes_of, set_body
 from gdn_ops.export.naming import Names, name_values
+from gdn_ops.export.opsets import with_opset
 from gdn_ops.export.schema import SEQUENCE, STEP, Operator
 from gdn_ops.export.translation import translation_table
-from gdn_ops.export.variants import BODIES, ONNX_OPSET, STANDARD_OPSET
+from gdn_ops.export.variants import BODIES, DEFAULT_OPSET, ONNX_OPSET, STANDARD_OPSET, check_opset
 
 TORCH_OPSET = 25
 """The newest opset that torch.onnx.export writes; models of newer ones are converted."""
@@ -36,7 +37,7 @@ def export_decode(
     args: tuple[Any, ...],
     path: str | os.PathLike[str] | None = None,
     *,
-    opset: int = 21,
+    opset: int = DEFAULT_OPSET,
     body: str | None = "standard",
     dynamic_batch: bool = True,
     names: Names | None = None,
@@ -84,7 +85,7 @@ def export_prefill(
     args: tuple[Any, ...],
     path: str | os.PathLike[str] | None = None,
     *,
-    opset: int = 21,
+    opset: int = DEFAULT_OPSET,
     body: str | None = "standard",
     dynamic_batch: bool = True,
     names: Names | None = None,
@@ -155,8 +156,7 @@ def _check_options(label: str, opset: int, body: str | None) -> None:
     if body is not None and body not in BODIES:
         known = ", ".join(BODIES)
         raise SpecError(f"{label}: body is {body!r}, should be one of {known}, or None for none")
-    newest = onnx.defs.onnx_opset_version()
-    if not (STANDARD_OPSET <= opset <= TORCH_OPSET or ONNX_OPSET <= opset <= newest):
+    if not (STANDARD_OPSET <= opset <= TORCH_OPSET or opset >= ONNX_OPSET):
         raise SpecError(
             f"{label}: opset is {opset}, should be {STANDARD_OPSET} to {TORCH_OPSET}, or "
             f"{ONNX_OPSET} for body 'onnx'"
@@ -166,6 +166,7 @@ def _check_options(label: str, opset: int, body: str | None) -> None:
             f"{label}: opset is {opset}, should be {ONNX_OPSET} for body 'onnx'; or take "
             f"body='standard'"
         )
+    check_opset(label, opset, body)
 
 
 def _export(
@@ -188,8 +189,7 @@ def _export(
             f"nodes {', '.join(map(str, found))}; the other exporter is for them"
         )
     if opset > TORCH_OPSET:
-        model = onnx.version_converter.convert_version(model, opset)
-        model.ir_version = max(model.ir_version, ir_version(model.opset_import))
+        model = with_opset(model, opset, label, f"export with opset={DEFAULT_OPSET}")
     name_values(label, model, names)
     model = set_body(model, body)
     if path is None:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 from torch import Tensor
 
-from gdn_ops.export.buffers import Buffer, Port
+from gdn_ops.export.buffers import Buffer, Port, numpy_dtype
 from gdn_ops.export.build import recurrent_names
-from gdn_ops.export.model import Node, nodes_of, set_body
+from gdn_ops.export.model import Node, nodes_of
+from gdn_ops.export.opsets import with_body
 from gdn_ops.export.runtime import open_session
 from gdn_ops.export.schema import ELEMENT_TYPES, SEQUENCE
 from gdn_ops.export.session import DecodeSession
@@ -58,7 +58,7 @@ def compare(
 
     Args:
         model: the model.
-        body: that is run.
+        body: that is run; for "onnx" a model of an older opset is converted in memory.
         batch: rows.
         tokens: tokens of each row.
         custom_op_library: for body "custom".
@@ -133,7 +133,7 @@ def _decode(
 
 
 def _read(model: ModelProto, body: str, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
-    session = open_session(set_body(model, body), None, 1, None)
+    session = open_session(with_body(model, body, "compare"), None, 1, None)
     names = recurrent_names(0)
     arrays = {names[0] if n == "state" else n: _as_array(x) for n, x in inputs.items()}
     arrays |= {"o": arrays["v"], names[1]: arrays[names[0]]}
@@ -156,7 +156,7 @@ def _as_array(x: Tensor) -> Any:
     """Return a tensor as an array; numpy itself has no bfloat16."""
     if x.dtype != torch.bfloat16:
         return x.numpy()
-    kind = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)
+    kind = numpy_dtype(TensorProto.BFLOAT16)
     return x.contiguous().view(torch.uint16).numpy().view(kind)
 
 

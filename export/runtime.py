@@ -9,12 +9,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from onnx import ModelProto
+import onnx
+from onnx import ModelProto, TensorProto, helper
 
 from gdn_ops.errors import BackendUnsupportedError, SpecError
 from gdn_ops.export.build import make_decode_model
-from gdn_ops.export.model import Node
-from gdn_ops.export.variants import BODIES, ONNX_OPSET
+from gdn_ops.export.model import Node, bodies_of, ir_version, opset_of
+from gdn_ops.export.variants import BODIES, DEFAULT_OPSET, ONNX_OPSET, ONNX_RELEASE, STANDARD_OPSET
 
 logger = logging.getLogger("gdn_ops")
 
@@ -22,10 +23,22 @@ CUSTOM = "custom"
 """What runs where a custom-op library brings the kernel."""
 
 _SILENT = 4
+_RELEASED_ONLY = "ALLOW_RELEASED_ONNX_OPSET_ONLY"
+_OPSETS = {
+    22: "1.21",
+    23: "1.23",
+    24: "1.24",
+    25: "1.24",
+    26: "1.25",
+    27: f"1.32 (1.28 where {_RELEASED_ONLY}=0 is set in the environment)",
+    28: "1.32",
+}
+"""The oldest onnxruntime that takes models of an opset, measured; 1.20 takes 21 and older."""
+
 _NEEDS = {
     "ort": "com.microsoft::LinearAttention, which onnxruntime has from 1.25 on",
-    "onnx": f"models of opset {ONNX_OPSET}, which onnxruntime 1.29 and newer take where "
-    f"ALLOW_RELEASED_ONNX_OPSET_ONLY=0 is set in the environment",
+    "onnx": f"models of opset {ONNX_OPSET}, for which onnx should be {ONNX_RELEASE} or newer and "
+    f"onnxruntime {_OPSETS[ONNX_OPSET]} or newer",
 }
 _told: set[str] = set()
 
@@ -45,48 +58,82 @@ def onnxruntime() -> ModuleType:
     return found  # type: ignore[no-any-return]
 
 
-@functools.cache
 def available_bodies() -> tuple[str, ...]:
-    """Return the bodies that the installed onnxruntime runs, found by loading each once.
+    """Return the bodies that the installed onnx writes and the installed onnxruntime runs.
+
+    Each is loaded once to see. Whether "onnx" is among them is no recommendation: it is the
+    slowest, and body "auto" of a `DecodeSession` never takes it.
 
     Raises:
         ModuleNotFoundError: onnxruntime is not installed.
     """
+    return _available_bodies(os.environ.get(_RELEASED_ONLY))
+
+
+@functools.cache
+def _available_bodies(released_only: str | None) -> tuple[str, ...]:
+    """Try the bodies; onnxruntime reads the environment variable whenever it loads a model."""
     return tuple(body for body in BODIES if _loads(body))
 
 
+# Let a test forget what was found.
+available_bodies.cache_clear = _available_bodies.cache_clear  # type: ignore[attr-defined]
+
+
 def _loads(body: str) -> bool:
-    runtime = onnxruntime()
+    if body == "onnx" and onnx.defs.onnx_opset_version() < ONNX_OPSET:
+        logger.debug("onnx %s does not write body %r", onnx.__version__, body)
+        return False
     model = make_decode_model(
         num_qk_heads=1,
         num_v_heads=1,
         head_k_dim=1,
         head_v_dim=1,
-        opset=ONNX_OPSET if body == "onnx" else 21,
+        opset=ONNX_OPSET if body == "onnx" else DEFAULT_OPSET,
         body=body,
     )
-    options = runtime.SessionOptions()
+    return _is_taken(model)
+
+
+def _is_taken(model: ModelProto) -> bool:
+    """Return whether onnxruntime loads a model."""
+    options = onnxruntime().SessionOptions()
     options.log_severity_level = _SILENT
     try:
         _session(model.SerializeToString(), options)
     # Its errors have no common base but Exception, and they differ between releases.
     except Exception as error:
-        logger.debug("onnxruntime does not run body %r: %s", body, error)
+        logger.debug("onnxruntime does not take a model: %s", error)
         return False
     return True
+
+
+def _newest_taken(opset: int) -> int | None:
+    """Return the newest opset up to one that onnxruntime loads models of, None without one."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", [x], [y])
+    newest = None
+    for tried in range(STANDARD_OPSET, opset + 1):
+        imports = [helper.make_opsetid("", tried)]
+        model = helper.make_model(graph, opset_imports=imports, ir_version=ir_version(imports))
+        if not _is_taken(model):
+            break
+        newest = tried
+    return newest
 
 
 def _session(model: bytes, options: Any) -> Any:
     return onnxruntime().InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def choose_body(nodes: list[Node], body: str, has_library: bool) -> str:
+def choose_body(nodes: list[Node], body: str, has_library: bool, opset: int = DEFAULT_OPSET) -> str:
     """Return the body that a session runs.
 
     Args:
         nodes: of the model.
         body: as the user asked for it: "auto", "standard", "ort", "onnx" or "custom".
         has_library: whether a custom-op library brings the kernel.
+        opset: of ai.onnx in the model.
 
     Raises:
         SpecError: the body is unknown, or the installed onnxruntime does not run it.
@@ -108,10 +155,9 @@ def choose_body(nodes: list[Node], body: str, has_library: bool) -> str:
         )
     if body != "auto":
         if body not in available_bodies():
-            raise SpecError(
-                f"DecodeSession: body {body!r} needs {_NEEDS[body]}; this is onnxruntime "
-                f"{onnxruntime().__version__}; take body='standard'"
-            )
+            is_taken = _newest_taken(opset) == opset
+            export = "" if is_taken else f"export with opset={DEFAULT_OPSET} and "
+            raise SpecError(f"DecodeSession: {why_not(body)}; {export}take body='standard'")
         return body
     if any(node.variant.compute == "double" or node.scale == 0 for node in nodes):
         return "standard"
@@ -122,6 +168,15 @@ def choose_body(nodes: list[Node], body: str, has_library: bool) -> str:
         f"'standard' runs"
     )
     return "standard"
+
+
+def why_not(body: str) -> str:
+    """Say what a body needs that the installed packages are too old for, and which they are."""
+    beside = f"onnx {onnx.__version__} and " if body == "onnx" else ""
+    return (
+        f"body {body!r} needs {_NEEDS[body]}; this is {beside}onnxruntime "
+        f"{onnxruntime().__version__}"
+    )
 
 
 def _tell_once(message: str) -> None:
@@ -173,9 +228,23 @@ def open_session(
     try:
         return _session(model.SerializeToString(), options)
     except Exception as error:
-        cure = ""
-        if custom_op_library is not None:
+        cure = _cure_of_opset(model)
+        if custom_op_library is not None and not cure:
             cure = "; the library has no kernel for these types: leave custom_op_library out"
         raise BackendUnsupportedError(
-            f"onnxruntime {runtime.__version__} does not take the model: {error}{cure}"
+            f"onnxruntime {runtime.__version__} does not take the model: {str(error).strip()}{cure}"
         ) from error
+
+
+def _cure_of_opset(model: ModelProto) -> str:
+    """Say what to do about an opset that onnxruntime does not take; nothing if it takes it."""
+    opset = opset_of(model)
+    newest = _newest_taken(opset)
+    if newest is None or newest >= opset:
+        return ""
+    body = "".join(f"body {name!r} in " for name in bodies_of(model)[:1])
+    needed = f"{_OPSETS[opset]} or newer" if opset in _OPSETS else "of a later year"
+    return (
+        f"; {body}a model of opset {opset} needs onnxruntime {needed}, this one takes opset "
+        f"{newest} and older: export with opset={min(newest, DEFAULT_OPSET)}"
+    )

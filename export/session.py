@@ -13,7 +13,8 @@ from onnx import ModelProto
 
 from gdn_ops.errors import SpecError, SpecTypeError
 from gdn_ops.export.buffers import Buffer, Port, Results, ports_of
-from gdn_ops.export.model import nodes_of, set_body, states_of
+from gdn_ops.export.model import nodes_of, opset_of, states_of
+from gdn_ops.export.opsets import with_body
 from gdn_ops.export.runtime import CUSTOM, choose_body, open_session
 
 Array = np.ndarray[Any, Any]
@@ -53,13 +54,15 @@ class DecodeSession:
             model_or_path: with nodes of this library.
             batch: the number of rows that every step has.
             body: "auto" takes the kernel of a library that is given, else "ort" where the
-                installed onnxruntime has it, else "standard".
+                installed onnxruntime has it, else "standard". For "onnx" a model of an older
+                opset is converted in memory.
             threads: that one operator computes with; onnxruntime's choice when not given.
             custom_op_library: a library that brings a kernel of gdn_ops::GatedDeltaStep.
             in_place: whether a state is one buffer; two take turns otherwise.
 
         Raises:
-            SpecError: an argument is wrong, or the model is none that decodes.
+            SpecError: an argument is wrong, the model is none that decodes, or the installed
+                onnx or onnxruntime is too old for the body.
             BackendUnsupportedError: onnxruntime does not take the model.
             ModuleNotFoundError: onnxruntime is not installed.
         """
@@ -68,8 +71,14 @@ class DecodeSession:
             _check_count("threads", threads, 1)
         model, folder = _loaded(model_or_path)
         self.batch = batch
-        self.body = choose_body(nodes_of(model), body, custom_op_library is not None)
-        model = set_body(model, None if self.body == CUSTOM else self.body)
+        has_library = custom_op_library is not None
+        self.body = choose_body(nodes_of(model), body, has_library, opset_of(model))
+        if self.body == "onnx" and batch == 0:
+            raise SpecError(
+                "DecodeSession: batch is 0, should be at least 1 for body 'onnx', whose operator "
+                "onnxruntime does not run on no rows; take body='standard'"
+            )
+        model = with_body(model, None if self.body == CUSTOM else self.body, "DecodeSession")
         self._ort = open_session(model, folder, threads, custom_op_library)
         inputs, outputs = ports_of(self._ort, batch)
         states = states_of(model)

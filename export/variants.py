@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import onnx
+
 from gdn_ops.errors import SpecError
 from gdn_ops.export.schema import Operator
 
 BODIES = ("standard", "ort", "onnx")
 STANDARD_OPSET = 18
 ONNX_OPSET = 27
+ONNX_RELEASE = "1.22"
+"""The oldest onnx that knows that opset."""
+
+DEFAULT_OPSET = 21
+"""What is written where no opset is given: every onnxruntime that this library runs on takes it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,23 @@ class Variant:
             "narrow" * (not self.stores_wide),
         )
         return "_".join(part for part in parts if part)
+
+
+def check_opset(label: str, opset: int, body: str | None) -> None:
+    """Check that the installed onnx knows an opset.
+
+    Raises:
+        SpecError: it is too old; the text says which one there is.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    if opset <= newest:
+        return
+    is_too_old = body == "onnx" and newest < ONNX_OPSET
+    cure = f"; body 'onnx' needs onnx {ONNX_RELEASE} or newer: take body='standard'" * is_too_old
+    raise SpecError(
+        f"{label}: opset is {opset}, should be at most {newest}, the newest that the installed "
+        f"onnx {onnx.__version__} knows{cure}"
+    )
 
 
 def check_body(body: str | None, variant: Variant, opset: int, scale: float) -> None:

@@ -38,7 +38,9 @@ def export(
     state_dtype: Annotated[
         str | None, typer.Option(help="Of the state; float32 without, float64 for float64.")
     ] = None,
-    opset: Annotated[int, typer.Option(help="Of ai.onnx.")] = 21,
+    opset: Annotated[
+        int | None, typer.Option(help="Of ai.onnx; 27 without for body onnx, 21 for the others.")
+    ] = None,
     body: Annotated[str, typer.Option(help='standard, ort, onnx, or "none".')] = "standard",
     prefill: Annotated[bool, typer.Option("--prefill", help="Read T tokens, not one.")] = False,
 ) -> None:
@@ -79,7 +81,11 @@ def _write(
     from gdn_ops.export import available_bodies, make_decode_model, make_prefill_model
     from gdn_ops.export.judge import compare
     from gdn_ops.export.model import check_model
+    from gdn_ops.export.runtime import why_not
+    from gdn_ops.export.variants import DEFAULT_OPSET, ONNX_OPSET
 
+    if options["opset"] is None:
+        options["opset"] = ONNX_OPSET if options["body"] == "onnx" else DEFAULT_OPSET
     model = (make_prefill_model if prefill else make_decode_model)(**options)
     check_model(model)
     onnx.save(model, path)
@@ -89,7 +95,9 @@ def _write(
         highlight=False,
         soft_wrap=True,
     )
-    found = []
+    found, written = [], options["body"]
+    if written is not None and written not in available_bodies():
+        console.print(f"left out: {why_not(written)}", markup=False, highlight=False)
     for body in available_bodies():
         try:
             found.append(compare(onnx.load(path), body))

@@ -46,7 +46,8 @@ class Step:
     tokens: int = 64
     seed: int = 0
 
-    def model(self, body: str | None, opset: int = 21) -> Any:
+    def model(self, body: str | None, opset: int | None = None) -> Any:
+        opset = opset or (27 if body == "onnx" else 21)
         return export.make_decode_model(**self.options(), opset=opset, body=body)
 
     def options(self) -> dict[str, Any]:

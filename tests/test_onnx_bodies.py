@@ -19,6 +19,16 @@ ort = pytest.importorskip("onnxruntime")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
+from onnx_needs import (  # noqa: E402
+    ALL_BODIES,
+    BODIES,
+    at_opset,
+    needs_onnx_body,
+    needs_reference_scan,
+    needs_written,
+    opset_for,
+    reference_has_bfloat16,
+)
 from onnx_steps import (  # noqa: E402
     DTYPES,
     HEADS,
@@ -39,13 +49,10 @@ import gdn_ops  # noqa: E402
 from gdn_ops import export  # noqa: E402
 from gdn_ops.export.judge import compare  # noqa: E402
 from gdn_ops.export.model import check_model  # noqa: E402
+from gdn_ops.export.runtime import why_not  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-needs_ort_body = pytest.mark.skipif(
-    "ort" not in export.available_bodies(),
-    reason=f"onnxruntime {ort.__version__} has no com.microsoft::LinearAttention",
-)
-BODIES = ("standard", pytest.param("ort", marks=needs_ort_body))
+ONNX_BODY = pytest.param("onnx", marks=needs_written(27))
 
 
 def steps_of(dtype: tuple[str, str], rule: str) -> Step:
@@ -57,12 +64,12 @@ def steps_of(dtype: tuple[str, str], rule: str) -> Step:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids="-".join)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", ALL_BODIES)
 def test_a_body_is_the_definition_over_64_steps(
     body: str, rule: str, dtype: tuple[str, str]
 ) -> None:
-    if body == "ort" and dtype[1] == "float64":
-        pytest.skip("com.microsoft::LinearAttention has no float64")
+    if body != "standard" and dtype[1] == "float64":
+        pytest.skip("LinearAttention has no float64")
     step = steps_of(dtype, rule)
     assert_right(step, *step.draw(), in_session(step.model(body), body))
 
@@ -70,12 +77,12 @@ def test_a_body_is_the_definition_over_64_steps(
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids="-".join)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", ALL_BODIES)
 def test_a_body_is_the_definition_for_all_heads_and_scales(
     body: str, rule: str, dtype: tuple[str, str]
 ) -> None:
-    if body == "ort" and dtype[1] == "float64":
-        pytest.skip("com.microsoft::LinearAttention has no float64")
+    if body != "standard" and dtype[1] == "float64":
+        pytest.skip("LinearAttention has no float64")
     flags = itertools.product((False, True), repeat=2)
     for heads, scale, (l2norm, has_beta) in itertools.product(HEADS, SCALES, flags):
         for K, V in ((8, 6), (5, 12)):
@@ -85,18 +92,26 @@ def test_a_body_is_the_definition_for_all_heads_and_scales(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids="-".join)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("body", ["standard", "onnx"])
+@pytest.mark.parametrize("body", ["standard", ONNX_BODY])
 def test_onnx_reference_runs_a_body(body: str, rule: str, dtype: tuple[str, str]) -> None:
     if body == "onnx" and dtype[1] == "float64":
         pytest.skip("ai.onnx LinearAttention has no float64")
+    if "bfloat16" in dtype and not reference_has_bfloat16():
+        pytest.skip(f"onnx.reference {onnx.__version__} has no bfloat16")
     step = replace(steps_of(dtype, rule), tokens=64 if body == "standard" else 8)
-    model = step.model(body, 27 if body == "onnx" else 21)
-    assert_right(step, *step.draw(), in_engine(ReferenceEvaluator(model)))
+    assert_right(step, *step.draw(), in_engine(ReferenceEvaluator(step.model(body))))
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("opset", [18, 21, 25])
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize(
+    ("body", "opset"),
+    [
+        at_opset(body, opset, opset=opset, body=body)
+        for body in ("standard", "ort", "onnx")
+        for opset in (18, 21, 25, 26, 27, 28)
+        if body != "onnx" or opset >= 27
+    ],
+)
 def test_a_body_is_valid_and_right_at_every_opset(body: str, opset: int, rule: str) -> None:
     step = Step(rule, qk_l2norm=True, tokens=8)
     model = step.model(body, opset)
@@ -124,7 +139,9 @@ from gdn_ops import export
 if "onnx" in export.available_bodies():
     for rule in RULES:
         step = Step(rule, tokens=16)
-        assert_right(step, *step.draw(), in_session(step.model("onnx", 27), "onnx"))
+        for opset in (21, 27):
+            model = step.model("standard", opset)
+            assert_right(step, *step.draw(), in_session(model, "onnx"))
     print("ran", len(RULES))
 """
 
@@ -140,7 +157,7 @@ def test_onnxruntime_runs_the_onnx_body_where_it_is_told_to_take_new_opsets() ->
     )
     assert done.returncode == 0, done.stderr
     if not done.stdout:
-        pytest.skip(f"onnxruntime {ort.__version__} has no ai.onnx LinearAttention")
+        pytest.skip(why_not("onnx"))
     assert done.stdout == f"ran {len(RULES)}\n"
 
 
@@ -207,8 +224,6 @@ def test_an_exact_zero_decay_forgets_everything_and_is_no_nan() -> None:
     (token,), state = step.draw()
     token["log_alpha"].fill_(-np.inf)
     for body in export.available_bodies():
-        if body == "onnx":
-            continue
         results = [in_session(step.model(body), body)([token], s)[1] for s in (state, state * 1e30)]
         assert np.isfinite(results[0]).all()
         assert np.array_equal(*results)
@@ -294,28 +309,40 @@ def test_a_prompt_is_read_token_by_token(body: str, rule: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids="-".join)
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", ALL_BODIES)
 def test_a_prompt_is_right_in_every_dtype(body: str, dtype: tuple[str, str]) -> None:
-    if body == "ort" and dtype[1] == "float64":
-        pytest.skip("com.microsoft::LinearAttention has no float64")
+    if body != "standard" and dtype[1] == "float64":
+        pytest.skip("LinearAttention has no float64")
     for i, rule in enumerate(RULES):
         step = varied(Step(rule, *dtype, qk_l2norm=i % 2 == 0, has_beta=i != 1), i)
-        model = export.make_prefill_model(**step.options(), body=body)
+        model = export.make_prefill_model(**step.options(), body=body, opset=opset_for(body))
         found = compare(model, body, batch=3, tokens=40)
         assert found.passed, found
 
 
+@needs_onnx_body
+@pytest.mark.parametrize("opset", [18, 21, at_opset(25, opset=25)])
+def test_a_prompt_of_an_older_opset_is_converted_for_the_onnx_body(opset: int) -> None:
+    for rule in RULES:
+        step = Step(rule, qk_l2norm=True)
+        model = export.make_prefill_model(**step.options(), opset=opset)
+        before = model.SerializeToString()
+        found = compare(model, "onnx", batch=3, tokens=40)
+        assert found.passed, found
+        assert model.SerializeToString() == before
+
+
 @pytest.mark.parametrize("rule", RULES)
-def test_onnx_reference_reads_a_prompt(rule: str) -> None:
+@pytest.mark.parametrize("body", [pytest.param("standard", marks=needs_reference_scan), ONNX_BODY])
+def test_onnx_reference_reads_a_prompt(body: str, rule: str) -> None:
     step = Step(rule, tokens=5)
     tokens, state = step.draw()
     feeds = {name: np.stack([feed(token)[name] for token in tokens], 1) for name in feed(tokens[0])}
     exact_o, exact_state = step.run(tokens, state, wide=True)
-    for body, opset in (("standard", 21), ("onnx", 27)):
-        model = export.make_prefill_model(**step.options(), body=body, opset=opset)
-        o, new = ReferenceEvaluator(model).run(None, {**feeds, STATE: to_numpy(state)})
-        assert np.abs(o - np.stack([x.numpy() for x in exact_o], 1)).max() < 2e-6
-        assert np.abs(new - exact_state.numpy()).max() < 2e-6
+    model = export.make_prefill_model(**step.options(), body=body, opset=opset_for(body))
+    o, new = ReferenceEvaluator(model).run(None, {**feeds, STATE: to_numpy(state)})
+    assert np.abs(o - np.stack([x.numpy() for x in exact_o], 1)).max() < 2e-6
+    assert np.abs(new - exact_state.numpy()).max() < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -439,12 +466,12 @@ def test_the_new_state_is_written_after_all_reads_of_the_old_one() -> None:
         assert readers and readers <= ancestors, (rule, body)
 
 
-@pytest.mark.parametrize("body", ["standard", "ort", "onnx"])
+@pytest.mark.parametrize("body", ["standard", "ort", ONNX_BODY])
 def test_a_float32_state_is_never_copied_by_a_cast(body: str) -> None:
     for make in (export.make_decode_model, export.make_prefill_model):
         for state_dtype, casts in (("float32", []), ("float16", ["Cast", "CastLike"])):
             options = Step(state_dtype=state_dtype).options()
-            model = make(**options, body=body, opset=27 if body == "onnx" else 21)
+            model = make(**options, body=body, opset=opset_for(body))
             nodes = model.functions[0].node
             found = [n.op_type for n in nodes if "state" in n.input and "Cast" in n.op_type]
             assert found == casts

@@ -16,12 +16,19 @@ ort = pytest.importorskip("onnxruntime")
 typer_testing = pytest.importorskip("typer.testing")
 pytest.importorskip("rich")
 
+from onnx_needs import (  # noqa: E402
+    needs_onnx_body,
+    needs_ort_body,
+    takes_opset,
+    writes_opset,
+)
+
 from gdn_ops import commands, export  # noqa: E402
 from gdn_ops.bench import decode  # noqa: E402
 from gdn_ops.bench.inputs import Setting  # noqa: E402
 from gdn_ops.bench.rows import Result  # noqa: E402
 from gdn_ops.bench.verify import RefusedError  # noqa: E402
-from gdn_ops.export import judge  # noqa: E402
+from gdn_ops.export import judge, runtime  # noqa: E402
 
 
 def run(*arguments: object) -> Any:
@@ -47,6 +54,41 @@ def test_export_writes_a_checked_file_and_prints_its_errors(tmp_path: Path) -> N
     (node,) = export.nodes_of(onnx.load(path))
     assert (node.num_qk_heads, node.num_v_heads, node.variant.qk_l2norm) == (2, 4, True)
     assert node.scale == pytest.approx(0.3)
+
+
+@needs_onnx_body
+@pytest.mark.parametrize("options", [(), ("--opset", 28), ("--prefill",)])
+def test_export_writes_the_onnx_body_at_an_opset_that_has_it(
+    options: tuple[object, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "step.onnx"
+    if options[:1] == ("--opset",) and not (writes_opset(28) and takes_opset(28)):
+        pytest.skip("onnx or onnxruntime knows no opset 28")
+    result = run("export", *SIZES, "--out", path, "--body", "onnx", *options)
+    assert result.exit_code == 0, result.output
+    assert len(re.findall(r"│ pass", result.output)) == len(export.available_bodies())
+    model = onnx.load(path)
+    assert export.bodies_of(model) == ("onnx",)
+    assert model.opset_import[0].version == (28 if "--opset" in options else 27)
+    lines = run("export", "--inspect", path).output.splitlines()
+    assert lines[0].startswith(f"imports  ai.onnx {model.opset_import[0].version}, gdn_ops 1")
+    assert lines[1] == "body     onnx"
+
+
+def test_export_says_why_the_body_that_it_wrote_was_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "available_bodies", lambda: ("standard",))
+    monkeypatch.setattr(runtime, "available_bodies", lambda: ("standard",))
+    monkeypatch.setattr(ort, "__version__", "1.24.4")
+    path = tmp_path / "step.onnx"
+    result = run("export", *SIZES, "--out", path, "--body", "ort")
+    assert result.exit_code == 0, result.output
+    assert (
+        "left out: body 'ort' needs com.microsoft::LinearAttention, which onnxruntime has from "
+        "1.25 on; this is onnxruntime 1.24.4\n"
+    ) in result.output
+    assert export.bodies_of(onnx.load(path)) == ("ort",)
 
 
 def test_export_writes_a_prompt_reader_and_says_what_it_left_out(tmp_path: Path) -> None:
@@ -84,6 +126,11 @@ def test_inspect_lists_nodes_bodies_and_states(tmp_path: Path) -> None:
             ("--heads", 3, "--value-heads", 4, "--key-dim", 8, "--out", "x.onnx"),
             "gdn-ops: gdn_ops::GatedDeltaStep: num_v_heads is 4, should be a multiple of "
             "num_qk_heads=3\n",
+        ),
+        (
+            ("--heads", 2, "--key-dim", 8, "--out", "x.onnx", "--body", "onnx", "--opset", 21),
+            "gdn-ops: gdn_ops::GatedDeltaStep: the model has opset 21, body 'onnx' should have 27 "
+            "or newer; export with opset=27, or take body='standard'\n",
         ),
         (("--inspect", "no-such.onnx"), "gdn-ops: 'no-such.onnx' is no file\n"),
         (("--inspect", __file__), f"gdn-ops: {__file__!r} is no ONNX model\n"),
@@ -181,7 +228,7 @@ def test_bench_decode_is_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert seen == [("lib.so", Setting(repeats=3), tmp_path)]
 
 
-@pytest.mark.skipif("ort" not in export.available_bodies(), reason="there is no body to unguard")
+@needs_ort_body
 def test_the_form_without_guards_computes_the_same() -> None:
     sizes = {"num_qk_heads": 2, "num_v_heads": 2, "head_k_dim": 8, "head_v_dim": 8}
     model = export.make_decode_model(**sizes, body="ort")

@@ -32,11 +32,13 @@ from onnx_layers import (  # noqa: E402
     shapes_of,
     step_args,
 )
+from onnx_needs import at_opset, takes_opset  # noqa: E402
 
 import gdn_ops  # noqa: E402
 from gdn_ops import export  # noqa: E402
 from gdn_ops.export import exporter  # noqa: E402
 from gdn_ops.export.model import check_model  # noqa: E402
+from gdn_ops.export.opsets import with_body  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def test_a_prompt_and_its_continuation_share_their_states(tmp_path: Path) -> Non
     zeros = torch.zeros(2, CHANNELS, TAPS - 1), torch.zeros(2, HV, K, V)
     expected, *after = prompt(x, *zeros)
     for body in export.available_bodies():
-        swapped = export.set_body(model, body)
+        swapped = with_body(model, body, "test")
         engine = ort.InferenceSession(swapped.SerializeToString())
         read, *states = engine.run(None, feeds_of(engine, [x[:, :6], *zeros]))
         assert_same([read], [expected[:, :6]])
@@ -148,25 +150,39 @@ def test_layers_of_two_rules_have_a_function_each() -> None:
     model = export.export_decode(module, (x, [conv, conv], [state, state]))
     assert [f.overload for f in model.functions] == ["", "delta_l2norm_beta_float"]
     for body in export.available_bodies():
-        swapped = export.set_body(model, body)
+        swapped = with_body(model, body, "test")
+        assert export.bodies_of(swapped) == (body,)
+        assert [f.overload for f in swapped.functions] == ["", "delta_l2norm_beta_float"]
         check_model(swapped)
         engine = ort.InferenceSession(swapped.SerializeToString())
         results = engine.run(None, feeds_of(engine, [x, conv, conv, state, state]))
         expected, convs, states = module(x, [conv, conv], [state, state])
         assert_same(results, [expected, *convs, *states])
+        if body == "onnx":
+            # Nothing but the opset and the IR version is another.
+            assert export.states_of(swapped) == export.states_of(model)
+            swapped.opset_import[0].version = 21
+            swapped.ir_version = model.ir_version
         back = export.set_body(export.set_body(swapped, None), "standard")
         assert back.SerializeToString() == model.SerializeToString()
 
 
-@pytest.mark.parametrize("opset", [18, 25, 27])
-def test_a_layer_exports_at_every_opset(opset: int, layer: Layer) -> None:
-    body = "onnx" if opset == 27 else "standard"
+@pytest.mark.parametrize(
+    ("opset", "body"),
+    [
+        (18, "standard"),
+        at_opset(25, "standard", opset=25, is_run=False),
+        *(at_opset(27, body, opset=27, is_run=False) for body in ("standard", "onnx")),
+        at_opset(28, "onnx", opset=28, is_run=False),
+    ],
+)
+def test_a_layer_exports_at_every_opset(opset: int, body: str, layer: Layer) -> None:
     model = export.export_decode(layer, layer_args(2), opset=opset, body=body)
     assert {o.domain: o.version for o in model.opset_import} == {"": opset, "gdn_ops": 1}
     args = layer_args(3)
     names = [value.name for value in model.graph.input]
     feeds = dict(zip(names, (x.numpy() for x in args), strict=True))
-    if opset < 27:
+    if takes_opset(opset):
         assert_same(ort.InferenceSession(model.SerializeToString()).run(None, feeds), layer(*args))
     assert_same(ReferenceEvaluator(model).run(None, feeds), layer(*args))
 

@@ -18,6 +18,7 @@ from onnx_layers import (  # noqa: E402
     Layer,
     layer_args,
 )
+from onnx_needs import ALL_BODIES, opset_for  # noqa: E402
 
 from gdn_ops import export  # noqa: E402
 
@@ -62,14 +63,14 @@ print(len(data["x"]), worst <= 5e-6, worst)
 """
 
 
-@pytest.mark.parametrize("body", export.available_bodies())
+@pytest.mark.parametrize("body", ALL_BODIES)
 def test_a_process_without_torch_and_without_this_library_decodes(
     body: str, tmp_path: Path
 ) -> None:
     path, values = tmp_path / "decode.onnx", tmp_path / "values.npz"
     torch.manual_seed(0)
     layer = Layer()
-    export.export_decode(layer, layer_args(1), path, body=body)
+    export.export_decode(layer, layer_args(1), path, opset=opset_for(body), body=body)
     exact = Layer().double()
     exact.load_state_dict(layer.state_dict())
     _, conv, state = (x.double() for x in layer_args(3))

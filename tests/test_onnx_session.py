@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
+from onnx_needs import BODIES, needs_ort_body  # noqa: E402
 from onnx_steps import STATE, Step, assert_right, feed, in_session, relative_error  # noqa: E402
 
 import gdn_ops  # noqa: E402
@@ -23,11 +25,6 @@ from gdn_ops import export  # noqa: E402
 from gdn_ops.export import runtime  # noqa: E402
 
 LONG = Step(H=2, HV=4, K=16, V=12, tokens=256)
-needs_ort_body = pytest.mark.skipif(
-    "ort" not in export.available_bodies(),
-    reason=f"onnxruntime {ort.__version__} has no com.microsoft::LinearAttention",
-)
-BODIES = ("standard", pytest.param("ort", marks=needs_ort_body))
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -414,6 +411,59 @@ def test_the_ort_body_on_an_old_onnxruntime_names_the_cure(old_onnxruntime: None
         "DecodeSession: body 'ort' needs com.microsoft::LinearAttention, which onnxruntime has "
         "from 1.25 on; this is onnxruntime 1.24.4; take body='standard'"
     )
+
+
+def test_the_onnx_body_on_an_old_onnxruntime_names_what_it_needs(old_onnxruntime: None) -> None:
+    with pytest.raises(gdn_ops.SpecError) as caught:
+        export.DecodeSession(Step().model("standard"), batch=2, body="onnx")
+    assert str(caught.value) == (
+        "DecodeSession: body 'onnx' needs models of opset 27, for which onnx should be 1.22 or "
+        "newer and onnxruntime 1.32 (1.28 where ALLOW_RELEASED_ONNX_OPSET_ONLY=0 is set in the "
+        f"environment) or newer; this is onnx {onnx.__version__} and onnxruntime 1.24.4; take "
+        "body='standard'"
+    )
+
+
+def test_an_old_onnx_writes_no_onnx_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx.defs, "onnx_opset_version", lambda: 23)
+    monkeypatch.setattr(onnx, "__version__", "1.18.0")
+    export.available_bodies.cache_clear()
+    try:
+        assert "onnx" not in export.available_bodies()
+        assert export.DecodeSession(Step().model("standard"), batch=2).body != "onnx"
+        with pytest.raises(gdn_ops.SpecError, match=r"needs models .* this is onnx 1\.18\.0 and"):
+            export.DecodeSession(Step().model("standard"), batch=2, body="onnx")
+    finally:
+        export.available_bodies.cache_clear()
+    with pytest.raises(gdn_ops.SpecError) as caught:
+        Step().model("onnx")
+    assert str(caught.value) == (
+        "gdn_ops::GatedDeltaStep: opset is 27, should be at most 23, the newest that the installed "
+        "onnx 1.18.0 knows; body 'onnx' needs onnx 1.22 or newer: take body='standard'"
+    )
+
+
+def test_auto_never_takes_the_onnx_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "available_bodies", lambda: ("standard", "onnx"))
+    assert export.DecodeSession(Step().model("standard"), batch=2).body == "standard"
+
+
+@pytest.mark.parametrize("body", ["auto", "standard", "onnx"])
+def test_a_model_too_new_for_onnxruntime_names_its_opset_and_the_cure(body: str) -> None:
+    model = Step().model("standard")
+    model.opset_import[0].version = 99
+    with pytest.raises((gdn_ops.SpecError, gdn_ops.BackendUnsupportedError)) as caught:
+        export.DecodeSession(model, batch=2, body=body)
+    if "onnx" in export.available_bodies() or body != "onnx":
+        assert re.search(
+            rf"onnxruntime {re.escape(ort.__version__)} does not take the model: .*; body '\w+' in "
+            r"a model of opset 99 needs onnxruntime of a later year, this one takes opset \d+ and "
+            r"older: export with opset=21$",
+            str(caught.value),
+            re.DOTALL,
+        )
+    else:
+        assert str(caught.value).endswith("; export with opset=21 and take body='standard'")
 
 
 def test_without_onnxruntime_a_session_says_what_to_install(

@@ -1,0 +1,107 @@
+"""Marks that skip a test and say what the installed onnx and onnxruntime cannot do."""
+
+from __future__ import annotations
+
+import functools
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from gdn_ops import export
+from gdn_ops.export.runtime import why_not
+
+
+def writes_opset(opset: int) -> bool:
+    """Return whether the installed onnx knows an opset."""
+    return opset <= onnx.defs.onnx_opset_version()
+
+
+@functools.cache
+def takes_opset(opset: int) -> bool:
+    """Return whether the installed onnxruntime loads a model of an opset."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", [x], [y])
+    imports = [helper.make_opsetid("", opset)]
+    version = max(10, helper.find_min_ir_version_for(imports, ignore_unknown=True))
+    model = helper.make_model(graph, opset_imports=imports, ir_version=version)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        onnxruntime.InferenceSession(model.SerializeToString(), options)
+    # Its errors have no common base but Exception.
+    except Exception:
+        return False
+    return True
+
+
+def needs_written(opset: int) -> pytest.MarkDecorator:
+    """Skip a test where onnx does not know an opset."""
+    return pytest.mark.skipif(
+        not writes_opset(opset), reason=f"onnx {onnx.__version__} knows no opset {opset}"
+    )
+
+
+def needs_taken(opset: int) -> pytest.MarkDecorator:
+    """Skip a test where onnxruntime loads no model of an opset."""
+    return pytest.mark.skipif(
+        not takes_opset(opset),
+        reason=f"onnxruntime {onnxruntime.__version__} takes no model of opset {opset}",
+    )
+
+
+@functools.cache
+def reference_scans() -> bool:
+    """Return whether a Scan of onnx.reference stacks its tokens and does not join them."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 18]>
+        g (float[2, 1, 1] x) => (float[2, 1, 1] y) {
+          y = Scan <num_scan_inputs = 1, body = b (float[1, 1] a) => (float[1, 1] c) {
+            c = Identity (a) }> (x)
+        }"""
+    )
+    (y,) = ReferenceEvaluator(model).run(None, {"x": np.zeros((2, 1, 1), np.float32)})
+    return bool(y.shape == (2, 1, 1))
+
+
+@functools.cache
+def reference_has_bfloat16() -> bool:
+    """Return whether onnx.reference computes in bfloat16."""
+    dtype = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
+    return bool(dtype == np.dtype(ml_dtypes.bfloat16))
+
+
+needs_reference_scan = pytest.mark.skipif(
+    not reference_scans(), reason=f"a Scan of onnx.reference {onnx.__version__} joins its tokens"
+)
+
+
+def needs_body(body: str) -> pytest.MarkDecorator:
+    """Skip a test where a body does not run."""
+    is_missing = body not in export.available_bodies()
+    return pytest.mark.skipif(is_missing, reason=why_not(body) if is_missing else "")
+
+
+needs_ort_body, needs_onnx_body = needs_body("ort"), needs_body("onnx")
+BODIES = ("standard", pytest.param("ort", marks=needs_ort_body))
+ALL_BODIES = (*BODIES, pytest.param("onnx", marks=needs_onnx_body))
+
+
+def opset_for(body: str | None) -> int:
+    """Return an opset that a body can have."""
+    return 27 if body == "onnx" else 21
+
+
+def at_opset(*values: object, opset: int, body: str = "standard", is_run: bool = True) -> object:
+    """Return the parameters of a test that writes a model of an opset, and maybe runs a body."""
+    marks = [needs_written(opset)]
+    if is_run:
+        marks.append(needs_taken(opset))
+        if body != "standard":
+            marks.append(needs_body(body))
+    return pytest.param(*values, marks=marks)
