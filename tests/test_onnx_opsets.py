@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+ort = pytest.importorskip("onnxruntime")
 
-from onnx_needs import at_opset, needs_onnx_body, needs_written  # noqa: E402
+from onnx_needs import at_opset, needs_onnx_body, needs_written, takes_opset  # noqa: E402
 from onnx_steps import RULES, Step, assert_right, in_session  # noqa: E402
 
 import gdn_ops  # noqa: E402
@@ -104,6 +104,33 @@ def test_a_conversion_changes_no_node_that_is_the_same_in_both_opsets() -> None:
     expected.ir_version = converted.ir_version
     assert converted.SerializeToString() == expected.SerializeToString()
     check_model(export.set_body(converted, "onnx"))
+
+
+def released(version: str) -> tuple[int, ...]:
+    """Return the release of a version, as two numbers."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
+TAKEN_FROM = {
+    **dict.fromkeys((18, 19, 20, 21), (1, 20)),
+    **{22: (1, 21), 23: (1, 23), 24: (1, 24), 25: (1, 24), 26: (1, 25)},
+    **{27: (1, 32), 28: (1, 32)},
+}
+
+
+def test_the_versions_that_errors_and_the_page_name_are_those_that_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime, writer = released(ort.__version__), released(onnx.__version__)
+    monkeypatch.delenv("ALLOW_RELEASED_ONNX_OPSET_ONLY", raising=False)
+    taken = {opset for opset in TAKEN_FROM if takes_opset.__wrapped__(opset)}
+    assert taken == {opset for opset, oldest in TAKEN_FROM.items() if runtime >= oldest}
+    expected = {"standard": True, "ort": runtime >= (1, 25)}
+    for setting, oldest in ((None, (1, 32)), ("0", (1, 28))):
+        if setting is not None:
+            monkeypatch.setenv("ALLOW_RELEASED_ONNX_OPSET_ONLY", setting)
+        expected["onnx"] = runtime >= oldest and writer >= (1, 22)
+        assert export.available_bodies() == tuple(b for b, runs in expected.items() if runs)
 
 
 @needs_onnx_body
