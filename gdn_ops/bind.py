@@ -90,6 +90,13 @@ class Call:
         """Return the same call on other tensors, given in the order of GRAD_NAMES."""
         return replace(self, **dict(zip(GRAD_NAMES, tensors, strict=True)))  # type: ignore[arg-type]
 
+    def on_own_pool(self) -> Call:
+        """Return the call in place, on a copy of the pool if the caller wants his unchanged."""
+        if self.inplace:
+            return self
+        assert self.state is not None
+        return replace(self, state=self.state.clone(), inplace=True)
+
     def describe(self) -> str:
         """Return one line for messages: `q bfloat16 (2, 4096, 16, 80) cuda:0 sm80, ...`."""
         parts = [f"q {dtype_name(self.q.dtype)} {tuple(self.q.shape)} {self.device}"]

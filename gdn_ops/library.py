@@ -80,7 +80,7 @@ def empty_output(call: Call) -> Tensor:
     return torch.empty(call.v.shape, dtype=call.v.dtype, device=call.device)
 
 
-# Asked once, at import: not every Dynamo traces the question.
+# Asked once, at import: Dynamo of torch 2.11 does not trace the question.
 _WITHOUT_AUTOCAST = frozenset(
     kind for kind in ("lazy", "meta", "vulkan") if not torch.amp.is_autocast_available(kind)
 )
@@ -277,7 +277,7 @@ def advance(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     if call.state_indices is None:
         return backend.step(call)
     if backend.limits.pools:
-        return backend.step(_on_own_pool(call))
+        return backend.step(call.on_own_pool())
     o, state, _ = through_rows(call, lambda rows: (*backend.step(rows), None))
     return o, state
 
@@ -287,16 +287,8 @@ def advance_tokens(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor
     if call.state_indices is None:
         return backend.steps(call)
     if backend.limits.pools:
-        return backend.steps(_on_own_pool(call))
+        return backend.steps(call.on_own_pool())
     return through_rows(call, backend.steps)
-
-
-def _on_own_pool(call: Call) -> Call:
-    """Return the call in place, on a copy of the pool if the caller wants his unchanged."""
-    if call.inplace:
-        return call
-    assert call.state is not None
-    return replace(call, state=call.state.clone(), inplace=True)
 
 
 def as_sequence(call: Call) -> Call:
