@@ -206,6 +206,26 @@ def set_body(model: ModelProto, body: str | None) -> ModelProto:
     return changed
 
 
+def without_overloads(model: ModelProto) -> ModelProto:
+    """Give our functions and nodes names that tell them apart without an overload.
+
+    onnxruntime before 1.27 ignores overloads, and runs one function for all nodes.
+    """
+    if not any(function.overload for function in model.functions):
+        return model
+    renamed = ModelProto()
+    renamed.CopyFrom(model)
+    for function in renamed.functions:
+        if function.domain == DOMAIN and function.overload:
+            function.name += f"_{function.overload}"
+            function.ClearField("overload")
+    for node in _own_nodes(renamed.graph.node):
+        if node.overload:
+            node.op_type += f"_{node.overload}"
+            node.ClearField("overload")
+    return renamed
+
+
 def _import(model: ModelProto, domain: str, version: int) -> bool:
     """Import a domain; return whether the model did not."""
     if opset_of(model, domain):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -14,7 +15,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from gdn_ops.errors import BackendUnsupportedError, SpecError
 from gdn_ops.export.build import make_decode_model
-from gdn_ops.export.model import Node, bodies_of, ir_version, opset_of
+from gdn_ops.export.model import Node, bodies_of, ir_version, opset_of, without_overloads
 from gdn_ops.export.variants import BODIES, DEFAULT_OPSET, ONNX_OPSET, ONNX_RELEASE, STANDARD_OPSET
 
 logger = logging.getLogger("gdn_ops")
@@ -225,15 +226,31 @@ def open_session(
                 f"DecodeSession: custom_op_library {str(library)!r} cannot be loaded by "
                 f"onnxruntime {runtime.__version__}: {error}"
             ) from error
+    model = without_overloads(model)
     try:
         return _session(model.SerializeToString(), options)
     except Exception as error:
+        if folder is not None and (moved := _with_absolute_weights(model, folder)) is not None:
+            # onnxruntime 1.20 does not know the entry above; newer ones refuse absolute paths.
+            with contextlib.suppress(Exception):
+                return _session(moved.SerializeToString(), options)
         cure = _cure_of_opset(model)
         if custom_op_library is not None and not cure:
             cure = "; the library has no kernel for these types: leave custom_op_library out"
         raise BackendUnsupportedError(
             f"onnxruntime {runtime.__version__} does not take the model: {str(error).strip()}{cure}"
         ) from error
+
+
+def _with_absolute_weights(model: ModelProto, folder: Path) -> ModelProto | None:
+    """Return a model that says where its weights in other files are, None if it has none there."""
+    moved, is_moved = ModelProto(), False
+    moved.CopyFrom(model)
+    for tensor in moved.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value, is_moved = str(folder / entry.value), True
+    return moved if is_moved else None
 
 
 def _cure_of_opset(model: ModelProto) -> str:

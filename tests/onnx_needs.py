@@ -76,6 +76,20 @@ def reference_has_bfloat16() -> bool:
     return bool(dtype == np.dtype(ml_dtypes.bfloat16))
 
 
+@functools.cache
+def tells_overloads_apart() -> bool:
+    """Return whether onnxruntime runs the function that the overload of a node names."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 21, "mine": 1]>
+        g (float[1] x) => (float[1] y, float[1] z) { y = mine.F (x) z = mine.F : other (x) }
+        <domain: "mine", opset_import: ["": 21]> F (x) => (y) { y = Identity (x) }
+        <domain: "mine", overload: "other", opset_import: ["": 21]> F (x) => (y) { y = Neg (x) }"""
+    )
+    engine = onnxruntime.InferenceSession(model.SerializeToString())
+    y, z = engine.run(None, {"x": np.ones(1, np.float32)})
+    return bool(y[0] == 1 and z[0] == -1)
+
+
 needs_reference_scan = pytest.mark.skipif(
     not reference_scans(), reason=f"a Scan of onnx.reference {onnx.__version__} joins its tokens"
 )

@@ -13,7 +13,7 @@ import pytest
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from onnx_needs import at_opset, needs_onnx_body, needs_written, takes_opset  # noqa: E402
+from onnx_needs import at_opset, needs_onnx_body, needs_written, takes_opset, tells_overloads_apart  # noqa: E402
 from onnx_steps import RULES, Step, assert_right, in_session  # noqa: E402
 
 import gdn_ops  # noqa: E402
@@ -125,6 +125,7 @@ def test_the_versions_that_errors_and_the_page_name_are_those_that_run(
     monkeypatch.delenv("ALLOW_RELEASED_ONNX_OPSET_ONLY", raising=False)
     taken = {opset for opset in TAKEN_FROM if takes_opset.__wrapped__(opset)}
     assert taken == {opset for opset, oldest in TAKEN_FROM.items() if runtime >= oldest}
+    assert tells_overloads_apart() == (runtime >= (1, 27))
     expected = {"standard": True, "ort": runtime >= (1, 25)}
     for setting, oldest in ((None, (1, 32)), ("0", (1, 28))):
         if setting is not None:
