@@ -2,7 +2,7 @@
 
 A CUDA build of torch pins its own Triton and CUDA libraries, a CPU build pins nothing. So the
 lock holds for every build less the lines that the torch at hand does not allow. This runs where
-nothing but pip and torch is installed, hence with the parts of pip.
+nothing but pip and torch may be installed, and then with the parts of pip.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pip._vendor.packaging.requirements import Requirement
-from pip._vendor.packaging.utils import canonicalize_name
-from pip._vendor.packaging.version import Version
+try:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    from packaging.version import Version
+except ModuleNotFoundError:
+    # Not first: before Python 3.12, setuptools cannot be imported any more where pip was.
+    from pip._vendor.packaging.requirements import Requirement
+    from pip._vendor.packaging.utils import canonicalize_name
+    from pip._vendor.packaging.version import Version
 
 
 def read_lock(text: str) -> dict[str, str]:

@@ -12,11 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pip._vendor.packaging.requirements import Requirement
-from pip._vendor.packaging.utils import canonicalize_name
-from pip._vendor.packaging.version import Version
-
-from versions.constrain import read_lock, write_lock
+from versions.constrain import Requirement, Version, canonicalize_name, read_lock, write_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = (".[dev]", "setuptools", "wheel")

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pip._vendor.packaging.version import Version
+from packaging.version import Version
 
 from versions.cells import CELLS, ROOT
 from versions.run import Result
