@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import gdn_ops
-from gdn_ops import cli, commands
+from gdn_ops import cli, commands, tested
 from gdn_ops.bench import suite
 from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.verify import RefusedError
@@ -58,6 +59,20 @@ def test_info_lists_versions_and_every_backend() -> None:
     for backend in gdn_ops.backends():
         assert backend.name in result.output
     assert "any device; float64, float32, bfloat16, float16; second gradients" in result.output
+
+
+def test_info_warns_of_a_version_that_was_never_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges = {"numpy": ("0.1", "0.2"), "torch": ("0.1", "99"), "python": ("3.90", "3.91")}
+    monkeypatch.setattr(tested, "tested_ranges", lambda: ranges)
+    numpy, python = importlib.metadata.version("numpy"), "{}.{}".format(*sys.version_info)
+    expected = [
+        f"numpy {numpy} is newer than 0.2, the newest that was tested: docs/versions.md",
+        f"python {python} is older than 3.90, the oldest that was tested: docs/versions.md",
+    ]
+    assert re.findall(r"(?m)^warning +(.*)$", run("info").output) == expected
+    assert json.loads(run("info", "--json").output)["warnings"] == expected
+    monkeypatch.setattr(tested, "tested_ranges", dict)
+    assert "warning" not in run("info").output
 
 
 def test_info_as_json_has_the_limits_as_data() -> None:
