@@ -46,20 +46,29 @@ def _needs_grad(values: list[Any]) -> bool:
 
 def traced_step(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Trace through a backend made of plain torch ops; keep any other, and ONNX, opaque."""
+    values = _schema_values(GATED_DELTA_STEP, arguments)
     name = registry.traceable_step(arguments["backend"], arguments["q"].device.type)
-    # The operator warns of a narrow alpha: a graph cannot.
-    if name is not None and not is_narrow(arguments["alpha"]) and not onnx_export.is_exporting():
+    if name is not None and not _stays_whole(arguments, values):
         call, backend = bind(GATED_DELTA_STEP, arguments, check_values=False), _loaded(name)
         # The operator passes over a backend with reasons against it, or refuses it in words.
         if not registry.reasons_under_auto(backend, call):
-            return library.advance(backend, call)
-    values = _schema_values(GATED_DELTA_STEP, arguments)
+            with library.full_precision(call.device.type):
+                return library.advance(backend, call)
     if _needs_grad(values):
         check_gradients(GATED_DELTA_STEP, arguments)
     if arguments["inplace"]:
         state: Tensor = arguments["state"]
         return torch.ops.gdn_ops.gated_delta_step_(*values), state
     return torch.ops.gdn_ops.gated_delta_step(*values)  # type: ignore[no-any-return]
+
+
+def _stays_whole(arguments: dict[str, Any], values: list[Any]) -> bool:
+    """Return whether a step must be one operator, whichever backend runs it."""
+    if onnx_export.is_exporting():
+        return True
+    # A graph cannot warn; and it differentiates what was traced under the caller's autocast.
+    alpha, is_on = arguments["alpha"], library.is_autocast_on(arguments["q"].device.type)
+    return (isinstance(alpha, Tensor) and is_narrow(alpha)) or (is_on and _needs_grad(values))
 
 
 def _loaded(name: str) -> Backend:
