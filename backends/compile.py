@@ -138,9 +138,9 @@ def _forward(
 ) -> tuple[list[Tensor], Tensor]:
     (view,) = out
     whole = view
-    if view.shape[3] < x.tokens:
+    if view.shape[3] < x.tokens():
         # The last chunk is padded; a shorter output would be a shape class of its own.
-        whole = view.new_empty(*view.shape[:3], x.tokens, view.shape[4])
+        whole = view.new_empty(*view.shape[:3], x.tokens(), view.shape[4])
     function = _compiled(_forward_chunk, (scale, has_erase), (*x, state, whole))
     function(x, state, whole, scale, has_erase)
     if whole is not view:

@@ -39,20 +39,19 @@ class Segment(NamedTuple):
     log_decay_cumsum: Tensor | None
     zeros: Tensor | None
 
-    @property
+    # Methods: not every Dynamo traces a property of a named tuple.
+
     def tokens(self) -> int:
-        """C, tokens per chunk."""
+        """Return C, tokens per chunk."""
         return self.v.shape[3]
 
-    @property
     def q(self) -> Tensor:
-        """(n, G, C, K)."""
-        return self.qk[..., : self.tokens, :]
+        """Return q, (n, G, C, K)."""
+        return self.qk[..., : self.tokens(), :]
 
-    @property
     def k(self) -> Tensor:
-        """(n, G, C, K)."""
-        return self.qk[..., self.tokens :, :]
+        """Return k, (n, G, C, K)."""
+        return self.qk[..., self.tokens() :, :]
 
 
 class Decay(NamedTuple):
@@ -223,7 +222,7 @@ def prepare(x: Segment, scale: float, has_erase: bool, scratch: Scratch = NO_SCR
     decay = decay_factors(x, causal, 0, scratch)
     D = causal.to(x.qk.dtype) if decay is None else decay.D
     wide = (n, G, heads, tokens, tokens)
-    pairs = bmm(x.qk, x.k.mT, scratch.get("[Q; K] K'", (n, G, 2 * tokens, tokens), x.qk))
+    pairs = bmm(x.qk, x.k().mT, scratch.get("[Q; K] K'", (n, G, 2 * tokens, tokens), x.qk))
     # §3 P = s lower(Q Kᵀ ⊙ D)                          [C, C]
     qk = pairs[..., :tokens, :].unsqueeze(2)
     qk = qk.mul_(scale) if scratch.enabled else qk * scale
@@ -272,11 +271,11 @@ def read_state(
     x: Segment, p: Prepared, i: int, state: Tensor, out: Read
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return [Q; K] S (Q S alone without erase), E and U of chunk i."""
-    heads, tokens = x.v.shape[2], x.tokens
+    heads, tokens = x.v.shape[2], x.tokens()
     if p.T_beta is None:
         # §3 without erase, U = diag(β) V               [C, V]
         U = torch.mul(x.v[i], x.beta[i].unsqueeze(-1), out=out.U)
-        return torch.bmm(x.q[i], state, out=out.qkS), x.v[i], U
+        return torch.bmm(x.q()[i], state, out=out.qkS), x.v[i], U
     qkS = torch.bmm(x.qk[i], state, out=out.qkS)
     kS = per_head(qkS[:, tokens:], heads)
     if p.decay is None:
@@ -335,10 +334,10 @@ def advanced(
     """Return the state after chunk i."""
     # §3 S_C = b_C S + (diag(d) K)ᵀ U                  [K, R V]
     if p.decay is None:
-        return plus_product(across(None, state, out), x.k[i].mT, packed(U))
+        return plus_product(across(None, state, out), x.k()[i].mT, packed(U))
     G, R, C, V = U.shape
     dU = scaled_packed(U, p.decay.d[i], scratch.get("dU", (G, C, R * V), x.qk))
-    return plus_product(across(p.decay.total[i], state, out), x.k[i].mT, dU)
+    return plus_product(across(p.decay.total[i], state, out), x.k()[i].mT, dU)
 
 
 def forward_segment(

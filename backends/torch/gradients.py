@@ -134,7 +134,7 @@ def _walk_backward(
         last = d_states.out(i)
         d_state = d_states.put(i, d_state if last is None else last.copy_(d_state))
         # §5 dU = s Pᵀ dO + diag(d) K dS_C                   [C, V]
-        kdS_i = kdS.put(i, torch.bmm(x.k[i], d_state, out=kdS.out(i)))
+        kdS_i = kdS.put(i, torch.bmm(x.k()[i], d_state, out=kdS.out(i)))
         dU, kdS_i = scratch.get("dU_i", one, x.qk), per_head(kdS_i, R)
         if p.decay is None:
             dU = torch.add(PdO[i], kdS_i, out=dU)
@@ -196,12 +196,12 @@ def _parallel_gradients(
     shape = (n, G, w.X.shape[2], x.qk.shape[-1])
     both = bmm(w.X, f.states.mT, scratch.get("dQ, dK", shape, x.qk))
     half = (*shape[:2], C, shape[3])
-    dQ = plus_product(both[..., :C, :], pairs, x.k, scratch.get("dQ", half, x.qk))
+    dQ = plus_product(both[..., :C, :], pairs, x.k(), scratch.get("dQ", half, x.qk))
     # §5 dK = (dP ⊙ D)ᵀ Q + diag(d) U dS_Cᵀ − (diag(βb) dRHS Sᵀ) + (M + Mᵀ) K   [C, K]
     dK = both[..., C:, :] if p.T is not None else torch.zeros_like(dQ)
     d = torch.ones_like(x.beta) if p.decay is None else p.decay.d
     dU = scaled_packed(f.U, d, scratch.get("dUs", (n, G, C, R * V), x.qk))
-    dK = plus_product(dK, pairs.mT, x.q, scratch.get("dK", half, x.qk))
+    dK = plus_product(dK, pairs.mT, x.q(), scratch.get("dK", half, x.qk))
     dK = plus_product(dK, dU, w.d_states.mT)
     E = torch.mul(dP, p.qk, out=scratch.get("E_ij", square, x.qk))
     if p.kk is not None:
@@ -211,7 +211,7 @@ def _parallel_gradients(
         masked = torch.mul(dA, D, out=scratch.get("masked", square, x.qk))
         d_beta = d_beta + _rowsum(masked, p.kk.expand(square), scratch)
         M = torch.mul(masked, beta, out=scratch.get("masked", square, x.qk)).sum(2)
-        dK = plus_product(dK, M + M.mT, x.k)
+        dK = plus_product(dK, M + M.mT, x.k())
         # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ                  [C, C]
         weighted = torch.mul(dA, beta, out=scratch.get("masked", square, x.qk))
         E = torch.addcmul(E, weighted, p.kk, out=scratch.get("E_ij", square, x.qk))

@@ -154,7 +154,8 @@ def run(
             allow_unused=True,
             materialize_grads=True,
         )
-        results |= {f"d_{name}": grad for name, grad in zip(inputs, found, strict=True)}
+        # Zeros made for an input that nothing depends on may themselves require gradients.
+        results |= {f"d_{name}": grad.detach() for name, grad in zip(inputs, found, strict=True)}
     return results
 
 
