@@ -29,7 +29,7 @@ from gdn_ops.bench.runner import Timing, interleave
 from gdn_ops.bench.verify import Check, RefusedError
 from gdn_ops.export import DecodeSession, available_bodies, make_decode_model, set_body
 from gdn_ops.export.judge import compare
-from gdn_ops.export.runtime import open_session
+from gdn_ops.export.runtime import open_session, why_not
 from gdn_ops.spec import Sizes
 
 Array = np.ndarray[Any, Any]
@@ -324,7 +324,7 @@ def run(
     try:
         result = Result(suite.system(setting))
         if "ort" not in available_bodies():
-            result.skipped.append(("decode", "ort", "onnxruntime 1.25 or newer has its kernel"))
+            result.skipped.append(("decode", "ort", why_not("ort")))
         rounds = ROUNDS_PER_REPEAT * setting.repeats
         for batch, heads in shapes:
             tell(f"B={batch} H={heads}")
