@@ -66,12 +66,17 @@ def page(name: str) -> str:
 
 TRANSFORMERS = Group(
     "transformers",
-    ("4.57", "5.0", "5.4", "5.8", "5.12", "5.13", "5.15", "5.16", "5.20", "5.23", "5.24", "newest"),
+    (
+        *("4.57", "5.0", "5.4", "5.8", "5.12", "5.13", "5.14", "5.15", "5.16", "5.20", "5.23"),
+        *("5.24", "newest"),
+    ),
     ("test_compat_transformers*.py", "test_compat_bench_models.py", page("transformers")),
 )
 ONNX_TESTS = ("test_onnx_*.py", "test_nn_export.py", page("onnx"))
-ONNXRUNTIME = Group("onnxruntime", ("lowest", "1.25", "1.31", "1.32"), ONNX_TESTS)
-ONNX = Group("onnx", ("lowest", "newest"), ONNX_TESTS, beside=("onnxscript",))
+ONNXRUNTIME = Group(
+    "onnxruntime", ("lowest", "1.25", "1.26", "1.27", "1.28", "1.31", "1.32"), ONNX_TESTS
+)
+ONNX = Group("onnx", ("lowest", "1.21", "1.22", "newest"), ONNX_TESTS, beside=("onnxscript",))
 TORCH = Group(
     "torch",
     ("lowest", "2.11", "locked", "newest"),
