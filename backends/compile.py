@@ -19,10 +19,10 @@ from torch import Tensor
 from gdn_ops.backends.torch import Torch
 from gdn_ops.backends.torch.chunkwise import Scratch, Segment, advance_segment, forward_segment
 from gdn_ops.backends.torch.gradients import SegmentGrads, backward_segment
-from gdn_ops.backends.torch.step import StepOptions, advance_token, step
+from gdn_ops.backends.torch.one_token import StepOptions, advance_token, decode_one
 from gdn_ops.backends.torch.walk import Engine
-from gdn_ops.bind import Call
-from gdn_ops.decoding import one_by_one
+from gdn_ops.call.bind import Call
+from gdn_ops.dispatch.decode_fallbacks import one_by_one
 
 logger = logging.getLogger("gdn_ops")
 
@@ -55,7 +55,7 @@ class Compile(Torch):
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
         if call.needs_grad:
-            return step(call)
+            return decode_one(call)
         options = StepOptions.of(call)
         tensors = call.tensors()
         function = _compiled(advance_token, tuple(options), tensors)

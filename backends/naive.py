@@ -1,4 +1,4 @@
-"""The definition: the recurrence of MATH §2, token by token, in plain torch.
+"""The definition: the recurrence of docs/math.md §2, token by token, in plain torch.
 
 Any float dtype, any device, any sizes; gradients of every order come from autograd. Slow by
 design: every other backend is judged against this one run in float64.
@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.bind import Call
-from gdn_ops.numerics import l2norm, l2norm_backward
-from gdn_ops.registry import Backend, Forward, Grads
-from gdn_ops.spec import Limits
+from gdn_ops.call.bind import Call
+from gdn_ops.call.numerics import l2norm, l2norm_backward
+from gdn_ops.dispatch.registry import Backend, Forward, Grads
+from gdn_ops.spec.language import Limits
 
 
 class Operands(NamedTuple):
@@ -73,7 +73,7 @@ def recurrence(x: Operands, state: Tensor, scale: float) -> tuple[Tensor, Tensor
 def reverse_scan(
     x: Operands, state: Tensor, scale: float, d_o: Tensor, d_state: Tensor
 ) -> tuple[Tensor, ...]:
-    """Run the gradients of MATH §5, token form, back over the tokens.
+    """Run the gradients of docs/math.md §5, token form, back over the tokens.
 
     Args:
         x, state, scale: as in `recurrence`.
@@ -118,7 +118,7 @@ def reverse_scan(
 
 
 def _lowered(call: Call) -> Operands:
-    """Return the operands of a call (MATH §2: the rule as erase and write strengths)."""
+    """Return the operands of a call (docs/math.md §2: the rule as erase and write strengths)."""
     dtype = call.compute_dtype
     step = call.q.dim() == 3
     q, k, v = (x.unsqueeze(1) if step else x for x in (call.q, call.k, call.v))

@@ -27,13 +27,13 @@ def _prefer_this_checkout() -> None:
 def generated_pages() -> dict[str, str]:
     """Return the generated pages, Markdown by path."""
     _prefer_this_checkout()
-    from gdn_ops import describe
-    from gdn_ops.gated_delta import OPS
+    from gdn_ops.spec import docs
+    from gdn_ops.spec.ops import OPS
 
     pages = {}
     for op in OPS:
         examples = ROOT / "docs" / "examples" / f"{op.name}.md"
-        pages[f"ops/{op.name}.md"] = f"{describe.page(op)}\n{examples.read_text(encoding='utf-8')}"
+        pages[f"ops/{op.name}.md"] = f"{docs.page(op)}\n{examples.read_text(encoding='utf-8')}"
     for name in ("CONTRIBUTING", "CHANGELOG"):
         pages[f"{name.lower()}.md"] = (ROOT / f"{name}.md").read_text(encoding="utf-8")
     return pages

@@ -15,14 +15,14 @@ except ModuleNotFoundError as error:
         "gdn_ops.export needs the onnx extra: pip install 'gdn_ops[onnx]'", name=error.name
     ) from error
 
-from gdn_ops.export.bodies import decode_function
-from gdn_ops.export.build import make_decode_model, make_prefill_model
-from gdn_ops.export.exporter import export_decode, export_prefill
-from gdn_ops.export.model import bodies_of, nodes_of, set_body, states_of
-from gdn_ops.export.runtime import available_bodies
-from gdn_ops.export.schema import op_schema
-from gdn_ops.export.session import DecodeSession
-from gdn_ops.export.translation import translation_table
+from gdn_ops.export.bodies.functions import decode_function
+from gdn_ops.export.node.model import bodies_of, nodes_of, set_body, states_of
+from gdn_ops.export.node.schema import op_schema
+from gdn_ops.export.node.single import make_decode_model, make_prefill_model
+from gdn_ops.export.runtime.decode_session import DecodeSession
+from gdn_ops.export.runtime.sessions import available_bodies
+from gdn_ops.export.torch_exporter.exporter import export_decode, export_prefill
+from gdn_ops.export.torch_exporter.translation import translation_table
 
 __all__ = [
     "DecodeSession",

@@ -8,13 +8,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from gdn_ops import library, registry
-from gdn_ops.backend import Explanation
-from gdn_ops.bind import bind
-from gdn_ops.describe import docstring
-from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, OPS
-from gdn_ops.spec import OpSpec
-from gdn_ops.tracing import is_traced, traced, traced_step, traced_steps
+from gdn_ops.call.bind import bind
+from gdn_ops.dispatch import registry
+from gdn_ops.dispatch.backend import Explanation
+from gdn_ops.environment import certificate as certificate  # registers its veto
+from gdn_ops.spec.docs import docstring
+from gdn_ops.spec.language import OpSpec
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, OPS
+from gdn_ops.torch_ops import operators
+from gdn_ops.torch_ops.tracing import is_traced, traced, traced_step, traced_steps
 
 _GATES_AND_STATES = ("alpha", "beta", "log_alpha", "initial_state", "state")
 
@@ -22,7 +24,7 @@ _GATES_AND_STATES = ("alpha", "beta", "log_alpha", "initial_state", "state")
 def _autocast(arguments: dict[str, Any]) -> None:
     """Give q, k, v the autocast dtype and keep gates and states out of it."""
     q = arguments["q"]
-    if not isinstance(q, Tensor) or not library.is_autocast_on(q.device.type):
+    if not isinstance(q, Tensor) or not operators.is_autocast_on(q.device.type):
         return
     low = torch.get_autocast_dtype(q.device.type)
     for name in ("q", "k", "v"):
@@ -109,7 +111,7 @@ def gated_delta(
         o, state = traced(arguments)
     else:
         call = bind(GATED_DELTA, arguments)
-        o, state = library.run(registry.select(call, arguments["backend"]), call)
+        o, state = operators.run(registry.select(call, arguments["backend"]), call)
     return (o, state) if return_state else o
 
 
@@ -147,7 +149,7 @@ def gated_delta_step(
     _autocast(arguments)
     if not is_traced(q):
         call = bind(GATED_DELTA_STEP, arguments)
-        return library.run_step(registry.select(call, arguments["backend"]), call)
+        return operators.run_step(registry.select(call, arguments["backend"]), call)
     return traced_step(arguments)
 
 
@@ -227,7 +229,7 @@ def gated_delta_steps(
     else:
         call = bind(GATED_DELTA_STEPS, arguments)
         chosen = registry.select(call, arguments["backend"])
-        o, new_state, states = library.run_steps(chosen, call)
+        o, new_state, states = operators.run_steps(chosen, call)
     if not return_states:
         return o, new_state
     assert states is not None

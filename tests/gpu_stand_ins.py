@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops.bench.gpu_device import Facts, Run
-from gdn_ops.bench.gpu_inputs import Problem
-from gdn_ops.bench.gpu_peers import Contender, Ours, Prepared
-from gdn_ops.bench.gpu_rows import GpuRow
+from gdn_ops.bench.gpu.device import Facts, Run
+from gdn_ops.bench.gpu.inputs import Problem
+from gdn_ops.bench.gpu.peers import Contender, Ours, Prepared
+from gdn_ops.bench.gpu.rows import GpuRow
 
 FORWARD = GpuRow("forward", (1, 2), (20,), dims=(8, 4), dtype="float32")
 PACKED = GpuRow("forward", (1, 2), (9, 4, 7), packed=True, dims=(8, 4), dtype="float32")

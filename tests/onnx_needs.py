@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from gdn_ops import export
-from gdn_ops.export.runtime import why_not
+from gdn_ops.export.runtime.sessions import why_not
 
 
 def writes_opset(opset: int) -> bool:

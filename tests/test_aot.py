@@ -10,13 +10,15 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from gdn_ops import GATED_DELTA, GATED_DELTA_STEP, aot, registry
-from gdn_ops.backend import Backend, Forward, Grads
-from gdn_ops.bind import Call
-from gdn_ops.commands import app
-from gdn_ops.compiled import CompiledKernel, Sample
-from gdn_ops.gated_delta import GATED_DELTA_STEPS, OPS
-from gdn_ops.spec import Limits
+from gdn_ops import GATED_DELTA, GATED_DELTA_STEP
+from gdn_ops.aot import sampling
+from gdn_ops.aot.results import CompiledKernel, CompilesAhead, Sample
+from gdn_ops.call.bind import Call
+from gdn_ops.cli.commands import app
+from gdn_ops.dispatch import registry
+from gdn_ops.dispatch.backend import Backend, Forward, Grads
+from gdn_ops.spec.language import Limits
+from gdn_ops.spec.ops import GATED_DELTA_STEPS, OPS
 
 EVERYTHING = [case for op in OPS for case in op.cases]
 
@@ -30,7 +32,7 @@ class Ahead(Backend):
 
     def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
         for sample in samples:
-            if aot.reasons_against(self, sample):
+            if sampling.reasons_against(self, sample):
                 continue
             bad = target == "there" and sample.call.needs_grad
             yield CompiledKernel(
@@ -63,12 +65,12 @@ def run(*arguments: str) -> Result:
 
 
 def test_every_case_is_sampled_as_the_call_it_names() -> None:
-    by_label = {sample.label: sample for sample in aot.samples(EVERYTHING)}
+    by_label = {sample.label: sample for sample in sampling.samples(EVERYTHING)}
     sequences = [f"{c.name} {how}" for c in GATED_DELTA.cases for how in ("inference", "training")]
     steps = [c.name for op in (GATED_DELTA_STEP, GATED_DELTA_STEPS) for c in op.cases]
     assert list(by_label) == sequences + steps
     for case in EVERYTHING:
-        spec = aot.spec_of(case)
+        spec = sampling.spec_of(case)
         sample = by_label[f"{case.name} training" if spec is GATED_DELTA else case.name]
         call, s = sample.call, case.sizes
         assert call.op is spec and call.sizes == s
@@ -82,7 +84,7 @@ def test_every_case_is_sampled_as_the_call_it_names() -> None:
 
 
 def test_everything_is_what_the_defaults_are_not_and_never_a_reference() -> None:
-    more = list(aot.samples([], everything=True))
+    more = list(sampling.samples([], everything=True))
     assert not any(sample.is_reference for sample in more)
     labels = [sample.label for sample in more]
     assert len(set(labels)) == len(labels)
@@ -143,15 +145,15 @@ def test_a_sample_makes_a_backend_do_what_the_api_would() -> None:
     names = ("qwen-16-32-2048", "qwen-16-32-step-b1", "qwen-16-32-steps4-b1")
     cases = [case for case in EVERYTHING if case.name in names]
     noting = Noting()
-    for sample in aot.samples(cases):
-        assert aot.reasons_against(noting, sample) == []
-        aot.run(noting, sample)
+    for sample in sampling.samples(cases):
+        assert sampling.reasons_against(noting, sample) == []
+        sampling.run(noting, sample)
     assert noting.noted == ["forward", "forward", "backward", "step", *["step"] * 4]
 
 
 def test_a_backend_says_what_it_cannot_run_but_for_the_meta_device() -> None:
-    (tiny, _) = aot.samples([GATED_DELTA.case["tiny"]])
-    assert aot.reasons_against(Noting(), tiny) == [
+    (tiny, _) = sampling.samples([GATED_DELTA.case["tiny"]])
+    assert sampling.reasons_against(Noting(), tiny) == [
         "dtype float32 (supported: bfloat16)",
         "K=32 (supported: 128)",
         "V=48 (supported: 128)",
@@ -216,7 +218,6 @@ def test_compile_names_what_it_does_not_know(arguments: tuple[str, ...], message
     assert result.stderr.startswith(f"gdn-ops: {message}")
 
 
-def test_a_backend_that_compiles_nothing_ahead_says_so() -> None:
-    assert Backend.targets == ()
-    with pytest.raises(NotImplementedError):
-        Noting().compile_ahead("sm_90", [])
+def test_a_backend_compiles_ahead_where_it_has_the_methods_for_it() -> None:
+    assert isinstance(Ahead(), CompilesAhead)
+    assert not isinstance(Noting(), CompilesAhead)

@@ -194,7 +194,9 @@ def test_scaling_overhead_and_import_give_a_row_each(monkeypatch: pytest.MonkeyP
 def test_a_process_that_fails_is_a_reason() -> None:
     found = scaling_row(TINY, 2, "no such backend", Setting(repeats=1))
     assert isinstance(found, str)
-    assert found.startswith("the measuring process ended with 1: gdn_ops.errors.SpecError: unknown")
+    assert found.startswith(
+        "the measuring process ended with 1: gdn_ops.spec.errors.SpecError: unknown"
+    )
 
 
 def test_peak_memory_grows_with_the_sequence() -> None:

@@ -23,18 +23,18 @@ from gpu_stand_ins import (
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops.bench import gpu_errors
-from gdn_ops.bench.gpu_device import find_peaks
-from gdn_ops.bench.gpu_errors import exact_backward, exact_forward, exact_step, worst_error
-from gdn_ops.bench.gpu_inputs import make_cotangents, make_problem
-from gdn_ops.bench.gpu_peers import PEERS, Contender, Ours, contender
-from gdn_ops.bench.gpu_result import roofline_seconds
-from gdn_ops.bench.gpu_rows import ROWS, GpuRow, find_row
+from gdn_ops.bench.gpu import errors
+from gdn_ops.bench.gpu.device import find_peaks
+from gdn_ops.bench.gpu.errors import exact_backward, exact_forward, exact_step, worst_error
+from gdn_ops.bench.gpu.inputs import make_cotangents, make_problem
+from gdn_ops.bench.gpu.peers import PEERS, Contender, Ours, contender
+from gdn_ops.bench.gpu.result import roofline_seconds
+from gdn_ops.bench.gpu.rows import ROWS, GpuRow, find_row
 
 ALWAYS: dict[str, Any] = {"seconds": 1e6, "clock": lambda: 0.0, "finish": lambda: None}
 
 
-def exact(p: Any) -> list[gpu_errors.Piece]:
+def exact(p: Any) -> list[errors.Piece]:
     if p.row.what == "step":
         return exact_step(p)
     if p.row.what == "backward":
@@ -248,7 +248,7 @@ def test_a_definition_that_takes_too_long_walks_the_beginning() -> None:
 
 
 def test_gradients_are_judged_in_a_window_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_errors, "WINDOW", 6)
+    monkeypatch.setattr(errors, "WINDOW", 6)
     p = make_problem(BACKWARD, "cpu")
     pieces = exact(p)
     assert [piece.what for piece in pieces] == ["dq", "dk", "dv", "dlog_alpha", "dbeta"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gdn_ops.bench.gpu_device import Cuda
-from gdn_ops.bench.gpu_measure import measure_row
-from gdn_ops.bench.gpu_peers import Ours
-from gdn_ops.bench.gpu_rows import GpuRow
+from gdn_ops.bench.gpu.device import Cuda
+from gdn_ops.bench.gpu.measuring import measure_row
+from gdn_ops.bench.gpu.peers import Ours
+from gdn_ops.bench.gpu.rows import GpuRow
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,17 +11,17 @@ import torch
 from gpu_stand_ins import BACKWARD, BACKWARD_PACKED, FORWARD, STEP, FakeDevice, StandIn
 
 import gdn_ops
-from gdn_ops.bench import gpu_conformance, gpu_measure, gpu_turns
-from gdn_ops.bench.gpu_measure import BrokenDeviceError, measure_row
-from gdn_ops.bench.gpu_peers import Contender
-from gdn_ops.bench.gpu_result import Outcome, reached, roofline_seconds
-from gdn_ops.bench.gpu_rows import ROWS, GpuRow
+from gdn_ops.bench.gpu import conformance, measuring, turns
+from gdn_ops.bench.gpu.measuring import BrokenDeviceError, measure_row
+from gdn_ops.bench.gpu.peers import Contender
+from gdn_ops.bench.gpu.result import Outcome, reached, roofline_seconds
+from gdn_ops.bench.gpu.rows import ROWS, GpuRow
 
 
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A made-up clock has no noise."""
-    monkeypatch.setattr(gpu_turns, "ROUNDS", (2, 3))
+    monkeypatch.setattr(turns, "ROUNDS", (2, 3))
 
 
 def measure(
@@ -38,7 +38,7 @@ def test_a_row_has_every_number_of_everybody(row: GpuRow) -> None:
     found, events = measure(row, [StandIn("a", device), StandIn("b", device, 4e-3)], device)
     for name, ms in {"a": 1.0, "b": 4.0}.items():
         o = found[name]
-        assert (o.status, o.kernel_by, o.samples) == ("measured", "graph", gpu_turns.ROUNDS[1])
+        assert (o.status, o.kernel_by, o.samples) == ("measured", "graph", turns.ROUNDS[1])
         assert o.kernel == pytest.approx(ms)
         assert o.wall == o.host == pytest.approx(ms)
         assert o.error is not None and o.error < 1e-5
@@ -69,7 +69,7 @@ def test_contenders_take_turns_and_every_round_starts_with_another() -> None:
 def test_short_work_is_captured_several_times_and_divided(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gpu_measure, "MOST_REPEATS", 4)
+    monkeypatch.setattr(measuring, "MOST_REPEATS", 4)
     device = FakeDevice()
     found, _ = measure(FORWARD, [StandIn("a", device, 5e-4), StandIn("b", device, 1e-9)], device)
     assert device.captured == [2, 4]
@@ -92,7 +92,7 @@ def test_a_step_works_on_states_that_are_larger_than_the_cache() -> None:
     assert found["a"].kernel == pytest.approx(1.0), "per step, not per graph"
     device = FakeDevice(l2=1 << 40)
     measure(STEP, [StandIn("a", device, 1.0)], device)
-    assert device.captured == [gpu_measure.MOST_COPIES]
+    assert device.captured == [measuring.MOST_COPIES]
 
 
 def test_what_cannot_be_captured_is_timed_by_events_and_says_so() -> None:
@@ -142,7 +142,7 @@ def test_who_comes_after_the_time_is_named() -> None:
     cs: list[Contender] = [StandIn("slow", device, 50.0), StandIn("late", device)]
     found, _ = measure(FORWARD, cs, device, seconds=60.0)
     assert found["slow"].status == "measured"
-    assert found["slow"].samples == gpu_turns.ROUNDS[0]
+    assert found["slow"].samples == turns.ROUNDS[0]
     late = found["late"]
     assert (late.status, late.reason) == ("left out", "not measured: time")
 
@@ -165,7 +165,7 @@ def test_a_reference_that_does_not_fit_leaves_the_error_out(
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(gpu_measure, "exact_backward", too_large)
+    monkeypatch.setattr(measuring, "exact_backward", too_large)
     device = FakeDevice()
     o = measure(BACKWARD_PACKED, [StandIn("a", device)], device)[0]["a"]
     assert (o.status, o.error) == ("measured", None)
@@ -190,23 +190,23 @@ def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"K": 8, "V": 16}
     calls = [
         (judged, replace(e, **small, T=min(e.T, 12), lengths=None if e.lengths is None else (7, 5)))
-        for judged, e in gpu_conformance.CALLS
+        for judged, e in conformance.CALLS
     ]
-    monkeypatch.setattr(gpu_conformance, "CALLS", tuple(calls))
+    monkeypatch.setattr(conformance, "CALLS", tuple(calls))
 
 
 def test_the_short_check_passes_a_right_backend(small_calls: None) -> None:
-    found = list(gpu_conformance.short_check("torch", "cpu", 100.0))
+    found = list(conformance.short_check("torch", "cpu", 100.0))
     assert all(c.passed for c in found)
-    assert found[-1].examples == found[-1].total == len(gpu_conformance.CALLS)
+    assert found[-1].examples == found[-1].total == len(conformance.CALLS)
     assert 0 < found[-1].worst <= 1
 
 
 def test_the_short_check_stops_at_its_time(small_calls: None) -> None:
     now = iter([0.0, 100.0])
-    found = list(gpu_conformance.short_check("torch", "cpu", 10.0, lambda: next(now)))
+    found = list(conformance.short_check("torch", "cpu", 10.0, lambda: next(now)))
     assert [c.passed for c in found] == [True, True]
-    assert (found[-1].examples, found[-1].total) == (1, len(gpu_conformance.CALLS))
+    assert (found[-1].examples, found[-1].total) == (1, len(conformance.CALLS))
     assert found[-1].text == "the time of 10 s was up"
 
 
@@ -222,7 +222,7 @@ def test_the_short_check_fails_a_wrong_backend_with_the_call_as_code(
         return out._replace(final_state=out.final_state * 1.5)
 
     monkeypatch.setattr(Torch, "forward", wrong)
-    (found,) = gpu_conformance.short_check("torch", "cpu", 10.0)
+    (found,) = conformance.short_check("torch", "cpu", 10.0)
     assert not found.passed
     assert found.text.startswith("WRONG: final_state")
     assert "print(judge(Example(dtype='bfloat16'" in found.text
@@ -230,12 +230,12 @@ def test_the_short_check_fails_a_wrong_backend_with_the_call_as_code(
 
 @pytest.mark.slow
 def test_the_wide_calls_of_the_short_check_are_right() -> None:
-    found = list(gpu_conformance.short_check("torch", "cpu", 1e6))
-    assert [c.passed for c in found] == [True] * len(gpu_conformance.CALLS)
+    found = list(conformance.short_check("torch", "cpu", 1e6))
+    assert [c.passed for c in found] == [True] * len(conformance.CALLS)
 
 
 def test_a_backend_is_asked_only_what_it_can() -> None:
     limits = gdn_ops.Limits(devices=("*",), dtypes=("bfloat16",), head_dims=(128,), varlen=False)
-    asked = [e for _, e in gpu_conformance.CALLS if gpu_conformance._is_within(limits, e)]
-    assert len(asked) == len(gpu_conformance.CALLS) - 3
+    asked = [e for _, e in conformance.CALLS if conformance._is_within(limits, e)]
+    assert len(asked) == len(conformance.CALLS) - 3
     assert {(e.dtype, e.K, e.V, e.lengths) for e in asked} == {("bfloat16", 128, 128, None)}

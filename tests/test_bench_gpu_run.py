@@ -14,12 +14,13 @@ import torch
 from typer.testing import CliRunner
 
 import gdn_ops
-from gdn_ops import commands
-from gdn_ops.bench import gpu, gpu_report, gpu_run
-from gdn_ops.bench.gpu_process import StoppedError
-from gdn_ops.bench.gpu_result import Conformance, GpuResult, Outcome
-from gdn_ops.bench.gpu_rows import ROWS
-from gdn_ops.bench.gpu_run import Plan, run
+from gdn_ops.bench.gpu import command, report, schedule
+from gdn_ops.bench.gpu.process import StoppedError
+from gdn_ops.bench.gpu.result import Conformance, GpuResult, Outcome
+from gdn_ops.bench.gpu.rows import ROWS
+from gdn_ops.bench.gpu.schedule import Plan, run
+from gdn_ops.cli import commands
+from gdn_ops.dispatch import registry
 
 SYSTEM = {
     "date": "2026-11-21",
@@ -139,13 +140,13 @@ def test_the_result_is_written_after_every_row(
 ) -> None:
     written: list[int] = []
     path = tmp_path / "gpu-nvidia-h200.json"
-    line = gpu_report.line
+    line = report.line
 
     def spy(*arguments: Any) -> str:
         written.append(len(json.loads(path.read_text())["rows"]))
         return line(*arguments)
 
-    monkeypatch.setattr(gpu_report, "line", spy)
+    monkeypatch.setattr(report, "line", spy)
     go(script, tmp_path, rows=ROWS[:4])
     assert written == [1, 2, 3, 4]
     assert list(tmp_path.iterdir()) == [path]
@@ -182,7 +183,7 @@ def test_a_contender_that_hangs_costs_itself_and_is_left_out_in_the_end(
     assert by_row[1]["fla"].reason == "not measured: stopped after 45 s"
     assert by_row[4]["fla"].status == "left out"
     assert by_row[4]["fla"].reason.startswith("left out after it was stopped 2 times: stopped")
-    assert script.clock.now < gpu_run.SECONDS
+    assert script.clock.now < schedule.SECONDS
 
 
 def test_a_row_is_tried_again_without_the_one_who_ended_the_process(
@@ -222,7 +223,7 @@ def test_a_wrong_backend_stops_everything(script: Script, tmp_path: Path) -> Non
     data = json.loads((tmp_path / "gpu-nvidia-h200.json").read_text())
     assert data["failed"] is True
     assert [c["passed"] for c in data["conformance"]] == [False, True]
-    assert gpu_report.text(result).endswith("nothing was timed")
+    assert report.text(result).endswith("nothing was timed")
 
 
 def test_a_check_that_dies_is_red_and_one_that_is_too_slow_is_not(tmp_path: Path) -> None:
@@ -258,7 +259,7 @@ def test_a_wrong_row_of_ours_fails_the_run_and_of_a_peer_does_not(
 def test_the_report_names_times_goals_and_what_is_not_ours(script: Script, tmp_path: Path) -> None:
     script.dies = {"torch"}
     result, _ = go(script, tmp_path, rows=ROWS[:4])
-    text = gpu_report.text(result)
+    text = report.text(result)
     lines = text.splitlines()
     assert lines[0] == "NVIDIA H200, driver 580.1, torch 2.13.0, 2026-11-21"
     rows = {name: i for i, name in enumerate(lines) if not name.startswith(" ")}
@@ -280,7 +281,7 @@ def test_the_report_names_times_goals_and_what_is_not_ours(script: Script, tmp_p
 
 def test_the_result_becomes_json_and_a_plot(script: Script, tmp_path: Path) -> None:
     result, _ = go(script, tmp_path, rows=ROWS[:4])
-    written = gpu_report.write(result, tmp_path)
+    written = report.write(result, tmp_path)
     assert written == [tmp_path / "gpu-nvidia-h200.json", tmp_path / "gpu-nvidia-h200.png"]
     assert (tmp_path / "gpu-nvidia-h200.png").read_bytes()[1:4] == b"PNG"
     data = json.loads((tmp_path / "gpu-nvidia-h200.json").read_text())
@@ -302,7 +303,7 @@ def test_without_matplotlib_there_is_a_reason_instead_of_a_plot(
     result, _ = go(script, tmp_path, rows=ROWS[:1])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert gpu_report.write(result, tmp_path)[1] == (
+    assert report.write(result, tmp_path)[1] == (
         "no plot: package 'matplotlib.figure' is not installed"
     )
 
@@ -311,10 +312,10 @@ def test_results_go_into_the_checkout_or_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(gdn_ops.__file__).resolve().parents[1]
-    assert gpu_report.default_folder() == root / "benchmarks" / "results"
+    assert report.default_folder() == root / "benchmarks" / "results"
     monkeypatch.setattr(gdn_ops, "__file__", str(tmp_path / "site" / "gdn_ops" / "__init__.py"))
     monkeypatch.chdir(tmp_path)
-    assert gpu_report.default_folder() == tmp_path
+    assert report.default_folder() == tmp_path
 
 
 # The plan and the command.
@@ -324,20 +325,20 @@ def test_the_plan_takes_what_can_run_on_a_gpu_and_says_what_cannot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     answers = {"triton": "package 'triton' is not installed"}
-    monkeypatch.setattr(gdn_ops.registry, "known_backends", lambda: ["triton", "torch", "naive"])
-    found = gdn_ops.registry.get_backend
-    monkeypatch.setattr(gdn_ops.registry, "get_backend", lambda n: answers.get(n) or found(n))
-    plan = gpu.make_plan([], gpu.PEERS, 450.0)
+    monkeypatch.setattr(registry, "known_backends", lambda: ["triton", "torch", "naive"])
+    found = registry.get_backend
+    monkeypatch.setattr(registry, "get_backend", lambda n: answers.get(n) or found(n))
+    plan = command.make_plan([], command.PEERS, 450.0)
     assert plan.backends == ("torch",)
     assert plan.left_out == (
         ("triton", "package 'triton' is not installed"),
         ("tilelang", "this version has no such backend"),
     )
-    assert gpu.make_plan(["naive"], [], 1.0).backends == ("naive",)
+    assert command.make_plan(["naive"], [], 1.0).backends == ("naive",)
     with pytest.raises(ValueError, match="unknown peer 'x', known: fla, flash_qla, flashinfer"):
-        gpu.make_plan([], ["x"], 1.0)
+        command.make_plan([], ["x"], 1.0)
     with pytest.raises(gdn_ops.SpecError, match="unknown backend 'x'"):
-        gpu.make_plan(["x"], [], 1.0)
+        command.make_plan(["x"], [], 1.0)
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +346,7 @@ def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     result = CliRunner().invoke(commands.app, ["bench", "gpu"])
     assert result.exit_code == 2
     assert result.stderr == "gdn-ops: no GPU: torch.cuda.is_available() is False\n"
-    assert gpu.main([]) == 2
+    assert command.main([]) == 2
     result = CliRunner().invoke(commands.app, ["bench", "gpu", "--peer", "x"])
     assert result.exit_code == 2
     assert "unknown peer 'x'" in result.stderr
@@ -362,8 +363,8 @@ def test_the_command_runs_shows_and_ends_with_the_verdict(
         plan = replace(plan, rows=ROWS[:1])
         return run(plan, system, folder, tell, start=script.start, clock=script.clock)
 
-    monkeypatch.setattr(gpu, "run", fake)
-    monkeypatch.setattr(gpu, "system", lambda seconds: SYSTEM)
+    monkeypatch.setattr(command, "run", fake)
+    monkeypatch.setattr(command, "system", lambda seconds: SYSTEM)
     arguments = ["bench", "gpu", "--backend", "torch", "--peer", "fla", "--seconds", "60"]
     result = CliRunner().invoke(commands.app, [*arguments, "--out", str(tmp_path)])
     assert result.exit_code == int(wrong), result.output

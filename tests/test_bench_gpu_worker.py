@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from gpu_stand_ins import BACKWARD, FORWARD, STEP, FakeDevice, StandIn
 
-from gdn_ops.bench import gpu_measure, gpu_turns, gpu_worker
-from gdn_ops.bench.gpu_process import StoppedError, Worker
-from gdn_ops.bench.gpu_result import Conformance
-from gdn_ops.bench.gpu_worker import Desk
+from gdn_ops.bench.gpu import measuring, turns, worker
+from gdn_ops.bench.gpu.process import StoppedError, Worker
+from gdn_ops.bench.gpu.result import Conformance
+from gdn_ops.bench.gpu.worker import Desk
 
 TALKS = """
 import json, sys, time
@@ -76,11 +76,11 @@ print(json.dumps({"done": True}))
 def desk(monkeypatch: pytest.MonkeyPatch) -> tuple[Desk, list[dict[str, Any]]]:
     """Return a worker's desk with a made-up device, tiny rows and a stand-in for fla."""
     device, events = FakeDevice(), []
-    monkeypatch.setattr(gpu_turns, "ROUNDS", (2, 2))
+    monkeypatch.setattr(turns, "ROUNDS", (2, 2))
     tiny = {row.name: row for row in (FORWARD, BACKWARD, STEP)}
-    monkeypatch.setattr(gpu_worker, "find_row", tiny.__getitem__)
+    monkeypatch.setattr(worker, "find_row", tiny.__getitem__)
     known = {"fla": StandIn("fla", device), "flash_qla": "package 'flash_qla' is not installed"}
-    monkeypatch.setattr(gpu_worker, "contender", known.__getitem__)
+    monkeypatch.setattr(worker, "contender", known.__getitem__)
     return Desk(device, events.append), events
 
 
@@ -105,7 +105,7 @@ def test_a_worker_warms_up_and_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [e["warm"] for e in events if "warm" in e] == names
     assert not any("outcome" in e for e in events)
     state = Conformance("torch", True, 1, 11)
-    monkeypatch.setattr(gpu_worker, "short_check", lambda name, device, seconds: iter([state]))
+    monkeypatch.setattr(worker, "short_check", lambda name, device, seconds: iter([state]))
     at.obey({"do": "check", "backend": "torch", "seconds": 1.0})
     assert events[-2:] == [{"conformance": asdict(state)}, {"done": True}]
     with pytest.raises(ValueError, match="unknown order 'dance'"):
@@ -117,16 +117,16 @@ def test_a_worker_tells_who_broke_the_device_and_ends(monkeypatch: pytest.Monkey
     at, _ = desk(monkeypatch)
 
     def broken(*_: object) -> None:
-        raise gpu_measure.BrokenDeviceError("fla: RuntimeError: CUDA error")
+        raise measuring.BrokenDeviceError("fla: RuntimeError: CUDA error")
 
-    monkeypatch.setattr(gpu_worker, "measure_row", broken)
-    monkeypatch.setattr(gpu_worker, "Cuda", lambda: at.device)
-    monkeypatch.setattr(gpu_worker.os, "dup2", lambda *_: None)
-    monkeypatch.setattr(gpu_worker.os, "fdopen", lambda *_, **__: Answers(told))
+    monkeypatch.setattr(worker, "measure_row", broken)
+    monkeypatch.setattr(worker, "Cuda", lambda: at.device)
+    monkeypatch.setattr(worker.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(worker.os, "fdopen", lambda *_, **__: Answers(told))
     order = {"do": "row", "row": FORWARD.name, "contenders": ["fla"], "seconds": 1.0}
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(order) + "\n"))
     with pytest.raises(SystemExit) as ended:
-        gpu_worker.main()
+        worker.main()
     assert ended.value.code == 3
     assert json.loads(told[-1]) == {"broken": "fla: RuntimeError: CUDA error"}
 
@@ -140,7 +140,9 @@ REAL = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from gpu_stand_ins import FORWARD, FakeDevice, StandIn
-from gdn_ops.bench import gpu_measure, gpu_turns, gpu_worker
+from gdn_ops.bench.gpu import measuring
+from gdn_ops.bench.gpu import turns
+from gdn_ops.bench.gpu import worker
 
 class Loud(StandIn):
     def sequence(self, p):

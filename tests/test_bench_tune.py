@@ -11,13 +11,14 @@ import pytest
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops import Limits, registry
+from gdn_ops import Limits
 from gdn_ops.backends.torch import Torch
 from gdn_ops.bench import runner
 from gdn_ops.bench import tune as tuning
 from gdn_ops.bench.inputs import Setting, find_case
 from gdn_ops.bench.tune import AS_IT_IS, tune
 from gdn_ops.bench.verify import RefusedError
+from gdn_ops.dispatch import registry
 
 ONCE = Setting(repeats=1)
 SHORT = {"tiny": 12}

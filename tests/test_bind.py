@@ -443,7 +443,7 @@ def test_gates_must_fit_the_rule(
 @pytest.mark.parametrize("function", [gated_delta, gated_delta_step])
 def test_an_unknown_backend_lists_the_known_ones(function: Callable[..., Any]) -> None:
     arguments = sequence() if function is gated_delta else token()
-    known = ", ".join(info.name for info in gdn_ops.backends())
+    known = ", ".join(info.name for info in gdn_ops.list_backends())
     error = error_of(function, {**arguments, "backend": "tirton"})
     assert str(error) == f"unknown backend 'tirton', known: {known}"
 
@@ -521,7 +521,7 @@ def test_nan_in_gives_nan_out_of_a_step(backend: str, name: str) -> None:
     assert o[1].isfinite().all()
 
 
-# Legal edges: MATH §6 and the recurrence say what they return.
+# Legal edges: docs/math.md §6 and the recurrence say what they return.
 
 
 def ones_like_memory(n: int) -> Tensor:
@@ -609,7 +609,7 @@ def test_inplace_updates_the_state_and_returns_it() -> None:
 
 
 def test_values_are_checked_on_every_device_only_when_asked_for() -> None:
-    code = "from gdn_ops.bind import CHECK_VALUES_EVERYWHERE; print(CHECK_VALUES_EVERYWHERE)"
+    code = "from gdn_ops.call.bind import CHECK_VALUES_EVERYWHERE; print(CHECK_VALUES_EVERYWHERE)"
     printed = [
         subprocess.run(
             [sys.executable, "-c", code],

@@ -20,8 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner, Result
 
 import gdn_ops
-from gdn_ops import Backend, certificate, commands, gated_delta, provenance, registry
-from gdn_ops.certificate import Certificate, issue, record, standing
+from gdn_ops import Backend, gated_delta
+from gdn_ops.cli import commands
+from gdn_ops.dispatch import registry
+from gdn_ops.environment import certificate, provenance
+from gdn_ops.environment.certificate import Certificate, issue, record, standing
 from gdn_ops.testing import conformance, oracle
 from gdn_ops.testing.example import Example
 
@@ -348,7 +351,7 @@ def test_the_reasons_for_a_gpu_are_these(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_environment_asks_for_certificates() -> None:
-    code = "from gdn_ops import certificate; print(certificate.REQUIRED)"
+    code = "from gdn_ops.environment import certificate; print(certificate.REQUIRED)"
     for value, answer in (("1", "True"), ("", "False")):
         done = subprocess.run(
             [sys.executable, "-c", code],

@@ -13,10 +13,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import gdn_ops
-from gdn_ops import cli, commands, tested
+from gdn_ops import cli
 from gdn_ops.bench import suite
 from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.verify import RefusedError
+from gdn_ops.cli import commands
+from gdn_ops.dispatch import registry
+from gdn_ops.environment import versions
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,18 +55,23 @@ def test_without_the_extra_one_line_says_what_to_install(missing: str) -> None:
     assert done.stdout == ""
 
 
+def test_version_prints_the_version_of_the_package() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.output) == (0, f"gdn_ops {gdn_ops.__version__}\n")
+
+
 def test_info_lists_versions_and_every_backend() -> None:
     result = run("info")
     assert result.exit_code == 0
     assert re.search(rf"gdn_ops +{re.escape(gdn_ops.__version__)}", result.output)
-    for backend in gdn_ops.backends():
+    for backend in gdn_ops.list_backends():
         assert backend.name in result.output
     assert "any device; float64, float32, bfloat16, float16; second gradients" in result.output
 
 
 def test_info_warns_of_a_version_that_was_never_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     ranges = {"numpy": ("0.1", "0.2"), "torch": ("0.1", "99"), "python": ("3.90", "3.91")}
-    monkeypatch.setattr(tested, "tested_ranges", lambda: ranges)
+    monkeypatch.setattr(versions, "tested_ranges", lambda: ranges)
     numpy, python = importlib.metadata.version("numpy"), "{}.{}".format(*sys.version_info)
     expected = [
         f"numpy {numpy} is newer than 0.2, the newest that was tested: docs/versions.md",
@@ -71,7 +79,7 @@ def test_info_warns_of_a_version_that_was_never_tested(monkeypatch: pytest.Monke
     ]
     assert re.findall(r"(?m)^warning +(.*)$", run("info").output) == expected
     assert json.loads(run("info", "--json").output)["warnings"] == expected
-    monkeypatch.setattr(tested, "tested_ranges", dict)
+    monkeypatch.setattr(versions, "tested_ranges", dict)
     assert "warning" not in run("info").output
 
 
@@ -98,7 +106,7 @@ def test_check_prints_the_smallest_failing_call_and_exits_with_one() -> None:
     class Halved(Torch):
         name = "halved"
 
-        def forward(self, call: gdn_ops.registry.Call) -> gdn_ops.Forward:
+        def forward(self, call: registry.Call) -> gdn_ops.Forward:
             out = super().forward(call)
             return out._replace(o=out.o / 2)
 
@@ -106,7 +114,7 @@ def test_check_prints_the_smallest_failing_call_and_exits_with_one() -> None:
     try:
         result = run("check", "--backend", "halved", "--seconds", "0.1", "--seed", "1")
     finally:
-        gdn_ops.registry.unregister_backend("halved")
+        registry.unregister_backend("halved")
     assert result.exit_code == 1
     assert "FAIL" in result.output
     assert "the smallest call that fails" in result.output
@@ -170,8 +178,8 @@ def test_bench_names_what_it_does_not_know(arguments: tuple[str, ...], message: 
 
 def test_demo_reads_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Compiling takes seconds, and warns of torch's own deprecations.
-    kept = tuple(i for i in gdn_ops.backends() if i.name in ("torch", "naive"))
-    monkeypatch.setattr(gdn_ops.registry, "backends", lambda: kept)
+    kept = tuple(i for i in gdn_ops.list_backends() if i.name in ("torch", "naive"))
+    monkeypatch.setattr(registry, "list_backends", lambda: kept)
     text = tmp_path / "text.txt"
     text.write_bytes(b"one memory, two memories, three memories. " * 6)
     result = run("demo", str(text), "--limit", "160")

@@ -17,7 +17,7 @@ pytest.importorskip("rich")
 from gdn_ops.bench import models
 from gdn_ops.bench.inputs import Setting
 from gdn_ops.bench.verify import RefusedError
-from gdn_ops.errors import SpecError
+from gdn_ops.spec.errors import SpecError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,6 +21,7 @@ import gdn_ops
 from gdn_ops.compat.transformers import Acceleration, accelerate, known_architectures
 from gdn_ops.compat.transformers.discovery import FUNCTIONS
 from gdn_ops.compat.transformers.examine import Plan, examine
+from gdn_ops.dispatch import registry
 
 pytestmark = pytest.mark.usefixtures("one_thread", "eager_compiler")
 
@@ -552,7 +553,7 @@ def test_a_module_of_neither_function_is_nobodys_business(loaded: Load) -> None:
         ),
         (
             lambda: accelerate("cuda"),
-            f"unknown backend 'cuda', known: {', '.join(gdn_ops.registry.known_backends())}",
+            f"unknown backend 'cuda', known: {', '.join(registry.known_backends())}",
         ),
     ],
 )

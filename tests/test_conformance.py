@@ -1,4 +1,4 @@
-"""Every backend passes the kit: the definition in float64, the gradients, the laws of MATH §8."""
+"""Every backend passes the kit: the definition in float64, gradients, laws of docs/math.md §8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 import gdn_ops
 from gdn_ops.backends import compile as compile_backend
-from gdn_ops.registry import Backend, get_backend, known_backends
+from gdn_ops.dispatch.registry import Backend, get_backend, known_backends
 from gdn_ops.testing import Example
 from gdn_ops.testing.conformance import Subject, check, run_subject, subjects
 from gdn_ops.testing.oracle import judge

@@ -14,14 +14,17 @@ import importlib.util
 import io
 import re
 import textwrap
+import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 import gdn_ops
-from gdn_ops import describe, registry
-from gdn_ops.gated_delta import OPS
+from gdn_ops.dispatch import registry
+from gdn_ops.spec import docs
+from gdn_ops.spec.language import OpSpec
+from gdn_ops.spec.ops import OPS
 from gdn_ops.testing.laws import LAWS
 from gdn_ops.testing.mutants import MUTATIONS
 
@@ -133,9 +136,9 @@ def load_hooks() -> Any:
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_the_page_of_an_op_names_everything_in_its_spec(op: gdn_ops.spec.OpSpec) -> None:
+def test_the_page_of_an_op_names_everything_in_its_spec(op: OpSpec) -> None:
     page = load_hooks().generated_pages()[f"ops/{op.name}.md"]
-    assert page.startswith(describe.page(op))
+    assert page.startswith(docs.page(op))
     names = [x.name for group in (op.args, op.outputs, op.rules, op.cases) for x in group]
     assert [name for name in names if f"`{name}`" not in page] == []
     assert [line for line in (*op.equations, *op.sources) if line not in page] == []
@@ -177,6 +180,34 @@ def test_every_section_of_the_mathematics_that_code_cites_exists() -> None:
     assert cited <= set(re.findall(r"^## §(\d) ", page, re.MULTILINE))
 
 
+def test_the_picture_of_the_folders_is_the_folders_in_the_order_of_their_layers() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = page.partition("```text\n")[2].partition("\n```")[0].splitlines()
+    drawn: dict[str, list[str]] = {}
+    for line in picture:
+        if not line.startswith(" "):
+            inside = drawn[line.split()[0].removesuffix("/")] = []
+        else:
+            inside += re.findall(r"(?<=  )(\w+)(?:/|\.py)(?= )", line)
+    folders = {
+        folder: {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")}
+        for folder in ("gdn_ops", "backends", "export")
+    }
+    folders["gdn_ops"] -= {"backends", "export"}
+    assert set(drawn["gdn_ops"]) == folders["gdn_ops"] | {"ops"}
+    assert set(drawn["backends"]) == folders["backends"] | {"naive"}
+    assert set(drawn["export"]) == folders["export"]
+
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    layers = [re.findall(r"gdn_ops\.(\w+)", layer) for layer in contracts[0]["layers"]]
+    order = {name: i for i, names in enumerate(layers) for name in names}
+    positions = [order[name] for name in drawn["gdn_ops"]]
+    assert positions == sorted(positions)
+    elsewhere = {"__main__", "_version", "backends", "export"}
+    assert set(order) - elsewhere == set(drawn["gdn_ops"])
+
+
 def test_relative_links_lead_somewhere() -> None:
     generated = {f"docs/{name}" for name in load_hooks().generated_pages()}
     for path in PAGES:
@@ -188,7 +219,7 @@ def test_relative_links_lead_somewhere() -> None:
 
 def test_every_command_and_option_is_documented() -> None:
     typer = pytest.importorskip("typer")
-    from gdn_ops.commands import app
+    from gdn_ops.cli.commands import app
 
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     for name, command in typer.main.get_command(app).commands.items():

@@ -30,9 +30,9 @@ sys.meta_path.insert(0, Block())
 """
 
 PUBLIC = {
-    # DESIGN §2
+    # the ops, and which backend runs them
     *("gated_delta", "gated_delta_step", "gated_delta_steps"),
-    *("explain", "backends", "register_backend", "use_backend"),
+    *("explain", "list_backends", "register_backend", "use_backend"),
     *("Explanation", "BackendInfo", "SpecError", "SpecTypeError", "BackendUnsupportedError"),
     # what a backend is written with, and the specs as values
     *("Backend", "Forward", "Grads", "Limits"),
@@ -62,7 +62,7 @@ o.sum().backward()
 print(o.detach().flatten().round(decimals=5).tolist(), v.grad[0, 0, 0].round(decimals=5).tolist())
 step, state = gdn_ops.gated_delta_step(q[:, 0], k[:, 0], v[:, 0], gate[:, 0], scale=1.0)
 print(step.detach().flatten().round(decimals=5).tolist())
-missing = {info.name: info.status for info in gdn_ops.backends() if info.status != "available"}
+missing = {info.name: info.status for info in gdn_ops.list_backends() if info.status != "available"}
 assert all("is not installed" in status for status in missing.values()), missing
 """
     )
@@ -136,9 +136,31 @@ def test_the_public_names_are_exactly_the_documented_ones() -> None:
         assert getattr(gdn_ops, name).__doc__, f"{name} has no docstring"
 
 
-def test_the_function_backends_outlives_the_import_of_the_folder_of_that_name() -> None:
-    import gdn_ops.backends.naive
-    from gdn_ops.backends import naive
+def public_modules() -> list[str]:
+    """Return every module of gdn_ops whose name has no underscore, packages included."""
+    found = ["gdn_ops"]
+    for path in sorted((ROOT / "gdn_ops").glob("**/*.py")):
+        found.append(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for folder in ("backends", "export"):
+        for path in sorted((ROOT / folder).glob("**/*.py")):
+            found.append(".".join(("gdn_ops", *path.relative_to(ROOT).with_suffix("").parts)))
+    names = {name.removesuffix(".__init__") for name in found}
+    return sorted(name for name in names if "._" not in name)
 
-    assert naive.BACKEND.name == "naive"
-    assert {"naive", "torch"} <= {info.name for info in gdn_ops.backends()}
+
+def test_every_public_module_is_imported_in_both_forms() -> None:
+    # In one process each form, from the first module on: what one imports hides no other.
+    modules = public_modules()
+    assert {
+        "gdn_ops.backends.naive",
+        "gdn_ops.export.runtime.decode_session",
+        "gdn_ops.spec.ops",
+    } <= set(modules)
+    nested = [name for name in modules if "." in name]
+    first = "\n".join(f"import {name} as c; assert c.__name__ == {name!r}, c" for name in modules)
+    second = "\n".join(
+        f"from {parent} import {child} as c; assert c.__name__ == {parent + '.' + child!r}, c"
+        for parent, _, child in (name.rpartition(".") for name in nested)
+    )
+    for text in (first, second):
+        fresh(f"import warnings; warnings.simplefilter('ignore')\n{text}")

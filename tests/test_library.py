@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops import library
-from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 from gdn_ops.testing import Example
+from gdn_ops.torch_ops import operators
 
 
 def _values(example: Example, spec: Any = GATED_DELTA, **changes: Any) -> list[Any]:
     arguments = {attr.name: attr.default for attr in spec.attrs}
     arguments |= {arg.name: None for arg in spec.tensors} | example.arguments() | changes
-    return [arguments[name] for name in library.schema_names(spec)]
+    return [arguments[name] for name in operators.schema_names(spec)]
 
 
 def _step_values(**changes: Any) -> list[Any]:
@@ -203,7 +203,7 @@ def test_a_compiled_step_of_another_backend_is_one_opaque_node(inplace: bool) ->
 
 def test_the_step_operator_has_the_gradients_of_the_eager_step() -> None:
     values = _step_values(backend="naive")
-    names = library.schema_names(GATED_DELTA_STEP)
+    names = operators.schema_names(GATED_DELTA_STEP)
     mine, theirs = _needing_grad(values), _needing_grad(values)
     o, state = torch.ops.gdn_ops.gated_delta_step(*mine)
     o2, state2 = gdn_ops.gated_delta_step(**dict(zip(names, theirs, strict=True)))
@@ -252,6 +252,6 @@ def test_second_derivatives_of_the_opaque_operator_say_what_to_do() -> None:
 
 def test_the_schema_is_the_one_that_torch_registered() -> None:
     registered = str(torch.ops.gdn_ops.gated_delta.default._schema)
-    assert registered == f"gdn_ops::gated_delta{library.torch_schema(GATED_DELTA)}"
+    assert registered == f"gdn_ops::gated_delta{operators.torch_schema(GATED_DELTA)}"
     registered = str(torch.ops.gdn_ops.gated_delta_step.default._schema)
-    assert registered == f"gdn_ops::gated_delta_step{library.torch_schema(GATED_DELTA_STEP)}"
+    assert registered == f"gdn_ops::gated_delta_step{operators.torch_schema(GATED_DELTA_STEP)}"

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import gdn_ops
-from gdn_ops import Backend, Limits, SpecError, onnx_export, order, registry
+from gdn_ops import Backend, Limits, SpecError
 from gdn_ops.backends import torch as torch_backend
-from gdn_ops.gated_delta import GATED_DELTA_STEP
+from gdn_ops.dispatch import order, registry
+from gdn_ops.spec.ops import GATED_DELTA_STEP
+from gdn_ops.torch_ops import onnx_export
 
 WIDTH, H, HV, K, V = 6, 2, 4, 5, 3
 

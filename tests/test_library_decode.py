@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops import gated_delta_step, gated_delta_steps, library
+from gdn_ops import gated_delta_step, gated_delta_steps
 from gdn_ops.backends import compile as compile_backend
-from gdn_ops.gated_delta import GATED_DELTA_STEP, GATED_DELTA_STEPS
-from gdn_ops.spec import OpSpec
+from gdn_ops.spec.language import OpSpec
+from gdn_ops.spec.ops import GATED_DELTA_STEP, GATED_DELTA_STEPS
 from gdn_ops.testing import Example
+from gdn_ops.torch_ops import operators
 
 OPERATORS = torch.ops.gdn_ops
 
@@ -41,7 +42,7 @@ def one_token(**changes: Any) -> dict[str, Any]:
 
 
 def schema_values(spec: OpSpec, values: dict[str, Any]) -> list[Any]:
-    return [values[name] for name in library.schema_names(spec)]
+    return [values[name] for name in operators.schema_names(spec)]
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch"])
@@ -65,7 +66,7 @@ def test_opcheck_passes_for_a_few_steps_from_zeros() -> None:
 
 def test_the_schemas_are_the_ones_that_torch_registered() -> None:
     registered = str(OPERATORS.gated_delta_steps.default._schema)
-    assert registered == f"gdn_ops::gated_delta_steps{library.torch_schema(GATED_DELTA_STEPS)}"
+    assert registered == f"gdn_ops::gated_delta_steps{operators.torch_schema(GATED_DELTA_STEPS)}"
     outputs = str(OPERATORS.gated_delta_steps_.default._schema).partition(" -> ")[2]
     assert outputs == "(Tensor o, Tensor states)"
 

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 import gdn_ops
-from gdn_ops import GATED_DELTA, describe
-from gdn_ops.gated_delta import OPS
-from gdn_ops.spec import OpSpec, Rule
+from gdn_ops import GATED_DELTA
+from gdn_ops.spec import docs
+from gdn_ops.spec.language import OpSpec, Rule
+from gdn_ops.spec.ops import OPS
 from gdn_ops.testing.lint import lint
 
 STATE = "(N, HV, K, V)"
 
 
-def lint_of(spec: OpSpec, text: Callable[[OpSpec], str] = describe.docstring) -> list[str]:
+def lint_of(spec: OpSpec, text: Callable[[OpSpec], str] = docs.docstring) -> list[str]:
     """Lint a spec, wrong or not, against the function, schema and text of the true one."""
     true = next(op for op in OPS if op.name == spec.name)
     schema = str(getattr(torch.ops.gdn_ops, spec.name).default._schema)
@@ -27,9 +28,9 @@ def lint_of(spec: OpSpec, text: Callable[[OpSpec], str] = describe.docstring) ->
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda op: op.name)
 def test_signature_schema_docstring_and_page_say_what_the_spec_says(spec: OpSpec) -> None:
-    assert getattr(gdn_ops, spec.name).__doc__ == describe.docstring(spec)
+    assert getattr(gdn_ops, spec.name).__doc__ == docs.docstring(spec)
     assert lint_of(spec) == []
-    assert lint_of(spec, describe.page) == []
+    assert lint_of(spec, docs.page) == []
 
 
 def with_arg(name: str, /, **changes: Any) -> OpSpec:
@@ -184,7 +185,7 @@ WRONG: dict[str, tuple[OpSpec, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("text", [describe.docstring, describe.page], ids=["docstring", "page"])
+@pytest.mark.parametrize("text", [docs.docstring, docs.page], ids=["docstring", "page"])
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_spec_is_noticed_and_the_culprit_named(
     name: str, text: Callable[[OpSpec], str]
@@ -194,7 +195,5 @@ def test_a_wrong_spec_is_noticed_and_the_culprit_named(
 
 
 def test_text_that_is_no_schema_is_a_finding() -> None:
-    found = lint(
-        GATED_DELTA, gdn_ops.gated_delta, schema="q", documentation=describe.page(GATED_DELTA)
-    )
+    found = lint(GATED_DELTA, gdn_ops.gated_delta, schema="q", documentation=docs.page(GATED_DELTA))
     assert found == ["schema: 'q' is not of the form name(arguments) -> (outputs)"]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gdn_ops.backend import is_missing
-from gdn_ops.registry import get_backend, register_backend, unregister_backend
+from gdn_ops.dispatch.backend import is_missing
+from gdn_ops.dispatch.registry import get_backend, register_backend, unregister_backend
 from gdn_ops.testing.conformance import Subject, run_subject, subjects
 from gdn_ops.testing.decode_laws import DECODE_LAWS
 from gdn_ops.testing.mutants import DECODE_MUTATIONS, MUTATIONS, SEQUENCE_MUTATIONS, mutant

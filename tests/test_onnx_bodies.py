@@ -47,9 +47,9 @@ from onnx_steps import (  # noqa: E402
 
 import gdn_ops  # noqa: E402
 from gdn_ops import export  # noqa: E402
-from gdn_ops.export.judge import compare  # noqa: E402
-from gdn_ops.export.model import check_model  # noqa: E402
-from gdn_ops.export.runtime import why_not  # noqa: E402
+from gdn_ops.export.node.model import check_model  # noqa: E402
+from gdn_ops.export.runtime.judge import compare  # noqa: E402
+from gdn_ops.export.runtime.sessions import why_not  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 ONNX_BODY = pytest.param("onnx", marks=needs_written(27))

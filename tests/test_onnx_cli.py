@@ -23,12 +23,13 @@ from onnx_needs import (  # noqa: E402
     writes_opset,
 )
 
-from gdn_ops import commands, export  # noqa: E402
+from gdn_ops import export  # noqa: E402
 from gdn_ops.bench import decode  # noqa: E402
 from gdn_ops.bench.inputs import Setting  # noqa: E402
 from gdn_ops.bench.rows import Result  # noqa: E402
 from gdn_ops.bench.verify import RefusedError  # noqa: E402
-from gdn_ops.export import judge, runtime  # noqa: E402
+from gdn_ops.cli import commands  # noqa: E402
+from gdn_ops.export.runtime import judge, sessions  # noqa: E402
 
 
 def run(*arguments: object) -> Any:
@@ -79,7 +80,7 @@ def test_export_says_why_the_body_that_it_wrote_was_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "available_bodies", lambda: ("standard",))
-    monkeypatch.setattr(runtime, "available_bodies", lambda: ("standard",))
+    monkeypatch.setattr(sessions, "available_bodies", lambda: ("standard",))
     monkeypatch.setattr(ort, "__version__", "1.24.4")
     path = tmp_path / "step.onnx"
     result = run("export", *SIZES, "--out", path, "--body", "ort")

@@ -36,9 +36,9 @@ from onnx_needs import at_opset, takes_opset, tells_overloads_apart  # noqa: E40
 
 import gdn_ops  # noqa: E402
 from gdn_ops import export  # noqa: E402
-from gdn_ops.export import exporter  # noqa: E402
-from gdn_ops.export.model import check_model  # noqa: E402
-from gdn_ops.export.opsets import with_body  # noqa: E402
+from gdn_ops.export.node.model import check_model  # noqa: E402
+from gdn_ops.export.node.opsets import with_body  # noqa: E402
+from gdn_ops.export.torch_exporter import exporter  # noqa: E402
 
 
 @pytest.fixture(scope="module")

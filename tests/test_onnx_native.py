@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from gdn_ops import gated_delta_step
-from gdn_ops.gated_delta import RULES
+from gdn_ops.spec.ops import RULES
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
-pytest.importorskip("gdn_ops.export.schema")
+pytest.importorskip("gdn_ops.export.node.schema")
 
 from onnx import TensorProto, helper  # noqa: E402
 
-from gdn_ops.export.schema import DOMAIN, ELEMENT_TYPES, INPUTS, OUTPUTS, STEP  # noqa: E402
+from gdn_ops.export.node.schema import DOMAIN, ELEMENT_TYPES, INPUTS, OUTPUTS, STEP  # noqa: E402
 
 LIBRARY = Path(__file__).parent.parent / "native" / "build" / "libgdn_ops_ort.so"
 

@@ -18,8 +18,8 @@ from onnx_steps import RULES, Step, assert_right, in_session  # noqa: E402
 
 import gdn_ops  # noqa: E402
 from gdn_ops import export  # noqa: E402
-from gdn_ops.export import opsets  # noqa: E402
-from gdn_ops.export.model import check_model  # noqa: E402
+from gdn_ops.export.node import opsets  # noqa: E402
+from gdn_ops.export.node.model import check_model  # noqa: E402
 
 
 @needs_onnx_body

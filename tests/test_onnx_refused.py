@@ -24,8 +24,10 @@ from onnx_layers import (  # noqa: E402
 )
 
 import gdn_ops  # noqa: E402
-from gdn_ops import export, onnx_export  # noqa: E402
-from gdn_ops.export import naming, translation  # noqa: E402
+from gdn_ops import export  # noqa: E402
+from gdn_ops.export.node import naming  # noqa: E402
+from gdn_ops.export.torch_exporter import translation  # noqa: E402
+from gdn_ops.torch_ops import onnx_export  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 

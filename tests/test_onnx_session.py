@@ -22,7 +22,7 @@ from onnx_steps import STATE, Step, assert_right, feed, in_session, relative_err
 
 import gdn_ops  # noqa: E402
 from gdn_ops import export  # noqa: E402
-from gdn_ops.export import runtime  # noqa: E402
+from gdn_ops.export.runtime import sessions  # noqa: E402
 
 LONG = Step(H=2, HV=4, K=16, V=12, tokens=256)
 
@@ -387,8 +387,8 @@ def test_auto_takes_the_ort_body_where_it_can() -> None:
 @pytest.fixture
 def old_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make onnxruntime 1.24 of the installed one: without LinearAttention."""
-    monkeypatch.setattr(runtime, "available_bodies", lambda: ("standard",))
-    monkeypatch.setattr(runtime, "_told", set())
+    monkeypatch.setattr(sessions, "available_bodies", lambda: ("standard",))
+    monkeypatch.setattr(sessions, "_told", set())
     monkeypatch.setattr(ort, "__version__", "1.24.4")
 
 
@@ -444,7 +444,7 @@ def test_an_old_onnx_writes_no_onnx_body(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_auto_never_takes_the_onnx_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "available_bodies", lambda: ("standard", "onnx"))
+    monkeypatch.setattr(sessions, "available_bodies", lambda: ("standard", "onnx"))
     assert export.DecodeSession(Step().model("standard"), batch=2).body == "standard"
 
 

@@ -42,7 +42,7 @@ for backend in ("naive", "torch"):
 torch.testing.assert_close(*outputs)
 torch.testing.assert_close(*gradients)
 
-names = [info.name for info in gdn_ops.backends()]
+names = [info.name for info in gdn_ops.list_backends()]
 assert {"naive", "torch"} <= set(names), names
 print(gdn_ops.__version__, "passes")
 """
@@ -143,7 +143,7 @@ def test_the_links_lead_to_the_folders() -> None:
 
 
 def test_the_wheel_carries_version_licence_command_and_type_marker(wheel: Path) -> None:
-    tree = ast.parse((ROOT / "gdn_ops" / "__init__.py").read_text())
+    tree = ast.parse((ROOT / "gdn_ops" / "_version.py").read_text())
     version = next(
         ast.literal_eval(node.value)
         for node in tree.body

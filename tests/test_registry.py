@@ -27,14 +27,13 @@ from gdn_ops import (
     SpecError,
     gated_delta,
     gated_delta_step,
-    order,
     register_backend,
-    registry,
     use_backend,
 )
-from gdn_ops.backend import is_missing
-from gdn_ops.bind import Call, bind
-from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
+from gdn_ops.call.bind import Call, bind
+from gdn_ops.dispatch import order, registry
+from gdn_ops.dispatch.backend import is_missing
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 
 ROOT = Path(__file__).parents[1]
 
@@ -364,7 +363,7 @@ def test_explain_runs_nothing_and_agrees_with_the_call() -> None:
 
 def test_backends_lists_name_limits_and_status() -> None:
     register_backend(make_backend("seven", devices=("imaginary",)))
-    infos = {info.name: info for info in gdn_ops.backends()}
+    infos = {info.name: info for info in gdn_ops.list_backends()}
     assert infos["naive"].status == infos["torch"].status == "available"
     assert infos["torch"].limits is not None and "float64" in infos["torch"].limits.dtypes
     assert infos["seven"].status == "no supported device here (supported: imaginary)"
@@ -385,7 +384,7 @@ def test_a_checkout_that_is_not_installed_has_the_version_of_its_source(
 
     register_backend(Foreign)
     monkeypatch.setattr(importlib.metadata, "version", is_nowhere)
-    versions = {info.name: info.version for info in gdn_ops.backends()}
+    versions = {info.name: info.version for info in gdn_ops.list_backends()}
     assert (versions["torch"], versions["foreign"]) == (gdn_ops.__version__, None)
 
 
@@ -553,7 +552,7 @@ def test_a_missing_foreign_package_means_not_installed(module: Callable[[str, st
     module("lacking", "import a_package_that_nobody_has.part\n")
     reason = "package 'a_package_that_nobody_has' is not installed"
     assert registry.get_backend("lacking") == reason
-    info = next(info for info in gdn_ops.backends() if info.name == "lacking")
+    info = next(info for info in gdn_ops.list_backends() if info.name == "lacking")
     assert (info.status, info.limits, info.version) == (reason, None, None)
     assert str(info) == f"lacking -: {reason} (-)"
     assert dict(gdn_ops.explain(**arguments()).reasons)["lacking"] == (reason,)
@@ -583,6 +582,16 @@ def test_a_package_that_a_backend_requires_may_be_missing() -> None:
         ("import gdn_ops.no_such_part", ModuleNotFoundError, "gdn_ops.no_such_part"),
         ("import torch.no_such_part", ModuleNotFoundError, "torch.no_such_part"),
         ("from torch import no_such_name", ImportError, "no_such_name"),
+        (
+            "from gdn_ops.registry import Backend",
+            ImportError,
+            "^broken imports gdn_ops.registry, which is now gdn_ops.dispatch.registry$",
+        ),
+        (
+            "from gdn_ops.spec import Limits",
+            ImportError,
+            "^broken imports gdn_ops.spec, which is now gdn_ops.spec.language$",
+        ),
         ("BACKEND = int", TypeError, "broken is not a subclass of gdn_ops.Backend"),
         ("x = 1", AttributeError, "BACKEND"),
         (
@@ -601,7 +610,7 @@ def test_any_other_failure_of_a_backends_import_propagates(
     with pytest.raises(error, match=text):
         gated_delta(**arguments(), backend="broken")
     with pytest.raises(error, match=text):
-        gdn_ops.backends()
+        gdn_ops.list_backends()
 
 
 def test_a_failure_in_reasons_propagates() -> None:
@@ -653,7 +662,7 @@ def test_the_status_of_an_emulating_backend_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here: nothing is emulated")
     register_backend(make_backend("kernel", devices=("cuda",), emulated_devices=("cpu",)))
-    info = next(info for info in gdn_ops.backends() if info.name == "kernel")
+    info = next(info for info in gdn_ops.list_backends() if info.name == "kernel")
     assert info.status == "emulates only: no supported device here"
 
 
@@ -663,7 +672,7 @@ USE_THIRD_PARTY = """
 import torch
 import gdn_ops
 
-info = {info.name: info for info in gdn_ops.backends()}["third_party"]
+info = {info.name: info for info in gdn_ops.list_backends()}["third_party"]
 print(info)
 torch.manual_seed(0)
 q, k = (torch.nn.functional.normalize(torch.randn(2, 9, 2, 8), dim=-1) for _ in "qk")

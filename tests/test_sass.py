@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gdn_ops import sass
-from gdn_ops.budgets import BUDGETS, Product, judged, refusal
-from gdn_ops.compiled import CompiledKernel
-from gdn_ops.sass import Usage, find_tool, nvidia_usage
+from gdn_ops.aot import sass
+from gdn_ops.aot.gpu_limits import BUDGETS, Product, judged, refusal
+from gdn_ops.aot.results import CompiledKernel
+from gdn_ops.aot.sass import Usage, find_tool, nvidia_usage
 
 
 def test_usage_is_read_from_what_cuobjdump_prints() -> None:

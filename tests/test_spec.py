@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from gdn_ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, Limits, describe
-from gdn_ops.spec import Attr, Axis, Interval, Multiple, OpSpec, Sizes, TensorArg
+from gdn_ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, Limits
+from gdn_ops.spec import docs
+from gdn_ops.spec.language import Attr, Axis, Interval, Multiple, OpSpec, Sizes, TensorArg
 
 
 def with_arg(name: str, /, **changes: Any) -> OpSpec:
@@ -145,7 +146,7 @@ def test_a_value_prints_itself(value: object, text: str) -> None:
 
 
 def test_a_page_prints_the_signature_an_argument_a_line() -> None:
-    signature = describe.page(GATED_DELTA_STEP).partition("```text\n")[2].partition("\n```")[0]
+    signature = docs.page(GATED_DELTA_STEP).partition("```text\n")[2].partition("\n```")[0]
     assert signature.splitlines() == [
         "gated_delta_step(",
         *("    q,", "    k,", "    v,", "    alpha=None,", "    beta=None,", "    state=None,"),
@@ -242,8 +243,8 @@ def test_a_pool_has_slots_for_its_first_axis() -> None:
     state = GATED_DELTA_STEPS.tensor["state"]
     assert state.pool_axes == ("P", "HV", "K", "V")
     text = "(B, HV, K, V), or (P, HV, K, V) with state_indices: memory before the first token"
-    assert describe.argument_line(state).startswith(text)
-    assert f"| `state` (optional) | {text.partition(':')[0]} |" in describe.page(GATED_DELTA_STEPS)
+    assert docs.argument_line(state).startswith(text)
+    assert f"| `state` (optional) | {text.partition(':')[0]} |" in docs.page(GATED_DELTA_STEPS)
 
 
 def test_no_argument_of_a_few_steps_has_a_gradient() -> None:

@@ -15,15 +15,15 @@ from gdn_ops import (
     Backend,
     BackendUnsupportedError,
     Limits,
-    decoding,
     gated_delta,
     gated_delta_step,
     gated_delta_steps,
-    library,
 )
-from gdn_ops.bind import Call
-from gdn_ops.gated_delta import GATED_DELTA_STEP, GATED_DELTA_STEPS
-from gdn_ops.registry import register_backend, unregister_backend
+from gdn_ops.call.bind import Call
+from gdn_ops.dispatch import decode_fallbacks, registry
+from gdn_ops.dispatch.registry import register_backend, unregister_backend
+from gdn_ops.spec.ops import GATED_DELTA_STEP, GATED_DELTA_STEPS
+from gdn_ops.torch_ops import operators
 
 B, T, H, HV, K, V, P = 3, 4, 2, 4, 8, 6, 5
 BACKENDS = ("naive", "torch")
@@ -80,13 +80,13 @@ def test_a_rejected_draft_is_rolled_back_to_the_state_after_the_accepted_tokens(
     torch.testing.assert_close(state, expected)
 
 
-@pytest.mark.parametrize("large", [decoding.LARGE_STATE, 0], ids=["gathered", "by_row"])
+@pytest.mark.parametrize("large", [decode_fallbacks.LARGE_STATE, 0], ids=["gathered", "by_row"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("slots", [(0, -1, -1), (-1, 0, -1), (-1, -1, -1), (4, -1, 0), (2, 0, 1)])
 def test_skipped_rows_never_write_whichever_slot_the_others_name(
     backend: str, slots: tuple[int, ...], large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "LARGE_STATE", large)
+    monkeypatch.setattr(decode_fallbacks, "LARGE_STATE", large)
     arguments = pooled(*slots, backend=backend)
     o, pool, states = gated_delta_steps(**arguments, return_states=True)
     before = arguments["state"]
@@ -189,7 +189,7 @@ class StandIn(Backend):
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
         self.calls.append(call)
-        return library.advance(gdn_ops.registry.get_backend("torch"), call)  # type: ignore[arg-type]
+        return operators.advance(registry.get_backend("torch"), call)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def test_large_states_on_a_cpu_are_advanced_where_they_are(
     stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch, rows: bool
 ) -> None:
     arguments = pooled(3, -1, 1, backend="stand_in", inplace=True)
-    monkeypatch.setattr(decoding, "LARGE_STATE", HV * K * V * 4 + (not rows))
+    monkeypatch.setattr(decode_fallbacks, "LARGE_STATE", HV * K * V * 4 + (not rows))
     gated_delta_step(**token(arguments))
     given = [call.state for call in stand_in.calls]
     if rows:
@@ -280,14 +280,14 @@ def test_nothing_waits_for_the_device_to_find_the_slots() -> None:
             n: mode.from_tensor(x) if isinstance(x, Tensor) else x
             for n, x in pooled(3, -1, 1).items()
         }
-        call = gdn_ops.bind.bind(
+        call = gdn_ops.call.bind.bind(
             GATED_DELTA_STEPS,
             {n: d for n, d, _ in GATED_DELTA_STEPS.parameters()} | arguments,
             check_values=False,
         )
         # A fake tensor has no values: a look at one raises.
         for name in BACKENDS:
-            backend = gdn_ops.registry.get_backend(name)
+            backend = registry.get_backend(name)
             assert isinstance(backend, Backend)
-            o, pool, _ = library.advance_tokens(backend, call)
+            o, pool, _ = operators.advance_tokens(backend, call)
             assert (o.shape, pool.shape) == ((B, T, HV, V), (P, HV, K, V))

@@ -16,26 +16,26 @@ import torch
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops.bind import Call, bind
-from gdn_ops.gated_delta import GATED_DELTA
-from gdn_ops.launches import recording
-from gdn_ops.registry import get_backend
-from gdn_ops.spec import Sizes
+from gdn_ops.call.bind import Call, bind
+from gdn_ops.dispatch.registry import get_backend
+from gdn_ops.kernel_support.launches import recording
+from gdn_ops.kernel_support.tuning import Row
+from gdn_ops.spec.language import Sizes
+from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.testing import Example
 from gdn_ops.testing.decode_laws import (
     a_pool_equals_separate_states,
     steps_equal_one_step_after_another,
 )
 from gdn_ops.testing.oracle import judge
-from gdn_ops.tuning import Row
 
 pytest.importorskip("tilelang")
 
 from gdn_ops.backends import tilelang as backend
-from gdn_ops.backends.tilelang import config as configs
-from gdn_ops.backends.tilelang import decode, plan, table, toolchain
-from gdn_ops.backends.tilelang.plan import forward_bytes, make_plan
-from gdn_ops.backends.tilelang.shapes import Config, StepConfig, Tiles
+from gdn_ops.backends.tilelang.host import config as configs
+from gdn_ops.backends.tilelang.host import decode, plan, table, toolchain
+from gdn_ops.backends.tilelang.host.plan import forward_bytes, make_plan
+from gdn_ops.backends.tilelang.host.shapes import Config, StepConfig, Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:backend 'tilelang' emulates")
 
@@ -455,7 +455,7 @@ def test_without_tilelang_the_backend_is_not_installed() -> None:
         "import importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda n, *a: None if n == 'tilelang' else find(n, *a)\n"
         "import gdn_ops, torch\n"
-        "print([b.status for b in gdn_ops.backends() if b.name == 'tilelang'][0])\n"
+        "print([b.status for b in gdn_ops.list_backends() if b.name == 'tilelang'][0])\n"
         "q = torch.ones(1, 4, 2, 16)\n"
         "try: gdn_ops.gated_delta(q, q, q, rule='linear', backend='tilelang')\n"
         "except gdn_ops.BackendUnsupportedError as error: print(str(error).splitlines()[2])\n"
@@ -483,7 +483,7 @@ def test_explaining_a_call_does_not_load_tilelang() -> None:
 
 
 def test_cpu_tensors_are_emulated_with_one_warning() -> None:
-    from gdn_ops import registry
+    from gdn_ops.dispatch import registry
 
     registry._logged.discard(("emulation", "tilelang", "cpu"))
     with warnings.catch_warnings(record=True) as caught:
@@ -497,7 +497,7 @@ def test_cpu_tensors_are_emulated_with_one_warning() -> None:
 
 
 def test_a_certificate_names_what_compiles_the_kernels() -> None:
-    from gdn_ops.provenance import circumstances
+    from gdn_ops.environment.provenance import circumstances
 
     found = circumstances(backend.TileLang, "cpu")
     assert found["compiler"] not in ("none", "unknown")

@@ -11,20 +11,20 @@ import torch
 from fences import fenced, fences
 from torch import Tensor
 
-from gdn_ops.bind import bind
-from gdn_ops.gated_delta import GATED_DELTA
-from gdn_ops.launches import recording
+from gdn_ops.call.bind import bind
+from gdn_ops.kernel_support.launches import recording
+from gdn_ops.kernel_support.tuning import Row
+from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.testing import Example
 from gdn_ops.testing.example import Results, run
 from gdn_ops.testing.oracle import judge, judgement
-from gdn_ops.tuning import Row
 
 pytest.importorskip("tilelang")
 
 from gdn_ops.backends import tilelang as backend
-from gdn_ops.backends.tilelang import backward, forward, table
-from gdn_ops.backends.tilelang import config as configs
-from gdn_ops.backends.tilelang.shapes import Tiles
+from gdn_ops.backends.tilelang.host import backward, forward, table
+from gdn_ops.backends.tilelang.host import config as configs
+from gdn_ops.backends.tilelang.host.shapes import Tiles
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:backend 'tilelang' emulates"),

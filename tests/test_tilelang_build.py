@@ -23,9 +23,9 @@ tilelang = pytest.importorskip("tilelang")
 
 from tilelang_kernels import tiny  # noqa: E402
 
-from gdn_ops.backends.tilelang import build, cache, toolchain  # noqa: E402
-from gdn_ops.backends.tilelang.build import launch  # noqa: E402
-from gdn_ops.launches import Launch, recorded_target, recording  # noqa: E402
+from gdn_ops.backends.tilelang.host import cache, launcher, toolchain  # noqa: E402
+from gdn_ops.backends.tilelang.host.launcher import launch  # noqa: E402
+from gdn_ops.kernel_support.launches import Launch, recorded_target, recording  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 CONSTANTS = {"N": 8, "dtype": "float32"}
@@ -40,8 +40,8 @@ needs_compiler = pytest.mark.skipif(
 def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Nothing is compiled, in memory or on disk; the folder of the disk cache."""
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(build, "_launched", {})
-    monkeypatch.setattr(build, "_built", {})
+    monkeypatch.setattr(launcher, "_launched", {})
+    monkeypatch.setattr(launcher, "_built", {})
     yield tmp_path / "gdn_ops"
 
 
@@ -85,8 +85,8 @@ def test_what_is_on_disk_is_not_compiled_again(
     cold: Path, said: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run()
-    monkeypatch.setattr(build, "_launched", {})
-    monkeypatch.setattr(build, "_built", {})
+    monkeypatch.setattr(launcher, "_launched", {})
+    monkeypatch.setattr(launcher, "_built", {})
     run()
     _, line = said()
     assert re.fullmatch(rf"tilelang: {re.escape(NAME)} taken from disk in \d+\.\d\d s", line)
@@ -106,8 +106,8 @@ def test_what_is_broken_on_disk_is_compiled_again(
     (broken / file).write_text("half of it")
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(elsewhere))
     for expected in ("compiled", "taken from disk"):
-        monkeypatch.setattr(build, "_launched", {})
-        monkeypatch.setattr(build, "_built", {})
+        monkeypatch.setattr(launcher, "_launched", {})
+        monkeypatch.setattr(launcher, "_built", {})
         run()
         assert f"{NAME} {expected} in " in said()[-1]
 
@@ -119,7 +119,7 @@ def test_a_process_that_finds_its_kernels_on_disk_imports_no_tilelang(cold: Path
 import logging, sys, torch
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 from tilelang_kernels import tiny
-from gdn_ops.backends.tilelang.build import launch
+from gdn_ops.backends.tilelang.host.launcher import launch
 x, y = torch.ones(2, 8), torch.zeros(2, 8)
 launch(tiny.scaled, {CONSTANTS!r}, x, y, 5.0, 2)
 print(y.sum().item(), "tilelang" in sys.modules, "tvm" in sys.modules)
@@ -141,9 +141,13 @@ print(y.sum().item(), "tilelang" in sys.modules, "tvm" in sys.modules)
 def test_importing_tilelang_and_the_modules_of_the_backend_warns_of_nothing() -> None:
     code = """
 import sys
-from gdn_ops.backends.tilelang import build, cache, emulate, language, toolchain
+from gdn_ops.backends.tilelang.host import launcher
+from gdn_ops.backends.tilelang.host import cache
+from gdn_ops.backends.tilelang.emulation import programs
+from gdn_ops.backends.tilelang.emulation import language
+from gdn_ops.backends.tilelang.host import toolchain
 assert "tilelang" not in sys.modules
-from gdn_ops.backends.tilelang.language import CPU
+from gdn_ops.backends.tilelang.emulation.language import CPU
 CPU.prim_func
 assert "tilelang" in sys.modules
 """
@@ -190,31 +194,28 @@ def test_a_kernel_is_kept_by_all_that_it_is_made_of(
     assert key() not in (first, second)
 
     before = key()
-    copied = tmp_path / "tilelang"
-    copied.mkdir()
-    for name in cache.EMULATION:
-        source = (ROOT / "backends" / "tilelang" / f"{name}.py").read_text()
-        (copied / f"{name}.py").write_text(source)
-    monkeypatch.setattr(cache, "__file__", str(copied / "cache.py"))
+    copied = tmp_path / "emulation"
+    shutil.copytree(cache.EMULATION, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(cache, "EMULATION", copied)
     assert key() == before
-    for name in cache.EMULATION:
-        (copied / f"{name}.py").write_text("changed")
+    modules = sorted(copied.glob("*.py"))
+    assert {"programs.py", "rounding.py"} <= {path.name for path in modules}
+    for path in modules:
+        path.write_text("changed")
         after = key()
         assert after != before
         before = after
 
 
-def test_every_module_that_emulates_is_part_of_the_key() -> None:
-    """A module that decides what is emulated imports, or is imported by, another one."""
-    others = {"__init__", "build", "cache", "toolchain"}
-    folder = ROOT / "backends" / "tilelang"
-    imported = set()
-    for name in ("build", *cache.EMULATION):
-        found = cache._imported(folder / f"{name}.py")
-        prefix = "gdn_ops.backends.tilelang."
-        imported |= {x.removeprefix(prefix).partition(".")[0] for x in found if prefix in x}
-    modules = {name for name in imported if (folder / f"{name}.py").exists()}
-    assert modules - others == set(cache.EMULATION)
+def test_what_emulates_imports_nothing_of_the_backend_that_is_not_part_of_the_key() -> None:
+    prefix = "gdn_ops.backends.tilelang."
+    imported = {
+        name.removeprefix(prefix).partition(".")[0]
+        for path in cache.EMULATION.glob("*.py")
+        for name in cache._imported(path)
+        if name.startswith(prefix)
+    }
+    assert imported == {"emulation"}
 
 
 def test_a_cache_that_cannot_be_written_is_elsewhere(
@@ -414,10 +415,10 @@ def test_launches_on_meta_tensors_are_noted() -> None:
 def test_from_hopper_on_the_architecture_has_the_letter_that_wgmma_needs(
     capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build.arch.cache_clear()
+    launcher.arch.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    assert build.arch(0) == expected
-    build.arch.cache_clear()
+    assert launcher.arch(0) == expected
+    launcher.arch.cache_clear()
 
 
 class OnGPU:
@@ -442,7 +443,7 @@ def test_gpus_of_one_kind_share_a_kernel(
         return SimpleNamespace(adapter=adapter, artifact="made now")
 
     monkeypatch.setattr(tilelang, "compile", compile)
-    monkeypatch.setattr(build, "arch", lambda index: "sm_80" if index == 2 else "sm_90a")
+    monkeypatch.setattr(launcher, "arch", lambda index: "sm_80" if index == 2 else "sm_90a")
     for index in (0, 1, 0, 2):
         launch(tiny.scaled, CONSTANTS, OnGPU(index), index)
     options = [
@@ -463,7 +464,7 @@ def test_a_kernel_that_fails_on_a_gpu_is_named(cold: Path, monkeypatch: pytest.M
         raise RuntimeError("nvcc says no\nand more")
 
     monkeypatch.setattr(tilelang, "compile", compile)
-    monkeypatch.setattr(build, "arch", lambda index: "sm_90a")
+    monkeypatch.setattr(launcher, "arch", lambda index: "sm_90a")
     with pytest.raises(RuntimeError) as raised:
         launch(tiny.scaled, CONSTANTS, OnGPU(0))
     (log,) = (cold / "failed").iterdir()
@@ -476,11 +477,11 @@ def test_a_kernel_that_fails_on_a_gpu_is_named(cold: Path, monkeypatch: pytest.M
 @pytest.mark.slow
 @pytest.mark.skipif(toolchain.nvcc() is None, reason="; ".join(toolchain.gpu_reasons()))
 def test_nvcc_compiles_and_an_index_has_64_bits() -> None:
-    kernel, origin = build._compiled(tiny.scaled, CONSTANTS, "sm_90a")
+    kernel, origin = launcher._compiled(tiny.scaled, CONSTANTS, "sm_90a")
     assert origin in ("compiled", "taken from disk")
     with pytest.raises(RuntimeError, match="X device_type mismatch, expected cuda"):
         kernel(torch.ones(4, 8), torch.ones(4, 8), 1.0, 4)
-    function = build.trace(tiny.scaled, CONSTANTS)
+    function = launcher.trace(tiny.scaled, CONSTANTS)
     target = tilelang.tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
     with target:
         source = tilelang.lower(function, target=target).kernel_source

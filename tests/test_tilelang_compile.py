@@ -15,21 +15,23 @@ tilelang = pytest.importorskip("tilelang")
 
 from tilelang_kernels import compiled as kernels  # noqa: E402
 
-from gdn_ops import GATED_DELTA, GATED_DELTA_STEP, aot  # noqa: E402
-from gdn_ops.backend import Backend, Forward  # noqa: E402
-from gdn_ops.backends.tilelang import cubin, toolchain  # noqa: E402
-from gdn_ops.backends.tilelang.aot import Job, compile_ahead, compile_jobs  # noqa: E402
-from gdn_ops.backends.tilelang.build import launch  # noqa: E402
-from gdn_ops.backends.tilelang.config import TARGETS  # noqa: E402
-from gdn_ops.backends.tilelang.cubin import compile_kernel  # noqa: E402
-from gdn_ops.bind import Call  # noqa: E402
-from gdn_ops.budgets import Granted  # noqa: E402
-from gdn_ops.commands import app  # noqa: E402
-from gdn_ops.compiled import CompiledKernel, Sample  # noqa: E402
-from gdn_ops.gated_delta import OPS  # noqa: E402
-from gdn_ops.launches import Launch  # noqa: E402
-from gdn_ops.registry import get_backend  # noqa: E402
-from gdn_ops.spec import Limits  # noqa: E402
+from gdn_ops import GATED_DELTA, GATED_DELTA_STEP  # noqa: E402
+from gdn_ops.aot import sampling  # noqa: E402
+from gdn_ops.aot.gpu_limits import Granted  # noqa: E402
+from gdn_ops.aot.results import CompiledKernel, Sample  # noqa: E402
+from gdn_ops.backends.tilelang.aot import cubin  # noqa: E402
+from gdn_ops.backends.tilelang.aot.compiler import Job, compile_ahead, compile_jobs  # noqa: E402
+from gdn_ops.backends.tilelang.aot.cubin import compile_kernel  # noqa: E402
+from gdn_ops.backends.tilelang.host import toolchain  # noqa: E402
+from gdn_ops.backends.tilelang.host.config import TARGETS  # noqa: E402
+from gdn_ops.backends.tilelang.host.launcher import launch  # noqa: E402
+from gdn_ops.call.bind import Call  # noqa: E402
+from gdn_ops.cli.commands import app  # noqa: E402
+from gdn_ops.dispatch.backend import Backend, Forward  # noqa: E402
+from gdn_ops.dispatch.registry import get_backend  # noqa: E402
+from gdn_ops.kernel_support.launches import Launch  # noqa: E402
+from gdn_ops.spec.language import Limits  # noqa: E402
+from gdn_ops.spec.ops import OPS  # noqa: E402
 
 GPUS = ("sm_90a", "sm_80")
 TILE = {"M": 64, "N": 64, "K": 64, "dtype": "bfloat16", "threads": 128}
@@ -278,8 +280,8 @@ class Normalising(Backend):
 
 
 def sequence(**choice: Any) -> Sample:
-    case = GATED_DELTA.case[aot.REFERENCE]
-    return next(aot._of(GATED_DELTA, case, str(choice), choice))
+    case = GATED_DELTA.case[sampling.REFERENCE]
+    return next(sampling._of(GATED_DELTA, case, str(choice), choice))
 
 
 def test_a_kernel_that_is_launched_alike_is_compiled_once() -> None:
@@ -287,7 +289,7 @@ def test_a_kernel_that_is_launched_alike_is_compiled_once() -> None:
     # (1, 2**20, 32, 128): 2**32 elements, to which offsets of 64 bits are the same code.
     huge = sequence(T=2**20)
     excluded = sequence(dtype="float16")
-    assert aot.reasons_against(Normalising(), excluded) == [
+    assert sampling.reasons_against(Normalising(), excluded) == [
         "dtype float16 (supported: bfloat16, float32)"
     ]
     rows = list(compile_ahead(Normalising(), "sm_80", [odd, even, excluded, other, huge, odd]))
@@ -335,8 +337,8 @@ def ahead(target: str, samples: Iterator[Sample]) -> Iterator[CompiledKernel]:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", GPUS)
 def test_the_kernels_of_a_reference_are_fit_for(target: str) -> None:
-    cases = [GATED_DELTA.case[aot.REFERENCE], GATED_DELTA_STEP.case["qwen-16-32-step-b1"]]
-    rows = list(ahead(target, aot.samples(cases)))
+    cases = [GATED_DELTA.case[sampling.REFERENCE], GATED_DELTA_STEP.case["qwen-16-32-step-b1"]]
+    rows = list(ahead(target, sampling.samples(cases)))
     assert failures(iter(rows)) == []
     # Two launches forward and two more for segments, at most five more backward, and the step.
     names = [row.kernel for row in rows]
@@ -348,7 +350,7 @@ def test_the_kernels_of_a_reference_are_fit_for(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_everything_the_api_allows_is_fit_for(target: str) -> None:
     cases = [case for op in OPS for case in op.cases]
-    assert failures(ahead(target, aot.samples(cases, everything=True))) == []
+    assert failures(ahead(target, sampling.samples(cases, everything=True))) == []
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ pytest.importorskip("tilelang")
 
 from tilelang_kernels import tiles, wrong
 
-from gdn_ops.backends.tilelang import toolchain
-from gdn_ops.backends.tilelang.build import launch, trace
-from gdn_ops.backends.tilelang.emulate import program
-from gdn_ops.backends.tilelang.language import CPU
-from gdn_ops.backends.tilelang.rounding import nearest
+from gdn_ops.backends.tilelang.emulation.language import CPU
+from gdn_ops.backends.tilelang.emulation.programs import program
+from gdn_ops.backends.tilelang.emulation.rounding import nearest
+from gdn_ops.backends.tilelang.host import toolchain
+from gdn_ops.backends.tilelang.host.launcher import launch, trace
 
 needs_compiler = pytest.mark.skipif(
     toolchain.compiler() is None, reason="; ".join(toolchain.cpu_reasons())

@@ -16,21 +16,21 @@ from fences import fenced, fences
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops.gated_delta import GATED_DELTA
-from gdn_ops.registry import get_backend
+from gdn_ops.dispatch.registry import get_backend
+from gdn_ops.kernel_support.tuning import Row
+from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.testing import Example
 from gdn_ops.testing.example import run
 from gdn_ops.testing.oracle import judge, judgement
-from gdn_ops.tuning import Row
 
 pytest.importorskip("triton")
 
 from gdn_ops.backends import triton as backend
-from gdn_ops.backends.triton import config as configs
-from gdn_ops.backends.triton import table
-from gdn_ops.backends.triton.plan import forward_bytes, make_plan
-from gdn_ops.backends.triton.shapes import Config, Tiles
-from gdn_ops.launches import recording
+from gdn_ops.backends.triton.host import config as configs
+from gdn_ops.backends.triton.host import table
+from gdn_ops.backends.triton.host.plan import forward_bytes, make_plan
+from gdn_ops.backends.triton.host.shapes import Config, Tiles
+from gdn_ops.kernel_support.launches import recording
 
 pytestmark = pytest.mark.filterwarnings("ignore:backend 'triton' emulates")
 
@@ -203,7 +203,7 @@ def _launches(call: Callable[[], object]) -> list[str]:
 
 
 def _meta_call(gradients: bool, **sizes: int) -> Any:
-    from gdn_ops.bind import bind
+    from gdn_ops.call.bind import bind
 
     B, T, H, HV, K, V = (sizes[x] for x in ("B", "T", "H", "HV", "K", "V"))
     meta: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
@@ -343,7 +343,7 @@ def test_tensors_on_two_devices_are_refused() -> None:
 
 
 def test_cpu_tensors_are_emulated_with_one_warning() -> None:
-    from gdn_ops import registry
+    from gdn_ops.dispatch import registry
 
     registry._logged.discard(("emulation", "triton", "cpu"))
     with warnings.catch_warnings(record=True) as caught:
@@ -362,7 +362,7 @@ def test_without_triton_the_backend_is_not_installed() -> None:
         "import importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda n, *a: None if n == 'triton' else find(n, *a)\n"
         "import gdn_ops\n"
-        "print([b.status for b in gdn_ops.backends() if b.name == 'triton'][0])\n"
+        "print([b.status for b in gdn_ops.list_backends() if b.name == 'triton'][0])\n"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True

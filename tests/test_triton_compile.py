@@ -14,26 +14,27 @@ triton = pytest.importorskip("triton")
 from triton.backends.driver import DriverBase  # noqa: E402
 from triton_kernels import bad  # noqa: E402
 
-from gdn_ops import GATED_DELTA, GATED_DELTA_STEP, aot  # noqa: E402
-from gdn_ops.backend import Backend, Forward  # noqa: E402
-from gdn_ops.backends.triton.aot import (  # noqa: E402
+from gdn_ops import GATED_DELTA, GATED_DELTA_STEP  # noqa: E402
+from gdn_ops.aot import sampling  # noqa: E402
+from gdn_ops.aot.gpu_limits import BUDGETS, Granted, Product  # noqa: E402
+from gdn_ops.aot.results import CompiledKernel, Sample  # noqa: E402
+from gdn_ops.aot.sass import Usage  # noqa: E402
+from gdn_ops.backends.triton.aot.compiler import (  # noqa: E402
     TARGETS,
     compile_ahead,
     compile_job,
     specialised,
 )
-from gdn_ops.backends.triton.aot_usage import amd_usage, products  # noqa: E402
-from gdn_ops.backends.triton.interpret import launch  # noqa: E402
-from gdn_ops.bind import Call  # noqa: E402
-from gdn_ops.budgets import BUDGETS, Granted, Product  # noqa: E402
-from gdn_ops.compiled import CompiledKernel, Sample  # noqa: E402
-from gdn_ops.gated_delta import GATED_DELTA_STEPS, OPS  # noqa: E402
-from gdn_ops.launches import recording  # noqa: E402
-from gdn_ops.registry import get_backend  # noqa: E402
-from gdn_ops.sass import Usage  # noqa: E402
-from gdn_ops.spec import Limits  # noqa: E402
+from gdn_ops.backends.triton.aot.usage import amd_usage, products  # noqa: E402
+from gdn_ops.backends.triton.host.launcher import launch  # noqa: E402
+from gdn_ops.call.bind import Call  # noqa: E402
+from gdn_ops.dispatch.backend import Backend, Forward  # noqa: E402
+from gdn_ops.dispatch.registry import get_backend  # noqa: E402
+from gdn_ops.kernel_support.launches import recording  # noqa: E402
+from gdn_ops.spec.language import Limits  # noqa: E402
+from gdn_ops.spec.ops import GATED_DELTA_STEPS, OPS  # noqa: E402
 
-REFERENCE = next(aot.samples([GATED_DELTA.case[aot.REFERENCE]]))
+REFERENCE = next(sampling.samples([GATED_DELTA.case[sampling.REFERENCE]]))
 assert REFERENCE.is_reference
 
 
@@ -216,14 +217,14 @@ class Gathering(Backend):
 
 
 def sequence(**choice: Any) -> Sample:
-    case = GATED_DELTA.case[aot.REFERENCE]
-    return next(aot._of(GATED_DELTA, case, str(choice), choice))
+    case = GATED_DELTA.case[sampling.REFERENCE]
+    return next(sampling._of(GATED_DELTA, case, str(choice), choice))
 
 
 def test_a_kernel_that_is_launched_alike_is_compiled_once() -> None:
     odd, even, again = sequence(T=4095), sequence(), sequence(T=2048)
     excluded = [sequence(dtype="float16"), sequence(K=64)]
-    assert aot.reasons_against(Gathering(), excluded[0]) == [
+    assert sampling.reasons_against(Gathering(), excluded[0]) == [
         "dtype float16 (supported: bfloat16, float32)"
     ]
     rows = list(compile_ahead(Gathering(), "sm_90", [odd, even, *excluded, again, odd]))
@@ -288,7 +289,7 @@ def ahead(target: str, samples: Iterator[Sample]) -> Iterator[CompiledKernel]:
 
 DEFAULTS = [
     # One of every class of widths and of dtypes that has a configuration of its own.
-    *(GATED_DELTA.case[name] for name in (aot.REFERENCE, "tiny", "paper-400m-2048")),
+    *(GATED_DELTA.case[name] for name in (sampling.REFERENCE, "tiny", "paper-400m-2048")),
     *(GATED_DELTA_STEP.case[name] for name in ("qwen-16-32-step-b1", "olmo-hybrid-step")),
     *(GATED_DELTA_STEPS.case[name] for name in ("qwen-16-32-steps4-b1", "tiny-steps")),
 ]
@@ -296,9 +297,9 @@ DEFAULTS = [
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_default_configuration_is_fit_for(target: str) -> None:
-    rows = list(ahead(target, aot.samples(DEFAULTS)))
+    rows = list(ahead(target, sampling.samples(DEFAULTS)))
     assert failures(iter(rows)) == []
-    reference = {row.kernel for row in rows if row.sample.startswith(aot.REFERENCE)}
+    reference = {row.kernel for row in rows if row.sample.startswith(sampling.REFERENCE)}
     # Three launches forward, at most five more backward.
     assert 3 < len(reference) <= 3 + 5, reference
     assert all(row.registers > 0 for row in rows)
@@ -308,4 +309,4 @@ def test_every_default_configuration_is_fit_for(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_everything_the_api_allows_is_fit_for(target: str) -> None:
     cases = [case for op in OPS for case in op.cases]
-    assert failures(ahead(target, aot.samples(cases, everything=True))) == []
+    assert failures(ahead(target, sampling.samples(cases, everything=True))) == []

@@ -15,9 +15,9 @@ import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 from triton_kernels import arithmetic, control, helpers  # noqa: E402
 
-from gdn_ops.backends.triton import interpret_function, interpret_tensor  # noqa: E402
-from gdn_ops.backends.triton.interpret import launch  # noqa: E402
-from gdn_ops.launches import Launch, recorded_target, recording  # noqa: E402
+from gdn_ops.backends.triton.emulation import functions, tensors  # noqa: E402
+from gdn_ops.backends.triton.host.launcher import launch  # noqa: E402
+from gdn_ops.kernel_support.launches import Launch, recorded_target, recording  # noqa: E402
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -488,12 +488,12 @@ def test_threads_emulate_different_grids_and_compile_at_the_same_time() -> None:
 
 
 def test_a_function_is_translated_once() -> None:
-    first = interpret_function.emulated(control.with_helpers)
-    assert interpret_function.emulated(control.with_helpers) is first
+    first = functions.emulated(control.with_helpers)
+    assert functions.emulated(control.with_helpers) is first
     assert first is not control.with_helpers.fn
     names = first.__globals__
-    assert isinstance(names["tl"], interpret_function.Namespace)
-    assert names["tl"].tensor is interpret_tensor.Tensor
+    assert isinstance(names["tl"], functions.Namespace)
+    assert names["tl"].tensor is tensors.Tensor
     # Lines are those of the file, so that a traceback shows the line of the kernel.
     assert first.__code__.co_filename == control.__file__
     lines = [line for *_, line in first.__code__.co_lines() if line is not None]

@@ -12,7 +12,7 @@ import yaml
 from versions import report
 from versions.run import Result
 
-from gdn_ops import tested
+from gdn_ops.environment import versions
 
 ROOT = Path(__file__).parents[1]
 
@@ -135,29 +135,29 @@ def test_versions_outside_are_named_with_the_page(
     installed: dict[str, str | None], lines: list[str]
 ) -> None:
     expected = [f"{line}: docs/versions.md" for line in lines]
-    assert tested.warnings(installed, RANGES) == expected
+    assert versions.warnings(installed, RANGES) == expected
 
 
 def test_releases_of_one_python_count_as_one() -> None:
     ranges = {"python": ("3.11", "3.13")}
-    assert tested.warnings({"python": "3.11.2"}, ranges) == []
-    assert tested.warnings({"python": "3.13.9"}, ranges) == []
-    assert tested.warnings({"python": "3.14.0rc2"}, ranges) == [
+    assert versions.warnings({"python": "3.11.2"}, ranges) == []
+    assert versions.warnings({"python": "3.13.9"}, ranges) == []
+    assert versions.warnings({"python": "3.14.0rc2"}, ranges) == [
         "python 3.14 is newer than 3.13, the newest that was tested: docs/versions.md"
     ]
 
 
 def test_versions_are_ordered_as_releases_are() -> None:
     texts = ["2.8.0.dev1", "2.8", "2.8.1", "2.10.0a1", "2.10.0", "2.13.0+cpu", "10"]
-    assert sorted(reversed(texts), key=tested.version_key) == texts
-    assert tested.version_key("2.13.0+cpu") == tested.version_key("2.13")
-    assert tested.version_key("1.0.post1") == tested.version_key("1.0")
-    assert tested.version_key("?") == ((), True)
+    assert sorted(reversed(texts), key=versions.version_key) == texts
+    assert versions.version_key("2.13.0+cpu") == versions.version_key("2.13")
+    assert versions.version_key("1.0.post1") == versions.version_key("1.0")
+    assert versions.version_key("?") == ((), True)
 
 
 def test_the_package_reads_the_ranges_that_it_ships() -> None:
     shipped = json.loads(report.DATA.read_text())["packages"]
-    assert {name: list(pair) for name, pair in tested.tested_ranges().items()} == shipped
+    assert {name: list(pair) for name, pair in versions.tested_ranges().items()} == shipped
     assert shipped
 
 

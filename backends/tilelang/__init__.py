@@ -18,16 +18,16 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from gdn_ops.backend import gradients_without_tokens, has_tokens, without_tokens
-from gdn_ops.backends.tilelang import config as configs
-from gdn_ops.backends.tilelang import table, toolchain
-from gdn_ops.backends.tilelang.plan import Saved, empty_saved, make_plan
-from gdn_ops.bind import Call
-from gdn_ops.compiled import CompiledKernel, Sample
-from gdn_ops.gated_delta import GATED_DELTA
-from gdn_ops.registry import Backend, Forward, Grads
-from gdn_ops.spec import Limits
-from gdn_ops.tuning import Row
+from gdn_ops.aot.results import CompiledKernel, Sample
+from gdn_ops.backends.tilelang.host import config as configs
+from gdn_ops.backends.tilelang.host import table, toolchain
+from gdn_ops.backends.tilelang.host.plan import Saved, empty_saved, make_plan
+from gdn_ops.call.bind import Call
+from gdn_ops.dispatch.backend import gradients_without_tokens, has_tokens, without_tokens
+from gdn_ops.dispatch.registry import Backend, Forward, Grads
+from gdn_ops.kernel_support.tuning import Row
+from gdn_ops.spec.language import Limits
+from gdn_ops.spec.ops import GATED_DELTA
 
 
 @functools.cache
@@ -90,7 +90,7 @@ class TileLang(Backend):
         is_packed = call.cu_seqlens is not None
         if s.T <= configs.MOST_STEPS and not (call.needs_grad or is_packed or call.chunk_size):
             return Forward(*self.steps(call)[:2])
-        from gdn_ops.backends.tilelang.forward import forward
+        from gdn_ops.backends.tilelang.host.forward import forward
 
         return forward(call, make_plan(call))
 
@@ -101,7 +101,7 @@ class TileLang(Backend):
             return gradients_without_tokens(call, d_state)
         if saved is None:
             raise RuntimeError("gradients of gradients were asked for, which limits exclude")
-        from gdn_ops.backends.tilelang.backward import backward
+        from gdn_ops.backends.tilelang.host.backward import backward
 
         return backward(call, make_plan(call), Saved(*saved), d_o, d_state)
 
@@ -109,7 +109,7 @@ class TileLang(Backend):
         return self.steps(call)[:2]
 
     def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-        from gdn_ops.backends.tilelang import decode
+        from gdn_ops.backends.tilelang.host import decode
 
         return decode.run(call)
 
@@ -127,9 +127,9 @@ class TileLang(Backend):
         return configs.using(config)
 
     def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
-        from gdn_ops.backends.tilelang import aot
+        from gdn_ops.backends.tilelang.aot import compiler
 
-        return aot.compile_ahead(self, target, samples, table.GRANTED)
+        return compiler.compile_ahead(self, target, samples, table.GRANTED)
 
 
 BACKEND = TileLang

@@ -1,6 +1,6 @@
 """The chunkwise form in plain torch ops: fast on a CPU, right on any device torch has.
 
-Map: `chunkwise` holds the equations of one segment (MATH §3, §4), `gradients` those of
+Map: `chunkwise` holds the equations of one segment (docs/math.md §3, §4), `gradients` those of
 its backward (§5); `walk` cuts sequences into segments and loads them, `passes` runs them and
 keeps what a backward needs. Gates, solve and state are float32 (float64 for float64 inputs);
 cumulative log sums are float64.
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from gdn_ops.backends.torch import chunkwise, gradients
+from gdn_ops.backends.torch.many_tokens import decode_many
+from gdn_ops.backends.torch.one_token import decode_one
 from gdn_ops.backends.torch.passes import run_backward, run_forward
-from gdn_ops.backends.torch.step import step
-from gdn_ops.backends.torch.steps import steps
 from gdn_ops.backends.torch.walk import Engine
-from gdn_ops.bind import Call
-from gdn_ops.registry import Backend, Forward, Grads
-from gdn_ops.spec import Limits
+from gdn_ops.call.bind import Call
+from gdn_ops.dispatch.registry import Backend, Forward, Grads
+from gdn_ops.spec.language import Limits
 
 CHUNKING = {"cpu": (32, 4), "*": (64, 16)}
 """(tokens per chunk, chunks per segment) per device type. cpu: measured on two AVX-512 cores
@@ -26,7 +26,7 @@ at K=V=128, H/HV=16/32, T=2048; others: not measured."""
 
 
 class Torch(Backend):
-    """The chunkwise form of MATH §3 in plain torch ops."""
+    """The chunkwise form of docs/math.md §3 in plain torch ops."""
 
     name = "torch"
     limits = Limits(devices=("*",), second_grad=True, chunk_sizes=range(1, 257))
@@ -58,10 +58,10 @@ class Torch(Backend):
         return run_backward(call, self.engine(call), kept, d_o, d_state)
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
-        return step(call)
+        return decode_one(call)
 
     def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-        return steps(call)
+        return decode_many(call)
 
 
 BACKEND = Torch

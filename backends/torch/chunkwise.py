@@ -1,4 +1,4 @@
-"""The chunkwise form of MATH §3 over one segment of a few chunks.
+"""The chunkwise form of docs/math.md §3 over one segment of a few chunks.
 
 A segment is n chunks of C tokens for G = rows x H key heads, each with R value heads. What
 does not depend on the state is formed for all chunks of the segment at once; only K S, the

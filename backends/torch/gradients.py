@@ -1,4 +1,4 @@
-"""The gradients of MATH §5 over one segment; see `chunkwise` for the names and shapes.
+"""The gradients of docs/math.md §5 over one segment; see `chunkwise` for the names and shapes.
 
 Two passes in sequence, forward for S and U, backward for dS and dRHS, and then everything
 else for all chunks of the segment at once.

@@ -17,10 +17,10 @@ from gdn_ops.backends.torch.walk import (
     sequences,
     unpack_state,
 )
-from gdn_ops.bind import Call
-from gdn_ops.numerics import LogGate, l2norm_backward
-from gdn_ops.pages import empty, settle_allocator
-from gdn_ops.registry import Forward, Grads
+from gdn_ops.call.bind import Call
+from gdn_ops.call.numerics import LogGate, l2norm_backward
+from gdn_ops.dispatch.registry import Forward, Grads
+from gdn_ops.kernel_support.host_memory import empty, settle_allocator
 
 
 def run_forward(call: Call, engine: Engine) -> Forward:

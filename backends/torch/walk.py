@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from gdn_ops.backends.torch.chunkwise import Scratch, Segment
 from gdn_ops.backends.torch.gradients import SegmentGrads
-from gdn_ops.bind import Call
-from gdn_ops.numerics import LogGate, inverse_norm, l2norm, log_gate
+from gdn_ops.call.bind import Call
+from gdn_ops.call.numerics import LogGate, inverse_norm, l2norm, log_gate
 
 MAX_CHECKPOINTS = 64
 """States kept for a backward; a longer sequence keeps every n-th and recomputes the rest."""

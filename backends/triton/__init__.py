@@ -21,18 +21,18 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from gdn_ops.backend import gradients_without_tokens, has_tokens, without_tokens
-from gdn_ops.backends.triton import config as configs
-from gdn_ops.backends.triton import decode
-from gdn_ops.backends.triton.backward import backward
-from gdn_ops.backends.triton.forward import forward
-from gdn_ops.backends.triton.plan import Saved, empty_saved, make_plan
-from gdn_ops.bind import Call
-from gdn_ops.compiled import CompiledKernel, Sample
-from gdn_ops.gated_delta import GATED_DELTA
-from gdn_ops.registry import Backend, Forward, Grads
-from gdn_ops.spec import Limits
-from gdn_ops.tuning import Row
+from gdn_ops.aot.results import CompiledKernel, Sample
+from gdn_ops.backends.triton.host import config as configs
+from gdn_ops.backends.triton.host import decode
+from gdn_ops.backends.triton.host.backward import backward as run_backward
+from gdn_ops.backends.triton.host.forward import forward as run_forward
+from gdn_ops.backends.triton.host.plan import Saved, empty_saved, make_plan
+from gdn_ops.call.bind import Call
+from gdn_ops.dispatch.backend import gradients_without_tokens, has_tokens, without_tokens
+from gdn_ops.dispatch.registry import Backend, Forward, Grads
+from gdn_ops.kernel_support.tuning import Row
+from gdn_ops.spec.language import Limits
+from gdn_ops.spec.ops import GATED_DELTA
 
 OLDEST, NEWEST = (3, 6), (3, 9)
 """The versions of Triton that the kernels are emulated and compiled with in the tests."""
@@ -92,7 +92,7 @@ class Triton(Backend):
         is_packed = call.cu_seqlens is not None
         if s.T <= configs.MOST_STEPS and not (call.needs_grad or is_packed or call.chunk_size):
             return Forward(*decode.run(call)[:2])
-        return forward(call, make_plan(call))
+        return run_forward(call, make_plan(call))
 
     def backward(
         self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
@@ -101,7 +101,7 @@ class Triton(Backend):
             return gradients_without_tokens(call, d_state)
         if saved is None:
             raise RuntimeError("gradients of gradients were asked for, which limits exclude")
-        return backward(call, make_plan(call), Saved(*saved), d_o, d_state)
+        return run_backward(call, make_plan(call), Saved(*saved), d_o, d_state)
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
         return decode.run(call)[:2]
@@ -123,9 +123,9 @@ class Triton(Backend):
         return configs.using(config)
 
     def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
-        from gdn_ops.backends.triton import aot
+        from gdn_ops.backends.triton.aot import compiler
 
-        return aot.compile_ahead(self, target, samples)
+        return compiler.compile_ahead(self, target, samples)
 
 
 BACKEND = Triton

@@ -28,9 +28,9 @@ from gdn_ops.bench.rows import Result
 from gdn_ops.bench.runner import Timing, interleave
 from gdn_ops.bench.verify import Check, RefusedError
 from gdn_ops.export import DecodeSession, available_bodies, make_decode_model, set_body
-from gdn_ops.export.judge import compare
-from gdn_ops.export.runtime import open_session, why_not
-from gdn_ops.spec import Sizes
+from gdn_ops.export.runtime.judge import compare
+from gdn_ops.export.runtime.sessions import open_session, why_not
+from gdn_ops.spec.language import Sizes
 
 Array = np.ndarray[Any, Any]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gdn_ops.bench.runner import interleave
-from gdn_ops.spec import OpSpec, Sizes
+from gdn_ops.spec.language import OpSpec, Sizes
 
 CHUNK = 32
 """Tokens per chunk in the floor: the smallest in use, so that the floor is low."""

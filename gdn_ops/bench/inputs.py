@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
-from gdn_ops.spec import Case, Sizes
+from gdn_ops.spec.language import Case, Sizes
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gdn_ops import ops, registry
+from gdn_ops import ops
 from gdn_ops.bench.child import child_environment
 from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.inputs import Inputs, Setting, make_inputs, make_output_gradient, with_grad
@@ -19,9 +19,10 @@ from gdn_ops.bench.peers import Comparator
 from gdn_ops.bench.rows import Row, make_row, timed_row
 from gdn_ops.bench.runner import interleave
 from gdn_ops.bench.verify import RefusedError
-from gdn_ops.bind import bind
-from gdn_ops.gated_delta import GATED_DELTA
-from gdn_ops.spec import Case, Sizes
+from gdn_ops.call.bind import bind
+from gdn_ops.dispatch import registry
+from gdn_ops.spec.language import Case, Sizes
+from gdn_ops.spec.ops import GATED_DELTA
 
 IMPORT_REPEATS = 5
 OVERHEAD_REPEATS = 2000

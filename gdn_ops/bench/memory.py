@@ -25,7 +25,7 @@ import torch
 from gdn_ops.bench.child import ask
 from gdn_ops.bench.inputs import make_inputs, make_output_gradient, with_grad
 from gdn_ops.bench.peers import Comparator, comparator
-from gdn_ops.spec import Sizes
+from gdn_ops.spec.language import Sizes
 
 WARMUP_TOKENS = 512
 

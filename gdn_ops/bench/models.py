@@ -24,7 +24,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from gdn_ops import registry
 from gdn_ops.bench import memory, report, suite
 from gdn_ops.bench.child import ask
 from gdn_ops.bench.inputs import Setting
@@ -32,6 +31,7 @@ from gdn_ops.bench.rows import Result, Row, Target
 from gdn_ops.bench.runner import Timing, interleave
 from gdn_ops.bench.verify import Check, RefusedError
 from gdn_ops.compat.transformers import accelerate
+from gdn_ops.dispatch import registry
 
 PEER = "transformers"
 ALLOWED = 1e-4

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gdn_ops import registry
 from gdn_ops.bench.inputs import Inputs
+from gdn_ops.dispatch import registry
 from gdn_ops.ops import gated_delta
 
 

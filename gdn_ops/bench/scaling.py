@@ -20,7 +20,7 @@ from gdn_ops.bench.child import ask
 from gdn_ops.bench.inputs import Setting, make_inputs
 from gdn_ops.bench.rows import Row, make_row
 from gdn_ops.bench.runner import Timing, interleave
-from gdn_ops.spec import Case, Sizes
+from gdn_ops.spec.language import Case, Sizes
 
 
 def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row | str:

@@ -17,8 +17,8 @@ from gdn_ops.bench.inputs import Inputs, Setting, make_inputs
 from gdn_ops.bench.rows import Row, timed_row
 from gdn_ops.bench.runner import Timing, interleave
 from gdn_ops.bench.verify import ROUNDING_BAND, RefusedError, head_error
-from gdn_ops.gated_delta import GATED_DELTA_STEP
-from gdn_ops.spec import Case
+from gdn_ops.spec.language import Case
+from gdn_ops.spec.ops import GATED_DELTA_STEP
 
 REPEATS = 300
 

@@ -6,7 +6,6 @@ import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from gdn_ops import info, registry
 from gdn_ops.bench import measures
 from gdn_ops.bench.floors import Rates, measure_rates
 from gdn_ops.bench.inputs import Inputs, Setting, find_case, make_inputs, with_grad
@@ -15,8 +14,11 @@ from gdn_ops.bench.rows import Result
 from gdn_ops.bench.scaling import scaling_row
 from gdn_ops.bench.steps import step_rows
 from gdn_ops.bench.verify import verify
+from gdn_ops.dispatch import registry
+from gdn_ops.environment.devices import devices, threads
+from gdn_ops.environment.versions import installed_versions
 from gdn_ops.ops import explain
-from gdn_ops.spec import Case
+from gdn_ops.spec.language import Case
 
 WHAT = ("forward", "forward+backward", "memory", "step", "scaling", "overhead", "import")
 """Every measurement, in the order in which they run."""
@@ -90,7 +92,7 @@ def make_plan(
 
 def default_backends() -> tuple[str, ...]:
     """Return torch and, where it is available, compile."""
-    usable = {info.name for info in registry.backends() if info.status == "available"}
+    usable = {info.name for info in registry.list_backends() if info.status == "available"}
     return tuple(name for name in ("torch", "compile") if name in usable)
 
 
@@ -101,9 +103,9 @@ def system(setting: Setting) -> dict[str, object]:
         "device": setting.device,
         "dtype": setting.dtype,
         "repeats": setting.repeats,
-        "devices": info.devices(),
-        "threads": info.threads(),
-        "versions": info.versions(),
+        "devices": devices(),
+        "threads": threads(),
+        "versions": installed_versions(),
     }
 
 

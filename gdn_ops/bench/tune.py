@@ -1,6 +1,6 @@
 """Measure a backend's configurations and print rows to paste into its table.
 
-A backend takes part through `Backend.tunables(call)` and `Backend.using(config)`; str() of a
+A backend takes part through `tunables(call)` and `using(config)` (`Tunable`); str() of a
 configuration is the row to paste. One that exposes `engine(call)` instead, a dataclass with the
 fields `chunk_size` and `chunks`, is tried with every pair of CHUNK_SIZES and CHUNKS. Every
 candidate is checked first; one that fails is a line with its error. Steps are timed for cases of
@@ -19,11 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_ops import library, registry
-from gdn_ops.backend import Backend
-from gdn_ops.bench.gpu_device import Cuda, Run
-from gdn_ops.bench.gpu_measure import WARMUPS
-from gdn_ops.bench.gpu_turns import sample_in_turns
+from gdn_ops.bench.gpu.device import Cuda, Run
+from gdn_ops.bench.gpu.measuring import WARMUPS
+from gdn_ops.bench.gpu.turns import sample_in_turns
 from gdn_ops.bench.inputs import (
     Inputs,
     Setting,
@@ -36,9 +34,13 @@ from gdn_ops.bench.peers import Comparator
 from gdn_ops.bench.runner import Timing, interleave
 from gdn_ops.bench.steps import check_step
 from gdn_ops.bench.verify import verify
-from gdn_ops.bind import Call, bind
-from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
-from gdn_ops.spec import Case, OpSpec
+from gdn_ops.call.bind import Call, bind
+from gdn_ops.dispatch import registry
+from gdn_ops.dispatch.backend import Backend
+from gdn_ops.kernel_support.tuning import Tunable
+from gdn_ops.spec.language import Case, OpSpec
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
+from gdn_ops.torch_ops import operators
 
 CHUNK_SIZES = (16, 32, 64)
 CHUNKS = (1, 2, 4, 8)
@@ -81,8 +83,8 @@ def candidates(backend: Backend, call: Call) -> list[Candidate]:
     Raises:
         ValueError: there is none.
     """
-    configs = backend.tunables(call)
-    if configs:
+    configs = backend.tunables(call) if isinstance(backend, Tunable) else ()
+    if isinstance(backend, Tunable) and configs:
         rows = {str(c): functools.partial(backend.using, c) for c in configs}
         own = [Candidate(row, row, backend, context) for row, context in rows.items()]
         return [Candidate(AS_IT_IS, "", backend), *own]
@@ -145,7 +147,7 @@ def _sequence_actions(backend: Backend, case: Case, setting: Setting) -> Found:
 
     def comparator(c: Candidate) -> Comparator:
         def run(given: Inputs) -> Tensor:
-            return library.run(c.backend, _bound(GATED_DELTA, **given._asdict()))[0]
+            return operators.run(c.backend, _bound(GATED_DELTA, **given._asdict()))[0]
 
         return Comparator(c.name, run, context=c.context)
 
@@ -193,7 +195,7 @@ def _step_actions(backend: Backend, case: Case, setting: Setting) -> Found:
 
     def action(c: Candidate, state: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
         call = _bound(GATED_DELTA_STEP, **x._asdict(), state=state, inplace=True)
-        return lambda: library.run_step(c.backend, call)
+        return lambda: operators.run_step(c.backend, call)
 
     space = candidates(backend, _bound(GATED_DELTA_STEP, **x._asdict(), state=start, inplace=True))
     found: Actions = {}

@@ -20,7 +20,7 @@ from torch import Tensor
 from gdn_ops.bench.inputs import Inputs, make_output_gradient, with_grad
 from gdn_ops.bench.peers import Comparator
 from gdn_ops.ops import gated_delta
-from gdn_ops.spec import Case
+from gdn_ops.spec.language import Case
 
 ALL_HEADS_TOKENS = 64
 GRADIENT_TOKENS = 512

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from gdn_ops.compat.states import check_state
-from gdn_ops.errors import SpecError, SpecTypeError
 from gdn_ops.nn.gates import gate
 from gdn_ops.ops import gated_delta, gated_delta_step
+from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 _SEQUENCE: Callable[..., tuple[Tensor, Tensor]] = gated_delta
 _STEP: Callable[..., tuple[Tensor, Tensor]] = gated_delta_step

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdn_ops.gated_delta import GATED_DELTA
 from gdn_ops.ops import gated_delta, gated_delta_step
+from gdn_ops.spec.ops import GATED_DELTA
 
 CONTEXTS = (2, 3, 4, 6)
 """n of every head: how many of the last bytes are its key."""

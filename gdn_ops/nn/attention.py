@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gdn_ops.errors import SpecError
+from gdn_ops.spec.errors import SpecError
 
 ROPE_BASE = 10000.0
 """Of the rotary positions, as published."""

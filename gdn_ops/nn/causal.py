@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
+from gdn_ops.kernel_support.host_memory import empty
 from gdn_ops.nn.blocks import blocks, differentiable_gradients, runs_in_blocks, wide
-from gdn_ops.pages import empty
 
 
 def causal_convolution(

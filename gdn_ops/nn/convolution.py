@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gdn_ops.errors import SpecError
 from gdn_ops.nn.blocks import runs_in_blocks
 from gdn_ops.nn.causal import causal_convolution, convolved_window
+from gdn_ops.spec.errors import SpecError
 
 
 class ShortConvolution(nn.Module):

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gdn_ops.gated_delta import GATED_DELTA
 from gdn_ops.nn.convolution import ShortConvolution
 from gdn_ops.nn.gates import draw_A_log, draw_dt_bias, gate
 from gdn_ops.nn.norm import GATE_ACTIVATIONS, GatedRMSNorm
@@ -28,6 +27,7 @@ from gdn_ops.nn.options import (
 from gdn_ops.nn.padding import Padding
 from gdn_ops.nn.state import State, check_state
 from gdn_ops.ops import gated_delta, gated_delta_step
+from gdn_ops.spec.ops import GATED_DELTA
 
 
 class GatedDeltaNet(nn.Module):

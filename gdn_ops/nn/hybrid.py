@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gdn_ops.errors import SpecError
 from gdn_ops.nn.attention import KeyValueRing, SlidingWindowAttention
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
 from gdn_ops.nn.state import State
+from gdn_ops.spec.errors import SpecError
 
 LayerState = State | KeyValueRing
 """What one layer keeps between calls."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gdn_ops.errors import SpecError
+from gdn_ops.kernel_support.host_memory import empty
 from gdn_ops.nn.blocks import blocks, differentiable_gradients, runs_in_blocks, wide
-from gdn_ops.pages import empty
+from gdn_ops.spec.errors import SpecError
 
 GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,

@@ -8,7 +8,7 @@ from typing import NoReturn
 from torch import Tensor
 from torch.nn import functional
 
-from gdn_ops.errors import SpecError
+from gdn_ops.spec.errors import SpecError
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,

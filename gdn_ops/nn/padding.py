@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.errors import SpecError
+from gdn_ops.spec.errors import SpecError
 
 
 class Padding(NamedTuple):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from gdn_ops.errors import SpecError
+from gdn_ops.spec.errors import SpecError
 
 
 class State(NamedTuple):

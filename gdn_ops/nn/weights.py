@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdn_ops.errors import SpecError
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
+from gdn_ops.spec.errors import SpecError
 
 
 def from_transformers(layer: nn.Module) -> GatedDeltaNet:

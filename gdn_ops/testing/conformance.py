@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import FlakyFailure
 
 import gdn_ops
-from gdn_ops.errors import BackendUnsupportedError, SpecError
-from gdn_ops.registry import Backend, get_backend
+from gdn_ops.dispatch.registry import Backend, get_backend
+from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
 from gdn_ops.testing.decode_laws import DECODE_LAWS
 from gdn_ops.testing.example import Example, device_code
 from gdn_ops.testing.laws import LAWS, OPS_OF_LAWS, RULES_OF_LAWS

@@ -1,4 +1,4 @@
-"""MATH §8 for the decode ops: steps, a few steps in one call, and pools of states."""
+"""docs/math.md §8 for the decode ops: steps, a few steps in one call, and pools of states."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops.numerics import compute_dtype
+from gdn_ops.call.numerics import compute_dtype
 from gdn_ops.testing.example import Example
 from gdn_ops.testing.oracle import Judgement, Verdict, judgement, judgement_of, unit_roundoff, worst
 from gdn_ops.testing.runs import Law, compare, single, token_slice, without_sequences

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import gdn_ops
-from gdn_ops.gated_delta import GATED_DELTA
-from gdn_ops.numerics import compute_dtype
-from gdn_ops.spec import Sizes
+from gdn_ops.call.numerics import compute_dtype
+from gdn_ops.spec.language import Sizes
+from gdn_ops.spec.ops import GATED_DELTA
 
 GATES = ("uniform", "slow", "extreme", "strong", "one", "zero")
 """How decays are drawn: anywhere; close to 1; with exact 0, 1, 1 - 2**-24 and 1e-30 among

@@ -13,7 +13,7 @@ import time
 from hypothesis import settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-from gdn_ops.registry import Backend, get_backend, known_backends
+from gdn_ops.dispatch.registry import Backend, get_backend, known_backends
 from gdn_ops.testing.conformance import run_subject, subjects
 
 

@@ -1,4 +1,4 @@
-"""MATH §8: what holds exactly in real arithmetic, one function per law.
+"""docs/math.md §8: what holds exactly in real arithmetic, one function per law.
 
 A law takes a backend's name and an example and returns a `Verdict`. Two runs that should be
 equal may differ by the allowances of both.
@@ -341,7 +341,7 @@ LAWS: tuple[Law, ...] = (
     delta_is_gated_delta_without_decay,
     orthogonal_keys_need_no_correction,
 )
-"""Every law of MATH §8."""
+"""Every law of docs/math.md §8."""
 
 RULES_OF_LAWS: dict[str, tuple[str, ...]] = {
     "a_reset_forgets_the_past": ("gated_delta",),

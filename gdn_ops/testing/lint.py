@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gdn_ops.spec import Attr, OpSpec, TensorArg
+from gdn_ops.spec.language import Attr, OpSpec, TensorArg
 
 _SCHEMA = re.compile(r"^[\w:.]*\((?P<arguments>.*)\) -> (?P<outputs>.*)$")
 _CHOICES = re.compile(r"One of ([^.]*)\.")

@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gdn_ops import library
-from gdn_ops.bind import Call
-from gdn_ops.errors import SpecError
-from gdn_ops.gated_delta import GATED_DELTA_STEP
-from gdn_ops.registry import Backend, Forward, get_backend
+from gdn_ops.call.bind import Call
+from gdn_ops.dispatch.registry import Backend, Forward, get_backend
+from gdn_ops.spec.errors import SpecError
+from gdn_ops.spec.ops import GATED_DELTA_STEP
+from gdn_ops.torch_ops import operators
 
 Mutation = Callable[[Backend, Call], tuple[Tensor, Tensor]]
 """What a wrong backend makes of a call of `gated_delta`: (o, final_state)."""
@@ -27,7 +27,7 @@ DecodeMutation = Callable[[Backend, Call], tuple[Tensor, Tensor, Tensor | None]]
 
 def dropped_scale(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """The scale is not applied to q."""
-    return library.run(backend, replace(call, scale=1.0))
+    return operators.run(backend, replace(call, scale=1.0))
 
 
 def decay_after_the_error(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
@@ -37,11 +37,11 @@ def decay_after_the_error(backend: Backend, call: Call) -> tuple[Tensor, Tensor]
     """
     alpha = call.alpha if call.log_alpha is None else call.log_alpha.exp()
     if alpha is None or not call.rule.has_erase:
-        return library.run(backend, call)
+        return operators.run(backend, call)
     alpha = alpha.clamp(min=0.05)
     beta = torch.ones_like(alpha) if call.beta is None else call.beta
     v = (call.v * alpha.unsqueeze(-1)).to(call.v.dtype)
-    return library.run(backend, replace(call, beta=beta / alpha, v=v))
+    return operators.run(backend, replace(call, beta=beta / alpha, v=v))
 
 
 def ungated_inverse(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
@@ -50,11 +50,11 @@ def ungated_inverse(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     v' makes the right inverse give U of the wrong one: (I + A) U_wrong = beta (v' - b K S).
     """
     if not call.rule.has_erase or not call.rule.has_decay or call.cu_seqlens is not None:
-        return library.run(backend, call)
+        return operators.run(backend, call)
     outputs, state = [], call.state
     for start in range(0, call.sizes.T, 16):
         part = _tokens(call, slice(start, min(start + 16, call.sizes.T)), state)
-        o, state = library.run(backend, replace(part, v=_values_of_ungated_inverse(part)))
+        o, state = operators.run(backend, replace(part, v=_values_of_ungated_inverse(part)))
         outputs.append(o)
     return _joined(backend, call, outputs, state)
 
@@ -82,15 +82,15 @@ def _values_of_ungated_inverse(call: Call) -> Tensor:
 def first_chunk_only(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Tokens after the first 16 are not seen."""
     if call.cu_seqlens is not None or call.sizes.T <= 16:
-        return library.run(backend, call)
-    o, state = library.run(backend, _tokens(call, slice(0, 16), call.state))
+        return operators.run(backend, call)
+    o, state = operators.run(backend, _tokens(call, slice(0, 16), call.state))
     rest = torch.zeros_like(call.v[:, 16:])
     return torch.cat((o, rest), 1), state
 
 
 def one_wrong_head_of_sixteen(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Head 15 of 16 or more is off by one part in a hundred."""
-    o, state = library.run(backend, call)
+    o, state = operators.run(backend, call)
     if call.sizes.HV < 16:
         return o, state
     factor = torch.ones(call.sizes.HV, 1, dtype=o.dtype, device=o.device)
@@ -101,9 +101,9 @@ def one_wrong_head_of_sixteen(backend: Backend, call: Call) -> tuple[Tensor, Ten
 def no_gradient_at_zero(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """The gradient of alpha is 0 where alpha is 0."""
     if call.alpha is None:
-        return library.run(backend, call)
+        return operators.run(backend, call)
     blocked = torch.where(call.alpha == 0, call.alpha.detach(), call.alpha)
-    return library.run(backend, replace(call, alpha=blocked))
+    return operators.run(backend, replace(call, alpha=blocked))
 
 
 def tiled_heads(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
@@ -111,12 +111,12 @@ def tiled_heads(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     repeats = call.sizes.R
     q, k = (x.repeat(1, 1, repeats, 1) for x in (call.q, call.k))
     sizes = replace(call.sizes, H=call.sizes.HV)
-    return library.run(backend, replace(call, q=q, k=k, sizes=sizes))
+    return operators.run(backend, replace(call, q=q, k=k, sizes=sizes))
 
 
 def state_of_the_padded_tail(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """The final state has decayed through the tokens that pad the last chunk."""
-    o, state = library.run(backend, call)
+    o, state = operators.run(backend, call)
     missing = -call.sizes.T % 16
     if not call.rule.has_decay or call.cu_seqlens is not None or not call.sizes.T:
         return o, state
@@ -127,9 +127,9 @@ def state_of_the_padded_tail(backend: Backend, call: Call) -> tuple[Tensor, Tens
 def narrow_products(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Operands are rounded to the 10 mantissa bits of TF32, under the name of float32."""
     if call.q.dtype != torch.float32:
-        return library.run(backend, call)
+        return operators.run(backend, call)
     q, k, v = (x + (_ten_bits(x.detach()) - x.detach()) for x in (call.q, call.k, call.v))
-    return library.run(backend, replace(call, q=q, k=k, v=v))
+    return operators.run(backend, replace(call, q=q, k=k, v=v))
 
 
 def _ten_bits(x: Tensor) -> Tensor:
@@ -163,8 +163,8 @@ def a_copied_pool(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor 
 
 def _decoded(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     if call.op is GATED_DELTA_STEP:
-        return *library.advance(backend, call), None
-    return library.advance_tokens(backend, call)
+        return *operators.advance(backend, call), None
+    return operators.advance_tokens(backend, call)
 
 
 SEQUENCE_MUTATIONS: dict[str, Mutation] = {
@@ -217,7 +217,7 @@ def mutant(mutation: str, base: str) -> type[Backend]:
         compiles_per_width = instance.compiles_per_width
 
         def forward(self, call: Call) -> Forward:
-            return Forward(*(sequence or library.run)(instance, call))
+            return Forward(*(sequence or operators.run)(instance, call))
 
         def step(self, call: Call) -> tuple[Tensor, Tensor]:
             return (decode or _decoded)(instance, call)[:2]
@@ -239,5 +239,5 @@ def _joined(
     backend: Backend, call: Call, outputs: list[Tensor], state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if state is None or not outputs:
-        return library.run(backend, call)
+        return operators.run(backend, call)
     return torch.cat(outputs, 1), state

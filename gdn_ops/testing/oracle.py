@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_ops.numerics import compute_dtype
+from gdn_ops.call.numerics import compute_dtype
 from gdn_ops.testing import example as drawing
 from gdn_ops.testing.example import Example, Results, run
 

@@ -21,7 +21,7 @@ from typing import Any
 L2NORM_EPSILON = 1e-6
 LOG_FLOOR = -1000.0
 SMALLEST_NORMAL = 1.1754943508222875e-38
-"""The conventions of `gdn_ops.numerics`, for float32."""
+"""The conventions of `gdn_ops.call.numerics`, for float32."""
 
 NO_DECAY, ALPHA, LOG_ALPHA = 0, 1, 2
 """How the decay is given."""
@@ -105,7 +105,7 @@ def blocks(T: Any) -> SimpleNamespace:
             )  # fmt: skip
 
     def decay(hi_i: Any, lo_i: Any, z_i: Any, hi_j: Any, lo_j: Any, z_j: Any, crossed: int) -> Any:
-        """Return exp(G_i - G_j) where `crossed` zeros lie between, else 0 (MATH §4).
+        """Return exp(G_i - G_j) where `crossed` zeros lie between, else 0 (docs/math.md §4).
 
         G = hi + lo: equal parts cancel exactly, so a difference of large sums keeps its
         precision. It is at most 0 for i >= j; the minimum keeps the other half finite.

@@ -1,4 +1,4 @@
-"""Between the two walks of a call in segments: the state at every cut, exactly (MATH §6).
+"""Between the two walks of a call in segments: the state at every cut, exactly (docs/math.md §6).
 
 One program per sequence, value head and block of BV columns of V. What a segment does to a state,
 S -> M S + R, is applied segment by segment; dS -> Mᵀ dS + R from the last to the first.

@@ -163,7 +163,7 @@ def gradients(
 
     @T.macro
     def chunk_decay(g, t, crossed):
-        """Set b and d of a chunk (MATH §3), with so many zeros in between; b_C is the last b."""
+        """Set b and d of a chunk with `crossed` zeros (docs/math.md §3); b_C is the last b."""
         for i in T.Parallel(C):
             t[FROM_START, i] = b.decay(g[0, i], g[1, i], g[2, i], 0.0, 0.0, 0.0, crossed)
             t[TO_END, i] = b.decay(

@@ -8,8 +8,8 @@ K dS, Tᵀ dU and Kᵀ dRHS.
             (places, HV, K, V) float32
     writes  gradients   dRHS (HV, slots, C, V), dS at every chunk's end (HV, slots, K, V), dtype of
                         q; dS of the initial states (N, HV, K, V) float32
-            shift       what a segment adds to the dS that it passes on, dS -> Mᵀ dS + R' (MATH §6):
-                        R' (places, HV, K, V) float32, walked from dS = 0
+            shift       what a segment adds to the dS that it passes on (docs/math.md §6),
+                        dS -> Mᵀ dS + R': R' (places, HV, K, V) float32, walked from dS = 0
 """
 
 from typing import Any

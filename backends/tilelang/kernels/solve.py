@@ -3,9 +3,9 @@
 One program per chunk and key head. K Kᵀ is formed once and serves the R value heads.
 
     reads   k, and q with qk_l2norm, (M, H, K); α or log α, β (M, HV) float32
-    writes  gates (HV, slots, 4, C) float32: G as hi and lo, z, β       (MATH §4)
+    writes  gates (HV, slots, 4, C) float32: G as hi and lo, z, β       (docs/math.md §4)
             norms (H, slots, 2, C) float32: 1/‖q‖, 1/‖k‖, or 1
-            T (HV, slots, C, C) in the dtype of k                       (MATH §3)
+            T (HV, slots, C, C) in the dtype of k                       (docs/math.md §3)
 """
 
 from typing import Any
@@ -87,7 +87,7 @@ def solve(T: Any, *, K: int, BK: int, C: int, dtype: str, erase: bool, threads: 
 
     @T.macro
     def merge_sixteens(a, x, right, lower):
-        """Invert pairs of blocks of 16 rows: −Y B X below the diagonal (MATH §3), scalar."""
+        """Invert pairs of blocks of 16 rows, by scalars: −Y B X below them (docs/math.md §3)."""
         total = T.alloc_var(F32)
         for pair, i, j in T.Parallel(C // (2 * ROWS), ROWS, ROWS):
             top = pair * 2 * ROWS

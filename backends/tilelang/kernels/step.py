@@ -16,7 +16,7 @@ writes it.
 
 from typing import Any
 
-from gdn_ops.numerics import L2NORM_EPSILON
+from gdn_ops.call.numerics import L2NORM_EPSILON
 
 
 def tokens(

@@ -7,7 +7,7 @@ in registers. Three products per chunk depend on it in turn: K S, T E and Kᵀ U
     writes  output   o (M, HV, V); the final states (N, HV, K, V) float32
             states   S at every chunk start (HV, slots, K, V), U (HV, slots, C, V), dtype of q
             map      M (places, HV, K, K), R (places, HV, K, V) float32: what a segment does to the
-                     state it starts from, S -> M S + R (MATH §6)
+                     state it starts from, S -> M S + R (docs/math.md §6)
 
 M and R are walked like a state: R from 0, and M from the identity with no values.
 """

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gdn_ops.tested import version_key
+from gdn_ops._version import version_key
 
 SEARCH = tl.constexpr(128)
 """Sequences looked at together when the owner of a slot is searched."""
@@ -31,7 +31,7 @@ LOG_ALPHA = tl.constexpr(2)
 L2NORM_EPSILON = tl.constexpr(1e-6)
 LOG_FLOOR = tl.constexpr(-1000.0)
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
-"""The conventions of `gdn_ops.numerics`, for float32."""
+"""The conventions of `gdn_ops.call.numerics`, for float32."""
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def owner(p, cu_seqlens, N, T, C: tl.constexpr, VARLEN: tl.constexpr):
 
 @triton.jit
 def decay(hi_i, lo_i, z_i, hi_j, lo_j, z_j, CROSSED: tl.constexpr):
-    """Return exp(G_i - G_j) where CROSSED zeros lie between, else 0 (MATH §4).
+    """Return exp(G_i - G_j) where CROSSED zeros lie between, else 0 (docs/math.md §4).
 
     G = hi + lo: equal parts cancel exactly, so a difference of large sums keeps its precision.
     It is at most 0 for i >= j; the minimum keeps the other half finite.
@@ -123,8 +123,8 @@ def inverse_norm(x):
     return 1.0 / tl.sqrt(tl.sum(wide * wide, 1) + L2NORM_EPSILON)
 
 
-# T = (I + A)⁻¹ by halves: [[X, 0], [-Y B X, Y]] of [[X⁻¹, 0], [B, Y⁻¹]] (MATH §3). Every step
-# forms entries of the inverse of a leading block, which stay of the order of β for unit keys;
+# T = (I + A)⁻¹ by halves (docs/math.md §3): [[X, 0], [-Y B X, Y]] of [[X⁻¹, 0], [B, Y⁻¹]]. Every
+# step forms entries of the inverse of a leading block, which stay of the order of β for unit keys;
 # powers of A, as in (I - A)(I + A²)(I + A⁴)..., would pass through 10⁶ for repeated keys and β = 2.
 
 

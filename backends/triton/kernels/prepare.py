@@ -3,9 +3,9 @@
 One program per chunk and key head. K Kᵀ is formed once and serves the R value heads.
 
     reads   k (B, T, H, K); α or log α, β (B, T, HV)
-    writes  gates (4, HV, slots, C) float32: G as hi and lo, z, β       (MATH §4)
+    writes  gates (4, HV, slots, C) float32: G as hi and lo, z, β       (docs/math.md §4)
             norms (H, slots, C) float32: 1/‖k‖, only with qk_l2norm
-            T (HV, slots, C, C) in the dtype of k                       (MATH §3)
+            T (HV, slots, C, C) in the dtype of k                       (docs/math.md §3)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gdn_ops.backends.triton.kernels.blocks import (
 
 @triton.jit
 def log_sums(gate, valid, GATE: tl.constexpr):
-    """Return G = hi + lo and z of a chunk, float32 (C,) each (MATH §4).
+    """Return G = hi + lo and z of a chunk, float32 (C,) each (docs/math.md §4).
 
     The logarithm and the sum are float64: next to a strong decay, G_i - G_j of later tokens
     is a small difference of large numbers, and fast float32 logarithms are off near α = 1.

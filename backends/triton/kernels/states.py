@@ -28,7 +28,7 @@ from gdn_ops.backends.triton.kernels.blocks import (
 
 @triton.jit
 def chunk_decay(gates, hv, slot, i, HV, slots, C: tl.constexpr, CROSSED: tl.constexpr):
-    """Return b (C,), d (C,) and b_C of a chunk (MATH §3), with CROSSED zeros in between."""
+    """Return b (C,), d (C,) and b_C of a chunk (docs/math.md §3), with CROSSED zeros in between."""
     hi, lo, z = read_gates(gates, hv, slot, i, HV, slots, C)
     hi_C, lo_C, z_C = read_gates(gates, hv, slot, C - 1, HV, slots, C)
     b = decay(hi, lo, z, 0.0, 0.0, 0.0, CROSSED)

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from types import ModuleType, TracebackType
 
-from gdn_ops import registry
 from gdn_ops.compat.transformers.discovery import (
     architecture_of,
     functions_of,
@@ -20,7 +19,8 @@ from gdn_ops.compat.transformers.discovery import (
 )
 from gdn_ops.compat.transformers.examine import examine
 from gdn_ops.compat.transformers.site import Site
-from gdn_ops.errors import SpecError
+from gdn_ops.dispatch import registry
+from gdn_ops.spec.errors import SpecError
 
 logger = logging.getLogger("gdn_ops")
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_ops import library, registry
-from gdn_ops.bind import bind
-from gdn_ops.gated_delta import GATED_DELTA, GATED_DELTA_STEP
+from gdn_ops.call.bind import bind
+from gdn_ops.dispatch import registry
 from gdn_ops.ops import gated_delta, gated_delta_step
-from gdn_ops.spec import OpSpec
+from gdn_ops.spec.language import OpSpec
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
+from gdn_ops.torch_ops import operators
 
 Note = Callable[[str, str], None]
 """Told the name of the op and of the backend of every call."""
@@ -95,5 +96,5 @@ def _run(spec: OpSpec, arguments: dict[str, Any], note: Note) -> tuple[Tensor, T
     backend = registry.select(call, registry.resolve(arguments["backend"]))  # type: ignore[arg-type]
     note(spec.name, backend.name)
     if spec is GATED_DELTA:
-        return library.run(backend, call)
-    return library.run_step(backend, call)
+        return operators.run(backend, call)
+    return operators.run_step(backend, call)

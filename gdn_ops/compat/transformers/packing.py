@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_ops.errors import SpecError
+from gdn_ops.spec.errors import SpecError
 
 WITHOUT_NUMBERS = (
     "cu_seqlens is given without seq_idx, should be given with it: the short convolution in "

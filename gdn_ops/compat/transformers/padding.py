@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn_ops.compat.transformers import packing
-from gdn_ops.errors import SpecError
+from gdn_ops.spec.errors import SpecError
 
 _current = threading.local()
 """`mask`, `sequences`: what the layer that runs in this thread was given, for its functions."""

@@ -1,0 +1,148 @@
+"""Compile every launch of a call for a GPU that is not there, and judge the code.
+
+Calls are made on meta tensors inside `recording`, so the launches are those of the backend itself:
+its configurations, its constants. A kernel is compiled once for every choice of constants: the
+sizes of tensors shape no code, and offsets take 64 bits.
+
+Beside what `gdn_ops.aot.gpu_limits` forbids on a target, code fails
+
+    with a product of float32 tiles: TileLang multiplies them in TF32
+    where ptxas says what costs time, like products that wait for each other, in a reference
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gdn_ops.aot.gpu_limits import Granted, Product, judged
+from gdn_ops.aot.results import CompiledKernel, Sample
+from gdn_ops.aot.sampling import reasons_against, run
+from gdn_ops.backends.tilelang.aot import cubin
+from gdn_ops.backends.tilelang.host.launcher import trace
+from gdn_ops.dispatch.backend import Backend
+from gdn_ops.kernel_support.launches import Launch, recording
+
+
+class Job(NamedTuple):
+    """One kernel to compile.
+
+    Attributes:
+        sample: label of the first sample that launches it.
+        is_reference: whether a reference launches it.
+        launch: the launch.
+    """
+
+    sample: str
+    is_reference: bool
+    launch: Launch
+
+
+def compile_ahead(
+    backend: Backend, target: str, samples: Iterable[Sample], granted: Granted | None = None
+) -> Iterator[CompiledKernel]:
+    """Compile what a backend launches for samples, each distinct kernel once.
+
+    Args:
+        backend: one whose kernels are launched by `build.launch`.
+        target: one of `config.TARGETS`.
+        samples: calls on meta tensors; those that its limits exclude are left out.
+        granted: spills that a reference may have.
+
+    Yields:
+        The kernels, in the order of their launches.
+
+    Raises:
+        ValueError: the target is not one of them.
+        FileNotFoundError: there is no nvcc, or no cuobjdump.
+    """
+    cubin.check(target)
+    found: dict[Any, Job] = {}
+    for sample in samples:
+        if reasons_against(backend, sample):
+            continue
+        with recording(target) as launches:
+            run(backend, sample)
+        for launch in launches:
+            key = (launch.kernel, *sorted(launch.kwargs.items()))
+            job = found.setdefault(key, Job(sample.label, sample.is_reference, launch))
+            if sample.is_reference and not job.is_reference:
+                found[key] = job._replace(is_reference=True)
+    yield from compile_jobs(found.values(), target, granted)
+
+
+def compile_jobs(
+    jobs: Iterable[Job], target: str, granted: Granted | None = None
+) -> Iterator[CompiledKernel]:
+    """Compile kernels, as many at a time as there are cores.
+
+    Kernels are traced one after the other. TileLang's passes release the GIL, and nvcc is a
+    process of its own.
+    """
+    traced = [(job, _traced(job.launch)) for job in jobs]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        work = functools.partial(compile_job, target=target, granted=granted or {})
+        yield from pool.map(lambda pair: work(*pair), traced)
+
+
+def _traced(launch: Launch) -> Any:
+    """Return the traced function of a launch, or the error that it ends in."""
+    try:
+        return trace(launch.kernel, launch.kwargs)
+    except Exception as error:
+        return error
+
+
+def compile_job(job: Job, traced: Any, target: str, granted: Granted) -> CompiledKernel:
+    """Compile one kernel and judge it; what does not compile is a result too."""
+    start = time.perf_counter()
+    kernel = job.launch.kernel
+    result = functools.partial(
+        CompiledKernel, kernel.__name__, job.sample, target, job.launch.kwargs
+    )
+    try:
+        if isinstance(traced, Exception):
+            raise traced
+        found = cubin.compiled(traced, target)
+    except Exception as error:
+        return result(
+            failures=(f"does not compile: {type(error).__name__}: {_reason(error, kernel)}",)
+        )
+    row = result(
+        shared=found.shared,
+        **found.usage._asdict(),
+        seconds=time.perf_counter() - start,
+    )
+    products = cubin.products(traced)
+    row = judged(row, products, job.is_reference, granted)
+    more = (*_rounded(products), *(found.remarks if job.is_reference else ()))
+    return replace(row, failures=(*row.failures, *more))
+
+
+def _rounded(products: Iterable[Product]) -> Iterator[str]:
+    for m, n, k, dtype in products:
+        if dtype == "float32":
+            yield f"a float32 product of {m} x {k} by {k} x {n} is one in TF32"
+            return
+
+
+def _reason(error: Exception, kernel: Any) -> str:
+    """Return what a compiler complains of first, and the line of the kernel that it means.
+
+    The passes mark a line with a ^ below it. An error of the trace has it in its traceback.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    marks = [i for i, line in enumerate(lines) if line.strip("| ") == "^" and i > 0]
+    where = [lines[i - 1].partition("|")[2].strip() for i in marks]
+    folder = Path(inspect.getfile(kernel)).parent
+    frames = traceback.extract_tb(error.__traceback__)
+    where += [f.line for f in frames[::-1] if Path(f.filename).parent == folder and f.line]
+    return f"{lines[0]}, in: {where[0]}" if where else lines[0]

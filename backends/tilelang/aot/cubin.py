@@ -1,0 +1,216 @@
+"""Compile a kernel for a GPU that need not be there, and read what its code uses.
+
+    traced function -> TileLang: CUDA source -> nvcc: cubin -> cuobjdump: registers, spills, ...
+
+The same passes and the same options of nvcc as for a launch, without a driver. What was read is
+kept on disk, under the text of the traced function and everything else that shapes the code.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tilelang
+from tilelang import tvm
+from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
+
+from gdn_ops.aot.gpu_limits import Product, refusal
+from gdn_ops.aot.sass import Usage, cubin_usage, find_tool
+from gdn_ops.backends.tilelang.host import cache, toolchain
+from gdn_ops.backends.tilelang.host.config import TARGETS
+from gdn_ops.backends.tilelang.host.launcher import trace
+
+_KEPT = 1
+"""Changes when this file or gdn_ops.aot.sass reads something else."""
+
+_OPTIONS = ("--cubin", "-O3", "-lineinfo", "-std=c++20", "-Xptxas", "-v")
+
+
+class Compiled(NamedTuple):
+    """What compiled code uses.
+
+    Attributes:
+        shared: bytes of shared memory of a program.
+        usage: what cuobjdump says of the code.
+        stored, loaded: bytes of registers that spill and return, says ptxas.
+        remarks: of ptxas on what costs time, like products that wait for each other.
+    """
+
+    shared: int
+    usage: Usage
+    stored: int
+    loaded: int
+    remarks: tuple[str, ...]
+
+
+def compile_kernel(make: Callable[..., Any], constants: Mapping[str, Any], target: str) -> Compiled:
+    """Compile the kernel that a factory makes, or return what is known of it.
+
+    Args:
+        make: a factory `make(T, **constants)`.
+        constants: what the kernel is made of.
+        target: one of TARGETS.
+
+    Raises:
+        ValueError: the target is not one of them.
+        FileNotFoundError: there is no nvcc, or no cuobjdump.
+        Exception: whatever TileLang or nvcc says against the kernel.
+    """
+    return compiled(trace(make, dict(constants)), target)
+
+
+def compiled(function: Any, target: str) -> Compiled:
+    """Compile a traced function, or return what is known of it.
+
+    Args:
+        function: what a factory makes.
+        target: one of TARGETS.
+
+    Raises:
+        ValueError: the target is not one of them, or the function is not one kernel.
+        FileNotFoundError: there is no nvcc, or no cuobjdump.
+        Exception: whatever TileLang or nvcc says against the kernel.
+    """
+    check(target)
+    kept = _kept(function, target)
+    if kept.exists():
+        return _parsed(kept.read_text())
+    source, dynamic = lowered(function, target)
+    cubin, report = assembled(source, target)
+    result = read(dynamic, cubin, report)
+    _keep(kept, result)
+    return result
+
+
+def check(target: str) -> None:
+    """Refuse a target, and a machine that cannot compile for one.
+
+    Raises:
+        ValueError: the target is not one of TARGETS.
+        FileNotFoundError: there is no nvcc, or no cuobjdump.
+    """
+    if target not in TARGETS:
+        raise ValueError(refusal(target, TARGETS))
+    find_tool("cuobjdump", [nvcc().parent])
+
+
+def nvcc() -> Path:
+    """Return the compiler that TileLang uses.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = toolchain.nvcc()
+    if path is None:
+        raise FileNotFoundError("; ".join(toolchain.gpu_reasons()))
+    return path
+
+
+@functools.cache
+def _version_of_nvcc() -> str:
+    command = [str(nvcc()), "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def _kept(function: Any, target: str) -> Path:
+    """Return the file for what is read of a function."""
+    shapes = {
+        "kept": _KEPT,
+        "function": function.script(show_meta=True),
+        "target": target,
+        "options": _OPTIONS,
+        "tilelang": tilelang.__version__,
+        "nvcc": _version_of_nvcc(),
+    }
+    key = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+    return cache.folder() / "usage" / f"{key}.json"
+
+
+def _parsed(text: str) -> Compiled:
+    found = json.loads(text)
+    usage, remarks = Usage(**found["usage"]), tuple(found["remarks"])
+    return Compiled(**found | {"usage": usage, "remarks": remarks})
+
+
+def _keep(path: Path, result: Compiled) -> None:
+    """Write what was read, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(result._asdict() | {"usage": result.usage._asdict()}, file)
+    os.replace(file.name, path)
+
+
+def lowered(function: Any, target: str) -> tuple[str, int]:
+    """Return the CUDA source of a traced function, and its bytes of dynamic shared memory."""
+    gpu = {"kind": "cuda", "arch": target}
+    with tvm.transform.PassContext(opt_level=3), tvm.target.Target(gpu):
+        artifact = tilelang.lower(function, target=gpu)
+    kernels = artifact.device_mod.functions.values()
+    if len(kernels) != 1:
+        raise ValueError(f"{len(kernels)} kernels, should be one")
+    (attributes,) = (kernel.attrs for kernel in kernels)
+    return artifact.kernel_source, int(attributes.get("dyn_shared_memory_buf") or 0)
+
+
+def assembled(source: str, target: str) -> tuple[bytes, str]:
+    """Return the code of a CUDA source, and what ptxas reports of it.
+
+    Raises:
+        RuntimeError: nvcc refuses the source; the text is what it says.
+    """
+    folders = (TILELANG_TEMPLATE_PATH, CUTLASS_INCLUDE_DIR)
+    host = toolchain.compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        file, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
+        file.write_text(source)
+        command = [
+            str(nvcc()),
+            *([f"-ccbin={host}"] if host else []),
+            f"-arch={target}",
+            *_OPTIONS,
+            *(f"-I{path}" for path in folders),
+            *("-o", str(cubin), str(file)),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        report = done.stdout + done.stderr
+        if done.returncode:
+            errors = [x for x in report.splitlines() if re.search(r"\b(error|fatal) *:", x)]
+            raise RuntimeError("\n".join(errors) or report)
+        return cubin.read_bytes(), report
+
+
+def read(dynamic: int, cubin: bytes, report: str) -> Compiled:
+    """Return what code uses, given its dynamic shared memory and what ptxas reports."""
+
+    def number(what: str) -> int:
+        return sum(map(int, re.findall(rf"(\d+) bytes {what}", report)))
+
+    return Compiled(
+        shared=dynamic + number("smem"),
+        usage=cubin_usage(cubin, [nvcc().parent]),
+        stored=number("spill stores"),
+        loaded=number("spill loads"),
+        remarks=tuple(re.findall(r"Potential Performance Loss: (.*)", report)),
+    )
+
+
+def products(function: Any) -> list[Product]:
+    """Return the products of tiles in a traced function."""
+    found: list[Product] = []
+
+    def visit(node: Any) -> None:
+        if isinstance(node, tvm.tirx.Call) and node.op.name == "tl.tileop.gemm":
+            m, n, k = map(int, node.args[5:8])
+            found.append(Product(m, n, k, str(node.args[0].args[0].buffer.dtype)))
+
+    tvm.tirx.stmt_functor.post_order_visit(function.body, visit)
+    return found

@@ -1,0 +1,1 @@
+"""Plan, compile and launch the kernels."""

@@ -1,0 +1,184 @@
+"""Which configuration a call gets: by rule, from the rows of `table`, never tuned at run time.
+
+`gdn-ops bench --tune tilelang` measures the `neighbours` of a row and prints rows to paste.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from gdn_ops.backends.tilelang.host import table
+from gdn_ops.backends.tilelang.host.shapes import Config, StepConfig, Tiles
+from gdn_ops.call.bind import Call
+from gdn_ops.kernel_support.launches import recorded_target
+from gdn_ops.kernel_support.tuning import Override, Row
+from gdn_ops.spec.language import Sizes
+from gdn_ops.spec.ops import GATED_DELTA
+
+TARGETS: Final = ("sm_90a", "sm_80", "sm_100a", "sm_120a")
+"""Device classes that have rows."""
+
+CHUNKS: Final = (32, 64)
+"""Chunk sizes that the kernels have: four warps do not share a product of 16 by 16."""
+
+MOST_STEPS: Final = 8
+"""Tokens per row up to which a call without gradients takes the decode kernel."""
+
+KERNELS: Final = ("solve", "walk", "reverse", "gradients")
+
+ONE_SEGMENT: Final = 2**30
+"""Tokens of a segment where a sequence is not cut: more than fit, and in 32 bits."""
+
+LEAST_CHUNKS: Final = 32
+"""Chunks of a sequence from which on it may be cut. By count of launches, not measured."""
+
+LEAST_SEGMENT: Final = 8
+"""Chunks that a segment has at least: forming its map costs as much as walking it twice. By count
+of products, not measured."""
+
+NARROWEST: Final = 32
+"""Columns of V that a program of the walks has at least. By width of the products, not measured."""
+
+EMULATED_PROCESSORS: Final = 132
+"""Streaming multiprocessors of an H100 or H200, which an emulation stands for."""
+
+_override = Override()
+using = _override.using
+
+
+def width_class(K: int) -> int:
+    """Return the width of the tiles that hold a key: what shared memory and registers depend on."""
+    return -(-K // 64) * 64
+
+
+@functools.cache
+def _target_of(index: int) -> str:
+    """Return the device class of a GPU, or one that asks for no more than it has.
+
+    Consumer GPUs, sm_86, sm_89 and sm_120, have 99 KiB of shared memory per program.
+    """
+    capability = torch.cuda.get_device_capability(index)
+    if capability == (8, 0):
+        return "sm_80"
+    return {9: "sm_90a", 10: "sm_100a"}.get(capability[0], "sm_120a")
+
+
+def target(device: torch.device) -> str:
+    """Return the device class that launches on a device are configured for."""
+    recorded = recorded_target()
+    if recorded is not None:
+        return recorded
+    # An emulation runs what a Hopper GPU would.
+    return _target_of(device.index or 0) if device.type == "cuda" else "sm_90a"
+
+
+def sequence_key(device: torch.device, dtype: torch.dtype, K: int) -> tuple[str, int, str]:
+    """Return the key of the row for a call of the sequence op."""
+    kind = "float32" if dtype == torch.float32 else "low"
+    return target(device), width_class(K), kind
+
+
+def step_key(device: torch.device, K: int) -> tuple[str, int]:
+    """Return the key of the row for a call of a decode op."""
+    return target(device), width_class(K)
+
+
+def choose(device: torch.device, dtype: torch.dtype, K: int) -> Config:
+    """Return how a call of the sequence op is launched."""
+    return _override.choose(table.SEQUENCE, sequence_key(device, dtype, K))
+
+
+def choose_step(device: torch.device, K: int) -> StepConfig:
+    """Return how a call of a decode op is launched."""
+    return _override.choose(table.STEP, step_key(device, K))
+
+
+def shape_reasons(call: Call) -> list[str]:
+    """Return why the tiles that a call of the sequence op needs do not fit the shared memory."""
+    K, is_sequence = call.sizes.K, call.op is GATED_DELTA
+    if not is_sequence or (call.device.type == "cuda" and not torch.cuda.is_available()):
+        return []
+    key = sequence_key(call.device, call.q.dtype, K)
+    what = f"{str(call.q.dtype).removeprefix('torch.')} with K={K} on {key[0]}"
+    row = table.SEQUENCE.get(key)
+    if row is None:
+        widths = [width for target, width, kind in table.SEQUENCE if (target, kind) == key[::2]]
+        is_known = K in range(16, 257, 16)
+        return [f"{what} (supported: K up to {max(widths)})"] if is_known else []
+    if call.chunk_size in CHUNKS and call.chunk_size > row.C:
+        return [f"chunk_size={call.chunk_size} (at most {row.C} for {what})"]
+    return []
+
+
+@functools.cache
+def _processors_of(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def processors(device: torch.device) -> int:
+    """Return how many programs a device runs at the same time, one on each multiprocessor."""
+    is_real = device.type == "cuda" and recorded_target() is None
+    return _processors_of(device.index or 0) if is_real else EMULATED_PROCESSORS
+
+
+def columns(device: torch.device, s: Sizes, BV: int) -> int:
+    """Return how many columns of V a program of the walks has, at most BV.
+
+    V is split further where there would be fewer programs than processors. What is computed for a
+    column does not depend on it.
+    """
+    while BV > NARROWEST and processors(device) > s.N * s.HV * -(-s.V // BV):
+        BV //= 2
+    return BV
+
+
+def segment_chunks(device: torch.device, s: Sizes, C: int, config: Config) -> int:
+    """Return how many chunks of a sequence are walked by one program (docs/math.md §6).
+
+    A sequence is cut into segments where the walk over whole sequences would leave more than half
+    of the GPU idle and a sequence has LEAST_CHUNKS or more; then into so many that the grid fills
+    the GPU about once. What a sequence computes so depends, in its rounding, on how many others
+    are in the call; GDN_OPS_TILELANG_SEGMENTS=off, read at import, never cuts.
+    """
+    if config.segment is not None:
+        return config.segment
+    programs = s.N * s.HV * -(-s.V // columns(device, s, config.walk.BV))
+    chunks = -(-s.B * s.T // (max(s.N, 1) * C))
+    found = processors(device)
+    if not _cuts or chunks < LEAST_CHUNKS or 2 * programs >= found:
+        return ONE_SEGMENT // C
+    return max(LEAST_SEGMENT, -(-chunks // (found // programs)))
+
+
+def _read_choice() -> bool:
+    found = os.environ.get("GDN_OPS_TILELANG_SEGMENTS", "") or "on"
+    if found not in ("on", "off"):
+        raise ValueError(f"GDN_OPS_TILELANG_SEGMENTS is {found!r}, should be one of on, off")
+    return found == "on"
+
+
+_cuts = _read_choice()
+
+
+def neighbours(row: Row) -> tuple[Row, ...]:
+    """Return the rows that differ from one in a single choice, itself first."""
+    found = [row.config]
+    if isinstance(row.config, StepConfig):
+        step = row.config
+        found += [replace(step, BV=BV) for BV in (8, 16, 32)]
+        found += [replace(step, threads=threads) for threads in (32, 64)]
+    else:
+        config = row.config
+        found += [replace(config, C=C) for C in CHUNKS if config.C >= C]
+        for kernel in KERNELS:
+            own: Tiles = getattr(config, kernel)
+            tiles = [replace(own, BV=BV) for BV in (32, 64, 128) if kernel != "solve"]
+            tiles += [replace(own, threads=threads) for threads in (128, 256)]
+            tiles += [replace(own, stages=stages) for stages in (1, 2, 3)]
+            found += [replace(config, **{kernel: t}) for t in tiles]
+    return tuple(Row(row.key, config) for config in dict.fromkeys(found))

@@ -1,0 +1,111 @@
+"""The host side of the decode ops: one launch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gdn_ops.backends.tilelang.host import config as configs
+from gdn_ops.backends.tilelang.host.launcher import launch
+from gdn_ops.backends.tilelang.host.plan import ALIGNED, absent, dense, gate_kind, gate_of
+from gdn_ops.backends.tilelang.kernels import step
+from gdn_ops.call.bind import Call
+from gdn_ops.call.structure import dtype_name
+
+UNIT = 16
+"""Elements of a state that strides are counted in where all are multiples of it."""
+
+
+def run(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run the tokens of a call in one launch.
+
+    Args:
+        call: of `gated_delta_step`, `gated_delta_steps`, or `gated_delta` without packing; q, k
+            and v without a token axis count as one token.
+
+    Returns:
+        o like v, the new state, and the state after every token (B, T, HV, K, V) or None.
+    """
+    q, k, v = (x if x.dim() == 4 else x.unsqueeze(1) for x in (call.q, call.k, call.v))
+    B, T, HV, V = v.shape
+    state, new_state, K = call.state, call.state, q.shape[-1]
+    stored = torch.float32 if state is None else state.dtype
+    if new_state is None or not call.inplace:
+        new_state = torch.empty((B, HV, K, V), dtype=stored, device=call.device)
+    states = None
+    if call.return_states:
+        states = torch.empty((B, T, HV, K, V), dtype=stored, device=call.device)
+    o = torch.empty((B, T, HV, V), dtype=call.v.dtype, device=call.device)
+    if B * T > 0:
+        _launch(call, (q, k, v), o, new_state, states)
+    elif state is None:
+        new_state.zero_()
+    elif new_state is not state:
+        new_state.copy_(state)
+    return o.view(call.v.shape), new_state, states
+
+
+def _launch(
+    call: Call,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    o: Tensor,
+    new_state: Tensor,
+    states: Tensor | None,
+) -> None:
+    """Launch the kernel; in place, the old and the new state are the same memory."""
+    q, k, v = tokens
+    B, T, HV, V = v.shape
+    K, R, state = q.shape[-1], HV // q.shape[2], call.state
+    config = configs.choose_step(call.device, K)
+    unit = UNIT if state is None or _is_wide(state) else 1
+    gate, beta = gate_of(call), dense(call.beta)
+    nothing = absent(torch.float32, call.device)
+    no_state = absent(new_state.dtype, call.device, 1, unit)
+    indices, index_step = _indices(call)
+    launch(
+        step.tokens,
+        {
+            "K": K, "V": V, "BV": math.gcd(config.BV, V), "low": dtype_name(v.dtype),
+            "stored": dtype_name(new_state.dtype), "erase": call.rule.has_erase, "UNIT": unit,
+            "threads": config.threads,
+        },
+        memory(q), memory(k), memory(v),
+        nothing if gate is None else gate.view(-1), nothing if beta is None else beta.view(-1),
+        *(no_state if x is None else memory(x).view(-1, unit) for x in (state, new_state, states)),
+        indices, o.view(B * T, HV, V),
+        B, T, R, float(call.scale), gate_kind(call), int(beta is not None), int(call.qk_l2norm),
+        int(state is not None), int(states is not None), index_step,
+        *q.stride(), *k.stride(), *v.stride(),
+        *_strides(new_state if state is None else state, unit), *_strides(new_state, unit),
+    )  # fmt: skip
+
+
+def memory(x: Tensor) -> Tensor:
+    """Return the memory of x from its first element to its last, (elements,)."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((last + 1,), (1,))
+
+
+def _is_wide(state: Tensor) -> bool:
+    """Return whether every row of V columns is aligned memory without gaps."""
+    if state.data_ptr() % ALIGNED or (state.stride(-1) != 1 and state.shape[-1] > 1):
+        return False
+    lengths = zip(state.shape[:-1], state.stride()[:-1], strict=True)
+    return all(size == 1 or stride % UNIT == 0 for size, stride in lengths)
+
+
+def _strides(state: Tensor, unit: int) -> tuple[int, int, int, int]:
+    """Return the strides of row, head and K in units, and that of V, of which a unit is a part."""
+    row, head, k, v = state.stride()
+    return row // unit, head // unit, k // unit, v
+
+
+def _indices(call: Call) -> tuple[Tensor, int]:
+    """Return the slots of the rows as int32, and how far apart they lie: 0 without a pool."""
+    given = call.state_indices
+    if given is None:
+        return absent(torch.int32, call.device), 0
+    # The low half of an int64 is the slot too, or -1: nothing is launched to convert it.
+    return given.contiguous().view(torch.int32), given.itemsize // 4

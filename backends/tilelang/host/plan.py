@@ -1,0 +1,187 @@
+"""How a call is laid out: chunks, segments, scratch memory, bytes moved."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn_ops.backends.tilelang.host import config as configs
+from gdn_ops.backends.tilelang.host.shapes import Config
+from gdn_ops.backends.tilelang.kernels.blocks import ALPHA, LOG_ALPHA, NO_DECAY
+from gdn_ops.call.bind import Call
+from gdn_ops.spec.language import Rule, Sizes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a launch that follows from shapes and attributes, not from values.
+
+    Attributes:
+        sizes: axes of the call.
+        rule: member of the family.
+        config: tiles and threads.
+        C: tokens per chunk.
+        BK: rows of a tile that holds K: a multiple of 64, which a warp group multiplies.
+        L: chunks per segment.
+        slots: how many chunks the tensors kept per chunk have room for.
+        places: how many segments the tensors kept per segment have room for.
+        parts: tiles that an operand of a product consists of, 1, or 3 for float32.
+        low: dtype of q, of T and of all that is kept per chunk but gates and norms.
+        norm: whether q and k are normalised.
+        is_segmented: whether a sequence may be more than one segment.
+    """
+
+    sizes: Sizes
+    rule: Rule
+    config: Config
+    C: int
+    BK: int
+    L: int
+    slots: int
+    places: int
+    parts: int
+    low: torch.dtype
+    norm: bool
+    is_segmented: bool
+
+
+def make_plan(call: Call) -> Plan:
+    """Return the plan of a call. Looks at no value."""
+    s = call.sizes
+    config = configs.choose(call.device, call.q.dtype, s.K)
+    C, tokens = call.chunk_size or config.C, s.B * s.T
+    L = configs.segment_chunks(call.device, s, C, config)
+    return Plan(
+        sizes=s,
+        rule=call.rule,
+        config=config,
+        C=C,
+        BK=-(-s.K // 64) * 64,
+        L=L,
+        slots=tokens // C + s.N,
+        places=tokens // (C * L) + s.N,
+        parts=3 if call.q.dtype == torch.float32 else 1,
+        low=call.q.dtype,
+        norm=call.qk_l2norm,
+        is_segmented=C * L < configs.ONE_SEGMENT,
+    )
+
+
+class Saved(NamedTuple):
+    """What the forward leaves, and the backward reads again.
+
+    Attributes:
+        gates: (HV, slots, 4, C) float32: G as hi and lo, z, β.
+        norms: (H, slots, 2, C) float32: 1/‖q‖ and 1/‖k‖, or 1.
+        inverses: (HV, slots, C, C), empty without an error term.
+        starts: (places, HV, K, V) float32, the state at the start of every segment; empty where
+            a sequence is one.
+        maps: (places, HV, K, K) float32, M of every segment (docs/math.md §6); as empty.
+    """
+
+    gates: Tensor
+    norms: Tensor
+    inverses: Tensor
+    starts: Tensor
+    maps: Tensor
+
+
+def empty_saved(plan: Plan, device: torch.device) -> Saved:
+    """Allocate `Saved` for a call."""
+    s, slots, places, C = plan.sizes, plan.slots, plan.places, plan.C
+    f32 = {"dtype": torch.float32, "device": device}
+    erases, cuts = plan.rule.has_erase, plan.is_segmented
+    inverses = (s.HV, slots, C, C) if erases else (0,)
+    return Saved(
+        torch.empty((s.HV, slots, 4, C), **f32),  # type: ignore[call-overload]
+        torch.empty((s.H, slots, 2, C), **f32),  # type: ignore[call-overload]
+        torch.empty(inverses, dtype=plan.low, device=device),
+        torch.empty((places, s.HV, s.K, s.V) if cuts else (0,), **f32),  # type: ignore[call-overload]
+        torch.empty((places, s.HV, s.K, s.K) if cuts else (0,), **f32),  # type: ignore[call-overload]
+    )
+
+
+def gate_kind(call: Call) -> int:
+    """Return how the decay of a call is given, as the kernels name it."""
+    if not call.rule.has_decay:
+        return NO_DECAY
+    return LOG_ALPHA if call.alpha is None else ALPHA
+
+
+def gate_of(call: Call) -> Tensor | None:
+    """Return the gate (B, T, HV), dense and float32, or None."""
+    given = call.log_alpha if call.alpha is None else call.alpha
+    return dense(given)
+
+
+ALIGNED: Final = 16
+"""Bytes that the widest read takes, and that memory so read must begin at a multiple of."""
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x without gaps and where wide reads may begin: itself if it is so, else a copy."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNED else x
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """Return x float32, without gaps and aligned, or None."""
+    return None if x is None else aligned(x.to(torch.float32))
+
+
+def packed(x: Tensor) -> Tensor:
+    """Return (B, T, heads, D) as (B T, heads, D), without gaps and aligned."""
+    return aligned(x).view(-1, *x.shape[2:])
+
+
+@functools.lru_cache(maxsize=256)
+def absent(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
+    """Return what a launch gets for a tensor that is not there, and never reads; (1,) at least."""
+    return torch.empty(shape or (1,), dtype=dtype, device=device)
+
+
+def cu_of(call: Call) -> Tensor:
+    """Return the token that every sequence begins at, and where the last ends: (N+1,) int32."""
+    s, device = call.sizes, call.device
+    if call.cu_seqlens is not None:
+        return call.cu_seqlens.to(torch.int32).contiguous()
+    if device.type != "cuda":
+        return _boundaries(s.N, s.T, device, 0)
+    # What a stream makes is ready on that stream, and in a graph that is captured only there.
+    if torch.cuda.is_current_stream_capturing():
+        return _boundaries.__wrapped__(s.N, s.T, device, 0)
+    return _boundaries(s.N, s.T, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.lru_cache(maxsize=256)
+def _boundaries(N: int, T: int, device: torch.device, stream: int) -> Tensor:
+    return torch.arange(0, (N + 1) * T, T, dtype=torch.int32, device=device)
+
+
+def forward_bytes(call: Call, plan: Plan) -> dict[str, int]:
+    """Return the bytes that each forward launch moves: every tensor it touches, once.
+
+    The kernels' order lets caches serve the second reader of a tile (the value heads of a key
+    head, the blocks of V); this counts what memory must deliver to each launch.
+    """
+    s, e = plan.sizes, plan.low.itemsize
+    tokens, rows = s.B * s.T, plan.slots * plan.C
+    q = k = e * tokens * s.H * s.K
+    v = o = e * tokens * s.HV * s.V
+    given = 4 * tokens * s.HV * ((call.beta is not None) + plan.rule.has_decay)
+    gates, norms = 4 * 4 * s.HV * rows, 4 * 2 * s.H * rows
+    T = e * s.HV * rows * plan.C * plan.rule.has_erase
+    state = 4 * s.HV * s.K * s.V
+    final, initial = s.N * state, s.N * state * (call.state is not None)
+    found = {"solve": k + q * plan.norm + given + gates + norms + T}
+    chunks = k + v + gates + norms + T
+    if plan.is_segmented:
+        maps, starts = 4 * plan.places * s.HV * s.K * s.K, plan.places * state
+        found["map"] = chunks + maps + starts
+        found["compose"] = maps + starts + initial + starts
+        initial = starts
+    return found | {"walk": q + chunks + initial + o + final}

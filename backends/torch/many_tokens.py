@@ -1,0 +1,175 @@
+"""A few tokens in plain torch: the chunk form of docs/math.md §3 for chunks too short for segments.
+
+The state is read once and written once, whatever the number of tokens. Decays are products of
+gates, not differences of logarithms, so an exact zero needs no second count.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn_ops.backends.torch.one_token import decode_one
+from gdn_ops.call.bind import Call
+from gdn_ops.call.numerics import l2norm
+from gdn_ops.kernel_support.host_memory import empty, settle_allocator
+
+TOKENS = 16
+"""Tokens of one chunk; a longer call is cut. What is done per pair of tokens stays small."""
+
+
+class Chunk(NamedTuple):
+    """The operands of one chunk in the compute dtype; a row is a value head of a batch row.
+
+    Attributes:
+        q, k: (rows, C, K), q times the scale.
+        v: (rows, C, V).
+        alpha: (rows, C, 1), or None for 1.
+        beta: (rows, C, 1), or None for 1.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    alpha: Tensor | None
+    beta: Tensor | None
+
+
+def decode_many(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run `gated_delta_steps`."""
+    if call.sizes.T == 1 and not call.return_states:
+        *tensors, _ = call.tensors()
+        token = (None if x is None else x.squeeze(1) for x in tensors)
+        o, state = decode_one(call.with_tensors(*token, call.state))
+        return o.unsqueeze(1), state, None
+    settle_allocator()
+    s, wide, given = call.sizes, call.compute_dtype, call.state
+    stored = wide if given is None else given.dtype
+    shape = (s.B * s.HV, s.K, s.V)
+    if given is None:
+        state = torch.zeros(shape, dtype=wide, device=call.device)
+    else:
+        state = given.to(wide).reshape(shape)
+    # Ours to overwrite: a conversion, or the very tensor that the caller wants updated.
+    inplace = given is None or given.dtype != wide or call.inplace
+    states = None
+    if call.return_states:
+        states = empty((s.B, s.T, s.HV, s.K, s.V), stored, call.device)
+    o = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.device)
+    for start in range(0, s.T, TOKENS):
+        tokens = slice(start, start + TOKENS)
+        into = None if states is None else states[:, tokens]
+        out, state = advance_chunk(_load(call, tokens), state, call.rule.has_erase, inplace, into)
+        o[:, tokens] = out.unflatten(0, (s.B, s.HV)).transpose(1, 2)
+        inplace = True
+    new = state.view(s.B, s.HV, s.K, s.V)
+    if given is None:
+        return o, new, states
+    if call.inplace:
+        updated = states is None and given.dtype == wide and given.is_contiguous()
+        return o, given if updated else given.copy_(new), states
+    # With T = 0 the state is still the given one, which no result may be a view of.
+    return o, new.to(stored, copy=not s.T), states
+
+
+def _load(call: Call, tokens: slice) -> Chunk:
+    """Return some tokens of a call as a chunk, q and k repeated for every value head."""
+    s, dtype = call.sizes, call.compute_dtype
+
+    def rows(x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        if x.shape[1] != s.HV:
+            x = x.repeat_interleave(s.R, 1)
+        return x.reshape(s.B * s.HV, *x.shape[2:])
+
+    def gate(x: Tensor | None) -> Tensor | None:
+        return None if x is None else rows(x[:, tokens].to(dtype).unsqueeze(-1))
+
+    q, k = (x[:, tokens] for x in (call.q, call.k))
+    q, k = (l2norm(x) if call.qk_l2norm else x.to(dtype) for x in (q, k))
+    log_alpha = gate(call.log_alpha)
+    return Chunk(
+        rows(q * call.scale),
+        rows(k),
+        rows(call.v[:, tokens].to(dtype)),
+        gate(call.alpha) if log_alpha is None else log_alpha.exp(),
+        gate(call.beta),
+    )
+
+
+def _decays(alpha: Tensor) -> Tensor:
+    """Return D (rows, C, C + 1), its first column b and the others D_ij, 1 above the diagonal.
+
+    Args:
+        alpha: (rows, C, 1).
+    """
+    tokens = alpha.shape[1]
+    since = torch.ones(tokens, tokens + 1, dtype=torch.bool, device=alpha.device).tril_()
+    # §3 D_ij = Π_{j<l≤i} α_l,  b_i = D_{i,start}     [C, C + 1]
+    return torch.where(since, alpha, 1.0).cumprod(1)
+
+
+def advance_chunk(
+    x: Chunk, state: Tensor, has_erase: bool, inplace: bool, states: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Run one chunk.
+
+    Args:
+        x: the chunk.
+        state: (rows, K, V) before it; overwritten if `inplace`.
+        has_erase: as in the rule.
+        inplace: whether the state is ours to overwrite.
+        states: (B, C, HV, K, V) to write the state after every token to, or None.
+
+    Returns:
+        o (rows, C, V) and the state after the chunk.
+    """
+    tokens = x.k.shape[1]
+    D = None if x.alpha is None else _decays(x.alpha)
+    kq = torch.cat((x.k, x.q), 1)
+    # §3 K S_0 and Q S_0                              [2 C, V]
+    read = torch.bmm(kq, state)
+    # §3 K Kᵀ and Q Kᵀ                                [2 C, C]
+    pairs = torch.bmm(kq, x.k.mT)
+    if D is not None:
+        read = read * D[:, :, :1].repeat(1, 2, 1)
+        pairs = pairs * D[:, :, 1:].repeat(1, 2, 1)
+    # §3 (I + A) U = diag(β) (V − diag(b) K S_0),  A = strict_lower(diag(β) (K Kᵀ ⊙ D))  [C, V]
+    u = x.v - read[:, :tokens] if has_erase else x.v
+    if x.beta is not None:
+        u = u * x.beta
+    if has_erase:
+        A = pairs[:, :tokens] if x.beta is None else pairs[:, :tokens] * x.beta
+        # The solve answers column by column, in which no product below is fast.
+        u = torch.linalg.solve_triangular(A, u, upper=False, unitriangular=True).contiguous()
+    # §3 O = s (diag(b) Q S_0 + lower(Q Kᵀ ⊙ D) U)    [C, V]
+    o = torch.baddbmm(read[:, tokens:], pairs[:, tokens:].tril(), u)
+    if states is not None:
+        return o, _every_state(x, u, state, states)
+    # §3 S_C = b_C S_0 + (diag(d) K)ᵀ U               [K, V]
+    if D is None:
+        return o, torch.baddbmm(state, x.k.mT, u, out=state if inplace else None)
+    state = torch.mul(state, D[:, -1:, :1], out=state if inplace else None)
+    return o, state.baddbmm_((x.k * D[:, -1, 1:, None]).mT, u)
+
+
+def _every_state(x: Chunk, u: Tensor, state: Tensor, states: Tensor) -> Tensor:
+    """Write the state after every token to `states`; return the last one, not a part of it."""
+    batch, tokens, heads = states.shape[:3]
+    state, k, u = (y.unflatten(0, (batch, heads)) for y in (state, x.k, u))
+    alpha = None if x.alpha is None else x.alpha.unflatten(0, (batch, heads))
+    # A state that is stored narrower is kept in the compute dtype beside what is stored.
+    work = None if states.dtype == state.dtype else torch.empty_like(state)
+    for t in range(tokens):
+        # §2 S_t = α_t S_{t-1} + k_t u_tᵀ             [K, V]
+        now = states[:, t] if work is None else work
+        if alpha is None:
+            now.copy_(state)
+        else:
+            torch.mul(state, alpha[:, :, t, :, None], out=now)
+        state = now.addcmul_(k[:, :, t, :, None], u[:, :, t, None, :])
+        if work is not None:
+            states[:, t] = work
+    return state.contiguous().flatten(0, 1) if work is not None else state.flatten(0, 1).clone()

@@ -1,0 +1,140 @@
+"""Compile every launch of a call for a GPU that is not there, and judge the code.
+
+Calls are made on meta tensors inside `recording`, so the launches are those of the backend itself:
+its configurations, its grids, its constants. Each is specialised by Triton as a launch would be
+(what is divisible by 16, what is 1, which pointers stay below 2 GiB) and compiled without a driver.
+A launch that is specialised like an earlier one is compiled once. What a target forbids is in
+`gdn_ops.aot.gpu_limits`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from gdn_ops.aot.gpu_limits import Granted, judged
+from gdn_ops.aot.results import CompiledKernel, Sample
+from gdn_ops.aot.sampling import reasons_against, run
+from gdn_ops.backends.triton.aot.usage import products, usage
+from gdn_ops.dispatch.backend import Backend
+from gdn_ops.kernel_support.launches import Launch, recording
+
+TARGETS: dict[str, GPUTarget] = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+"""A100, H100 and H200, B200, MI300: backend, architecture, threads of a warp."""
+
+
+class Job(NamedTuple):
+    """One kernel to compile.
+
+    Attributes:
+        sample: label of the first sample that launches it.
+        is_reference: whether a reference launches it.
+        launch: the launch.
+        source: the kernel with its specialisation.
+        options: what Triton's compiler makes of the options of the launch.
+    """
+
+    sample: str
+    is_reference: bool
+    launch: Launch
+    source: Any
+    options: Any
+
+
+def compile_ahead(
+    backend: Backend, target: str, samples: Iterable[Sample], granted: Granted | None = None
+) -> Iterator[CompiledKernel]:
+    """Compile what a backend launches for samples, each distinct kernel once.
+
+    Args:
+        backend: one whose kernels are launched by `interpret.launch`.
+        target: a name in TARGETS.
+        samples: calls on meta tensors; those that its limits exclude are left out.
+        granted: spills that a reference may have.
+
+    Yields:
+        The kernels, in the order of their launches.
+    """
+    found: dict[Any, Job] = {}
+    for sample in samples:
+        if reasons_against(backend, sample):
+            continue
+        with recording(target) as launches:
+            run(backend, sample)
+        for launch in launches:
+            key, job = specialised(launch, target, sample)
+            known = found.setdefault(key, job)
+            if sample.is_reference and not known.is_reference:
+                found[key] = known._replace(is_reference=True)
+    yield from compile_jobs(found.values(), target, granted)
+
+
+def specialised(launch: Launch, target: str, sample: Sample) -> tuple[Any, Job]:
+    """Return what a launch would compile, and a key that is the same for the same code."""
+    kernel, compiler = launch.kernel, _compiler(target)
+    bound, specialisation, _ = _binder(kernel, target)(*launch.args, **launch.kwargs)
+    options, signature, constexprs, attrs = kernel._pack_args(
+        compiler, launch.kwargs, bound, specialisation, {}
+    )
+    key = (kernel.cache_key, repr(specialisation), repr(options))
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    return key, Job(sample.label, sample.is_reference, launch, source, options)
+
+
+@functools.cache
+def _compiler(target: str) -> Any:
+    return make_backend(TARGETS[target])
+
+
+@functools.cache
+def _binder(kernel: Any, target: str) -> Any:
+    """Return Triton's function from the arguments of a launch to their specialisation."""
+    return create_function_from_signature(kernel.signature, kernel.params, _compiler(target))
+
+
+def compile_jobs(
+    jobs: Iterable[Job], target: str, granted: Granted | None = None
+) -> Iterator[CompiledKernel]:
+    """Compile kernels, as many at a time as there are cores: Triton's compiler needs no GIL."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        work = functools.partial(compile_job, target=target, granted=granted or {})
+        yield from pool.map(work, jobs)
+
+
+def compile_job(job: Job, target: str, granted: Granted) -> CompiledKernel:
+    """Compile one kernel and judge it; what does not compile is a result too."""
+    start = time.perf_counter()
+    name = job.launch.kernel.__name__
+    options = {k: v for k, v in job.launch.kwargs.items() if k not in job.source.signature}
+    result = functools.partial(CompiledKernel, name, job.sample, target, options)
+    try:
+        compiled = triton.compile(job.source, target=TARGETS[target], options=job.options.__dict__)
+    except Exception as error:
+        return result(failures=(f"does not compile: {type(error).__name__}: {_reason(error)}",))
+    row = result(
+        shared=int(compiled.metadata.shared),
+        **usage(compiled)._asdict(),
+        seconds=time.perf_counter() - start,
+    )
+    return judged(row, products(compiled.asm["ttir"]), job.is_reference, granted)
+
+
+def _reason(error: Exception) -> str:
+    """Return what a compiler complains of, and the line of source that it marks with a ^."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    marks = [i for i, line in enumerate(lines) if line == "^" and i > 0]
+    return f"{lines[-1]}, in: {lines[marks[-1] - 1]}" if marks else lines[-1]

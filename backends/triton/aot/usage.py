@@ -1,0 +1,67 @@
+"""What compiled code of Triton uses of a GPU, and the products in it.
+
+Read with the tools that Triton's wheel brings. Reading takes longer than a compilation that is
+found in Triton's cache, so what was read is kept beside the code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.runtime.cache import get_cache_manager
+
+from gdn_ops.aot.gpu_limits import Product
+from gdn_ops.aot.sass import Usage, cubin_usage
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_KEPT = "gdn_ops_usage_1.json"
+"""Name of what was read, with a number that changes when this file or gdn_ops.aot.sass reads
+something else."""
+
+_AMD_MATRIX = re.compile(r"\bv_(s?mfma)")
+
+
+def usage(compiled: Any) -> Usage:
+    """Return what a compiled kernel of Triton uses."""
+    cache = get_cache_manager(compiled.hash)
+    kept = cache.get_file(_KEPT)
+    if kept is not None:
+        return Usage(**json.loads(Path(kept).read_text()))
+    if "cubin" in compiled.asm:
+        found = cubin_usage(compiled.asm["cubin"], [_TOOLS])
+    else:
+        found = amd_usage(compiled.asm["amdgcn"])
+    cache.put(json.dumps(found._asdict()), _KEPT, binary=False)
+    return found
+
+
+def amd_usage(assembly: str) -> Usage:
+    """Return the usage, given the assembly with the metadata at its end."""
+
+    def read(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
+        if found is None:
+            raise ValueError(f"the assembly has no .{key}")
+        return int(found[1])
+
+    names = (name.upper() for name in _AMD_MATRIX.findall(assembly))
+    return Usage(
+        registers=read("vgpr_count"),
+        spills=read("vgpr_spill_count"),
+        stack=read("private_segment_fixed_size"),
+        instructions=dict(Counter(names)),
+    )
+
+
+def products(ttir: str) -> list[Product]:
+    """Return the products in Triton's own representation of a kernel."""
+    pattern = re.compile(
+        r"tt\.dot .*: tensor<(?:\d+x)?(\d+)x(\d+)x\w+> \* "
+        r"tensor<(?:\d+x)?\d+x(\d+)x(\w+)> -> tensor<"
+    )
+    return [Product(int(m), int(n), int(k), dtype) for m, k, n, dtype in pattern.findall(ttir)]

@@ -1,0 +1,1 @@
+"""Run the kernels on CPU tensors."""

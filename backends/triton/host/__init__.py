@@ -1,0 +1,1 @@
+"""Plan and launch the kernels."""

@@ -1,0 +1,130 @@
+"""The host side of the forward: three launches.
+
+    prepare   per chunk and key head       gates, T = (I + A)⁻¹
+    states    per sequence, head, V block  the serial walk: U, kept states, final state
+    output    per chunk, fully parallel    o
+
+For bfloat16 and float16 the operands of products are rounded to that dtype; gates, sums, the solve
+and the state are float32. For float32 every product is float32 (`config.products`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_ops.backends.triton.host import config as configs
+from gdn_ops.backends.triton.host.config import power_of_two
+from gdn_ops.backends.triton.host.launcher import launch
+from gdn_ops.backends.triton.host.plan import Plan, Saved, empty_saved, readable, strides
+from gdn_ops.backends.triton.host.shapes import Tiles
+from gdn_ops.backends.triton.kernels import output, prepare, states
+from gdn_ops.backends.triton.kernels.blocks import ALPHA, LOG_ALPHA, NO_DECAY
+from gdn_ops.call.bind import Call
+from gdn_ops.dispatch.registry import Forward
+
+
+def gate_kind(call: Call) -> int:
+    """Return how the decay of a call is given, as the kernels name it."""
+    if not call.rule.has_decay:
+        return int(NO_DECAY.value)
+    return int(LOG_ALPHA.value if call.alpha is None else ALPHA.value)
+
+
+def common(call: Call, plan: Plan) -> dict[str, Any]:
+    """Return the compile-time constants that all kernels share."""
+    s = plan.sizes
+    return {
+        "H": s.H,
+        "R": s.R,
+        "K": s.K,
+        "C": plan.C,
+        "BK": power_of_two(s.K),
+        "GATE": gate_kind(call),
+        "NORM": plan.norm,
+        "VARLEN": plan.varlen,
+        "PRECISION": configs.products(call.device),
+    }
+
+
+def options(tiles: Tiles) -> dict[str, Any]:
+    """Return the options of a launch. Fusion of multiply and add is what Triton 3.9 defaults to."""
+    return {
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def gate_of(call: Call) -> Tensor | None:
+    """Return the gate as given, dense."""
+    given = call.log_alpha if call.alpha is None else call.alpha
+    return None if given is None else given.contiguous()
+
+
+def bounds_of(call: Call) -> Tensor | None:
+    """Return cu_seqlens, dense."""
+    return None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
+
+
+def run_prepare(call: Call, plan: Plan, k: Tensor) -> Saved:
+    """Form the gates and T of all chunks."""
+    s, saved = plan.sizes, empty_saved(plan, call.device)
+    beta = None if call.beta is None else call.beta.contiguous()
+    constants = common(call, plan)
+    launch(
+        prepare.prepare, (plan.slots, s.H),
+        k, gate_of(call), beta, *saved, bounds_of(call),
+        s.N, s.T, plan.slots, *strides(k), **constants,
+        HAS_BETA=beta is not None, ERASE=plan.rule.has_erase,
+        SOLVE_PRECISION=constants["PRECISION"], **options(plan.config.prepare),
+    )  # fmt: skip
+    return saved
+
+
+def run_states(
+    call: Call, plan: Plan, k: Tensor, v: Tensor, saved: Saved, every: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Walk over the chunks; return U, the kept states and the final state."""
+    s, device = plan.sizes, call.device
+    places = plan.slots if every == 1 else plan.places
+    rows = (s.HV, plan.slots, plan.C, s.V) if plan.rule.has_erase else (0,)
+    u = torch.empty(rows, dtype=plan.low, device=device)
+    kept = torch.empty((s.HV, places, s.K, s.V), dtype=plan.low, device=device)
+    final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
+    initial = None if call.state is None else call.state.contiguous()
+    tiles = plan.config.states
+    BV = min(tiles.BV, power_of_two(s.V))
+    launch(
+        states.states, (s.N * s.HV, -(-s.V // BV)),
+        k, v, *saved, initial, u, kept, final, bounds_of(call),
+        s.T, plan.slots, places, *strides(k), *strides(v), **common(call, plan),
+        V=s.V, BV=BV, EVERY=every, ERASE=plan.rule.has_erase,
+        HAS_INITIAL=initial is not None, **options(tiles),
+    )  # fmt: skip
+    return u, kept, final
+
+
+def forward(call: Call, plan: Plan) -> Forward:
+    """Run the sequence op in three launches.
+
+    Returns:
+        o (B, T, HV, V), the final state (N, HV, K, V) float32, and what the backward reads.
+    """
+    s = plan.sizes
+    q, k, v = readable(call.q), readable(call.k), readable(call.v)
+    saved = run_prepare(call, plan, k)
+    u, kept, final = run_states(call, plan, k, v, saved, plan.config.every)
+    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.v.dtype, device=call.device)
+    tiles, every = plan.config.output, plan.config.every
+    BV = min(tiles.BV, power_of_two(s.V))
+    launch(
+        output.output, (plan.places, -(-s.V // BV), s.H if every == 1 else s.HV),
+        q, k, v, saved.gates, saved.norms, u, kept, o, bounds_of(call), float(call.scale),
+        s.N, s.T, plan.slots, plan.places, *strides(q), *strides(k), *strides(v),
+        **common(call, plan), V=s.V, BV=BV, EVERY=every, ERASE=plan.rule.has_erase,
+        **options(tiles),
+    )  # fmt: skip
+    return Forward(o, final, tuple(saved) if call.needs_grad else ())

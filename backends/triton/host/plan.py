@@ -1,0 +1,119 @@
+"""What a call needs: sizes, scratch memory, strides; and how many bytes its launches move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn_ops.backends.triton.host import config as configs
+from gdn_ops.backends.triton.host.shapes import Config
+from gdn_ops.call.bind import Call
+from gdn_ops.spec.language import Rule, Sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The sizes of one call of the sequence op.
+
+    Attributes:
+        sizes: its axes.
+        rule: its rule.
+        config: its configuration.
+        C: tokens per chunk.
+        slots: places for what is kept per chunk.
+        places: places for states, one per `every` chunks.
+        low: dtype of operands of products: that of q.
+        norm: whether q and k are normalised.
+        varlen: whether sequences are packed.
+    """
+
+    sizes: Sizes
+    rule: Rule
+    config: Config
+    C: int
+    slots: int
+    places: int
+    low: torch.dtype
+    norm: bool
+    varlen: bool
+
+
+def make_plan(call: Call) -> Plan:
+    """Return the plan of a call. Looks at no value."""
+    s = call.sizes
+    config = configs.choose(call.device, call.q.dtype, s.K, s.V)
+    C = call.chunk_size or config.C
+    varlen = call.cu_seqlens is not None
+
+    def places(tokens: int) -> int:
+        return s.T // tokens + s.N if varlen else s.N * -(-s.T // tokens)
+
+    return Plan(
+        s, call.rule, config, C, places(C), places(C * config.every), call.q.dtype,
+        call.qk_l2norm, varlen,
+    )  # fmt: skip
+
+
+class Saved(NamedTuple):
+    """What the first launch leaves, and the backward reads again.
+
+    Attributes:
+        gates: (4, HV, slots, C) float32: G as hi and lo, z, β.
+        norms: (H, slots, C) float32, empty without qk_l2norm.
+        inverses: (HV, slots, C, C), empty without an error term.
+    """
+
+    gates: Tensor
+    norms: Tensor
+    inverses: Tensor
+
+
+def empty_saved(plan: Plan, device: torch.device) -> Saved:
+    """Allocate `Saved` for a call."""
+    s, slots, C = plan.sizes, plan.slots, plan.C
+    return Saved(
+        torch.empty((4, s.HV, slots, C), dtype=torch.float32, device=device),
+        torch.empty((s.H, slots, C) if plan.norm else (0,), dtype=torch.float32, device=device),
+        torch.empty(
+            (s.HV, slots, C, C) if plan.rule.has_erase else (0,), dtype=plan.low, device=device
+        ),
+    )
+
+
+def readable(x: Tensor) -> Tensor:
+    """Return x (B, T, heads, D), or a copy where its last axis has gaps: tiles are read by rows."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Return the strides of batch row, token and head."""
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def forward_bytes(call: Call, plan: Plan) -> dict[str, int]:
+    """Return the bytes that each forward launch moves: every tensor it touches, once.
+
+    The kernels' order lets caches serve the second reader of a tile (the value heads of a key
+    head, the two halves of V); this counts what memory must deliver to each launch.
+    """
+    s, e = plan.sizes, plan.low.itemsize
+    tokens, rows = s.B * s.T, plan.slots * plan.C
+    q = k = e * tokens * s.H * s.K
+    v = o = e * tokens * s.HV * s.V
+    gates = 4 * 4 * s.HV * rows
+    norms = 4 * s.H * rows * plan.norm
+    T = e * s.HV * rows * plan.C * plan.rule.has_erase
+    u = e * s.HV * rows * s.V * plan.rule.has_erase
+    kept = e * s.HV * plan.places * s.K * s.V
+    states = 4 * s.N * s.HV * s.K * s.V * (1 if call.state is None else 2)
+    needs_k = plan.rule.has_erase or plan.norm
+    given = 4 * tokens * s.HV * ((call.beta is not None) + plan.rule.has_decay)
+    values = 0 if plan.rule.has_erase else v
+    return {
+        "prepare": k * needs_k + given + gates + norms + T,
+        "states": k + v + gates + norms + T + u + kept + states,
+        "output": q + k + gates + norms + u + values + kept + o,
+    }

@@ -1,0 +1,1 @@
+"""Describe our ONNX nodes, and models that hold them."""

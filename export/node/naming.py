@@ -1,0 +1,122 @@
+"""Names of a graph's inputs and outputs: those of states are what onnxruntime-genai calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
+
+from gdn_ops.export.node.model import nodes_of, states_of, write_states
+from gdn_ops.export.node.single import recurrent_names
+from gdn_ops.spec.errors import SpecError
+
+Names = tuple[Sequence[str | None], Sequence[str | None]]
+"""Names of the inputs and of the outputs, in order; None leaves a name to the exporter."""
+
+_PASSED_ON = ("Identity", "Cast", "CastLike")
+
+
+def name_values(label: str, model: ModelProto, names: Names | None) -> None:
+    """Rename the inputs and outputs of a model, and write down its states.
+
+    Args:
+        label: of the caller, for errors.
+        model: modified.
+        names: given by the user, or None.
+
+    Raises:
+        SpecError: there are more or fewer names than values, or one twice.
+    """
+    graph = model.graph
+    inputs, outputs = [v.name for v in graph.input], [v.name for v in graph.output]
+    pairs = _recurrent_states(model)
+    pairs |= _conv_states(graph, {name for pair in pairs for name in pair if name})
+    renamed = {
+        name: new for old in pairs for name, new in zip(old, pairs[old], strict=True) if name
+    }
+    others = [name for name in outputs if name not in renamed and name not in inputs]
+    renamed |= {
+        name: "output" if len(others) == 1 else f"output_{i}" for i, name in enumerate(others)
+    }
+    if names is not None:
+        given = [*_given(label, "inputs", inputs, names[0])]
+        given += _given(label, "outputs", outputs, names[1])
+        renamed |= {name: new for name, new in given if new is not None}
+    _check_unique(label, [renamed.get(name, name) for name in inputs])
+    _check_unique(label, [renamed.get(name, name) for name in outputs])
+    states = {renamed[a]: renamed[b] for a, b in pairs if a and b}
+    _rename(graph, renamed)
+    write_states(model, {**states_of(model), **states})
+
+
+def _given(
+    label: str, what: str, values: list[str], names: Sequence[str | None]
+) -> Iterable[tuple[str, str | None]]:
+    if len(values) != len(names):
+        raise SpecError(
+            f"{label}: names has {len(names)} {what}, should have {len(values)}: "
+            f"the graph has {', '.join(values)}"
+        )
+    return zip(values, names, strict=True)
+
+
+def _check_unique(label: str, names: list[str]) -> None:
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise SpecError(f"{label}: the name {twice[0]!r} is given twice, should be given once")
+
+
+Pair = tuple[str | None, str | None]
+"""The graph input and output that are one state; None where there is none."""
+
+
+def _recurrent_states(model: ModelProto) -> dict[Pair, tuple[str, str]]:
+    """Return the graph's values that are the states of our nodes, and their names."""
+    graph = model.graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    read_by = {name: node for node in graph.node for name in node.input}
+    inputs, outputs = {v.name for v in graph.input}, {v.name for v in graph.output}
+    found: dict[Pair, tuple[str, str]] = {}
+    for layer, node in enumerate(nodes_of(model)):
+        old, new = node.state, node.new_state
+        while old not in inputs and _passes_on(made_by.get(old)):
+            old = made_by[old].input[0]
+        while new not in outputs and _passes_on(read_by.get(new)):
+            new = read_by[new].output[0]
+        pair = old if old in inputs else None, new if new in outputs else None
+        if pair != (None, None):
+            found[pair] = recurrent_names(layer)
+    return found
+
+
+def _passes_on(node: NodeProto | None) -> bool:
+    return node is not None and node.op_type in _PASSED_ON and node.domain == ""
+
+
+def _conv_states(graph: GraphProto, taken: set[str]) -> dict[Pair, tuple[str, str]]:
+    """Name the states of convolutions, if as many outputs look like them as there are inputs."""
+    inputs = [v for v in graph.input if v.name not in taken and "conv_state" in v.name]
+    kinds = {_kind(v) for v in inputs}
+    outputs = [v for v in graph.output if v.name not in taken and _kind(v) in kinds]
+    if [_kind(v) for v in inputs] != [_kind(v) for v in outputs]:
+        return {}
+    return {
+        (old.name, new.name): (f"past_key_values.{i}.conv_state", f"present.{i}.conv_state")
+        for i, (old, new) in enumerate(zip(inputs, outputs, strict=True))
+    }
+
+
+def _kind(value: ValueInfoProto) -> bytes:
+    return bytes(value.type.SerializeToString(deterministic=True))
+
+
+def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
+    """Rename values of a graph, and what its subgraphs read of them."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        for field in (node.input, node.output):
+            field[:] = [names.get(name, name) for name in field]
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _rename(inner, names)

@@ -1,0 +1,142 @@
+"""The ONNX operators as values, derived from the ops' own specs.
+
+    gdn_ops::GatedDeltaStep   one token per row     from GATED_DELTA_STEP
+    gdn_ops::GatedDelta       T tokens per row      from GATED_DELTA
+
+Both read a state and return the next one, so that a prompt and its continuation share it.
+Gates are in log space: -inf is an exact alpha = 0. What a call leaves open is settled when the
+node is written: `scale` is always there, resolved, and so are the numbers of heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+from onnx.defs import OpSchema
+
+from gdn_ops.spec.language import FLOAT_DTYPES, OpSpec, TensorArg, printed_shape
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
+
+DOMAIN = "gdn_ops"
+VERSION = 1
+
+INPUTS = ("q", "k", "v", "log_alpha", "beta", "state")
+OUTPUTS = ("o", "new_state")
+ATTRIBUTES = ("num_qk_heads", "num_v_heads", "scale", "rule", "qk_l2norm")
+
+ELEMENT_TYPES = {
+    "float64": onnx.TensorProto.DOUBLE,
+    "float32": onnx.TensorProto.FLOAT,
+    "bfloat16": onnx.TensorProto.BFLOAT16,
+    "float16": onnx.TensorProto.FLOAT16,
+}
+"""ONNX element types by the name of the dtype."""
+
+_TYPES = {"float64": "double", "float32": "float"}
+_PARAMETERS = {"q": "T", "k": "T", "v": "T", "log_alpha": "G", "beta": "G", "state": "S"}
+_PARAMETER_MEANINGS = {
+    "T": "q, k, v and o",
+    "G": "the gates; an exporter writes float, or double with a double state",
+    "S": "the state; arithmetic is in float, in double where the state is double",
+}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of the domain.
+
+    Attributes:
+        name: its op type.
+        spec: the op that it is.
+        state_argument: what the spec calls the state that is read.
+    """
+
+    name: str
+    spec: OpSpec
+    state_argument: str
+
+    def argument(self, name: str) -> TensorArg:
+        """Return the argument of the spec that an input is."""
+        return self.spec.tensor[self.state_argument if name == "state" else name]
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """Return the axes of an input or output."""
+        if name in ("state", "new_state"):
+            return ("B", "HV", "K", "V")
+        return self.argument("v" if name == "o" else name).axes
+
+    def __str__(self) -> str:
+        return f"{DOMAIN}::{self.name}"
+
+
+STEP = Operator("GatedDeltaStep", GATED_DELTA_STEP, "state")
+SEQUENCE = Operator("GatedDelta", GATED_DELTA, "initial_state")
+OPERATORS = {operator.name: operator for operator in (STEP, SEQUENCE)}
+
+
+def op_schema(operator: Operator = STEP) -> OpSchema:
+    """Return the schema of an operator.
+
+    log_alpha is there exactly where the rule has a decay; beta that is not there is 1.
+    """
+    return OpSchema(
+        operator.name,
+        DOMAIN,
+        VERSION,
+        _doc(operator.spec),
+        inputs=[_input(operator, name) for name in INPUTS],
+        outputs=[_output(operator, name) for name in OUTPUTS],
+        type_constraints=[_constraint(p) for p in _PARAMETER_MEANINGS],
+        attributes=_attributes(operator.spec),
+    )
+
+
+def _doc(spec: OpSpec) -> str:
+    return "\n".join((spec.summary, *spec.equations, *spec.sources))
+
+
+def _input(operator: Operator, name: str) -> OpSchema.FormalParameter:
+    arg = operator.argument(name)
+    domain = f", in {arg.domain}" if arg.domain else ""
+    meaning = arg.meaning
+    if name == "log_alpha":
+        meaning = f"natural logarithm of alpha: {operator.argument('alpha').meaning}"
+    if name == "state":
+        # It is always there: what the spec says of one that is not given is dropped.
+        meaning = meaning.partition(";")[0]
+    option = OpSchema.FormalParameterOption
+    return OpSchema.FormalParameter(
+        name,
+        _PARAMETERS[name],
+        f"{printed_shape(operator.axes(name))}{domain}: {meaning}",
+        param_option=option.Optional if name in ("log_alpha", "beta") else option.Single,
+    )
+
+
+def _output(operator: Operator, name: str) -> OpSchema.FormalParameter:
+    meanings = dict(zip(OUTPUTS, operator.spec.outputs, strict=False))
+    shape = printed_shape(operator.axes(name))
+    parameter = "T" if name == "o" else "S"
+    meaning = meanings[name].meaning.partition(";")[0]
+    return OpSchema.FormalParameter(name, parameter, f"{shape}: {meaning}")
+
+
+def _constraint(parameter: str) -> tuple[str, list[str], str]:
+    allowed = [f"tensor({_TYPES.get(dtype, dtype)})" for dtype in FLOAT_DTYPES]
+    return parameter, allowed, _PARAMETER_MEANINGS[parameter]
+
+
+def _attributes(spec: OpSpec) -> list[OpSchema.Attribute]:
+    meanings = {attr.name: attr.meaning for attr in spec.attrs}
+    types = OpSchema.AttrType
+    rules = ", ".join(rule.name for rule in spec.rules)
+    return [
+        OpSchema.Attribute("num_qk_heads", types.INT, "H, query/key heads", required=True),
+        OpSchema.Attribute("num_v_heads", types.INT, "HV, a multiple of H", required=True),
+        OpSchema.Attribute("scale", types.FLOAT, "factor on q, always written", required=True),
+        OpSchema.Attribute("rule", types.STRING, f"{meanings['rule']}: {rules}", required=True),
+        OpSchema.Attribute(
+            "qk_l2norm", types.INT, f"1 to {meanings['qk_l2norm']}, else 0", required=True
+        ),
+    ]

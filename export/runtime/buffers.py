@@ -1,0 +1,193 @@
+"""Memory that onnxruntime reads and writes: aligned arrays, and what may be copied into them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from gdn_ops.export.node.schema import ELEMENT_TYPES
+from gdn_ops.export.runtime.sessions import onnxruntime
+from gdn_ops.spec.errors import SpecError, SpecTypeError
+
+_ALIGNMENT = 64
+"""Bytes of a cache line, and of the widest vector: without it every load of a row takes two."""
+
+_ORT_TYPES = {"tensor(double)": "float64", "tensor(float)": "float32"}
+
+
+def numpy_dtype(element_type: int) -> np.dtype[Any]:
+    """Return the dtype of an ONNX element type; that of bfloat16 is ml_dtypes'."""
+    if element_type == TensorProto.BFLOAT16:
+        # Before 1.19, onnx takes float32 for it.
+        import ml_dtypes
+
+        found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    else:
+        found = helper.tensor_dtype_to_np_dtype(element_type)
+    return found
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a graph, with its batch filled in.
+
+    Attributes:
+        name: its name.
+        element_type: its ONNX element type.
+        shape: its sizes.
+        symbolic: its sizes as the model writes them, e.g. ("batch", 4).
+    """
+
+    name: str
+    element_type: int
+    shape: tuple[int, ...]
+    symbolic: tuple[int | str, ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Its dtype, see `numpy_dtype`."""
+        return numpy_dtype(self.element_type)
+
+    def is_like(self, other: Port) -> bool:
+        """Return whether one buffer can be both."""
+        return (self.element_type, self.shape) == (other.element_type, other.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name} ({', '.join(map(str, self.symbolic))})"
+
+
+def ports_of(session: Any, batch: int) -> tuple[dict[str, Port], dict[str, Port]]:
+    """Return inputs and outputs of an onnxruntime session by name.
+
+    Raises:
+        SpecError: there is a symbolic size besides the batch.
+    """
+    symbols: dict[str, str] = {}
+
+    def port(value: Any) -> Port:
+        for axis, size in enumerate(value.shape):
+            if not isinstance(size, int):
+                symbols.setdefault(str(size), f"{value.name} has it in axis {axis}")
+        shape = tuple(size if isinstance(size, int) else batch for size in value.shape)
+        symbolic = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+        return Port(value.name, _element_type(value.type), shape, symbolic)
+
+    inputs = {value.name: port(value) for value in session.get_inputs()}
+    outputs = {value.name: port(value) for value in session.get_outputs()}
+    if len(symbols) > 1:
+        second, where = list(symbols.items())[1]
+        raise SpecError(
+            f"DecodeSession: the model has the sizes {', '.join(symbols)}, should have one, the "
+            f"batch ({second}: {where}); a prompt runs in an onnxruntime.InferenceSession"
+        )
+    return inputs, outputs
+
+
+def _element_type(name: str) -> int:
+    """Return the element type that onnxruntime calls, for example, tensor(float)."""
+    inner = _ORT_TYPES.get(name, name.removeprefix("tensor(").removesuffix(")"))
+    if inner in ELEMENT_TYPES:
+        return int(ELEMENT_TYPES[inner])
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(inner)))
+
+
+class Buffer:
+    """An array and the OrtValue over the same memory; the array keeps the memory alive.
+
+    Attributes:
+        port: what it is for.
+        memory: the bytes; every view of the array, and of a view, refers to them.
+        array: its values, zero at first.
+        value: the OrtValue.
+    """
+
+    def __init__(self, port: Port) -> None:
+        self.port = port
+        self.dtype, self.shape = port.dtype, port.shape
+        size = math.prod(port.shape) * self.dtype.itemsize
+        self.memory = np.zeros(size + _ALIGNMENT, np.uint8)
+        start = -self.memory.ctypes.data % _ALIGNMENT
+        self.array = self.memory[start : start + size].view(self.dtype).reshape(port.shape)
+        # numpy itself knows no bfloat16: onnxruntime is given the bits.
+        is_known = self.dtype.isbuiltin == 1
+        bits = self.array if is_known else self.array.view(f"u{self.dtype.itemsize}")
+        self.value = onnxruntime().OrtValue.ortvalue_from_numpy_with_onnx_type(
+            bits, port.element_type
+        )
+
+    def check(self, label: str, x: Any) -> None:
+        """Check that an array can be copied in.
+
+        Raises:
+            SpecError: it has another shape or dtype, or is no array.
+        """
+        if type(x) is np.ndarray and x.shape == self.shape and x.dtype == self.dtype:
+            return
+        port = self.port
+        if not isinstance(x, np.ndarray):
+            kind = type(x).__name__
+            raise SpecTypeError(f"{label}: {port.name} has type {kind}, should be a numpy.ndarray")
+        if x.dtype != self.dtype:
+            raise SpecError(f"{label}: {port.name} has dtype {x.dtype}, should be {self.dtype}")
+        if x.shape != self.shape:
+            raise SpecError(
+                f"{label}: {port.name} has shape {x.shape}, should be "
+                f"({_listed(port.symbolic)}) = {self.shape}{self._hint(x.shape)}"
+            )
+
+    def _hint(self, shape: tuple[int, ...]) -> str:
+        """Return what may be the matter with a shape."""
+        own = self.shape
+        if len(shape) != len(own):
+            return f": {len(own)} dimension{'s' if len(own) != 1 else ''}, not {len(shape)}"
+        if shape[0] != own[0] and shape[1:] == own[1:]:
+            return "; the batch is fixed when a DecodeSession is made"
+        if len(own) == 4 and shape == (*own[:2], own[3], own[2]):
+            return "; K comes before V in a state"
+        return ""
+
+
+class Results:
+    """Buffers whose arrays are given away, and written again once nobody has them any more.
+
+    A fresh array of a few hundred KiB costs more to touch for the first time than to fill. What
+    refers to an array, or to a part of it, refers to its memory: so the count of references says
+    whether a result is still in use. Where the count cannot tell, it is taken to be.
+
+    Attributes:
+        buffers: by the name of the output.
+        bindings: that write them, in the order of the session's turns.
+    """
+
+    def __init__(self, ports: Iterable[Port]) -> None:
+        self.buffers = {port.name: Buffer(port) for port in ports}
+        self.bindings: list[Any] = []
+        self._arrays = [buffer.array for buffer in self.buffers.values()]
+        self._memories = [buffer.memory for buffer in self.buffers.values()]
+        self._unused = self._references()
+
+    def _references(self) -> int:
+        count = 0
+        for memory in self._memories:
+            count += sys.getrefcount(memory)
+        return count
+
+    def is_free(self) -> bool:
+        """Return whether nobody has an array of an earlier step."""
+        return self._references() == self._unused
+
+    def given(self) -> Any:
+        """Return the array, or a tuple of them, as views of their own."""
+        if len(self._arrays) == 1:
+            return self._arrays[0].view()
+        return tuple(array.view() for array in self._arrays)
+
+
+def _listed(sizes: tuple[int | str, ...]) -> str:
+    return ", ".join(map(str, sizes)) + ("," if len(sizes) == 1 else "")

@@ -1,0 +1,273 @@
+"""onnxruntime: whether it is there, which bodies it runs, and sessions of it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+from onnx import ModelProto, TensorProto, helper
+
+from gdn_ops.export.node.model import Node, bodies_of, ir_version, opset_of, without_overloads
+from gdn_ops.export.node.single import make_decode_model
+from gdn_ops.export.node.variants import (
+    BODIES,
+    DEFAULT_OPSET,
+    ONNX_OPSET,
+    ONNX_RELEASE,
+    STANDARD_OPSET,
+)
+from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
+
+logger = logging.getLogger("gdn_ops")
+
+CUSTOM = "custom"
+"""What runs where a custom-op library brings the kernel."""
+
+_SILENT = 4
+_RELEASED_ONLY = "ALLOW_RELEASED_ONNX_OPSET_ONLY"
+_OPSETS = {
+    22: "1.21",
+    23: "1.23",
+    24: "1.24",
+    25: "1.24",
+    26: "1.25",
+    27: f"1.32 (1.28 where {_RELEASED_ONLY}=0 is set in the environment)",
+    28: "1.32",
+}
+"""The oldest onnxruntime that takes models of an opset, measured; 1.20 takes 21 and older."""
+
+_NEEDS = {
+    "ort": "com.microsoft::LinearAttention, which onnxruntime has from 1.25 on",
+    "onnx": f"models of opset {ONNX_OPSET}, for which onnx should be {ONNX_RELEASE} or newer and "
+    f"onnxruntime {_OPSETS[ONNX_OPSET]} or newer",
+}
+_told: set[str] = set()
+
+
+def onnxruntime() -> ModuleType:
+    """Return onnxruntime.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import onnxruntime as found
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "DecodeSession needs onnxruntime: pip install 'gdn_ops[onnx]'", name=error.name
+        ) from error
+    return found  # type: ignore[no-any-return]
+
+
+def available_bodies() -> tuple[str, ...]:
+    """Return the bodies that the installed onnx writes and the installed onnxruntime runs.
+
+    Each is loaded once to see. Whether "onnx" is among them is no recommendation: it is the
+    slowest, and body "auto" of a `DecodeSession` never takes it.
+
+    Raises:
+        ModuleNotFoundError: onnxruntime is not installed.
+    """
+    return _available_bodies(os.environ.get(_RELEASED_ONLY))
+
+
+@functools.cache
+def _available_bodies(released_only: str | None) -> tuple[str, ...]:
+    """Try the bodies; onnxruntime reads the environment variable whenever it loads a model."""
+    return tuple(body for body in BODIES if _loads(body))
+
+
+# Let a test forget what was found.
+available_bodies.cache_clear = _available_bodies.cache_clear  # type: ignore[attr-defined]
+
+
+def _loads(body: str) -> bool:
+    if body == "onnx" and onnx.defs.onnx_opset_version() < ONNX_OPSET:
+        logger.debug("onnx %s does not write body %r", onnx.__version__, body)
+        return False
+    model = make_decode_model(
+        num_qk_heads=1,
+        num_v_heads=1,
+        head_k_dim=1,
+        head_v_dim=1,
+        opset=ONNX_OPSET if body == "onnx" else DEFAULT_OPSET,
+        body=body,
+    )
+    return _is_taken(model)
+
+
+def _is_taken(model: ModelProto) -> bool:
+    """Return whether onnxruntime loads a model."""
+    options = onnxruntime().SessionOptions()
+    options.log_severity_level = _SILENT
+    try:
+        _session(model.SerializeToString(), options)
+    # Its errors have no common base but Exception, and they differ between releases.
+    except Exception as error:
+        logger.debug("onnxruntime does not take a model: %s", error)
+        return False
+    return True
+
+
+def _newest_taken(opset: int) -> int | None:
+    """Return the newest opset up to one that onnxruntime loads models of, None without one."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", [x], [y])
+    newest = None
+    for tried in range(STANDARD_OPSET, opset + 1):
+        imports = [helper.make_opsetid("", tried)]
+        model = helper.make_model(graph, opset_imports=imports, ir_version=ir_version(imports))
+        if not _is_taken(model):
+            break
+        newest = tried
+    return newest
+
+
+def _session(model: bytes, options: Any) -> Any:
+    return onnxruntime().InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def choose_body(nodes: list[Node], body: str, has_library: bool, opset: int = DEFAULT_OPSET) -> str:
+    """Return the body that a session runs.
+
+    Args:
+        nodes: of the model.
+        body: as the user asked for it: "auto", "standard", "ort", "onnx" or "custom".
+        has_library: whether a custom-op library brings the kernel.
+        opset: of ai.onnx in the model.
+
+    Raises:
+        SpecError: the body is unknown, or the installed onnxruntime does not run it.
+    """
+    known = ("auto", *BODIES, CUSTOM)
+    if body not in known:
+        raise SpecError(f"DecodeSession: body is {body!r}, should be one of {', '.join(known)}")
+    if has_library:
+        if body not in ("auto", CUSTOM):
+            raise SpecError(
+                f"DecodeSession: body is {body!r}, should be 'auto' or 'custom' with a "
+                f"custom_op_library, whose kernel runs whatever the function body is"
+            )
+        return CUSTOM
+    if body == CUSTOM:
+        raise SpecError(
+            "DecodeSession: custom_op_library is None, should be the path of a library for body "
+            "'custom'"
+        )
+    if body != "auto":
+        if body not in available_bodies():
+            is_taken = _newest_taken(opset) == opset
+            export = "" if is_taken else f"export with opset={DEFAULT_OPSET} and "
+            raise SpecError(f"DecodeSession: {why_not(body)}; {export}take body='standard'")
+        return body
+    if any(node.variant.compute == "double" or node.scale == 0 for node in nodes):
+        return "standard"
+    if "ort" in available_bodies():
+        return "ort"
+    _tell_once(
+        f"onnxruntime {onnxruntime().__version__} does not have {_NEEDS['ort']}: the slower body "
+        f"'standard' runs"
+    )
+    return "standard"
+
+
+def why_not(body: str) -> str:
+    """Say what a body needs that the installed packages are too old for, and which they are."""
+    beside = f"onnx {onnx.__version__} and " if body == "onnx" else ""
+    return (
+        f"body {body!r} needs {_NEEDS[body]}; this is {beside}onnxruntime "
+        f"{onnxruntime().__version__}"
+    )
+
+
+def _tell_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        logger.warning(message)
+
+
+def open_session(
+    model: ModelProto,
+    folder: Path | None,
+    threads: int | None,
+    custom_op_library: str | os.PathLike[str] | None,
+) -> Any:
+    """Return an onnxruntime session of a model.
+
+    Args:
+        model: the model.
+        folder: where files with weights lie, or None.
+        threads: that one operator computes with, or None for onnxruntime's choice.
+        custom_op_library: brings kernels, or None.
+
+    Raises:
+        SpecError: the library cannot be loaded.
+        BackendUnsupportedError: onnxruntime does not take the model.
+    """
+    runtime = onnxruntime()
+    options = runtime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if folder is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder)
+        )
+    if custom_op_library is not None:
+        library = Path(custom_op_library)
+        if not library.is_file():
+            raise SpecError(
+                f"DecodeSession: custom_op_library is {str(library)!r}, should be an existing "
+                f"shared library"
+            )
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:
+            raise SpecError(
+                f"DecodeSession: custom_op_library {str(library)!r} cannot be loaded by "
+                f"onnxruntime {runtime.__version__}: {error}"
+            ) from error
+    model = without_overloads(model)
+    try:
+        return _session(model.SerializeToString(), options)
+    except Exception as error:
+        if folder is not None and (moved := _with_absolute_weights(model, folder)) is not None:
+            # onnxruntime 1.20 does not know the entry above; newer ones refuse absolute paths.
+            with contextlib.suppress(Exception):
+                return _session(moved.SerializeToString(), options)
+        cure = _cure_of_opset(model)
+        if custom_op_library is not None and not cure:
+            cure = "; the library has no kernel for these types: leave custom_op_library out"
+        raise BackendUnsupportedError(
+            f"onnxruntime {runtime.__version__} does not take the model: {str(error).strip()}{cure}"
+        ) from error
+
+
+def _with_absolute_weights(model: ModelProto, folder: Path) -> ModelProto | None:
+    """Return a model that says where its weights in other files are, None if it has none there."""
+    moved, is_moved = ModelProto(), False
+    moved.CopyFrom(model)
+    for tensor in moved.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value, is_moved = str(folder / entry.value), True
+    return moved if is_moved else None
+
+
+def _cure_of_opset(model: ModelProto) -> str:
+    """Say what to do about an opset that onnxruntime does not take; nothing if it takes it."""
+    opset = opset_of(model)
+    newest = _newest_taken(opset)
+    if newest is None or newest >= opset:
+        return ""
+    body = "".join(f"body {name!r} in " for name in bodies_of(model)[:1])
+    needed = f"{_OPSETS[opset]} or newer" if opset in _OPSETS else "of a later year"
+    return (
+        f"; {body}a model of opset {opset} needs onnxruntime {needed}, this one takes opset "
+        f"{newest} and older: export with opset={min(newest, DEFAULT_OPSET)}"
+    )

@@ -1,0 +1,1 @@
+"""Export torch modules to models with our nodes."""

@@ -1,0 +1,21 @@
+"""Hold the version of the package, and order versions."""
+
+from __future__ import annotations
+
+import re
+
+__version__ = "0.1.0"
+
+
+def version_key(version: str) -> tuple[tuple[int, ...], bool]:
+    """Return what orders versions: the numbers, then a release after its previews.
+
+    2.13.0+cpu is 2.13.0, and 2.13 is too; 5.25.0.dev0 and 5.25.0rc1 come before 5.25.0.
+    """
+    public = version.partition("+")[0]
+    found = re.match(r"\d+(\.\d+)*", public)
+    numbers = [int(part) for part in found[0].split(".")] if found else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    rest = public[found.end() :] if found else public
+    return tuple(numbers), not re.search(r"a|b|rc|dev", rest)

@@ -1,0 +1,116 @@
+"""What a GPU forbids of the code compiled for it.
+
+more shared memory than a program has
+spills, where the sample is a reference: bfloat16, K = V = 128, nothing but defaults
+a product of bfloat16 or float16 that could use HGMMA and does not, on Hopper
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from gdn_ops.aot.results import CompiledKernel
+
+
+class Budget(NamedTuple):
+    """What a program may use of a GPU, and must.
+
+    Attributes:
+        shared: bytes of shared memory that one program can have.
+        matrix: the instruction that a product in 16 bits must use, or nothing.
+        least_rows: of such a product; a warp group multiplies 64.
+    """
+
+    shared: int
+    matrix: str = ""
+    least_rows: int = 64
+
+
+BUDGETS: dict[str, Budget] = {
+    "sm_80": Budget(163 * 1024),
+    "sm_90": Budget(227 * 1024, matrix="HGMMA"),
+    "sm_90a": Budget(227 * 1024, matrix="HGMMA"),
+    "sm_100": Budget(227 * 1024),
+    "sm_100a": Budget(227 * 1024),
+    "sm_120a": Budget(99 * 1024),
+    "gfx942": Budget(64 * 1024),
+}
+"""A100, H100 and H200 (twice), B200 (twice), RTX 50, MI300. An `a` is NVIDIA's name for a target
+whose code may use all its instructions and runs on nothing newer; Triton leaves it out."""
+
+Granted = Mapping[tuple[str, str], tuple[int, str]]
+"""(kernel, target) -> the most spills that a reference may have, and why they must be."""
+
+LOW = ("bf16", "f16", "bfloat16", "float16")
+"""The names of the dtypes of 16 bits, in MLIR and in TileLang."""
+
+
+def refusal(target: str, known: Sequence[str]) -> str:
+    """Return why a target is none of those known.
+
+    Without its `a`, a target is one for all later GPUs too: nvcc and TileLang then leave out what
+    only one generation has, without a word, and Hopper's wgmma is such.
+    """
+    if f"{target}a" in known:
+        return f"target {target!r} is compiled without wgmma and its like: use {target}a"
+    return f"unknown target {target!r}, known: {', '.join(known)}"
+
+
+class Product(NamedTuple):
+    """A product of blocks in the source: (M, K) by (K, N)."""
+
+    M: int
+    N: int
+    K: int
+    dtype: str
+
+
+def judged(
+    row: CompiledKernel, products: Iterable[Product], is_reference: bool, granted: Granted
+) -> CompiledKernel:
+    """Return what was compiled with what its target forbids of it.
+
+    Args:
+        row: the kernel; its target is in BUDGETS.
+        products: of its source.
+        is_reference: whether a reference launches it.
+        granted: spills that a reference may have.
+    """
+    budget = BUDGETS[row.target]
+    most, reason = granted.get((row.kernel, row.target), (0, ""))
+    failures = (
+        *_shared_failures(row, budget),
+        *(_spill_failures(row, most) if is_reference else ()),
+        *_matrix_failures(row, budget, products),
+    )
+    note = reason if row.spills and row.spills <= most else ""
+    return replace(row, failures=failures, note=note)
+
+
+def _shared_failures(row: CompiledKernel, budget: Budget) -> Iterator[str]:
+    if row.shared > budget.shared:
+        yield (
+            f"shared memory is {row.shared} bytes, should be at most {budget.shared} "
+            f"on {row.target}"
+        )
+
+
+def _spill_failures(row: CompiledKernel, most: int) -> Iterator[str]:
+    if row.spills > most:
+        yield f"spills are {row.spills}, should be {f'at most {most}' if most else 'none'}"
+
+
+def _matrix_failures(
+    row: CompiledKernel, budget: Budget, products: Iterable[Product]
+) -> Iterator[str]:
+    if not budget.matrix or row.instructions.get(budget.matrix):
+        return
+    for m, n, k, dtype in products:
+        if dtype in LOW and m >= budget.least_rows:
+            yield (
+                f"no {budget.matrix} on {row.target}, "
+                f"but a {dtype} product of {m} x {k} by {k} x {n}"
+            )
+            return

@@ -1,0 +1,160 @@
+"""Calls on meta tensors, so that a backend can show every launch it makes without a GPU.
+
+`samples` makes them from the named cases of the specs; `run` makes the backend do what the public
+API would. A backend that notes its launches meanwhile can compile them (`CompilesAhead`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_ops.aot.results import Sample
+from gdn_ops.call.bind import bind
+from gdn_ops.dispatch.backend import Backend
+from gdn_ops.dispatch.reasons import reasons
+from gdn_ops.spec.language import Case, OpSpec, Sizes, TensorArg
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, OPS
+
+REFERENCE = "qwen-16-32-8192"
+"""The case that the variations of `everything` start from."""
+
+HEAD_DIMS = ((16, 16), (24, 40), (64, 64), (80, 80), (96, 192), (128, 256), (256, 256))
+"""Widths (K, V) that `everything` tries beside (128, 128)."""
+
+SEQUENCES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("rule delta", {"rule": "delta"}),
+    ("rule gated", {"rule": "gated"}),
+    ("rule linear", {"rule": "linear"}),
+    ("log_alpha", {"gate": "log_alpha"}),
+    ("without beta", {"beta": False}),
+    ("qk_l2norm", {"qk_l2norm": True}),
+    ("initial state", {"state": torch.float32}),
+    ("cu_seqlens", {"N": 7}),
+    ("T=1000", {"T": 1000}),
+    ("HV=H", {"HV": 16}),
+    ("HV=3H", {"HV": 48}),
+    *((f"chunk_size={n}", {"chunk_size": n}) for n in (16, 32, 64)),
+    *((f"float32 chunk_size={n}", {"dtype": "float32", "chunk_size": n}) for n in (16, 32, 64)),
+    ("float16", {"dtype": "float16"}),
+    *((f"K={k} V={v}", {"K": k, "V": v}) for k, v in HEAD_DIMS),
+    *((f"float32 K={k} V={v}", {"dtype": "float32", "K": k, "V": v}) for k, v in HEAD_DIMS),
+)
+"""What else `gated_delta` may be asked for, one at a time."""
+
+DECODING: tuple[tuple[str, dict[str, Any]], ...] = (
+    *((f"rule {rule}", {"rule": rule}) for rule in ("delta", "gated", "linear")),
+    ("log_alpha", {"gate": "log_alpha"}),
+    ("qk_l2norm", {"qk_l2norm": True}),
+    ("without state", {"state": None}),
+    ("bfloat16 state", {"state": torch.bfloat16}),
+    ("in place", {"inplace": True}),
+    ("pool", {"pool": 64, "inplace": True}),
+    ("bfloat16 pool", {"pool": 64, "inplace": True, "state": torch.bfloat16}),
+    ("B=512", {"B": 512, "N": 512}),
+    ("float16", {"dtype": "float16"}),
+    ("float32", {"dtype": "float32"}),
+    *((f"K={k} V={v}", {"K": k, "V": v}) for k, v in HEAD_DIMS),
+)
+"""What else a decode op may be asked for, one at a time."""
+
+
+def samples(cases: Sequence[Case], *, everything: bool = False) -> Iterator[Sample]:
+    """Make the calls of cases: inference and training of sequences, and decoding.
+
+    Args:
+        cases: named cases of any op.
+        everything: also what the public API allows beside the defaults, one thing at a time.
+    """
+    for case in cases:
+        spec = spec_of(case)
+        yield from _of(spec, case, case.name, {})
+    if everything:
+        by_name = GATED_DELTA.case
+        for label, choice in SEQUENCES:
+            yield from _of(GATED_DELTA, by_name[REFERENCE], label, choice)
+        for spec in (GATED_DELTA_STEP, GATED_DELTA_STEPS):
+            # The second is the first that is no smoke test.
+            for label, choice in DECODING:
+                yield from _of(spec, spec.cases[1], f"{spec.name} {label}", choice)
+        states = {"return_states": True}
+        yield from _of(GATED_DELTA_STEPS, GATED_DELTA_STEPS.cases[1], "return_states", states)
+
+
+def spec_of(case: Case) -> OpSpec:
+    """Return the op that a named case is of."""
+    return next(op for op in OPS if case in op.cases)
+
+
+def _of(spec: OpSpec, case: Case, label: str, choice: dict[str, Any]) -> Iterator[Sample]:
+    """Make the call, or calls, of one case with one choice."""
+    axes = {axis.name for axis in fields(Sizes)}
+    sizes = replace(case.sizes, **{k: v for k, v in choice.items() if k in axes})
+    choice = {"dtype": case.dtype, **choice}
+    call = bind(spec, _arguments(spec, sizes, choice), check_values=False)
+    is_reference = sizes.K == sizes.V == 128 and choice == {"dtype": "bfloat16"}
+    if spec is not GATED_DELTA:
+        yield Sample(label, call, is_reference)
+        return
+    yield Sample(f"{label} inference", call, is_reference)
+    yield Sample(f"{label} training", replace(call, needs_grad=True), is_reference)
+
+
+def _arguments(spec: OpSpec, sizes: Sizes, choice: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a call; tensors are on the meta device."""
+    given: dict[str, Any] = {attr.name: attr.default for attr in spec.attrs}
+    given |= {name: choice[name] for name in given if name in choice}
+    rule = spec.rule[given["rule"]]
+    low, state = getattr(torch, choice["dtype"]), choice.get("state")
+    if spec is not GATED_DELTA:
+        state = choice.get("state", torch.float32)
+    gate = choice.get("gate", "alpha") if rule.has_decay else None
+    pool = choice.get("pool")
+    dtypes: dict[str, torch.dtype | None] = {
+        **dict.fromkeys(("q", "k", "v"), low),
+        "alpha": torch.float32 if gate == "alpha" else None,
+        "log_alpha": torch.float32 if gate == "log_alpha" else None,
+        "beta": torch.float32 if choice.get("beta", True) else None,
+        "initial_state": state,
+        "state": state,
+        "cu_seqlens": torch.int32 if sizes.N != sizes.B else None,
+        "state_indices": torch.int32 if pool else None,
+    }
+    for arg in spec.tensors:
+        given[arg.name] = _meta(arg, sizes, dtypes[arg.name], pool)
+    return given
+
+
+def _meta(arg: TensorArg, sizes: Sizes, dtype: torch.dtype | None, pool: int | None) -> Any:
+    if dtype is None:
+        return None
+    lengths = {**asdict(sizes), "N1": sizes.N + 1}
+    shape = [lengths[axis] for axis in arg.axes]
+    if pool and arg.name == "state":
+        shape[0] = pool
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def reasons_against(backend: Backend, sample: Sample) -> list[str]:
+    """Return why a backend cannot run a sample, but for where its tensors are."""
+    return [r for r in reasons(backend, sample.call) if not r.startswith("device meta ")]
+
+
+def run(backend: Backend, sample: Sample) -> None:
+    """Make a backend do what the public API would make it do."""
+    call = sample.call
+    with torch.no_grad():
+        if call.op is GATED_DELTA_STEP:
+            backend.step(call)
+        elif call.op is GATED_DELTA_STEPS:
+            backend.steps(call)
+        else:
+            out = backend.forward(call)
+            if call.needs_grad:
+                d_o: Tensor = torch.empty_like(out.o)
+                d_state = torch.empty_like(out.final_state)
+                backend.backward(call, out.saved, d_o, d_state)

@@ -1,0 +1,115 @@
+"""`gdn-ops bench gpu`: our backends and the peers on one GPU, unattended, within a time.
+
+First, side by side in processes of their own: a short check of every backend of ours, and a warm-up
+of every contender, so that compilers fill their caches on all cores. If one of our backends is
+wrong, nothing is timed. Then one process measures row after row, the most important first; all
+contenders of a row take turns. What ends that process costs one contender one row: the next process
+goes on without it. The result is written after every row, and what was left out is named in it.
+
+`python -m gdn_ops.bench.gpu.command` does the same with nothing but torch installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdn_ops.bench.gpu import report
+from gdn_ops.bench.gpu.peers import PEERS as KNOWN_PEERS
+from gdn_ops.bench.gpu.schedule import SECONDS as SECONDS
+from gdn_ops.bench.gpu.schedule import Plan, Tell, run
+from gdn_ops.dispatch import registry
+from gdn_ops.environment.devices import devices
+from gdn_ops.environment.provenance import driver_version
+from gdn_ops.environment.versions import installed_versions
+
+PEERS = tuple(KNOWN_PEERS)
+
+
+def make_plan(backends: Sequence[str], peers: Sequence[str], seconds: float) -> Plan:
+    """Turn names into a plan.
+
+    Args:
+        backends: names; what "auto" tries on CUDA without the definition if empty.
+        peers: names.
+        seconds: time for everything.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    for name in peers:
+        if name not in KNOWN_PEERS:
+            raise ValueError(f"unknown peer {name!r}, known: {', '.join(KNOWN_PEERS)}")
+    known = registry.known_backends()
+    wanted = tuple(backends) or tuple(n for n in registry.auto_order("cuda") if n != "naive")
+    found, left_out = [], []
+    for name in wanted:
+        if not backends and name not in known:
+            left_out.append((name, "this version has no such backend"))
+            continue
+        backend = registry.get_backend(name)
+        if isinstance(backend, str):
+            left_out.append((name, backend))
+        elif not {"*", "cuda"} & set(backend.limits.devices):
+            left_out.append((name, f"device cuda (supported: {', '.join(backend.limits.devices)})"))
+        else:
+            found.append(name)
+    return Plan(tuple(found), tuple(peers), seconds, tuple(left_out))
+
+
+def system(seconds: float) -> dict[str, Any]:
+    """Return what identifies a run.
+
+    Raises:
+        ValueError: torch sees no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("no GPU: torch.cuda.is_available() is False")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(0),
+        "driver": driver_version(),
+        "devices": devices(),
+        "versions": installed_versions(),
+        "seconds": seconds,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run with plain arguments; return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--backend", default="", help="backends, comma-separated")
+    parser.add_argument("--peer", default=",".join(PEERS), help='peers, or "none"')
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time for everything")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the result")
+    options = parser.parse_args(arguments)
+    backends = [n for n in options.backend.split(",") if n]
+    peers = [n for n in options.peer.split(",") if n not in ("", "none")]
+    try:
+        return show_run(backends, peers, options.seconds, options.out, print)
+    except ValueError as error:
+        print(f"bench gpu: {error}", file=sys.stderr)
+        return 2
+
+
+def show_run(
+    backends: Sequence[str], peers: Sequence[str], seconds: float, out: Path | None, tell: Tell
+) -> int:
+    """Run, show and write; return 1 if a backend of ours is wrong, else 0.
+
+    Raises:
+        ValueError: a name is unknown, or there is no GPU.
+    """
+    folder = report.default_folder() if out is None else out
+    plan = make_plan(backends, peers, seconds)
+    result = run(plan, system(seconds), folder, tell)
+    tell(report.text(result))
+    for path in report.write(result, folder):
+        tell(str(path))
+    return 1 if result.failed else 0

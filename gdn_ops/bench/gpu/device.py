@@ -1,0 +1,176 @@
+"""What `bench gpu` needs of a device: facts, a clock, graphs, events, the peak of its memory.
+
+Everything that touches a GPU is here, behind a protocol, so that the rest is tested without one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from gdn_ops.environment.provenance import driver_version
+
+Run = Callable[[], object]
+
+LEAD_CYCLES = 200_000
+"""About a tenth of a millisecond."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a device is.
+
+    Attributes:
+        name: as the driver tells it.
+        capability: "sm90", "gfx942".
+        memory: bytes.
+        l2: bytes of its last-level cache.
+        driver: version, or None.
+    """
+
+    name: str
+    capability: str
+    memory: int
+    l2: int
+    driver: str | None
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Datasheet rates of a device.
+
+    Attributes:
+        matrix: flops per second of dense 16-bit matrix products.
+        float32: flops per second of float32 arithmetic outside the matrix units.
+        bytes: per second, of device memory.
+    """
+
+    matrix: float
+    float32: float
+    bytes: float
+
+
+PEAKS: tuple[tuple[str, Peaks], ...] = (
+    ("H200", Peaks(989e12, 67e12, 4.8e12)),
+    ("H100 PCIe", Peaks(756e12, 51e12, 2.0e12)),
+    ("H100 NVL", Peaks(835e12, 60e12, 3.9e12)),
+    ("H100", Peaks(989e12, 67e12, 3.35e12)),
+    ("A100-SXM4-80GB", Peaks(312e12, 19.5e12, 2.039e12)),
+    ("A100 80GB PCIe", Peaks(312e12, 19.5e12, 1.935e12)),
+    ("A100", Peaks(312e12, 19.5e12, 1.555e12)),
+    ("MI300X", Peaks(1307e12, 163.4e12, 5.3e12)),
+)
+"""By a part of the device's name, the more special first. A device that is not here has no roofline
+fraction, rather than a wrong one."""
+
+
+def find_peaks(name: str) -> Peaks | None:
+    """Return the datasheet rates of a device, or None if they are not in the table."""
+    return next((peaks for part, peaks in PEAKS if part in name), None)
+
+
+class Device(Protocol):
+    """One device under measurement."""
+
+    torch_device: str
+    facts: Facts
+
+    def clock(self) -> float:
+        """Return seconds; monotonic."""
+
+    def synchronize(self) -> None:
+        """Wait for everything queued."""
+
+    def working(self) -> AbstractContextManager[object]:
+        """Return a context on whose stream everything runs, what is captured later too."""
+
+    def graph(self, runs: Sequence[Run]) -> Callable[[], float]:
+        """Capture runs, one after the other; return a function that replays and times them."""
+
+    def events(self, runs: Sequence[Run]) -> Callable[[], float]:
+        """Return a function that runs, back to back, and times what the device did."""
+
+    def peak(self, run: Run) -> int:
+        """Return how many bytes a run allocates at most, above what is allocated now."""
+
+    def forget(self) -> None:
+        """Give free memory back."""
+
+
+class Cuda:
+    """A CUDA or ROCm device through torch."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.torch_device = f"cuda:{index}"
+        torch.cuda.set_device(index)
+        p = torch.cuda.get_device_properties(index)
+        arch = getattr(p, "gcnArchName", "").partition(":")[0]
+        capability = arch if torch.version.hip else f"sm{p.major}{p.minor}"
+        l2 = int(getattr(p, "L2_cache_size", 0))
+        self.facts = Facts(p.name, capability, p.total_memory, l2, driver_version())
+        # Neither kernels nor backward nodes of the default stream can be captured.
+        self._stream = torch.cuda.Stream(index)
+
+    def clock(self) -> float:
+        return time.perf_counter()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+    def working(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream)
+
+    def graph(self, runs: Sequence[Run]) -> Callable[[], float]:
+        self._look_for_waits(runs[0])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            for run in runs:
+                run()
+        return self._timed(graph.replay)
+
+    def _look_for_waits(self, run: Run) -> None:
+        """Raise if a run waits for the device: a capture would fail, and leave more behind."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def events(self, runs: Sequence[Run]) -> Callable[[], float]:
+        def all_runs() -> None:
+            for run in runs:
+                run()
+
+        return self._timed(all_runs)
+
+    def _timed(self, work: Callable[[], object]) -> Callable[[], float]:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def timed() -> float:
+            # The device is kept busy while the host launches, so that launching is not timed.
+            torch.cuda._sleep(LEAD_CYCLES)
+            start.record()
+            work()
+            stop.record()
+            stop.synchronize()
+            return float(start.elapsed_time(stop)) / 1e3
+
+        return timed
+
+    def peak(self, run: Run) -> int:
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        before = torch.cuda.memory_allocated(self.torch_device)
+        result = run()
+        self.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated(self.torch_device) - before
+
+    def forget(self) -> None:
+        torch.cuda.empty_cache()

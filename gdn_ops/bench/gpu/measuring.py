@@ -1,0 +1,263 @@
+"""One row of `bench gpu`: check everybody's numbers, then time those that are right, in turns.
+
+Kernel time is that of replaying a captured graph, so neither Python nor launches are in it; wall
+time is that of a call and a wait, as a user meets it; host time is until the call returns. A step
+works on several states in turn, together larger than the last-level cache, because between two
+steps of a layer the other layers' states pass through it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_ops.bench.gpu.device import Device, Run
+from gdn_ops.bench.gpu.errors import (
+    Piece,
+    exact_backward,
+    exact_forward,
+    exact_step,
+    worst_error,
+)
+from gdn_ops.bench.gpu.inputs import make_cotangents, make_problem
+from gdn_ops.bench.gpu.peers import Contender
+from gdn_ops.bench.gpu.result import Outcome, roofline_seconds
+from gdn_ops.bench.gpu.rows import GpuRow
+from gdn_ops.bench.gpu.turns import sample_in_turns, time_calls
+
+WRONG_ABOVE = {"bfloat16": 0.05, "float16": 0.05, "float32": 0.01}
+"""A larger relative error means another function: such a time is not shown. Smaller errors are
+shown beside the time, not judged."""
+
+WARMUPS = 3
+GRAPH_SECONDS = 1e-3
+"""Short runs are captured several times into one graph, until it takes this long."""
+
+MOST_COPIES = 64
+MOST_REPEATS = 20
+SHARE = {"reference": 0.2, "kernel": 0.15, "wall": 0.1}
+"""Of a row's time."""
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+class BrokenDeviceError(RuntimeError):
+    """Report that the device answers nothing any more, and who ran last."""
+
+
+@dataclass
+class _Entry:
+    """A contender that is ready to be timed."""
+
+    outcome: Outcome
+    runs: list[Run]
+    replay: Callable[[], float]
+    per_replay: int
+
+
+def measure_row(
+    row: GpuRow, contenders: Sequence[Contender], device: Device, seconds: float, emit: Emit
+) -> list[Outcome]:
+    """Measure a row.
+
+    Args:
+        row: the row.
+        contenders: who; the first ones are sure to get their turn.
+        device: where.
+        seconds: no contender is begun, and no round added, after this time.
+        emit: told who is worked on ({"at": name}), and every outcome ({"outcome": ...}).
+
+    Raises:
+        BrokenDeviceError: a contender left the device unusable.
+    """
+    measuring = _Measuring(row, device, seconds, emit)
+    with device.working(), torch.no_grad():
+        return measuring.run(contenders)
+
+
+def warm_row(row: GpuRow, c: Contender, device: Device) -> None:
+    """Call a contender once, so that what it compiles is in its compiler's cache."""
+    measuring = _Measuring(row, device, 0.0, lambda event: None)
+    with device.working(), torch.no_grad():
+        measuring.draw()
+        if not c.reasons(measuring.problem):
+            measuring.first_call(c)
+
+
+class _Measuring:
+    """One row under measurement."""
+
+    def __init__(self, row: GpuRow, device: Device, seconds: float, emit: Emit) -> None:
+        self.row, self.device, self.seconds, self.emit = row, device, seconds, emit
+        self.start = device.clock()
+        self.outcomes: dict[str, Outcome] = {}
+
+    def run(self, contenders: Sequence[Contender]) -> list[Outcome]:
+        self.emit({"at": "reference"})
+        self.draw()
+        self.pieces, self.remark = self._reference()
+        entries: dict[str, _Entry] = {}
+        for c in contenders:
+            self.emit({"at": c.name})
+            entry = self._ready(c)
+            if isinstance(entry, Outcome):
+                self._done(entry)
+            else:
+                entries[c.name] = entry
+        self.emit({"at": "timing"})
+        self._time(entries)
+        return list(self.outcomes.values())
+
+    def draw(self) -> None:
+        """Make the operands."""
+        self.problem = make_problem(self.row, self.device.torch_device)
+        self.cotangents = make_cotangents(self.problem) if self.row.what == "backward" else None
+
+    def _done(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.contender] = outcome
+        self.emit({"outcome": asdict(outcome)})
+
+    def _reference(self) -> tuple[list[Piece], str]:
+        """Return the definition's results, or none and why."""
+        p, device = self.problem, self.device
+        try:
+            if self.row.what == "step":
+                return exact_step(p), ""
+            if self.cotangents is not None:
+                return exact_backward(p, *self.cotangents), ""
+            seconds = SHARE["reference"] * self.seconds
+            return exact_forward(p, seconds, device.clock, device.synchronize), ""
+        except torch.OutOfMemoryError as error:
+            return [], f"error not measured: {_short(error)}"
+
+    def _ready(self, c: Contender) -> _Entry | Outcome:
+        """Check one contender and capture its work."""
+        who = Outcome(c.name, c.version, c.is_peer, "measured", self.remark)
+        if self.device.clock() - self.start > self.seconds:
+            return replace(who, status="left out", reason="not measured: time")
+        try:
+            reasons = c.reasons(self.problem)
+            if reasons:
+                return replace(who, status="unsupported", reason="; ".join(reasons))
+            return self._capture(c, who)
+        except Exception as error:
+            self._still_alive(c, error)
+            return replace(who, status="failed", reason=_short(error))
+
+    def _still_alive(self, c: Contender, error: Exception) -> None:
+        try:
+            self.device.synchronize()
+            self.device.forget()
+        except Exception:
+            raise BrokenDeviceError(f"{c.name}: {_short(error)}") from error
+
+    def _capture(self, c: Contender, who: Outcome) -> _Entry | Outcome:
+        before = self.device.clock()
+        whole, runs, results = self.first_call(c)
+        self.device.synchronize()
+        who = replace(who, first_call=self.device.clock() - before)
+        if self.pieces:
+            error, what = worst_error(self.pieces, results)
+            who = replace(who, error=error, error_of=what)
+            limit = WRONG_ABOVE[self.row.dtype]
+            # NaN is not within a limit.
+            if not error <= limit:
+                text = f"{what} is off by {error:.2g}, more than {limit:g}: no time is shown"
+                return replace(who, status="wrong", reason=text)
+        del results
+        who = replace(who, peak=self.device.peak(whole) / 2**20)
+        for _ in range(WARMUPS):
+            for run in runs:
+                run()
+        events = self.device.events(runs)
+        events()
+        once = max(events(), 1e-9)
+        many = runs * max(1, min(MOST_REPEATS, round(GRAPH_SECONDS / once)))
+        try:
+            replay, by = self.device.graph(many), "graph"
+            replay()
+        except RuntimeError as error:
+            self._still_alive(c, error)
+            remark = f"not captured: {_short(error)}"
+            who = replace(who, reason="; ".join(filter(None, (who.reason, remark))))
+            replay, by = self.device.events(many), "events"
+        return _Entry(replace(who, kernel_by=by), runs, replay, len(many))
+
+    def first_call(self, c: Contender) -> tuple[Run, list[Run], tuple[Tensor, ...]]:
+        """Return what allocates everything, what is timed, and the results of a first call."""
+        if self.row.what == "step":
+            return self._step_runs(c)
+        if self.cotangents is None:
+            ready = c.sequence(self.problem)
+            return ready.run, [ready.run], ready.read(ready.run())
+        leaves = self.problem.with_grad()
+        ready, cotangents = c.sequence(leaves), self.cotangents
+        with torch.enable_grad():
+            kept = ready.read(ready.run())
+
+        def backward() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(kept, leaves.operands(), cotangents, retain_graph=True)
+
+        def both() -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                results = ready.read(ready.run())
+            return torch.autograd.grad(results, leaves.operands(), cotangents)
+
+        return both, [backward], backward()
+
+    def _step_runs(self, c: Contender) -> tuple[Run, list[Run], tuple[Tensor, ...]]:
+        """Return steps on states of their own, together twice the last-level cache."""
+        p = self.problem
+        size = p.state.numel() * p.state.element_size()
+        copies = max(1, min(MOST_COPIES, -(-2 * self.device.facts.l2 // max(1, size))))
+        ready = [c.step(replace(p, state=p.state.clone())) for _ in range(copies)]
+        runs: list[Run] = [r.run for r in ready]
+        results = tuple(x.clone() for x in ready[0].read(runs[0]()))
+        return runs[0], runs, results
+
+    def _time(self, entries: dict[str, _Entry]) -> None:
+        """Time the entries in turns, the device's work first, then whole calls."""
+        for name, entry in list(entries.items()):
+            try:
+                entry.replay()
+            except Exception as error:
+                self._done(replace(entry.outcome, status="failed", reason=_short(error)))
+                del entries[name]
+        kernel = self._rounds({n: _single(e.replay) for n, e in entries.items()}, "kernel")
+        walls = {n: time_calls(e.runs, self.device) for n, e in entries.items()}
+        wall = self._rounds(walls, "wall")
+        floor = roofline_seconds(self.row, self.device.facts.name)
+        for name, entry in entries.items():
+            times = [t / entry.per_replay for (t,) in kernel[name]]
+            median = statistics.median(times)
+            self._done(
+                replace(
+                    entry.outcome,
+                    kernel=median * 1e3,
+                    kernel_best=min(times) * 1e3,
+                    samples=len(times),
+                    wall=statistics.median(w for w, _ in wall[name]) * 1e3,
+                    host=statistics.median(h for _, h in wall[name]) * 1e3,
+                    roofline=floor / median if floor and median else None,
+                )
+            )
+
+    def _rounds(
+        self, samplers: Mapping[str, Callable[[], tuple[float, ...]]], what: str
+    ) -> dict[str, list[tuple[float, ...]]]:
+        return sample_in_turns(samplers, SHARE[what] * self.seconds, self.device.clock)
+
+
+def _single(replay: Callable[[], float]) -> Callable[[], tuple[float, ...]]:
+    return lambda: (replay(),)
+
+
+def _short(error: BaseException) -> str:
+    """Return an error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

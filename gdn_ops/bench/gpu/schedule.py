@@ -1,0 +1,239 @@
+"""The run of `bench gpu`: what is asked of which process, for how long, and who is to blame."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gdn_ops.bench.gpu import report
+from gdn_ops.bench.gpu.process import Asked, StoppedError, Worker
+from gdn_ops.bench.gpu.result import Conformance, GpuResult, Outcome
+from gdn_ops.bench.gpu.rows import ROWS, GpuRow
+
+SECONDS = 450.0
+"""For everything; with the plot and the imports this stays within eight minutes."""
+
+PREPARE_SHARE = 0.35
+"""The most of the time that checks and warm-ups may take."""
+
+ROW_SECONDS = (6.0, 45.0)
+"""Least and most for a row. With less than the least left, no row is begun."""
+
+FIRST_SECONDS = 90.0
+"""The most for the first row of a direction, in which peers choose their configurations."""
+
+MOST_STOPS = 2
+"""A contender that had to be stopped so often in one direction is left out of it from then on."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        backends: names of ours.
+        peers: names of other implementations.
+        seconds: time for everything.
+        left_out: (name, reason) of ours that cannot run here.
+        rows: the rows, the most important first.
+    """
+
+    backends: tuple[str, ...]
+    peers: tuple[str, ...]
+    seconds: float = SECONDS
+    left_out: tuple[tuple[str, str], ...] = ()
+    rows: tuple[GpuRow, ...] = ROWS
+
+
+def run(
+    plan: Plan,
+    circumstances: dict[str, Any],
+    folder: Path,
+    tell: Tell = lambda text: None,
+    *,
+    start: Callable[[], Asked] = Worker,
+    clock: Callable[[], float] = time.monotonic,
+) -> GpuResult:
+    """Check, warm up, then measure until the rows or the time are at an end.
+
+    Args:
+        plan: what to measure.
+        circumstances: what the result says of the system; "device" is its name.
+        folder: where the result is written after every row.
+        tell: told in one line what happens.
+        start: makes a worker.
+        clock: seconds; monotonic.
+    """
+    result = GpuResult(circumstances, left_out=list(plan.left_out))
+    return _Bench(plan, result, folder, tell, start, clock).run()
+
+
+@dataclass
+class _Bench:
+    """One run."""
+
+    plan: Plan
+    result: GpuResult
+    folder: Path
+    tell: Tell
+    start: Callable[[], Asked]
+    clock: Callable[[], float]
+    stops: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    worker: Asked | None = None
+
+    def run(self) -> GpuResult:
+        self.end = self.clock() + self.plan.seconds
+        self._prepare()
+        self.result.failed = not all(c.passed for c in self.result.conformance)
+        self.result.write_json(self.folder)
+        if self.result.failed:
+            self.tell("a backend is wrong: nothing is timed")
+            return self.result
+        try:
+            for i, row in enumerate(self.plan.rows):
+                self._row(row, len(self.plan.rows) - i)
+        finally:
+            self._end_worker()
+        wrong = (o for _, outcomes in self.result.rows for o in outcomes if not o.is_peer)
+        self.result.failed = any(o.status == "wrong" for o in wrong)
+        self.result.write_json(self.folder)
+        return self.result
+
+    def _names(self) -> tuple[str, ...]:
+        return (*self.plan.backends, *self.plan.peers)
+
+    def _prepare(self) -> None:
+        """Check ours and warm everybody up, side by side."""
+        ready = self.clock() + PREPARE_SHARE * self.plan.seconds
+        self.tell(f"checking {', '.join(self.plan.backends)}; compiling for everybody")
+        directions = dict.fromkeys(row.what for row in self.plan.rows)
+        # What does not get its turn on few cores is compiled when its row comes.
+        with ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool:
+            checks = [pool.submit(self._check, name, ready) for name in self.plan.backends]
+            warm = [
+                pool.submit(self._warm, name, what, ready)
+                for what in directions
+                for name in self._names()
+            ]
+            self.result.conformance = [check.result() for check in checks]
+            for done in warm:
+                self.tell(done.result())
+        for found in self.result.conformance:
+            self.tell(f"conformance of {found}")
+
+    def _check(self, name: str, ready: float) -> Conformance:
+        """Run the short check of a backend in a process of its own."""
+        found = Conformance(name, True, 0, 0)
+        seconds = ready - self.clock()
+        # It stops by itself, between two calls, before it is stopped.
+        order = {"do": "check", "backend": name, "seconds": 0.8 * seconds}
+        worker = self.start()
+        try:
+            for event in worker.ask(order, seconds):
+                if "conformance" in event:
+                    found = Conformance(**event["conformance"])
+        except StoppedError as error:
+            # Too slow is not wrong, but a process that dies is.
+            passed = found.passed and str(error).startswith("stopped")
+            return Conformance(name, passed, found.examples, found.total, found.worst, str(error))
+        finally:
+            worker.close()
+        return found
+
+    def _warm(self, name: str, what: str, ready: float) -> str:
+        """Let a contender compile for one direction; return what to tell."""
+        before = self.clock()
+        if ready - before < ROW_SECONDS[0]:
+            return f"warm-up of {name}, {what}: no time"
+        kinds: dict[tuple[object, ...], str] = {}
+        for row in self.plan.rows:
+            if row.what == what:
+                key = (row.heads, row.dims, row.dtype, row.packed, row.state_dtype)
+                kinds.setdefault(key, row.name)
+        order = {"do": "warm", "contender": name, "rows": list(kinds.values())}
+        worker, done = self.start(), 0
+        try:
+            for event in worker.ask(order, ready - before):
+                done += "warm" in event
+        except StoppedError as error:
+            return f"warm-up of {name}, {what}: {done} of {len(kinds)} kinds, {error}"
+        finally:
+            worker.close()
+        return f"warm-up of {name}, {what}: {done} kinds in {self.clock() - before:.0f} s"
+
+    def _row(self, row: GpuRow, rows_left: int) -> None:
+        """Measure one row and write everything."""
+        found: dict[str, Outcome] = {}
+        names = []
+        for name in self._names():
+            stopped = self.stops.get((name, row.what), [])
+            if len(stopped) >= MOST_STOPS:
+                reason = f"left out after it was stopped {len(stopped)} times: {stopped[-1]}"
+                found[name] = self._left_out(name, reason)
+            else:
+                names.append(name)
+        # A row that had to be stopped is tried again without the one who was at work.
+        while names and self._measure(row, names, rows_left, found):
+            names = [name for name in names if name not in found]
+        for name in self._names():
+            found.setdefault(name, self._left_out(name, "not measured: time"))
+        outcomes = [found[name] for name in self._names()]
+        self.result.rows.append((row, outcomes))
+        self.result.write_json(self.folder)
+        self.tell(report.line(row, outcomes))
+
+    def _measure(
+        self, row: GpuRow, names: list[str], rows_left: int, found: dict[str, Outcome]
+    ) -> bool:
+        """Ask for one row; return whether to ask again without those that are in `found`."""
+        left = self.end - self.clock()
+        least, most = ROW_SECONDS
+        if left < least:
+            return False
+        is_first = all(row.what != known.what for known, _ in self.result.rows)
+        # What one row does not use is there for the others.
+        share = FIRST_SECONDS if is_first else min(most, max(least, 3 * left / rows_left))
+        seconds = min(left, share)
+        order = {"do": "row", "row": row.name, "contenders": names, "seconds": 0.7 * seconds}
+        at = ""
+        if self.worker is None:
+            self.worker = self.start()
+        try:
+            for event in self.worker.ask(order, seconds):
+                at = event.get("at", at)
+                if "broken" in event:
+                    at = event["broken"].partition(":")[0]
+                if "outcome" in event:
+                    outcome = Outcome(**event["outcome"])
+                    found[outcome.contender] = outcome
+        except StoppedError as error:
+            self._end_worker()
+            return self._blame(row, at, str(error), names, found)
+        return False
+
+    def _end_worker(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+        self.worker = None
+
+    def _blame(
+        self, row: GpuRow, at: str, why: str, names: list[str], found: dict[str, Outcome]
+    ) -> bool:
+        """Note who was at work when the worker ended; return whether to go on without."""
+        if at not in names:
+            for name in names:
+                found.setdefault(name, self._left_out(name, f"not measured: {why}, at {at}"))
+            return False
+        found[at] = self._left_out(at, f"not measured: {why}", "failed")
+        self.stops.setdefault((at, row.what), []).append(why)
+        return True
+
+    def _left_out(self, name: str, reason: str, status: str = "left out") -> Outcome:
+        return Outcome(name, "", name in self.plan.peers, status, reason)

@@ -1,0 +1,1 @@
+"""Check arguments against a spec and bind them to a Call."""

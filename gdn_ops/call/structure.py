@@ -1,0 +1,261 @@
+"""What is checked of a call but its values: every check is derived from the op's spec.
+
+A call that breaks it ends in a `SpecError` whose text names the argument, what it is and what
+it should be.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from gdn_ops.spec.errors import SpecError, SpecTypeError
+from gdn_ops.spec.language import Attr, OpSpec, Rule, Sizes, TensorArg, printed_shape
+
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32")
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Structure(NamedTuple):
+    """What the structure of a call, shapes and dtypes and attributes, says."""
+
+    sizes: Sizes
+    rule: Rule
+    scale: float
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_narrow(alpha: Any) -> bool:
+    """Whether alpha is of a dtype that every call is warned of."""
+    return alpha is not None and alpha.dtype in (torch.bfloat16, torch.float16)
+
+
+def check_structure(spec: OpSpec, arguments: Mapping[str, Any]) -> Structure:
+    """Check everything about a call but its values."""
+    for attr in spec.attrs:
+        _check_attr(spec, attr, arguments[attr.name])
+    rule = spec.rule[arguments["rule"]]
+    _check_gates(spec, rule, arguments)
+    sizes = _check_tensors(spec, arguments)
+    if "state" in arguments and arguments["state"] is None:
+        _check_state_is_free(spec, arguments)
+    scale = arguments["scale"]
+    return Structure(sizes, rule, _default_scale(sizes.K) if scale is None else float(scale))
+
+
+def _check_state_is_free(spec: OpSpec, arguments: Mapping[str, Any]) -> None:
+    """Check that nothing else of the call is about the state, which is not given."""
+    should = "state is None, should be a torch.Tensor"
+    if arguments["inplace"]:
+        fail(spec, f"{should}: inplace updates it")
+    if arguments["state_indices"] is not None:
+        fail(spec, f"{should}: state_indices are slots of it")
+
+
+def check_gradients(spec: OpSpec, arguments: Mapping[str, Any]) -> None:
+    """Check that a call which needs gradients has them."""
+    if arguments.get("inplace", False):
+        fail(spec, "inplace is True, should be False: gradients are needed")
+    if arguments.get("state_indices") is not None:
+        fail(
+            spec,
+            "state_indices is for decoding: it is given, should be None where gradients are "
+            "needed; decode under torch.no_grad()",
+        )
+    for arg in spec.tensors:
+        x = arguments[arg.name]
+        if x is not None and x.requires_grad and not arg.differentiable:
+            fail(
+                spec,
+                f"{arg.name} requires a gradient, should not: {spec.name} is for decoding, under "
+                f"torch.no_grad(); gated_delta has gradients",
+            )
+
+
+def _default_scale(key_width: int) -> float:
+    return float(key_width) ** -0.5 if key_width else 1.0
+
+
+def fail(spec: OpSpec, message: str, error: type[SpecError] = SpecError) -> NoReturn:
+    """Raise the error of a call: the op's name, then the message."""
+    raise error(f"{spec.name}: {message}")
+
+
+def _check_attr(spec: OpSpec, attr: Attr, value: Any) -> None:
+    """Check the type, the choices and the range of one argument that is not a tensor."""
+    name = attr.name
+    if attr.type == "str":
+        should = f"one of {', '.join(map(str, attr.choices))}" if attr.choices else "a string"
+        if not isinstance(value, str):
+            fail(spec, f"{name} {_shown(value)}, should be {should}", SpecTypeError)
+        if attr.choices and value not in attr.choices:
+            fail(spec, f"{name} is {value!r}, should be {should}")
+    elif attr.type == "bool":
+        if not isinstance(value, bool):
+            fail(spec, f"{name} {_shown(value)}, should be True or False", SpecTypeError)
+    elif value is None:
+        return
+    elif attr.type == "int | None":
+        if isinstance(value, bool) or not isinstance(value, int):
+            fail(spec, f"{name} {_shown(value)}, should be a positive integer", SpecTypeError)
+        if value < 1:
+            fail(spec, f"{name} is {value}, should be a positive integer")
+    else:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            fail(spec, f"{name} {_shown(value)}, should be a finite number", SpecTypeError)
+        if not abs(value) <= sys.float_info.max:
+            fail(spec, f"{name} is {value}, should be a finite number")
+
+
+def _shown(value: Any) -> str:
+    """Return "is 1.5" for a plain value and "has type list" for anything larger."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return f"is {value!r}"
+    return f"has type {type(value).__name__}"
+
+
+def _check_gates(spec: OpSpec, rule: Rule, arguments: Mapping[str, Any]) -> None:
+    """Check that there is one decay gate where the rule has a decay, and none elsewhere."""
+    given = [name for name in ("alpha", "log_alpha") if arguments[name] is not None]
+    if rule.has_decay and not given:
+        fail(
+            spec,
+            f"alpha and log_alpha are both missing, should be exactly one of them: "
+            f"rule {rule.name!r} has a decay",
+        )
+    if rule.has_decay and len(given) == 2:
+        fail(spec, "alpha and log_alpha are both given, should be exactly one of them")
+    if not rule.has_decay and given:
+        fail(spec, f"{given[0]} is given, should be None: rule {rule.name!r} has no decay")
+
+
+def _check_tensors(spec: OpSpec, arguments: Mapping[str, Any]) -> Sizes:
+    """Check type, rank, dtype, device and shape of every tensor and return the axes."""
+    bound: dict[str, tuple[int, str]] = {}
+    reference: Tensor | None = None
+    for arg in spec.binding_order:
+        value = arguments[arg.name]
+        if value is None:
+            if not arg.optional:
+                fail(spec, f"{arg.name} is None, should be a torch.Tensor", SpecTypeError)
+            continue
+        if not isinstance(value, Tensor):
+            fail(spec, f"{arg.name} {_shown(value)}, should be a torch.Tensor", SpecTypeError)
+        if value.layout is not torch.strided:
+            layout = str(value.layout).removeprefix("torch.")
+            fail(spec, f"{arg.name} has layout {layout}, should be strided")
+        _check_dtype(spec, arg, value, arguments)
+        if reference is None:
+            reference = value
+        elif value.device != reference.device:
+            fail(
+                spec,
+                f"{arg.name} is on {value.device}, should be on {reference.device}, "
+                f"the device of q",
+            )
+        _check_shape(spec, arg.name, _axes_of(arg, arguments), value, bound)
+        if arg.name == "cu_seqlens":
+            _bind_sequences(spec, value, bound)
+    for axis in spec.axes:
+        size, holder = bound.get(axis.name, (axis.minimum, ""))
+        if axis.minimum and size < axis.minimum:
+            fail(spec, f"{holder} has {axis}={size}, should be at least {axis.minimum}")
+    for constraint in spec.constraints:
+        count, of = bound[constraint.axis][0], bound[constraint.of][0]
+        if count % of:
+            fail(
+                spec,
+                f"{constraint.holder} has {constraint.axis}={count} {constraint.meaning}, "
+                f"should be a multiple of {constraint.of}={of}",
+            )
+    sizes = {name: bound[name][0] for name in bound if name not in ("N1", "P")}
+    sizes.setdefault("T", 1)
+    sizes.setdefault("N", sizes["B"])
+    return Sizes(**sizes)
+
+
+def _check_dtype(spec: OpSpec, arg: TensorArg, value: Tensor, arguments: Mapping[str, Any]) -> None:
+    name = _DTYPE_NAMES.get(value.dtype)
+    if name not in arg.dtypes:
+        allowed = ", ".join(arg.dtypes)
+        fail(spec, f"{arg.name} has dtype {dtype_name(value.dtype)}, should be one of {allowed}")
+    if arg.same_dtype_as is not None:
+        other = arguments[arg.same_dtype_as].dtype
+        if value.dtype != other:
+            fail(
+                spec,
+                f"{arg.name} has dtype {name}, should be {dtype_name(other)}, "
+                f"the dtype of {arg.same_dtype_as}",
+            )
+    elif value.dtype == torch.float64 and arguments["q"].dtype != torch.float64:
+        fail(
+            spec,
+            f"{arg.name} has dtype float64, should be float32: "
+            f"q is {dtype_name(arguments['q'].dtype)}",
+        )
+    elif arg.name == "alpha" and is_narrow(value):
+        step = 8 if value.dtype == torch.bfloat16 else 11
+        warnings.warn(
+            f"{spec.name}: alpha is {name}, which has no value between 1 - 2**-{step} and 1; "
+            f"pass it as float32, or pass log_alpha=",
+            stacklevel=6,
+        )
+
+
+def _check_shape(
+    spec: OpSpec,
+    name: str,
+    axes: tuple[str, ...],
+    value: Tensor,
+    bound: dict[str, tuple[int, str]],
+) -> None:
+    """Check rank and sizes of one tensor; axes not seen before are bound to its sizes."""
+    shape = value.shape
+    if len(shape) != len(axes):
+        fail(
+            spec,
+            f"{name} has shape {tuple(shape)}, should be {printed_shape(axes)}: "
+            f"{len(axes)} dimension{'s' if len(axes) != 1 else ''}, not {len(shape)}",
+        )
+    wrong: list[str] = []
+    for axis, size in zip(axes, shape, strict=True):
+        known = bound.get(axis)
+        if known is None:
+            bound[axis] = known = bound["B"] if axis == "N" else (size, name)
+        if known[0] != size:
+            wrong.append(axis)
+    if wrong:
+        should = tuple(bound[axis][0] for axis in axes)
+        reasons = ", ".join(f"{axis} is fixed by {bound[axis][1]}" for axis in wrong)
+        fail(
+            spec,
+            f"{name} has shape {tuple(shape)}, should be {printed_shape(axes)} = {should}; "
+            f"{reasons}",
+        )
+
+
+def _axes_of(arg: TensorArg, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the axes of an argument in one call: the first one of a pool is its own."""
+    is_pool = arg.pool_index is not None and arguments[arg.pool_index] is not None
+    return arg.pool_axes if is_pool else arg.axes
+
+
+def _bind_sequences(spec: OpSpec, cu_seqlens: Tensor, bound: dict[str, tuple[int, str]]) -> None:
+    """Bind N = len(cu_seqlens) - 1 and check that the packed batch has one row."""
+    if cu_seqlens.shape[0] < 1:
+        fail(spec, "cu_seqlens is empty, should be 0, ..., T")
+    if bound["B"][0] != 1:
+        fail(spec, f"q has B={bound['B'][0]} rows, should be 1 when cu_seqlens is given")
+    bound["N"] = (cu_seqlens.shape[0] - 1, "cu_seqlens")

@@ -1,0 +1,230 @@
+"""The commands of `gdn-ops`. Each reads its arguments, calls the library and prints."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import gdn_ops
+from gdn_ops.bench import models, suite
+from gdn_ops.bench.gpu import command as gpu_command
+from gdn_ops.bench.inputs import Setting
+from gdn_ops.bench.verify import RefusedError
+from gdn_ops.cli import bench_command, check_command, compile_command, export_command, info_command
+from gdn_ops.demo import show
+from gdn_ops.dispatch import registry
+from gdn_ops.spec.errors import SpecError
+from gdn_ops.spec.language import FLOAT_DTYPES
+
+app = typer.Typer(
+    help="The gated delta rule: inspect, certify, measure and show the backends of gdn_ops.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DEMO_LIMIT = 16384
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    print(f"gdn-ops: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Split a comma-separated option."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _without_none(text: str) -> tuple[str, ...]:
+    return () if text == "none" else _names(text)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"gdn_ops {gdn_ops.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Read the options before a command."""
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show versions, devices, threads, and what every backend can run here."""
+    found = info_command.collect()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console = Console()
+    for name, version in found["versions"].items():
+        console.print(f"{name:<13} {version or 'not installed'}", highlight=False)
+    for warning in found["warnings"]:
+        console.print(f"{'warning':<13} {escape(warning)}", highlight=False, soft_wrap=True)
+    threads = found["threads"]
+    if found["driver"] is not None:
+        console.print(f"{'driver':<13} {found['driver']}", highlight=False)
+    console.print(f"{'platform':<13} {found['platform']}", highlight=False)
+    for device in found["devices"]:
+        text = f"{device['device']:<13} {device['name']} {device['capability']}"
+        console.print(escape(text), highlight=False)
+    console.print(f"{'threads':<13} {threads['torch']} of {threads['cores']} cores\n")
+    table = Table("backend", "version", "status", "can run", "check")
+    certificates = {row["name"]: row["certificates"] for row in found["backends"]}
+    for backend in gdn_ops.list_backends():
+        limits = info_command.limits_text(backend.limits)
+        checks = "\n".join(
+            f"{device}: {text}" for device, text in certificates[backend.name].items()
+        )
+        cells = (backend.name, backend.version or "-", backend.status, limits, checks or "-")
+        table.add_row(*map(escape, cells))
+    console.print(table)
+
+
+def _checkable(name: str) -> list[str]:
+    """Return the backends that `check` is about, or end with the reason why there is none."""
+    if name != "all":
+        try:
+            backend = registry.get_backend(name)
+        except SpecError as error:
+            _fail(str(error))
+        if isinstance(backend, str):
+            _fail(f"backend {name!r} is not available: {backend}")
+        status = next(i.status for i in gdn_ops.list_backends() if i.name == name)
+        if status.startswith("no supported device"):
+            _fail(f"backend {name!r} is not available: {status}")
+        return [name]
+    return [i.name for i in gdn_ops.list_backends() if i.status == "available"]
+
+
+@app.command()
+def check(
+    backend: Annotated[str, typer.Option(help='Name of a backend, or "all".')] = "all",
+    seconds: Annotated[float, typer.Option(help="Time for each backend.", min=0.1)] = 60.0,
+    seed: Annotated[int | None, typer.Option(help="Repeat the same random calls.")] = None,
+    device: Annotated[
+        str, typer.Option(help="A torch device; the GPU without, where there is one.")
+    ] = "",
+) -> None:
+    """Certify backends on this machine: random calls against the definition in float64."""
+    if importlib.util.find_spec("hypothesis") is None:
+        _fail("check needs the testing extra: pip install 'gdn_ops[testing]'")
+    try:
+        torch.empty(0, device=device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        _fail(f"device {device!r} is not available: {str(error).splitlines()[0]}")
+    console = Console()
+    names = _checkable(backend)
+    passed = [check_command.run(name, seconds, seed, device, console) for name in names]
+    if not all(passed):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help='Named cases, "models", "decode", or "gpu"; the reference table without.'
+        ),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Backends, comma-separated.")] = "",
+    peer: Annotated[str | None, typer.Option(help='Peers, comma-separated, or "none".')] = None,
+    what: Annotated[str, typer.Option(help="Measurements, comma-separated; all without.")] = "",
+    threads: Annotated[int | None, typer.Option(help="Threads torch computes with.", min=1)] = None,
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 7,
+    dtype: Annotated[str, typer.Option(help="Of q, k and v.")] = "float32",
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON and PNG.")] = None,
+    tune: Annotated[str | None, typer.Option(help="Measure a backend's configurations.")] = None,
+    seconds: Annotated[float, typer.Option(help='Time for "gpu".', min=1)] = gpu_command.SECONDS,
+) -> None:
+    """Measure backends against peers: checked, interleaved, in one process."""
+    if dtype not in FLOAT_DTYPES:
+        _fail(f"unknown dtype {dtype!r}, known: {', '.join(FLOAT_DTYPES)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        if cases == ["gpu"]:
+            peers = gpu_command.PEERS if peer is None else _without_none(peer)
+            raise typer.Exit(gpu_command.show_run(_names(backend), peers, seconds, out, print))
+        setting = Setting(dtype, device, repeats)
+        if cases == ["decode"]:
+            export_command.bench_decode(peer, setting, out)
+            return
+        if cases == ["models"]:
+            models.show_run(_names(backend) or ("torch",), setting, out)
+            return
+        if tune is not None:
+            bench_command.run_tune(tune, cases or [], setting)
+            return
+        peers = ("transformers",) if peer is None else _without_none(peer)
+        backends = _names(backend) or suite.default_backends()
+        plan = suite.make_plan(cases or [], _names(what) or suite.WHAT, backends, peers, setting)
+        bench_command.run_cases(plan, out)
+    except RefusedError as error:
+        _fail(str(error), 1)
+    except (ValueError, gdn_ops.BackendUnsupportedError) as error:
+        _fail(str(error))
+
+
+@app.command(name="compile")
+def compile_(
+    backend: Annotated[str, typer.Option(help="Name of a backend with kernels.")],
+    cases: Annotated[
+        list[str] | None, typer.Argument(help="Named cases of any op; all without.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="GPUs, comma-separated; all without.")] = "",
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also what is asked for beside the defaults.")
+    ] = False,
+    path: Annotated[Path | None, typer.Option("--json", help="A file for the table.")] = None,
+) -> None:
+    """Compile kernels for GPUs that need not be there, and judge the code."""
+    try:
+        targets = _names(target)
+        passed = compile_command.run(
+            backend, targets, cases or [], everything=everything, path=path
+        )
+    except (ValueError, FileNotFoundError) as error:
+        _fail(str(error))
+    if not passed:
+        raise typer.Exit(1)
+
+
+app.command()(export_command.export)
+
+
+@app.command()
+def demo(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="A text; the one that ships without.", exists=True, dir_okay=False),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Backend for the reading.")] = "auto",
+    limit: Annotated[int, typer.Option(help="Read at most so many bytes.")] = DEMO_LIMIT,
+) -> None:
+    """Read a text with an associative memory that was never trained, then continue it."""
+    text = show.shipped_text() if file is None else file.read_bytes()
+    try:
+        show.run(text[:limit], Console(), backend)
+    except (ValueError, gdn_ops.BackendUnsupportedError) as error:
+        _fail(str(error))

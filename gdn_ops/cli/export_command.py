@@ -1,0 +1,154 @@
+"""`gdn-ops export`: write a model of one node, check it, run it against the definition; inspect."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gdn_ops.bench.inputs import Setting
+from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
+
+if TYPE_CHECKING:
+    from gdn_ops.export.runtime.judge import Comparison
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    print(f"gdn-ops: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def export(
+    heads: Annotated[int | None, typer.Option(help="H, query/key heads.")] = None,
+    value_heads: Annotated[int | None, typer.Option(help="HV; H without.")] = None,
+    key_dim: Annotated[int | None, typer.Option(help="K, key and query width.")] = None,
+    value_dim: Annotated[int | None, typer.Option(help="V, value width; K without.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write.", dir_okay=False)] = None,
+    inspect: Annotated[
+        Path | None, typer.Option(help="Show what a file holds instead.", dir_okay=False)
+    ] = None,
+    rule: Annotated[str, typer.Option(help="Member of the family.")] = "gated_delta",
+    scale: Annotated[float | None, typer.Option(help="Factor on q; K ** -0.5 without.")] = None,
+    qk_l2norm: Annotated[bool, typer.Option("--qk-l2norm", help="Normalise q and k.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of q, k, v and o.")] = "float32",
+    state_dtype: Annotated[
+        str | None, typer.Option(help="Of the state; float32 without, float64 for float64.")
+    ] = None,
+    opset: Annotated[
+        int | None, typer.Option(help="Of ai.onnx; 27 without for body onnx, 21 for the others.")
+    ] = None,
+    body: Annotated[str, typer.Option(help='standard, ort, onnx, or "none".')] = "standard",
+    prefill: Annotated[bool, typer.Option("--prefill", help="Read T tokens, not one.")] = False,
+) -> None:
+    """Write the op as an ONNX model, checked and run against the definition; or inspect a file."""
+    console = Console()
+    try:
+        if inspect is not None:
+            _inspect(inspect, console)
+            return
+        if heads is None or key_dim is None or out is None:
+            _fail("export needs --heads, --key-dim and --out, or --inspect FILE")
+        options = {
+            "num_qk_heads": heads,
+            "num_v_heads": value_heads or heads,
+            "head_k_dim": key_dim,
+            "head_v_dim": value_dim or key_dim,
+            "dtype": dtype,
+            "state_dtype": state_dtype,
+            "rule": rule,
+            "scale": scale,
+            "qk_l2norm": qk_l2norm,
+            "opset": opset,
+            "body": None if body == "none" else body,
+        }
+        comparisons = _write(options, prefill, out, console)
+    except (SpecError, BackendUnsupportedError, ModuleNotFoundError) as error:
+        _fail(str(error))
+    if not all(c.passed for c in comparisons):
+        _fail("the numbers are wrong", 1)
+
+
+def _write(
+    options: dict[str, Any], prefill: bool, path: Path, console: Console
+) -> list[Comparison]:
+    """Write and check a model; run every body that onnxruntime has and the model allows."""
+    import onnx
+
+    from gdn_ops.export import available_bodies, make_decode_model, make_prefill_model
+    from gdn_ops.export.node.model import check_model
+    from gdn_ops.export.node.variants import DEFAULT_OPSET, ONNX_OPSET
+    from gdn_ops.export.runtime.judge import compare
+    from gdn_ops.export.runtime.sessions import why_not
+
+    if options["opset"] is None:
+        options["opset"] = ONNX_OPSET if options["body"] == "onnx" else DEFAULT_OPSET
+    model = (make_prefill_model if prefill else make_decode_model)(**options)
+    check_model(model)
+    onnx.save(model, path)
+    console.print(
+        f"{path}: {path.stat().st_size} bytes, passes the full checker and strict shape inference",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    found, written = [], options["body"]
+    if written is not None and written not in available_bodies():
+        console.print(f"left out: {why_not(written)}", markup=False, highlight=False)
+    for body in available_bodies():
+        try:
+            found.append(compare(onnx.load(path), body))
+        except SpecError as error:
+            console.print(f"left out: body {body}: {error}", markup=False, highlight=False)
+    table = Table("body", "error of o", "allowed", "error of state", "allowed", "")
+    for c in found:
+        verdict = "[green]pass[/green]" if c.passed else "[red]FAIL[/red]"
+        numbers = (c.o, c.allowed_o, c.state, c.allowed_state)
+        table.add_row(c.body, *(f"{number:.2g}" for number in numbers), verdict)
+    console.print("against the definition in float64, over 64 tokens:")
+    console.print(table)
+    return found
+
+
+def _inspect(path: Path, console: Console) -> None:
+    """Print the nodes, bodies and states of a file."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    from gdn_ops.export import bodies_of, nodes_of, states_of
+
+    if not path.is_file():
+        _fail(f"{str(path)!r} is no file")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        _fail(f"{str(path)!r} is no ONNX model")
+    imports = ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import)
+    console.print(f"imports  {imports}", markup=False, highlight=False)
+    bodies = ", ".join(bodies_of(model)) or "none: a custom-op library must bring the kernel"
+    console.print(f"body     {bodies}", markup=False, highlight=False)
+    for node in nodes_of(model):
+        norm = ", qk_l2norm" if node.variant.qk_l2norm else ""
+        console.print(
+            f"node     {node.variant.operator} {node.proto.name}: H={node.num_qk_heads} "
+            f"HV={node.num_v_heads}, rule {node.variant.rule}, scale {node.scale:.6g}{norm}, "
+            f"reads {node.state}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    for old, new in states_of(model).items():
+        console.print(f"state    {old} -> {new}", markup=False, highlight=False, soft_wrap=True)
+
+
+def bench_decode(library: str | None, setting: Setting, out: Path | None) -> None:
+    """Run `gdn-ops bench decode`; its one peer is the path of a custom-op library."""
+    try:
+        from gdn_ops.bench import decode
+
+        decode.show_run(None if library in (None, "none") else library, setting, out)
+    except ModuleNotFoundError as error:
+        _fail(str(error))

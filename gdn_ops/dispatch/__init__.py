@@ -1,0 +1,1 @@
+"""Find the backends, and choose the one that runs a call."""

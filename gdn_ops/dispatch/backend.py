@@ -1,0 +1,277 @@
+"""What a backend is: the class that one is written as, what is said of one, how one is loaded."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn_ops._version import __version__
+from gdn_ops.call.bind import Call
+from gdn_ops.dispatch.decode_fallbacks import one_by_one, through_rows
+from gdn_ops.spec.language import Limits
+
+
+class Forward(NamedTuple):
+    """What a backend's forward returns.
+
+    Attributes:
+        o: (B, T, HV, V), dtype of v.
+        final_state: (N, HV, K, V) in the compute dtype.
+        saved: what its backward wants kept; empty unless the call needs gradients.
+    """
+
+    o: Tensor
+    final_state: Tensor
+    saved: tuple[Tensor, ...] = ()
+
+
+class Grads(NamedTuple):
+    """Gradients of the tensors of a call, in the order of `Call.tensors`; None where absent."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    alpha: Tensor | None
+    log_alpha: Tensor | None
+    beta: Tensor | None
+    state: Tensor | None
+
+
+class Backend:
+    """One implementation of the ops. Subclasses set the class data and the methods.
+
+    Attributes:
+        name: what users pin.
+        limits: what it can run.
+        requires: import names of the packages it needs besides torch.
+        distribution: the installed distribution that gives its version.
+        differentiable: whether `forward` and `step` are plain differentiable torch code, so
+            that autograd sees through them in eager mode.
+        traceable_step: whether `step` may be traced through by torch.compile.
+        compiles_per_shape: whether a new shape class costs seconds, so that tests draw from
+            a few.
+        compiles_per_width: whether new head dims, a new chunk size or a new dtype cost seconds,
+            and lengths and numbers of heads nothing.
+        kernels: whether it brings kernels of its own that a compiler turns into device code,
+            so that GDN_OPS_REQUIRE_CERTIFIED=1 is about it.
+    """
+
+    name: ClassVar[str]
+    limits: ClassVar[Limits]
+    requires: ClassVar[tuple[str, ...]] = ()
+    distribution: ClassVar[str] = "gdn_ops"
+    differentiable: ClassVar[bool] = False
+    traceable_step: ClassVar[bool] = False
+    compiles_per_shape: ClassVar[bool] = False
+    compiles_per_width: ClassVar[bool] = False
+    kernels: ClassVar[bool] = False
+
+    def reasons(self, call: Call) -> list[str]:
+        """Return why it cannot run this call, beyond what `limits` says."""
+        return []
+
+    @classmethod
+    def tools(cls, device: str) -> dict[str, str]:
+        """Return the versions, by name, of what else makes its code for a torch device.
+
+        Beyond torch, `requires`, the driver and its own source: a certificate counts for those
+        and for these.
+        """
+        return {}
+
+    def saved_like(self, call: Call) -> tuple[Tensor, ...]:
+        """Return empty tensors shaped as what `forward` saves for `backward`.
+
+        It is called with fake tensors while a graph is traced.
+        """
+        return ()
+
+    def forward(self, call: Call) -> Forward:
+        """Run `gated_delta`."""
+        raise NotImplementedError
+
+    def backward(
+        self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
+    ) -> Grads:
+        """Return the gradients of `gated_delta`.
+
+        Args:
+            call: the call, on the tensors that the gradients are for.
+            saved: what `forward` returned, or None: then form it anew from `call`, and
+                differentiably where gradients are enabled (second derivatives).
+            d_o: (B, T, HV, V) gradient of the output.
+            d_state: (N, HV, K, V) gradient of the final state.
+        """
+        raise NotImplementedError
+
+    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Run `gated_delta_step`.
+
+        Returns:
+            o (B, HV, V) in the dtype of v, and the new state in the dtype of the given one (in
+            the compute dtype if none was given); if in place it is `call.state` itself.
+
+        With `limits.pools`, `call.state` may be a pool that `call.state_indices` points into;
+        such a call is always in place, and o is 0 in rows that are skipped. Without, no call
+        has `state_indices`.
+        """
+        raise NotImplementedError
+
+    def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run `gated_delta_steps`, here by one `step` after another.
+
+        Returns:
+            o (B, T, HV, V), the new state as from `step`, and with `call.return_states` the
+            states (B, T, HV, K, V) after every token, in the dtype of the state. Between the
+            tokens of a call a state stays in the compute dtype.
+
+        `call.state_indices` are as in `step`; `states` is 0 in rows that are skipped.
+        """
+        if call.state_indices is not None:
+            return through_rows(call, self.steps)
+        return one_by_one(call, self.step)
+
+
+def has_tokens(call: Call) -> bool:
+    """Return whether there is anything to launch for a call of `gated_delta`."""
+    return min(call.sizes.B * call.sizes.T, call.sizes.N) > 0
+
+
+def without_tokens(call: Call, saved: tuple[Tensor, ...]) -> Forward:
+    """Return the results of a call without tokens: the state as it was, float32."""
+    s = call.sizes
+    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.v.dtype, device=call.device)
+    if call.state is None:
+        shape = (s.N, s.HV, s.K, s.V)
+        return Forward(o, torch.zeros(shape, dtype=torch.float32, device=call.device), saved)
+    return Forward(o, call.state.to(torch.float32, copy=True), saved)
+
+
+def gradients_without_tokens(call: Call, d_state: Tensor) -> Grads:
+    """Return the gradients of a call without tokens."""
+    zeros = [None if x is None else torch.zeros_like(x) for x in call.tensors()]
+    return Grads(*zeros)._replace(state=None if call.state is None else d_state.clone())
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What `list_backends()` says of one backend.
+
+    Attributes:
+        name: what users pin.
+        version: of the distribution that brings it, or None.
+        limits: what it can run; None where it could not be imported.
+        status: "available", or why not on this machine.
+    """
+
+    name: str
+    version: str | None
+    limits: Limits | None
+    status: str
+
+    def __str__(self) -> str:
+        devices = ", ".join(self.limits.devices) if self.limits else "-"
+        return f"{self.name} {self.version or '-'}: {self.status} ({devices})"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would run a call and, for every other, all reasons why not.
+
+    Attributes:
+        op: name of the op.
+        inputs: the call in one line.
+        backend: the backend that would run, or None.
+        reasons: (backend, reasons against it) in the order of preference.
+        pinned: whether the call names its backend.
+    """
+
+    op: str
+    inputs: str
+    backend: str | None
+    reasons: tuple[tuple[str, tuple[str, ...]], ...]
+    pinned: bool = False
+
+    def __str__(self) -> str:
+        width = max((len(name) for name, _ in self.reasons), default=0)
+        lines = [f"{self.op} on {self.inputs}"]
+        for name, reasons in self.reasons:
+            mark, text = "  ", "; ".join(reasons) if reasons else "can run"
+            if name == self.backend:
+                mark, text = "->", "runs (pinned)" if self.pinned else "runs"
+            lines.append(f"{mark} {name:<{width}}  {text}")
+        if self.backend is None:
+            is_pinned = any(not reasons for _, reasons in self.reasons)
+            who = "the pinned backend cannot" if is_pinned else "no backend can"
+            lines.append(f"{who} run this call")
+        return "\n".join(lines)
+
+
+@functools.cache
+def is_missing(package: str) -> bool:
+    """Return whether a package cannot be imported because it is not there."""
+    try:
+        return importlib.util.find_spec(package) is None
+    except ModuleNotFoundError:
+        return True
+
+
+_MOVED = {
+    "gdn_ops.backend": "gdn_ops.dispatch.backend",
+    "gdn_ops.bind": "gdn_ops.call.bind",
+    "gdn_ops.decoding": "gdn_ops.dispatch.decode_fallbacks",
+    "gdn_ops.errors": "gdn_ops.spec.errors",
+    "gdn_ops.gated_delta": "gdn_ops.spec.ops",
+    "gdn_ops.numerics": "gdn_ops.call.numerics",
+    "gdn_ops.registry": "gdn_ops.dispatch.registry",
+    "gdn_ops.spec": "gdn_ops.spec.language",
+}
+"""Where modules are that a backend of another distribution may have imported."""
+
+
+def load(source: str) -> type[Backend] | str:
+    """Import `module` or `module:Class`; only a missing foreign package is a reason."""
+    module_name, _, attribute = source.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        if error.name in _MOVED:
+            text = f"{source} imports {error.name}, which is now {_MOVED[error.name]}"
+            raise ImportError(text, name=error.name) from error
+        if not isinstance(error, ModuleNotFoundError):
+            raise
+        package = (error.name or "").partition(".")[0]
+        own = package in ("", "gdn_ops", module_name.partition(".")[0])
+        if own or not is_missing(package):
+            raise
+        return f"package {package!r} is not installed"
+    if attribute:
+        found: Any = getattr(module, attribute)
+    else:
+        found = module.BACKEND
+    if not (isinstance(found, type) and issubclass(found, Backend)):
+        raise TypeError(f"{source} is not a subclass of gdn_ops.Backend")
+    return found
+
+
+def announces(source: type[Backend] | str, cls: type[Backend]) -> bool:
+    """Return whether `source` is the not yet loaded entry of the package that defines `cls`."""
+    own = cls.__module__.partition(".")[0]
+    return isinstance(source, str) and source.partition(":")[0].partition(".")[0] == own
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of a distribution; gdn_ops has one where it is only on the path too."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        if distribution != "gdn_ops":
+            return None
+    return __version__

@@ -1,0 +1,1 @@
+"""Describe this machine: versions, devices, sources, certificates."""

@@ -1,0 +1,276 @@
+"""Certificates: which backend passed its check on which device, with what, and when.
+
+`gdn-ops check` records its result, pass or fail. With GDN_OPS_REQUIRE_CERTIFIED=1, "auto" passes
+over a backend of compiled kernels that holds no certificate for the device of a call: what a
+compiler makes of a kernel on one machine says nothing about another. A certificate counts for
+the very driver, packages and source it was issued for. The file is read once per process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from gdn_ops.call.bind import Call
+from gdn_ops.dispatch.backend import Backend
+from gdn_ops.dispatch.reasons import vetoes
+from gdn_ops.environment.provenance import circumstances, device_name
+
+REQUIRED = os.environ.get("GDN_OPS_REQUIRE_CERTIFIED", "") == "1"
+"""Whether "auto" passes over uncertified backends of compiled kernels. Read at import."""
+
+SCHEMA = 1
+"""Version of the file's layout; a file of another one is ignored."""
+
+KEPT = 16
+"""Certificates kept per backend and device, one per combination of driver, packages, source."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The result of one check.
+
+    Attributes:
+        backend: its name.
+        device: name of the device that ran the calls, "NVIDIA H200".
+        built_with: what the result depends on, by name: driver, torch, gdn_ops, the packages
+            that the backend requires, and the hash of its source.
+        passed: whether every subject passed.
+        examples: how many calls were judged.
+        seconds: how long it took.
+        seed: of the random calls.
+        date: UTC day, ISO 8601.
+    """
+
+    backend: str
+    device: str
+    built_with: dict[str, str]
+    passed: bool
+    examples: int
+    seconds: float
+    seed: int
+    date: str
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder: GDN_OPS_CACHE, or gdn_ops in the XDG cache."""
+    own = os.environ.get("GDN_OPS_CACHE")
+    if own:
+        return Path(own).expanduser()
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "gdn_ops"
+
+
+def certificates_path() -> Path:
+    """Return where certificates are kept."""
+    return cache_folder() / "certificates.json"
+
+
+def read_certificates() -> list[Certificate]:
+    """Return every recorded result, newest last.
+
+    A file that cannot be read as certificates is ignored, with a warning.
+    """
+    path = certificates_path()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        return _ignored(path, error)
+    try:
+        data = json.loads(text)
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"schema is {data['schema']}, should be {SCHEMA}")
+        return [_checked(row) for row in data["certificates"]]
+    except (ValueError, TypeError, KeyError) as error:
+        return _ignored(path, error)
+
+
+def _checked(row: dict[str, object]) -> Certificate:
+    """Return a certificate whose every field has the type that it is declared with."""
+    found = Certificate(**row)  # type: ignore[arg-type]
+    kinds = {"passed": bool, "examples": int, "seconds": (int, float), "seed": int}
+    kinds |= {"built_with": dict}
+    for field in fields(found):
+        value = getattr(found, field.name)
+        if not isinstance(value, kinds.get(field.name, str)):  # type: ignore[arg-type]
+            raise TypeError(f"{field.name} is {value!r}")
+    return found
+
+
+def _ignored(path: Path, error: Exception) -> list[Certificate]:
+    text = f"{type(error).__name__}: {error}"
+    warnings.warn(
+        f"{path} holds no certificates and is ignored ({text}); the next check replaces it",
+        stacklevel=3,
+    )
+    return []
+
+
+def record(result: Certificate) -> Path:
+    """Write a result, in place of an older one for the same circumstances.
+
+    So a failed check revokes the certificate of a passed one.
+
+    Args:
+        result: what `gdn-ops check` found.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: the cache folder cannot be written.
+    """
+    kept = [c for c in read_certificates() if _key(c) != _key(result)]
+    same = [c for c in kept if (c.backend, c.device) == (result.backend, result.device)]
+    for old in same[: max(0, len(same) - KEPT + 1)]:
+        kept.remove(old)
+    return _write([*kept, result])
+
+
+def suspend(cls: type[Backend], device: str) -> None:
+    """Take back what is certified for a backend on a torch device as it is now.
+
+    Done before a check, whose result is recorded after it: a kernel that ends the process, or
+    that hangs until somebody ends it, so loses its certificate.
+    """
+    found = read_certificates()
+    here, name = circumstances(cls, device), device_name(device)
+    kept = [c for c in found if not (c.passed and _key(c) == (cls.name, name, here))]
+    if len(kept) < len(found):
+        _write(kept)
+
+
+def _write(certificates: Iterable[Certificate]) -> Path:
+    """Replace the file; a reader sees the old one or the new one, and never a part."""
+    path = certificates_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(c) for c in certificates]
+    handle, name = tempfile.mkstemp(prefix=".certificates-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"schema": SCHEMA, "certificates": rows}, file, indent=2)
+            file.write("\n")
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _reasons.clear()
+    return path
+
+
+def _key(c: Certificate) -> tuple[str, str, dict[str, str]]:
+    return c.backend, c.device, c.built_with
+
+
+def issue(
+    cls: type[Backend], device: str, *, passed: bool, examples: int, seconds: float, seed: int
+) -> Certificate:
+    """Return the result of a check that ran here and now."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    here = circumstances(cls, device)
+    return Certificate(
+        cls.name, device_name(device), here, passed, examples, round(seconds, 1), seed, today
+    )
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is known of a backend on a device.
+
+    Attributes:
+        state: "certified", "failed", "stale" or "none".
+        date: of the check; empty for "none".
+        changed: what is other than it was then, for "stale".
+    """
+
+    state: str
+    date: str = ""
+    changed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.state == "none":
+            return "not certified"
+        if self.state == "stale":
+            return f"stale, certified on {self.date}: {', '.join(self.changed)}"
+        return f"{self.state} on {self.date}"
+
+
+def standing(
+    cls: type[Backend], device: str, known: Iterable[Certificate] | None = None
+) -> Standing:
+    """Return what the recorded certificates say of a backend on a torch device.
+
+    Args:
+        cls: the backend.
+        device: torch device; its name is looked up, so that two equal GPUs share one.
+        known: certificates, read from the file by default.
+    """
+    name = device_name(device)
+    found = read_certificates() if known is None else known
+    own = [c for c in found if (c.backend, c.device) == (cls.name, name)]
+    if not own:
+        return Standing("none")
+    here = circumstances(cls, device)
+    for c in own:
+        if c.built_with == here:
+            return Standing("certified" if c.passed else "failed", c.date)
+    passed = [c for c in own if c.passed]
+    if not passed:
+        return Standing("none")
+    return Standing("stale", passed[-1].date, _changes(passed[-1].built_with, here))
+
+
+def _changes(then: dict[str, str], now: dict[str, str]) -> tuple[str, ...]:
+    found = []
+    for key in sorted(then.keys() | now.keys()):
+        old, new = then.get(key, "absent"), now.get(key, "absent")
+        if old != new:
+            found.append("its source changed" if key == "source" else f"{key} {old} is now {new}")
+    return tuple(found)
+
+
+_reasons: dict[tuple[type[Backend], str], str | None] = {}
+
+
+def reason_against(cls: type[Backend], device: str) -> str | None:
+    """Return why "auto" may not choose a backend on a torch device, or None if it may.
+
+    The answer is remembered: no call but the first reads a file.
+    """
+    key = (cls, device)
+    if key not in _reasons:
+        _reasons[key] = _reason_against(cls, device)
+    return _reasons[key]
+
+
+def _reason_against(cls: type[Backend], device: str) -> str | None:
+    found, name = standing(cls, device), device_name(device)
+    if found.state == "certified":
+        return None
+    packages = cls.requires or ("gdn_ops",)
+    here = circumstances(cls, device)
+    versions = ", ".join(f"{package} {here[package]}" for package in packages)
+    cure = f"run gdn-ops check --backend {cls.name}"
+    if found.state == "failed":
+        return f"failed its check on {name} with {versions} on {found.date}: {cure}"
+    if found.state == "stale":
+        return f"its certificate for {name} is stale ({', '.join(found.changed)}): {cure}"
+    return f"not certified on {name} with {versions}: {cure}"
+
+
+def veto(backend: Backend, call: Call) -> str | None:
+    """Return the reason against an uncertified backend of compiled kernels where one is wanted."""
+    if not (REQUIRED and backend.kernels):
+        return None
+    return reason_against(type(backend), str(call.device))
+
+
+vetoes.append(veto)

@@ -1,0 +1,28 @@
+"""List the devices and threads that torch computes with."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+from gdn_ops.environment.provenance import cpu_model
+
+
+def devices() -> list[dict[str, str]]:
+    """Return every device torch can use: its type, name and capability."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = [{"device": "cpu", "name": cpu_model(), "capability": capability}]
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        name = torch.cuda.get_device_name(i)
+        found.append({"device": f"cuda:{i}", "name": name, "capability": f"sm{major}{minor}"})
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "name": platform.processor(), "capability": ""})
+    return found
+
+
+def threads() -> dict[str, int]:
+    """Return the cores of the machine and the threads torch computes with."""
+    return {"cores": os.cpu_count() or 1, "torch": torch.get_num_threads()}

@@ -1,0 +1,110 @@
+"""Where a result comes from: the device, the driver, the packages and the source behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from gdn_ops.dispatch.backend import Backend, installed_version
+
+
+def cpu_model() -> str:
+    """Return the processor's name as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    """Return what a torch device is: the GPU's name, or the processor's."""
+    if device.partition(":")[0] == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    return cpu_model()
+
+
+def driver_version() -> str | None:
+    """Return the version of the GPU driver, or None where there is none."""
+    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        if Path(path).is_file():
+            # NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.03  Tue ...
+            words = Path(path).read_text().split()
+            found = [w for w in words if w[:1].isdigit() and "." in w]
+            if found:
+                return found[0]
+    if not torch.cuda.is_available():
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.split("\n")[0].strip() or None
+
+
+def package_version(package: str) -> str:
+    """Return the version of an importable package, whatever distribution brings it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        module = importlib.import_module(package)
+        return str(getattr(module, "__version__", "unknown"))
+
+
+def _source_files(module: ModuleType) -> list[Path]:
+    """Return the files of a module: of its whole folder if it is, or is in, a package."""
+    name = module.__name__
+    # Each file or folder of gdn_ops.backends is a backend; elsewhere a top package is one.
+    depth = 3 if name.startswith("gdn_ops.backends.") else 1
+    top = sys.modules.get(".".join(name.split(".")[:depth]), module)
+    if top.__name__ == "gdn_ops":
+        top = module
+    path = getattr(top, "__file__", None)
+    if path is None:
+        return []
+    if not hasattr(top, "__path__"):
+        return [Path(path)]
+    found = Path(path).parent.rglob("*")
+    return sorted(p for p in found if p.is_file() and "__pycache__" not in p.parts)
+
+
+def source_hash(cls: type[Backend]) -> str:
+    """Return 16 hex digits of the SHA-256 over the source of a backend and of what it derives from.
+
+    "unknown" for a class that was not read from a file.
+    """
+    digest = hashlib.sha256()
+    files: dict[Path, str] = {}
+    for base in cls.__mro__:
+        module = sys.modules.get(base.__module__)
+        if module is None or base is Backend or not issubclass(base, Backend):
+            continue
+        found = _source_files(module)
+        root = found[0].parent if found else None
+        files |= {p: f"{base.__module__}:{p.relative_to(root)}" for p in found if root is not None}
+    for path, name in sorted(files.items(), key=lambda item: item[1]):
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16] if files else "unknown"
+
+
+def circumstances(cls: type[Backend], device: str) -> dict[str, str]:
+    """Return what a result of a backend on a torch device depends on, by name."""
+    found = {"torch": torch.__version__, "gdn_ops": installed_version("gdn_ops") or "unknown"}
+    found |= {package: package_version(package) for package in cls.requires}
+    if cls.distribution not in found:
+        found[cls.distribution] = installed_version(cls.distribution) or "unknown"
+    if device.partition(":")[0] == "cuda":
+        found["driver"] = driver_version() or "unknown"
+    return {**found, **cls.tools(device), "source": source_hash(cls)}

@@ -1,0 +1,75 @@
+"""List installed versions, and compare them with those the tests ran with: `data/tested.json`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from importlib import resources
+
+import torch
+
+from gdn_ops._version import __version__, version_key
+
+PAGE = "docs/versions.md"
+OPTIONAL_PACKAGES = (
+    "numpy",
+    "triton",
+    "tilelang",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "transformers",
+    "hypothesis",
+    "matplotlib",
+)
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Return versions by name; None for an optional package that is not installed."""
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gdn_ops": __version__,
+    }
+    for name in OPTIONAL_PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def tested_ranges() -> dict[str, tuple[str, str]]:
+    """Return the oldest and the newest version of each package that the tests passed with."""
+    text = resources.files("gdn_ops").joinpath("data", "tested.json").read_text(encoding="utf-8")
+    return {name: (low, high) for name, (low, high) in json.loads(text)["packages"].items()}
+
+
+def warnings(
+    installed: Mapping[str, str | None], ranges: Mapping[str, tuple[str, str]] | None = None
+) -> list[str]:
+    """Return a line for each installed version that is older or newer than what was tested.
+
+    Args:
+        installed: versions by name; None for what is not installed.
+        ranges: the oldest and the newest tested version by name; those of the package without.
+    """
+    lines = []
+    for name, (low, high) in (tested_ranges() if ranges is None else ranges).items():
+        version = installed.get(name)
+        if version is None:
+            continue
+        if name == "python":
+            # Releases of one Python differ in repairs only.
+            version = ".".join(version.split(".")[:2])
+        if version_key(version) > version_key(high):
+            lines.append(
+                f"{name} {version} is newer than {high}, the newest that was tested: {PAGE}"
+            )
+        elif version_key(version) < version_key(low):
+            lines.append(
+                f"{name} {version} is older than {low}, the oldest that was tested: {PAGE}"
+            )
+    return lines

@@ -1,0 +1,1 @@
+"""Support kernel backends: tables of configurations, recorded launches, host memory."""

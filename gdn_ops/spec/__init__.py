@@ -1,0 +1,1 @@
+"""Describe an op as data: its language, its values, its documentation."""

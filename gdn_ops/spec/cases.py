@@ -1,0 +1,71 @@
+"""What the ops cost at least, and the named workloads of tests, benchmarks and tuning."""
+
+from __future__ import annotations
+
+from gdn_ops.spec.language import Case, Sizes
+
+
+def forward_flops(s: Sizes, chunk: int) -> float:
+    """Return flops of the chunkwise form (docs/math.md §3), a multiply-add counted as two.
+
+    Per token and value head: K S, Q S and K^T U cost 6 K V; T (.) and P U cost 2 C V each,
+    half of them above the diagonal and not needed, so 2 C V together. Per token and key
+    head: K K^T and Q K^T, likewise halved, 2 C K together. The solve costs C² / 3 a row.
+    """
+    per_value_head = 6 * s.K * s.V + 2 * chunk * s.V + chunk * chunk / 3
+    per_key_head = 2 * chunk * s.K
+    return float(s.B * s.T * (s.HV * per_value_head + s.H * per_key_head))
+
+
+def forward_bytes(s: Sizes, element: int) -> float:
+    """Return bytes that must cross memory: q, k, v, o once, gates in float32, the states."""
+    activations = element * s.B * s.T * (2 * s.H * s.K + 2 * s.HV * s.V)
+    gates = 4 * 2 * s.B * s.T * s.HV
+    return float(activations + gates + state_bytes(s))
+
+
+def state_bytes(s: Sizes) -> float:
+    """Return bytes of the float32 states."""
+    return float(4 * s.N * s.HV * s.K * s.V)
+
+
+def step_flops(s: Sizes, chunk: int) -> float:
+    """Return flops of the recurrence: a token is K V of decay, S^T k, k u^T and S^T q at 2 K V."""
+    return float(s.B * s.T * s.HV * 7 * s.K * s.V)
+
+
+def step_bytes(s: Sizes, element: int) -> float:
+    """Return bytes of a step: the float32 state read and written once, and the tokens."""
+    tokens = element * s.B * s.T * (2 * s.H * s.K + 2 * s.HV * s.V) + 8 * s.B * s.T * s.HV
+    return float(2 * state_bytes(s) + tokens)
+
+
+def _case(
+    name: str, b: int, t: int, h: int, hv: int, k: int, v: int, source: str, dtype: str = "bfloat16"
+) -> Case:
+    return Case(name, Sizes(b, t, h, hv, k, v, b), source, dtype)
+
+
+_QWEN = "Qwen3.5 / Qwen3-Next linear-attention layer"
+CASES = (
+    _case("tiny", 2, 100, 2, 4, 32, 48, "smoke tests", "float32"),
+    *(_case(f"qwen-16-32-{t}", 1, t, 16, 32, 128, 128, _QWEN) for t in (2048, 4096, 8192, 16384)),
+    *(_case(f"qwen-16-48-{t}", 1, t, 16, 48, 128, 128, _QWEN) for t in (2048, 8192)),
+    *(_case(f"qwen-16-64-{t}", 1, t, 16, 64, 128, 128, _QWEN) for t in (2048, 8192, 32768)),
+    _case("olmo-hybrid-2048", 1, 2048, 30, 30, 96, 192, "OLMo-Hybrid linear-attention layer"),
+    _case("olmo-hybrid-8192", 1, 8192, 30, 30, 96, 192, "OLMo-Hybrid linear-attention layer"),
+    _case("paper-400m-2048", 1, 2048, 9, 9, 128, 256, "Gated DeltaNet 0.4B of the paper"),
+)
+
+STEP_CASES = (
+    _case("tiny-step", 2, 1, 2, 4, 32, 48, "smoke tests", "float32"),
+    *(_case(f"qwen-16-32-step-b{b}", b, 1, 16, 32, 128, 128, _QWEN) for b in (1, 8)),
+    _case("olmo-hybrid-step", 1, 1, 30, 30, 96, 192, "OLMo-Hybrid linear-attention layer"),
+)
+
+STEPS_CASES = (
+    _case("tiny-steps", 2, 3, 2, 4, 32, 48, "smoke tests", "float32"),
+    *(_case(f"qwen-16-32-steps4-b{b}", b, 4, 16, 32, 128, 128, _QWEN) for b in (1, 8)),
+    _case("olmo-hybrid-steps4", 1, 4, 30, 30, 96, 192, "OLMo-Hybrid linear-attention layer"),
+)
+"""Drafts of a few tokens that speculative decoding verifies in one call."""

@@ -1,0 +1,114 @@
+"""Spec to prose: the public docstrings and the op's page in the documentation."""
+
+from __future__ import annotations
+
+from gdn_ops.spec.language import Attr, OpSpec, TensorArg, printed_shape
+
+_RETURNS = {
+    "gated_delta": (
+        "o, or (o, final_state) with return_state=True.",
+        "final_state is float32 (float64 for float64 inputs).",
+    ),
+    "gated_delta_step": (
+        "(o, state). state has the dtype of the given state, float32 if none was given;",
+        "with inplace=True it is the given tensor.",
+    ),
+    "gated_delta_steps": (
+        "(o, state), or (o, state, states) with return_states=True. state and states have the",
+        "dtype of the given state, float32 if none was given; between tokens the state stays in",
+        "float32. With inplace=True state is the given tensor. To go back to after n tokens, take",
+        "states[:, n - 1]. It is meant for a few tokens, up to 8; gated_delta is for more.",
+    ),
+}
+
+_RAISES = (
+    ("SpecError", "an argument breaks the specification; the text says which and how."),
+    ("BackendUnsupportedError", "the backend, or every backend, has a reason not to run it."),
+)
+
+
+def _dtypes(arg: TensorArg) -> str:
+    if arg.same_dtype_as:
+        return f"dtype of {arg.same_dtype_as}"
+    if arg.gate:
+        return "read as float32 (float64 for float64 inputs)"
+    return ", ".join(arg.dtypes)
+
+
+def argument_line(arg: TensorArg | Attr) -> str:
+    """Return what the documentation says of one argument."""
+    if isinstance(arg, Attr):
+        choices = f" One of {', '.join(map(str, arg.choices))}." if arg.choices else ""
+        return f"{arg.meaning}.{choices} Default {arg.default!r}."
+    domain = f", in {arg.domain}" if arg.domain else ""
+    default = " Default None." if arg.optional else ""
+    return f"{_shapes(arg)} {arg.meaning}; {_dtypes(arg)}{domain}.{default}"
+
+
+def _shapes(arg: TensorArg) -> str:
+    """Return the shape of an argument, and that of a pool where it may be one."""
+    if arg.pool_index is None:
+        return arg.shape
+    return f"{arg.shape}, or {printed_shape(arg.pool_axes)} with {arg.pool_index}:"
+
+
+def docstring(spec: OpSpec) -> str:
+    """Return the Google-style docstring of the public function of a spec."""
+    lines = [spec.summary, ""]
+    lines += [f"    {equation}" for equation in spec.equations]
+    lines += ["", "Value head h reads key head h // (HV / H).", "", "Args:"]
+    lines += [f"    {arg.name}: {argument_line(arg)}" for arg in spec.args]
+    lines += ["", "Returns:"]
+    lines += [f"    {line}" for line in _RETURNS[spec.name]]
+    lines += [f"    {output}: {output.meaning}." for output in spec.outputs]
+    lines += ["", "Raises:"]
+    lines += [f"    {name}: {when}" for name, when in _RAISES]
+    lines += ["", "Source:"]
+    lines += [f"    {source}" for source in spec.sources]
+    return "\n".join(lines) + "\n"
+
+
+def page(spec: OpSpec) -> str:
+    """Return the Markdown page of an op."""
+    lines = [f"# `{spec.name}`", "", spec.summary, "", "```text", *_signature(spec), "```", ""]
+    lines += ["## What it computes", "", "```text", *spec.equations, "```", ""]
+    lines += ["## Arguments", "", "| argument | shape | dtype | domain | meaning |"]
+    lines += ["|---|---|---|---|---|"]
+    for arg in spec.args:
+        if isinstance(arg, TensorArg):
+            cells = (_shapes(arg).rstrip(":"), _dtypes(arg), str(arg.domain or "any"), arg.meaning)
+        else:
+            allowed = ", ".join(f"`{c}`" for c in arg.choices) or "any"
+            cells = ("", arg.type.replace("|", "or"), allowed, arg.meaning)
+        default = "" if isinstance(arg, TensorArg) and not arg.optional else " (optional)"
+        lines.append(f"| `{arg.name}`{default} | " + " | ".join(cells) + " |")
+    lines += ["", "Axes:", ""]
+    lines += [f"- `{axis.name}`: {axis.meaning}" for axis in spec.axes if axis.name != "N1"]
+    lines += [f"- {constraint}" for constraint in spec.constraints]
+    lines += ["", "## Returns", "", " ".join(_RETURNS[spec.name]), ""]
+    lines += [f"- `{o.name}` ({', '.join(o.axes)}): {o.meaning}" for o in spec.outputs]
+    lines += ["", "## Rules", "", "| `rule=` | decay | erase | write | known as |"]
+    lines += ["|---|---|---|---|---|"]
+    for rule in spec.rules:
+        decay, erase = "alpha" if rule.has_decay else "1", "beta" if rule.has_erase else "0"
+        lines.append(f"| `{rule.name}` | {decay} | {erase} | beta | {rule.known_as} |")
+    lines += ["", "## Named workloads", ""]
+    lines += [
+        f"- `{case.name}`: {str(case).partition(': ')[2]} ({case.source})" for case in spec.cases
+    ]
+    lines += ["", "## Errors", ""]
+    lines += [f"- `{name}`: {when}" for name, when in _RAISES]
+    lines += ["", "## Sources", ""]
+    lines += [f"- {source}" for source in spec.sources]
+    return "\n".join(lines) + "\n"
+
+
+def _signature(spec: OpSpec) -> list[str]:
+    """Return the signature, an argument a line."""
+    lines = [f"{spec.name}("]
+    for name, default, keyword_only in spec.parameters():
+        if keyword_only and "    *," not in lines:
+            lines.append("    *,")
+        lines.append(f"    {name}," if default is ... else f"    {name}={default!r},")
+    outputs = ", ".join(str(output) for output in spec.outputs)
+    return [*lines, f") -> {outputs}"]

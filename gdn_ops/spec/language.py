@@ -1,0 +1,418 @@
+"""The language in which an op is specified: frozen values that validate and print themselves.
+
+An `OpSpec` is data. Argument checks, the torch.library schema, hypothesis strategies, the
+public docstring, the documentation page and the capability check are all derived from it,
+so that a fact about the op stands in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+
+FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One named tensor dimension, e.g. `T`, the number of tokens, with its smallest size."""
+
+    name: str
+    meaning: str
+    minimum: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.name.isidentifier(), f"axis name {self.name!r} is not an identifier")
+        _require(bool(self.meaning), f"axis {self.name} has no meaning")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A closed interval of allowed values; infinite ends are allowed."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        _require(self.low < self.high, f"interval [{self.low}, {self.high}] is empty")
+
+    def __str__(self) -> str:
+        return f"[{self.low:g}, {self.high:g}]"
+
+
+def printed_shape(axes: tuple[str, ...]) -> str:
+    """Return axes as they are printed: `(B, T, H, K)`, `(N+1,)`."""
+    printed = ["N+1" if axis == "N1" else axis for axis in axes]
+    return "(" + ", ".join(printed) + ("," if len(printed) == 1 else "") + ")"
+
+
+@dataclass(frozen=True)
+class TensorArg:
+    """One tensor argument.
+
+    Attributes:
+        name: argument name in the public signature.
+        axes: names of its dimensions, in order.
+        meaning: one line for the documentation.
+        dtypes: names of the allowed torch dtypes.
+        domain: allowed values, or None for every float.
+        optional: whether None is allowed.
+        differentiable: whether it has a gradient.
+        same_dtype_as: name of the argument whose dtype it must share, or None.
+        gate: whether it is a gate, that is, read in the compute dtype whatever it is stored in.
+        pool_index: name of the optional argument with which it is a pool, its first axis P.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    meaning: str
+    dtypes: tuple[str, ...] = FLOAT_DTYPES
+    domain: Interval | None = None
+    optional: bool = False
+    differentiable: bool = True
+    same_dtype_as: str | None = None
+    gate: bool = False
+    pool_index: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.name.isidentifier(), f"argument name {self.name!r} is not an identifier")
+        _require(len(set(self.axes)) == len(self.axes), f"{self.name} repeats an axis")
+        _require(bool(self.dtypes), f"{self.name} allows no dtype")
+        _require(bool(self.meaning), f"{self.name} has no meaning")
+
+    @property
+    def shape(self) -> str:
+        """The axes as they are printed: `(B, T, H, K)`, `(N+1,)`."""
+        return printed_shape(self.axes)
+
+    @property
+    def pool_axes(self) -> tuple[str, ...]:
+        """The axes of a pool: its slots come first, not the rows of the batch."""
+        return ("P", *self.axes[1:])
+
+    def __str__(self) -> str:
+        domain = f" in {self.domain}" if self.domain else ""
+        return f"{self.name} {self.shape}{domain}{' optional' if self.optional else ''}"
+
+
+@dataclass(frozen=True)
+class Attr:
+    """One argument that is not a tensor.
+
+    Attributes:
+        name: argument name in the public signature.
+        type: the annotation, as text: "str", "bool", "float | None", "int | None".
+        default: the default value.
+        meaning: one line for the documentation.
+        choices: the allowed values, or an empty tuple for any of the type.
+        schema: its type in a torch.library schema, or None where it is not part of the
+            operator (it then only shapes what the Python function does).
+    """
+
+    name: str
+    type: str
+    default: object
+    meaning: str
+    choices: tuple[object, ...] = ()
+    schema: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.name.isidentifier(), f"attribute name {self.name!r} is not an identifier")
+        _require(bool(self.meaning), f"{self.name} has no meaning")
+        _require(
+            not self.choices or self.default in self.choices,
+            f"default of {self.name} is {self.default!r}, not one of {self.choices}",
+        )
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.default!r}"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One result.
+
+    Attributes:
+        name: its name in schema and documentation.
+        axes: names of its dimensions.
+        dtype: "like:NAME" for the dtype of an argument, "compute" for float32 (float64
+            when q is float64).
+        meaning: one line for the documentation.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    dtype: str
+    meaning: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(self.axes)})"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One member of the family, as a lowering onto u_t = w_t v_t - e_t S'^T k_t (docs/math.md §2).
+
+    Attributes:
+        name: value of `rule=`.
+        has_decay: whether alpha is read (otherwise it is 1).
+        has_erase: whether the erase strength is beta (otherwise 0). Write is always beta.
+        known_as: names in the literature.
+    """
+
+    name: str
+    has_decay: bool
+    has_erase: bool
+    known_as: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a backend can run, as data; `gdn_ops.dispatch.reasons` turns it into text.
+
+    Attributes:
+        devices: device types it runs on.
+        emulated_devices: device types on which it runs for checking only, when pinned.
+        dtypes: dtypes of q, k, v.
+        state_dtypes: dtypes of the state of the step.
+        head_dims: the allowed K and V, or None for all.
+        head_dim_multiple: K and V must be multiples of this.
+        rules: names of the rules.
+        ops: names of the ops.
+        grad: whether it has gradients.
+        second_grad: whether gradients of gradients exist.
+        varlen: whether cu_seqlens is supported.
+        chunk_sizes: allowed chunk_size, or None for all.
+        min_capability: lowest CUDA capability, or None.
+        pools: whether its decode ops read `state_indices` themselves. It is no reason against a
+            call: for any other backend the rows of a pool are gathered and scattered.
+    """
+
+    devices: tuple[str, ...]
+    emulated_devices: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = FLOAT_DTYPES
+    state_dtypes: tuple[str, ...] = FLOAT_DTYPES
+    head_dims: range | tuple[int, ...] | None = None
+    head_dim_multiple: int = 1
+    rules: tuple[str, ...] = ("gated_delta", "delta", "gated", "linear")
+    ops: tuple[str, ...] = ("gated_delta", "gated_delta_step", "gated_delta_steps")
+    grad: bool = True
+    second_grad: bool = False
+    varlen: bool = True
+    chunk_sizes: range | tuple[int, ...] | None = None
+    min_capability: tuple[int, int] | None = None
+    pools: bool = False
+
+    def __post_init__(self) -> None:
+        _require(bool(self.devices), "limits name no device")
+        _require(set(self.dtypes) <= set(FLOAT_DTYPES), f"limits name unknown dtypes {self.dtypes}")
+        _require(self.head_dim_multiple >= 1, "head_dim_multiple is below 1")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The value of every axis in one call. N is the number of sequences."""
+
+    B: int
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    N: int
+
+    @property
+    def R(self) -> int:
+        """Value heads per key head."""
+        return self.HV // self.H if self.H else 1
+
+
+@dataclass(frozen=True)
+class Multiple:
+    """The constraint that one axis is a multiple of another.
+
+    Attributes:
+        axis: the axis that must be a multiple.
+        of: the axis that must divide it.
+        holder: the argument that an error names.
+        meaning: what `axis` counts, for the error text.
+    """
+
+    axis: str
+    of: str
+    holder: str
+    meaning: str
+
+    def __str__(self) -> str:
+        return f"{self.axis} is a multiple of {self.of}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named real workload for tests, benchmarks and tuning."""
+
+    name: str
+    sizes: Sizes
+    source: str
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        s = self.sizes
+        return f"{self.name}: B={s.B} T={s.T} H/HV={s.H}/{s.HV} K={s.K} V={s.V}"
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What a call must at least do, as functions of the axes.
+
+    Attributes:
+        flops: floating-point operations of the chunkwise forward, from sizes and chunk length.
+        bytes: unavoidable memory traffic of the forward, from sizes and bytes per element.
+        state_bytes: size of the float32 state.
+    """
+
+    flops: Callable[[Sizes, int], float]
+    bytes: Callable[[Sizes, int], float]
+    state_bytes: Callable[[Sizes], float]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op: everything that the rest of the library derives its behaviour from.
+
+    Attributes:
+        name: the op's name, in Python and in torch.library.
+        summary: first line of the docstring.
+        axes: every axis that an argument or output names.
+        args: every argument, tensors and attributes, in the order of the public signature.
+        outputs: the results.
+        keyword_only_from: the name of the first keyword-only argument.
+        rules: the family.
+        constraints: relations between axes.
+        equations: the recurrence, a line each.
+        sources: where it comes from.
+        cost: flops, bytes and state bytes.
+        cases: named workloads.
+    """
+
+    name: str
+    summary: str
+    axes: tuple[Axis, ...]
+    args: tuple[TensorArg | Attr, ...]
+    outputs: tuple[Output, ...]
+    keyword_only_from: str
+    rules: tuple[Rule, ...]
+    constraints: tuple[Multiple, ...]
+    equations: tuple[str, ...]
+    sources: tuple[str, ...]
+    cost: CostModel
+    cases: tuple[Case, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [arg.name for arg in self.args]
+        _require(len(set(names)) == len(names), f"{self.name} names an argument twice: {names}")
+        known = {axis.name for axis in self.axes}
+        shaped: tuple[TensorArg | Output, ...] = (*self.tensors, *self.outputs)
+        for arg in shaped:
+            unknown = set(arg.axes) - known
+            _require(not unknown, f"{self.name}: {arg.name} uses unknown axes {sorted(unknown)}")
+        for arg in self.tensors:
+            _require(
+                arg.same_dtype_as is None or arg.same_dtype_as in names,
+                f"{self.name}: {arg.name} takes its dtype from unknown {arg.same_dtype_as}",
+            )
+            _require(
+                arg.pool_index is None or arg.pool_index in names,
+                f"{self.name}: {arg.name} is indexed by unknown {arg.pool_index}",
+            )
+            _require(
+                arg.pool_index is None or "P" in known,
+                f"{self.name}: {arg.name} is a pool, but there is no axis P",
+            )
+        for constraint in self.constraints:
+            unknown = {constraint.axis, constraint.of} - known
+            _require(not unknown, f"{self.name}: {constraint} uses unknown axes {sorted(unknown)}")
+        for output in self.outputs:
+            kind, _, source = output.dtype.partition(":")
+            _require(
+                kind == "compute" or (kind == "like" and source in names),
+                f"{self.name}: output {output.name} has unknown dtype {output.dtype!r}",
+            )
+        _require(
+            self.keyword_only_from in names,
+            f"{self.name}: keyword_only_from={self.keyword_only_from!r} is no argument",
+        )
+        _require(bool(self.rules), f"{self.name} has no rule")
+        # Filled now: torch.compile cannot trace the lock that fills a cached property.
+        _ = self.attrs, self.tensor, self.rule, self.case, self.binding_order, self.bounded
+
+    @cached_property
+    def tensors(self) -> tuple[TensorArg, ...]:
+        """Tensor arguments, in public order."""
+        return tuple(arg for arg in self.args if isinstance(arg, TensorArg))
+
+    @cached_property
+    def binding_order(self) -> tuple[TensorArg, ...]:
+        """Tensor arguments, those that define an axis before those that only use it."""
+        return tuple(sorted(self.tensors, key=lambda arg: arg.axes[0] == "N"))
+
+    @cached_property
+    def bounded(self) -> tuple[tuple[TensorArg, Interval], ...]:
+        """Tensor arguments whose values have a domain, and it."""
+        return tuple((arg, arg.domain) for arg in self.tensors if arg.domain is not None)
+
+    @cached_property
+    def attrs(self) -> tuple[Attr, ...]:
+        """Arguments that are not tensors, in public order."""
+        return tuple(arg for arg in self.args if isinstance(arg, Attr))
+
+    @cached_property
+    def tensor(self) -> Mapping[str, TensorArg]:
+        """Tensor arguments by name."""
+        return MappingProxyType({arg.name: arg for arg in self.tensors})
+
+    @cached_property
+    def rule(self) -> Mapping[str, Rule]:
+        """Rules by name."""
+        return MappingProxyType({rule.name: rule for rule in self.rules})
+
+    @cached_property
+    def case(self) -> Mapping[str, Case]:
+        """Named workloads by name."""
+        return MappingProxyType({case.name: case for case in self.cases})
+
+    def parameters(self) -> tuple[tuple[str, object, bool], ...]:
+        """Return (name, default, keyword-only) of every argument, in public order.
+
+        A required argument has the default `...`.
+        """
+        first = [arg.name for arg in self.args].index(self.keyword_only_from)
+        return tuple((arg.name, _default(arg), i >= first) for i, arg in enumerate(self.args))
+
+    def __str__(self) -> str:
+        parts: list[str] = []
+        for name, default, keyword_only in self.parameters():
+            if keyword_only and "*" not in parts:
+                parts.append("*")
+            parts.append(name if default is ... else f"{name}={default!r}")
+        outputs = ", ".join(str(output) for output in self.outputs)
+        return f"{self.name}({', '.join(parts)}) -> {outputs}"
+
+
+def _default(arg: TensorArg | Attr) -> object:
+    if isinstance(arg, Attr):
+        return arg.default
+    return None if arg.optional else ...

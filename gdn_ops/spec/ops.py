@@ -1,0 +1,274 @@
+"""The ops of this library as values: the sequence op, the single step and a few steps at once.
+
+Everything that can be said about them as data is said here and nowhere else; what they cost
+and the named workloads stand in `workloads`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from gdn_ops.spec.cases import (
+    CASES,
+    STEP_CASES,
+    STEPS_CASES,
+    forward_bytes,
+    forward_flops,
+    state_bytes,
+    step_bytes,
+    step_flops,
+)
+from gdn_ops.spec.language import (
+    Attr,
+    Axis,
+    CostModel,
+    Interval,
+    Multiple,
+    OpSpec,
+    Output,
+    Rule,
+    TensorArg,
+)
+
+RULES = (
+    Rule("gated_delta", True, True, "Gated DeltaNet"),
+    Rule("delta", False, True, "DeltaNet"),
+    Rule("gated", True, False, "Mamba2's scalar-decay recurrence, simple GLA, RetNet"),
+    Rule("linear", False, False, "linear attention"),
+)
+
+_AXES = (
+    Axis("B", "batch rows"),
+    Axis("T", "tokens"),
+    Axis("H", "query/key heads", 1),
+    Axis("HV", "value heads; value head h reads key head h // (HV / H)", 1),
+    Axis("K", "key and query width", 1),
+    Axis("V", "value width", 1),
+    Axis("N", "sequences: B, or len(cu_seqlens) - 1"),
+    Axis("N1", "N + 1", 1),
+    Axis("P", "slots of a pool of states"),
+)
+
+
+def _axes(*names: str) -> tuple[Axis, ...]:
+    return tuple(axis for axis in _AXES if axis.name in names)
+
+
+_CONSTRAINTS = (Multiple("HV", "H", "v", "value heads"),)
+
+_EQUATIONS = (
+    "S' = alpha_t S_{t-1}",
+    "u_t = beta_t (v_t - S'^T k_t)",
+    "S_t = S' + k_t u_t^T",
+    "o_t = scale S_t^T q_t",
+)
+
+_SOURCES = (
+    "Yang, Kautz, Hatamizadeh: Gated Delta Networks, ICLR 2025, arXiv 2412.06464, eq. 10",
+    "Yang et al.: Parallelizing Linear Transformers with the Delta Rule, arXiv 2406.06484",
+)
+
+_ALPHA = "decay; exact 0 clears the memory, 1 keeps it"
+_LOG_ALPHA = "the same gate as a natural logarithm; -inf is an exact 0"
+_BETA = "write strength; 1 when not given"
+_RULE = Attr(
+    "rule",
+    "str",
+    "gated_delta",
+    "member of the family",
+    choices=tuple(rule.name for rule in RULES),
+    schema="str",
+)
+_SCALE = Attr(
+    "scale", "float | None", None, "factor on q; K ** -0.5 when not given", schema="float?"
+)
+_QK_L2NORM = Attr(
+    "qk_l2norm",
+    "bool",
+    False,
+    "divide q and k by sqrt(sum of squares + 1e-6) per head first",
+    schema="bool",
+)
+_BACKEND = Attr(
+    "backend", "str", "auto", 'backend name, or "auto" for the first that can', schema="str"
+)
+
+
+_STATE_INDICES = TensorArg(
+    "state_indices",
+    ("B",),
+    "slot of the pool `state` that a row reads and updates, a slot for at most one row; "
+    "-1 skips the row: its o is 0 and no slot changes",
+    dtypes=("int64", "int32"),
+    optional=True,
+    differentiable=False,
+)
+_INPLACE = Attr("inplace", "bool", False, "whether to update the state tensor instead of a copy")
+
+
+def _state(meaning: str) -> TensorArg:
+    """Return the state of a decode op, which may be a pool."""
+    axes = ("B", "HV", "K", "V")
+    return TensorArg("state", axes, meaning, optional=True, pool_index="state_indices")
+
+
+def _new_state(meaning: str) -> Output:
+    pool = "the whole pool (P, HV, K, V) with state_indices"
+    return Output("new_state", ("B", "HV", "K", "V"), "like:state", f"{meaning}; {pool}")
+
+
+def _gates(axes: tuple[str, ...]) -> tuple[TensorArg, TensorArg, TensorArg]:
+    """Return alpha, beta and log_alpha over the given axes."""
+    unit, strength = Interval(0.0, 1.0), Interval(0.0, 2.0)
+    return (
+        TensorArg("alpha", axes, _ALPHA, domain=unit, optional=True, gate=True),
+        TensorArg("beta", axes, _BETA, domain=strength, optional=True, gate=True),
+        TensorArg(
+            "log_alpha",
+            axes,
+            _LOG_ALPHA,
+            domain=Interval(-math.inf, 0.0),
+            optional=True,
+            gate=True,
+        ),
+    )
+
+
+_ALPHA_T, _BETA_T, _LOG_ALPHA_T = _gates(("B", "T", "HV"))
+
+GATED_DELTA = OpSpec(
+    name="gated_delta",
+    summary="Run the gated delta rule over whole sequences.",
+    axes=_axes("B", "T", "H", "HV", "K", "V", "N", "N1"),
+    args=(
+        TensorArg("q", ("B", "T", "H", "K"), "queries"),
+        TensorArg("k", ("B", "T", "H", "K"), "keys", same_dtype_as="q"),
+        TensorArg("v", ("B", "T", "HV", "V"), "values", same_dtype_as="q"),
+        _ALPHA_T,
+        _BETA_T,
+        _LOG_ALPHA_T,
+        _RULE,
+        _SCALE,
+        _QK_L2NORM,
+        TensorArg(
+            "initial_state",
+            ("N", "HV", "K", "V"),
+            "memory before the first token; zeros when not given",
+            optional=True,
+        ),
+        Attr("return_state", "bool", False, "whether to return the final state too"),
+        TensorArg(
+            "cu_seqlens",
+            ("N1",),
+            "boundaries of N sequences packed along T (then B = 1): 0, ..., T",
+            dtypes=("int64", "int32"),
+            optional=True,
+            differentiable=False,
+        ),
+        Attr(
+            "chunk_size",
+            "int | None",
+            None,
+            "tokens per chunk of the chunkwise form; the backend's choice when not given",
+            schema="int?",
+        ),
+        _BACKEND,
+    ),
+    outputs=(
+        Output("o", ("B", "T", "HV", "V"), "like:v", "what the memory answers to each query"),
+        Output("final_state", ("N", "HV", "K", "V"), "compute", "memory after the last token"),
+    ),
+    keyword_only_from="log_alpha",
+    rules=RULES,
+    constraints=_CONSTRAINTS,
+    equations=_EQUATIONS,
+    sources=_SOURCES,
+    cost=CostModel(forward_flops, forward_bytes, state_bytes),
+    cases=CASES,
+)
+
+_ALPHA_1, _BETA_1, _LOG_ALPHA_1 = _gates(("B", "HV"))
+
+GATED_DELTA_STEP = OpSpec(
+    name="gated_delta_step",
+    summary="Run the gated delta rule for one token per row.",
+    axes=_axes("B", "H", "HV", "K", "V", "P"),
+    args=(
+        TensorArg("q", ("B", "H", "K"), "query"),
+        TensorArg("k", ("B", "H", "K"), "key", same_dtype_as="q"),
+        TensorArg("v", ("B", "HV", "V"), "value", same_dtype_as="q"),
+        _ALPHA_1,
+        _BETA_1,
+        _state("memory before the token; zeros when not given"),
+        _LOG_ALPHA_1,
+        _RULE,
+        _SCALE,
+        _QK_L2NORM,
+        _STATE_INDICES,
+        _INPLACE,
+        _BACKEND,
+    ),
+    outputs=(
+        Output("o", ("B", "HV", "V"), "like:v", "what the memory answers to the query"),
+        _new_state("memory after the token"),
+    ),
+    keyword_only_from="log_alpha",
+    rules=RULES,
+    constraints=_CONSTRAINTS,
+    equations=_EQUATIONS,
+    sources=_SOURCES,
+    cost=CostModel(step_flops, step_bytes, state_bytes),
+    cases=STEP_CASES,
+)
+
+GATED_DELTA_STEPS = OpSpec(
+    name="gated_delta_steps",
+    summary="Run the gated delta rule for a few tokens per row, and keep the state after each.",
+    axes=_axes("B", "T", "H", "HV", "K", "V", "P"),
+    # For decoding: no argument has a gradient.
+    args=tuple(
+        replace(arg, differentiable=False) if isinstance(arg, TensorArg) else arg
+        for arg in (
+            TensorArg("q", ("B", "T", "H", "K"), "queries"),
+            TensorArg("k", ("B", "T", "H", "K"), "keys", same_dtype_as="q"),
+            TensorArg("v", ("B", "T", "HV", "V"), "values", same_dtype_as="q"),
+            _ALPHA_T,
+            _BETA_T,
+            _state("memory before the first token; zeros when not given"),
+            _LOG_ALPHA_T,
+            _RULE,
+            _SCALE,
+            _QK_L2NORM,
+            _STATE_INDICES,
+            _INPLACE,
+            Attr(
+                "return_states",
+                "bool",
+                False,
+                "whether to return the state after every token too",
+                schema="bool",
+            ),
+            _BACKEND,
+        )
+    ),
+    outputs=(
+        Output("o", ("B", "T", "HV", "V"), "like:v", "what the memory answers to each query"),
+        _new_state("memory after the last token"),
+        Output(
+            "states",
+            ("B", "T", "HV", "K", "V"),
+            "like:state",
+            "memory after every token, 0 in rows that are skipped",
+        ),
+    ),
+    keyword_only_from="log_alpha",
+    rules=RULES,
+    constraints=_CONSTRAINTS,
+    equations=_EQUATIONS,
+    sources=_SOURCES,
+    cost=CostModel(step_flops, step_bytes, state_bytes),
+    cases=STEPS_CASES,
+)
+
+OPS = (GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS)

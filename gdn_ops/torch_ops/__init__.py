@@ -1,0 +1,1 @@
+"""Register the ops with PyTorch, and trace them."""
