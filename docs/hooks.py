@@ -46,10 +46,8 @@ def laws_table() -> str:
 
     rows = ["| §8 | function | law |", "|---|---|---|"]
     for law in LAWS:
-        head, _, text = (law.__doc__ or "").strip().splitlines()[0].partition(": ")
-        number, name = head.removeprefix("Law "), getattr(law, "__name__", "")
-        shown = html.escape(text, quote=False).replace("|", "\\|")
-        rows.append(f"| {number} | `{name}` | {shown} |")
+        shown = html.escape(law.text, quote=False).replace("|", "\\|")
+        rows.append(f"| {law.number} | `{law.name}` | {shown} |")
     return "\n".join(rows)
 
 

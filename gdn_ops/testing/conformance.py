@@ -19,11 +19,10 @@ from hypothesis.errors import FlakyFailure
 import gdn_ops
 from gdn_ops.dispatch.registry import Backend, get_backend
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
-from gdn_ops.testing.decode_laws import DECODE_LAWS
 from gdn_ops.testing.example import Example, device_code
-from gdn_ops.testing.laws import LAWS, OPS_OF_LAWS, RULES_OF_LAWS
+from gdn_ops.testing.laws import LAWS
 from gdn_ops.testing.oracle import Verdict, examples_on, judge
-from gdn_ops.testing.runs import Law
+from gdn_ops.testing.runs import Check, Law
 from gdn_ops.testing.strategies import SHAPE_CLASSES, calls, widths
 
 EXAMPLES_PER_ROUND = 10
@@ -41,13 +40,13 @@ class Subject:
         name: as printed, a sentence.
         judge: from a backend's name and an example to a verdict.
         options: passed to `strategies.calls`.
-        law: the law's function name, for the code that reproduces a failure.
+        law: the law that judges, if it is one.
     """
 
     name: str
-    judge: Law
+    judge: Check
     options: tuple[tuple[str, Any], ...] = ()
-    law: str | None = None
+    law: Law | None = None
 
     def code(self, backend: str, example: Example) -> str:
         """Return the code that repeats this judgement."""
@@ -55,8 +54,8 @@ class Subject:
             return example.code(backend)
         return (
             f"{device_code()}from gdn_ops.testing import Example\n"
-            f"from gdn_ops.testing.laws import {self.law}\n"
-            f"print({self.law}({backend!r}, {example!r}))"
+            f"from gdn_ops.testing.laws import {self.law.name}\n"
+            f"print({self.law.name}({backend!r}, {example!r}))"
         )
 
     def verify(self, backend: str, example: Example) -> Verdict:
@@ -162,33 +161,14 @@ def subjects(backend: Backend) -> tuple[Subject, ...]:
             Subject("so they do for packed sequences", forward_and_gradients, (("varlen", True),))
         )
     for law in LAWS:
-        name = getattr(law, "__name__", "")
-        if not set(RULES_OF_LAWS.get(name, ())) <= set(limits.rules):
-            continue
-        if OPS_OF_LAWS.get(name, "gated_delta") not in limits.ops:
-            continue
-        if not limits.varlen and "packing" in name:
-            continue
-        if not limits.grad and name in _LAWS_OF_GRADIENTS:
-            continue
-        if "float64" not in limits.dtypes and name == "one_scalar_checks_a_whole_backward":
-            continue
-        options = (("decode", True),) if law in DECODE_LAWS else ()
-        rows.append(Subject(name.replace("_", " "), law, options, law=name))
+        if law.concerns(limits):
+            options = (("decode", True),) if law.draws_decode else ()
+            rows.append(Subject(law.name.replace("_", " "), law.check, options, law))
     if limits.second_grad and "float64" in limits.dtypes:
         small = (("dtypes", ("float64",)), ("max_tokens", 3), ("shape_classes", _TINY))
-        rows.append(
-            Subject("second derivatives exist and are right", second_derivatives, small, law=None)
-        )
+        rows.append(Subject("second derivatives exist and are right", second_derivatives, small))
     return tuple(rows)
 
-
-_LAWS_OF_GRADIENTS = (
-    "a_reset_forgets_the_past",
-    "grouping_equals_repeated_heads",
-    "one_scalar_checks_a_whole_backward",
-    "delta_is_gated_delta_without_decay",
-)
 
 _TINY = (
     {"B": 1, "H": 1, "R": 2, "K": 2, "V": 3, "scale": None, "chunk_size": None},

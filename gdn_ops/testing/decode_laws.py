@@ -13,7 +13,7 @@ import gdn_ops
 from gdn_ops.call.numerics import compute_dtype
 from gdn_ops.testing.example import Example
 from gdn_ops.testing.oracle import Judgement, Verdict, judgement, judgement_of, unit_roundoff, worst
-from gdn_ops.testing.runs import Law, compare, single, token_slice, without_sequences
+from gdn_ops.testing.runs import compare, single, token_slice, without_sequences
 
 
 def single_steps_equal_one_prefill(backend: str, example: Example) -> Verdict:
@@ -262,10 +262,3 @@ def _judged_results(
         start = torch.zeros_like(new) if call.state is None else call.state
         same = _same_bits(new[live], start[live])
         yield Verdict(0.0 if same else float("inf"), "final_state", float(not same), 0.0)
-
-
-DECODE_LAWS: tuple[Law, ...] = (
-    a_pool_equals_separate_states,
-    steps_equal_one_step_after_another,
-)
-"""The laws that draw what only decode ops have: the dtype of the state, a pool, skipped rows."""

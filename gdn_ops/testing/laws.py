@@ -319,44 +319,28 @@ def orthogonal_keys_need_no_correction(backend: str, example: Example) -> Verdic
     return compare(example, results[0], results[1])
 
 
+_GRAD = frozenset({"grad"})
+
 LAWS: tuple[Law, ...] = (
-    two_segments_equal_one_run,
-    packing_equals_separate_calls,
-    padding_changes_nothing,
-    single_steps_equal_one_prefill,
-    an_in_place_step_equals_a_step,
-    a_pool_equals_separate_states,
-    steps_equal_one_step_after_another,
-    later_tokens_change_nothing_before,
-    a_reset_forgets_the_past,
-    alpha_one_beta_zero_leaves_the_state,
-    a_full_write_is_recalled_exactly,
-    a_reflection_keeps_the_norm,
-    a_rotation_changes_no_output,
-    the_output_is_linear_in_values_and_state,
-    grouping_equals_repeated_heads,
-    rows_of_a_batch_do_not_meet,
-    one_scalar_checks_a_whole_backward,
-    delta_is_one_step_of_gradient_descent,
-    delta_is_gated_delta_without_decay,
-    orthogonal_keys_need_no_correction,
+    Law(two_segments_equal_one_run),
+    Law(packing_equals_separate_calls, needs=frozenset({"varlen"})),
+    Law(padding_changes_nothing),
+    Law(single_steps_equal_one_prefill, op="gated_delta_step"),
+    Law(an_in_place_step_equals_a_step, op="gated_delta_step"),
+    Law(a_pool_equals_separate_states, op="gated_delta_step", draws_decode=True),
+    Law(steps_equal_one_step_after_another, op="gated_delta_steps", draws_decode=True),
+    Law(later_tokens_change_nothing_before),
+    Law(a_reset_forgets_the_past, rules=("gated_delta",), needs=_GRAD),
+    Law(alpha_one_beta_zero_leaves_the_state),
+    Law(a_full_write_is_recalled_exactly, rules=("gated_delta",)),
+    Law(a_reflection_keeps_the_norm, rules=("gated_delta",)),
+    Law(a_rotation_changes_no_output),
+    Law(the_output_is_linear_in_values_and_state),
+    Law(grouping_equals_repeated_heads, needs=_GRAD),
+    Law(rows_of_a_batch_do_not_meet),
+    Law(one_scalar_checks_a_whole_backward, needs=_GRAD | {"float64"}),
+    Law(delta_is_one_step_of_gradient_descent, rules=("gated_delta",)),
+    Law(delta_is_gated_delta_without_decay, rules=("gated_delta", "delta"), needs=_GRAD),
+    Law(orthogonal_keys_need_no_correction, rules=("gated_delta", "gated")),
 )
 """Every law of docs/math.md §8."""
-
-RULES_OF_LAWS: dict[str, tuple[str, ...]] = {
-    "a_reset_forgets_the_past": ("gated_delta",),
-    "a_full_write_is_recalled_exactly": ("gated_delta",),
-    "a_reflection_keeps_the_norm": ("gated_delta",),
-    "delta_is_one_step_of_gradient_descent": ("gated_delta",),
-    "delta_is_gated_delta_without_decay": ("gated_delta", "delta"),
-    "orthogonal_keys_need_no_correction": ("gated_delta", "gated"),
-}
-"""The rules that a law needs, where it does not keep the drawn one."""
-
-OPS_OF_LAWS: dict[str, str] = {
-    "single_steps_equal_one_prefill": "gated_delta_step",
-    "an_in_place_step_equals_a_step": "gated_delta_step",
-    "a_pool_equals_separate_states": "gated_delta_step",
-    "steps_equal_one_step_after_another": "gated_delta_steps",
-}
-"""The op of a law that is about another one than `gated_delta`."""

@@ -1,18 +1,67 @@
-"""Calls cut, joined and compared: what the laws are written with."""
+"""Write laws: as values, and with calls that are cut, joined and compared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from gdn_ops.spec.language import Limits
 from gdn_ops.testing.example import Example, Results, run
 from gdn_ops.testing.oracle import Verdict, judgement
 
-Law = Callable[[str, Example], Verdict]
+Check = Callable[[str, Example], Verdict]
 """From a backend's name and an example to a verdict."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law of docs/math.md §8, and which backends it concerns.
+
+    Attributes:
+        check: judges a backend on an example. Its docstring begins with "Law", the number, ": "
+            and the law in a line.
+        rules: the rules it needs, where it does not keep the drawn one.
+        op: name of the op it is about.
+        needs: what a backend must have: "varlen", "grad", "float64".
+        draws_decode: whether it draws what only decode ops have: the dtype of the state, a pool,
+            skipped rows.
+    """
+
+    check: Check
+    rules: tuple[str, ...] = ()
+    op: str = "gated_delta"
+    needs: frozenset[str] = frozenset()
+    draws_decode: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return the name of its function."""
+        return self.check.__name__
+
+    @property
+    def number(self) -> str:
+        """Return its number in §8, with what distinguishes it from others of that number."""
+        return self._first_line()[0].removeprefix("Law ")
+
+    @property
+    def text(self) -> str:
+        """Return what it says, in a line."""
+        return self._first_line()[2]
+
+    def _first_line(self) -> tuple[str, str, str]:
+        return (self.check.__doc__ or "").strip().splitlines()[0].partition(": ")
+
+    def concerns(self, limits: Limits) -> bool:
+        """Return whether a backend with these limits must keep it."""
+        has = {"varlen": limits.varlen, "grad": limits.grad, "float64": "float64" in limits.dtypes}
+        return (
+            self.op in limits.ops
+            and set(self.rules) <= set(limits.rules)
+            and all(has[need] for need in self.needs)
+        )
 
 
 def without_sequences(example: Example) -> Example:

@@ -15,8 +15,12 @@ from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.spec.errors import BackendUnsupportedError
 from gdn_ops.spec.language import Limits
+from gdn_ops.testing.decode_laws import (
+    an_in_place_step_equals_a_step,
+    single_steps_equal_one_prefill,
+)
 from gdn_ops.testing.example import Example
-from gdn_ops.testing.laws import LAWS
+from gdn_ops.testing.laws import a_reset_forgets_the_past, rows_of_a_batch_do_not_meet
 from gdn_ops.testing.oracle import Verdict, examples_on, judge
 
 
@@ -30,18 +34,16 @@ def _outputs_and_gradients(backend: str, example: Example) -> Verdict:
     return judge(example, backend, isinstance(instance, Backend) and instance.limits.grad)
 
 
-_LAWS = {getattr(law, "__name__", ""): law for law in LAWS}
-
 CALLS: tuple[tuple[Callable[[str, Example], Verdict], Example], ...] = (
     (_outputs_and_gradients, _wide(T=150)),
     (_outputs_and_gradients, _wide(T=200, lengths=(70, 0, 1, 129))),
-    (_LAWS["single_steps_equal_one_prefill"], _wide(T=16)),
-    (_LAWS["an_in_place_step_equals_a_step"], _wide(B=3)),
+    (single_steps_equal_one_prefill, _wide(T=16)),
+    (an_in_place_step_equals_a_step, _wide(B=3)),
     (_outputs_and_gradients, _wide(T=129, gate="extreme", log_gate=False, keys="repeated")),
     (_outputs_and_gradients, _wide(B=2, T=65, gate="strong", beta="wide")),
     (_outputs_and_gradients, _wide(T=64, H=1, R=4, keys="parallel", strided=True)),
-    (_LAWS["rows_of_a_batch_do_not_meet"], _wide(B=3, T=70)),
-    (_LAWS["a_reset_forgets_the_past"], _wide(T=70)),
+    (rows_of_a_batch_do_not_meet, _wide(B=3, T=70)),
+    (a_reset_forgets_the_past, _wide(T=70)),
     (_outputs_and_gradients, _wide(T=70, dtype="float32")),
     (_outputs_and_gradients, _wide(T=70, K=96, V=192, R=1)),
 )
