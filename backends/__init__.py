@@ -1,1 +1,1 @@
-"""One file or folder per backend; each defines `BACKEND`, a subclass of `gdn_ops.Backend`."""
+"""Hold one module per backend; each defines `BACKEND`, a subclass of `gdn_ops.Backend`."""

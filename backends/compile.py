@@ -1,4 +1,4 @@
-"""The chunkwise form through torch.compile: the functions of the torch backend, fused.
+"""Run the chunkwise form through torch.compile, which fuses the torch backend's functions.
 
 One chunk is compiled, not a sequence: a new T never recompiles. Every shape class (rows x
 key heads, R, C, K, V, dtype, rule, zeros or not) has a compiled function of its own with
@@ -32,7 +32,7 @@ T=2048, where 32 and 64 are about equal; others: not measured."""
 
 
 class Compile(Torch):
-    """The torch backend's segment functions through torch.compile, one chunk at a time."""
+    """Run the torch backend's segment functions through torch.compile, one chunk at a time."""
 
     name = "compile"
     traceable_step = False
@@ -109,7 +109,7 @@ def _build(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _timed(function: Callable[..., Any], name: str, shapes: tuple[Any, ...]) -> Callable[..., Any]:
-    """Log the seconds of the first call, which compiles."""
+    """Wrap a compiled function so that it logs the seconds of its first call, which compiles."""
     compiled = False
 
     def run(*args: Any, **kwargs: Any) -> Any:

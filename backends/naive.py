@@ -1,4 +1,4 @@
-"""The definition: the recurrence of docs/math.md §2, token by token, in plain torch.
+"""Run the definition: the recurrence of docs/math.md §2, token by token, in plain torch.
 
 Any float dtype, any device, any sizes; gradients of every order come from autograd. Slow by
 design: every other backend is judged against this one run in float64.
@@ -19,7 +19,7 @@ from gdn_ops.spec.language import Limits
 
 
 class Operands(NamedTuple):
-    """What the recurrence reads, in the compute dtype, heads repeated.
+    """Hold the operands of the recurrence, in the compute dtype, heads repeated.
 
     Attributes:
         q, k: (B, T, HV, K).
@@ -37,7 +37,7 @@ class Operands(NamedTuple):
     write: Tensor
 
     def tokens(self, which: slice) -> Operands:
-        """Return some of the tokens."""
+        """Return the operands of some of the tokens."""
         return Operands(*(None if x is None else x[:, which] for x in self))  # type: ignore[arg-type]
 
 
@@ -73,7 +73,7 @@ def recurrence(x: Operands, state: Tensor, scale: float) -> tuple[Tensor, Tensor
 def reverse_scan(
     x: Operands, state: Tensor, scale: float, d_o: Tensor, d_state: Tensor
 ) -> tuple[Tensor, ...]:
-    """Run the gradients of docs/math.md §5, token form, back over the tokens.
+    """Compute the gradients of docs/math.md §5, token form, from the last token to the first.
 
     Args:
         x, state, scale: as in `recurrence`.
@@ -159,7 +159,7 @@ def _run(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _spans(call: Call) -> list[tuple[slice, slice]]:
-    """Return (states, tokens) of every run of the recurrence; a batch is one run."""
+    """Return the slices (states, tokens) of every run of the recurrence; a batch is one run."""
     if call.cu_seqlens is None:
         return [(slice(None), slice(None))]
     # §6 each sequence starts from its own state
@@ -168,7 +168,7 @@ def _spans(call: Call) -> list[tuple[slice, slice]]:
 
 
 def _raised(call: Call, x: Operands, grads: tuple[Tensor, ...], d_start: Tensor) -> Grads:
-    """Take gradients of the lowered operands back to the arguments."""
+    """Return the gradients of a call's arguments, given those of its lowered operands."""
     d_q, d_k, d_v, d_alpha, d_erase, d_write = grads
     heads = (call.sizes.H, call.sizes.R)
     d_q, d_k = d_q.unflatten(2, heads).sum(3), d_k.unflatten(2, heads).sum(3)
@@ -186,7 +186,7 @@ def _raised(call: Call, x: Operands, grads: tuple[Tensor, ...], d_start: Tensor)
 
 
 class Naive(Backend):
-    """The recurrence, line by line."""
+    """Run the recurrence as docs/math.md §2 writes it, line by line."""
 
     name = "naive"
     limits = Limits(devices=("*",), second_grad=True)

@@ -1,4 +1,4 @@
-"""Export of the recurrent decode path to ONNX, and a session that runs it.
+"""Export the recurrent decode path to ONNX, and run it in a session.
 
 export_decode, export_prefill            a torch module to a model
 make_decode_model, make_prefill_model    a model of one node, without a module

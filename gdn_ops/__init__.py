@@ -1,4 +1,4 @@
-"""gdn_ops: the gated delta rule, one specification and many proven backends."""
+"""Provide the gated delta rule as ops: one specification, and many backends checked against it."""
 
 from __future__ import annotations
 

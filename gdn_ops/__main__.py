@@ -1,4 +1,4 @@
-"""`python -m gdn_ops` is `gdn-ops`."""
+"""Run `gdn-ops` as `python -m gdn_ops`."""
 
 from gdn_ops.cli import main
 

@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 
 
 def version_key(version: str) -> tuple[tuple[int, ...], bool]:
-    """Return what orders versions: the numbers, then a release after its previews.
+    """Return a sort key for a version: its numbers, and a release after its previews.
 
-    2.13.0+cpu is 2.13.0, and 2.13 is too; 5.25.0.dev0 and 5.25.0rc1 come before 5.25.0.
+    2.13.0+cpu and 2.13 are equal to 2.13.0; 5.25.0.dev0 and 5.25.0rc1 come before 5.25.0.
     """
     public = version.partition("+")[0]
     found = re.match(r"\d+(\.\d+)*", public)

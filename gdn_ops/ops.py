@@ -1,4 +1,4 @@
-"""The public functions: bind, select, run."""
+"""Define the public functions: each binds a call, selects a backend and runs it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GATES_AND_STATES = ("alpha", "beta", "log_alpha", "initial_state", "state")
 
 
 def _autocast(arguments: dict[str, Any]) -> None:
-    """Give q, k, v the autocast dtype and keep gates and states out of it."""
+    """Cast, if autocast is on, q, k, v to its dtype and narrow gates and states to float32."""
     q = arguments["q"]
     if not isinstance(q, Tensor) or not operators.is_autocast_on(q.device.type):
         return
@@ -259,7 +259,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
 def _arguments_of_some_op(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[OpSpec, dict[str, Any]]:
-    """Return the op that arguments are meant for, and all its arguments by name."""
+    """Return the spec of the op that arguments are meant for, and all its arguments by name."""
     q = args[0] if args else kwargs.get("q")
     is_step = isinstance(q, Tensor) and q.dim() == 3
     spec, function = (GATED_DELTA_STEP, gated_delta_step) if is_step else (GATED_DELTA, gated_delta)

@@ -150,11 +150,11 @@ class Loud(StandIn):
         return super().sequence(p)
 
 device = FakeDevice()
-gpu_turns.ROUNDS = (2, 2)
-gpu_worker.Cuda = lambda: device
-gpu_worker.find_row = {{FORWARD.name: FORWARD}}.__getitem__
-gpu_worker.contender = {{"loud": Loud("loud", device)}}.__getitem__
-gpu_worker.main()
+turns.ROUNDS = (2, 2)
+worker.Cuda = lambda: device
+worker.find_row = {{FORWARD.name: FORWARD}}.__getitem__
+worker.contender = {{"loud": Loud("loud", device)}}.__getitem__
+worker.main()
 """
 
 

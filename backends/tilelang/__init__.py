@@ -1,11 +1,11 @@
-"""The chunkwise form as TileLang kernels, for NVIDIA GPUs.
+"""Run the chunkwise form as TileLang kernels, on NVIDIA GPUs.
 
     solve, walk                  two launches forward, and two more for segments (`forward`)
     walk, reverse, gradients     backward (`backward`)
     tokens                       one for a token, or a few (`decode`)
 
-How they are launched is data (`table`, chosen by `config`). On CPU tensors the same kernels are
-compiled as C++ and run for checking (`language`); without a GPU they are compiled for one (`aot`).
+Launch configurations are data (`table`), chosen by `config`. On CPU tensors the same kernels are
+compiled as C++ and run for checking (`emulation`); without a GPU they are compiled for one (`aot`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _version_of(compiler: str) -> str:
 
 
 class TileLang(Backend):
-    """Chunkwise kernels that write the output while the state walks, and keep T."""
+    """Run chunkwise kernels that write the output during the state walk and save T."""
 
     name = "tilelang"
     kernels = True

@@ -1,4 +1,4 @@
-"""The chunkwise form in plain torch ops: fast on a CPU, right on any device torch has.
+"""Run the chunkwise form in plain torch ops: fast on a CPU, right on any device torch has.
 
 Map: `chunkwise` holds the equations of one segment (docs/math.md §3, §4), `gradients` those of
 its backward (§5); `walk` cuts sequences into segments and loads them, `passes` runs them and
@@ -26,14 +26,14 @@ at K=V=128, H/HV=16/32, T=2048; others: not measured."""
 
 
 class Torch(Backend):
-    """The chunkwise form of docs/math.md §3 in plain torch ops."""
+    """Run the chunkwise form of docs/math.md §3 in plain torch ops."""
 
     name = "torch"
     limits = Limits(devices=("*",), second_grad=True, chunk_sizes=range(1, 257))
     traceable_step = True
 
     def engine(self, call: Call) -> Engine:
-        """Return how this call is cut and run."""
+        """Return the engine of a call: how it is cut into segments, and what runs them."""
         chunk_size, chunks = CHUNKING.get(call.device.type, CHUNKING["*"])
         return Engine(
             chunk_size=call.chunk_size or chunk_size,

@@ -1,4 +1,4 @@
-"""The chunkwise form of docs/math.md §3 over one segment of a few chunks.
+"""Compute the chunkwise form of docs/math.md §3 over one segment of a few chunks.
 
 A segment is n chunks of C tokens for G = rows x H key heads, each with R value heads. What
 does not depend on the state is formed for all chunks of the segment at once; only K S, the
@@ -24,7 +24,7 @@ from torch import Tensor
 
 
 class Segment(NamedTuple):
-    """The operands of a segment; see the module docstring for shapes.
+    """Hold the operands of a segment; see the module docstring for shapes.
 
     Attributes:
         qk: q above k, in one tensor, because one product with S is faster than two.
@@ -55,7 +55,7 @@ class Segment(NamedTuple):
 
 
 class Decay(NamedTuple):
-    """The decay factors of §3: D within a chunk, b from its start, d to its end, b_C across."""
+    """Hold the decays of §3: D within a chunk, b from its start, d to its end, b_C across it."""
 
     D: Tensor
     b: Tensor
@@ -64,7 +64,7 @@ class Decay(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What does not depend on the state.
+    """Hold the terms of a segment that do not depend on the state.
 
     Attributes:
         decay: None where nothing decays.
@@ -86,7 +86,7 @@ class Prepared(NamedTuple):
 
 
 class Scratch:
-    """Buffers that one walk reuses from segment to segment, by name.
+    """Hold buffers by name, which one walk reuses from segment to segment.
 
     Fresh memory costs a page fault per 4 KiB, more than the arithmetic done on it. A
     disabled scratch hands out None, and `out=None` makes torch allocate as usual: that is
@@ -112,7 +112,7 @@ class Scratch:
 
 
 class _Slots:
-    """Tensors to be stacked: slots of one buffer, or a list where there is none."""
+    """Collect tensors to be stacked, in slots of one buffer, or in a list where there is none."""
 
     def __init__(self, count: int, buffer: Tensor | None) -> None:
         self.buffer = buffer
@@ -135,12 +135,12 @@ NO_SCRATCH = Scratch(enabled=False)
 
 
 def packed(x: Tensor) -> Tensor:
-    """(..., G, R, C, V) to (..., G, C, R V)."""
+    """Reshape (..., G, R, C, V) to (..., G, C, R V)."""
     return x.transpose(-3, -2).flatten(-2)
 
 
 def per_head(x: Tensor, heads: int) -> Tensor:
-    """(..., G, C, R V) to a view (..., G, R, C, V)."""
+    """Reshape (..., G, C, R V) to a view (..., G, R, C, V)."""
     split: Tensor = x.unflatten(-1, (heads, -1))
     return split.transpose(-3, -2)
 
@@ -154,7 +154,7 @@ def scaled_packed(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
 
 
 def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """Multiply over equal leading axes, as one flat batch."""
+    """Multiply a by b over equal leading axes, as one flat batch."""
     flat = None if out is None else out.flatten(0, -3)
     product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=flat)
     return product.view(*a.shape[:-2], *product.shape[1:])
@@ -163,7 +163,7 @@ def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def plus_product(total: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Return total + a b over equal leading axes.
 
-    It is in `out` if that is given; else in `total`, which nobody else holds, if that is
+    The result is in `out` if that is given; else in `total`, which nobody else holds, if that is
     contiguous: torch multiplies matrix by matrix into a batch that is not.
     """
     if torch.compiler.is_compiling():
@@ -178,7 +178,7 @@ def plus_product(total: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None)
 
 
 def across(total: Tensor | None, state: Tensor, out: Tensor | None = None) -> Tensor:
-    """b_C S, (G, K, R V)."""
+    """Return b_C S, (G, K, R V)."""
     if total is None:
         return state.clone() if out is None else out.copy_(state)
     heads = total.shape[-1]
@@ -216,7 +216,7 @@ def decay_factors(
 
 
 def prepare(x: Segment, scale: float, has_erase: bool, scratch: Scratch = NO_SCRATCH) -> Prepared:
-    """Form everything of §3 that does not depend on the state."""
+    """Form the terms of §3 that do not depend on the state."""
     n, G, heads, tokens = x.v.shape[:4]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=x.qk.device).tril_()
     decay = decay_factors(x, causal, 0, scratch)
@@ -244,7 +244,7 @@ def prepare(x: Segment, scale: float, has_erase: bool, scratch: Scratch = NO_SCR
 
 
 class Read(NamedTuple):
-    """What a chunk reads from the state and makes of it; also where to put it (None: anew).
+    """Hold [Q; K] S, E and U of a chunk, or the buffers for them (None: allocate it).
 
     Attributes:
         qkS: [Q; K] S, (G, 2 C, R V); Q S alone without erase.
@@ -258,7 +258,7 @@ class Read(NamedTuple):
 
     @staticmethod
     def buffers(x: Segment, has_erase: bool, scratch: Scratch) -> Read:
-        """Return buffers for one chunk."""
+        """Return scratch buffers for one chunk."""
         _, G, R, C, V = x.v.shape
         return Read(
             scratch.get("[Q; K] S", (G, 2 * C if has_erase else C, R * V), x.qk),

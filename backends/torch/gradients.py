@@ -1,4 +1,4 @@
-"""The gradients of docs/math.md §5 over one segment; see `chunkwise` for the names and shapes.
+"""Compute the gradients of docs/math.md §5 over one segment, with the names of `chunkwise`.
 
 Two passes in sequence, forward for S and U, backward for dS and dRHS, and then everything
 else for all chunks of the segment at once.
@@ -32,7 +32,7 @@ from gdn_ops.backends.torch.chunkwise import (
 
 
 class SegmentGrads(NamedTuple):
-    """Gradients of a segment: shapes of `Segment`, and the state's at its start.
+    """Hold the gradients of a segment, in the shapes of `Segment`, and of the state at its start.
 
     Attributes:
         log_decay: d log α where α > 0 (and dα where α = 0, if `zeros` was given).
@@ -73,7 +73,7 @@ def backward_segment(
 
 
 class _ForwardWalk(NamedTuple):
-    """States at the chunk starts (n, G, K, R V), E and U (n, G, R, C, V), [Q; K] S packed."""
+    """Hold the states at chunk starts (n, G, K, R V), E and U (n, G, R, C, V), [Q; K] S packed."""
 
     states: Tensor
     E: Tensor
@@ -82,7 +82,7 @@ class _ForwardWalk(NamedTuple):
 
 
 class _BackwardWalk(NamedTuple):
-    """What the reverse walk leaves.
+    """Hold the results of the reverse walk.
 
     Attributes:
         d_states: dS at the chunk ends, (n, G, K, R V).
@@ -151,7 +151,7 @@ def _walk_backward(
 
 
 def _transposed_solve(p: Prepared, i: int, dU: Tensor, out: Tensor | None) -> Tensor:
-    """Tᵀ dU of chunk i, (G, R, C, V); dU itself without erase."""
+    """Return Tᵀ dU of chunk i, (G, R, C, V); dU itself without erase."""
     if p.T is None:
         return dU if out is None else out.copy_(dU)
     flat = None if out is None else out.flatten(0, 1)
@@ -181,7 +181,7 @@ def _parallel_gradients(
     scale: float,
     scratch: Scratch,
 ) -> SegmentGrads:
-    """Form what is left once dRHS and dS of every chunk are known."""
+    """Form the gradients of a segment, given dRHS and dS of every chunk."""
     n, G, R, C, V = x.v.shape
     square = (n, G, R, C, C)
     D = p.causal.to(x.qk.dtype) if p.decay is None else p.decay.D
@@ -229,7 +229,7 @@ def _parallel_gradients(
 
 
 def _rowsum(a: Tensor, b: Tensor, scratch: Scratch) -> Tensor:
-    """rowsum(a ⊙ b), over the last axis."""
+    """Return rowsum(a ⊙ b), over the last axis."""
     return torch.mul(a, b, out=scratch.get(f"rows {a.shape[-1]}", a.shape, a)).sum(-1)
 
 
@@ -259,7 +259,7 @@ def _gate_edges(
 def _straddling(
     E: Tensor, edges: tuple[Tensor, Tensor, Tensor], decay: Decay, scratch: Scratch
 ) -> Tensor:
-    """§5 d log α_t: the sum of X = E ⊙ D over the pairs i ≥ t > j, (n, G, R, C).
+    """Return d log α_t of §5: the sum of X = E ⊙ D over the pairs i ≥ t > j, (n, G, R, C).
 
     Only straddling pairs are added, none is subtracted, so that a tiny α keeps its relative
     precision: every term holds α_t as a factor.

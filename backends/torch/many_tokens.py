@@ -1,4 +1,4 @@
-"""A few tokens in plain torch: the chunk form of docs/math.md §3 for chunks too short for segments.
+"""Decode a few tokens in plain torch, by the chunk form of docs/math.md §3 without segments.
 
 The state is read once and written once, whatever the number of tokens. Decays are products of
 gates, not differences of logarithms, so an exact zero needs no second count.
@@ -21,7 +21,7 @@ TOKENS = 16
 
 
 class Chunk(NamedTuple):
-    """The operands of one chunk in the compute dtype; a row is a value head of a batch row.
+    """Hold the operands of one chunk in the compute dtype; a row is a value head of a batch row.
 
     Attributes:
         q, k: (rows, C, K), q times the scale.
@@ -156,7 +156,7 @@ def advance_chunk(
 
 
 def _every_state(x: Chunk, u: Tensor, state: Tensor, states: Tensor) -> Tensor:
-    """Write the state after every token to `states`; return the last one, not a part of it."""
+    """Write the state after every token to `states`; return the last one, in memory of its own."""
     batch, tokens, heads = states.shape[:3]
     state, k, u = (y.unflatten(0, (batch, heads)) for y in (state, x.k, u))
     alpha = None if x.alpha is None else x.alpha.unflatten(0, (batch, heads))

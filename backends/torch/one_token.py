@@ -12,7 +12,7 @@ from gdn_ops.call.numerics import compute_dtype, l2norm
 
 
 class StepOptions(NamedTuple):
-    """What of a step is not a tensor."""
+    """Hold the options of a step that are not tensors."""
 
     scale: float
     has_erase: bool
@@ -82,12 +82,12 @@ def advance_token(
 
 
 def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As x.to(dtype), which takes a microsecond to do nothing."""
+    """Convert x to a dtype, without the microsecond that x.to(dtype) takes to do nothing."""
     return x if x.dtype is dtype else x.to(dtype)
 
 
 def _per_value_head(x: Tensor, heads: int, dtype: torch.dtype, normalise: bool) -> Tensor:
-    """(B, H, K) to (B HV, 1, K): value head h reads key head h // R."""
+    """Reshape (B, H, K) to (B HV, 1, K): value head h reads key head h // R."""
     x = l2norm(x) if normalise else _to(x, dtype)
     B, H, K = x.shape
     if heads != H:

@@ -1,4 +1,4 @@
-"""The forward and the backward over whole calls: allocate, walk the sequences, collect."""
+"""Run the forward and the backward over whole calls: allocate, walk the sequences, collect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gdn_ops.kernel_support.host_memory import empty, settle_allocator
 
 
 def run_forward(call: Call, engine: Engine) -> Forward:
-    """Run `gated_delta`; saves the states that `run_backward` starts from."""
+    """Run `gated_delta`; save the states that `run_backward` starts from."""
     s = call.sizes
     settle_allocator()
     operands = Operands(call, engine.chunk_size)
@@ -95,7 +95,7 @@ def _backward_block(
     d_state: Tensor,
     into: _Gradients,
 ) -> Tensor:
-    """Go back over the segments of one checkpoint; return the state's gradient at its start."""
+    """Walk back over the segments of one checkpoint; return the state's gradient at its start."""
     options = operands.call.scale, operands.call.rule.has_erase, operands.scratch
     states = [state]
     for piece in block[:-1]:
@@ -109,7 +109,7 @@ def _backward_block(
 
 
 class _Gradients(NamedTuple):
-    """The gradients of a call: q, k, v in its dtypes, the rest in the compute dtype."""
+    """Hold the gradients of a call: q, k, v in its dtypes, the rest in the compute dtype."""
 
     q: Tensor
     k: Tensor

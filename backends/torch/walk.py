@@ -27,7 +27,7 @@ MAX_CHECKPOINTS = 64
 
 @dataclass(frozen=True)
 class Engine:
-    """How segments are cut and which functions run them (signatures of `chunkwise`).
+    """Describe how segments are cut and which functions run them (signatures of `chunkwise`).
 
     Attributes:
         chunk_size: C, tokens per chunk.
@@ -48,11 +48,11 @@ class Engine:
 
     @property
     def span(self) -> int:
-        """Tokens per segment."""
+        """Return the number of tokens per segment."""
         return self.chunk_size * self.chunks
 
     def checkpoint_every(self, tokens: int) -> int:
-        """Return after how many segments a state is kept."""
+        """Return the number of segments from one kept state to the next."""
         segments = -(-tokens // self.span)
         return torch.sym_max(1, -(-segments // MAX_CHECKPOINTS))  # type: ignore[no-any-return]
 
@@ -66,7 +66,7 @@ class Engine:
 
 
 class Piece(NamedTuple):
-    """Tokens start..stop of one segment, and the chunks that hold them."""
+    """Describe one segment: its tokens start..stop, and how many chunks hold them."""
 
     start: int
     stop: int
@@ -95,19 +95,19 @@ def sequences(call: Call) -> Iterator[tuple[slice, int, int]]:
 
 
 def pack_state(state: Tensor, key_heads: int) -> Tensor:
-    """(N, HV, K, V) to (N H, K, R V)."""
+    """Reshape (N, HV, K, V) to (N H, K, R V)."""
     x: Tensor = state.unflatten(1, (key_heads, -1)).transpose(2, 3)
     return x.flatten(3).flatten(0, 1)
 
 
 def unpack_state(state: Tensor, key_heads: int, heads: int) -> Tensor:
-    """(N H, K, R V) to a view (N, HV, K, V) split as (N, H, R, K, V)."""
+    """Reshape (N H, K, R V) to a view (N, HV, K, V) split as (N, H, R, K, V)."""
     x: Tensor = state.unflatten(0, (-1, key_heads)).unflatten(-1, (heads, -1))
     return x.transpose(2, 3)
 
 
 class Operands:
-    """The tensors of a call, handed out segment by segment."""
+    """Hand out the tensors of a call segment by segment."""
 
     def __init__(self, call: Call, chunk_size: int) -> None:
         self.call = call
@@ -134,7 +134,7 @@ class Operands:
         return chunks
 
     def keys(self, x: Tensor, piece: Piece) -> Tensor:
-        """(B, T, H, K) to (n, G, C, K) in the compute dtype."""
+        """Return tokens of (B, T, H, K) as (n, G, C, K) in the compute dtype."""
         return self.cut(x, piece).permute(1, 0, 3, 2, 4).flatten(1, 2).to(self.dtype)
 
     def queries_and_keys(self, piece: Piece) -> Tensor:
@@ -153,7 +153,7 @@ class Operands:
         return qk.mul_(inverse_norm(qk)) if self.scratch.enabled else l2norm(qk)
 
     def gradients(self, x: Tensor, piece: Piece) -> Tensor:
-        """(B, T, HV, V) to (n, G, R, C, V), contiguous, in a scratch buffer."""
+        """Return tokens of (B, T, HV, V) as (n, G, R, C, V), contiguous, in a scratch buffer."""
         x = self.cut(x, piece).unflatten(3, (self.call.sizes.H, self.call.sizes.R))
         x = x.permute(1, 0, 3, 4, 2, 5)
         buffer = self.scratch.get("d_o", x.shape, self.beta)
@@ -161,12 +161,12 @@ class Operands:
         return x.flatten(1, 2)
 
     def values(self, x: Tensor, piece: Piece) -> Tensor:
-        """(B, T, HV, V) to (n, G, R, C, V)."""
+        """Return tokens of (B, T, HV, V) as (n, G, R, C, V)."""
         x = self.cut(x, piece).unflatten(3, (self.call.sizes.H, self.call.sizes.R))
         return x.permute(1, 0, 3, 4, 2, 5).flatten(1, 2).to(self.dtype)
 
     def gates(self, x: Tensor, piece: Piece) -> Tensor:
-        """(B, T, HV) to (n, G, R, C)."""
+        """Return tokens of (B, T, HV) as (n, G, R, C)."""
         x = self.cut(x, piece).unflatten(3, (self.call.sizes.H, self.call.sizes.R))
         return x.permute(1, 0, 3, 4, 2).flatten(1, 2)
 

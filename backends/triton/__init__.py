@@ -1,12 +1,12 @@
-"""The chunkwise form as Triton kernels, for NVIDIA and AMD GPUs.
+"""Run the chunkwise form as Triton kernels, on NVIDIA and AMD GPUs.
 
     prepare, states, output                     three launches forward (`forward`)
     states, reads_back, state_gradients,
     pair_gradients, token_gradients             five backward (`backward`)
     tokens                                      one for a token, or a few (`decode`)
 
-How they are launched is data (`table`, chosen by `config`). On CPU tensors the same kernels are
-emulated, for checking (`interpret`); without a GPU they are compiled for one (`aot`).
+Launch configurations are data (`table`), chosen by `config`. On CPU tensors the same kernels are
+emulated, for checking (`emulation`); without a GPU they are compiled for one (`aot`).
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def version_reasons() -> tuple[str, ...]:
 
 @functools.cache
 def compiler_reasons() -> tuple[str, ...]:
-    """Return why Triton could not build what it launches kernels with."""
+    """Return why Triton could not build the code that launches kernels: a missing C compiler."""
     if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
         return ()
     return ("no C compiler, which Triton launches with: install gcc or clang, or set CC",)
 
 
 class Triton(Backend):
-    """Chunkwise kernels that keep T and recompute the rest in the backward."""
+    """Run chunkwise kernels that save T and recompute the rest in the backward."""
 
     name = "triton"
     kernels = True

@@ -1,4 +1,4 @@
-"""Function bodies of the operators: what a runtime without a kernel of its own runs.
+"""Write the function bodies of the operators, for runtimes without a kernel of their own.
 
     standard   ai.onnx alone, opset 18 or newer: the recurrence as in docs/math.md §2
     ort        one com.microsoft::LinearAttention: onnxruntime 1.25 or newer
@@ -27,7 +27,7 @@ from gdn_ops.export.node.variants import BODIES, Variant, check_body
 
 
 def decode_function(body: str, variant: Variant, opset: int) -> onnx.FunctionProto:
-    """Return the function of one variant.
+    """Return the ONNX function of one variant.
 
     Args:
         body: "standard", "ort" or "onnx".
@@ -52,7 +52,7 @@ def decode_function(body: str, variant: Variant, opset: int) -> onnx.FunctionPro
 
 
 def body_of(function: onnx.FunctionProto) -> str:
-    """Return the name of the body that a function is, "other" if it is none of ours."""
+    """Return the name of a function's body, "other" if it is none of ours."""
     name = function.doc_string.rpartition("body ")[2]
     return name if name in BODIES else "other"
 
@@ -60,7 +60,7 @@ def body_of(function: onnx.FunctionProto) -> str:
 def _token(
     variant: Variant, operands: tuple[str, str, str, str, str, str], states: tuple[str, str]
 ) -> list[str]:
-    """Return one token of the recurrence, from one state to the next, and o_t.
+    """Return the lines of one token of the recurrence, which compute the next state and o_t.
 
     Args:
         variant: what is computed.

@@ -1,4 +1,4 @@
-"""The bodies that are one LinearAttention, of com.microsoft or of ai.onnx."""
+"""Write the bodies that are one LinearAttention, of com.microsoft or of ai.onnx."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MICROSOFT = "com.microsoft"
 def _linear_attention(text: BodyText, name: str, heads: tuple[str, str], q: str, k: str) -> None:
     """Write a LinearAttention, whose operands are (B, T, heads * width).
 
-    Its rules without an erase do not read beta: v carries it there.
+    Its rules without an erase do not read beta: v is multiplied by it there.
     """
     variant = text.variant
     tokens = "T" if text.sequence else "one"
@@ -57,13 +57,13 @@ def _packed_gates(text: BodyText) -> list[str]:
 
 
 def write_ort(text: BodyText) -> None:
-    """Write com.microsoft::LinearAttention."""
+    """Write the body that is one com.microsoft::LinearAttention."""
     text.query_and_key()
     _linear_attention(text, f"{MICROSOFT}.LinearAttention", ("H", "num_qk_heads"), "q_n", "k_n")
 
 
 def write_onnx(text: BodyText) -> None:
-    """Write LinearAttention of ai.onnx."""
+    """Write the body that is one LinearAttention of ai.onnx."""
     # ai.onnx has no value heads that share a key head: q and k are repeated.
     text.query_and_key()
     text.repeat_heads()

@@ -1,4 +1,4 @@
-"""The text of a function body: shapes, casts, and the operands that every body starts from."""
+"""Write the text of a function body: shapes, casts, and the operands that all bodies share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gdn_ops.export.node.variants import Variant
 
 
 class BodyText:
-    """The lines of a function, and the names of values that every body needs.
+    """Collect the lines of a function, and the names of values that every body needs.
 
     Shapes are (B, tokens..., heads, rows, columns), `tokens` being nothing for a step.
     """
@@ -26,7 +26,7 @@ class BodyText:
         self.lines.append(line)
 
     def _constants(self) -> None:
-        """Write sizes: those of the batch, K and V are the state's, those of heads attributes."""
+        """Write the sizes: B, K and V from the state, H and HV from attributes, T from q."""
         self("num_qk = Constant <value_int: int = @num_qk_heads> ()")
         self("num_v = Constant <value_int: int = @num_v_heads> ()")
         self("one = Constant <value_ints = [1]> ()")
@@ -45,16 +45,16 @@ class BodyText:
         return name
 
     def cast(self, name: str, source: str) -> None:
-        """Write a cast to the type that is computed in."""
+        """Write a cast to the compute type."""
         to = onnx.TensorProto.DataType.Value(self.variant.compute.upper())
         self(f"{name} = Cast <to = {to}> ({source})")
 
     def number(self, name: str, value: float) -> None:
-        """Write a scalar of the type that is computed in."""
+        """Write a scalar of the compute type."""
         self(f"{name} = Constant <value = {self.variant.compute} {{{value:g}}}> ()")
 
     def operand(self, name: str, *sizes: str) -> str:
-        """Write an input in the shape (B, tokens..., *sizes), which guards it, and cast it."""
+        """Write an input reshaped to (B, tokens..., *sizes), which checks its size, and cast it."""
         self(f"{name}_g = Reshape <allowzero = 1> ({name}, {self.shape(f'{name}_to', *sizes)})")
         self.cast(f"{name}_x", f"{name}_g")
         return f"{name}_x"
@@ -90,7 +90,7 @@ class BodyText:
             self(f"{name}_r = Gather <axis = {self.heads_axis}> ({name}_n, qk_heads)")
 
     def states(self) -> tuple[str, str]:
-        """Write the state in the type that is computed in; return its name and that of the next.
+        """Write the state in the compute type; return its name and that of the next state.
 
         A cast that changes nothing would be a copy of the whole state: there is none.
         """

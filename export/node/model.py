@@ -1,4 +1,4 @@
-"""A model that holds our nodes: which bodies it has, and how they are exchanged."""
+"""Read our nodes and their bodies in a model, and exchange the bodies."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _IMPORT_KEY = "gdn_ops.import"
 
 _STATE = INPUTS.index("state")
 _OLDEST_IR = 10
-"""Of overloads and of metadata of functions."""
+"""The oldest IR version that has overloads and metadata of functions."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One of our nodes, read.
+    """Describe one of our nodes, as read from a model.
 
     Attributes:
         proto: the node.
@@ -44,12 +44,12 @@ class Node:
 
     @property
     def state(self) -> str:
-        """Name of the state that it reads."""
+        """Return the name of the state that the node reads."""
         return str(self.proto.input[_STATE])
 
     @property
     def new_state(self) -> str:
-        """Name of the state that it writes."""
+        """Return the name of the state that the node writes."""
         return str(self.proto.output[1]) if len(self.proto.output) > 1 else ""
 
 
@@ -91,7 +91,7 @@ def _own_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
 
 
 def _element_types(model: ModelProto, names: set[str]) -> Mapping[str, int]:
-    """Return the element types of values, inferred where the model does not say them."""
+    """Return the element types of values by name, inferred where the model does not state them."""
     found = _written_types(model)
     if not names <= set(found):
         bare = ModelProto()
@@ -151,7 +151,7 @@ def check_heads(label: str, num_qk_heads: int, num_v_heads: int) -> None:
     """Check that value heads can share key heads.
 
     Raises:
-        SpecError: there is no head, or the ones do not divide the others.
+        SpecError: there is no head, or num_v_heads is no multiple of num_qk_heads.
     """
     if num_qk_heads < 1:
         raise SpecError(f"{label}: num_qk_heads is {num_qk_heads}, should be at least 1")
@@ -227,7 +227,7 @@ def without_overloads(model: ModelProto) -> ModelProto:
 
 
 def _import(model: ModelProto, domain: str, version: int) -> bool:
-    """Import a domain; return whether the model did not."""
+    """Import a domain into a model; return whether it was missing."""
     if opset_of(model, domain):
         return False
     model.opset_import.append(helper.make_opsetid(domain, version))
@@ -253,8 +253,8 @@ def bodies_of(model: ModelProto) -> tuple[str, ...]:
 def states_of(model: ModelProto) -> dict[str, str]:
     """Return the output that is the next value of each state input.
 
-    What was written at export counts; otherwise it is told from the names that onnxruntime-genai
-    uses, `past_key_values.{i}.recurrent_state` and `present.{i}.recurrent_state`.
+    The metadata written at export count; without them, the names that onnxruntime-genai uses,
+    `past_key_values.{i}.recurrent_state` and `present.{i}.recurrent_state`.
     """
     written = next((p.value for p in model.metadata_props if p.key == STATES_KEY), None)
     if written is not None:
@@ -269,7 +269,7 @@ def states_of(model: ModelProto) -> dict[str, str]:
 
 
 def write_states(model: ModelProto, states: Mapping[str, str]) -> None:
-    """Write down which output is the next value of which input."""
+    """Write into a model's metadata which output is the next value of which input."""
     for entry in [p for p in model.metadata_props if p.key == STATES_KEY]:
         model.metadata_props.remove(entry)
     model.metadata_props.add(key=STATES_KEY, value=json.dumps(dict(states)))

@@ -1,4 +1,4 @@
-"""Names of a graph's inputs and outputs: those of states are what onnxruntime-genai calls them."""
+"""Name a graph's inputs and outputs; states get the names that onnxruntime-genai uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PASSED_ON = ("Identity", "Cast", "CastLike")
 
 
 def name_values(label: str, model: ModelProto, names: Names | None) -> None:
-    """Rename the inputs and outputs of a model, and write down its states.
+    """Rename the inputs and outputs of a model, and write its states into its metadata.
 
     Args:
         label: of the caller, for errors.
@@ -71,7 +71,7 @@ Pair = tuple[str | None, str | None]
 
 
 def _recurrent_states(model: ModelProto) -> dict[Pair, tuple[str, str]]:
-    """Return the graph's values that are the states of our nodes, and their names."""
+    """Return the graph's inputs and outputs that are states of our nodes, and their new names."""
     graph = model.graph
     made_by = {name: node for node in graph.node for name in node.output}
     read_by = {name: node for node in graph.node for name in node.input}
@@ -94,7 +94,7 @@ def _passes_on(node: NodeProto | None) -> bool:
 
 
 def _conv_states(graph: GraphProto, taken: set[str]) -> dict[Pair, tuple[str, str]]:
-    """Name the states of convolutions, if as many outputs look like them as there are inputs."""
+    """Return names for the states of convolutions, if as many outputs as inputs look like them."""
     inputs = [v for v in graph.input if v.name not in taken and "conv_state" in v.name]
     kinds = {_kind(v) for v in inputs}
     outputs = [v for v in graph.output if v.name not in taken and _kind(v) in kinds]
@@ -111,7 +111,7 @@ def _kind(value: ValueInfoProto) -> bytes:
 
 
 def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
-    """Rename values of a graph, and what its subgraphs read of them."""
+    """Rename values of a graph, also where its subgraphs read them."""
     for value in (*graph.input, *graph.output, *graph.value_info):
         value.name = names.get(value.name, value.name)
     for node in graph.node:

@@ -1,7 +1,7 @@
 """Convert a model to a newer opset of ai.onnx, for the body that needs it.
 
 onnx's own converter drops functions, metadata and the types of weights. So it converts the nodes
-alone, of a model without its weights, and they go back into the model that it was.
+alone, of a model without its weights, and they go back into the original model.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def with_opset(model: ModelProto, opset: int, label: str, cure: str) -> ModelPro
 
 
 def _without_weights(model: ModelProto) -> ModelProto:
-    """Copy a model with references in the place of its large weights."""
+    """Copy a model, with references in place of its large weights."""
     light = ModelProto()
     light.CopyFrom(model)
     for tensor in light.graph.initializer:
@@ -132,7 +132,7 @@ def _take_nodes(graph: GraphProto, converted: GraphProto) -> None:
 
 
 def _bare(node: NodeProto) -> bytes:
-    """Return what a node computes, as bytes."""
+    """Return a node as bytes, without its name and metadata."""
     bare = NodeProto()
     bare.CopyFrom(node)
     for field in ("name", "doc_string", "overload", "metadata_props"):

@@ -1,4 +1,4 @@
-"""The ONNX operators as values, derived from the ops' own specs.
+"""Define the ONNX operators, derived from the ops' own specs.
 
     gdn_ops::GatedDeltaStep   one token per row     from GATED_DELTA_STEP
     gdn_ops::GatedDelta       T tokens per row      from GATED_DELTA
@@ -44,11 +44,11 @@ _PARAMETER_MEANINGS = {
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator of the domain.
+    """Describe one operator of the domain.
 
     Attributes:
         name: its op type.
-        spec: the op that it is.
+        spec: the spec of its op.
         state_argument: what the spec calls the state that is read.
     """
 
@@ -57,7 +57,7 @@ class Operator:
     state_argument: str
 
     def argument(self, name: str) -> TensorArg:
-        """Return the argument of the spec that an input is."""
+        """Return the argument of the spec that corresponds to an input."""
         return self.spec.tensor[self.state_argument if name == "state" else name]
 
     def axes(self, name: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Models of one node, made without a torch module: for tests, benchmarks and hand-built graphs."""
+"""Make models of one node without a torch module: for tests, benchmarks, hand-built graphs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENS = "sequence"
 
 
 def recurrent_names(layer: int) -> tuple[str, str]:
-    """Return what a layer's state is called as input and output, as in onnxruntime-genai."""
+    """Return the names of a layer's state as input and output, as in onnxruntime-genai."""
     return f"past_key_values.{layer}.recurrent_state", f"present.{layer}.recurrent_state"
 
 
@@ -96,7 +96,7 @@ def make_prefill_model(
 
 @dataclass(frozen=True)
 class _Plan:
-    """The arguments of a model of one node, checked."""
+    """Hold the checked arguments of a model of one node."""
 
     operator: Operator
     num_qk_heads: int
@@ -128,12 +128,12 @@ class _Plan:
 
     @property
     def resolved_scale(self) -> float:
-        """The factor on q."""
+        """Return the factor on q."""
         return float(self.head_k_dim**-0.5 if self.scale is None else self.scale)
 
     @property
     def stored(self) -> str:
-        """The dtype of the state."""
+        """Return the dtype of the state."""
         return self.state_dtype or ("float64" if self.dtype == "float64" else "float32")
 
     def value(self, name: str) -> ValueInfoProto:

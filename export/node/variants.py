@@ -1,4 +1,4 @@
-"""What a function body is written for: one use of an operator, and whether a body can serve it."""
+"""Describe one use of an operator, and check whether a function body can serve it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ONNX_RELEASE = "1.22"
 """The oldest onnx that knows that opset."""
 
 DEFAULT_OPSET = 21
-"""What is written where no opset is given: every onnxruntime that this library runs on takes it."""
+"""The opset of a model where none is given: every onnxruntime we run on takes it."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What a function body is written for.
+    """Describe the use of an operator that a function body is written for.
 
     Attributes:
         operator: the operator.
@@ -41,17 +41,17 @@ class Variant:
 
     @property
     def has_decay(self) -> bool:
-        """Whether log_alpha is there."""
+        """Return whether log_alpha is an input."""
         return self.operator.spec.rule[self.rule].has_decay
 
     @property
     def has_erase(self) -> bool:
-        """Whether what is stored under the key is taken off first."""
+        """Return whether the rule first takes off what is stored under the key."""
         return self.operator.spec.rule[self.rule].has_erase
 
     @property
     def overload(self) -> str:
-        """The overload of its function, where a model needs more than one."""
+        """Return the overload of the variant's function, where a model needs more than one."""
         parts = (
             self.rule,
             "l2norm" * self.qk_l2norm,

@@ -1,4 +1,4 @@
-"""Memory that onnxruntime reads and writes: aligned arrays, and what may be copied into them."""
+"""Hold memory that onnxruntime reads and writes: aligned arrays, and checks of copies into them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ORT_TYPES = {"tensor(double)": "float64", "tensor(float)": "float32"}
 
 
 def numpy_dtype(element_type: int) -> np.dtype[Any]:
-    """Return the dtype of an ONNX element type; that of bfloat16 is ml_dtypes'."""
+    """Return the numpy dtype of an ONNX element type; that of bfloat16 is ml_dtypes'."""
     if element_type == TensorProto.BFLOAT16:
         # Before 1.19, onnx takes float32 for it.
         import ml_dtypes
@@ -35,7 +35,7 @@ def numpy_dtype(element_type: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output of a graph, with its batch filled in.
+    """Describe one input or output of a graph, with its batch filled in.
 
     Attributes:
         name: its name.
@@ -51,11 +51,11 @@ class Port:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Its dtype, see `numpy_dtype`."""
+        """Return the numpy dtype, see `numpy_dtype`."""
         return numpy_dtype(self.element_type)
 
     def is_like(self, other: Port) -> bool:
-        """Return whether one buffer can be both."""
+        """Return whether one buffer can serve both ports."""
         return (self.element_type, self.shape) == (other.element_type, other.shape)
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ def ports_of(session: Any, batch: int) -> tuple[dict[str, Port], dict[str, Port]
 
 
 def _element_type(name: str) -> int:
-    """Return the element type that onnxruntime calls, for example, tensor(float)."""
+    """Return the ONNX element type of a name of onnxruntime's, such as tensor(float)."""
     inner = _ORT_TYPES.get(name, name.removeprefix("tensor(").removesuffix(")"))
     if inner in ELEMENT_TYPES:
         return int(ELEMENT_TYPES[inner])
@@ -98,7 +98,7 @@ def _element_type(name: str) -> int:
 
 
 class Buffer:
-    """An array and the OrtValue over the same memory; the array keeps the memory alive.
+    """Hold an array and the OrtValue over the same memory; the array keeps the memory alive.
 
     Attributes:
         port: what it is for.
@@ -122,7 +122,7 @@ class Buffer:
         )
 
     def check(self, label: str, x: Any) -> None:
-        """Check that an array can be copied in.
+        """Check that an array can be copied into the buffer.
 
         Raises:
             SpecError: it has another shape or dtype, or is no array.
@@ -142,7 +142,7 @@ class Buffer:
             )
 
     def _hint(self, shape: tuple[int, ...]) -> str:
-        """Return what may be the matter with a shape."""
+        """Return the likely mistake in a wrong shape, or an empty string."""
         own = self.shape
         if len(shape) != len(own):
             return f": {len(own)} dimension{'s' if len(own) != 1 else ''}, not {len(shape)}"
@@ -154,7 +154,7 @@ class Buffer:
 
 
 class Results:
-    """Buffers whose arrays are given away, and written again once nobody has them any more.
+    """Hold buffers whose arrays are given to callers, and reused once no caller has them any more.
 
     A fresh array of a few hundred KiB costs more to touch for the first time than to fill. What
     refers to an array, or to a part of it, refers to its memory: so the count of references says
@@ -179,11 +179,11 @@ class Results:
         return count
 
     def is_free(self) -> bool:
-        """Return whether nobody has an array of an earlier step."""
+        """Return whether no caller has an array of an earlier step any more."""
         return self._references() == self._unused
 
     def given(self) -> Any:
-        """Return the array, or a tuple of them, as views of their own."""
+        """Return the array, or a tuple of the arrays, as new views."""
         if len(self._arrays) == 1:
             return self._arrays[0].view()
         return tuple(array.view() for array in self._arrays)

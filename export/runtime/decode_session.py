@@ -1,4 +1,4 @@
-"""Decoding with onnxruntime: one session holds the states of all layers, updated in place."""
+"""Decode with onnxruntime: one session holds the states of all layers, updated in place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KEPT = 2
 
 
 class DecodeSession:
-    """A model that decodes one token at a time, with its states inside.
+    """Run a model that decodes one token at a time, and hold its states.
 
     Every buffer that onnxruntime reads belongs to the session: what `step` takes is copied in,
     unless it is one of `buffers`, where a caller may write the next token.
@@ -131,7 +131,7 @@ class DecodeSession:
         return binding
 
     def _new_results(self) -> Results:
-        """Return results that nobody has; the last ones are kept to be used again."""
+        """Return new results that no caller has, and keep the last ones to be used again."""
         results = Results(self._ports)
         results.bindings = [self._bind(turn, results) for turn in range(self._copies)]
         self._results = [*self._results[1 - _KEPT :], results]
@@ -200,7 +200,7 @@ class DecodeSession:
 
     @property
     def buffers(self) -> dict[str, Array]:
-        """The session's own input arrays, by name: `step` takes them without a copy.
+        """Return the session's own input arrays, by name: `step` takes them without a copy.
 
         Write a token into them and hand them over, some or all: `step(**session.buffers)`. What
         `step` copies in overwrites them.
@@ -209,7 +209,7 @@ class DecodeSession:
 
     @property
     def state(self) -> dict[str, Array]:
-        """Copies of the states, by the name of their input."""
+        """Return copies of the states, by the name of their input."""
         return {name: buffers[self._turn].array.copy() for name, buffers in self._states.items()}
 
     @state.setter

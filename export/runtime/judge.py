@@ -1,4 +1,4 @@
-"""A model of one node against the definition in float64, on drawn tokens."""
+"""Compare a model of one node with the definition in float64, on random tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BAND = 4
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a body is from the definition, as norms relative to what is right.
+    """Hold the errors of a body against the definition, as norms relative to the exact results.
 
     Attributes:
         body: what ran.
@@ -42,7 +42,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether both are within their allowance; NaN is not."""
+        """Return whether both errors are within their allowance; NaN is not."""
         return self.o <= self.allowed_o and self.state <= self.allowed_state
 
 
@@ -54,7 +54,7 @@ def compare(
     tokens: int = 64,
     custom_op_library: str | None = None,
 ) -> Comparison:
-    """Run a model of `make_decode_model` or `make_prefill_model` against the definition.
+    """Compare a model of `make_decode_model` or `make_prefill_model` with the definition.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""onnxruntime: whether it is there, which bodies it runs, and sessions of it."""
+"""Find onnxruntime and the function bodies that it runs, and open sessions of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
 logger = logging.getLogger("gdn_ops")
 
 CUSTOM = "custom"
-"""What runs where a custom-op library brings the kernel."""
+"""The body of a session whose kernel a custom-op library brings."""
 
 _SILENT = 4
 _RELEASED_ONLY = "ALLOW_RELEASED_ONNX_OPSET_ONLY"
@@ -51,7 +51,7 @@ _told: set[str] = set()
 
 
 def onnxruntime() -> ModuleType:
-    """Return onnxruntime.
+    """Import onnxruntime.
 
     Raises:
         ModuleNotFoundError: it is not installed.
@@ -79,7 +79,7 @@ def available_bodies() -> tuple[str, ...]:
 
 @functools.cache
 def _available_bodies(released_only: str | None) -> tuple[str, ...]:
-    """Try the bodies; onnxruntime reads the environment variable whenever it loads a model."""
+    """Return the bodies that load; onnxruntime reads the environment variable at every load."""
     return tuple(body for body in BODIES if _loads(body))
 
 
@@ -178,7 +178,7 @@ def choose_body(nodes: list[Node], body: str, has_library: bool, opset: int = DE
 
 
 def why_not(body: str) -> str:
-    """Say what a body needs that the installed packages are too old for, and which they are."""
+    """Return a text: what a body needs, and which installed packages are too old for it."""
     beside = f"onnx {onnx.__version__} and " if body == "onnx" else ""
     return (
         f"body {body!r} needs {_NEEDS[body]}; this is {beside}onnxruntime "
@@ -249,7 +249,7 @@ def open_session(
 
 
 def _with_absolute_weights(model: ModelProto, folder: Path) -> ModelProto | None:
-    """Return a model that says where its weights in other files are, None if it has none there."""
+    """Return a model with absolute paths to its weights in other files, None if it has none."""
     moved, is_moved = ModelProto(), False
     moved.CopyFrom(model)
     for tensor in moved.graph.initializer:
@@ -260,7 +260,7 @@ def _with_absolute_weights(model: ModelProto, folder: Path) -> ModelProto | None
 
 
 def _cure_of_opset(model: ModelProto) -> str:
-    """Say what to do about an opset that onnxruntime does not take; nothing if it takes it."""
+    """Return advice about an opset that onnxruntime does not take, else an empty string."""
     opset = opset_of(model)
     newest = _newest_taken(opset)
     if newest is None or newest >= opset:

@@ -1,4 +1,4 @@
-"""A torch module to an ONNX model whose recurrent layers are nodes of this library."""
+"""Export a torch module to an ONNX model whose recurrent layers are nodes of this library."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def _nodes(label: str, operator: Operator, model: ModelProto) -> Sequence[Any]:
 def _run_torch(
     module: torch.nn.Module, args: tuple[Any, ...], shapes: Shapes, opset: int
 ) -> ModelProto:
-    """Run torch.onnx.export; an error of ours inside it is raised as it is."""
+    """Run torch.onnx.export; raise an error of ours inside it as it is."""
     table = translation_table()
     # torch merges two arguments that are one tensor, as the zeros of two layers may be.
     args = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
@@ -248,7 +248,7 @@ def _run_torch(
 
 
 def _own_cause(error: BaseException) -> SpecError | None:
-    """Return the error of ours that made torch fail, without what torch wrote behind it."""
+    """Return the error of ours that made torch fail, without the text that torch appended."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, SpecError):

@@ -1,4 +1,4 @@
-"""torch operators to our nodes, for torch.onnx.export."""
+"""Translate torch operators to our nodes, for torch.onnx.export."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gdn_ops.torch_ops import onnx_export
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return what torch.onnx.export needs to know of our operators.
+    """Return the table that translates our operators for torch.onnx.export.
 
     For `torch.onnx.export(module, args, dynamo=True, custom_translation_table=...)`. The nodes
     have no function body yet; `set_body` gives them one. `export_decode` does all of this.
@@ -183,7 +183,7 @@ def _attributes(
 
 
 def _compute_type(x: Any) -> int:
-    """Return the element type that is computed in: double for double, else float."""
+    """Return the element type to compute in: double for double, else float."""
     return int(TensorProto.DOUBLE if int(x.dtype) == TensorProto.DOUBLE else TensorProto.FLOAT)
 
 
@@ -202,7 +202,7 @@ def _wide_state(q: Any, v: Any, state: Any) -> Any:
 def _call(
     operator: Operator, tensors: tuple[Any, ...], state: Any, attributes: dict[str, Any]
 ) -> Any:
-    """Write the node: gates in the type that is computed in, the decay as its logarithm."""
+    """Write a node, with its gates in the compute type and the decay as its logarithm."""
     from onnxscript import opset18 as op
 
     q, k, v, alpha, beta, log_alpha = tensors

@@ -1,8 +1,10 @@
-"""What a GPU forbids of the code compiled for it.
+"""Judge compiled kernels by the limits of their GPU.
 
-more shared memory than a program has
-spills, where the sample is a reference: bfloat16, K = V = 128, nothing but defaults
-a product of bfloat16 or float16 that could use HGMMA and does not, on Hopper
+A kernel fails with
+
+    more shared memory than a program has
+    spills, where the sample is a reference: bfloat16, K = V = 128, nothing but defaults
+    a product of bfloat16 or float16 that could use HGMMA and does not, on Hopper
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from gdn_ops.aot.results import CompiledKernel
 
 
 class Budget(NamedTuple):
-    """What a program may use of a GPU, and must.
+    """Describe what a program may use of a GPU, and what it must use.
 
     Attributes:
         shared: bytes of shared memory that one program can have.
         matrix: the instruction that a product in 16 bits must use, or nothing.
-        least_rows: of such a product; a warp group multiplies 64.
+        least_rows: the fewest rows of such a product; a warp group multiplies 64.
     """
 
     shared: int
@@ -48,10 +50,10 @@ LOW = ("bf16", "f16", "bfloat16", "float16")
 
 
 def refusal(target: str, known: Sequence[str]) -> str:
-    """Return why a target is none of those known.
+    """Return the error text for a target that is none of those known.
 
-    Without its `a`, a target is one for all later GPUs too: nvcc and TileLang then leave out what
-    only one generation has, without a word, and Hopper's wgmma is such.
+    Without its `a`, a target is one for all later GPUs too: nvcc and TileLang then silently leave
+    out the instructions that only one generation has, like Hopper's wgmma.
     """
     if f"{target}a" in known:
         return f"target {target!r} is compiled without wgmma and its like: use {target}a"
@@ -59,7 +61,7 @@ def refusal(target: str, known: Sequence[str]) -> str:
 
 
 class Product(NamedTuple):
-    """A product of blocks in the source: (M, K) by (K, N)."""
+    """Describe a product of blocks in the source: (M, K) by (K, N)."""
 
     M: int
     N: int
@@ -70,12 +72,12 @@ class Product(NamedTuple):
 def judged(
     row: CompiledKernel, products: Iterable[Product], is_reference: bool, granted: Granted
 ) -> CompiledKernel:
-    """Return what was compiled with what its target forbids of it.
+    """Return a compiled kernel with what it does that its target forbids.
 
     Args:
         row: the kernel; its target is in BUDGETS.
-        products: of its source.
-        is_reference: whether a reference launches it.
+        products: the products in its source.
+        is_reference: whether a reference sample launches it.
         granted: spills that a reference may have.
     """
     budget = BUDGETS[row.target]

@@ -1,4 +1,4 @@
-"""Hold calls to compile ahead of time, and what each kernel became, for GPUs that are not there."""
+"""Hold the calls to compile ahead of time, and the kernels that were compiled for them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gdn_ops.call.bind import Call
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A call of the public API on meta tensors, which have shapes but no memory.
+    """Hold a call of the public API on meta tensors, which have shapes but no memory.
 
     Attributes:
-        label: what it is, in words for a table.
+        label: what the call is, in words for a table.
         call: the bound call; with `needs_grad`, its gradients are meant too.
-        is_reference: whether it is one that must be fast as it comes: bfloat16, K = V = 128,
-            nothing but defaults.
+        is_reference: whether it must be fast without any option: bfloat16, K = V = 128, nothing
+            but defaults.
     """
 
     label: str
@@ -27,7 +27,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel as a GPU would run it.
+    """Describe a kernel that was compiled for a GPU.
 
     Attributes:
         kernel: its name.
@@ -41,7 +41,7 @@ class CompiledKernel:
         instructions: of matrix units, counted in the code by name.
         failures: what a target forbids and this code does; empty if it passes.
         note: why something that would fail is granted.
-        seconds: that compiling took, or reading the result of an earlier time.
+        seconds: that compiling took, or reading the result of an earlier compilation.
     """
 
     kernel: str
@@ -60,7 +60,7 @@ class CompiledKernel:
 
 @runtime_checkable
 class CompilesAhead(Protocol):
-    """A backend that `gdn-ops compile` shows.
+    """Describe a backend whose kernels `gdn-ops compile` can compile.
 
     Attributes:
         targets: the GPUs that it compiles for, by name, like "sm_90".
@@ -69,7 +69,7 @@ class CompilesAhead(Protocol):
     targets: ClassVar[tuple[str, ...]]
 
     def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
-        """Compile what samples launch for a GPU that need not be there.
+        """Compile the kernels that samples launch, for a GPU that this machine need not have.
 
         `gdn_ops.aot.sampling.run` makes the backend do what a sample asks for, on tensors without
         memory.
@@ -79,5 +79,5 @@ class CompilesAhead(Protocol):
             samples: calls; those that the backend cannot run are left out.
 
         Yields:
-            Every distinct kernel once, with what its target forbids.
+            Every distinct kernel once, with what it does that its target forbids.
         """

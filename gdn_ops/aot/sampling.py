@@ -1,4 +1,4 @@
-"""Calls on meta tensors, so that a backend can show every launch it makes without a GPU.
+"""Make calls on meta tensors, so that a backend can show its launches without a GPU.
 
 `samples` makes them from the named cases of the specs; `run` makes the backend do what the public
 API would. A backend that notes its launches meanwhile can compile them (`CompilesAhead`).
@@ -44,7 +44,7 @@ SEQUENCES: tuple[tuple[str, dict[str, Any]], ...] = (
     *((f"K={k} V={v}", {"K": k, "V": v}) for k, v in HEAD_DIMS),
     *((f"float32 K={k} V={v}", {"dtype": "float32", "K": k, "V": v}) for k, v in HEAD_DIMS),
 )
-"""What else `gated_delta` may be asked for, one at a time."""
+"""Variations of a call of `gated_delta`, one at a time: a label and what is changed."""
 
 DECODING: tuple[tuple[str, dict[str, Any]], ...] = (
     *((f"rule {rule}", {"rule": rule}) for rule in ("delta", "gated", "linear")),
@@ -60,11 +60,11 @@ DECODING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("float32", {"dtype": "float32"}),
     *((f"K={k} V={v}", {"K": k, "V": v}) for k, v in HEAD_DIMS),
 )
-"""What else a decode op may be asked for, one at a time."""
+"""Variations of a call of a decode op, one at a time: a label and what is changed."""
 
 
 def samples(cases: Sequence[Case], *, everything: bool = False) -> Iterator[Sample]:
-    """Make the calls of cases: inference and training of sequences, and decoding.
+    """Make samples from named cases: inference and training of sequences, and decoding.
 
     Args:
         cases: named cases of any op.
@@ -86,12 +86,12 @@ def samples(cases: Sequence[Case], *, everything: bool = False) -> Iterator[Samp
 
 
 def spec_of(case: Case) -> OpSpec:
-    """Return the op that a named case is of."""
+    """Return the spec of the op that a named case belongs to."""
     return next(op for op in OPS if case in op.cases)
 
 
 def _of(spec: OpSpec, case: Case, label: str, choice: dict[str, Any]) -> Iterator[Sample]:
-    """Make the call, or calls, of one case with one choice."""
+    """Make the samples of one case with one variation."""
     axes = {axis.name for axis in fields(Sizes)}
     sizes = replace(case.sizes, **{k: v for k, v in choice.items() if k in axes})
     choice = {"dtype": case.dtype, **choice}
@@ -140,12 +140,12 @@ def _meta(arg: TensorArg, sizes: Sizes, dtype: torch.dtype | None, pool: int | N
 
 
 def reasons_against(backend: Backend, sample: Sample) -> list[str]:
-    """Return why a backend cannot run a sample, but for where its tensors are."""
+    """Return why a backend cannot run a sample, other than that its tensors are on meta."""
     return [r for r in reasons(backend, sample.call) if not r.startswith("device meta ")]
 
 
 def run(backend: Backend, sample: Sample) -> None:
-    """Make a backend do what the public API would make it do."""
+    """Run a sample on a backend as the public API would, its backward too if it needs one."""
     call = sample.call
     with torch.no_grad():
         if call.op is GATED_DELTA_STEP:

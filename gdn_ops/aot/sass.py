@@ -1,6 +1,6 @@
-"""What NVIDIA machine code uses of a GPU: registers, spills, stack, instructions of matrix units.
+"""Read what NVIDIA machine code uses of a GPU: registers, spills, stack, matrix instructions.
 
-Read with cuobjdump from a cubin, that a compiler made for a GPU that need not be there.
+cuobjdump reads it from a cubin, which may be for a GPU that this machine does not have.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SPILL = re.compile(r"\bSTL\b")
 
 
 class Usage(NamedTuple):
-    """What one kernel uses.
+    """Hold what one kernel uses of a GPU.
 
     Attributes:
         registers: per thread; on AMD vector and accumulation registers together.
@@ -36,7 +36,7 @@ class Usage(NamedTuple):
 
 
 def cubin_usage(cubin: bytes, folders: Sequence[Path] = ()) -> Usage:
-    """Return what the kernel of a cubin uses.
+    """Return what the kernel in a cubin uses of a GPU.
 
     Args:
         cubin: the code of one kernel.
@@ -61,7 +61,7 @@ def _run(tool: Path, *arguments: str) -> str:
 
 
 def nvidia_usage(resources: str, code: str) -> Usage:
-    """Return the usage, given what cuobjdump says of resources and the code it lists."""
+    """Return the usage of a kernel, given cuobjdump's report of resources and its listing."""
     sizes = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)}
     return Usage(
         registers=sizes["REG"],
@@ -72,7 +72,7 @@ def nvidia_usage(resources: str, code: str) -> Usage:
 
 
 def find_tool(name: str, folders: Sequence[Path] = ()) -> Path:
-    """Return the first of `folders`, a CUDA toolkit, PATH and installed wheels that has a tool.
+    """Return the path of a tool: in `folders`, a CUDA toolkit, PATH or an installed wheel.
 
     Raises:
         FileNotFoundError: none has it; the text says what brings it.
@@ -88,7 +88,7 @@ def find_tool(name: str, folders: Sequence[Path] = ()) -> Path:
 
 
 def _folders() -> Iterator[Path]:
-    """Yield where CUDA's tools may be, the most deliberate choice first."""
+    """Yield the folders where CUDA's tools may be, those that the user chose first."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             yield Path(os.environ[variable]) / "bin"

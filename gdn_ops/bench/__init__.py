@@ -1,1 +1,1 @@
-"""Benchmarks over the named cases: comparators in one process, interleaved, checked first."""
+"""Benchmark the named cases: comparators are checked first, then timed in turns."""

@@ -1,4 +1,4 @@
-"""Measurements that need a process of their own: an order as JSON in, an answer as JSON out."""
+"""Run measurements in processes of their own: an order in as JSON, an answer out as JSON."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import gdn_ops
 
 
 def child_environment() -> dict[str, str]:
-    """Return an environment in which a child imports this very gdn_ops."""
+    """Return environment variables with which a child process imports this same gdn_ops."""
     root = str(Path(gdn_ops.__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def ask(module: str, order: dict[str, Any]) -> Any:
-    """Run `python -m module JSON`; return what its last line says, or, as text, why it failed.
+    """Run `python -m module JSON`; return its last line, parsed, or a text that says why it failed.
 
     Args:
-        module: whose answer is no text.
+        module: its name; its answer must not be a string.
         order: its argument.
     """
     done = subprocess.run(

@@ -1,9 +1,9 @@
-"""One decode step in onnxruntime: its bodies, in place and not, against torch and the floor.
+"""Time one decode step in onnxruntime, in place and not, against torch and the floor.
 
 The floor is one pass over the state in place, read and written, in the same turns. A sample is
-the mean of a few steps in a row, as a layer of a small model sees them. What is compared in
-microseconds works on the same memory, far apart in a round; every other way has tensors of its
-own. What is timed was compared with the definition before.
+the mean of a few steps in a row, as a layer of a small model sees them. Ways that are
+compared in microseconds work on the same memory, far apart in a round; every other way has tensors
+of its own. Every body is compared with the definition before it is timed.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ GatedDeltaStep <num_qk_heads, num_v_heads, scale, rule, qk_l2norm>
 
 
 class _Clock:
-    """An onnxruntime session that keeps the time of its last run.
+    """Wrap an onnxruntime session and keep the duration of its last run.
 
     Attributes:
-        seconds: of that run.
+        seconds: duration of that run.
     """
 
     def __init__(self, session: Any) -> None:
@@ -79,7 +79,7 @@ class _Clock:
         return getattr(self._session, name)
 
     def run_with_iobinding(self, binding: Any) -> None:
-        """Run and keep the time."""
+        """Run the session and keep the duration."""
         start = time.perf_counter()
         self._session.run_with_iobinding(binding)
         self.seconds = time.perf_counter() - start
@@ -87,7 +87,7 @@ class _Clock:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run a step.
+    """Hold one way to run a decode step.
 
     Attributes:
         name: as shown.
@@ -101,7 +101,7 @@ class Way:
 
 
 def unguarded(model: ModelProto) -> ModelProto:
-    """Return a model of body "ort" with the plain form of it, to see what the guards cost."""
+    """Return a copy of a model of body "ort" without its guards, to see what the guards cost."""
     plain = ModelProto()
     plain.CopyFrom(model)
     opset = next(o.version for o in plain.opset_import if not o.domain)
@@ -111,7 +111,7 @@ def unguarded(model: ModelProto) -> ModelProto:
 
 
 class _Bare:
-    """run_with_iobinding on the buffers of a session, without its checks and copies."""
+    """Run the bound buffers of a session directly, without the checks and copies of its step()."""
 
     def __init__(self, session: DecodeSession, ort: Any = None) -> None:
         # A binding does not keep the buffers that it binds.
@@ -134,7 +134,7 @@ class _Bare:
 def _session(
     model: ModelProto, batch: int, feeds: list[Array], body: str, **options: Any
 ) -> DecodeSession:
-    """Return a session of one thread with full buffers, for runs without step()."""
+    """Return a session of one thread with filled buffers, ready to run without step()."""
     made = DecodeSession(model, batch=batch, body=body, threads=1, **options)
     made.step(*feeds)
     return made
@@ -162,7 +162,7 @@ def _own_ways(model: ModelProto, batch: int, feeds: list[Array], library: str | 
 
 
 def _shared_ways(model: ModelProto, batch: int, feeds: list[Array]) -> list[Way]:
-    """Return the ways of body "ort" in place and their floor, all on the same memory."""
+    """Return the in-place ways of body "ort" and their floor, all on the same memory."""
     session = _session(model, batch, feeds, "ort")
     plain = open_session(unguarded(set_body(model, "ort")), None, 1, None)
     bare, unguarded_run = _Bare(session), _Bare(session, plain)
@@ -178,7 +178,7 @@ def _shared_ways(model: ModelProto, batch: int, feeds: list[Array]) -> list[Way]
 
 
 def _watched(name: str, session: DecodeSession, feeds: list[Array]) -> Way:
-    """Return the way through step() of a session with a clock."""
+    """Return a way that runs step() and notes its seconds outside of onnxruntime's run."""
     added: list[float] = []
 
     def step() -> None:
@@ -190,7 +190,7 @@ def _watched(name: str, session: DecodeSession, feeds: list[Array]) -> Way:
 
 
 def _apart(shared: list[Way], others: list[Way]) -> list[Way]:
-    """Return both with the first spread among the others: what they share has left the caches."""
+    """Return all ways, the shared ones spread out: in between, their memory leaves the caches."""
     ways = []
     for i, way in enumerate(shared):
         start, stop = (len(others) * j // len(shared) for j in (i, i + 1))
@@ -199,7 +199,7 @@ def _apart(shared: list[Way], others: list[Way]) -> list[Way]:
 
 
 def _torch_ways(x: Inputs, state: torch.Tensor) -> list[Way]:
-    """Return the steps of torch, new states and in place."""
+    """Return the steps of torch and compile, each with new states and in place."""
     alpha = x.log_alpha.exp()
 
     def way(name: str, backend: str, inplace: bool) -> Way:
@@ -256,7 +256,7 @@ def _check(model: ModelProto, case: str, batch: int, library: str | None) -> lis
 def measure(
     batch: int, heads: int, width: int, rounds: int, library: str | None, result: Result
 ) -> None:
-    """Compare and time one shape; rows and checks are added to the result.
+    """Check and time one shape; add its rows and checks to the result.
 
     Raises:
         RefusedError: a body computes something else.
@@ -335,7 +335,7 @@ def run(
 
 
 def show_run(library: str | None, setting: Setting, out: Path | None) -> None:
-    """Run, print and write what `gdn-ops bench decode` asks for.
+    """Run `gdn-ops bench decode`: measure, print the result, and write it if a folder is given.
 
     Raises:
         RefusedError: as `run`.

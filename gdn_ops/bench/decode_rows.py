@@ -1,4 +1,4 @@
-"""The rows of `gdn-ops bench decode`: times, and what is judged of them."""
+"""Make the rows of `gdn-ops bench decode`: times, and the numbers that have a target."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gdn_ops.bench.runner import Timing
 def decode_rows(
     case: str, mib: float, timing: dict[str, Timing], added: dict[str, Timing]
 ) -> list[Row]:
-    """Return the times, and the ratios and differences that have a target.
+    """Return the rows of the times, and of the ratios and differences that have a target.
 
     Args:
         case: as shown.
         mib: size of the state.
         timing: of the ways, by name.
-        added: what step() takes besides the run of onnxruntime, by the name of the way.
+        added: seconds of step() outside of the run of onnxruntime, by the name of the way.
     """
     floor, us = timing["floor"].median, 1e6
     rows = [

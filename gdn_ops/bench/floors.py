@@ -1,4 +1,4 @@
-"""The floor of a case: what the cost model asks for at the rates this machine reaches."""
+"""Compute the floor of a case: the least time by the cost model, at this machine's rates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SQUARE = {"cpu": 1024, "cuda": 8192}
 
 @dataclass(frozen=True)
 class Rates:
-    """What plain torch reaches, measured in the same run.
+    """Hold the rates that plain torch reaches on this machine, measured in the same run.
 
     Attributes:
         flops: of a matrix product, per second, a multiply-add counted as two.
@@ -34,7 +34,7 @@ class Rates:
     cached_bytes: float
 
     def floor(self, spec: OpSpec, sizes: Sizes, element: int) -> float:
-        """Return the seconds below which the cost model says no forward can be.
+        """Return the least seconds that a forward can take by the cost model, at these rates.
 
         Args:
             spec: the op.
@@ -47,7 +47,7 @@ class Rates:
 
 
 def measure_rates(dtype: torch.dtype, device: str = "cpu", repeats: int = 10) -> Rates:
-    """Measure the rates, each from the best of its repeats.
+    """Measure the rates of plain torch, each from the best of its repeats.
 
     The product is the faster of one large square and a batch of squares of 128 that stays in
     cache, the shape of the work in a chunk.

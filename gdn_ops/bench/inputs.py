@@ -1,4 +1,4 @@
-"""The tensors of a benchmark case, and the setting they are made for."""
+"""Draw the tensors of a benchmark case, and hold the setting they are made for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 
 @dataclass(frozen=True)
 class Setting:
-    """How everything is run.
+    """Hold the setting of a run: dtype, device and repeats.
 
     Attributes:
         dtype: name of the dtype of q, k and v.
@@ -29,17 +29,17 @@ class Setting:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype itself."""
+        """Return the dtype as a torch.dtype."""
         return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
     @property
     def judged(self) -> bool:
-        """Whether targets apply: they are for float32 on CPUs."""
+        """Return whether targets apply: they are for float32 on CPUs."""
         return self.dtype == "float32" and self.device == "cpu"
 
 
 class Inputs(NamedTuple):
-    """Operands of one call of rule gated_delta.
+    """Hold the operands of one call of rule gated_delta.
 
     Attributes:
         q, k: (B, T, H, K); the rows of k have length one.
@@ -56,7 +56,7 @@ class Inputs(NamedTuple):
 
 
 def find_case(name: str, tokens: int | None = None) -> Case:
-    """Return a named case; `qwen-16-32` means its shortest sequence.
+    """Return the case of a name; a family's name, `qwen-16-32`, gives its shortest sequence.
 
     Args:
         name: of a case, sequence or step, or the beginning of a family's names.
@@ -77,7 +77,7 @@ def find_case(name: str, tokens: int | None = None) -> Case:
 
 
 def make_inputs(sizes: Sizes, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
-    """Draw operands: normal q and v, unit keys, mild decay.
+    """Draw the operands of a call: normal q and v, unit keys, mild decay.
 
     Args:
         sizes: the axes.

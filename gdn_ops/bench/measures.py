@@ -1,4 +1,4 @@
-"""The measurements, one function each; every one returns rows."""
+"""Measure time, memory, overhead and import, one function each; every function returns rows."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def sequence_rows(
 def memory_rows(
     case: Case, comparators: Sequence[Comparator], s: Setting
 ) -> tuple[list[Row], list[tuple[str, str, str]]]:
-    """Measure the peak of forward and backward of each comparator in its own process."""
+    """Measure the peak memory of forward and backward, each comparator in its own process."""
     peaks: dict[str, float] = {}
     skipped = []
     for c in comparators:
@@ -105,7 +105,7 @@ def memory_rows(
 
 
 def overhead_row(name: str, s: Setting) -> Row:
-    """Measure what `gated_delta` adds per call to the backend's own function, in microseconds."""
+    """Measure the microseconds per call that `gated_delta` adds to the backend's own function."""
     sizes = Sizes(B=1, T=OVERHEAD_TOKENS, H=1, HV=1, K=16, V=16, N=1)
     x = make_inputs(sizes, s.torch_dtype, s.device)
 
@@ -145,7 +145,7 @@ def _all_arguments(x: Inputs) -> dict[str, object]:
 
 
 def import_row(s: Setting) -> Row:
-    """Measure what `import gdn_ops` adds to `import torch`, in fresh processes."""
+    """Measure the time that `import gdn_ops` adds to `import torch`, in fresh processes."""
     samples = []
     for _ in range(IMPORT_REPEATS):
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Peak memory of one forward and backward, measured in a process of its own.
+"""Measure the peak memory of one forward and backward, in a process of its own.
 
 The child builds the operands, runs once on a short prefix so that libraries are loaded and
 code is compiled, gives free memory back and notes its resident size: the baseline. Then it
@@ -32,7 +32,7 @@ WARMUP_TOKENS = 512
 
 @dataclass(frozen=True)
 class Peak:
-    """What a child measured.
+    """Hold the peak memory that a child process measured.
 
     Attributes:
         bytes: highest resident size above the baseline.
@@ -48,13 +48,13 @@ class Peak:
 def measure_peak(
     name: str, sizes: Sizes, dtype: str, threads: int, device: str = "cpu"
 ) -> Peak | str:
-    """Return the peak of a comparator, or why its process failed.
+    """Return the peak memory of a comparator, or why its process failed.
 
     Args:
         name: of a backend or a peer.
         sizes: the axes.
         dtype: name of the dtype of q, k and v.
-        threads: torch computes with.
+        threads: number that torch computes with.
         device: torch device.
     """
     order = {

@@ -1,9 +1,9 @@
-"""Whole models of transformers, with their own delta rule and with gdn_ops, in turns.
+"""Measure whole models of transformers, with their own delta rule and with gdn_ops, in turns.
 
 One random Qwen3.5 in float32: hidden 1024, four layers of which three are linear attention, 16
 key heads and 32 value heads of 128. Both ways run the same model object in the same process,
 after their logits and loss were compared. Prefill and decode take turns in a process that does
-nothing else, as one that serves: after a training step the C library's heap has other habits.
+nothing else, as one that serves: after a training step the C library's heap behaves differently.
 Peak memory is measured in a process of its own for each way. Such a process is this file, run as
 `python -m gdn_ops.bench.models JSON`.
 """
@@ -46,7 +46,7 @@ DECODES = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """A random Qwen3.5 and how many tokens it reads.
+    """Describe a random Qwen3.5 and the number of tokens it reads.
 
     Attributes:
         tokens: of the prompt and of the training step.
@@ -65,7 +65,7 @@ class Shape:
 
     @property
     def case(self) -> str:
-        """Name of the case."""
+        """Return the name of the case."""
         return f"qwen3.5-{self.hidden}x{self.layers}-T{self.tokens}"
 
 
@@ -82,7 +82,7 @@ TARGETS = tuple(
 
 
 def build(shape: Shape) -> Any:
-    """Return the model, in eval mode.
+    """Return a random Qwen3.5 of a shape, in eval mode.
 
     Raises:
         ValueError: transformers is not usable.
@@ -112,13 +112,13 @@ def build(shape: Shape) -> Any:
 
 
 def prompt(shape: Shape) -> Tensor:
-    """Return the tokens, (1, T)."""
+    """Return the tokens of the prompt, (1, T)."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(1, shape.vocabulary, (1, shape.tokens), generator=generator)
 
 
 def way(name: str) -> AbstractContextManager[Any]:
-    """Return the context in which a comparator computes."""
+    """Return the context in which a model computes as the comparator of that name."""
     return contextlib.nullcontext() if name == PEER else accelerate(name)
 
 
@@ -130,7 +130,7 @@ def prefill(model: Any, ids: Tensor) -> Tensor:
 
 
 def training_step(model: Any, ids: Tensor) -> Tensor:
-    """Return the loss, after its gradients were computed and dropped."""
+    """Compute the loss and its gradients; drop the gradients and return the loss."""
     loss: Tensor = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
     model.zero_grad(set_to_none=True)
@@ -138,7 +138,7 @@ def training_step(model: Any, ids: Tensor) -> Tensor:
 
 
 class Decoder:
-    """Decodes on and on from a cache of its own."""
+    """Decode tokens on and on, from a cache of its own."""
 
     def __init__(self, model: Any, ids: Tensor) -> None:
         self.model = model
@@ -159,7 +159,7 @@ class Decoder:
 def run(
     backends: Sequence[str], setting: Setting, tell: suite.Tell, shape: Shape | None = None
 ) -> Result:
-    """Compare, then measure.
+    """Compare the model under every backend with transformers' own, then measure.
 
     Args:
         backends: of gdn_ops.
@@ -169,7 +169,8 @@ def run(
 
     Raises:
         RefusedError: a backend computes another model; nothing was timed.
-        ValueError: a backend is unknown, transformers not usable, or it is not float32 on a CPU.
+        ValueError: a backend is unknown, transformers not usable, or the setting not float32
+            on a CPU.
     """
     shape = shape or Shape()
     if (setting.dtype, setting.device) != ("float32", "cpu"):
@@ -191,7 +192,7 @@ def run(
 def _in_turns(
     names: Sequence[str], setting: Setting, tell: suite.Tell, shape: Shape, result: Result
 ) -> None:
-    """Compare and time; the model is gone afterwards."""
+    """Compare logits and loss and time training steps, with a model that is freed afterwards."""
     tell("logits and loss")
     model, ids = build(shape), prompt(shape)
     result.checks += _verify(model, ids, names, shape.case)
@@ -208,7 +209,7 @@ def _under(name: str, function: Callable[..., object], *arguments: Any) -> objec
 def _serving_rows(
     names: Sequence[str], setting: Setting, shape: Shape, result: Result
 ) -> list[Row]:
-    """Return the rows of prefill and decode, from a process of their own."""
+    """Return the rows of prefill and decode, timed in a process of their own."""
     order = {"what": "serving", "names": list(names), "repeats": setting.repeats}
     found = _child(order, shape)
     if isinstance(found, str):
@@ -222,7 +223,7 @@ def _serving_rows(
 
 
 def _serve(order: dict[str, Any], shape: Shape) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds of prefill and of decoding by what and by name."""
+    """Time prefill and decode; return the seconds by measurement and by comparator."""
     model, ids, names = build(shape), prompt(shape), order["names"]
     found = {}
     for what in ("prefill", "decode"):
@@ -291,13 +292,13 @@ def _memory_rows(names: Sequence[str], shape: Shape, result: Result) -> list[Row
 
 
 def _child(order: dict[str, Any], shape: Shape) -> Any:
-    """Return what a process of its own prints of an order, or why it failed."""
+    """Run an order in a process of its own; return its answer, or why it failed."""
     order |= {"shape": asdict(shape), "threads": torch.get_num_threads()}
     return ask("gdn_ops.bench.models", order)
 
 
 def show_run(backends: Sequence[str], setting: Setting, out: Path | None) -> None:
-    """Run, print and write what `gdn-ops bench models` asks for.
+    """Run `gdn-ops bench models`: measure, print the result, and write it if a folder is given.
 
     Raises:
         RefusedError, ValueError: as `run`.
@@ -314,7 +315,7 @@ def show_run(backends: Sequence[str], setting: Setting, out: Path | None) -> Non
 
 
 def _weigh(order: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    """Return the peak of one training step, after one on a few tokens."""
+    """Return the peak memory of one training step, after one on a few tokens."""
     model, ids = build(shape), prompt(shape)
     with way(order["name"]):
         training_step(model, ids[:, : min(256, shape.tokens)])

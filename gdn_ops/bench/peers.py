@@ -1,4 +1,4 @@
-"""The comparators: this library's backends and other people's implementations.
+"""Wrap this library's backends and other people's implementations as comparators.
 
 A comparator is a name and a function of `Inputs`. A peer that is not installed is a reason,
 never an error.
@@ -19,12 +19,12 @@ from gdn_ops.ops import gated_delta
 
 @dataclass(frozen=True)
 class Comparator:
-    """One implementation under measurement.
+    """Hold one implementation under measurement.
 
     Attributes:
         name: of the backend or the peer.
         run: from operands to o (B, T, HV, V), differentiable.
-        is_peer: whether it is somebody else's.
+        is_peer: whether it is another library's.
         context: entered around `run` and around the backward of what it returned.
     """
 
@@ -51,7 +51,7 @@ def backend_comparator(name: str) -> Comparator | str:
 
 
 def transformers_comparator() -> Comparator | str:
-    """Return transformers' `torch_chunk_gated_delta_rule`, what its CPU users run today.
+    """Return transformers' `torch_chunk_gated_delta_rule`, its path on CPUs, or why it cannot run.
 
     q and k are repeated to the value heads inside the timed call, as the models do and, in
     newer releases, the function itself.

@@ -1,4 +1,4 @@
-"""A benchmark result as a table, as JSON and as a plot."""
+"""Show a benchmark result as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _number(value: float | None) -> str:
 
 
 def _ratio(row: Row) -> str:
-    """Return the ratio in words."""
+    """Return the ratio of a row in words."""
     if row.ratio is None or row.comparator == row.against:
         return "-"
     if row.what == "memory":
@@ -43,7 +43,7 @@ def _verdict(row: Row) -> str:
 
 
 def table(result: Result) -> Table:
-    """Return the rows as a table, a section per measurement and case."""
+    """Return the rows of a result as a table, a section per measurement and case."""
     found = Table("what", "case", "comparator", "median", "best", "floor", title="gdn-ops bench")
     for name in ("ratio", "against", "target"):
         found.add_column(name)
@@ -67,7 +67,7 @@ def table(result: Result) -> Table:
 
 
 def show(result: Result, console: Console) -> None:
-    """Print the result: circumstances, conformance, rows, what was left out."""
+    """Print the result: circumstances, conformance, rows, comparators left out."""
     system = result.system
     cpu = system["devices"][0]
     console.print(
@@ -91,7 +91,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def write_json(result: Result, path: Path) -> None:
-    """Write the result to a file."""
+    """Write the result to a JSON file."""
     path.write_text(json.dumps(result.to_json(), indent=2) + "\n")
 
 
@@ -148,7 +148,7 @@ def _panel(axis: Any, what: str, case: str, rows: list[Row], colours: dict[str, 
 
 
 def write(result: Result, folder: Path) -> list[Path | str]:
-    """Write JSON and plot into a folder; return the paths, or why one is missing."""
+    """Write the result as JSON and plot; return the paths, or why the plot is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{result.system['device'].replace(':', '-')}-{result.system['dtype']}"
     written: list[Path | str] = [folder / f"{stem}.json"]

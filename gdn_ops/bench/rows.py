@@ -1,4 +1,4 @@
-"""What a benchmark found: rows, targets, and the result that becomes JSON, table and plot."""
+"""Hold the rows, targets and result of a benchmark, which become JSON, table and plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Target:
-    """A number that a row is meant to reach.
+    """Hold a number that a row is meant to reach.
 
     Attributes:
         what, case, comparator: the row that it is for.
@@ -33,7 +33,7 @@ class Target:
     text: str
 
     def reached(self, median: float, ratio: float | None) -> bool | None:
-        """Return whether a row reaches it; None where it has no ratio."""
+        """Return whether a row reaches the target; None where the row lacks the ratio for it."""
         value = ratio if self.of_ratio else median
         if value is None:
             return None
@@ -53,12 +53,12 @@ TARGETS = (
     Target("overhead", "T=8", "torch", 60, False, False, "<= 60 us"),
     Target("import", "-", "gdn_ops", 0.15, False, False, "< 0.15 s"),
 )
-"""For float32 on CPUs; they are shown on any machine and on none taken for granted."""
+"""Targets for float32 on CPUs; every machine shows which of them it reaches."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured number.
+    """Hold one measured number.
 
     Attributes:
         what: forward, forward+backward, memory, step, scaling, overhead or import.
@@ -121,7 +121,7 @@ def make_row(
 def timed_row(
     what: str, case: str, comparator: str, unit: str, timing: Timing, **other: Any
 ) -> Row:
-    """Return the row of a timing.
+    """Return the row of a timing, its target looked up.
 
     Args:
         what, case, comparator: as in Row.
@@ -136,7 +136,7 @@ def timed_row(
 
 @dataclass
 class Result:
-    """One run of the benchmark.
+    """Hold the result of one run of the benchmark.
 
     Attributes:
         system: versions, devices, threads, date, dtype.

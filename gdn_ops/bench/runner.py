@@ -1,4 +1,4 @@
-"""Interleaved timing: what is compared takes turns in one process."""
+"""Time actions interleaved: those that are compared take turns in one process."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall-clock samples of one action, in seconds."""
+    """Hold the wall-clock samples of one action, in seconds."""
 
     samples: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle sample, in seconds."""
+        """Return the median of the samples, in seconds."""
         return statistics.median(self.samples)
 
     @property
     def best(self) -> float:
-        """The shortest sample, in seconds."""
+        """Return the shortest sample, in seconds."""
         return min(self.samples)
 
 

@@ -1,6 +1,6 @@
-"""The forward of a long sequence against that of a short one, in a process of their own.
+"""Compare the forward of a long sequence with that of a short one, in a process of its own.
 
-What a process did before decides which of its fresh pages are cheap, and a long result has many.
+How cheap fresh memory pages are depends on what a process did before, and a long result needs many.
 The process is this file, run as `python -m gdn_ops.bench.scaling JSON`.
 """
 
@@ -24,7 +24,7 @@ from gdn_ops.spec.language import Case, Sizes
 
 
 def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row | str:
-    """Compare the forward of a sequence `times` as long with `times` the forward.
+    """Compare the time of a forward `times` as long with `times` the time of the short forward.
 
     Returns:
         The row, or why the process failed.

@@ -1,4 +1,4 @@
-"""The in-place step against the same update as people write it in eager torch, several ways.
+"""Time the in-place step against the same update in eager torch, written in several ways.
 
 Each way takes q, k (B, HV, K), v (B, HV, V), alpha, beta (B, HV) and the state (B, HV, K, V),
 updates the state and returns o (B, HV, V). `gated_delta_step` is compared with the fastest.
@@ -28,7 +28,7 @@ EagerStep = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Te
 def as_sums(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor, scale: float
 ) -> Tensor:
-    """Elementwise products and sums, the recurrence word by word."""
+    """Run a step as elementwise products and sums, just as the recurrence is written."""
     state.mul_(alpha[..., None, None])
     u = beta[..., None] * (v - (state * k[..., None]).sum(-2))
     state.add_(k[..., None] * u[..., None, :])
@@ -38,7 +38,7 @@ def as_sums(
 def as_einsum(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor, scale: float
 ) -> Tensor:
-    """The same with einsum."""
+    """Run a step with einsum."""
     state.mul_(alpha[..., None, None])
     u = beta[..., None] * (v - torch.einsum("bhkv,bhk->bhv", state, k))
     state.add_(torch.einsum("bhk,bhv->bhkv", k, u))
@@ -48,7 +48,7 @@ def as_einsum(
 def as_products(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor, scale: float
 ) -> Tensor:
-    """Batched matrix products, the write by baddbmm_."""
+    """Run a step as batched matrix products, the write by baddbmm_."""
     flat = state.flatten(0, 1)
     flat.mul_(alpha.flatten()[:, None, None])
     rows_q, rows_k, rows_v = (x.flatten(0, 1).unsqueeze(1) for x in (q, k, v))
@@ -60,7 +60,7 @@ def as_products(
 def as_one_read(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor, scale: float
 ) -> Tensor:
-    """One read of the old state for q and k together, one pass to decay, one to write."""
+    """Read the old state once for q and k together, then decay it in one pass and write it."""
     qS, kS = torch.matmul(torch.stack((q, k), 2), state).unbind(2)
     a = alpha[..., None]
     u = beta[..., None] * (v - a * kS)
@@ -104,7 +104,7 @@ def _steps(x: Inputs, case: Case, names: Sequence[str], s: Setting) -> dict[str,
 
 
 def step_rows(case: Case, names: Sequence[str], s: Setting, rates: Rates) -> list[Row]:
-    """Check, then time, the in-place step of backends and of the eager ways, in turns.
+    """Check the in-place steps of backends and of the eager ways, then time them in turns.
 
     Raises:
         RefusedError: one of them computes something else.
@@ -147,7 +147,7 @@ def _timed_steps(x: Inputs, case: Case, steps: dict[str, Step], s: Setting) -> d
 def check_step(
     name: str, x: Inputs, start: Tensor, found: tuple[Tensor, Tensor], s: Setting
 ) -> None:
-    """Refuse (o, new state) of a step from a state if they are not those of the definition.
+    """Refuse a step whose results, (o, new state), are not those of the definition.
 
     Raises:
         RefusedError: they are not.
@@ -160,7 +160,7 @@ def check_step(
 def _compare(
     name: str, found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], s: Setting
 ) -> None:
-    """Refuse a step that is off by more than a few roundings of a sum over K."""
+    """Refuse results of a step that are off by more than a few roundings of a sum over K."""
     band = 4 * ROUNDING_BAND * torch.finfo(s.torch_dtype).eps
     for what, x, e in zip(("o", "state"), found, exact, strict=True):
         error = head_error(x.unsqueeze(1), e.unsqueeze(1))

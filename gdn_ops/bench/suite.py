@@ -1,4 +1,4 @@
-"""One run of the benchmark: what was asked for, checked, measured, in order."""
+"""Run the benchmark: check the comparators of a plan, then take its measurements in order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """Hold the plan of a run: measurements, cases, backends, peers and setting.
 
     Attributes:
         what: names out of WHAT.
@@ -51,7 +51,7 @@ class Plan:
     setting: Setting = field(default_factory=Setting)
 
     def count(self) -> int:
-        """Return how often `run` will tell of its progress."""
+        """Return the number of times that `run` will tell of its progress."""
         per_case = len({"forward", "forward+backward"} & set(self.what))
         total = 1 + len(self.cases) * (per_case + (per_case > 0))
         total += ("memory" in self.what) * len(self.memory_cases)
@@ -67,7 +67,7 @@ def make_plan(
     peers: Sequence[str],
     setting: Setting,
 ) -> Plan:
-    """Turn names into a plan; with no cases, the reference table.
+    """Turn names into a plan; without cases, it is the plan of the reference table.
 
     Raises:
         ValueError: a name is unknown.
@@ -91,13 +91,13 @@ def make_plan(
 
 
 def default_backends() -> tuple[str, ...]:
-    """Return torch and, where it is available, compile."""
+    """Return the names "torch" and, where that backend is available, "compile"."""
     usable = {info.name for info in registry.list_backends() if info.status == "available"}
     return tuple(name for name in ("torch", "compile") if name in usable)
 
 
 def system(setting: Setting) -> dict[str, object]:
-    """Return what identifies the circumstances of a run."""
+    """Return the date, setting, devices, threads and versions that identify a run."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": setting.device,
@@ -110,7 +110,7 @@ def system(setting: Setting) -> dict[str, object]:
 
 
 def run(plan: Plan, tell: Tell = lambda text: None) -> Result:
-    """Check, then measure.
+    """Check the comparators of a plan, then take its measurements.
 
     Args:
         plan: what to measure.
@@ -145,7 +145,7 @@ def run(plan: Plan, tell: Tell = lambda text: None) -> Result:
 
 
 def _comparators(plan: Plan, result: Result) -> list[Comparator]:
-    """Return what can run here, peers first, and note why the rest cannot."""
+    """Return the comparators that can run here, peers first, and note why the rest cannot."""
     found = []
     for name in (*plan.peers, *plan.backends):
         c = comparator(name)
@@ -198,7 +198,7 @@ def _sequences(
 
 
 def _small(plan: Plan, names: list[str], rates: Rates, result: Result, tell: Tell) -> None:
-    """Measure what concerns this library alone: step, scaling, overhead, import."""
+    """Measure step, scaling, overhead and import, which concern this library alone."""
     s = plan.setting
     if "step" in plan.what:
         for case in plan.step_cases:

@@ -51,12 +51,12 @@ AS_IT_IS = "as it is"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One configuration of a backend.
+    """Hold one configuration of a backend to try.
 
     Attributes:
         name: as printed.
-        row: to paste.
-        backend: what runs.
+        row: to paste into the backend's table.
+        backend: that runs.
         context: in which it runs with this configuration.
     """
 
@@ -67,7 +67,7 @@ class Candidate:
 
 
 def _variant(backend: Backend, chunk_size: int, chunks: int) -> Backend:
-    """Return a copy of a backend whose engine cuts calls in another way."""
+    """Return a copy of a backend whose engine cuts calls by `chunk_size` and `chunks`."""
     kind: Any = type(backend)
 
     def engine(self: Any, call: Call) -> Any:
@@ -81,7 +81,7 @@ def candidates(backend: Backend, call: Call) -> list[Candidate]:
     """Return the configurations to try on a call.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the backend exposes none.
     """
     configs = backend.tunables(call) if isinstance(backend, Tunable) else ()
     if isinstance(backend, Tunable) and configs:
@@ -101,11 +101,11 @@ def _bound(spec: OpSpec, **given: object) -> Call:
 
 
 def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
-    """Measure every candidate in turns.
+    """Measure every candidate configuration of a backend, in turns.
 
     Args:
         name: of the backend.
-        cases: names; qwen-16-32-2048 without.
+        cases: names; qwen-16-32-2048 if there are none.
         setting: dtype, device, repeats.
 
     Yields:
@@ -169,7 +169,7 @@ def _sequence_actions(backend: Backend, case: Case, setting: Setting) -> Found:
 def _passed(
     comparators: list[Comparator], case: Case, x: Inputs, gradients: bool
 ) -> tuple[set[str], dict[str, str]]:
-    """Return the names of those that compute the right thing, and why each of the others not."""
+    """Return the names of the comparators that run, after verifying them, and others' errors."""
     failed: dict[str, str] = {}
     runs = []
     for c in comparators:
@@ -214,7 +214,7 @@ def _step_actions(backend: Backend, case: Case, setting: Setting) -> Found:
 
 
 def _time(actions: Actions, setting: Setting) -> dict[str, Timing]:
-    """Time what is left, in turns."""
+    """Time the actions that passed, in turns."""
     if not setting.device.startswith("cuda"):
         runs = {name: _within(c, run) for name, (c, run) in actions.items()}
         return interleave(runs, setting.repeats, device=setting.device) if runs else {}

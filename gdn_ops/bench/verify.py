@@ -1,6 +1,6 @@
-"""Wrong numbers are not worth a time: comparators are checked on the benchmark's own inputs.
+"""Check the numbers of comparators on the benchmark's own inputs, before they are timed.
 
-Each runs once at full size, and what it returns is compared with the definition in float64:
+Each runs once at full size, and its results are compared with the definition in float64:
 o of all heads over the first tokens; o of the last key head's value heads over all tokens;
 the gradients of these heads over the last tokens, which depend on nothing after them. The
 rest is compared with the first comparator's. An error is the worst, over heads, of
@@ -36,7 +36,7 @@ class RefusedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Check:
-    """One comparator against the definition on one case.
+    """Hold the check of one comparator against the definition, on one case.
 
     Attributes:
         comparator: its name.
@@ -54,7 +54,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the allowance; NaN is not."""
+        """Return whether the error is within the allowance; NaN is not."""
         return self.error <= self.allowance
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Check:
 
 
 def head_error(x: Tensor, exact: Tensor) -> float:
-    """Return the worst over heads (axis 2) of max |x - exact| / max |exact|."""
+    """Return the worst max |x - exact| / max |exact| over heads (axis 2)."""
     if exact.numel() == 0:
         return 0.0
     axes = [axis for axis in range(exact.dim()) if axis != 2]
@@ -97,7 +97,7 @@ def _select(x: Inputs, heads: slice, value_heads: slice, tokens: slice) -> Input
 def _outputs(
     run: Callable[[Inputs], Tensor], x: Inputs, d_o: Tensor, gradients: bool
 ) -> list[Tensor]:
-    """Return o and, if wanted, the gradients of every operand."""
+    """Return o of a run and, if wanted, the gradients of every operand."""
     if not gradients:
         with torch.no_grad():
             return [run(x)]
@@ -107,7 +107,7 @@ def _outputs(
 
 
 class _Judge:
-    """The definition's answers for one case, at working precision and in float64."""
+    """Judge results by the definition's on one case, in float64 and at working precision."""
 
     def __init__(self, case: Case, x: Inputs, d_o: Tensor, gradients: bool) -> None:
         s = case.sizes
@@ -122,7 +122,7 @@ class _Judge:
         self.allowed = [2 * head_error(w, e) + band for w, e in pairs]
 
     def _define(self, x: Inputs, d_o: Tensor) -> list[Tensor]:
-        """Return what `_parts` takes out of a comparator's results."""
+        """Return the definition's values of the parts that `_parts` takes out of results."""
         every, start = slice(None), self.last.start
         with torch.no_grad():
             all_heads, _ = _definition(_select(x, every, every, self.few))
@@ -161,7 +161,7 @@ class _Judge:
         exact: list[Tensor],
         allowed: list[float],
     ) -> Check:
-        """Return the check of what uses most of its allowance; NaN comes first."""
+        """Return the check of the part that uses most of its allowance; NaN comes first."""
         found = [
             Check(name, self.case.name, what, head_error(part, e), allowance)
             for what, part, e, allowance in zip(names, parts, exact, allowed, strict=False)

@@ -1,6 +1,6 @@
-"""Arguments to `Call`: the only place where a call is checked and made canonical.
+"""Bind arguments to a `Call`: the only place where a call is checked and made canonical.
 
-What is checked, all of it derived from the op's spec, stands in `checks` and `check_values`.
+The checks, all derived from the op's spec, stand in `structure` and `values`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GRAD_NAMES = ("q", "k", "v", "alpha", "log_alpha", "beta", "state")
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One checked call, the same for all ops; what every backend receives. Never modified.
+    """Hold one checked call of any op, as every backend receives it. Never modified.
 
     Attributes:
         op: its spec.
@@ -74,12 +74,12 @@ class Call:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of gates, solve and state."""
+        """Return the dtype of gates, solve and state."""
         return compute_dtype(self.q.dtype)
 
     @property
     def device(self) -> torch.device:
-        """The device that every tensor is on."""
+        """Return the device that every tensor is on."""
         return self.q.device
 
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -91,14 +91,14 @@ class Call:
         return replace(self, **dict(zip(GRAD_NAMES, tensors, strict=True)))  # type: ignore[arg-type]
 
     def on_own_pool(self) -> Call:
-        """Return the call in place, on a copy of the pool if the caller wants his unchanged."""
+        """Return the call made in place, on a copy of the pool if the caller's must not change."""
         if self.inplace:
             return self
         assert self.state is not None
         return replace(self, state=self.state.clone(), inplace=True)
 
     def describe(self) -> str:
-        """Return one line for messages: `q bfloat16 (2, 4096, 16, 80) cuda:0 sm80, ...`."""
+        """Return the call as a line for messages: `q bfloat16 (2, 4096, 16, 80) cuda:0, ...`."""
         parts = [f"q {dtype_name(self.q.dtype)} {tuple(self.q.shape)} {self.device}"]
         if self.device.type == "cuda" and torch.cuda.is_available():
             major, minor = torch.cuda.get_device_capability(self.device)
@@ -170,13 +170,13 @@ def bind(spec: OpSpec, arguments: Mapping[str, Any], *, check_values: bool = Tru
 
 
 MOST_CHECKED = 4096
-"""Structures remembered before all are forgotten."""
+"""How many checked structures are remembered before all are forgotten."""
 
 _checked: dict[tuple[Any, ...], Structure] = {}
 
 
 def _structure(spec: OpSpec, arguments: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """Return everything about a call but its values, or None if it is not plain."""
+    """Return a key for all of a call but tensor values, or None for an unusual argument type."""
     parts: list[Any] = [spec.name]
     add = parts.append
     for x in arguments.values():

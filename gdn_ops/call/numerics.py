@@ -1,4 +1,4 @@
-"""The few numerical conventions that every backend shares: dtypes, normalisation, gates."""
+"""Define the numerical conventions that all backends share: dtypes, normalisation, gates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ but keeps their sums in range (docs/math.md §4)."""
 
 
 class LogGate(NamedTuple):
-    """A decay gate as two numbers per token (docs/math.md §4): alpha = [not zero] exp(log).
+    """Hold a decay gate as two numbers per token (docs/math.md §4): alpha = [not zero] exp(log).
 
     Attributes:
         log: log alpha where alpha > 0, else 0; finite, in the dtype of cumulative sums.

@@ -1,7 +1,7 @@
-"""What is checked of a call but its values: every check is derived from the op's spec.
+"""Check the structure of a call, that is all but its values, against the op's spec.
 
-A call that breaks it ends in a `SpecError` whose text names the argument, what it is and what
-it should be.
+A call that breaks the spec ends in a `SpecError` whose text names the argument, what it is and
+what it should be.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Structure(NamedTuple):
-    """What the structure of a call, shapes and dtypes and attributes, says."""
+    """Hold the sizes, the rule and the scale that follow from a call's shapes and attributes."""
 
     sizes: Sizes
     rule: Rule
@@ -33,12 +33,12 @@ class Structure(NamedTuple):
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return "float32" for torch.float32."""
+    """Return the name of a dtype: "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def is_narrow(alpha: Any) -> bool:
-    """Whether alpha is of a dtype that every call is warned of."""
+    """Return whether alpha is bfloat16 or float16, which every call warns of."""
     return alpha is not None and alpha.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -56,7 +56,7 @@ def check_structure(spec: OpSpec, arguments: Mapping[str, Any]) -> Structure:
 
 
 def _check_state_is_free(spec: OpSpec, arguments: Mapping[str, Any]) -> None:
-    """Check that nothing else of the call is about the state, which is not given."""
+    """Check that a call without a state asks neither for `inplace` nor for `state_indices`."""
     should = "state is None, should be a torch.Tensor"
     if arguments["inplace"]:
         fail(spec, f"{should}: inplace updates it")
@@ -65,7 +65,7 @@ def _check_state_is_free(spec: OpSpec, arguments: Mapping[str, Any]) -> None:
 
 
 def check_gradients(spec: OpSpec, arguments: Mapping[str, Any]) -> None:
-    """Check that a call which needs gradients has them."""
+    """Check that a call that needs gradients can have them."""
     if arguments.get("inplace", False):
         fail(spec, "inplace is True, should be False: gradients are needed")
     if arguments.get("state_indices") is not None:
@@ -89,7 +89,7 @@ def _default_scale(key_width: int) -> float:
 
 
 def fail(spec: OpSpec, message: str, error: type[SpecError] = SpecError) -> NoReturn:
-    """Raise the error of a call: the op's name, then the message."""
+    """Raise an error whose text is the op's name, then the message."""
     raise error(f"{spec.name}: {message}")
 
 
@@ -120,7 +120,7 @@ def _check_attr(spec: OpSpec, attr: Attr, value: Any) -> None:
 
 
 def _shown(value: Any) -> str:
-    """Return "is 1.5" for a plain value and "has type list" for anything larger."""
+    """Return a wrong value as text: "is 1.5" for a plain one, "has type list" for any other."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return f"is {value!r}"
     return f"has type {type(value).__name__}"
@@ -247,7 +247,7 @@ def _check_shape(
 
 
 def _axes_of(arg: TensorArg, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the axes of an argument in one call: the first one of a pool is its own."""
+    """Return the axes of an argument in one call: those of a pool where it is given as a pool."""
     is_pool = arg.pool_index is not None and arguments[arg.pool_index] is not None
     return arg.pool_axes if is_pool else arg.axes
 

@@ -1,4 +1,4 @@
-"""What is checked of the values of a call: domains of gates, boundaries, slots of a pool."""
+"""Check the values of a call: domains of gates, sequence boundaries, slots of a pool."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gdn_ops.spec.language import Interval, OpSpec, Sizes
 
 
 def check_tensor_values(spec: OpSpec, arguments: Mapping[str, Any], sizes: Sizes) -> None:
-    """Check domains and sequence boundaries. NaN passes: NaN in, NaN out."""
+    """Check domains, sequence boundaries and slots. NaN passes: NaN in, NaN out."""
     for arg, domain in spec.bounded:
         value = arguments[arg.name]
         if value is None or value.numel() == 0:
@@ -36,7 +36,7 @@ def check_tensor_values(spec: OpSpec, arguments: Mapping[str, Any], sizes: Sizes
 
 
 def _digits(value: float, domain: Interval) -> str:
-    """Return a value in four digits, or in as many as show that it is outside its domain."""
+    """Return a value as text in four digits, or in more if four hide that it is out of range."""
     inside = domain.low <= value <= domain.high
     texts = (f"{value:.{digits}g}" for digits in (4, 9, 17))
     return next(t for t in texts if (domain.low <= float(t) <= domain.high) == inside)

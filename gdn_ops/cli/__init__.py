@@ -1,4 +1,4 @@
-"""The entry point of `gdn-ops`; the commands are loaded only when it runs."""
+"""Start `gdn-ops`; its commands are loaded only when it runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NEEDS_EXTRA = "gdn-ops needs the cli extra: pip install 'gdn_ops[cli]'"
 
 
 def main() -> None:
-    """Run the command line; exit 2 in one line where typer or rich is not installed."""
+    """Run the command line, or exit with code 2 where typer or rich is not installed."""
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401

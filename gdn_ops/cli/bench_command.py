@@ -1,4 +1,4 @@
-"""The body of `gdn-ops bench`: which benchmark is meant, run, shown, written."""
+"""Run the benchmarks of `gdn-ops bench`, and show and write their results."""
 
 from __future__ import annotations
 

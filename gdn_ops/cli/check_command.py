@@ -1,4 +1,4 @@
-"""The body of `gdn-ops check`: judge a backend, show the verdict, record it."""
+"""Run `gdn-ops check`: judge a backend, show the verdict, record it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def show(report: CheckReport, console: Console) -> None:
 
 
 def record(backend: Backend, report: CheckReport) -> str:
-    """Record the result of a check; return where, or why it could not be."""
+    """Record the result of a check; return a line that says where, or why it could not be."""
     result = certificate.issue(
         type(backend),
         report.device,

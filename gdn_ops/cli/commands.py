@@ -1,4 +1,4 @@
-"""The commands of `gdn-ops`. Each reads its arguments, calls the library and prints."""
+"""Define the commands of `gdn-ops`: each reads its arguments, calls the library and prints."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """Split a comma-separated option."""
+    """Split a comma-separated option into names."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
@@ -100,7 +100,7 @@ def info(
 
 
 def _checkable(name: str) -> list[str]:
-    """Return the backends that `check` is about, or end with the reason why there is none."""
+    """Return the names of the backends to check, or exit with the reason why there is none."""
     if name != "all":
         try:
             backend = registry.get_backend(name)
@@ -198,7 +198,7 @@ def compile_(
     ] = False,
     path: Annotated[Path | None, typer.Option("--json", help="A file for the table.")] = None,
 ) -> None:
-    """Compile kernels for GPUs that need not be there, and judge the code."""
+    """Compile kernels for GPUs that this machine need not have, and judge the code."""
     try:
         targets = _names(target)
         passed = compile_command.run(

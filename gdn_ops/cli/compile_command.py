@@ -1,4 +1,4 @@
-"""The body of `gdn-ops compile`: which kernels for which GPUs, compiled, judged, shown, written."""
+"""Run `gdn-ops compile`: compile and judge kernels for GPUs, show and write the results."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def run(
     everything: bool,
     path: Path | None,
 ) -> bool:
-    """Compile, print a table per target, and return whether every kernel passes.
+    """Compile kernels, print a table per target, and return whether every kernel passes.
 
     Args:
         backend_name: a backend with `targets`.
-        targets: some of them; all if there is none.
+        targets: names of some of those `targets`; all if empty.
         cases: names of cases of any op; all if there is none.
         everything: also what the public API allows beside the defaults.
         path: a file for the rows as JSON.
@@ -75,7 +75,7 @@ def _backend(name: str) -> tuple[Backend, CompilesAhead]:
 
 
 def find_cases(names: Sequence[str]) -> list[Case]:
-    """Return cases by name, or all of every op.
+    """Return the cases with the given names, or all cases of every op if none is given.
 
     Raises:
         ValueError: no case has that name.
@@ -88,7 +88,7 @@ def find_cases(names: Sequence[str]) -> list[Case]:
 
 
 def show(rows: Iterable[CompiledKernel], target: str, console: Console) -> None:
-    """Print the kernels of one target, then what each failure is."""
+    """Print a table of the kernels of one target, then the text of every failure."""
     table = Table(title=f"compiled for {target}")
     for column in (*COLUMNS, ""):
         table.add_column(column, no_wrap=column not in ("launched by", "options"))
@@ -106,7 +106,7 @@ def show(rows: Iterable[CompiledKernel], target: str, console: Console) -> None:
 
 
 def cells(row: CompiledKernel) -> tuple[str, ...]:
-    """Return the columns of a kernel as text."""
+    """Return the table cells of a kernel as text."""
     matrix = ", ".join(f"{name} {count}" for name, count in sorted(row.instructions.items()))
     options = ", ".join(filter(None, (_option(*item) for item in row.options.items())))
     numbers = map(str, (row.shared, row.registers, row.spills, row.stack))
@@ -114,7 +114,7 @@ def cells(row: CompiledKernel) -> tuple[str, ...]:
 
 
 def _option(name: str, value: int | bool | str) -> str:
-    """Return what distinguishes a kernel, short: not what is off, nor how to compile it."""
+    """Return a launch option in short; nothing for one that is off or only sets up compiling."""
     if name.startswith("enable_") or value is False:
         return ""
     if value is True:
@@ -123,7 +123,7 @@ def _option(name: str, value: int | bool | str) -> str:
 
 
 def as_json(backend: Backend, rows: Iterable[CompiledKernel]) -> str:
-    """Return the rows with the versions they are of; without seconds, so that they compare."""
+    """Return the rows and the versions behind them as JSON; without seconds, for comparing."""
     names = ("gdn_ops", "torch", *backend.requires)
     head = {
         "backend": backend.name,

@@ -1,4 +1,4 @@
-"""`gdn-ops export`: write a model of one node, check it, run it against the definition; inspect."""
+"""Run `gdn-ops export`: write, check and run a model of one node, or inspect a file."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def collect() -> dict[str, Any]:
 def _standings(
     info: gdn_ops.BackendInfo, recorded: list[certificate.Certificate]
 ) -> dict[str, str]:
-    """Return, by device that a backend runs or emulates on, whether it is certified there."""
+    """Return whether a backend is certified, by device that it runs or emulates on."""
     backend = registry.get_backend(info.name)
     if isinstance(backend, str):
         return {}
@@ -62,7 +62,7 @@ def _plain(limits: dict[str, Any]) -> dict[str, Any]:
 
 
 def limits_text(limits: gdn_ops.Limits | None) -> str:
-    """Return what a backend can run in one line; only what it cannot do everywhere."""
+    """Return what a backend can run as one line, without limits that exclude nothing."""
     if limits is None:
         return "-"
     parts = ["any device" if "*" in limits.devices else ", ".join(limits.devices)]

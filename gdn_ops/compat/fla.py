@@ -1,4 +1,4 @@
-"""flash-linear-attention's functions of the gated delta rule, on gdn_ops.
+"""Provide flash-linear-attention's functions of the gated delta rule, computed by gdn_ops.
 
     import gdn_ops.compat.fla as fla_ops
 
@@ -26,7 +26,7 @@ _STEP: Callable[..., tuple[Tensor, Tensor]] = gated_delta_step
 
 
 class _Gates(NamedTuple):
-    """How the gates are given, as FLA's keywords say it."""
+    """Hold the options of the gates, named as FLA's keywords."""
 
     use_gate_in_kernel: bool
     A_log: Tensor | None
@@ -175,7 +175,7 @@ fused_recurrent_gdn = fused_recurrent_gated_delta_rule
 
 
 def _v_first(name: str, state_v_first: bool, kwargs: dict[str, Any]) -> bool:
-    """Return the layout of states, its older name included; refuse any other keyword."""
+    """Return whether states are V-first, by either name of the keyword; refuse any other one."""
     if "transpose_state_layout" in kwargs:
         if state_v_first:
             raise SpecError(
@@ -259,7 +259,7 @@ def _beta(name: str, beta: Tensor | None, gates: _Gates) -> Tensor | None:
 
 
 def _explain(name: str, g: Tensor | None, gates: _Gates, error: SpecError) -> None:
-    """Say in FLA's words that g is α where log α is meant."""
+    """Raise an error in FLA's words if g seems to be α where log α is meant."""
     if g is None or gates.use_gate_in_kernel or g.is_meta or g.numel() == 0:
         return
     low, high = (float(x) for x in g.detach().aminmax())

@@ -1,4 +1,4 @@
-"""States and gates between gdn_ops and the layouts of other libraries.
+"""Convert states and gates between gdn_ops and the layouts of other libraries.
 
 | layout | state | decay gate |
 |---|---|---|
@@ -24,7 +24,7 @@ from gdn_ops.spec.errors import SpecError
 
 
 class Layout(NamedTuple):
-    """How another library keeps what gdn_ops keeps.
+    """Describe how another library lays out states and decay gates.
 
     Attributes:
         v_first: whether its states are (N, HV, V, K).
@@ -138,7 +138,7 @@ def check_state(op: str, name: str, state: Tensor, shape: tuple[int, int, int, i
         op: what the message starts with.
         name: of the argument.
         state: the state.
-        shape: (N, HV, K, V). With K = V nothing can be seen.
+        shape: (N, HV, K, V). With K = V a swap cannot be seen.
 
     Raises:
         SpecError: the state is (N, HV, V, K).

@@ -1,1 +1,1 @@
-"""A training-free associative memory over real bytes, run by the op itself."""
+"""Show a training-free associative memory over real bytes, run by the op itself."""

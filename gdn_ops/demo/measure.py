@@ -1,4 +1,4 @@
-"""What the demo measures: accuracy, resets, backends, decode. Nothing here prints."""
+"""Measure the demo: accuracy, resets, backends, decode. Nothing here prints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PREFIX = 1024
 
 @dataclass(frozen=True)
 class ResetEffect:
-    """What alpha = 0 at a boundary does.
+    """Hold the effect of alpha = 0 at chapter boundaries.
 
     Attributes:
         boundaries: positions of the first byte of every chapter but the first.
@@ -44,7 +44,7 @@ class ResetEffect:
 
 @dataclass(frozen=True)
 class BackendRow:
-    """One backend on the operands of the demo.
+    """Hold the times and the error of one backend on the operands of the demo.
 
     Attributes:
         name: of the backend.
@@ -65,13 +65,13 @@ class BackendRow:
 
 @dataclass(frozen=True)
 class Decode:
-    """A continuation and how it compares with one prefill over text and continuation.
+    """Hold a continuation and how it compares with one prefill over text and continuation.
 
     Attributes:
         added: the bytes that were generated.
         seconds: of all steps together.
         error: max |o_step - o_prefill| / max |o_prefill|.
-        same_bytes: positions at which both predict the same next byte.
+        same_bytes: number of positions at which both predict the same next byte.
     """
 
     added: bytes
@@ -81,7 +81,7 @@ class Decode:
 
 
 def hit_rate(predicted: Tensor, x: Tensor, where: Tensor | None = None) -> float:
-    """Return the share of bytes that were predicted.
+    """Return the share of bytes that were predicted correctly.
 
     Args:
         predicted: (T,) predicted[t] is for x[t + 1].
@@ -95,7 +95,7 @@ def hit_rate(predicted: Tensor, x: Tensor, where: Tensor | None = None) -> float
 
 
 def majority_accuracy(x: Tensor) -> float:
-    """Return the accuracy of always saying the text's most frequent byte."""
+    """Return the accuracy of always predicting the text's most frequent byte."""
     common = torch.bincount(x, minlength=256).argmax()
     return hit_rate(common.expand(len(x)), x)
 
@@ -123,7 +123,7 @@ def rule_accuracies(
 
 
 def boundaries(text: bytes) -> tuple[int, ...]:
-    """Return where chapters start (the first left out); the middle if there are none."""
+    """Return where chapters start, byte 0 left out; the middle of the text if there are none."""
     starts = [m.start() for m in re.finditer(rb"^(?:Chapter |#+ )", text, re.MULTILINE)]
     return tuple(start for start in starts if start > 0) or (len(text) // 2,)
 

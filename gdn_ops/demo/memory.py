@@ -1,4 +1,4 @@
-"""The memory of the demo: bytes to operands, one prefill, and a decode that goes on from it.
+"""Build and run the demo's memory: operands from bytes, one prefill, decoding from its state.
 
 Token t of the operands stands for byte t of the text, x_t, with c_t the n bytes ending at t:
 
@@ -31,7 +31,7 @@ DECAY = 0.9998
 
 @dataclass(frozen=True)
 class Memory:
-    """Fixed random features; nothing in it is trained.
+    """Hold the fixed random features of the demo's memory; nothing in it is trained.
 
     Attributes:
         contexts: n of every head, (H,).
@@ -45,13 +45,13 @@ class Memory:
 
     @property
     def heads(self) -> int:
-        """Number of heads, one per context length."""
+        """Return the number of heads, one per context length."""
         return len(self.contexts)
 
 
 @dataclass(frozen=True)
 class Operands:
-    """What the op receives for a text of T bytes.
+    """Hold the tensors that the op receives for a text of T bytes.
 
     Attributes:
         q, k: (1, T, H, K), rows of length one.
@@ -71,7 +71,7 @@ def make_memory(
     value_width: int = VALUE_WIDTH,
     seed: int = 0,
 ) -> Memory:
-    """Draw the fixed features.
+    """Draw the fixed random features of a memory.
 
     Args:
         contexts: n of every head.
@@ -94,7 +94,7 @@ def to_bytes(text: bytes) -> Tensor:
 
 
 def features(memory: Memory, x: Tensor) -> Tensor:
-    """Return φ of the context that ends at every byte.
+    """Return the features φ of the context that ends at every byte.
 
     Args:
         memory: the features.
@@ -153,7 +153,7 @@ def read_through(
 
 
 def predict(memory: Memory, o: Tensor) -> Tensor:
-    """Return the byte whose code answers best, heads added: (..., H, V) to (...)."""
+    """Return the byte whose code matches the sum over heads best: (..., H, V) to (...)."""
     return (o.sum(-2).to(memory.codes.dtype) @ memory.codes.T).argmax(-1)
 
 
@@ -165,7 +165,7 @@ def continue_text(
     count: int,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Go on from a prefill, one byte at a time: predict, write, read.
+    """Continue a text after a prefill, one byte at a time: predict, write, read.
 
     Args:
         memory: the features.

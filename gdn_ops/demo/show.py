@@ -1,4 +1,4 @@
-"""The demo as a user sees it: a progress bar while it works, then tables and text."""
+"""Run and print the demo: a progress bar while it works, then tables and text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORTEST = 64
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that the demo prints, measured.
+    """Hold every measurement that the demo prints.
 
     Attributes:
         majority, table: accuracy of the two baselines.

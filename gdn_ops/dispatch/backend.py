@@ -1,4 +1,4 @@
-"""What a backend is: the class that one is written as, what is said of one, how one is loaded."""
+"""Define the base class of backends, its results and descriptions, and load backends."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from gdn_ops.spec.language import Limits
 
 
 class Forward(NamedTuple):
-    """What a backend's forward returns.
+    """Hold the results of a backend's forward.
 
     Attributes:
         o: (B, T, HV, V), dtype of v.
         final_state: (N, HV, K, V) in the compute dtype.
-        saved: what its backward wants kept; empty unless the call needs gradients.
+        saved: tensors kept for its backward; empty unless the call needs gradients.
     """
 
     o: Tensor
@@ -33,7 +33,7 @@ class Forward(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients of the tensors of a call, in the order of `Call.tensors`; None where absent."""
+    """Hold the gradients of a call's tensors in the order of `Call.tensors`; None where absent."""
 
     q: Tensor | None
     k: Tensor | None
@@ -45,10 +45,10 @@ class Grads(NamedTuple):
 
 
 class Backend:
-    """One implementation of the ops. Subclasses set the class data and the methods.
+    """Implement the ops. Subclasses set the class data and define the methods.
 
     Attributes:
-        name: what users pin.
+        name: what users pass as `backend=`.
         limits: what it can run.
         requires: import names of the packages it needs besides torch.
         distribution: the installed distribution that gives its version.
@@ -60,7 +60,7 @@ class Backend:
         compiles_per_width: whether new head dims, a new chunk size or a new dtype cost seconds,
             and lengths and numbers of heads nothing.
         kernels: whether it brings kernels of its own that a compiler turns into device code,
-            so that GDN_OPS_REQUIRE_CERTIFIED=1 is about it.
+            so that GDN_OPS_REQUIRE_CERTIFIED=1 applies to it.
     """
 
     name: ClassVar[str]
@@ -74,20 +74,20 @@ class Backend:
     kernels: ClassVar[bool] = False
 
     def reasons(self, call: Call) -> list[str]:
-        """Return why it cannot run this call, beyond what `limits` says."""
+        """Return the reasons against running a call, beyond those that `limits` gives."""
         return []
 
     @classmethod
     def tools(cls, device: str) -> dict[str, str]:
-        """Return the versions, by name, of what else makes its code for a torch device.
+        """Return the versions, by name, of further tools that make its code for a torch device.
 
-        Beyond torch, `requires`, the driver and its own source: a certificate counts for those
-        and for these.
+        A certificate counts for these versions only, and for those of torch, `requires`, the
+        driver and the backend's own source.
         """
         return {}
 
     def saved_like(self, call: Call) -> tuple[Tensor, ...]:
-        """Return empty tensors shaped as what `forward` saves for `backward`.
+        """Return empty tensors like those that `forward` saves for `backward`.
 
         It is called with fake tensors while a graph is traced.
         """
@@ -104,7 +104,7 @@ class Backend:
 
         Args:
             call: the call, on the tensors that the gradients are for.
-            saved: what `forward` returned, or None: then form it anew from `call`, and
+            saved: the tensors that `forward` saved, or None: then form them anew from `call`, and
                 differentiably where gradients are enabled (second derivatives).
             d_o: (B, T, HV, V) gradient of the output.
             d_state: (N, HV, K, V) gradient of the final state.
@@ -140,12 +140,12 @@ class Backend:
 
 
 def has_tokens(call: Call) -> bool:
-    """Return whether there is anything to launch for a call of `gated_delta`."""
+    """Return whether a call of `gated_delta` has tokens, without which nothing is launched."""
     return min(call.sizes.B * call.sizes.T, call.sizes.N) > 0
 
 
 def without_tokens(call: Call, saved: tuple[Tensor, ...]) -> Forward:
-    """Return the results of a call without tokens: the state as it was, float32."""
+    """Return the results of a call without tokens: an empty o, and the initial state in float32."""
     s = call.sizes
     o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.v.dtype, device=call.device)
     if call.state is None:
@@ -162,10 +162,10 @@ def gradients_without_tokens(call: Call, d_state: Tensor) -> Grads:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What `list_backends()` says of one backend.
+    """Describe one backend, as `list_backends()` returns it.
 
     Attributes:
-        name: what users pin.
+        name: what users pass as `backend=`.
         version: of the distribution that brings it, or None.
         limits: what it can run; None where it could not be imported.
         status: "available", or why not on this machine.
@@ -183,7 +183,7 @@ class BackendInfo:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend would run a call and, for every other, all reasons why not.
+    """Hold the backend that would run a call and, for every other, all reasons why not.
 
     Attributes:
         op: name of the op.
@@ -216,7 +216,7 @@ class Explanation:
 
 @functools.cache
 def is_missing(package: str) -> bool:
-    """Return whether a package cannot be imported because it is not there."""
+    """Return whether a package is missing, so that no import can find it."""
     try:
         return importlib.util.find_spec(package) is None
     except ModuleNotFoundError:
@@ -233,11 +233,11 @@ _MOVED = {
     "gdn_ops.registry": "gdn_ops.dispatch.registry",
     "gdn_ops.spec": "gdn_ops.spec.language",
 }
-"""Where modules are that a backend of another distribution may have imported."""
+"""New names of moved modules that a backend of another distribution may still import."""
 
 
 def load(source: str) -> type[Backend] | str:
-    """Import `module` or `module:Class`; only a missing foreign package is a reason."""
+    """Load the backend class in `module` or `module:Class`, or say which package it lacks."""
     module_name, _, attribute = source.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -268,7 +268,7 @@ def announces(source: type[Backend] | str, cls: type[Backend]) -> bool:
 
 
 def installed_version(distribution: str) -> str | None:
-    """Return the version of a distribution; gdn_ops has one where it is only on the path too."""
+    """Return the installed version of a distribution, or None; gdn_ops always has a version."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

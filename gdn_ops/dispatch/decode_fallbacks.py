@@ -1,7 +1,7 @@
-"""Decode calls in terms of simpler ones: tokens one by one, a pool of states row by row.
+"""Run decode calls as simpler ones: tokens one by one, a pool of states row by row.
 
-What backends need not know. Nothing here waits for a device, so that a call can be captured in a
-CUDA graph.
+With these a backend needs only a step. Nothing here waits for a device, so that a call can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from gdn_ops.call.bind import Call
 from gdn_ops.spec.ops import GATED_DELTA_STEP
 
 Step = Callable[[Call], tuple[Tensor, Tensor]]
-"""From a call of `gated_delta_step` to (o, new_state)."""
+"""A function from a call of `gated_delta_step` to (o, new_state)."""
 
 Steps = Callable[[Call], tuple[Tensor, Tensor, Tensor | None]]
-"""From a call of `gated_delta_steps` to (o, new_state, states or None)."""
+"""A function from a call of `gated_delta_steps` to (o, new_state, states or None)."""
 
 
 LARGE_STATE = 1 << 18
@@ -120,7 +120,7 @@ def _scatter(pool: Tensor, indices: Tensor, live: Tensor, new: Tensor) -> None:
 
 
 def _is_worth_a_call_per_row(pool: Tensor) -> bool:
-    """Whether a slot is large, and its number known without waiting for a device or a graph."""
+    """Return whether to run row by row: the states are large, on a CPU and not traced."""
     if pool.device.type != "cpu" or type(pool) is not Tensor or torch.compiler.is_compiling():
         return False
     return pool[0].nbytes >= LARGE_STATE
@@ -147,12 +147,12 @@ def _row_by_row(
 
 
 def _over(mask: Tensor, x: Tensor) -> Tensor:
-    """Return a mask of rows, shaped to select rows of x."""
+    """Return a mask of rows, reshaped to select rows of x."""
     return mask.view(-1, *(1 for _ in x.shape[1:]))
 
 
 def _nothing(call: Call, pool: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the results of a call without a row that is run."""
+    """Return the results of a call all of whose rows are skipped."""
     s = call.sizes
     states = None
     if call.return_states:

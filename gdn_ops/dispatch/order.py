@@ -1,4 +1,4 @@
-"""In which order "auto" tries the backends: a table, and measured exceptions to it."""
+"""Order the backends that "auto" tries: a table, and measured exceptions to it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Preference:
-    """A class of calls on one kind of device where a backend was measured to be the fastest.
+    """Describe a class of calls, on one kind of device, for which a backend measured fastest.
 
     Attributes:
-        backend: is tried first.
+        backend: name of the backend to try first.
         op: name of the op.
         device: kind of device, as `device_kind` names it.
         measured: on what, when and by how much; a file under benchmarks/results.
         dtypes: of q.
-        least_tokens: of the longest run that a sequence may have, T.
-        most_heads: sequences times value heads, N * HV.
+        least_tokens: the smallest T in the class.
+        most_heads: the largest N * HV, sequences times value heads, in the class; None for any.
         needs_grad: only with gradients, only without, or None for both.
     """
 
@@ -41,7 +41,7 @@ class Preference:
     needs_grad: bool | None = None
 
     def covers(self, call: Call) -> bool:
-        """Return whether a call is one of the class."""
+        """Return whether a call belongs to the class."""
         s = call.sizes
         return (
             (call.op.name, device_kind(call.device)) == (self.op, self.device)
@@ -61,19 +61,19 @@ measured, `triton` comes before `tilelang` on every GPU.
 
 
 def auto_order(device_type: str) -> tuple[str, ...]:
-    """Return the names "auto" tries for a device type, in order."""
+    """Return the names of the backends "auto" tries for a device type, in order."""
     return AUTO_ORDER.get(device_type, AUTO_ORDER["*"])
 
 
 def device_kind(device: torch.device) -> str:
-    """Return "sm_90" and the like for an NVIDIA GPU, and the type of any other device."""
+    """Return the kind of a device: "sm_90" and the like for an NVIDIA GPU, else its type."""
     if device.type != "cuda" or torch.version.hip is not None:
         return device.type
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def order_for(call: Call) -> tuple[str, ...]:
-    """Return the names "auto" tries for a call, in order."""
+    """Return the names of the backends "auto" tries for a call, in order."""
     order = auto_order(call.device.type)
     for preference in PREFERENCES:
         if preference.covers(call):

@@ -1,4 +1,4 @@
-"""Limits to text: why a backend cannot run a call, in the words that users read."""
+"""Turn limits into text: the reasons why a backend cannot run a call, as users read them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gdn_ops.spec.language import Limits
 Veto = Callable[[Backend, Call], str | None]
 
 vetoes: list[Veto] = []
-"""Asked whether a backend may run a call that names none: the reason why not, or None."""
+"""Functions that return a reason why "auto" may not give a call to a backend, or None."""
 
 
 def reasons(backend: Backend, call: Call) -> list[str]:
@@ -25,9 +25,9 @@ def reasons(backend: Backend, call: Call) -> list[str]:
 
 
 def reasons_under_auto(backend: Backend, call: Call) -> list[str]:
-    """Return the reasons against a call that names no backend.
+    """Return every reason why "auto" may not give a call to a backend.
 
-    Emulation is one of them, and what a veto says.
+    Emulation is a reason, and so is what a veto returns.
     """
     device = call.device.type
     if device in backend.limits.emulated_devices:
@@ -38,7 +38,7 @@ def reasons_under_auto(backend: Backend, call: Call) -> list[str]:
 
 
 def _limit_reasons(limits: Limits, call: Call) -> list[str]:
-    """Turn limits as data into text, given a call."""
+    """Return the reasons against a call that follow from a backend's limits."""
     found: list[str] = []
     device = call.device.type
     if call.op.name not in limits.ops:
@@ -91,7 +91,7 @@ def _head_dim_reasons(limits: Limits, call: Call) -> list[str]:
 
 
 def device_status(limits: Limits) -> str:
-    """Return "available", or why a backend with these limits is not on this machine."""
+    """Return "available", or why a backend with these limits is not available on this machine."""
     here = {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}
     if torch.backends.mps.is_available():
         here.add("mps")
@@ -105,7 +105,7 @@ def device_status(limits: Limits) -> str:
 def unsupported(
     call: Call, rows: list[tuple[str, list[str]]], cure: str | None
 ) -> BackendUnsupportedError:
-    """Return the error: the inputs, the reasons in `rows` by backend, and one that can run it."""
+    """Return the error for a call: its inputs, the reasons by backend, and a backend that can."""
     who = "no backend" if len(rows) != 1 else f"backend {rows[0][0]!r}"
     verb = "can" if len(rows) != 1 else "cannot"
     lines = [f"{who} {verb} run {call.op.name} on these inputs", f"  {call.describe()}"]

@@ -1,6 +1,6 @@
-"""Backends: how they are found, and which one runs a call.
+"""Find the backends, and select the one that runs a call.
 
-What a backend is stands in `backend`, why it cannot run a call in `capability`. The choice is
+The base class stands in `backend`, the reasons against a call in `reasons`. The choice is
 deterministic: a pinned backend runs or raises, "auto" takes the first without reasons in the
 order of `order`.
 """
@@ -87,7 +87,7 @@ def _discover() -> None:
 
 
 def known_backends() -> list[str]:
-    """Return every known name: those of the order for this machine first, then the rest."""
+    """Return the names of all known backends: this machine's order first, then the rest."""
     _discover()
     order = AUTO_ORDER["cuda" if torch.cuda.is_available() else "cpu"]
     return [n for n in order if n in _backends] + sorted(set(_backends) - set(order))
@@ -193,7 +193,7 @@ def _first_that_can(call: Call, tried: set[str]) -> str | None:
 
 
 def _log(op: str, name: str, skipped: tuple[str, ...]) -> None:
-    """Log a choice at INFO, once per distinct reason."""
+    """Log the choice of a backend at INFO, once per op, backend and reasons."""
     key = (op, name, *skipped)
     if key in _logged:
         return
@@ -231,12 +231,12 @@ def _info(name: str) -> BackendInfo:
 
 
 def resolve(name: object) -> object:
-    """Return the process default where a call leaves the choice open."""
+    """Return the process default for the name "auto", and any other name unchanged."""
     return _default if isinstance(name, str) and name == "auto" else name
 
 
 def default_backend() -> str:
-    """Return the process default: what `backend="auto"` stands for."""
+    """Return the name that is the process default, for which `backend="auto"` stands."""
     return _default
 
 
@@ -275,9 +275,9 @@ class use_backend:  # noqa: N801  (reads as a verb, like torch.no_grad)
 
 
 def traceable_step(name: str, device_type: str) -> str | None:
-    """Return the backend that would run if torch.compile may trace through its step, by name.
+    """Return the name of the backend for a step if torch.compile may trace that step, else None.
 
-    It is loaded then: a graph looks it up by `get_backend`, and imports nothing.
+    The backend is loaded here: a graph looks it up by `get_backend`, and imports nothing.
     """
     names = auto_order(device_type) if name == "auto" else (name,)
     for candidate in names:

@@ -1,4 +1,4 @@
-"""Certificates: which backend passed its check on which device, with what, and when.
+"""Record certificates: which backend passed its check, on which device, with what versions.
 
 `gdn-ops check` records its result, pass or fail. With GDN_OPS_REQUIRE_CERTIFIED=1, "auto" passes
 over a backend of compiled kernels that holds no certificate for the device of a call: what a
@@ -34,7 +34,7 @@ KEPT = 16
 
 @dataclass(frozen=True)
 class Certificate:
-    """The result of one check.
+    """Hold the result of one check of a backend.
 
     Attributes:
         backend: its name.
@@ -68,12 +68,12 @@ def cache_folder() -> Path:
 
 
 def certificates_path() -> Path:
-    """Return where certificates are kept."""
+    """Return the path of the file of certificates."""
     return cache_folder() / "certificates.json"
 
 
 def read_certificates() -> list[Certificate]:
-    """Return every recorded result, newest last.
+    """Return every recorded certificate, newest last.
 
     A file that cannot be read as certificates is ignored, with a warning.
     """
@@ -94,7 +94,7 @@ def read_certificates() -> list[Certificate]:
 
 
 def _checked(row: dict[str, object]) -> Certificate:
-    """Return a certificate whose every field has the type that it is declared with."""
+    """Return a row of the file as a certificate, after a check of every field's type."""
     found = Certificate(**row)  # type: ignore[arg-type]
     kinds = {"passed": bool, "examples": int, "seconds": (int, float), "seed": int}
     kinds |= {"built_with": dict}
@@ -115,7 +115,7 @@ def _ignored(path: Path, error: Exception) -> list[Certificate]:
 
 
 def record(result: Certificate) -> Path:
-    """Write a result, in place of an older one for the same circumstances.
+    """Record the result of a check, in place of an older one for the same circumstances.
 
     So a failed check revokes the certificate of a passed one.
 
@@ -136,7 +136,7 @@ def record(result: Certificate) -> Path:
 
 
 def suspend(cls: type[Backend], device: str) -> None:
-    """Take back what is certified for a backend on a torch device as it is now.
+    """Withdraw the certificate of a backend for a torch device as it is now.
 
     Done before a check, whose result is recorded after it: a kernel that ends the process, or
     that hangs until somebody ends it, so loses its certificate.
@@ -149,7 +149,7 @@ def suspend(cls: type[Backend], device: str) -> None:
 
 
 def _write(certificates: Iterable[Certificate]) -> Path:
-    """Replace the file; a reader sees the old one or the new one, and never a part."""
+    """Replace the file of certificates; a reader sees the old or the new one, never a part."""
     path = certificates_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [asdict(c) for c in certificates]
@@ -173,7 +173,7 @@ def _key(c: Certificate) -> tuple[str, str, dict[str, str]]:
 def issue(
     cls: type[Backend], device: str, *, passed: bool, examples: int, seconds: float, seed: int
 ) -> Certificate:
-    """Return the result of a check that ran here and now."""
+    """Return the certificate of a check that ran today on this machine."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     here = circumstances(cls, device)
     return Certificate(
@@ -183,12 +183,12 @@ def issue(
 
 @dataclass(frozen=True)
 class Standing:
-    """What is known of a backend on a device.
+    """Describe whether a backend is certified on a device.
 
     Attributes:
         state: "certified", "failed", "stale" or "none".
         date: of the check; empty for "none".
-        changed: what is other than it was then, for "stale".
+        changed: what has changed since then, for "stale".
     """
 
     state: str
@@ -206,7 +206,7 @@ class Standing:
 def standing(
     cls: type[Backend], device: str, known: Iterable[Certificate] | None = None
 ) -> Standing:
-    """Return what the recorded certificates say of a backend on a torch device.
+    """Return the standing of a backend on a torch device, given the recorded certificates.
 
     Args:
         cls: the backend.
@@ -267,7 +267,7 @@ def _reason_against(cls: type[Backend], device: str) -> str | None:
 
 
 def veto(backend: Backend, call: Call) -> str | None:
-    """Return the reason against an uncertified backend of compiled kernels where one is wanted."""
+    """Return the reason against an uncertified backend, or None if it needs no certificate."""
     if not (REQUIRED and backend.kernels):
         return None
     return reason_against(type(backend), str(call.device))

@@ -1,4 +1,4 @@
-"""Where a result comes from: the device, the driver, the packages and the source behind it."""
+"""Name what a result depends on: the device, the driver, the packages and the source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cpu_model() -> str:
 
 
 def device_name(device: str) -> str:
-    """Return what a torch device is: the GPU's name, or the processor's."""
+    """Return the name of a torch device: the GPU's, or the processor's."""
     if device.partition(":")[0] == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
     return cpu_model()
@@ -100,7 +100,7 @@ def source_hash(cls: type[Backend]) -> str:
 
 
 def circumstances(cls: type[Backend], device: str) -> dict[str, str]:
-    """Return what a result of a backend on a torch device depends on, by name."""
+    """Return the versions that a backend's result on a torch device depends on, by name."""
     found = {"torch": torch.__version__, "gdn_ops": installed_version("gdn_ops") or "unknown"}
     found |= {package: package_version(package) for package in cls.requires}
     if cls.distribution not in found:

@@ -27,7 +27,7 @@ OPTIONAL_PACKAGES = (
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Return versions by name; None for an optional package that is not installed."""
+    """Return the installed versions by name; None for an optional package that is missing."""
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "torch": torch.__version__,

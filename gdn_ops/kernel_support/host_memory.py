@@ -1,4 +1,4 @@
-"""Fewer page faults on CPUs: huge pages for large results, and a heap that keeps what it has.
+"""Avoid page faults on CPUs: huge pages for large results, and a heap that keeps its memory.
 
 A fresh result of 32 MiB takes 8192 page faults on 4 KiB pages: 9 ms on the machine of
 benchmarks/results, a tenth of the whole forward. Linux hands out 2 MiB pages under
@@ -46,7 +46,7 @@ def settle_allocator() -> None:
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an uninitialised contiguous tensor, on huge pages if it is large and on a CPU.
 
-    A refusal of the kernel is ignored: it only costs time.
+    A refusal of the operating system is ignored: it only costs time.
     """
     x = torch.empty(shape, dtype=dtype, device=device)
     size = x.numel() * x.element_size() if device.type == "cpu" and type(x) is Tensor else 0

@@ -1,4 +1,4 @@
-"""Launches that are noted instead of run: how a kernel backend shows what a call would launch.
+"""Note the kernel launches of a call instead of running them.
 
 A call on meta tensors inside `recording` runs nothing. Each launch that it makes is noted, with its
 kernel, its arguments and its constants, so that all of them are found, counted and compiled ahead
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 
 class Launch(NamedTuple):
-    """One launch that was noted instead of run.
+    """Describe one launch that was noted instead of run.
 
     Attributes:
         kernel: the function that was launched: for Triton it is jitted, for TileLang it makes
@@ -31,7 +31,7 @@ class Launch(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """The launches that a `recording` has noted, and the GPU they are meant for."""
+    """Hold the launches that a `recording` has noted, and the GPU they are meant for."""
 
     target: str
     launches: list[Launch]
@@ -78,7 +78,7 @@ def recording(target: str) -> Iterator[list[Launch]]:
 def recorded_target() -> str | None:
     """Return the GPU that launches are noted for, or None outside of `recording`.
 
-    Whoever chooses by the device of a tensor asks this first: the meta device says nothing.
+    Code that chooses by the device of a tensor asks this first: the meta device is no GPU.
     """
     found = _recording.get()
     return None if found is None else found.target

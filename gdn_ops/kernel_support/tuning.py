@@ -1,4 +1,4 @@
-"""The tables of kernel backends: a row as source text, and running with another row for a while."""
+"""Support the tables of kernel backends: print a row as source text, run with another row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Config = TypeVar("Config")
 
 @runtime_checkable
 class Tunable(Protocol):
-    """A backend that `gdn-ops bench --tune` can try configurations of."""
+    """Describe a backend that `gdn-ops bench --tune` can try configurations of."""
 
     def tunables(self, call: Call) -> Sequence[object]:
         """Return the configurations to try on a call; none where there is nothing to tune.
@@ -26,17 +26,17 @@ class Tunable(Protocol):
     def using(self, config: object) -> AbstractContextManager[object]:
         """Return a context in which every call, on any thread, runs with one of `tunables`.
 
-        Any thread: autograd runs a backward on one of its own.
+        Any thread: autograd runs a backward on a thread of its own.
         """
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: its key and what it says. str() is the row as source text.
+    """Hold a row of a table: its key and its configuration. str() is the row as source text.
 
     Attributes:
-        key: what calls the row is for, as the backend classes them.
-        config: a frozen dataclass; fields that are left at their default stand in no row.
+        key: the class of calls that the row is for, in the backend's terms.
+        config: a frozen dataclass; the source text leaves out fields at their default.
     """
 
     key: tuple[Any, ...]
@@ -49,13 +49,13 @@ class Row:
 
 
 class Override:
-    """The row that a backend runs with instead of its table's, if there is one."""
+    """Hold the row that a backend runs with instead of its table's, if there is one."""
 
     def __init__(self) -> None:
         self._row: Row | None = None
 
     def choose(self, table: Mapping[Any, Config], key: tuple[Any, ...]) -> Config:
-        """Return the configuration of a key."""
+        """Return the configuration for a key: of the override if it matches, else of the table."""
         if self._row is not None and self._row.key == key:
             config: Config = self._row.config
             return config
@@ -63,7 +63,7 @@ class Override:
 
     @contextlib.contextmanager
     def using(self, row: Row) -> Iterator[None]:
-        """Run by a row instead of the table's, on every thread."""
+        """Run with a row instead of the table's, on every thread."""
         previous, self._row = self._row, row
         try:
             yield

@@ -1,4 +1,4 @@
-"""Layers built on the op: the token mixer of the paper, its hybrids and what they are made of."""
+"""Provide layers built on the op: the token mixer of the paper, its hybrids and their parts."""
 
 from __future__ import annotations
 

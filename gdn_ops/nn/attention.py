@@ -1,4 +1,4 @@
-"""Causal softmax attention inside a window, with rotary positions and a ring of keys and values.
+"""Apply causal softmax attention inside a window, with rotary positions and a key-value ring.
 
 y_t = W Σ_j softmax_j(q_tᵀ k_j / √D) v_j,   t − window < j ≤ t,   q, k rotated by their positions
 """
@@ -14,14 +14,14 @@ from torch.nn import functional
 from gdn_ops.spec.errors import SpecError
 
 ROPE_BASE = 10000.0
-"""Of the rotary positions, as published."""
+"""Base of the rotary positions, as published."""
 
 SMALLEST_BLOCK = 128
 """Queries that are attended to together at least: for narrow windows fewer would be slow."""
 
 
 class KeyValueRing(NamedTuple):
-    """The last `window` keys and values: token t stands in slot t mod window.
+    """Hold the last `window` keys and values: token t stands in slot t mod window.
 
     Attributes:
         keys: (B, heads, window, D), rotated by their positions.
@@ -56,7 +56,7 @@ def rotate(x: Tensor, positions: Tensor, base: float = ROPE_BASE) -> Tensor:
 
 
 class SlidingWindowAttention(nn.Module):
-    """Multi-head attention to the last `window` tokens, the token itself included.
+    """Apply multi-head attention to the last `window` tokens, the token itself included.
 
     Time and memory are linear in the length: queries are taken in blocks of about a window.
 
@@ -97,7 +97,7 @@ class SlidingWindowAttention(nn.Module):
         )
 
     def zero_state(self, rows: int) -> KeyValueRing:
-        """Return the ring before any token."""
+        """Return the empty ring, before any token."""
         weight = self.o_proj.weight
         empty = weight.new_zeros(rows, self.num_heads, self.window, self.head_dim)
         tokens = torch.zeros((), dtype=torch.int64, device=weight.device)
@@ -133,7 +133,7 @@ class SlidingWindowAttention(nn.Module):
         return y, written
 
     def _write(self, ring: KeyValueRing, k: Tensor, v: Tensor, positions: Tensor) -> KeyValueRing:
-        """Return the ring with k, v (B, heads, T, D) over what is out of the window now."""
+        """Return the ring after writing k, v (B, heads, T, D) over tokens outside of the window."""
         # Of more than a window of tokens the first would be overwritten by the last.
         slots = positions[-self.window :] % self.window
         keys, values = (
@@ -143,14 +143,14 @@ class SlidingWindowAttention(nn.Module):
         return KeyValueRing(keys, values, ring.tokens + len(positions))
 
     def _attend_to_ring(self, q: Tensor, ring: KeyValueRing) -> Tensor:
-        """One query (B, heads, 1, D): the order of the slots does not matter to it."""
+        """Attend from one query (B, heads, 1, D), for which the order of slots does not matter."""
         slot = torch.arange(self.window, device=q.device)
         return functional.scaled_dot_product_attention(
             q, ring.keys, ring.values, attn_mask=(slot < ring.tokens)[None]
         )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueRing | None) -> Tensor:
-        """Queries (B, heads, T, D) to the keys of their windows, block by block."""
+        """Attend from queries (B, heads, T, D) to the keys of their windows, block by block."""
         attention, tokens = functional.scaled_dot_product_attention, q.shape[2]
         if state is None and tokens <= self.window:
             return attention(q, k, v, is_causal=True)

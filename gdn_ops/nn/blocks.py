@@ -1,8 +1,8 @@
-"""Long sequences a block of tokens at a time, so that what is done to a block stays in cache.
+"""Process long sequences a block of tokens at a time, so that each block stays in cache.
 
 A chain of elementwise operations over a whole layer reads and writes memory once per operation,
 fresh pages for every result; by blocks it reads and writes it once, and autograd keeps only the
-operands: their results are made again, block by block, in the backward.
+operands: results are computed again, block by block, in the backward.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FEW = 16
 
 
 def is_plain(x: Tensor) -> bool:
-    """Return whether x has numbers on a CPU: in a graph, loops over blocks are in the way."""
+    """Return whether x is an ordinary CPU tensor, outside of graphs and functorch transforms."""
     return (
         x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)
@@ -30,20 +30,20 @@ def is_plain(x: Tensor) -> bool:
 
 
 def runs_in_blocks(x: Tensor) -> bool:
-    """Return whether x is plain, and large enough for blocks to pay."""
+    """Return whether x is plain, and large enough for blocks to pay off."""
     # In this order: a graph would take a comparison of its sizes for a condition on them.
     return is_plain(x) and x.numel() > _BLOCK // _FEW
 
 
 def blocks(tokens: int, width: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of blocks of tokens, each of `width` numbers."""
+    """Yield (start, stop) of each block of tokens; a token has `width` numbers."""
     length = max(1, _BLOCK // max(1, width))
     for start in range(0, tokens, length):
         yield start, min(tokens, start + length)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that is computed in: float32 at least."""
+    """Return the dtype to compute in: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -53,7 +53,7 @@ def differentiable_gradients(
     needed: Sequence[bool],
     d_y: Tensor,
 ) -> list[Tensor | None]:
-    """Return the gradients of a function that can be differentiated again; None if not needed."""
+    """Return gradients of a function, themselves differentiable; None for those not needed."""
     wanted = [x for x, is_needed in zip(operands, needed, strict=True) if is_needed]
     y = function(*operands)
     found = iter(torch.autograd.grad(y, wanted, d_y, create_graph=True))  # type: ignore[arg-type]

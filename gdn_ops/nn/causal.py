@@ -1,4 +1,4 @@
-"""A causal depthwise convolution along T, a block of tokens at a time, so that it stays in cache.
+"""Compute a causal depthwise convolution along T, in blocks of tokens that stay in cache.
 
     p_t = Σ_j w_j ⊙ x_{t−k+1+j} + bias,  y_t = activation(p_t),  j < k
 
@@ -42,7 +42,7 @@ def causal_convolution(
 
 
 def _whole(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """All tokens at once, in operations that autograd and compilers see."""
+    """Convolve all tokens at once, in operations that autograd and compilers see."""
     window = functional.pad(x.to(wide(x.dtype)), (0, 0, weight.shape[1] - 1, 0))
     return convolved_window(window, weight, bias, silu=silu).to(x.dtype)
 
@@ -60,7 +60,7 @@ def convolved_window(window: Tensor, weight: Tensor, bias: Tensor | None, *, sil
 
 
 class _Operands:
-    """x in windows, and the parameters by tap, all in the dtype that is computed in."""
+    """Hold x, read by windows, and the parameters by tap, in the dtype of the computation."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.x, self.dtype = x, wide(x.dtype)
@@ -74,7 +74,7 @@ class _Operands:
         return part.to(self.dtype).contiguous() if part.stride(-1) != 1 else part.to(self.dtype)
 
     def pairs(self, window: Tensor, block: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (j, the tokens that tap j reads, the part of a block that they reach)."""
+        """Yield (tap j, the tokens that it reads, the part of the block that they reach)."""
         own, before = block.shape[1], window.shape[1] - block.shape[1]
         for j in range(self.reach, -1, -1):
             shift = self.reach - j
@@ -84,7 +84,7 @@ class _Operands:
                 yield j, window[:, first : before + own - shift], block[:, missing:]
 
     def convolve(self, window: Tensor, out: Tensor) -> None:
-        """Write p of a block."""
+        """Write p of a block, the convolution before its activation, to `out`."""
         for j, tokens, part in self.pairs(window, out):
             if j == self.reach:
                 torch.mul(tokens, self.taps[j], out=part)
@@ -95,7 +95,7 @@ class _Operands:
 
 
 class _Blocked(torch.autograd.Function):
-    """The convolution by blocks. Only its operands are kept for the backward."""
+    """Convolve by blocks; keep only the operands for the backward."""
 
     @staticmethod
     def forward(

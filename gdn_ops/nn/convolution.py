@@ -1,4 +1,4 @@
-"""The short causal depthwise convolution in front of the rule, with the state to continue it."""
+"""Apply the short causal depthwise convolution in front of the rule, with its state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gdn_ops.spec.errors import SpecError
 
 
 class ShortConvolution(nn.Module):
-    """y_t = activation(Σ_j w_j ⊙ x_{t−k+1+j} + bias), j < k: every channel on its own.
+    """Convolve every channel on its own: y_t = activation(Σ_j w_j ⊙ x_{t−k+1+j} + bias), j < k.
 
     Args:
         channels: width of the last axis.
@@ -50,7 +50,7 @@ class ShortConvolution(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw from ±1/sqrt(k), as torch does for a depthwise Conv1d."""
+        """Draw the parameters uniformly from ±1/sqrt(k), as torch does for a depthwise Conv1d."""
         bound = self.kernel_size**-0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
@@ -94,14 +94,14 @@ class ShortConvolution(nn.Module):
         return self._convolve(window), last.mT.contiguous()
 
     def _convolve(self, window: Tensor) -> Tensor:
-        """(B, reach + T, channels) to (B, T, channels)."""
+        """Convolve (B, reach + T, channels) to (B, T, channels)."""
         reach, silu = self.kernel_size - 1, self.activation == "silu"
         if window.shape[1] > reach + 1 and runs_in_blocks(window):
             return causal_convolution(window, self.weight, self.bias, silu=silu)[:, reach:]
         return convolved_window(window, self.weight, self.bias, silu=silu)
 
     def _packed(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """Run packed sequences as one long row, each behind its own past."""
+        """Convolve packed sequences as one long row, each behind its own past inputs."""
         where = _places(cu_seqlens, x.shape[1], self.kernel_size - 1)
         sequences = cu_seqlens.shape[0] - 1
         past = self.zero_state(sequences) if state is None else state
@@ -117,7 +117,7 @@ class ShortConvolution(nn.Module):
 
 
 class _Places(NamedTuple):
-    """Where things stand in a row in which every packed sequence follows its past.
+    """Hold indices into a row in which every packed sequence follows its past inputs.
 
     Attributes:
         past: (N, reach) the inputs before each sequence.

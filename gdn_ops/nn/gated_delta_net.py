@@ -1,4 +1,4 @@
-"""The token mixer of Gated DeltaNet (arXiv 2412.06464, Fig. 1), with its ablations as options.
+"""Apply the token mixer of Gated DeltaNet (arXiv 2412.06464, Fig. 1), its ablations as options.
 
 q, k = feature_map(conv(W x)), normalised per head        v = SiLU(conv(W x))
 log α = −exp(A_log) softplus(W x + dt_bias)                β = sigmoid(W x)
@@ -31,7 +31,7 @@ from gdn_ops.spec.ops import GATED_DELTA
 
 
 class GatedDeltaNet(nn.Module):
-    """The token mixer: projections, short convolution, gates, the rule, output norm and gate.
+    """Apply the layer of Gated DeltaNet: projections, convolution, gates, rule, norm, output gate.
 
     Args:
         hidden_size: width of the input and output.
@@ -120,7 +120,7 @@ class GatedDeltaNet(nn.Module):
         self.o_proj = nn.Linear(values, width, bias=False, **made)
 
     def mark_weight_decay(self) -> None:
-        """Mark the parameters of the gate, which take no weight decay.
+        """Mark the parameters of the decay gate, which take no weight decay.
 
         Set-ups of optimizers read the mark, as they do for FLA and Mamba.
         """

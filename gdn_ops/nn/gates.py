@@ -1,4 +1,4 @@
-"""The decay gate of the layer, in log space, and its published initialisation."""
+"""Compute the decay gate of the layer in log space, and draw its published initialisation."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def gate(a: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
 
 
 def draw_A_log(heads: int, device: torch.device | str | None = None) -> Tensor:
-    """Return log A with A ~ U(0, 16), (heads,) float32; never log 0."""
+    """Draw A_log = log A with A ~ U(0, 16), (heads,) float32; never log 0."""
     A = torch.empty(heads, device=device).uniform_(0, LARGEST_A)
     return A.clamp_(min=torch.finfo(torch.float32).tiny).log_()
 
 
 def draw_dt_bias(heads: int, device: torch.device | str | None = None) -> Tensor:
-    """Return b with softplus(b) log-uniform in DT_RANGE, (heads,) float32."""
+    """Draw dt_bias with softplus(dt_bias) log-uniform in DT_RANGE, (heads,) float32."""
     low, high = (math.log(x) for x in DT_RANGE)
     dt = torch.empty(heads, device=device).uniform_(low, high).exp_()
     # softplus⁻¹(dt) = log(eᵈᵗ − 1) = dt + log(1 − e⁻ᵈᵗ)

@@ -1,4 +1,4 @@
-"""Language models whose layers are named by a string, as the hybrids of the paper are.
+"""Build language models whose layers are named by a string, as the hybrids of the paper are.
 
 x ← x + mixer(RMSNorm(x)),   x ← x + SwiGLU(RMSNorm(x)),   logits = RMSNorm(x) Eᵀ
 """
@@ -19,7 +19,7 @@ from gdn_ops.nn.state import State
 from gdn_ops.spec.errors import SpecError
 
 LayerState = State | KeyValueRing
-"""What one layer keeps between calls."""
+"""State that one layer keeps between calls."""
 
 LETTERS = {
     "G": "GatedDeltaNet with the rule that is asked for",
@@ -50,7 +50,7 @@ PAPER: dict[str, dict[str, Any]] = {
 
 
 class SwiGLU(nn.Module):
-    """y = W_down (SiLU(W_gate x) ⊙ W_up x).
+    """Apply y = W_down (SiLU(W_gate x) ⊙ W_up x).
 
     Args:
         hidden_size: width of the input and output.
@@ -65,13 +65,13 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner_size, hidden_size, bias=False, **made)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., hidden_size) to the same shape."""
+        """Map x (..., hidden_size) to the same shape."""
         y: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
         return y
 
 
 class Block(nn.Module):
-    """x ← x + mixer(RMSNorm(x)), then x ← x + mlp(RMSNorm(x)).
+    """Apply x ← x + mixer(RMSNorm(x)), then x ← x + mlp(RMSNorm(x)).
 
     Args:
         mixer: GatedDeltaNet or SlidingWindowAttention.
@@ -106,7 +106,7 @@ class Block(nn.Module):
 
 
 class HybridLM(nn.Module):
-    """A language model of recurrent and attention layers; the embedding is the output matrix too.
+    """Run a language model of recurrent and attention layers, its embedding tied to its output.
 
     Args:
         pattern: kinds of layers, bottom first, repeated until there are num_layers: G the
@@ -204,7 +204,7 @@ class HybridLM(nn.Module):
     def hidden(
         self, tokens: Tensor, state: Sequence[LayerState] | None = None
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
-        """Return what `logits` reads, (B, T, hidden_size), and the states, as `forward` does."""
+        """Return the hidden vectors that `logits` reads, (B, T, hidden_size), and the states."""
         if tokens.dim() != 2:
             _fail(f"tokens has shape {tuple(tokens.shape)}, should be (B, T)")
         if state is not None and len(state) != len(self.blocks):
@@ -216,7 +216,7 @@ class HybridLM(nn.Module):
         return self.norm(x), tuple(after)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return the logits (..., vocab_size) of what `hidden` gave."""
+        """Return the logits (..., vocab_size) of hidden vectors that `hidden` returned."""
         return functional.linear(x, self.embedding.weight)
 
     @torch.no_grad()
@@ -254,7 +254,7 @@ class HybridLM(nn.Module):
         return torch.cat(found, 1)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the groups of an optimizer: matrices decay; norms, gates, embedding do not."""
+        """Return optimizer groups: matrices with weight decay; norms, gates, embedding without."""
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in self.named_parameters():
             kept = getattr(parameter, "_no_weight_decay", False) or parameter.dim() < 2

@@ -1,4 +1,4 @@
-"""RMS normalisation per head, followed by the output gate."""
+"""Apply RMS normalisation per head, followed by the output gate."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def gated_rms_norm(
 
 
 def _whole(x: Tensor, weight: Tensor, z: Tensor | None, *, eps: float, activation: str) -> Tensor:
-    """All rows at once, in operations that autograd and compilers see."""
+    """Normalise and gate all rows at once, in operations that autograd and compilers see."""
     y = x.to(wide(x.dtype))
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     y = y * weight.to(y.dtype)
@@ -52,7 +52,7 @@ def _whole(x: Tensor, weight: Tensor, z: Tensor | None, *, eps: float, activatio
 
 
 class _Rows:
-    """The operands as rows, blocks of them in the dtype that is computed in."""
+    """Hold the operands as rows, and read blocks of them in the dtype of the computation."""
 
     def __init__(self, x: Tensor, weight: Tensor, z: Tensor) -> None:
         self.dtype, width = wide(x.dtype), x.shape[-1]
@@ -70,7 +70,7 @@ class _Rows:
 
 
 class _Blocked(torch.autograd.Function):
-    """The norm and its gate by blocks. Only the operands are kept for the backward."""
+    """Normalise and gate by blocks; keep only the operands for the backward."""
 
     @staticmethod
     def forward(
@@ -112,7 +112,7 @@ class _Blocked(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Write a b, in the dtype of `out`."""
+    """Write the product of a and b to `out`, in the dtype of `out`."""
     if out.dtype == a.dtype:
         torch.mul(a, b, out=out)
     else:
@@ -128,7 +128,7 @@ def _gate(z: Tensor, d: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 class GatedRMSNorm(nn.Module):
-    """y = w ⊙ x / sqrt(mean(x²) + eps) ⊙ activation(z), computed in float32 at least.
+    """Apply y = w ⊙ x / sqrt(mean(x²) + eps) ⊙ activation(z), computed in float32 at least.
 
     Args:
         width: of the last axis, which is normalised.
@@ -160,7 +160,7 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Normalise, then gate.
+        """Normalise x, then gate it with z.
 
         Args:
             x: (..., width), any float dtype.

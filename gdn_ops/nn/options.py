@@ -1,4 +1,4 @@
-"""The options of the layer, and the sizes that follow from them."""
+"""Check the options of the layer, and compute the sizes that follow from them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 QK_NORMS = ("l2", "l1", None)
 
 WIDTH_OF_KEYS = 0.75
-"""Of the hidden width, so that a mixer has 6 hidden² parameters, with values twice as wide."""
+"""Width of all key heads over the hidden width: a mixer has 6 hidden² parameters, with values twice
+as wide."""
 
 
 def fail(message: str) -> NoReturn:
-    """Raise what is wrong with a layer's arguments."""
+    """Raise a SpecError that says what is wrong with a layer's arguments."""
     raise SpecError(f"GatedDeltaNet: {message}")
 
 
@@ -46,7 +47,7 @@ def key_width(hidden_size: int, heads: int) -> int:
 
 
 def value_width(head_dim: int, expand_v: float) -> int:
-    """Return the width of a value head."""
+    """Return the width of a value head, expand_v * head_dim."""
     width = expand_v * head_dim
     if round(width) < 1 or abs(width - round(width)) > 1e-6:
         fail(f"expand_v is {expand_v}, should make expand_v * head_dim = {width:.6g} an integer")

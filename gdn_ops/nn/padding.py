@@ -1,4 +1,4 @@
-"""Padding anywhere in a row: the tokens are moved to its front and back."""
+"""Move the tokens of padded rows to the front of their rows, and back again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gdn_ops.spec.errors import SpecError
 
 
 class Padding(NamedTuple):
-    """A batch of rows whose tokens have been moved to the front, padding behind.
+    """Hold how the tokens of a batch of rows are moved to the front, padding behind.
 
     Then the convolution finds the token before, or the state, right in front of every token.
 
@@ -27,7 +27,7 @@ class Padding(NamedTuple):
 
     @staticmethod
     def of(mask: Tensor, x: Tensor) -> Padding:
-        """Read a mask.
+        """Return the padding that a mask describes.
 
         Args:
             mask: (B, T), 0 or False where a token is padding.
@@ -52,11 +52,11 @@ class Padding(NamedTuple):
         return moved.masked_fill(self.behind(), 0)
 
     def back(self, y: Tensor) -> Tensor:
-        """Move the tokens of (B, T, width) back, with 0 at the padding."""
+        """Move the tokens of (B, T, width) back to their places, with 0 at the padding."""
         moved = torch.empty_like(y).scatter(1, self.order[..., None].expand_as(y), y)
         return moved.masked_fill(self.is_token.logical_not()[..., None], 0)
 
     def behind(self) -> Tensor:
-        """Return (B, T, 1), True at the padding, in the order of `front`."""
+        """Return a mask (B, T, 1), True at the padding, in the order of `front`."""
         place = torch.arange(self.order.shape[1], device=self.order.device)
         return (place >= self.lengths[:, None]).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""What a layer keeps between calls, and the check that it fits."""
+"""Hold the state that a layer keeps between calls, and check that a given one fits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gdn_ops.spec.errors import SpecError
 
 
 class State(NamedTuple):
-    """What a layer keeps between calls.
+    """Hold the state that a layer keeps between calls.
 
     Attributes:
         conv: (N, 2 H K + HV V, kernel_size - 1), the last inputs of the convolution, channels of
@@ -33,7 +33,7 @@ def check_state(
         conv_shape: (N, channels, kernel_size - 1), or None without a convolution.
 
     Raises:
-        SpecError: a shape is different; a V-first memory is told how to be turned.
+        SpecError: a shape is different; for a V-first memory the text says how to turn it.
     """
     shape, (rows, heads, key_width, value_width) = tuple(state.memory.shape), memory_shape
     if shape != memory_shape:

@@ -1,4 +1,4 @@
-"""Layers with the weights of other people's layers.
+"""Make layers that hold the weights of other libraries' layers.
 
 | here | Qwen3-Next | Qwen3.5 | OLMo-Hybrid | FLA |
 |---|---|---|---|---|
@@ -126,7 +126,7 @@ def from_fla(layer: nn.Module) -> GatedDeltaNet:
 
 
 def _interleaved(source: Any) -> dict[str, Tensor]:
-    """Take the projections of Qwen3-Next apart: per key head q, k, its v and its z; b and a."""
+    """Split the interleaved projections of Qwen3-Next: per key head q, k, v and z; b and a."""
     heads, group = source.num_k_heads, source.num_v_heads // source.num_k_heads
     values = group * source.head_v_dim
     sizes = [source.head_k_dim, source.head_k_dim, values, values]
@@ -143,7 +143,7 @@ def _interleaved(source: Any) -> dict[str, Tensor]:
 
 
 def _filled(weights: dict[str, Tensor], *sizes: Any, **options: Any) -> GatedDeltaNet:
-    """Return a layer that holds copies of the weights."""
+    """Return a GatedDeltaNet that holds copies of the weights."""
     layer = GatedDeltaNet(*sizes, **options, device="meta")
     copies = {name: weight.detach().clone() for name, weight in weights.items()}
     layer.load_state_dict(copies, strict=True, assign=True)

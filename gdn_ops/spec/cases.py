@@ -1,4 +1,4 @@
-"""What the ops cost at least, and the named workloads of tests, benchmarks and tuning."""
+"""Count the least cost of the ops, and name the workloads of tests, benchmarks and tuning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from gdn_ops.spec.language import Case, Sizes
 
 
 def forward_flops(s: Sizes, chunk: int) -> float:
-    """Return flops of the chunkwise form (docs/math.md §3), a multiply-add counted as two.
+    """Return the flops of the chunkwise form (docs/math.md §3), a multiply-add counted as two.
 
     Per token and value head: K S, Q S and K^T U cost 6 K V; T (.) and P U cost 2 C V each,
     half of them above the diagonal and not needed, so 2 C V together. Per token and key
@@ -18,24 +18,27 @@ def forward_flops(s: Sizes, chunk: int) -> float:
 
 
 def forward_bytes(s: Sizes, element: int) -> float:
-    """Return bytes that must cross memory: q, k, v, o once, gates in float32, the states."""
+    """Return the least memory traffic in bytes: q, k, v, o once, float32 gates, the states."""
     activations = element * s.B * s.T * (2 * s.H * s.K + 2 * s.HV * s.V)
     gates = 4 * 2 * s.B * s.T * s.HV
     return float(activations + gates + state_bytes(s))
 
 
 def state_bytes(s: Sizes) -> float:
-    """Return bytes of the float32 states."""
+    """Return the size of the float32 states in bytes."""
     return float(4 * s.N * s.HV * s.K * s.V)
 
 
 def step_flops(s: Sizes, chunk: int) -> float:
-    """Return flops of the recurrence: a token is K V of decay, S^T k, k u^T and S^T q at 2 K V."""
+    """Return the flops of the recurrence: 7 K V per token and value head.
+
+    The decay costs K V; S^T k, k u^T and S^T q cost 2 K V each.
+    """
     return float(s.B * s.T * s.HV * 7 * s.K * s.V)
 
 
 def step_bytes(s: Sizes, element: int) -> float:
-    """Return bytes of a step: the float32 state read and written once, and the tokens."""
+    """Return a step's memory traffic in bytes: the float32 state in and out, and the tokens."""
     tokens = element * s.B * s.T * (2 * s.H * s.K + 2 * s.HV * s.V) + 8 * s.B * s.T * s.HV
     return float(2 * state_bytes(s) + tokens)
 

@@ -1,4 +1,4 @@
-"""Spec to prose: the public docstrings and the op's page in the documentation."""
+"""Write the public docstring and the documentation page of an op from its spec."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _dtypes(arg: TensorArg) -> str:
 
 
 def argument_line(arg: TensorArg | Attr) -> str:
-    """Return what the documentation says of one argument."""
+    """Return the line of the documentation for one argument."""
     if isinstance(arg, Attr):
         choices = f" One of {', '.join(map(str, arg.choices))}." if arg.choices else ""
         return f"{arg.meaning}.{choices} Default {arg.default!r}."
@@ -46,7 +46,7 @@ def argument_line(arg: TensorArg | Attr) -> str:
 
 
 def _shapes(arg: TensorArg) -> str:
-    """Return the shape of an argument, and that of a pool where it may be one."""
+    """Return the shape of an argument, and its shape as a pool where it may be a pool."""
     if arg.pool_index is None:
         return arg.shape
     return f"{arg.shape}, or {printed_shape(arg.pool_axes)} with {arg.pool_index}:"
@@ -104,7 +104,7 @@ def page(spec: OpSpec) -> str:
 
 
 def _signature(spec: OpSpec) -> list[str]:
-    """Return the signature, an argument a line."""
+    """Return the lines of the op's signature, one argument a line."""
     lines = [f"{spec.name}("]
     for name, default, keyword_only in spec.parameters():
         if keyword_only and "    *," not in lines:

@@ -1,4 +1,4 @@
-"""The two errors a call can end in before any arithmetic is done."""
+"""Define the errors that end a call before any arithmetic is done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The language in which an op is specified: frozen values that validate and print themselves.
+"""Define the values that specify an op: they are frozen, and check and print themselves.
 
 An `OpSpec` is data. Argument checks, the torch.library schema, hypothesis strategies, the
 public docstring, the documentation page and the capability check are all derived from it,
@@ -22,7 +22,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Axis:
-    """One named tensor dimension, e.g. `T`, the number of tokens, with its smallest size."""
+    """Describe one named tensor dimension, e.g. `T`, the number of tokens; with its least size."""
 
     name: str
     meaning: str
@@ -38,7 +38,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Interval:
-    """A closed interval of allowed values; infinite ends are allowed."""
+    """Describe a closed interval of allowed values; infinite ends are allowed."""
 
     low: float
     high: float
@@ -51,14 +51,14 @@ class Interval:
 
 
 def printed_shape(axes: tuple[str, ...]) -> str:
-    """Return axes as they are printed: `(B, T, H, K)`, `(N+1,)`."""
+    """Return axes as a printed shape: `(B, T, H, K)`, `(N+1,)`."""
     printed = ["N+1" if axis == "N1" else axis for axis in axes]
     return "(" + ", ".join(printed) + ("," if len(printed) == 1 else "") + ")"
 
 
 @dataclass(frozen=True)
 class TensorArg:
-    """One tensor argument.
+    """Describe one tensor argument.
 
     Attributes:
         name: argument name in the public signature.
@@ -70,7 +70,7 @@ class TensorArg:
         differentiable: whether it has a gradient.
         same_dtype_as: name of the argument whose dtype it must share, or None.
         gate: whether it is a gate, that is, read in the compute dtype whatever it is stored in.
-        pool_index: name of the optional argument with which it is a pool, its first axis P.
+        pool_index: name of the optional argument that makes it a pool, whose first axis is P.
     """
 
     name: str
@@ -92,12 +92,12 @@ class TensorArg:
 
     @property
     def shape(self) -> str:
-        """The axes as they are printed: `(B, T, H, K)`, `(N+1,)`."""
+        """Return the axes as a printed shape: `(B, T, H, K)`, `(N+1,)`."""
         return printed_shape(self.axes)
 
     @property
     def pool_axes(self) -> tuple[str, ...]:
-        """The axes of a pool: its slots come first, not the rows of the batch."""
+        """Return the axes of the argument as a pool: slots come first, in place of batch rows."""
         return ("P", *self.axes[1:])
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ class TensorArg:
 
 @dataclass(frozen=True)
 class Attr:
-    """One argument that is not a tensor.
+    """Describe one argument that is not a tensor.
 
     Attributes:
         name: argument name in the public signature.
@@ -140,7 +140,7 @@ class Attr:
 
 @dataclass(frozen=True)
 class Output:
-    """One result.
+    """Describe one result of an op.
 
     Attributes:
         name: its name in schema and documentation.
@@ -161,7 +161,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Rule:
-    """One member of the family, as a lowering onto u_t = w_t v_t - e_t S'^T k_t (docs/math.md §2).
+    """Describe one rule as what it puts into u_t = w_t v_t - e_t S'^T k_t (docs/math.md §2).
 
     Attributes:
         name: value of `rule=`.
@@ -181,7 +181,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a backend can run, as data; `gdn_ops.dispatch.reasons` turns it into text.
+    """Describe what a backend can run, as data; `gdn_ops.dispatch.reasons` turns it into text.
 
     Attributes:
         devices: device types it runs on.
@@ -224,7 +224,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The value of every axis in one call. N is the number of sequences."""
+    """Hold the size of every axis in one call. N is the number of sequences."""
 
     B: int
     T: int
@@ -236,13 +236,13 @@ class Sizes:
 
     @property
     def R(self) -> int:
-        """Value heads per key head."""
+        """Return the number of value heads per key head."""
         return self.HV // self.H if self.H else 1
 
 
 @dataclass(frozen=True)
 class Multiple:
-    """The constraint that one axis is a multiple of another.
+    """Describe the constraint that one axis is a multiple of another.
 
     Attributes:
         axis: the axis that must be a multiple.
@@ -262,7 +262,7 @@ class Multiple:
 
 @dataclass(frozen=True)
 class Case:
-    """A named real workload for tests, benchmarks and tuning."""
+    """Describe a named real workload for tests, benchmarks and tuning."""
 
     name: str
     sizes: Sizes
@@ -276,7 +276,7 @@ class Case:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a call must at least do, as functions of the axes.
+    """Hold the least cost of a call, as functions of its sizes.
 
     Attributes:
         flops: floating-point operations of the chunkwise forward, from sizes and chunk length.
@@ -291,7 +291,7 @@ class CostModel:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One op: everything that the rest of the library derives its behaviour from.
+    """Describe one op: everything that the rest of the library derives its behaviour from.
 
     Attributes:
         name: the op's name, in Python and in torch.library.
@@ -300,7 +300,7 @@ class OpSpec:
         args: every argument, tensors and attributes, in the order of the public signature.
         outputs: the results.
         keyword_only_from: the name of the first keyword-only argument.
-        rules: the family.
+        rules: the rules that `rule=` chooses from.
         constraints: relations between axes.
         equations: the recurrence, a line each.
         sources: where it comes from.
@@ -361,37 +361,37 @@ class OpSpec:
 
     @cached_property
     def tensors(self) -> tuple[TensorArg, ...]:
-        """Tensor arguments, in public order."""
+        """Return the tensor arguments, in public order."""
         return tuple(arg for arg in self.args if isinstance(arg, TensorArg))
 
     @cached_property
     def binding_order(self) -> tuple[TensorArg, ...]:
-        """Tensor arguments, those that define an axis before those that only use it."""
+        """Return the tensor arguments, those that define an axis before those that only use it."""
         return tuple(sorted(self.tensors, key=lambda arg: arg.axes[0] == "N"))
 
     @cached_property
     def bounded(self) -> tuple[tuple[TensorArg, Interval], ...]:
-        """Tensor arguments whose values have a domain, and it."""
+        """Return each tensor argument whose values have a domain, with the domain."""
         return tuple((arg, arg.domain) for arg in self.tensors if arg.domain is not None)
 
     @cached_property
     def attrs(self) -> tuple[Attr, ...]:
-        """Arguments that are not tensors, in public order."""
+        """Return the arguments that are not tensors, in public order."""
         return tuple(arg for arg in self.args if isinstance(arg, Attr))
 
     @cached_property
     def tensor(self) -> Mapping[str, TensorArg]:
-        """Tensor arguments by name."""
+        """Return the tensor arguments by name."""
         return MappingProxyType({arg.name: arg for arg in self.tensors})
 
     @cached_property
     def rule(self) -> Mapping[str, Rule]:
-        """Rules by name."""
+        """Return the rules by name."""
         return MappingProxyType({rule.name: rule for rule in self.rules})
 
     @cached_property
     def case(self) -> Mapping[str, Case]:
-        """Named workloads by name."""
+        """Return the named workloads by name."""
         return MappingProxyType({case.name: case for case in self.cases})
 
     def parameters(self) -> tuple[tuple[str, object, bool], ...]:

@@ -1,7 +1,7 @@
-"""The ops of this library as values: the sequence op, the single step and a few steps at once.
+"""Specify the ops of this library: the sequence op, the single step and a few steps at once.
 
-Everything that can be said about them as data is said here and nowhere else; what they cost
-and the named workloads stand in `workloads`.
+All data about the ops stands here and nowhere else, except their costs and named workloads,
+which stand in `cases`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ _INPLACE = Attr("inplace", "bool", False, "whether to update the state tensor in
 
 
 def _state(meaning: str) -> TensorArg:
-    """Return the state of a decode op, which may be a pool."""
+    """Return the state argument of a decode op, which may be a pool."""
     axes = ("B", "HV", "K", "V")
     return TensorArg("state", axes, meaning, optional=True, pool_index="state_indices")
 
@@ -119,7 +119,7 @@ def _new_state(meaning: str) -> Output:
 
 
 def _gates(axes: tuple[str, ...]) -> tuple[TensorArg, TensorArg, TensorArg]:
-    """Return alpha, beta and log_alpha over the given axes."""
+    """Return the arguments alpha, beta and log_alpha over the given axes."""
     unit, strength = Interval(0.0, 1.0), Interval(0.0, 2.0)
     return (
         TensorArg("alpha", axes, _ALPHA, domain=unit, optional=True, gate=True),

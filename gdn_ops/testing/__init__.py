@@ -1,4 +1,4 @@
-"""The testing kit: what proves that a backend computes the function and its gradients.
+"""Prove that a backend computes the function and its gradients: the testing kit.
 
 It needs hypothesis (`pip install gdn_ops[testing]`). `strategies` draws calls from the spec,
 `oracle` judges results against the definition in float64, `laws` states what holds in exact

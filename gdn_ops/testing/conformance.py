@@ -1,4 +1,4 @@
-"""Everything a backend must pass, as named subjects; pytest and `gdn-ops check` run the same.
+"""Check a backend on every subject that it must pass, for pytest and `gdn-ops check` alike.
 
 A new backend needs no test code: `subjects(backend)` follows from its limits.
 """
@@ -29,18 +29,18 @@ EXAMPLES_PER_ROUND = 10
 
 
 class ConformanceError(AssertionError):
-    """A backend computed something else than the definition. The text is the call, as code."""
+    """Report that a backend failed a subject. The text holds the call that failed, as code."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing that is checked.
+    """Describe one thing that is checked of a backend.
 
     Attributes:
         name: as printed, a sentence.
-        judge: from a backend's name and an example to a verdict.
+        judge: a function from a backend's name and an example to a verdict.
         options: passed to `strategies.calls`.
-        law: the law that judges, if it is one.
+        law: the law that is checked, if the subject is a law.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Subject:
     law: Law | None = None
 
     def code(self, backend: str, example: Example) -> str:
-        """Return the code that repeats this judgement."""
+        """Return the code that judges a backend on an example again."""
         if self.law is None:
             return example.code(backend)
         return (
@@ -59,7 +59,7 @@ class Subject:
         )
 
     def verify(self, backend: str, example: Example) -> Verdict:
-        """Return the verdict; raise ConformanceError if it does not pass."""
+        """Return the verdict on an example; raise ConformanceError if it does not pass."""
         verdict = self.judge(backend, example)
         if not verdict.passed:
             raise ConformanceError(f"{verdict}\n{self.code(backend, example)}")
@@ -68,13 +68,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class CheckRow:
-    """The result of one subject.
+    """Hold the result of one subject.
 
     Attributes:
         subject: its name.
         examples: how many calls were judged.
         worst: largest error / allowance seen; <= 1 passes.
-        passed: whether all did.
+        passed: whether all of them passed.
         failure: the minimal failing call as code, or None.
     """
 
@@ -87,7 +87,7 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The result of `check`.
+    """Hold the result of `check`.
 
     Attributes:
         backend: its name.
@@ -105,12 +105,12 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every subject passed and was judged on at least one example."""
+        """Return whether every subject passed and was judged on at least one example."""
         return all(row.passed and row.examples > 0 for row in self.rows)
 
     @property
     def examples(self) -> int:
-        """How many calls were judged in all."""
+        """Return how many calls were judged in all."""
         return sum(row.examples for row in self.rows)
 
 
@@ -147,7 +147,7 @@ def second_derivatives(backend: str, example: Example) -> Verdict:
 
 
 def subjects(backend: Backend) -> tuple[Subject, ...]:
-    """Return what a backend has to pass, given its limits."""
+    """Return the subjects that a backend has to pass, given its limits."""
     limits = backend.limits
     rows = [
         Subject(

@@ -1,4 +1,4 @@
-"""docs/math.md §8 for the decode ops: steps, a few steps in one call, and pools of states."""
+"""State the laws of docs/math.md §8 for decode ops: one step, a few steps, pools of states."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def an_in_place_step_equals_a_step(backend: str, example: Example) -> Verdict:
 
 @dataclass(frozen=True)
 class _Decoding:
-    """One call of a decode op, made from an example.
+    """Hold one call of a decode op, made from an example.
 
     Attributes:
-        example: it, without packed sequences.
+        example: the example, without packed sequences.
         tokens: the arguments but the state, with a token axis; NaN in rows that are skipped.
         state: the rows' states (B, HV, K, V), or None.
         slots: (B,) int64, or None where there is no pool.
@@ -101,13 +101,13 @@ class _Decoding:
         return buffer, pool
 
     def indices(self) -> Tensor | None:
-        """Return `state_indices`, in one or the other dtype."""
+        """Return `state_indices`, as int32 or int64 depending on the seed; None without a pool."""
         if self.slots is None:
             return None
         return self.slots.to(torch.int32 if self.example.seed % 2 else torch.int64)
 
     def judgement(self, tokens: int) -> Judgement:
-        """Return the reference of the live rows after some tokens, and what is allowed."""
+        """Return the reference and the allowances of the live rows after some tokens."""
         arguments = token_slice(self.tokens, slice(0, tokens))
         arguments = {
             name: x[self.live] if isinstance(x, Tensor) else x for name, x in arguments.items()
@@ -133,11 +133,11 @@ def _wrong(what: str) -> Verdict:
 
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-"""The integer of as many bytes."""
+"""Integer dtypes by their size in bytes."""
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are equal to the last bit, NaN included."""
+    """Return whether two tensors are equal to the last bit, NaN included."""
     bits = _BITS[x.itemsize]
     return x.dtype == y.dtype and torch.equal(x.view(bits), y.view(bits))
 
@@ -145,7 +145,7 @@ def _same_bits(x: Tensor, y: Tensor) -> bool:
 def _broken_fence(
     call: _Decoding, before: Tensor, buffer: Tensor, pool: Tensor, new: Tensor, inplace: bool
 ) -> Iterator[Verdict]:
-    """Yield what of a pool changed that no row names.
+    """Yield a failing verdict for each change to memory that no row names.
 
     Args:
         call: the call.
@@ -218,7 +218,7 @@ def steps_equal_one_step_after_another(backend: str, example: Example) -> Verdic
 def _judged_steps(
     backend: str, call: _Decoding, wanted: list[Judgement], inplace: bool, return_states: bool
 ) -> Iterator[Verdict]:
-    """Run `gated_delta_steps` and yield what is to be said of its results."""
+    """Run `gated_delta_steps` and yield the verdicts on its results."""
     given = call.state
     state = None if given is None else given.clone()
     if call.slots is not None:
@@ -247,7 +247,7 @@ def _judged_steps(
 def _judged_results(
     call: _Decoding, wanted: list[Judgement], o: Tensor, new: Tensor, states: Tensor | None
 ) -> Iterator[Verdict]:
-    """Yield how o, the rows' new states and the states after every token compare."""
+    """Yield the verdicts on o, the rows' new states and the states after every token."""
     live = call.live
     for x in (o, states):
         if x is not None and bool((x[~live] != 0).any()):

@@ -1,4 +1,4 @@
-"""One drawn call: a handful of plain values from which every tensor follows.
+"""Describe a drawn call by a few plain values, from which every tensor follows.
 
 An `Example` prints as the code that makes it, so a failure is reproduced by pasting it.
 """
@@ -36,7 +36,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Example:
-    """The parameters of one call of `gated_delta`.
+    """Hold the parameters of one call of `gated_delta`.
 
     Attributes:
         rule: member of the family.
@@ -89,7 +89,7 @@ class Example:
 
     @property
     def sizes(self) -> Sizes:
-        """The axes of the call."""
+        """Return the sizes of the call's axes."""
         n = self.B if self.lengths is None else len(self.lengths)
         return Sizes(self.B, self.T, self.H, self.H * self.R, self.K, self.V, n)
 
@@ -124,7 +124,7 @@ class Example:
 
 
 def device_code() -> str:
-    """Return the lines that make examples on the device that they are made on now."""
+    """Return the lines of code that set the present device of examples; none for the CPU."""
     if DEVICE == "cpu":
         return ""
     return f"from gdn_ops.testing import example\nexample.DEVICE = {DEVICE!r}\n"
@@ -160,7 +160,7 @@ def run(
 
 
 class _Drawing:
-    """Draws the tensors of one example from its seed."""
+    """Draw the tensors of one example from its seed."""
 
     def __init__(self, example: Example) -> None:
         self.example = example
@@ -242,7 +242,7 @@ class _Drawing:
         return self.uniform(*shape) * (2 if self.example.beta == "wide" else 1)
 
     def laid_out(self, x: Tensor) -> Tensor:
-        """Return x, or an equal view with gaps and transposed strides."""
+        """Return x, or for a strided example an equal view with gaps and transposed strides."""
         if not self.example.strided:
             return x.to(DEVICE)
         wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype, device=DEVICE)

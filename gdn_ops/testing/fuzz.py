@@ -1,6 +1,6 @@
-"""Long random fuzzing: `python -m gdn_ops.testing.fuzz --seconds 600`.
+"""Fuzz backends for a long time: `python -m gdn_ops.testing.fuzz --seconds 600`.
 
-Every subject of every installed backend in turn, with random examples; failures are kept in
+Every subject of every installed backend is judged in turn on random examples; failures are kept in
 hypothesis' example database and tried first the next time.
 """
 
@@ -18,7 +18,7 @@ from gdn_ops.testing.conformance import run_subject, subjects
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Fuzz for a while; return 1 if a backend failed, else 0."""
+    """Fuzz backends until the time is up; return 1 if one failed, else 0."""
     parser = argparse.ArgumentParser(description="Fuzz gdn_ops backends with random calls.")
     parser.add_argument("--seconds", type=float, default=600.0, help="how long")
     parser.add_argument("--backend", action="append", help="name; every installed one by default")

@@ -1,4 +1,4 @@
-"""docs/math.md §8: what holds exactly in real arithmetic, one function per law.
+"""State the laws of docs/math.md §8, exact in real arithmetic: one function per law.
 
 A law takes a backend's name and an example and returns a `Verdict`. Two runs that should be
 equal may differ by the allowances of both.

@@ -1,4 +1,4 @@
-"""Whether a function, its torch schema and its documentation say what the spec says.
+"""Compare a function, its torch schema and its documentation with the spec.
 
 All three are derived from the spec or written beside it. `lint` reads them back as text, by
 means of its own, so that a wrong derivation and a forgotten edit are both noticed.
@@ -20,7 +20,7 @@ _CHOICES = re.compile(r"One of ([^.]*)\.")
 def lint(
     spec: OpSpec, function: Callable[..., Any], *, schema: str, documentation: str
 ) -> list[str]:
-    """Return what disagrees with a spec, a sentence each; an empty list when nothing does.
+    """Return every disagreement with a spec as a sentence; an empty list when there is none.
 
     Args:
         spec: the op.
@@ -169,7 +169,7 @@ def _check_documentation(spec: OpSpec, documentation: str) -> Iterable[str]:
 
 
 def _entries(documentation: str, name: str) -> list[str]:
-    """Return what stands after a name in every line `name: ...`, `name (...` or "| `name` ..."."""
+    """Return the text after a name in every line `name: ...`, `name (...` or "| `name` ..."."""
     entry = re.compile(rf"^(?:[ |-]*`{name}`| +{name}(?::| (?=\()))(.*)$", re.MULTILINE)
     return [text.strip() for text in entry.findall(documentation)]
 

@@ -1,4 +1,4 @@
-"""Backends made wrong on purpose: what proves that the kit can fail.
+"""Make backends that are wrong on purpose, to prove that the testing kit can fail.
 
 Each plants one classic mistake in a backend. The mistake is made outside the backend, in the
 call it gets or the result it gives, so that the same mutants test the kit on every backend.
@@ -19,19 +19,19 @@ from gdn_ops.spec.ops import GATED_DELTA_STEP
 from gdn_ops.torch_ops import operators
 
 Mutation = Callable[[Backend, Call], tuple[Tensor, Tensor]]
-"""What a wrong backend makes of a call of `gated_delta`: (o, final_state)."""
+"""A function from a backend and a call of `gated_delta` to wrong (o, final_state)."""
 
 DecodeMutation = Callable[[Backend, Call], tuple[Tensor, Tensor, Tensor | None]]
-"""What it makes of a call of a decode op: (o, new_state, states or None)."""
+"""A function from a backend and a call of a decode op to wrong (o, new_state, states or None)."""
 
 
 def dropped_scale(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
-    """The scale is not applied to q."""
+    """Leave out the scale of q."""
     return operators.run(backend, replace(call, scale=1.0))
 
 
 def decay_after_the_error(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
-    """The error term reads the state before it has decayed: u = beta (v - S^T k).
+    """Read the state before its decay in the error term: u = beta (v - S^T k).
 
     With beta' = beta / alpha and v' = alpha v the right rule computes just that.
     """
@@ -45,7 +45,7 @@ def decay_after_the_error(backend: Backend, call: Call) -> tuple[Tensor, Tensor]
 
 
 def ungated_inverse(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
-    """The decay is missing in T = (I + A)^-1, chunks of 16 tokens.
+    """Leave the decay out of T = (I + A)^-1, in chunks of 16 tokens.
 
     v' makes the right inverse give U of the wrong one: (I + A) U_wrong = beta (v' - b K S).
     """
@@ -80,7 +80,7 @@ def _values_of_ungated_inverse(call: Call) -> Tensor:
 
 
 def first_chunk_only(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
-    """Tokens after the first 16 are not seen."""
+    """Ignore the tokens after the first 16."""
     if call.cu_seqlens is not None or call.sizes.T <= 16:
         return operators.run(backend, call)
     o, state = operators.run(backend, _tokens(call, slice(0, 16), call.state))
@@ -89,7 +89,7 @@ def first_chunk_only(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
 
 
 def one_wrong_head_of_sixteen(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
-    """Head 15 of 16 or more is off by one part in a hundred."""
+    """Make o of head 15, where there are 16 or more, wrong by one part in a hundred."""
     o, state = operators.run(backend, call)
     if call.sizes.HV < 16:
         return o, state
@@ -99,7 +99,7 @@ def one_wrong_head_of_sixteen(backend: Backend, call: Call) -> tuple[Tensor, Ten
 
 
 def no_gradient_at_zero(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
-    """The gradient of alpha is 0 where alpha is 0."""
+    """Return 0 as the gradient of alpha where alpha is 0."""
     if call.alpha is None:
         return operators.run(backend, call)
     blocked = torch.where(call.alpha == 0, call.alpha.detach(), call.alpha)
@@ -107,7 +107,7 @@ def no_gradient_at_zero(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
 
 
 def tiled_heads(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
-    """Value head h reads key head h % H instead of h // R."""
+    """Read key head h % H for value head h, instead of h // R."""
     repeats = call.sizes.R
     q, k = (x.repeat(1, 1, repeats, 1) for x in (call.q, call.k))
     sizes = replace(call.sizes, H=call.sizes.HV)
@@ -115,7 +115,7 @@ def tiled_heads(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
 
 
 def state_of_the_padded_tail(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
-    """The final state has decayed through the tokens that pad the last chunk."""
+    """Decay the final state through the tokens that pad the last chunk."""
     o, state = operators.run(backend, call)
     missing = -call.sizes.T % 16
     if not call.rule.has_decay or call.cu_seqlens is not None or not call.sizes.T:
@@ -125,7 +125,7 @@ def state_of_the_padded_tail(backend: Backend, call: Call) -> tuple[Tensor, Tens
 
 
 def narrow_products(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
-    """Operands are rounded to the 10 mantissa bits of TF32, under the name of float32."""
+    """Round float32 operands to the 10 mantissa bits of TF32."""
     if call.q.dtype != torch.float32:
         return operators.run(backend, call)
     q, k, v = (x + (_ten_bits(x.detach()) - x.detach()) for x in (call.q, call.k, call.v))
@@ -138,20 +138,20 @@ def _ten_bits(x: Tensor) -> Tensor:
 
 
 def skipped_rows_run(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A row that should be skipped, slot -1, reads and writes slot 0."""
+    """Let a row that should be skipped, slot -1, read and write slot 0."""
     if call.state_indices is not None:
         call = replace(call, state_indices=call.state_indices.clamp(min=0))
     return _decoded(backend, call)
 
 
 def states_before_each_token(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The states of `gated_delta_steps` are off by one: before each token, not after."""
+    """Return the states of `gated_delta_steps` off by one: before each token, not after."""
     o, new, states = _decoded(backend, call)
     return o, new, None if states is None else states.roll(1, 1)
 
 
 def a_copied_pool(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows are advanced in a pool of fresh memory; slots that no row names hold what it held."""
+    """Advance rows in a pool of fresh memory, without a copy of the slots that no row names."""
     o, new, states = _decoded(backend, call)
     if call.state_indices is None:
         return o, new, states

@@ -1,4 +1,4 @@
-"""The judge: errors against the definition in float64, and how large they may be.
+"""Judge results against the definition in float64: their errors, and how large these may be.
 
 The error of a result is taken per sequence and per head, and the worst head counts: an
 average hides one wrong head of 64. The allowance is derived, never tuned:
@@ -44,7 +44,7 @@ PERTURBATIONS = 2
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a set of results compares with the reference.
+    """Hold how a set of results compares with the reference.
 
     Attributes:
         worst: largest error / allowance over results, sequences and heads; <= 1 passes.
@@ -60,7 +60,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether every error is within its allowance. NaN does not pass."""
+        """Return whether every error is within its allowance. NaN does not pass."""
         return self.worst <= 1
 
     def __str__(self) -> str:
@@ -69,12 +69,12 @@ class Verdict:
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Return u, half the distance from 1 to the next number."""
+    """Return the unit roundoff u of a dtype, half the distance from 1 to the next number."""
     return torch.finfo(dtype).eps / 2
 
 
 def per_head(x: Tensor, name: str, example: Example) -> Tensor:
-    """Return the squared sums of a result per (sequence, head), float64.
+    """Return the sum of squares of a result per (sequence, head), in float64.
 
     Args:
         x: (B, T, heads, ...) or (N, HV, K, V) for states.
@@ -97,7 +97,7 @@ def norms(x: Tensor, name: str, example: Example) -> Tensor:
 
 
 def _moved(arguments: dict[str, Any], seed: int, inner: float) -> dict[str, Any]:
-    """Move every float input by roundings, staying in its domain; `inner` is n u."""
+    """Return the arguments, each float input moved by roundings in its domain; `inner` is n u."""
     generator = torch.Generator().manual_seed(seed)
     moved = dict(arguments)
     for name, x in arguments.items():
@@ -127,7 +127,7 @@ def _upcast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The reference of one example and how far a result may be from it.
+    """Hold the reference of one example and how far a result may be from it.
 
     Attributes:
         example: the call.
@@ -233,21 +233,21 @@ def judgement_of(
 
 
 def inner_product(stored: torch.dtype, example: Example) -> float:
-    """Return n u, the a-priori bound of an inner product of length n = K + C."""
+    """Return n u, the a-priori bound on the error of an inner product of length n = K + C."""
     return (example.K + CHUNK) * unit_roundoff(compute_dtype(stored))
 
 
 def _underflow(example: Example) -> float:
-    """Return what n products may lose where float16 operands end, at 2**-24.
+    """Return the absolute error of n products whose operands float16 loses, below 2**-24.
 
-    It is absolute: examples are drawn in units of 1, and what a decay has made smaller than
-    this is not there in float16.
+    It is absolute because examples are drawn in units of 1, and a decay can make a number too
+    small for float16.
     """
     return (example.K + CHUNK) * 2**-24
 
 
 def _carried(arguments: dict[str, Any], example: Example) -> Tensor:
-    """Return the product of the decays of every (sequence, head), what is left of a state."""
+    """Return the product of the decays per (sequence, head): the share of a state that is left."""
     gate = arguments.get("alpha")
     if arguments.get("log_alpha") is not None:
         gate = arguments["log_alpha"].double().exp()

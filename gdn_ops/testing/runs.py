@@ -1,4 +1,4 @@
-"""Write laws: as values, and with calls that are cut, joined and compared."""
+"""Describe laws as values, and cut, join and compare the calls that laws are made of."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gdn_ops.testing.example import Example, Results, run
 from gdn_ops.testing.oracle import Verdict, judgement
 
 Check = Callable[[str, Example], Verdict]
-"""From a backend's name and an example to a verdict."""
+"""A function from a backend's name and an example to a verdict."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """A law of docs/math.md §8, and which backends it concerns.
+    """Describe a law of docs/math.md §8, and which backends it concerns.
 
     Attributes:
         check: judges a backend on an example. Its docstring begins with "Law", the number, ": "
@@ -38,24 +38,24 @@ class Law:
 
     @property
     def name(self) -> str:
-        """Return the name of its function."""
+        """Return the name of the law's function."""
         return self.check.__name__
 
     @property
     def number(self) -> str:
-        """Return its number in §8, with what distinguishes it from others of that number."""
+        """Return the law's number in §8 and the words after it, if any: "3, pool"."""
         return self._first_line()[0].removeprefix("Law ")
 
     @property
     def text(self) -> str:
-        """Return what it says, in a line."""
+        """Return the statement of the law, in a line."""
         return self._first_line()[2]
 
     def _first_line(self) -> tuple[str, str, str]:
         return (self.check.__doc__ or "").strip().splitlines()[0].partition(": ")
 
     def concerns(self, limits: Limits) -> bool:
-        """Return whether a backend with these limits must keep it."""
+        """Return whether a backend with these limits must keep the law."""
         has = {"varlen": limits.varlen, "grad": limits.grad, "float64": "float64" in limits.dtypes}
         return (
             self.op in limits.ops
@@ -70,7 +70,7 @@ def without_sequences(example: Example) -> Example:
 
 
 def token_slice(arguments: dict[str, Any], tokens: slice) -> dict[str, Any]:
-    """Return the arguments of some of the tokens."""
+    """Return the arguments of a call, cut to a slice of its tokens."""
     names = ("q", "k", "v", "alpha", "log_alpha", "beta")
     return {
         name: x[:, tokens] if name in names and x is not None else x
@@ -79,12 +79,12 @@ def token_slice(arguments: dict[str, Any], tokens: slice) -> dict[str, Any]:
 
 
 def single(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Drop the token axis, of length 1."""
+    """Drop the token axis, of length 1, from every tensor of a call."""
     return {n: x.squeeze(1) if isinstance(x, Tensor) else x for n, x in arguments.items()}
 
 
 def plain(arguments: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
-    """Return (o, final_state)."""
+    """Run `gated_delta` without gradients; return (o, final_state)."""
     out = run(arguments, backend, None)
     return out["o"], out["final_state"]
 

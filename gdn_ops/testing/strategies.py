@@ -1,4 +1,4 @@
-"""Hypothesis strategies: spec and limits to calls, the awkward ones with real probability."""
+"""Draw calls with hypothesis, given a spec and limits; awkward calls come often."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ wider, no power of two; every batch, number of heads and length, and every value
 
 
 def widths(limits: Limits) -> tuple[ShapeClass, ...] | None:
-    """Return those of WIDTHS that limits allow, or None, for drawing freely, if they allow none."""
+    """Return those of WIDTHS that limits allow; None, to draw freely, if they allow none."""
     dims, sizes = limits.head_dims, limits.chunk_sizes
 
     def is_allowed(width: ShapeClass) -> bool:
@@ -91,7 +91,7 @@ def calls(
         shape_classes: draw one of these, and freely only what it leaves open.
         varlen: whether sequences are packed; drawn by default.
         max_tokens: the longest sequence.
-        decode: draw what only decode ops have too, and few tokens.
+        decode: draw few tokens, and also what only decode ops have.
     """
     rule = spec.rule[draw(st.sampled_from([r.name for r in spec.rules if r.name in limits.rules]))]
     tokens = st.sampled_from([t for t in (DRAFTS if decode else TOKENS) if t <= max_tokens])

@@ -1,4 +1,4 @@
-"""Spec to torch.library, the decode ops: schema, fake, autograd, and what an operator runs.
+"""Register the decode ops with torch.library from their specs: schema, fake and autograd.
 
     gdn_ops::gated_delta_step       one token
     gdn_ops::gated_delta_step_      one token, state updated in place
@@ -80,7 +80,7 @@ def _step_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _step_autograd_backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:
-    """Take the gradient of a step as that of a sequence of one token."""
+    """Compute the gradients of a step as those of a sequence of one token."""
     names = schema_names(GATED_DELTA_STEP)
     tensor_names = [name for name in names if name not in ctx.attributes]
     values = ctx.attributes | dict(zip(tensor_names, ctx.saved_tensors, strict=True))
@@ -151,7 +151,7 @@ def _define_inplace(
 
 
 def _define() -> None:
-    """Register the operators; runs once, at import."""
+    """Register the operators of the decode ops; runs once, at import."""
     step = torch.library.custom_op(
         f"{NAMESPACE}::gated_delta_step",
         _step,

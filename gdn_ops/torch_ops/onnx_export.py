@@ -1,4 +1,4 @@
-"""What the ops do while torch.onnx.export runs: stay whole, and say what it needs.
+"""Check calls while torch.onnx.export runs, and say what the export needs.
 
 A step that torch.compile traces through must stay one operator here, for it becomes one node.
 """
@@ -20,16 +20,16 @@ def is_exporting() -> bool:
 
 
 def note_table() -> None:
-    """Note that a translation table was made, without which torch.onnx.export must fail."""
+    """Note that a translation table was made, without which torch.onnx.export would fail."""
     global _has_table
     _has_table = True
 
 
 def check_call(op: str, inplace: bool) -> None:
-    """Check that torch.onnx.export can export a call, if it is what runs.
+    """Check that a call can be exported, if torch.onnx.export is running.
 
     Raises:
-        SpecError: it cannot; the text says the cure.
+        SpecError: the call cannot be exported; the text says the cure.
     """
     if not is_exporting():
         return

@@ -1,7 +1,7 @@
-"""Spec to torch.library: schema, fake and autograd of the ops, and how a call is run.
+"""Register `gated_delta` with torch.library from its spec, and run the calls of all ops.
 
 An operator looks its arguments up by the names in its schema, binds them like any call, and
-hands them to a backend. Those of the decode ops stand in `library_decode`; here are
+hands them to a backend. Those of the decode ops stand in `decode_operators`; here are
 
     gdn_ops::gated_delta            the sequence op, with what its backward wants saved
     gdn_ops::gated_delta_backward   its gradients
@@ -50,7 +50,7 @@ def schema_names(spec: OpSpec) -> list[str]:
 
 
 def torch_schema(spec: OpSpec) -> str:
-    """Return the torch.library schema of the op of a spec."""
+    """Return the torch.library schema of an op, given its spec."""
     outputs = [f"Tensor {output.name}" for output in spec.outputs]
     arguments = schema_arguments(spec)
     if spec is GATED_DELTA:
@@ -76,7 +76,7 @@ def bound(
 
 
 def empty_output(call: Call) -> Tensor:
-    """Return an empty o."""
+    """Return an uninitialised tensor for o."""
     return torch.empty(call.v.shape, dtype=call.v.dtype, device=call.device)
 
 
@@ -92,7 +92,7 @@ def is_autocast_on(device_type: str) -> bool:
 
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:
-    """Return a context in which autocast does not touch a backend's own arithmetic."""
+    """Return a context that keeps autocast out of a backend's own arithmetic."""
     if is_autocast_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
@@ -161,7 +161,7 @@ def _backward(*values: Any) -> list[Tensor]:
 
 
 def _public_order(tensors: tuple[Tensor | None, ...] | Grads) -> list[Tensor | None]:
-    """Reorder from GRAD_NAMES to the order of the public signature."""
+    """Reorder tensors, or their gradients, from GRAD_NAMES to the public signature."""
     by_name = dict(zip(GRAD_NAMES, tensors, strict=True))
     by_name["initial_state"] = by_name["state"]
     return [by_name[name] for name in differentiable_names(GATED_DELTA)]
@@ -181,7 +181,7 @@ def _no_second_order(ctx: Any, *grads: Any) -> Any:
 
 
 def _define() -> None:
-    """Register the operators; runs once, at import."""
+    """Register the operators of `gated_delta`; runs once, at import."""
     sequence = schema_arguments(GATED_DELTA)
     forward = torch.library.custom_op(
         f"{NAMESPACE}::gated_delta", _gated_delta, mutates_args=(), schema=torch_schema(GATED_DELTA)
@@ -205,7 +205,7 @@ _define()
 
 
 class _Function(torch.autograd.Function):
-    """One sequence call of a backend that brings its own backward."""
+    """Run a sequence call on a backend that brings its own backward."""
 
     @staticmethod
     def forward(
@@ -273,7 +273,7 @@ def run_steps(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | No
 
 
 def advance(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
-    """Run the step of a backend, on a pool too if it knows none."""
+    """Run the step of a backend, also on a pool that the backend does not support."""
     if call.state_indices is None:
         return backend.step(call)
     if backend.limits.pools:
@@ -283,7 +283,7 @@ def advance(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
 
 
 def advance_tokens(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run the steps of a backend, on a pool too if it knows none."""
+    """Run the steps of a backend, also on a pool that the backend does not support."""
     if call.state_indices is None:
         return backend.steps(call)
     if backend.limits.pools:
@@ -292,7 +292,7 @@ def advance_tokens(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor
 
 
 def as_sequence(call: Call) -> Call:
-    """Return a step as a sequence of one token."""
+    """Turn a call of a step into a call of a sequence of one token."""
     *token, state = call.tensors()
     tensors = [None if x is None else x.unsqueeze(1) for x in token]
     return replace(call, op=GATED_DELTA).with_tensors(*tensors, state)

@@ -1,4 +1,4 @@
-"""Calls while a graph is traced: one opaque operator, or a step that may be traced through."""
+"""Run calls while a graph is traced: as one opaque operator, or by tracing through a step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gdn_ops.torch_ops import onnx_export, operators
 
 
 def is_traced(q: Any) -> bool:
-    """Whether the call must be one opaque operator: traced, on meta, or a tensor subclass."""
+    """Return whether a graph is traced, or q is on meta or of a tensor subclass."""
     if torch.compiler.is_compiling():
         return True
     if not isinstance(q, Tensor):
@@ -34,7 +34,7 @@ def traced(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _schema_values(spec: OpSpec, arguments: dict[str, Any]) -> list[Any]:
-    """Return the arguments of the operator, which is about to be called."""
+    """Return the arguments of an op's operator, after the check for torch.onnx.export."""
     onnx_export.check_call(spec.name, bool(arguments.get("inplace")))
     return [arguments[name] for name in operators.schema_names(spec)]
 
@@ -46,7 +46,7 @@ def _needs_grad(values: list[Any]) -> bool:
 
 
 def traced_step(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Trace through a backend made of plain torch ops; keep any other, and ONNX, opaque."""
+    """Trace through the step of a backend of plain torch ops, or call the opaque operator."""
     values = _schema_values(GATED_DELTA_STEP, arguments)
     name = registry.traceable_step(arguments["backend"], arguments["q"].device.type)
     if name is not None and not _stays_whole(arguments, values):
@@ -80,7 +80,7 @@ def _loaded(name: str) -> Backend:
 
 
 def traced_steps(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Call the operator: a graph never unrolls over T."""
+    """Call the operator of `gated_delta_steps`: a graph never unrolls over T."""
     values = _schema_values(GATED_DELTA_STEPS, arguments)
     if _needs_grad(values):
         check_gradients(GATED_DELTA_STEPS, arguments)

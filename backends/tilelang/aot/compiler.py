@@ -1,4 +1,4 @@
-"""Compile every launch of a call for a GPU that is not there, and judge the code.
+"""Compile every launch of a call ahead of time for a GPU, and check the code against its limits.
 
 Calls are made on meta tensors inside `recording`, so the launches are those of the backend itself:
 its configurations, its constants. A kernel is compiled once for every choice of constants: the
@@ -7,7 +7,7 @@ sizes of tensors shape no code, and offsets take 64 bits.
 Beside what `gdn_ops.aot.gpu_limits` forbids on a target, code fails
 
     with a product of float32 tiles: TileLang multiplies them in TF32
-    where ptxas says what costs time, like products that wait for each other, in a reference
+    with a performance warning of ptxas, like products that wait for each other, in a reference
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gdn_ops.kernel_support.launches import Launch, recording
 
 
 class Job(NamedTuple):
-    """One kernel to compile.
+    """Describe one kernel to compile.
 
     Attributes:
         sample: label of the first sample that launches it.
@@ -49,10 +49,10 @@ class Job(NamedTuple):
 def compile_ahead(
     backend: Backend, target: str, samples: Iterable[Sample], granted: Granted | None = None
 ) -> Iterator[CompiledKernel]:
-    """Compile what a backend launches for samples, each distinct kernel once.
+    """Compile the kernels that a backend launches for samples, each distinct one once.
 
     Args:
-        backend: one whose kernels are launched by `build.launch`.
+        backend: one whose kernels are launched by `launcher.launch`.
         target: one of `config.TARGETS`.
         samples: calls on meta tensors; those that its limits exclude are left out.
         granted: spills that a reference may have.
@@ -94,7 +94,7 @@ def compile_jobs(
 
 
 def _traced(launch: Launch) -> Any:
-    """Return the traced function of a launch, or the error that it ends in."""
+    """Return the traced function of a launch, or the error that tracing raised."""
     try:
         return trace(launch.kernel, launch.kwargs)
     except Exception as error:
@@ -102,7 +102,7 @@ def _traced(launch: Launch) -> Any:
 
 
 def compile_job(job: Job, traced: Any, target: str, granted: Granted) -> CompiledKernel:
-    """Compile one kernel and judge it; what does not compile is a result too."""
+    """Compile one kernel and check its code; a failure to compile is a result too."""
     start = time.perf_counter()
     kernel = job.launch.kernel
     result = functools.partial(
@@ -135,7 +135,7 @@ def _rounded(products: Iterable[Product]) -> Iterator[str]:
 
 
 def _reason(error: Exception, kernel: Any) -> str:
-    """Return what a compiler complains of first, and the line of the kernel that it means.
+    """Return the first line of a compiler's error, and the line of the kernel that it points at.
 
     The passes mark a line with a ^ below it. An error of the trace has it in its traceback.
     """

@@ -1,9 +1,9 @@
-"""Compile a kernel for a GPU that need not be there, and read what its code uses.
+"""Compile a kernel for a GPU ahead of time, and read the resources that its code uses.
 
     traced function -> TileLang: CUDA source -> nvcc: cubin -> cuobjdump: registers, spills, ...
 
-The same passes and the same options of nvcc as for a launch, without a driver. What was read is
-kept on disk, under the text of the traced function and everything else that shapes the code.
+The same passes and the same options of nvcc as for a launch, without a driver. The result
+is cached on disk, by the text of the traced function and everything else that shapes the code.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from gdn_ops.backends.tilelang.host.config import TARGETS
 from gdn_ops.backends.tilelang.host.launcher import trace
 
 _KEPT = 1
-"""Changes when this file or gdn_ops.aot.sass reads something else."""
+"""Version of cached results: changes when this file or gdn_ops.aot.sass reads something else."""
 
 _OPTIONS = ("--cubin", "-O3", "-lineinfo", "-std=c++20", "-Xptxas", "-v")
 
 
 class Compiled(NamedTuple):
-    """What compiled code uses.
+    """Hold the resources that compiled code uses.
 
     Attributes:
         shared: bytes of shared memory of a program.
         usage: what cuobjdump says of the code.
-        stored, loaded: bytes of registers that spill and return, says ptxas.
-        remarks: of ptxas on what costs time, like products that wait for each other.
+        stored, loaded: bytes of registers that are spilled and loaded again, as ptxas reports.
+        remarks: performance warnings of ptxas, like products that wait for each other.
     """
 
     shared: int
@@ -53,11 +53,11 @@ class Compiled(NamedTuple):
 
 
 def compile_kernel(make: Callable[..., Any], constants: Mapping[str, Any], target: str) -> Compiled:
-    """Compile the kernel that a factory makes, or return what is known of it.
+    """Compile the kernel that a factory makes, or return the cached result.
 
     Args:
         make: a factory `make(T, **constants)`.
-        constants: what the kernel is made of.
+        constants: keywords of the factory.
         target: one of TARGETS.
 
     Raises:
@@ -69,10 +69,10 @@ def compile_kernel(make: Callable[..., Any], constants: Mapping[str, Any], targe
 
 
 def compiled(function: Any, target: str) -> Compiled:
-    """Compile a traced function, or return what is known of it.
+    """Compile a traced function, or return the cached result.
 
     Args:
-        function: what a factory makes.
+        function: the prim_func that a factory makes.
         target: one of TARGETS.
 
     Raises:
@@ -92,7 +92,7 @@ def compiled(function: Any, target: str) -> Compiled:
 
 
 def check(target: str) -> None:
-    """Refuse a target, and a machine that cannot compile for one.
+    """Check that a target is known, and that this machine can compile for it.
 
     Raises:
         ValueError: the target is not one of TARGETS.
@@ -104,7 +104,7 @@ def check(target: str) -> None:
 
 
 def nvcc() -> Path:
-    """Return the compiler that TileLang uses.
+    """Return the path of the nvcc that TileLang uses.
 
     Raises:
         FileNotFoundError: there is none.
@@ -122,7 +122,7 @@ def _version_of_nvcc() -> str:
 
 
 def _kept(function: Any, target: str) -> Path:
-    """Return the file for what is read of a function."""
+    """Return the file that caches the result of a function."""
     shapes = {
         "kept": _KEPT,
         "function": function.script(show_meta=True),
@@ -142,7 +142,7 @@ def _parsed(text: str) -> Compiled:
 
 
 def _keep(path: Path, result: Compiled) -> None:
-    """Write what was read, whole or not at all."""
+    """Write a result to its cache file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(result._asdict() | {"usage": result.usage._asdict()}, file)
@@ -162,7 +162,7 @@ def lowered(function: Any, target: str) -> tuple[str, int]:
 
 
 def assembled(source: str, target: str) -> tuple[bytes, str]:
-    """Return the code of a CUDA source, and what ptxas reports of it.
+    """Compile a CUDA source; return the cubin and the report of ptxas.
 
     Raises:
         RuntimeError: nvcc refuses the source; the text is what it says.
@@ -189,7 +189,7 @@ def assembled(source: str, target: str) -> tuple[bytes, str]:
 
 
 def read(dynamic: int, cubin: bytes, report: str) -> Compiled:
-    """Return what code uses, given its dynamic shared memory and what ptxas reports."""
+    """Return the resources that code uses, given its dynamic shared memory and ptxas's report."""
 
     def number(what: str) -> int:
         return sum(map(int, re.findall(rf"(\d+) bytes {what}", report)))
@@ -204,7 +204,7 @@ def read(dynamic: int, cubin: bytes, report: str) -> Compiled:
 
 
 def products(function: Any) -> list[Product]:
-    """Return the products of tiles in a traced function."""
+    """Return the matrix products of tiles in a traced function."""
     found: list[Product] = []
 
     def visit(node: Any) -> None:

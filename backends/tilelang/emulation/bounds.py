@@ -1,4 +1,4 @@
-"""Which indices of tiles may be outside: a GPU would read or write something else, and say nothing.
+"""Find the indices of tiles that may be out of bounds, which a GPU would use without an error.
 
 An index that the loops and conditions around it keep inside costs nothing. Any other is checked
 when the kernel runs: 0 is taken instead, and the call raises IndexError. Indices of tensors are not
@@ -16,7 +16,7 @@ from tvm import arith, ir, tirx
 
 
 class Bounds:
-    """What is known of the variables where a pass is.
+    """Track the bounds of variables at the place that a pass visits.
 
     Attributes:
         tiles: the names of tiles with an index that is checked; a check says which by number.
@@ -27,27 +27,27 @@ class Bounds:
         self._analyzer = arith.Analyzer()
 
     def loop(self, op: Any) -> None:
-        """Remember what the variable of a loop runs over."""
+        """Record the range of a loop's variable."""
         self._analyzer.bind(op.loop_var, ir.Range.from_min_extent(op.min, op.extent), True)
 
     def bind(self, variable: Any, value: Any) -> None:
-        """Remember what a variable stands for."""
+        """Record the bounds of a variable, those of the value bound to it."""
         if str(variable.dtype).startswith("int"):
             self._analyzer.update(variable, self._analyzer.const_int_bound(value), True)
 
     @contextlib.contextmanager
     def condition(self, condition: Any) -> Iterator[None]:
-        """Be where a condition holds."""
+        """Assume a condition inside the `with` block."""
         with self._analyzer.constraint_scope(condition):
             yield
 
     def checked(self, buffer: Any, indices: Sequence[Any], originals: Sequence[Any]) -> list[Any]:
-        """Return the indices of a tile, each checked if it may be outside.
+        """Return the indices of a tile, with a check of each that may be out of bounds.
 
         Args:
             buffer: the tile.
             indices: as they are to be used.
-            originals: as they were traced, which is what is known about.
+            originals: as they were traced; the bounds known are those of their variables.
         """
         return [
             self._checked(buffer, int(size), index, original)

@@ -1,4 +1,4 @@
-"""The namespace that a kernel is traced with for CPU tensors: tile operations as plain loops.
+"""Define the namespace that traces a kernel for CPU tensors: tile operations as plain loops.
 
     kernel = make(CPU, **constants)
 
@@ -33,7 +33,7 @@ _NOTHING: Final = frozenset(
         "disable_warp_group_reg_alloc",
     }
 )
-"""Names that change how fast a GPU is, and nothing else."""
+"""Names that change only the speed on a GPU, and do nothing here."""
 
 _ABSENT_MODULES: Final = tuple(
     f"tilelang.{name}"
@@ -44,7 +44,7 @@ _ABSENT_MODULES: Final = tuple(
         *("language.tile_schedule", "language.warp_specialize"),
     )
 )
-"""Where TileLang keeps what needs threads, warps, or one kind of GPU."""
+"""Modules of TileLang whose functions need threads, warps, or one kind of GPU."""
 
 _ABSENT: Final = frozenset(
     {
@@ -57,14 +57,14 @@ _ABSENT: Final = frozenset(
 """Names outside of those modules that have no emulation either."""
 
 _FORWARDED: Final = frozenset({"Parallel", "unroll", "Unroll"})
-"""Names inside of those modules that need none."""
+"""Names inside of those modules that are TileLang's own here too."""
 
 
 class Language:
-    """TileLang's language, as far as kernels use it, for the C target."""
+    """Provide TileLang's language, as far as kernels use it, for the C target."""
 
     def __getattr__(self, name: str) -> Any:
-        """Return TileLang's own where that is what a CPU does too.
+        """Return TileLang's own attribute where it means the same on a CPU.
 
         Raises:
             NotImplementedError: where it is not.
@@ -97,7 +97,7 @@ class Language:
         return Kernel(*grid)
 
     def copy(self, src: Any, dst: Any, **hints: Any) -> None:
-        """Copy a rectangle, converted to the dtype of where it goes.
+        """Copy a rectangle, converted to the dtype of the destination.
 
         What lies outside of a tensor is read as 0 and not written.
 
@@ -204,15 +204,15 @@ class Language:
 
 
 CPU: Final = Language()
-"""What `T` is when a kernel is traced for CPU tensors."""
+"""The `T` of a kernel that is traced for CPU tensors."""
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Do what a hint to a GPU does on a CPU."""
+    """Ignore a hint to a GPU."""
 
 
 def _loops(extents: Sequence[Any], body: Callable[[list[Any]], None]) -> None:
-    """Emit nested loops, and inside of them what `body` emits for their variables."""
+    """Emit nested loops around the statements that `body` emits for their variables."""
     from tvm.script.ir_builder import tirx as build
 
     if not extents:

@@ -1,4 +1,4 @@
-"""What a tile operation of an emulated kernel is given: rectangles of tensors and of tiles."""
+"""Read the operands of an emulated tile operation: rectangles of tensors and of tiles."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 
 class Tile(NamedTuple):
-    """A rectangle of a tensor or of a tile.
+    """Represent a rectangle of a tensor or of a tile.
 
     Attributes:
-        buffer: what it is a part of.
+        buffer: the tensor or tile that it is a part of.
         start: its first index in every axis.
         extents: its size in every axis; empty for `x[i, j]`, which takes that of the other side.
     """
@@ -21,16 +21,16 @@ class Tile(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of the buffer in the source of the kernel, if it has one there."""
+        """Return the name of the buffer in the source of the kernel, if it has one there."""
         return str(self.buffer.name) or "a tile"
 
     @property
     def inner(self) -> list[Any]:
-        """The extents that are not 1."""
+        """Return the extents that are not 1."""
         return [n for n in self.extents if not _is_one(n)]
 
     def at(self, indices: Sequence[Any]) -> list[Any]:
-        """Return where an element of the rectangle is in the buffer.
+        """Return the indices in the buffer of an element of the rectangle.
 
         Args:
             indices: one for every axis whose extent is not 1.
@@ -47,7 +47,7 @@ def _is_one(extent: Any) -> bool:
 
 
 def simplified(expression: Any) -> Any:
-    """Return an int where TileLang can tell which one it is."""
+    """Simplify an expression, to an int where TileLang can tell its value."""
     if isinstance(expression, int):
         return expression
     from tvm import arith, tirx
@@ -91,16 +91,16 @@ def tile(operand: Any, operation: str) -> Tile:
 
 
 def whole(operand: Any, operation: str) -> Tile:
-    """Return the rectangle of an operand whose size nothing else says: an element is one."""
+    """Return the rectangle of an operand; an element is a rectangle of size 1."""
     found = tile(operand, operation)
     return found if found.extents else found._replace(extents=[1] * len(found.start))
 
 
 def matched(src: Any, dst: Any, operation: str) -> tuple[Tile, Tile]:
-    """Return two rectangles of the same size.
+    """Return the rectangles of two operands, which must have the same size.
 
-    Axes of extent 1 do not count. An element on one side is the first of as many as the other
-    side has, in its last axes.
+    Axes of extent 1 do not count. An element on one side stands for the rectangle that begins
+    there and has the other side's size in its last axes.
 
     Raises:
         ValueError: sizes that differ, or that cannot be compared.
@@ -121,7 +121,7 @@ def matched(src: Any, dst: Any, operation: str) -> tuple[Tile, Tile]:
 
 
 def _taken(extents: list[Any], rank: int) -> list[Any]:
-    """Return extents for the last axes of a rectangle, and 1 for those before."""
+    """Return extents of `rank` axes: the given ones in the last axes, 1 in those before."""
     return [1] * (rank - len(extents)) + extents
 
 
@@ -134,7 +134,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 class Matrix(NamedTuple):
-    """An operand of a product.
+    """Represent a matrix that is an operand of a product.
 
     Attributes:
         part: the rectangle; every axis but the last two has extent 1.
@@ -146,16 +146,16 @@ class Matrix(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """The dtype of the elements."""
+        """Return the dtype of the elements."""
         return str(self.part.buffer.dtype)
 
     @property
     def scope(self) -> str:
-        """The memory that holds it on a GPU: "shared", "local.fragment", ..."""
+        """Return the memory that holds the matrix on a GPU: "shared", "local.fragment", ..."""
         return str(self.part.buffer.scope()).removesuffix(".dyn")
 
     def pointer(self) -> list[Any]:
-        """Return the address of the first element, and the elements from row to row."""
+        """Return the address of the first element, and the elements from one row to the next."""
         from tvm import tirx
 
         first = tirx.BufferLoad(self.part.buffer, self.part.start)
@@ -164,7 +164,7 @@ class Matrix(NamedTuple):
 
 
 def matrix(operand: Any, operation: str) -> Matrix:
-    """Return an operand of a product.
+    """Return an operand of a product as a matrix.
 
     Raises:
         ValueError: not a matrix, or of a size that is not known before the kernel runs.
@@ -184,7 +184,7 @@ def matrix(operand: Any, operation: str) -> Matrix:
 
 
 def check_product(a: Matrix, b: Matrix, c: Matrix, transposed: tuple[bool, bool]) -> None:
-    """Check that a GPU has an instruction for C += A B, and that it does what it says.
+    """Check that a GPU has an instruction for C += A B in the precision of its operands.
 
     Raises:
         ValueError: otherwise.

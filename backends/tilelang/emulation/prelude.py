@@ -1,4 +1,4 @@
-"""The C++ that every emulated kernel begins with: what `rounding` and `language` call.
+"""Define the C++ functions that `rounding` and `language` call; every emulated kernel has them.
 
 Low precision is kept in floats: a value of bfloat16 or float16 is the float that is equal to it.
 Tensors hold the 16 bits themselves. All of it is branchless, so that a compiler can vectorise it,

@@ -1,6 +1,6 @@
-"""Running a kernel on CPU tensors: TileLang's C target, a C++ compiler, and a call.
+"""Translate a kernel to C++ by TileLang's C target, and call it on CPU tensors.
 
-`program` makes C++ of a traced kernel, `Emulated` calls what a compiler made of it.
+`program` makes C++ of a traced kernel, `Emulated` calls the library that a compiler made of it.
 
 TileLang declares tiles as arrays on the stack, of which a thread may have little. Here they are in
 memory that the caller passes: members of one struct, so that the compiler still knows that they do
@@ -27,13 +27,13 @@ _NUMBERS: Final[dict[str, Any]] = {
     "bool": ctypes.c_bool,
 }
 _ARRAY: Final = re.compile(r"^ +(\w+) (\w+)\[(\d\d+|[2-9])\];$", re.MULTILINE)
-"""The declaration of a tile; of one element, it is a variable, and had better be in a register."""
+"""The declaration of a tile of several elements; a tile of one element stays in a register."""
 _PROTOTYPE: Final = re.compile(r"#ifdef __cplusplus\nextern \"C\"\n#endif\n\w+ \w+\([^{;]*\);\n")
 _memory = threading.local()
 
 
 class Parameter(NamedTuple):
-    """A parameter of a kernel.
+    """Describe a parameter of a kernel.
 
     Attributes:
         name: its name.
@@ -48,7 +48,7 @@ class Parameter(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A kernel in C++.
+    """Hold a kernel in C++.
 
     Attributes:
         name: of the kernel.
@@ -66,7 +66,7 @@ class Program(NamedTuple):
 
 
 def program(function: Any) -> Program:
-    """Return the C++ of a kernel.
+    """Return the C++ program of a traced kernel.
 
     Args:
         function: a `tvm.tirx.PrimFunc`, traced with `language.CPU`.
@@ -88,7 +88,7 @@ def program(function: Any) -> Program:
 
 
 def _generated(function: Any) -> tuple[Any, str]:
-    """Return what the C target is given, and what it makes of it.
+    """Return the function that the C target is given, and the C source that it generates.
 
     These are the passes of TileLang's own pipeline for this target that plain loops need. The
     others plan tile operations and simplify, for seconds, what a C++ compiler simplifies anyway.
@@ -128,7 +128,7 @@ def _generated(function: Any) -> tuple[Any, str]:
 
 
 def _is_kernel(function: Any) -> bool:
-    """Return whether a function is what the host calls, and not the host's."""
+    """Return whether a function is the kernel, and not the host code that calls it."""
     from tvm.ir import CallingConv
 
     return bool(function.attrs.get("calling_conv", 0) != CallingConv.C_PACKED_FUNC)
@@ -150,7 +150,7 @@ def _parameter(function: Any, variable: Any) -> Parameter:
 
 
 def _with_memory(source: str, name: str) -> str:
-    """Return a whole file, with the arrays of the kernel in memory that is passed."""
+    """Return a whole C++ file, with the arrays of the kernel in memory that the caller passes."""
     source = _PROTOTYPE.sub("", source)
     start = source.index(f" {name}(")
     signature, _, body = source[start:].partition(" {\n")
@@ -172,7 +172,7 @@ def _with_memory(source: str, name: str) -> str:
 
 
 class Emulated:
-    """A compiled kernel that runs on CPU tensors.
+    """Run a compiled kernel on CPU tensors.
 
     Args:
         path: the shared library.
@@ -229,7 +229,7 @@ class Emulated:
             raise IndexError(f"{self.name}: an index is outside of the tile {tile}")
 
     def _number(self, parameter: Parameter, value: Any) -> Any:
-        """Return a number, once it is sure that the kernel gets the same."""
+        """Check a number against its parameter, and return it."""
         name, is_float = f"{self.name}: {parameter.name}", parameter.dtype.startswith("float")
         if not isinstance(value, (int, float) if is_float else int):
             kind = type(value).__name__
@@ -245,12 +245,12 @@ class Emulated:
         value: Any,
         sizes: dict[str, Any],
     ) -> int:
-        """Return the address of a tensor, once it is sure that it is what the kernel takes.
+        """Check a tensor against its parameter, and return its address.
 
         Args:
-            parameter: which it is.
-            shape: its shape.
-            value: what was given.
+            parameter: the parameter.
+            shape: the shape that it should have.
+            value: the argument that was given.
             sizes: what the names in shapes stand for; this tensor gives those that it is first
                 to have.
         """
@@ -277,7 +277,7 @@ class Emulated:
 
 
 def _tiles(size: int) -> int:
-    """Return memory of this thread for the tiles of one program."""
+    """Return the address of this thread's memory for the tiles of one program."""
     memory = getattr(_memory, "tiles", None)
     if memory is None or memory.numel() < size + 64:
         memory = _memory.tiles = torch.empty(size + 64, dtype=torch.uint8)

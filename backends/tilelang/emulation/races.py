@@ -1,4 +1,4 @@
-"""Which parallel loops of a kernel race: what a CPU, one iteration after the other, cannot show.
+"""Find the parallel loops of a kernel that race, which a serial run on a CPU cannot show.
 
 In a parallel loop, an element is written by one iteration and read by no other. A store is taken
 to be of one iteration if its indices, or the conditions above it, have every variable of the loop.
@@ -17,13 +17,13 @@ from tvm import arith, ir, tirx
 
 
 class _Access(NamedTuple):
-    """One load or store.
+    """Describe one load or store.
 
     Attributes:
-        buffer: of what.
-        indices: where.
+        buffer: the tensor or tile.
+        indices: those of the element.
         loops: the loops around it.
-        conditions: what may have to hold.
+        conditions: of the branches around it.
     """
 
     buffer: Any
@@ -33,7 +33,7 @@ class _Access(NamedTuple):
 
 
 class Accesses:
-    """What the parallel loop that a pass is in has read and written so far."""
+    """Record the loads and stores of the parallel loop that a pass visits."""
 
     def __init__(self) -> None:
         self._loops: list[Any] = []
@@ -44,7 +44,7 @@ class Accesses:
 
     @contextlib.contextmanager
     def loop(self, op: Any) -> Iterator[None]:
-        """Be in a loop; at the end of the outermost parallel one, judge it.
+        """Enter a loop; at the end of the outermost parallel one, check it for races.
 
         Raises:
             ValueError: iterations that write, or read, what another one writes.
@@ -60,25 +60,25 @@ class Accesses:
 
     @contextlib.contextmanager
     def condition(self, condition: Any) -> Iterator[None]:
-        """Be where a condition holds, or where it does not."""
+        """Enter the branches of a condition."""
         self._conditions.append(condition)
         yield
         self._conditions.pop()
 
     def bind(self, variable: Any, value: Any) -> None:
-        """Remember what a variable stands for."""
+        """Record the value that a variable stands for."""
         self._values[variable] = value
 
     def load(self, op: Any) -> None:
-        """Remember a load."""
+        """Record a load."""
         self._remember(self._loads, op)
 
     def store(self, op: Any) -> None:
-        """Remember a store."""
+        """Record a store."""
         self._remember(self._stores, op)
 
     def call(self) -> None:
-        """Refuse a tile operation where a GPU cannot have one.
+        """Refuse a tile operation inside a parallel loop, where a GPU cannot run one.
 
         Raises:
             ValueError: inside a parallel loop.
@@ -110,13 +110,13 @@ class Accesses:
                 )
 
     def _is_safe(self, store: _Access, load: _Access, shared: set[Any]) -> bool:
-        """Return whether a load is of the iteration of a store, or of other elements."""
+        """Return whether a load is in the iteration of a store, or reads other elements."""
         pairs = list(zip(store.indices, load.indices, strict=True))
         agreeing = [a for a, b in pairs if ir.structural_equal(a, b, map_free_vars=False)]
         return shared <= self._variables(agreeing) or self._are_apart(store, load)
 
     def _are_apart(self, store: _Access, load: _Access) -> bool:
-        """Return whether in some axis the indices never meet, whatever the loops are at."""
+        """Return whether the indices of two accesses never meet in some axis, in any iteration."""
         analyzer = arith.Analyzer()
         for loop in (*store.loops, *load.loops):
             extent = ir.Range.from_min_extent(loop.min, loop.extent)
@@ -132,7 +132,7 @@ class Accesses:
         )
 
     def _variables(self, expressions: Iterable[Any]) -> set[Any]:
-        """Return the variables of expressions, those that bound ones stand for included."""
+        """Return the variables of expressions, including those in the values of bound variables."""
         found: set[Any] = set()
 
         def visit(node: Any) -> None:

@@ -1,4 +1,4 @@
-"""What is left to do to a traced kernel before the C target: low precision, and parallel loops.
+"""Rewrite a traced kernel for the C target: round to low precision, make parallel loops serial.
 
 `lowered` takes the function that `make(language.CPU, ...)` returns and gives the same with
 
@@ -46,7 +46,7 @@ _MISSING: Final = {"tirx.fabs": "fabs", "tirx.fmod": "fmod", "tirx.exp10": "exp1
 
 
 def lowered(function: Any) -> tuple[Any, list[str]]:
-    """Return a traced function with nothing in it that the C target does not do exactly.
+    """Return a traced function, rewritten so that the C target computes it exactly.
 
     Args:
         function: a `tvm.tirx.PrimFunc`, traced with `language.CPU`.
@@ -97,12 +97,12 @@ def _call(dtype: str, name: str, *arguments: Any) -> Any:
 
 
 def _rounded(value: Any, dtype: Any) -> Any:
-    """Return a value of float32 rounded to a dtype, if that is a low one."""
+    """Return a float32 value, rounded if the dtype is a low one."""
     return _call("float32", f"round_{dtype}", value) if str(dtype) in LOW else value
 
 
 def _constant(dtype: str, value: float) -> Any:
-    """Return a constant; the C target writes seven digits, which may be those of another."""
+    """Return a constant, by its bits if the seven digits that the C target writes are not exact."""
     code, integer, bits = ("f", "i", 32) if dtype == "float32" else ("d", "q", 64)
     (value,) = struct.unpack(code, struct.pack(code, value))
     if math.isfinite(value):
@@ -123,7 +123,7 @@ def _poison(tile: Any) -> Any:
 
 @tirx.functor.mutator
 class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
-    """The pass: it visits everything once, in the order of the source."""
+    """Rewrite a function in one pass, in the order of the source."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
         return self.refused
 
     def tensor(self, buffer: Any) -> Any:
-        """Return a parameter as the C target takes it."""
+        """Declare a tensor parameter as the C target takes it, and return it."""
         dtype = str(buffer.dtype)
         if dtype in LOW:
             self.encoded[buffer] = dtype
@@ -157,7 +157,7 @@ class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
         return self.buffers[buffer]
 
     def tile(self, buffer: Any) -> Any:
-        """Return a tile as the C target takes it."""
+        """Declare a tile as the C target takes it, and return it."""
         dtype = str(buffer.dtype)
         if dtype not in (*LOW, *_EXACT):
             raise self._refuse(f"tile {buffer.name} of {dtype}")
@@ -223,7 +223,7 @@ class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
         return tirx.BufferStore(buffer, value, indices)
 
     def _place(self, op: Any) -> tuple[Any, list[Any]]:
-        """Return what a load or a store is of, and where."""
+        """Return the rewritten buffer and indices of a load or a store."""
         if op.buffer not in self.buffers:
             raise self._refuse(f"{op.buffer.name}, a view of a tile,")
         buffer = self.buffers[op.buffer]

@@ -1,4 +1,4 @@
-"""The host side of the backward: three launches, or five where sequences are cut into segments.
+"""Run the backward in three launches, or five where sequences are cut into segments.
 
     walk        per segment, head and V block   forward again: S at every chunk start, U
     reverse     per segment, head and V block   back: dRHS, dS at every chunk's end
@@ -40,7 +40,7 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
     Args:
         call: the call.
         plan: its plan.
-        saved: what its forward left.
+        saved: the tensors that its forward saved.
         d_o: (B, T, HV, V), dtype of v.
         d_final: (N, HV, K, V) float32.
     """
@@ -76,14 +76,14 @@ def run_reverse(
     d_rhs: Tensor | None = None,
     d_states: Tensor | None = None,
 ) -> None:
-    """Walk back over all segments.
+    """Launch the reverse walk over all segments.
 
     Args:
         call: the call.
         plan: its plan.
         mode: what is written; see `kernels.reverse`.
         q, k, d_o: packed.
-        saved: what the forward left.
+        saved: the tensors that the forward saved.
         d_ends: (places, HV, K, V) float32, dS where the segments end; None: zero.
         cu: where sequences begin.
         d_starts: float32, dS where sequences start (N, HV, K, V), or segments (places, HV, K, V).
@@ -122,7 +122,7 @@ def run_gradients(
     d_states: Tensor,
     cu: Tensor,
 ) -> Grads:
-    """Form the gradients of q, k, v, the gate and β."""
+    """Launch the kernel that forms the gradients of q, k, v, the gate and β."""
     s, device, tiles, f32 = plan.sizes, call.device, plan.config.gradients, torch.float32
     gate, given = gate_of(call), call.log_alpha if call.alpha is None else call.alpha
     d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept on disk, and what they are kept by.
+"""Store emulated kernels on disk, by a key of everything that shapes their code.
 
 TileLang's own cache asks for the traced function. Emulated kernels have a folder of their own
 beside it, whose key is everything that the traced function is made of: the source of the kernels
@@ -30,7 +30,7 @@ EMULATION: Final = Path(__file__).resolve().parents[1] / "emulation"
 
 
 def folder() -> Path:
-    """Return where emulated kernels and the logs of failed compilations are kept.
+    """Return the folder of emulated kernels and of the logs of failed compilations.
 
     TILELANG_CACHE_DIR, or ~/.tilelang/cache, and "gdn_ops" in it; where that cannot be written, a
     folder for temporary files.
@@ -49,7 +49,7 @@ def _writable(path: Path) -> Path:
 
 
 def key(make: Callable[..., Any], constants: dict[str, Any], *more: Any) -> str:
-    """Return what a compiled kernel is kept by.
+    """Return the cache key of an emulated kernel.
 
     Args:
         make: the factory of the kernel.
@@ -68,7 +68,7 @@ def key(make: Callable[..., Any], constants: dict[str, Any], *more: Any) -> str:
 
 @functools.cache
 def _sources(module: str) -> str:
-    """Return the hash of the emulation, and of a module and of what it imports of this project."""
+    """Hash the sources of the emulation, of a module, and of the project's modules it imports."""
     files: set[Path] = set()
     _add(module, files)
     files |= set(EMULATION.glob("*.py"))
@@ -82,8 +82,8 @@ def _sources(module: str) -> str:
 def _add(module: str, files: set[Path]) -> None:
     """Add the file of a module, and the files of the modules that it imports, to a set.
 
-    Modules elsewhere are versions, or Python's own: only those of gdn_ops count, and those in the
-    folder of a kernel that lives outside of it.
+    Other modules are told by their versions, or are Python's own: only those of gdn_ops count, and
+    those in the folder of a kernel that lives outside of it.
     """
     path = _file(module)
     if path.suffix != ".py" or path in files:
@@ -95,7 +95,7 @@ def _add(module: str, files: set[Path]) -> None:
 
 
 def _file(module: str) -> Path:
-    """Return the file of a module, loaded or not; nothing where there is no such module."""
+    """Return the file of a module, loaded or not; an empty path where there is no such module."""
     loaded = sys.modules.get(module)
     if loaded is not None:
         return Path(getattr(loaded, "__file__", None) or "").resolve()
@@ -107,7 +107,7 @@ def _file(module: str) -> Path:
 
 
 def _imported(path: Path) -> Iterator[str]:
-    """Yield the names of modules that a file imports, and of what may be one."""
+    """Yield the names of modules that a file imports, and imported names that may be modules."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -118,7 +118,7 @@ def _imported(path: Path) -> Iterator[str]:
 
 @functools.cache
 def _machine() -> tuple[str, ...]:
-    """Return what the code of a compiler for this processor depends on."""
+    """Return the versions and processor features that compiled code depends on."""
     versions = [importlib.metadata.version(name) for name in ("tilelang", "apache-tvm-ffi")]
     features = ""
     with contextlib.suppress(OSError):
@@ -128,19 +128,19 @@ def _machine() -> tuple[str, ...]:
 
 
 def stored(name: str) -> Path | None:
-    """Return the folder of an entry, or None if there is none."""
+    """Return the folder of a cache entry, or None if there is none."""
     path = folder() / name
     return path if (path / "kernel.json").is_file() else None
 
 
 def description(entry: Path) -> dict[str, Any]:
-    """Return what an entry was stored with."""
+    """Return the description that a cache entry was stored with."""
     found: dict[str, Any] = json.loads((entry / "kernel.json").read_text())
     return found
 
 
 def store(name: str, library: Path, description: dict[str, Any]) -> Path:
-    """Keep a library and its description under a name, at once or not at all."""
+    """Store a library and its description under a name, atomically."""
     entry = folder() / name
     scratch = folder() / f".{name}-{uuid.uuid4().hex}"
     scratch.mkdir()
@@ -155,12 +155,12 @@ def store(name: str, library: Path, description: dict[str, Any]) -> Path:
 
 
 def drop(entry: Path) -> None:
-    """Forget an entry that cannot be used."""
+    """Delete a cache entry that cannot be used."""
     shutil.rmtree(entry, ignore_errors=True)
 
 
 def keep_log(name: str, text: str) -> Path:
-    """Write what went wrong to a file, and return its path."""
+    """Write the text of a failed compilation to a log file, and return its path."""
     logs = folder() / "failed"
     logs.mkdir(exist_ok=True)
     path = logs / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.log"

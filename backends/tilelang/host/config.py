@@ -1,4 +1,4 @@
-"""Which configuration a call gets: by rule, from the rows of `table`, never tuned at run time.
+"""Choose the configuration of a call by rule from the rows of `table`, with no tuning at run time.
 
 `gdn-ops bench --tune tilelang` measures the `neighbours` of a row and prints rows to paste.
 """
@@ -52,13 +52,13 @@ using = _override.using
 
 
 def width_class(K: int) -> int:
-    """Return the width of the tiles that hold a key: what shared memory and registers depend on."""
+    """Return the width of the tiles that hold a key, which decides shared memory and registers."""
     return -(-K // 64) * 64
 
 
 @functools.cache
 def _target_of(index: int) -> str:
-    """Return the device class of a GPU, or one that asks for no more than it has.
+    """Return the device class of a GPU, or one that needs no more shared memory than it has.
 
     Consumer GPUs, sm_86, sm_89 and sm_120, have 99 KiB of shared memory per program.
     """
@@ -89,12 +89,12 @@ def step_key(device: torch.device, K: int) -> tuple[str, int]:
 
 
 def choose(device: torch.device, dtype: torch.dtype, K: int) -> Config:
-    """Return how a call of the sequence op is launched."""
+    """Return the configuration of a call of the sequence op."""
     return _override.choose(table.SEQUENCE, sequence_key(device, dtype, K))
 
 
 def choose_step(device: torch.device, K: int) -> StepConfig:
-    """Return how a call of a decode op is launched."""
+    """Return the configuration of a call of a decode op."""
     return _override.choose(table.STEP, step_key(device, K))
 
 
@@ -166,7 +166,7 @@ _cuts = _read_choice()
 
 
 def neighbours(row: Row) -> tuple[Row, ...]:
-    """Return the rows that differ from one in a single choice, itself first."""
+    """Return a row, and after it the rows that differ from it in a single choice."""
     found = [row.config]
     if isinstance(row.config, StepConfig):
         step = row.config

@@ -1,4 +1,4 @@
-"""The host side of the decode ops: one launch."""
+"""Run the decode ops in one launch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _launch(
     new_state: Tensor,
     states: Tensor | None,
 ) -> None:
-    """Launch the kernel; in place, the old and the new state are the same memory."""
+    """Launch the decode kernel; in place, the old and the new state are the same memory."""
     q, k, v = tokens
     B, T, HV, V = v.shape
     K, R, state = q.shape[-1], HV // q.shape[2], call.state
@@ -83,7 +83,7 @@ def _launch(
 
 
 def memory(x: Tensor) -> Tensor:
-    """Return the memory of x from its first element to its last, (elements,)."""
+    """Return a flat view of the memory of x, from its first element to its last, (elements,)."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.as_strided((last + 1,), (1,))
 
@@ -97,13 +97,13 @@ def _is_wide(state: Tensor) -> bool:
 
 
 def _strides(state: Tensor, unit: int) -> tuple[int, int, int, int]:
-    """Return the strides of row, head and K in units, and that of V, of which a unit is a part."""
+    """Return the strides of row, head and K divided by the unit, and that of V as it is."""
     row, head, k, v = state.stride()
     return row // unit, head // unit, k // unit, v
 
 
 def _indices(call: Call) -> tuple[Tensor, int]:
-    """Return the slots of the rows as int32, and how far apart they lie: 0 without a pool."""
+    """Return the pool slots of the rows as int32, and their stride: 0 without a pool."""
     given = call.state_indices
     if given is None:
         return absent(torch.int32, call.device), 0

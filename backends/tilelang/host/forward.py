@@ -1,4 +1,4 @@
-"""The host side of the forward: two launches, or four where sequences are cut into segments.
+"""Run the forward in two launches, or four where sequences are cut into segments.
 
     solve     per chunk and key head            gates, T = (I + A)⁻¹
     walk      per segment, head and V block     the serial walk: o, final state
@@ -48,7 +48,7 @@ def is_bulk(call: Call) -> bool:
 
 
 def run_solve(call: Call, plan: Plan, q: Tensor, k: Tensor, cu: Tensor) -> Saved:
-    """Form the gates and T of all chunks."""
+    """Launch the kernel that forms the gates and T of all chunks."""
     s, device, saved = plan.sizes, call.device, empty_saved(plan, call.device)
     gate, beta = gate_of(call), dense(call.beta)
     nothing = absent(torch.float32, device, 1, 1)
@@ -81,14 +81,14 @@ def run_walk(
     cu: Tensor,
     **outputs: Tensor,
 ) -> None:
-    """Walk over all segments.
+    """Launch the walk over all segments.
 
     Args:
         call: the call.
         plan: its plan.
         mode: what is written; see `kernels.walk`.
         q, k, v: packed.
-        saved: what `run_solve` has left.
+        saved: the tensors that `run_solve` returned.
         starts: (places, HV, K, V) float32, the states that the segments start from; None: zero.
         cu: where sequences begin.
         outputs: the tensors that the mode writes, by their names in the kernel.
@@ -123,7 +123,7 @@ def run_walk(
 def run_maps(
     call: Call, plan: Plan, q: Tensor, k: Tensor, v: Tensor, saved: Saved, cu: Tensor
 ) -> None:
-    """Form M of every segment and the state that it starts from, into `saved`."""
+    """Compute the map M of every segment and the state that it starts from, into `saved`."""
     shifts = torch.empty_like(saved.starts)
     run_walk(call, plan, "map", q, k, v, saved, None, cu, maps=saved.maps, shifts=shifts)
     run_compose(call, plan, saved.maps, shifts, dense(call.state), cu, saved.starts)
@@ -140,7 +140,7 @@ def run_compose(
     *,
     reverse: bool = False,
 ) -> None:
-    """Apply the maps of the segments, one after the other, and keep what each begins with."""
+    """Launch the kernel that applies segments' maps in turn, and keep the state before each."""
     s = plan.sizes
     launch(
         compose,
@@ -159,7 +159,7 @@ COMPOSED = 32
 
 
 def starts_of(call: Call, plan: Plan, saved: Saved) -> Tensor | None:
-    """Return the states that the segments start from, or None: all from zero."""
+    """Return the states that the segments start from, or None where all are zero."""
     return saved.starts if plan.is_segmented else dense(call.state)
 
 
@@ -184,7 +184,7 @@ def forward(call: Call, plan: Plan) -> Forward:
 def run_states(
     call: Call, plan: Plan, q: Tensor, k: Tensor, v: Tensor, saved: Saved, cu: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Walk again, for the backward.
+    """Launch the walk again for the backward, which reads S and U of every chunk.
 
     Returns:
         S at every chunk start (HV, slots, K, V), and U (HV, slots, C, V), which a rule without

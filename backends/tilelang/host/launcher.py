@@ -1,4 +1,4 @@
-"""Launching a kernel: compiled for the GPU that the tensors are on, emulated on the CPU.
+"""Launch a kernel: compiled for the GPU that the tensors are on, or emulated on the CPU.
 
     launch(make, constants, *args)
 
@@ -7,7 +7,7 @@ tensors, compiled, and called with the tensors and numbers. All of that but the 
 for each (make, constants, target): the second launch finds the kernel in a dict. Compiled kernels
 are kept on disk too, by TileLang for a GPU, by `cache` for the CPU.
 
-Where the first tensor is on the meta device, nothing runs: the launch is noted.
+Where the first tensor is on the meta device, nothing runs: the launch is recorded.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ FLAGS: Final = (
     # A product and a sum stay two operations; nobody reads errno, or traps.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
-"""How an emulated kernel is compiled: fast, and every operation rounded as it is written."""
+"""Flags of the compiler for emulated kernels: fast, every operation rounded as it is written."""
 
 GCC_FLAGS: Final = (
     *("-fno-unswitch-loops", "-fno-peel-loops", "-fno-split-loops"),
     "-fno-version-loops-for-strides",
 )
-"""What GCC need not do: a third of its time, for code that is a tenth faster."""
+"""Optimisations that GCC leaves out: a third of its time, for code that is a tenth faster."""
 
 _log = logging.getLogger("gdn_ops")
 _launched: dict[Any, Callable[..., Any]] = {}
-"""By (make, device, *constants): what a launch looks up."""
+"""Kernels by (make, device, *constants), which a launch looks up."""
 _built: dict[Any, Callable[..., Any]] = {}
-"""By (make, target, constants in order): what is the same on every GPU of a kind."""
+"""Kernels by (make, target, constants in order), the same on every GPU of a kind."""
 _building = threading.RLock()
 
 
@@ -59,7 +59,7 @@ def launch(make: Callable[..., Any], constants: dict[str, Any], *args: Any) -> N
         make: the factory of the kernel: `make(T, **constants)` is a prim_func.
         constants: what is known when it is compiled; hashable.
         args: the parameters of the prim_func, inputs and outputs: tensors and numbers. The first
-            is a tensor, and where it is, the launch happens. Where a tensor has so many elements
+            is a tensor, whose device is that of the launch. Where a tensor has so many elements
             that an index does not fit 32 bits, TileLang itself computes it in 64.
 
     Raises:
@@ -103,7 +103,7 @@ def arch(index: int) -> str:
 def _kernel(
     make: Callable[..., Any], constants: dict[str, Any], device: torch.device
 ) -> Callable[..., Any]:
-    """Return a kernel that no launch on this device has had: built already, or to be built."""
+    """Return the kernel for the architecture of a device, built on first use."""
     target = "cpu" if device.type == "cpu" else arch(device.index)
     key = (make, target, *sorted(constants.items()))
     with _building:
@@ -123,7 +123,7 @@ def _named(make: Callable[..., Any], constants: dict[str, Any], target: str) -> 
 
 
 class _CompilerError(Exception):
-    """A compiler that failed.
+    """Report that a compiler failed.
 
     Args:
         summary: one line.
@@ -137,7 +137,7 @@ class _CompilerError(Exception):
 
 @contextlib.contextmanager
 def _explained(make: Callable[..., Any], constants: dict[str, Any], target: str) -> Iterator[None]:
-    """Raise RuntimeError for whatever goes wrong, and keep all of it in a file."""
+    """Turn any error of a compilation into a RuntimeError, and write its details to a log file."""
     try:
         yield
     except Exception as error:
@@ -150,7 +150,7 @@ def _explained(make: Callable[..., Any], constants: dict[str, Any], target: str)
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what TileLang logs below a warning to itself, while it compiles."""
+    """Silence TileLang's log messages below a warning while it compiles."""
     import tilelang  # noqa: F401, it sets the level of its logger
 
     logger = logging.getLogger("tilelang")
@@ -165,7 +165,7 @@ def _quiet() -> Iterator[None]:
 def _compiled(
     make: Callable[..., Any], constants: dict[str, Any], target: str
 ) -> tuple[Callable[..., Any], str]:
-    """Return a kernel for a GPU, and where it is from."""
+    """Return a kernel for a GPU, and whether it was compiled or taken from disk."""
     import tilelang
 
     with _quiet():
@@ -183,7 +183,7 @@ def _compiled(
 def _emulated(
     make: Callable[..., Any], constants: dict[str, Any], target: str
 ) -> tuple[Callable[..., Any], str]:
-    """Return a kernel for the CPU, and where it is from."""
+    """Return a kernel for the CPU, and whether it was compiled or taken from disk."""
     compiler = toolchain.compiler()
     if compiler is None:
         reason = toolchain.cpu_reasons()[0]
@@ -204,7 +204,7 @@ def _emulated(
 
 
 def _loaded(make: Callable[..., Any], entry: Path) -> Emulated:
-    """Return a kernel of the disk cache."""
+    """Load a kernel from its entry in the disk cache."""
     description = cache.description(entry)
     description["parameters"] = [Parameter(*values) for values in description["parameters"]]
     return Emulated(str(entry / "kernel.so"), make.__name__, **description)
@@ -212,17 +212,17 @@ def _loaded(make: Callable[..., Any], entry: Path) -> Emulated:
 
 @functools.cache
 def _identity(compiler: str) -> tuple[str, int, int]:
-    """Return what changes when a compiler does."""
+    """Return the path, size and modification time of a compiler, to tell when it changes."""
     path = Path(compiler).resolve()
     return str(path), path.stat().st_size, path.stat().st_mtime_ns
 
 
 def _run(compiler: list[str], name: str, source: Program) -> Path:
-    """Compile a program, and return where it is kept.
+    """Compile a program, and return its entry in the disk cache.
 
     Args:
         compiler: with its flags.
-        name: what it is kept under.
+        name: of the entry.
         source: the program.
 
     Raises:

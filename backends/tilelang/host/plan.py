@@ -1,4 +1,4 @@
-"""How a call is laid out: chunks, segments, scratch memory, bytes moved."""
+"""Plan a call: its chunks, segments and scratch memory, and the bytes that its launches move."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gdn_ops.spec.language import Rule, Sizes
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about a launch that follows from shapes and attributes, not from values.
+    """Hold everything about a launch that follows from shapes and attributes, not from values.
 
     Attributes:
         sizes: axes of the call.
@@ -50,7 +50,7 @@ class Plan:
 
 
 def make_plan(call: Call) -> Plan:
-    """Return the plan of a call. Looks at no value."""
+    """Return the plan of a call, from its shapes and attributes alone."""
     s = call.sizes
     config = configs.choose(call.device, call.q.dtype, s.K)
     C, tokens = call.chunk_size or config.C, s.B * s.T
@@ -72,7 +72,7 @@ def make_plan(call: Call) -> Plan:
 
 
 class Saved(NamedTuple):
-    """What the forward leaves, and the backward reads again.
+    """Hold the tensors that the forward saves for the backward.
 
     Attributes:
         gates: (HV, slots, 4, C) float32: G as hi and lo, z, β.
@@ -106,7 +106,7 @@ def empty_saved(plan: Plan, device: torch.device) -> Saved:
 
 
 def gate_kind(call: Call) -> int:
-    """Return how the decay of a call is given, as the kernels name it."""
+    """Return the kernels' constant for the form in which a call gives its decay."""
     if not call.rule.has_decay:
         return NO_DECAY
     return LOG_ALPHA if call.alpha is None else ALPHA
@@ -119,33 +119,33 @@ def gate_of(call: Call) -> Tensor | None:
 
 
 ALIGNED: Final = 16
-"""Bytes that the widest read takes, and that memory so read must begin at a multiple of."""
+"""Bytes of the widest read; memory that is read so begins at a multiple of it."""
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return x without gaps and where wide reads may begin: itself if it is so, else a copy."""
+    """Return x contiguous and aligned for wide reads: x itself if it is so, else a copy."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % ALIGNED else x
 
 
 def dense(x: Tensor | None) -> Tensor | None:
-    """Return x float32, without gaps and aligned, or None."""
+    """Return x as float32, contiguous and aligned, or None."""
     return None if x is None else aligned(x.to(torch.float32))
 
 
 def packed(x: Tensor) -> Tensor:
-    """Return (B, T, heads, D) as (B T, heads, D), without gaps and aligned."""
+    """Return x (B, T, heads, D) as (B T, heads, D), contiguous and aligned."""
     return aligned(x).view(-1, *x.shape[2:])
 
 
 @functools.lru_cache(maxsize=256)
 def absent(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
-    """Return what a launch gets for a tensor that is not there, and never reads; (1,) at least."""
+    """Return a placeholder for an absent tensor of a launch, never read; (1,) by default."""
     return torch.empty(shape or (1,), dtype=dtype, device=device)
 
 
 def cu_of(call: Call) -> Tensor:
-    """Return the token that every sequence begins at, and where the last ends: (N+1,) int32."""
+    """Return the first token of every sequence, and the end of the last one, (N+1,) int32."""
     s, device = call.sizes, call.device
     if call.cu_seqlens is not None:
         return call.cu_seqlens.to(torch.int32).contiguous()

@@ -1,4 +1,4 @@
-"""What a configuration of the kernels consists of."""
+"""Define the launch configurations of the kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tiles:
-    """How one kernel is launched.
+    """Describe how one kernel is launched.
 
     Attributes:
         BV: columns of V per program, or per turn of its loop; 0 where a kernel has none.
@@ -25,7 +25,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Config:
-    """How the kernels of the sequence op are launched.
+    """Describe how the kernels of the sequence op are launched.
 
     Attributes:
         C: tokens per chunk.
@@ -46,7 +46,7 @@ class Config:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How the kernel of the decode ops is launched.
+    """Describe how the kernel of the decode ops is launched.
 
     Attributes:
         BV: columns of V per program.

@@ -1,7 +1,8 @@
-"""The rows: how the kernels are launched, by device class, head dims and dtype.
+"""List the launch configurations of the kernels, by device class, head dims and dtype.
 
 A row is pasted here as `gdn-ops bench --tune tilelang` prints it, and says where it was measured.
-What no GPU has measured was chosen because it compiles without spilling at K = V = 128 in 16 bits.
+A row that no GPU has measured was chosen because it compiles without spilling at K = V = 128 in 16
+bits.
 
 The width class is K padded to a multiple of 64; the dtype class is "low" for bfloat16 and float16.
 """

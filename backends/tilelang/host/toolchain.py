@@ -1,4 +1,4 @@
-"""What compiling needs that no Python package may have brought: a compiler, the right versions."""
+"""Find the compilers that building a kernel needs, and check the versions of its packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TILELANG: Final = "0.1.15"
 """The release of TileLang that the emulation is written for: any 0.1.15.x."""
 
 DEFAULT_CUDA: Final = Path("/usr/local/cuda")
-"""Where CUDA is when nothing says where."""
+"""The folder of CUDA that is tried last."""
 
 NO_CPP: Final = "no C++ compiler, which emulation needs: install g++, or set CXX"
 NO_NVCC: Final = (
@@ -41,7 +41,7 @@ def cpu_reasons() -> list[str]:
 
 
 def nvcc() -> Path | None:
-    """Return nvcc, looked for as TileLang does; None without one.
+    """Return the path of nvcc, searched for as TileLang does; None without one.
 
     CUDA_HOME or CUDA_PATH, then PATH, then the package nvidia-cuda-nvcc, then /usr/local/cuda.
     """

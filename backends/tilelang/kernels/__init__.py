@@ -1,1 +1,1 @@
-"""The kernels of the TileLang backend: factories `make(T, **constants)` of prim_funcs."""
+"""Define the kernels of the TileLang backend: factories `make(T, **constants)` of prim_funcs."""

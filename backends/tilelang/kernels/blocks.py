@@ -1,4 +1,4 @@
-"""Macros that the kernels share: where a chunk lies, its decay, products of split operands.
+"""Define the kernels' shared macros: where a chunk lies, its decay, products of split operands.
 
 The tokens of a sequence are cut into chunks of C. Chunk c of sequence n has the *slot*
 
@@ -24,10 +24,10 @@ SMALLEST_NORMAL = 1.1754943508222875e-38
 """The conventions of `gdn_ops.call.numerics`, for float32."""
 
 NO_DECAY, ALPHA, LOG_ALPHA = 0, 1, 2
-"""How the decay is given."""
+"""Forms in which a call may give the decay."""
 
 PAIRS = {1: ((0, 0),), 3: ((0, 2), (1, 1), (2, 0), (0, 1), (1, 0), (0, 0))}
-"""Which parts are multiplied, small products first, by the number of parts."""
+"""Pairs of parts that are multiplied, small products first, by the number of parts."""
 
 
 def parts_of(dtype: str) -> int:
@@ -41,7 +41,7 @@ def low_of(dtype: str) -> str:
 
 
 def fitting(threads: int, stages: int, *sides: int) -> tuple[int, int]:
-    """Return how many threads can share a product whose sides are no larger, and stages for them.
+    """Return how many threads can share a product of these sides, and the stages of its pipeline.
 
     A warp multiplies 16 rows and 8 columns at least. Fewer than a warp group, 128 threads, are not
     split into those that load and those that multiply: then there is no pipeline.
@@ -56,12 +56,12 @@ def blocks(T: Any) -> SimpleNamespace:
     """Return the macros, for one language namespace."""
 
     def operand(shape: tuple[int, ...], dtype: str) -> list[Any]:
-        """Allocate the shared tiles of an operand of products."""
+        """Allocate the tiles of an operand of products in shared memory."""
         return [T.alloc_shared(shape, low_of(dtype)) for _ in range(parts_of(dtype))]
 
     @T.macro
     def owner(cu, N, tokens, p):
-        """Return the sequence that has slot p, where a slot has so many tokens."""
+        """Return the sequence that has slot p, a slot being `tokens` tokens."""
         n = T.alloc_var("int32")
         above = T.alloc_var("int32")
         middle = T.alloc_var("int32")

@@ -1,7 +1,7 @@
-"""Between the two walks of a call in segments: the state at every cut, exactly (docs/math.md §6).
+"""Compute the state at every cut between segments, exactly (docs/math.md §6).
 
-One program per sequence, value head and block of BV columns of V. What a segment does to a state,
-S -> M S + R, is applied segment by segment; dS -> Mᵀ dS + R from the last to the first.
+One program per sequence, value head and block of BV columns of V. The map of a
+segment, S -> M S + R, is applied segment by segment; dS -> Mᵀ dS + R from the last to the first.
 
     reads   M (places, HV, K, K), R (places, HV, K, V) float32; the state that a sequence starts
             from, or the gradient of the one it ends in, (N, HV, K, V) float32

@@ -1,6 +1,6 @@
-"""The parallel part of the backward: all gradients of a chunk, given dRHS and dS.
+"""Compute all gradients of a chunk, given dRHS and dS: the parallel part of the backward.
 
-One program per chunk and key head. It turns over the R value heads of the key head and blocks of
+One program per chunk and key head. It loops over the R value heads of the key head and blocks of
 BV columns of V. The sums over value heads, dQ and dK (C, BK) and their pairs (C, C), stay in the
 program, float32: no atomics, and the same call gives the same bits. K is taken SLICE columns at a
 time, so that what is multiplied fits the registers beside dQ and dK.
@@ -26,12 +26,12 @@ F32 = "float32"
 SLICE = 64
 """Columns of K that a gradient is formed of at a time."""
 QUARTERS = 4
-"""Into how many parts a row or a column is cut that threads sum at once."""
+"""Parts of a row or a column that threads sum at once."""
 (
     *(FROM_START, TO_END, READING, ERASING, START, ERASED, END, CORNER, BETA, PAIR, TOTAL, IS_ZERO),
     VECTORS,
 ) = range(13)
-"""Rows of what a head has per token in shared memory."""
+"""Rows of the per-token vectors of a head in shared memory."""
 PAD = 8
 """Columns that a square has in shared memory beside its own, so that rows lie in other banks."""
 
@@ -71,7 +71,7 @@ def gradients(
         return [part[0:C, at * SLICE : (at + 1) * SLICE] for part in parts]
 
     def tiles() -> SimpleNamespace:
-        """Allocate shared memory."""
+        """Allocate the tiles in shared memory."""
         S = b.operand((BK, BV), dtype)
         return SimpleNamespace(
             q=b.operand((C, BK), dtype),
@@ -95,7 +95,7 @@ def gradients(
         )
 
     def fragments() -> SimpleNamespace:
-        """Allocate what is multiplied and summed in registers."""
+        """Allocate the results and sums of products in registers."""
         names = {"dP": C, "dA": C, "pair": C, "D": C, "x": SLICE, "products": SLICE, "values": BV}
         return SimpleNamespace(
             dQ=[T.alloc_fragment((C, SLICE), F32) for _ in slices],
@@ -119,9 +119,9 @@ def gradients(
 
     @T.macro
     def multiply(left, right, to, transpose_A, transpose_B, clear):
-        """Add the product of two operands to `to`, or set it.
+        """Add the product of two operands to `to`, or set `to` to it.
 
-        Its rows are spread over as many warps as they can be: sums over a row are formed after it.
+        Rows are spread over as many warps as possible, for the sums over rows that follow.
         """
         for index, (x, y) in [*enumerate(PAIRS[len(left)])]:
             T.gemm(
@@ -152,7 +152,7 @@ def gradients(
     def load_rows(x, first, head, rest, parts):
         """Copy the C rows of a head of x (M, heads, K) into an operand, 0 where no token is.
 
-        Element by element: in 0.1.15, a whole copy before a pipelined loop is waited for in it.
+        Element by element: TileLang 0.1.15 would wait for a whole copy inside the pipelined loop.
         """
         for i, j in T.Parallel(C, BK):
             found = T.if_then_else(i < rest and j < K, x[first + i, head, j], T.cast(0.0, dtype))
@@ -287,7 +287,7 @@ def gradients(
 
     @T.macro
     def multiply_pairs(m, which, row, axis, tile, to):
-        """Add sums of pairs times q or k, which a norm multiplies, to `to`.
+        """Add the product of a square of pair sums with normalised q or k to `to`.
 
         Tokens of q or k are columns of the square (axis 1), or its rows (0): then it is transposed.
         """
@@ -313,7 +313,7 @@ def gradients(
 
     @T.macro
     def store(x, to, first, head, rest):
-        """Copy the rows that are tokens to (M, heads, K)."""
+        """Store the rows that are tokens in `to` (M, heads, K)."""
         for at in slices:
             for i, j in T.Parallel(C, SLICE):
                 if i < rest and at * SLICE + j < K:

@@ -1,4 +1,4 @@
-"""The reverse walk of the backward: dS walks back over the chunks of a segment.
+"""Walk dS, the gradient of the state, back over the chunks of a segment.
 
 One program per segment, value head and block of BV columns of V; the gradient with respect to the
 state, dS (BK, BV) float32, stays in registers. Three products per chunk depend on it in turn:
@@ -215,4 +215,4 @@ def reverse(
 
 
 PLAIN = {"disable_tma": True}
-"""A store that nothing waits for: the engine that stores whole tiles is waited for."""
+"""Options of a store by threads: the copy engine's store of a whole tile would be waited for."""

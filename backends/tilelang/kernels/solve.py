@@ -1,4 +1,4 @@
-"""First launch: gates of every chunk and, for rules with an error term, T = (I + A)⁻¹.
+"""Compute the gates of every chunk and, with an error term, T = (I + A)⁻¹: the first launch.
 
 One program per chunk and key head. K Kᵀ is formed once and serves the R value heads.
 
@@ -106,7 +106,7 @@ def solve(T: Any, *, K: int, BK: int, C: int, dtype: str, erase: bool, threads: 
 
     @T.macro
     def merge_halves(a, x, left, right, product):
-        """Invert the whole from its halves: −Y B X, by products of split operands."""
+        """Invert I + A from its inverted halves: −Y B X, by products of split operands."""
         for i, j in T.Parallel(half, half):
             b.put(left, i, j, a[half + i, j])
             b.put(right, i, j, x[i, j])

@@ -1,4 +1,4 @@
-"""Decode: one launch for one token, or for a few, per row.
+"""Decode one token per row, or a few, in one launch.
 
 One program per row, value head and block of BV columns of V: a row alone fills a GPU. The state
 block, (K, BV) float32, stays in registers over the tokens; all arithmetic is float32.
@@ -31,7 +31,7 @@ def tokens(
     UNIT: int,
     threads: int,
 ) -> Any:
-    """Return the kernel. Grid (B ceil(V / BV), HV).
+    """Make the kernel. Grid (B ceil(V / BV), HV).
 
     Args:
         T: the language.

@@ -1,4 +1,4 @@
-"""Second launch: the state walks over the chunks of a segment and writes the output on its way.
+"""Walk the state over the chunks of a segment and write the output: the second launch.
 
 One program per segment, value head and block of BV columns of V; the state, (BK, BV) float32, stays
 in registers. Three products per chunk depend on it in turn: K S, T E and Kᵀ U.

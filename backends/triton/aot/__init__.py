@@ -1,1 +1,1 @@
-"""Compile the kernels for a GPU that is not there."""
+"""Compile the kernels ahead of time, for a GPU that this machine need not have."""

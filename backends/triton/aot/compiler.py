@@ -1,4 +1,4 @@
-"""Compile every launch of a call for a GPU that is not there, and judge the code.
+"""Compile every launch of a call ahead of time for a GPU, and check the code against its limits.
 
 Calls are made on meta tensors inside `recording`, so the launches are those of the backend itself:
 its configurations, its grids, its constants. Each is specialised by Triton as a launch would be
@@ -38,7 +38,7 @@ TARGETS: dict[str, GPUTarget] = {
 
 
 class Job(NamedTuple):
-    """One kernel to compile.
+    """Describe one kernel to compile.
 
     Attributes:
         sample: label of the first sample that launches it.
@@ -58,10 +58,10 @@ class Job(NamedTuple):
 def compile_ahead(
     backend: Backend, target: str, samples: Iterable[Sample], granted: Granted | None = None
 ) -> Iterator[CompiledKernel]:
-    """Compile what a backend launches for samples, each distinct kernel once.
+    """Compile the kernels that a backend launches for samples, each distinct one once.
 
     Args:
-        backend: one whose kernels are launched by `interpret.launch`.
+        backend: one whose kernels are launched by `launcher.launch`.
         target: a name in TARGETS.
         samples: calls on meta tensors; those that its limits exclude are left out.
         granted: spills that a reference may have.
@@ -84,7 +84,7 @@ def compile_ahead(
 
 
 def specialised(launch: Launch, target: str, sample: Sample) -> tuple[Any, Job]:
-    """Return what a launch would compile, and a key that is the same for the same code."""
+    """Return the key of a launch, the same for the same code, and the job that compiles it."""
     kernel, compiler = launch.kernel, _compiler(target)
     bound, specialisation, _ = _binder(kernel, target)(*launch.args, **launch.kwargs)
     options, signature, constexprs, attrs = kernel._pack_args(
@@ -102,7 +102,7 @@ def _compiler(target: str) -> Any:
 
 @functools.cache
 def _binder(kernel: Any, target: str) -> Any:
-    """Return Triton's function from the arguments of a launch to their specialisation."""
+    """Return Triton's function that maps the arguments of a launch to their specialisation."""
     return create_function_from_signature(kernel.signature, kernel.params, _compiler(target))
 
 
@@ -116,7 +116,7 @@ def compile_jobs(
 
 
 def compile_job(job: Job, target: str, granted: Granted) -> CompiledKernel:
-    """Compile one kernel and judge it; what does not compile is a result too."""
+    """Compile one kernel and check its code; a failure to compile is a result too."""
     start = time.perf_counter()
     name = job.launch.kernel.__name__
     options = {k: v for k, v in job.launch.kwargs.items() if k not in job.source.signature}
@@ -134,7 +134,7 @@ def compile_job(job: Job, target: str, granted: Granted) -> CompiledKernel:
 
 
 def _reason(error: Exception) -> str:
-    """Return what a compiler complains of, and the line of source that it marks with a ^."""
+    """Return the last line of a compiler's error, and the line of source that it marks with a ^."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
     marks = [i for i, line in enumerate(lines) if line == "^" and i > 0]
     return f"{lines[-1]}, in: {lines[marks[-1] - 1]}" if marks else lines[-1]

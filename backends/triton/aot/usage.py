@@ -1,7 +1,7 @@
-"""What compiled code of Triton uses of a GPU, and the products in it.
+"""Read the GPU resources that Triton's compiled code uses, and the products in it.
 
-Read with the tools that Triton's wheel brings. Reading takes longer than a compilation that is
-found in Triton's cache, so what was read is kept beside the code.
+The tools are those that Triton's wheel brings. Reading takes longer than a compilation that is
+found in Triton's cache, so the result is cached beside the code.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from gdn_ops.aot.sass import Usage, cubin_usage
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _KEPT = "gdn_ops_usage_1.json"
-"""Name of what was read, with a number that changes when this file or gdn_ops.aot.sass reads
+"""Name of the cached result, with a number that changes when this file or gdn_ops.aot.sass reads
 something else."""
 
 _AMD_MATRIX = re.compile(r"\bv_(s?mfma)")
 
 
 def usage(compiled: Any) -> Usage:
-    """Return what a compiled kernel of Triton uses."""
+    """Return the resources that a compiled kernel of Triton uses."""
     cache = get_cache_manager(compiled.hash)
     kept = cache.get_file(_KEPT)
     if kept is not None:
@@ -41,7 +41,7 @@ def usage(compiled: Any) -> Usage:
 
 
 def amd_usage(assembly: str) -> Usage:
-    """Return the usage, given the assembly with the metadata at its end."""
+    """Return the resources that AMD code uses, from the metadata at the end of its assembly."""
 
     def read(key: str) -> int:
         found = re.search(rf"\.{key}:\s+(\d+)", assembly)
@@ -59,7 +59,7 @@ def amd_usage(assembly: str) -> Usage:
 
 
 def products(ttir: str) -> list[Product]:
-    """Return the products in Triton's own representation of a kernel."""
+    """Return the matrix products in Triton's own representation of a kernel."""
     pattern = re.compile(
         r"tt\.dot .*: tensor<(?:\d+x)?(\d+)x(\d+)x\w+> \* "
         r"tensor<(?:\d+x)?\d+x(\d+)x(\w+)> -> tensor<"

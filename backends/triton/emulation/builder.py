@@ -1,6 +1,6 @@
-"""The arithmetic of the emulation: Triton's interpreter builder, right where the stock one is not.
+"""Correct the arithmetic of Triton's interpreter builder, for the emulation.
 
-A builder does what a line of a kernel means on numpy arrays. The one that ships with Triton
+A builder computes each operation of a kernel on numpy arrays. The one that ships with Triton
 stores bfloat16 as uint16 and computes on those bits, truncates where a GPU rounds, and ignores
 the precision of a product. Here
 
@@ -92,7 +92,7 @@ _UNDEFINED = {
     name: np.array(np.nan if dtype.kind == "f" else 1 if dtype.kind == "b" else -1).astype(dtype)
     for name, dtype in _NUMPY.items()
 }
-"""What stands for a value that is not defined: NaN, which all bits are in bfloat16 too, or -1."""
+"""The value that stands for an undefined one: NaN for floats (all bits set in bfloat16), or -1."""
 
 
 def numpy_dtype(dtype: Any) -> np.dtype[Any]:
@@ -101,7 +101,7 @@ def numpy_dtype(dtype: Any) -> np.dtype[Any]:
 
 
 class Extent(NamedTuple):
-    """The memory of one tensor of a launch, from its first byte to behind its last."""
+    """Describe the memory of one tensor of a launch, from its first byte to past its last."""
 
     name: str
     start: int
@@ -109,7 +109,7 @@ class Extent(NamedTuple):
 
 
 def _stray(address: int, size: int, extents: Sequence[Extent], does: str) -> str:
-    """Say how far an address lies outside of the tensor that is nearest."""
+    """Return a text that says how far an address lies outside of the nearest tensor."""
     if not extents:
         return f"{does} {size} bytes, but the launch has no tensor"
     near = min(extents, key=lambda e: max(e.start - address, address - e.stop))
@@ -119,7 +119,7 @@ def _stray(address: int, size: int, extents: Sequence[Extent], does: str) -> str
 
 
 class Builder(InterpreterBuilder):  # type: ignore[misc]
-    """One for the process; the index of the running program is kept per thread."""
+    """Compute the operations of kernels; one builder serves all threads, each with its program."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,21 +133,21 @@ class Builder(InterpreterBuilder):  # type: ignore[misc]
         self._thread.grid, self._thread.extents = grid, extents
 
     def start(self, index: tuple[int, int, int]) -> None:
-        """Make `index` that of the program which this thread runs."""
+        """Set the index of the program that this thread runs."""
         self._thread.index = index
 
     @property
     def grid_idx(self) -> tuple[int, int, int]:
-        """The index of the running program."""
+        """Return the index of the running program."""
         return self._thread.index  # type: ignore[no-any-return]
 
     @property
     def grid_dim(self) -> tuple[int, int, int]:
-        """How many programs there are along each axis."""
+        """Return the number of programs along each axis."""
         return self._thread.grid  # type: ignore[no-any-return]
 
     def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *hints: Any) -> Any:
-        """Load; what a mask leaves out and no `other` replaces is NaN, undefined on a GPU."""
+        """Load values; a masked one without an `other` is NaN here, and undefined on a GPU."""
         self._check(ptrs, mask, "reads")
         dtype = ptrs.get_element_ty()
         stored = numpy_dtype(dtype)
@@ -159,7 +159,7 @@ class Builder(InterpreterBuilder):  # type: ignore[misc]
         memory.store(ptrs.data, value.data, mask.data)
 
     def _check(self, ptrs: Any, mask: Any, does: str) -> None:
-        """Raise an IndexError where a program leaves the tensors of its launch."""
+        """Raise an IndexError where a program accesses memory outside of its launch's tensors."""
         addresses = ptrs.data[mask.data]
         if not addresses.size:
             return
@@ -212,7 +212,7 @@ class Builder(InterpreterBuilder):  # type: ignore[misc]
         return TensorHandle(round_to_bfloat16(out), tl.bfloat16)
 
     def create_minnumf(self, lhs: Any, rhs: Any) -> Any:
-        """Return the smaller of two; what is not a number loses, in every version of Triton."""
+        """Return the smaller of two values; a NaN loses, in every version of Triton."""
         return self.binary_op(lhs, rhs, np.fmin)
 
     def create_maxnumf(self, lhs: Any, rhs: Any) -> Any:
@@ -240,7 +240,7 @@ class Builder(InterpreterBuilder):  # type: ignore[misc]
         return TensorHandle(narrow(product + wide(d), d.dtype.scalar), d.dtype.scalar)
 
     def create_splat(self, ret_ty: Any, arg: Any) -> Any:
-        """No copy: nothing ever writes to the data of a handle."""
+        """Broadcast a scalar without a copy: nothing ever writes to the data of a handle."""
         return TensorHandle(np.broadcast_to(arg.data, ret_ty.shape), arg.dtype.scalar)
 
 

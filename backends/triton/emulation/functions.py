@@ -1,4 +1,4 @@
-"""How a jitted function becomes one that computes: its globals and its source, both translated.
+"""Translate a jitted function, its globals and its source, to a Python function that computes.
 
 Nothing is patched. `emulated` makes a second Python function of the same source, whose globals
 are a translated copy: jitted functions are their emulated twins, the modules of Triton's language
@@ -37,7 +37,7 @@ _ABSENT = object()
 
 
 def _hint(value: Any, *_: Any, **__: Any) -> Any:
-    """Promise the compiler something of a value: nothing to do."""
+    """Return a value unchanged; the hint is for the compiler alone."""
     return value
 
 
@@ -60,7 +60,7 @@ _COMPILED: dict[str, Any] = {
     "max_constancy": _hint,
     "tensor": Tensor,
 }
-"""What stands in `triton.language` and means something to its compiler alone."""
+"""Emulations of the names in `triton.language` that only its compiler implements."""
 
 
 _HELPERS = {
@@ -70,11 +70,11 @@ _HELPERS = {
     "__types_of": types_of,
     "__check_types": check_types,
 }
-"""What every emulated function finds among its globals."""
+"""Globals that every emulated function gets."""
 
 
 class Namespace:
-    """A module as a kernel sees it."""
+    """Represent a module as an emulated kernel sees it."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
@@ -97,7 +97,7 @@ def _namespace(module: ModuleType) -> Namespace:
 
 
 def translated(value: Any) -> Any:
-    """Return what a global of a kernel is in its emulation."""
+    """Return the emulated counterpart of a global of a kernel."""
     if isinstance(value, JITFunction):
         return emulated(value)
     if isinstance(value, ModuleType):
@@ -108,7 +108,7 @@ def translated(value: Any) -> Any:
 
 
 class _Twin:
-    """An emulated function and the globals that it was made from.
+    """Hold an emulated function and the globals that it was made from.
 
     Attributes:
         jitted: the function of the user.
@@ -134,7 +134,7 @@ class _Twin:
             self.names[name] = translated(cell.cell_contents)
 
     def refresh(self) -> None:
-        """Translate again what has changed in the module of the user."""
+        """Translate again the globals that have changed in the module of the user."""
         for name, seen in self.watched.items():
             value = self.source_globals.get(name, _ABSENT)
             if value is not seen:
@@ -159,14 +159,14 @@ def emulated(jitted: Any) -> Callable[..., Any]:
 
 
 def refresh() -> None:
-    """Follow the modules of the user, where a global of an emulated function has changed."""
+    """Translate again the globals of the user's emulated functions that have changed."""
     for twin in list(_twins.values()):
         if not twin.jitted.fn.__module__.startswith("triton."):
             twin.refresh()
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Yield the names that code looks up, but for its locals."""
+    """Yield the names that code looks up outside of its locals."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -174,7 +174,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _translated_code(fn: FunctionType) -> CodeType:
-    """Return the code of a kernel in which an assigned number is a tensor, at the same lines."""
+    """Return the code of a kernel, rewritten by `_Translation`, with the same line numbers."""
     lines, first = inspect.getsourcelines(fn)
     tree = ast.parse(textwrap.dedent("".join(lines)))
     (definition,) = tree.body
@@ -220,7 +220,7 @@ class _Translation(ast.NodeTransformer):
         return self._with_carried_types(node)
 
     def _with_carried_types(self, node: ast.For | ast.While) -> list[ast.stmt]:
-        """Check after every turn of a loop that what it assigns has kept its type."""
+        """Add a check to a loop that the names it assigns keep their types."""
         stored = (n for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name))
         names = sorted({n.id for n in stored if isinstance(n.ctx, ast.Store)})
         types = f"__types_{node.lineno}_{node.col_offset}"
@@ -261,7 +261,7 @@ class _Translation(ast.NodeTransformer):
 
 
 def _call(name: str, value: ast.expr) -> ast.expr:
-    """Return `name(value)`, at the place of the value."""
+    """Return the call `name(value)`, at the source position of the value."""
     function = ast.copy_location(ast.Name(name, ast.Load()), value)
     return ast.copy_location(ast.Call(function, [value], []), value)
 

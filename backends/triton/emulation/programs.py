@@ -1,4 +1,4 @@
-"""One emulated launch: arguments to tensors, then program after program."""
+"""Run an emulated launch: convert its arguments to tensors, then run program after program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reductions and scans of an emulated kernel.
+"""Compute the reductions and scans of an emulated kernel.
 
 A GPU combines in an order of its own and rounds every partial result to the type of the input.
 Here a combination that is known adds, multiplies or compares in float32 at least and rounds once;
@@ -37,7 +37,7 @@ _STANDARD = {
 
 
 def _name(combine_fn: Any) -> str:
-    """Return the name of one of Triton's own combinations, or nothing."""
+    """Return the name of a combination if it is one of Triton's own, else an empty string."""
     return _STANDARD.get(id(getattr(combine_fn, "jitted", None)), "")
 
 

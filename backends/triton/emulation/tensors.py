@@ -1,4 +1,4 @@
-"""The tensors of an emulated kernel, and the loops that Triton leaves to its compiler."""
+"""Define the tensors of an emulated kernel, and the loops that Triton leaves to its compiler."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gdn_ops.backends.triton.emulation.builder import Array, Builder, narrow, wi
 
 
 class Tensor(tl.tensor):  # type: ignore[misc]
-    """A tensor whose operators and methods compute at once.
+    """Represent a tensor whose operators and methods compute at once.
 
     Attributes:
         handle: the values, a numpy array with one element for a scalar.
@@ -35,17 +35,17 @@ class Tensor(tl.tensor):  # type: ignore[misc]
 
     @property
     def shape(self) -> Any:
-        """The shape, as a kernel sees it: a tuple of constexpr."""
+        """Return the shape as a kernel sees it: a tuple of constexpr."""
         return _constexpr_tuple(sizes(self))
 
     @property
     def numel(self) -> Any:
-        """The number of elements, a constexpr."""
+        """Return the number of elements, a constexpr."""
         return tl.constexpr(math.prod(sizes(self)))
 
     @property
     def T(self) -> Tensor:
-        """The transpose of a matrix."""
+        """Return the transpose of a matrix."""
         return stored(np.swapaxes(self.handle.data, -1, -2), self.dtype)
 
     def __repr__(self) -> str:
@@ -55,7 +55,7 @@ class Tensor(tl.tensor):  # type: ignore[misc]
 
 
 def sizes(tensor: Any) -> tuple[int, ...]:
-    """Return the shape of a tensor; none for a scalar, whose array has one element."""
+    """Return the shape of a tensor; () for a scalar, whose array has one element."""
     shape: tuple[int, ...] = tensor.handle.data.shape
     return shape if tensor.type.is_block() else ()
 
@@ -69,7 +69,7 @@ _block_types: dict[tuple[str, tuple[int, ...]], Any] = {}
 
 
 def block_type(dtype: Any, shape: tuple[int, ...]) -> Any:
-    """Return the type of a block; making one costs more than adding two of them."""
+    """Return the type of a block, cached: making one costs more than adding two blocks."""
     key = dtype.name, shape
     found = _block_types.get(key)
     if found is None:
@@ -86,7 +86,7 @@ def _common_shape(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def _spread(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor over a larger shape, without a copy: data of a handle are never written."""
+    """Broadcast a tensor to a larger shape, without a copy: data of a handle are never written."""
     if sizes(tensor) == shape:
         return tensor
     data = np.broadcast_to(tensor.handle.data, shape)
@@ -97,9 +97,9 @@ _FLOATS = frozenset(("fp16", "bf16", "fp32"))
 
 
 class Semantic(TritonSemantic):  # type: ignore[misc]
-    """Triton's own rules of types and shapes, making our tensors.
+    """Apply Triton's own rules of types and shapes to our tensors.
 
-    The methods below give what Triton's give, sooner, in the cases that kernels are made of.
+    The methods below give the results of Triton's, faster in the common cases of kernels.
     """
 
     tensor = Tensor
@@ -113,7 +113,7 @@ class Semantic(TritonSemantic):  # type: ignore[misc]
         arithmetic_check: bool = True,
         div_or_mod: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Give two operands one type and one shape."""
+        """Convert two operands to one type and one shape."""
         is_alike = type(lhs) is type(rhs) is Tensor and lhs.dtype is rhs.dtype
         if is_alike and not div_or_mod and not lhs.dtype.is_ptr():
             return self.broadcast_impl_value(lhs, rhs)
@@ -122,7 +122,7 @@ class Semantic(TritonSemantic):  # type: ignore[misc]
         )
 
     def cast(self, input: Tensor, dst_ty: Any, fp_downcast_rounding: str | None = None) -> Tensor:
-        """Convert to a scalar type, or to that of a block; floats round to nearest even."""
+        """Convert a tensor to a scalar type, or that of a block; floats round to nearest even."""
         target = dst_ty.scalar
         if input.dtype is target:
             return input
@@ -140,7 +140,7 @@ class Semantic(TritonSemantic):  # type: ignore[misc]
         return stored(input.handle.data.reshape(*shape[:axis], 1, *shape[axis:]), input.dtype)
 
     def broadcast_impl_value(self, lhs: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
-        """Give two operands one shape."""
+        """Broadcast two operands to one shape."""
         shape = _common_shape(sizes(lhs), sizes(rhs))
         if shape is None:
             return super().broadcast_impl_value(lhs, rhs)  # type: ignore[no-any-return]
@@ -152,7 +152,7 @@ SEMANTIC = Semantic(BUILDER)
 
 
 def own(value: Any) -> Any:
-    """Return what a function of the language returned, as our tensors."""
+    """Convert the result of a function of the language to our tensors."""
     if type(value) is tl.tensor:
         return Tensor(value.handle, value.type)
     if type(value) is tuple:
@@ -161,7 +161,7 @@ def own(value: Any) -> Any:
 
 
 def bound(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of the language that computes with our builder."""
+    """Return a function of the language, bound to our builder."""
     # Below the check that a builder is given: one call less for every operator.
     inner = getattr(function, "__wrapped__", function)
 
@@ -181,12 +181,12 @@ for _name in dir(tl.tensor):
 
 
 def to_tensor(value: Any) -> Any:
-    """Return what a name in a kernel holds once a value is assigned to it: numbers are tensors."""
+    """Return a value as an assignment in a kernel stores it: a number becomes a tensor."""
     return value if type(value) is Tensor else SEMANTIC.to_tensor(value, False)
 
 
 def truth(value: Any) -> Any:
-    """Return what a kernel branches on.
+    """Return the truth value that a kernel branches on.
 
     A tensor has no `__bool__`: Triton asks `if other` and means whether there is one.
     """
@@ -245,7 +245,7 @@ def types_of(values: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def check_types(before: dict[str, Any], values: dict[str, Any]) -> None:
-    """Refuse a loop that changes the type of what it carries: it does not compile."""
+    """Refuse a loop that changes the type of a name that it carries: it does not compile."""
     for name, type_ in before.items():
         value = values.get(name)
         if isinstance(value, Tensor) and value.type is not type_ and value.type != type_:

@@ -1,9 +1,9 @@
-"""The host side of the backward: five launches.
+"""Run the backward in five launches.
 
 states            walks forward again: U and the state at every chunk start
 reads_back        s Pᵀ dO of all chunks
 state_gradients   walks backward: dRHS and dS at every chunk end
-pair_gradients    what is quadratic in the chunk
+pair_gradients    the terms that are quadratic in the chunk
 token_gradients   the gradients
 """
 
@@ -28,7 +28,7 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
     Args:
         call: the call.
         plan: its plan.
-        saved: what its forward left.
+        saved: the tensors that its forward saved.
         d_o: (B, T, HV, V), dtype of v.
         d_final: (N, HV, K, V) float32.
     """

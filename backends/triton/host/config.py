@@ -1,4 +1,4 @@
-"""Which configuration a call gets: by rule, from the rows of `table`, never tuned at run time.
+"""Choose the configuration of a call by rule from the rows of `table`, with no tuning at run time.
 
 `gdn-ops bench --tune triton` measures the `neighbours` of a row and prints rows to paste.
 """
@@ -27,7 +27,7 @@ MOST_STEPS: Final = 8
 """Tokens per row up to which a call without gradients takes the decode kernel."""
 
 FLOAT32_PRODUCTS: Final = ("tf32x3", "ieee")
-"""How a float32 product may be formed; plain TF32 is none of them."""
+"""Ways to form a float32 product; plain TF32 is none of them."""
 
 KERNELS: Final = (
     "prepare",
@@ -50,7 +50,7 @@ def power_of_two(n: int) -> int:
 
 @functools.cache
 def _target_of(index: int) -> str:
-    """Return the device class of a GPU, or one that asks for no more than it has.
+    """Return the device class of a GPU, or one that needs no more shared memory than it has.
 
     Consumer GPUs, sm_86, sm_89 and sm_120, have 99 KiB of shared memory, which sm_80's rows fit.
     """
@@ -81,17 +81,17 @@ def step_key(device: torch.device, K: int, V: int) -> tuple[str, int]:
 
 
 def choose(device: torch.device, dtype: torch.dtype, K: int, V: int) -> Config:
-    """Return how a call of the sequence op is launched."""
+    """Return the configuration of a call of the sequence op."""
     return _override.choose(table.SEQUENCE, sequence_key(device, dtype, K, V))
 
 
 def choose_step(device: torch.device, K: int, V: int) -> StepConfig:
-    """Return how a call of a decode op is launched."""
+    """Return the configuration of a call of a decode op."""
     return _override.choose(table.STEP, step_key(device, K, V))
 
 
 def neighbours(row: Row) -> tuple[Row, ...]:
-    """Return the rows that differ from one in a single choice, itself first."""
+    """Return a row, and after it the rows that differ from it in a single choice."""
     found = [row.config]
     if isinstance(row.config, StepConfig):
         step = row.config

@@ -1,4 +1,4 @@
-"""The host side of the decode ops: one launch."""
+"""Run the decode ops in one launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The host side of the forward: three launches.
+"""Run the forward in three launches.
 
     prepare   per chunk and key head       gates, T = (I + A)⁻¹
     states    per sequence, head, V block  the serial walk: U, kept states, final state
@@ -27,7 +27,7 @@ from gdn_ops.dispatch.registry import Forward
 
 
 def gate_kind(call: Call) -> int:
-    """Return how the decay of a call is given, as the kernels name it."""
+    """Return the kernels' constant for the form in which a call gives its decay."""
     if not call.rule.has_decay:
         return int(NO_DECAY.value)
     return int(LOG_ALPHA.value if call.alpha is None else ALPHA.value)
@@ -50,7 +50,7 @@ def common(call: Call, plan: Plan) -> dict[str, Any]:
 
 
 def options(tiles: Tiles) -> dict[str, Any]:
-    """Return the options of a launch. Fusion of multiply and add is what Triton 3.9 defaults to."""
+    """Return the options of a launch; multiply and add are fused, the default of Triton 3.9."""
     return {
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
@@ -59,18 +59,18 @@ def options(tiles: Tiles) -> dict[str, Any]:
 
 
 def gate_of(call: Call) -> Tensor | None:
-    """Return the gate as given, dense."""
+    """Return the gate as given, contiguous, or None."""
     given = call.log_alpha if call.alpha is None else call.alpha
     return None if given is None else given.contiguous()
 
 
 def bounds_of(call: Call) -> Tensor | None:
-    """Return cu_seqlens, dense."""
+    """Return cu_seqlens, contiguous, or None."""
     return None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
 
 
 def run_prepare(call: Call, plan: Plan, k: Tensor) -> Saved:
-    """Form the gates and T of all chunks."""
+    """Launch the kernel that forms the gates and T of all chunks."""
     s, saved = plan.sizes, empty_saved(plan, call.device)
     beta = None if call.beta is None else call.beta.contiguous()
     constants = common(call, plan)
@@ -87,7 +87,7 @@ def run_prepare(call: Call, plan: Plan, k: Tensor) -> Saved:
 def run_states(
     call: Call, plan: Plan, k: Tensor, v: Tensor, saved: Saved, every: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Walk over the chunks; return U, the kept states and the final state."""
+    """Launch the walk over the chunks; return U, the kept states and the final state."""
     s, device = plan.sizes, call.device
     places = plan.slots if every == 1 else plan.places
     rows = (s.HV, plan.slots, plan.C, s.V) if plan.rule.has_erase else (0,)

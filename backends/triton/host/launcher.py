@@ -1,4 +1,4 @@
-"""How a kernel is launched: on a GPU by Triton, on CPU tensors by emulation.
+"""Launch a kernel: on a GPU by Triton, on CPU tensors by emulation.
 
     launch(kernel, grid, *arguments, CONSTEXPR=..., num_warps=4, ...)
 
@@ -8,7 +8,7 @@ same rounding of bfloat16 and of TF32, no environment variable, nothing patched.
 a line of a kernel costs some twenty microseconds in every program.
 
 Where they are on the meta device, nothing runs: inside `recording` of
-`gdn_ops.kernel_support.launches` a launch is noted.
+`gdn_ops.kernel_support.launches` a launch is recorded.
 
 An access outside of the tensors of a launch is an error. What an emulation does not show: races
 between programs, the order of additions, and a compiler that is wrong.
@@ -29,7 +29,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
         kernel: a function decorated with `triton.jit`.
         grid: one to three sizes; no program runs where one of them is 0.
         args: the arguments of the kernel: tensors, numbers, None for what is absent. The first
-            is a tensor, and where it is, the launch happens.
+            is a tensor, whose device is that of the launch.
         kwargs: arguments by name, and options of the launch, like `num_warps`, which an
             emulation ignores.
 

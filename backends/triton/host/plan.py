@@ -1,4 +1,4 @@
-"""What a call needs: sizes, scratch memory, strides; and how many bytes its launches move."""
+"""Plan a call: its sizes, scratch memory and strides, and the bytes that its launches move."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from gdn_ops.spec.language import Rule, Sizes
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The sizes of one call of the sequence op.
+    """Hold the sizes of one call of the sequence op.
 
     Attributes:
         sizes: its axes.
         rule: its rule.
         config: its configuration.
         C: tokens per chunk.
-        slots: places for what is kept per chunk.
-        places: places for states, one per `every` chunks.
+        slots: how many chunks the tensors kept per chunk have room for.
+        places: how many states are kept, one per `every` chunks.
         low: dtype of operands of products: that of q.
         norm: whether q and k are normalised.
         varlen: whether sequences are packed.
@@ -42,7 +42,7 @@ class Plan:
 
 
 def make_plan(call: Call) -> Plan:
-    """Return the plan of a call. Looks at no value."""
+    """Return the plan of a call, from its shapes and attributes alone."""
     s = call.sizes
     config = configs.choose(call.device, call.q.dtype, s.K, s.V)
     C = call.chunk_size or config.C
@@ -58,7 +58,7 @@ def make_plan(call: Call) -> Plan:
 
 
 class Saved(NamedTuple):
-    """What the first launch leaves, and the backward reads again.
+    """Hold the tensors that the first launch saves for the backward.
 
     Attributes:
         gates: (4, HV, slots, C) float32: G as hi and lo, z, β.

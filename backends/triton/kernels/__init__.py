@@ -1,1 +1,1 @@
-"""The kernels; the numbers above their blocks are those of the mathematics chapter."""
+"""Define the kernels of the Triton backend; §n in a comment is a section of docs/math.md."""

@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: where a chunk lies, its decay, its inverse.
+"""Define device functions that the kernels share: where a chunk lies, its decay, its inverse.
 
 The tokens of a sequence are cut into chunks of C. Chunk c of sequence n has the *slot*
 
@@ -26,7 +26,7 @@ SEARCH = tl.constexpr(128)
 NO_DECAY = tl.constexpr(0)
 ALPHA = tl.constexpr(1)
 LOG_ALPHA = tl.constexpr(2)
-"""How the decay is given."""
+"""Forms in which a call may give the decay."""
 
 L2NORM_EPSILON = tl.constexpr(1e-6)
 LOG_FLOOR = tl.constexpr(-1000.0)
@@ -52,7 +52,7 @@ def sequence(n, cu_seqlens, T, C: tl.constexpr, VARLEN: tl.constexpr):
 
 @triton.jit
 def owner(p, cu_seqlens, N, T, C: tl.constexpr, VARLEN: tl.constexpr):
-    """Return (sequence, chunk in it) of slot p, a sequence with fewer chunks included."""
+    """Return (sequence, chunk in it) of slot p; an empty slot's chunk is past the sequence."""
     if VARLEN:
         n = tl.zeros([], tl.int32) - 1
         for first in range(0, N, SEARCH):
@@ -83,7 +83,7 @@ def decay(hi_i, lo_i, z_i, hi_j, lo_j, z_j, CROSSED: tl.constexpr):
 def rows(x, row, batch_stride, first, token_stride, head, head_stride, i, d):
     """Return the pointers to tokens first + i (C,) and columns d (D,) of one head, (C, D).
 
-    What can pass 2**31 is one scalar; the offsets within the tile are int32.
+    Only the offset of the tile can pass 2**31, one scalar; offsets within the tile are int32.
     """
     start = row * batch_stride + first * token_stride + tl.cast(head, tl.int64) * head_stride
     return x + start + (i * token_stride)[:, None] + d[None, :]
@@ -91,14 +91,14 @@ def rows(x, row, batch_stride, first, token_stride, head, head_stride, i, d):
 
 @triton.jit
 def kept_rows(x, head, slot, i, d, slots, C: tl.constexpr, D: tl.constexpr):
-    """Return the pointers to rows i, columns d of what is kept per chunk, (heads, slots, C, D)."""
+    """Return the pointers to rows i, columns d of a tensor kept per chunk, (heads, slots, C, D)."""
     start = (tl.cast(head, tl.int64) * slots + slot) * (C * D)
     return x + start + i[:, None] * D + d[None, :]
 
 
 @triton.jit
 def kept_row(x, head, slot, i, slots, C: tl.constexpr):
-    """Return the pointers to entries i of what is kept per chunk, (heads, slots, C)."""
+    """Return the pointers to entries i of a tensor kept per chunk, (heads, slots, C)."""
     return x + (tl.cast(head, tl.int64) * slots + slot) * C + i
 
 

@@ -1,7 +1,7 @@
-"""The parallel part of the backward: all gradients of a chunk, given dRHS and dS.
+"""Compute all gradients of a chunk, given dRHS and dS: the parallel part of the backward.
 
-`pair_gradients` forms what is quadratic in the chunk, summed over the R value heads of a key
-head; `token_gradients` the gradients themselves. No sum leaves a program: no atomics, and the
+`pair_gradients` forms the terms that are quadratic in the chunk, summed over the R value heads of
+a key head; `token_gradients` the gradients themselves. No sum leaves a program: no atomics, and the
 same call gives the same bits.
 
     reads   q, k, v, dO; gates, norms, α; U, dRHS (HV, slots, C, V); S, dS (HV, slots, K, V)
@@ -32,7 +32,7 @@ from gdn_ops.backends.triton.kernels.states import chunk_decay
 
 @triton.jit
 def zeros_at(gates, hv, slot, t, HV, slots, C: tl.constexpr):
-    """Return where α_t = 0, from the running count z: bool, like t, tokens of the chunk."""
+    """Return whether α_t = 0 for tokens t of a chunk, from the running count z: bool, like t."""
     z = kept_row(gates, 2 * HV + hv, slot, t, slots, C)
     return tl.load(z) > tl.load(z - 1, mask=t > 0, other=0.0)
 
@@ -154,7 +154,7 @@ def pair_gradients(
 def gate_gradient(
     start, end, corner, gates, hv, slot, i, HV, slots, C: tl.constexpr, CROSSED: tl.constexpr
 ):
-    """Return the pairs i ≥ t > j that reach out of the chunk: start, end, corner (§5), (C,)."""
+    """Return the sum over pairs i ≥ t > j that leave the chunk: start, end, corner (§5), (C,)."""
     b, d, b_C = chunk_decay(gates, hv, slot, i, HV, slots, C, CROSSED)
     from_t = tl.cumsum(start * b, 0, reverse=True)
     before = tl.sum(tl.where(i[:, None] > i[None, :], (end * d)[None, :], 0.0), 1)

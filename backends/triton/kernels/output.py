@@ -1,4 +1,4 @@
-"""Third launch: the output of every chunk, fully parallel.
+"""Compute the output of every chunk, all in parallel: the third launch.
 
 One program per EVERY chunks, block of BV columns of V and, with EVERY = 1, key head: Q Kᵀ is then
 formed once for its R value heads. With EVERY > 1 a program has one value head and carries the
@@ -53,7 +53,7 @@ def output(
     BK: tl.constexpr, BV: tl.constexpr, EVERY: tl.constexpr, GATE: tl.constexpr,
     ERASE: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See the module. Grid (places, ceil(V / BV), H if EVERY == 1 else H R)."""
+    """Compute the output, see the module. Grid (places, ceil(V / BV), H if EVERY == 1 else H R)."""
     HV: tl.constexpr = H * R
     HEADS: tl.constexpr = R if EVERY == 1 else 1
     place = tl.program_id(0)

@@ -1,4 +1,4 @@
-"""First launch: gates of every chunk and, for rules with an error term, T = (I + A)⁻¹.
+"""Compute the gates of every chunk and, with an error term, T = (I + A)⁻¹: the first launch.
 
 One program per chunk and key head. K Kᵀ is formed once and serves the R value heads.
 
@@ -57,7 +57,7 @@ def prepare(
     GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr,
     VARLEN: tl.constexpr, PRECISION: tl.constexpr, SOLVE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See the module. Grid (slots, H)."""
+    """Compute gates, norms and T, see the module. Grid (slots, H)."""
     HV: tl.constexpr = H * R
     slot, h = tl.program_id(0), tl.program_id(1)
     n, chunk = owner(slot, cu_seqlens, N, T, C, VARLEN)

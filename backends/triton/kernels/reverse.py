@@ -1,4 +1,4 @@
-"""The reverse walk of the backward, and the product that can be formed ahead of it.
+"""Walk dS, the gradient of the state, back over the chunks; form s Pᵀ dO ahead of the walk.
 
 `reads_back` gives s Pᵀ dO for all chunks at once. `state_gradients` then walks the chunks of a
 sequence backwards with dS, (K, BV) float32, in registers.
@@ -84,7 +84,7 @@ def state_gradients(
     BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, ERASE: tl.constexpr,
     NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk back. Grid (N HV, ceil(V / BV))."""
+    """Walk dS back over the chunks of a sequence. Grid (N HV, ceil(V / BV))."""
     HV: tl.constexpr = H * R
     n, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
     h = hv // R

@@ -1,4 +1,4 @@
-"""Second launch: the state walks over the chunks of a sequence; the only serial part.
+"""Walk the state over the chunks of a sequence, the only serial part: the second launch.
 
 One program per sequence, value head and block of BV columns of V; the state, (K, BV) float32,
 stays in registers. Three products per chunk depend on it: K S, T E and Kᵀ U.
@@ -45,7 +45,7 @@ def states(
     ERASE: tl.constexpr, NORM: tl.constexpr, HAS_INITIAL: tl.constexpr, VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See the module. Grid (N HV, ceil(V / BV))."""
+    """Walk the state over the chunks, see the module. Grid (N HV, ceil(V / BV))."""
     HV: tl.constexpr = H * R
     n, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
     h = hv // R

@@ -1,4 +1,4 @@
-"""Decode: one launch for one token, or for a few, per row.
+"""Decode one token per row, or a few, in one launch.
 
 One program per row, value head and block of BV columns of V: a row alone fills a GPU. The state
 block, (K, BV) float32, stays in registers over the tokens.
@@ -25,7 +25,7 @@ def tokens(
     BV: tl.constexpr, GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr,
     NORM: tl.constexpr, HAS_STATE: tl.constexpr, KEEP: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """See the module. Grid (B HV, ceil(V / BV))."""
+    """Decode the tokens, see the module. Grid (B HV, ceil(V / BV))."""
     HV: tl.constexpr = H * R
     row = tl.program_id(0).to(tl.int64) // HV
     hv = tl.program_id(0).to(tl.int64) % HV

@@ -1,1 +1,1 @@
-"""Measure backends and peers on one GPU, unattended, within a time."""
+"""Measure backends and peers on one GPU, unattended, within a time limit."""

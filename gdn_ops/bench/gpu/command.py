@@ -1,4 +1,4 @@
-"""`gdn-ops bench gpu`: our backends and the peers on one GPU, unattended, within a time.
+"""Measure our backends and the peers on one GPU, unattended, within a time limit.
 
 First, side by side in processes of their own: a short check of every backend of ours, and a warm-up
 of every contender, so that compilers fill their caches on all cores. If one of our backends is
@@ -6,7 +6,7 @@ wrong, nothing is timed. Then one process measures row after row, the most impor
 contenders of a row take turns. What ends that process costs one contender one row: the next process
 goes on without it. The result is written after every row, and what was left out is named in it.
 
-`python -m gdn_ops.bench.gpu.command` does the same with nothing but torch installed.
+`python -m gdn_ops.bench.gpu` does the same with nothing but torch installed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ PEERS = tuple(KNOWN_PEERS)
 
 
 def make_plan(backends: Sequence[str], peers: Sequence[str], seconds: float) -> Plan:
-    """Turn names into a plan.
+    """Turn the names of backends and peers into a plan.
 
     Args:
-        backends: names; what "auto" tries on CUDA without the definition if empty.
+        backends: names; if empty, all that "auto" tries on CUDA, without the definition.
         peers: names.
         seconds: time for everything.
 
@@ -64,7 +64,7 @@ def make_plan(backends: Sequence[str], peers: Sequence[str], seconds: float) -> 
 
 
 def system(seconds: float) -> dict[str, Any]:
-    """Return what identifies a run.
+    """Return the device, driver, versions and date that identify a run.
 
     Raises:
         ValueError: torch sees no GPU.
@@ -82,7 +82,7 @@ def system(seconds: float) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run with plain arguments; return the exit code."""
+    """Run the benchmark from command-line arguments; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backend", default="", help="backends, comma-separated")
     parser.add_argument("--peer", default=",".join(PEERS), help='peers, or "none"')
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show_run(
     backends: Sequence[str], peers: Sequence[str], seconds: float, out: Path | None, tell: Tell
 ) -> int:
-    """Run, show and write; return 1 if a backend of ours is wrong, else 0.
+    """Run the benchmark, show and write its result; return 1 if a backend of ours is wrong, else 0.
 
     Raises:
         ValueError: a name is unknown, or there is no GPU.

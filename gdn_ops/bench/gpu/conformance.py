@@ -1,4 +1,4 @@
-"""The short check before `bench gpu` times anything: fixed calls at the widths that are timed.
+"""Check a backend briefly before `bench gpu` times it: fixed calls at the widths that are timed.
 
 It is no certificate: `gdn-ops check` draws many more. Here a kernel is compiled for few shapes, so
 that the check ends within a minute, and nothing but torch is needed.
@@ -47,7 +47,7 @@ CALLS: tuple[tuple[Callable[[str, Example], Verdict], Example], ...] = (
     (_outputs_and_gradients, _wide(T=70, dtype="float32")),
     (_outputs_and_gradients, _wide(T=70, K=96, V=192, R=1)),
 )
-"""(what judges, on which call), the most important first."""
+"""(function that judges, example that it judges), the most important first."""
 
 
 def _is_within(limits: Limits, example: Example) -> bool:
@@ -64,7 +64,7 @@ def _is_within(limits: Limits, example: Example) -> bool:
 def short_check(
     name: str, device: str, seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> Iterator[Conformance]:
-    """Judge the calls that a backend can run; yield what is known after each of them.
+    """Judge the calls that a backend can run; yield the result so far after each of them.
 
     Args:
         name: of the backend.

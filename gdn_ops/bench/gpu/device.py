@@ -1,4 +1,4 @@
-"""What `bench gpu` needs of a device: facts, a clock, graphs, events, the peak of its memory.
+"""Wrap the device that `bench gpu` measures: facts, clock, graphs, events and peak memory.
 
 Everything that touches a GPU is here, behind a protocol, so that the rest is tested without one.
 """
@@ -18,12 +18,12 @@ from gdn_ops.environment.provenance import driver_version
 Run = Callable[[], object]
 
 LEAD_CYCLES = 200_000
-"""About a tenth of a millisecond."""
+"""Cycles that the device is kept busy before a timed run: about a tenth of a millisecond."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a device is.
+    """Hold the facts of a device: name, capability, memory, cache and driver.
 
     Attributes:
         name: as the driver tells it.
@@ -42,7 +42,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Datasheet rates of a device.
+    """Hold the datasheet rates of a device.
 
     Attributes:
         matrix: flops per second of dense 16-bit matrix products.
@@ -75,35 +75,35 @@ def find_peaks(name: str) -> Peaks | None:
 
 
 class Device(Protocol):
-    """One device under measurement."""
+    """Describe the interface of a device under measurement."""
 
     torch_device: str
     facts: Facts
 
     def clock(self) -> float:
-        """Return seconds; monotonic."""
+        """Return the time in seconds; monotonic."""
 
     def synchronize(self) -> None:
-        """Wait for everything queued."""
+        """Wait for all work queued on the device."""
 
     def working(self) -> AbstractContextManager[object]:
-        """Return a context on whose stream everything runs, what is captured later too."""
+        """Return a context on whose stream all work runs, also the work that is captured later."""
 
     def graph(self, runs: Sequence[Run]) -> Callable[[], float]:
-        """Capture runs, one after the other; return a function that replays and times them."""
+        """Capture runs in order into one graph; return a function that replays and times it."""
 
     def events(self, runs: Sequence[Run]) -> Callable[[], float]:
-        """Return a function that runs, back to back, and times what the device did."""
+        """Return a function that runs all runs back to back and times the device's work."""
 
     def peak(self, run: Run) -> int:
-        """Return how many bytes a run allocates at most, above what is allocated now."""
+        """Return the peak bytes that a run allocates, above those allocated now."""
 
     def forget(self) -> None:
-        """Give free memory back."""
+        """Give free cached memory back to the device."""
 
 
 class Cuda:
-    """A CUDA or ROCm device through torch."""
+    """Measure a CUDA or ROCm device through torch."""
 
     def __init__(self, index: int = 0) -> None:
         self.torch_device = f"cuda:{index}"
@@ -134,7 +134,7 @@ class Cuda:
         return self._timed(graph.replay)
 
     def _look_for_waits(self, run: Run) -> None:
-        """Raise if a run waits for the device: a capture would fail, and leave more behind."""
+        """Raise an error if a run waits for the device, before a capture of it can fail."""
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:

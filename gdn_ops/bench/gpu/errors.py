@@ -1,4 +1,4 @@
-"""Errors of the results of a row against the definition in float64, worst sequence and head first.
+"""Compute a row's worst errors, over sequences and heads, against the definition in float64.
 
 The definition walks token by token, which takes tens of microseconds each on a GPU. So it walks
 what fits into the time given: whole sequences, or the beginning of one, all heads of it. Gradients
@@ -30,12 +30,12 @@ KEY_HEADS = 2
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a result and what it should be.
+    """Hold a part of a result and its exact values.
 
     Attributes:
         what: "o", "state", "dq", ...
-        part: from a whole result, in the order of `what`s of its kind, to the part.
-        index: which result.
+        part: takes the part out of the whole result.
+        index: of the result among all results.
         exact: (rows, tokens, heads, width) or (rows, heads, K, V) float64.
         head_axis: of the part.
     """
@@ -47,7 +47,7 @@ class Piece:
     head_axis: int
 
     def error(self, results: Sequence[Tensor]) -> float:
-        """Return the worst over rows and heads of |x - exact| / |exact|; NaN is NaN."""
+        """Return the worst |x - exact| / |exact| over rows and heads; NaN stays NaN."""
         x = self.part(results[self.index]).double()
         axes = [a for a in range(1, x.dim()) if a != self.head_axis]
         size = _norm(self.exact, axes).clamp(min=torch.finfo(torch.float32).tiny)
@@ -61,7 +61,7 @@ def _norm(x: Tensor, axes: list[int]) -> Tensor:
 
 
 def _sequences(p: Problem) -> list[tuple[slice, slice, slice]]:
-    """Return (rows, tokens, states) of what is walked at once, the last sequence first."""
+    """Return slices (rows, tokens, states) of the parts walked at once, last sequence first."""
     if p.cu_seqlens is None:
         return [(slice(None), slice(0, p.row.sizes.T), slice(None))]
     bounds = list(pairwise(p.cu_seqlens.tolist()))
@@ -80,7 +80,7 @@ def _walk(p: Problem, rows: slice, tokens: slice, states: slice) -> tuple[Tensor
 def exact_forward(
     p: Problem, seconds: float, clock: Callable[[], float], finish: Callable[[], None]
 ) -> list[Piece]:
-    """Walk what fits into a time; return o and, where a sequence is complete, its final state.
+    """Walk the tokens that fit into a time; return o, and the final states of complete sequences.
 
     Args:
         p: the problem.
@@ -121,7 +121,7 @@ def _take(*index: slice) -> Callable[[Tensor], Tensor]:
 
 
 def exact_step(p: Problem) -> list[Piece]:
-    """Return o and the new state of a step."""
+    """Return the exact o and new state of a step."""
     with torch.no_grad():
         q, k, v, g, beta, state = (x.double() for x in p.operands())
         o, new = gated_delta_step(q, k, v, None, beta, state, log_alpha=g, backend="naive")
@@ -129,7 +129,7 @@ def exact_step(p: Problem) -> list[Piece]:
 
 
 def exact_backward(p: Problem, d_o: Tensor, d_state: Tensor) -> list[Piece]:
-    """Return the gradients of the last heads over the last tokens, in the order of GRADIENTS."""
+    """Return exact gradients of the last heads over the last tokens, in the order of GRADIENTS."""
     s = p.row.sizes
     rows, tokens, states = _sequences(p)[0]
     window = slice(max(tokens.start, tokens.stop - WINDOW), tokens.stop)
@@ -165,6 +165,6 @@ def exact_backward(p: Problem, d_o: Tensor, d_state: Tensor) -> list[Piece]:
 
 
 def worst_error(pieces: Sequence[Piece], results: Sequence[Tensor]) -> tuple[float, str]:
-    """Return the largest error and of what; NaN comes first."""
+    """Return the largest error and the name of its result; NaN counts as the largest."""
     found = [(piece.error(results), piece.what) for piece in pieces]
     return max(found, key=lambda e: float("inf") if e[0] != e[0] else e[0])

@@ -1,4 +1,4 @@
-"""The operands of a row of `bench gpu`: the same values for everybody who is measured.
+"""Draw the operands of a row of `bench gpu`: the same values for every contender.
 
 Sequences are drawn as FlashQLA's benchmark draws them, so that its published times are of the
 same work: q and k of unit length, log gates of logsigmoid / 16, a quarter of the heads without
@@ -20,7 +20,7 @@ from gdn_ops.bench.gpu.rows import GpuRow
 
 
 class RawGates(NamedTuple):
-    """What a model's layer has before its gates: log alpha = -exp(A_log) softplus(a + dt_bias).
+    """Hold a layer's raw gates: log alpha = -exp(A_log) softplus(a + dt_bias).
 
     Attributes:
         A_log, dt_bias: (HV,) float32.
@@ -35,7 +35,7 @@ class RawGates(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """The operands of one row.
+    """Hold the operands of one row.
 
     Attributes:
         row: the row.
@@ -62,12 +62,12 @@ class Problem:
         return self.q, self.k, self.v, self.log_alpha, self.beta, self.state
 
     def on(self, operands: tuple[Tensor, ...]) -> Problem:
-        """Return the same problem on other operands."""
+        """Return a copy of the problem with other operands."""
         names = ("q", "k", "v", "log_alpha", "beta", "state")
         return replace(self, **dict(zip(names, operands, strict=True)))  # type: ignore[arg-type]
 
     def with_grad(self) -> Problem:
-        """Return the same operands as leaves that need gradients."""
+        """Return a copy of the problem whose operands are leaves that need gradients."""
         return self.on(tuple(x.detach().requires_grad_() for x in self.operands()))
 
 
@@ -111,7 +111,7 @@ def _raw_gates(draw: _Drawing, batch: int, heads: int, dtype: torch.dtype) -> Ra
 
 
 def _gates_of(raw: RawGates) -> tuple[Tensor, Tensor]:
-    """Return log alpha and beta in float32, formed in float64."""
+    """Return log alpha and beta of raw gates in float32, computed in float64."""
     inner = functional.softplus(raw.a.double() + raw.dt_bias.double())
     log_alpha = -raw.A_log.double().exp() * inner
     return log_alpha.float(), torch.sigmoid(raw.b.double()).float()

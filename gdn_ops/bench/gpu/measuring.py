@@ -1,4 +1,4 @@
-"""One row of `bench gpu`: check everybody's numbers, then time those that are right, in turns.
+"""Measure one row of `bench gpu`: check every contender, then time the right ones in turns.
 
 Kernel time is that of replaying a captured graph, so neither Python nor launches are in it; wall
 time is that of a call and a wait, as a user meets it; host time is until the call returns. A step
@@ -41,18 +41,18 @@ GRAPH_SECONDS = 1e-3
 MOST_COPIES = 64
 MOST_REPEATS = 20
 SHARE = {"reference": 0.2, "kernel": 0.15, "wall": 0.1}
-"""Of a row's time."""
+"""Share of a row's time that each phase may take."""
 
 Emit = Callable[[dict[str, Any]], None]
 
 
 class BrokenDeviceError(RuntimeError):
-    """Report that the device answers nothing any more, and who ran last."""
+    """Report that the device no longer answers, and which contender ran last."""
 
 
 @dataclass
 class _Entry:
-    """A contender that is ready to be timed."""
+    """Hold a contender that is ready to be timed."""
 
     outcome: Outcome
     runs: list[Run]
@@ -63,14 +63,14 @@ class _Entry:
 def measure_row(
     row: GpuRow, contenders: Sequence[Contender], device: Device, seconds: float, emit: Emit
 ) -> list[Outcome]:
-    """Measure a row.
+    """Measure one row: check its contenders, then time those that are right.
 
     Args:
         row: the row.
-        contenders: who; the first ones are sure to get their turn.
-        device: where.
+        contenders: to measure; the first ones are sure to get their turn.
+        device: to measure on.
         seconds: no contender is begun, and no round added, after this time.
-        emit: told who is worked on ({"at": name}), and every outcome ({"outcome": ...}).
+        emit: told which contender is at work ({"at": name}), and every outcome ({"outcome": ...}).
 
     Raises:
         BrokenDeviceError: a contender left the device unusable.
@@ -81,7 +81,7 @@ def measure_row(
 
 
 def warm_row(row: GpuRow, c: Contender, device: Device) -> None:
-    """Call a contender once, so that what it compiles is in its compiler's cache."""
+    """Call a contender once, so that its kernels are in its compiler's cache."""
     measuring = _Measuring(row, device, 0.0, lambda event: None)
     with device.working(), torch.no_grad():
         measuring.draw()
@@ -90,7 +90,7 @@ def warm_row(row: GpuRow, c: Contender, device: Device) -> None:
 
 
 class _Measuring:
-    """One row under measurement."""
+    """Measure one row and keep its outcomes."""
 
     def __init__(self, row: GpuRow, device: Device, seconds: float, emit: Emit) -> None:
         self.row, self.device, self.seconds, self.emit = row, device, seconds, emit
@@ -114,7 +114,7 @@ class _Measuring:
         return list(self.outcomes.values())
 
     def draw(self) -> None:
-        """Make the operands."""
+        """Draw the row's operands and, for a backward, the gradients of its results."""
         self.problem = make_problem(self.row, self.device.torch_device)
         self.cotangents = make_cotangents(self.problem) if self.row.what == "backward" else None
 
@@ -123,7 +123,7 @@ class _Measuring:
         self.emit({"outcome": asdict(outcome)})
 
     def _reference(self) -> tuple[list[Piece], str]:
-        """Return the definition's results, or none and why."""
+        """Return the definition's results and no remark, or no results and a remark why."""
         p, device = self.problem, self.device
         try:
             if self.row.what == "step":
@@ -136,7 +136,7 @@ class _Measuring:
             return [], f"error not measured: {_short(error)}"
 
     def _ready(self, c: Contender) -> _Entry | Outcome:
-        """Check one contender and capture its work."""
+        """Check one contender and capture its work; return its outcome if it cannot be timed."""
         who = Outcome(c.name, c.version, c.is_peer, "measured", self.remark)
         if self.device.clock() - self.start > self.seconds:
             return replace(who, status="left out", reason="not measured: time")
@@ -189,7 +189,7 @@ class _Measuring:
         return _Entry(replace(who, kernel_by=by), runs, replay, len(many))
 
     def first_call(self, c: Contender) -> tuple[Run, list[Run], tuple[Tensor, ...]]:
-        """Return what allocates everything, what is timed, and the results of a first call."""
+        """Return the run that shows peak memory, the runs to time, and a first call's results."""
         if self.row.what == "step":
             return self._step_runs(c)
         if self.cotangents is None:
@@ -211,7 +211,7 @@ class _Measuring:
         return both, [backward], backward()
 
     def _step_runs(self, c: Contender) -> tuple[Run, list[Run], tuple[Tensor, ...]]:
-        """Return steps on states of their own, together twice the last-level cache."""
+        """Return the runs of a step on several states, together twice the last-level cache."""
         p = self.problem
         size = p.state.numel() * p.state.element_size()
         copies = max(1, min(MOST_COPIES, -(-2 * self.device.facts.l2 // max(1, size))))
@@ -221,7 +221,7 @@ class _Measuring:
         return runs[0], runs, results
 
     def _time(self, entries: dict[str, _Entry]) -> None:
-        """Time the entries in turns, the device's work first, then whole calls."""
+        """Time the entries in turns: first the device's work, then whole calls."""
         for name, entry in list(entries.items()):
             try:
                 entry.replay()
@@ -258,6 +258,6 @@ def _single(replay: Callable[[], float]) -> Callable[[], tuple[float, ...]]:
 
 
 def _short(error: BaseException) -> str:
-    """Return an error in one line."""
+    """Return an error as one line of text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -1,4 +1,4 @@
-"""Who is measured by `bench gpu`: our backends and the peers, each fed in its own convention.
+"""Wrap the contenders of `bench gpu`, our backends and the peers, each in its own convention.
 
 A contender takes a `Problem` and returns a `Prepared`: a function that runs once more and a
 function that reads its result in our layouts. Conversions of gates and states are done before
@@ -27,11 +27,11 @@ from gdn_ops.dispatch.backend import installed_version
 
 @dataclass(frozen=True)
 class Prepared:
-    """One call, ready to run again and again.
+    """Hold one call, ready to run again and again.
 
     Attributes:
         run: does the work that is timed.
-        read: from what `run` returned to (o, final state (N, HV, K, V)).
+        read: turns the result of `run` into (o, final state (N, HV, K, V)).
     """
 
     run: Callable[[], Any]
@@ -39,12 +39,12 @@ class Prepared:
 
 
 class Contender:
-    """One implementation.
+    """Represent one implementation under measurement.
 
     Attributes:
         name: as printed.
-        version: of what brings it.
-        is_peer: whether it is somebody else's.
+        version: of the package that brings it.
+        is_peer: whether it is another library's.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Contender:
     is_peer = True
 
     def reasons(self, p: Problem) -> list[str]:
-        """Return why it cannot run a problem, as far as it is known without running it."""
+        """Return why the contender cannot run a problem, as far as is known without running it."""
         return []
 
     def sequence(self, p: Problem) -> Prepared:
@@ -65,7 +65,7 @@ class Contender:
 
 
 class Ours(Contender):
-    """A backend of this library."""
+    """Run a backend of this library."""
 
     is_peer = False
 
@@ -119,9 +119,9 @@ def _as_is(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class Fla(Contender):
-    """flash-linear-attention 0.5 and 0.6: its own kernels, not FlashQLA's that it may dispatch to.
+    """Run flash-linear-attention 0.5 or 0.6 on its own kernels, not dispatched to FlashQLA's.
 
-    The process that measures sets FLA_FLASH_QLA=0 (`gpu_worker.ENVIRONMENT`).
+    The process that measures sets FLA_FLASH_QLA=0 (`gdn_ops.bench.gpu.worker.ENVIRONMENT`).
     """
 
     name = "fla"
@@ -165,7 +165,7 @@ def _drop_token(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class FlashQla(Contender):
-    """flash_qla 0.1: sequences only."""
+    """Run flash_qla 0.1, which has sequences only."""
 
     name = "flash_qla"
 
@@ -194,7 +194,7 @@ class FlashQla(Contender):
 
 
 class FlashInfer(Contender):
-    """flashinfer 0.6 and 0.7: packed sequences with linear alpha, steps from raw gates."""
+    """Run flashinfer 0.6 or 0.7: packed sequences with linear alpha, steps from raw gates."""
 
     name = "flashinfer"
 
@@ -257,7 +257,7 @@ PEERS: dict[str, type[Contender]] = {"fla": Fla, "flash_qla": FlashQla, "flashin
 
 
 def contender(name: str) -> Contender | str:
-    """Return a peer or one of our backends, or why it is not there.
+    """Return the contender of that name, a peer or one of our backends, or why it cannot run.
 
     Raises:
         SpecError: nothing has that name.

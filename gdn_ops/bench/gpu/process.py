@@ -1,4 +1,4 @@
-"""A worker process and its orders: events as they come, an end by the clock if none comes."""
+"""Run a worker process: send it orders, yield its events, and stop it when its time is up."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ COMMAND = (sys.executable, "-m", "gdn_ops.bench.gpu.worker")
 
 
 class StoppedError(RuntimeError):
-    """Report that a worker ended, or was ended, before it was done. The text says why."""
+    """Report that a worker ended, or was ended, before its order was done; the text says why."""
 
 
 class Asked(Protocol):
-    """Who carries out orders."""
+    """Describe a worker that carries out orders."""
 
     def ask(self, order: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
-        """Yield the events of an order; raise StoppedError if it does not come to its end."""
+        """Yield the events of an order; raise StoppedError if the order is not completed."""
 
     def close(self) -> None:
-        """End it."""
+        """End the worker."""
 
 
 class Worker:
-    """A worker process. After a StoppedError it is of no more use."""
+    """Run a worker process; after a StoppedError it takes no more orders."""
 
     def __init__(self, command: Sequence[str] = COMMAND) -> None:
         # Open until the process ends, however that is.

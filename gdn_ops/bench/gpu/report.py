@@ -1,4 +1,4 @@
-"""The result of `bench gpu` as text and as a plot; needs matplotlib for the plot alone."""
+"""Show the result of `bench gpu` as text and as a plot; only the plot needs matplotlib."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COLOURS = ("#4c6ef5", "#12b886", "#f59f00", "#e64980", "#868e96", "#7950f2", "#
 
 
 def default_folder() -> Path:
-    """Return benchmarks/results of the checkout that this is, else the current folder."""
+    """Return benchmarks/results of this checkout, or the current folder outside of a checkout."""
     root = Path(gdn_ops.__file__).resolve().parents[1]
     results = root / "benchmarks" / "results"
     return results if (root / "pyproject.toml").is_file() and results.is_dir() else Path.cwd()
@@ -26,7 +26,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def line(row: GpuRow, outcomes: Sequence[Outcome]) -> str:
-    """Return a row in one line, told while the benchmark runs."""
+    """Return the outcomes of a row as one line, told while the benchmark runs."""
     parts = []
     for o in outcomes:
         shown = f"{_number(o.kernel)} ms" if o.status == "measured" else o.status
@@ -35,7 +35,7 @@ def line(row: GpuRow, outcomes: Sequence[Outcome]) -> str:
 
 
 def _remark(row: GpuRow, o: Outcome) -> str:
-    """Return goals reached or missed, and what is to be said of an outcome."""
+    """Return the remark on an outcome: its goals, reached or missed, and its reason."""
     parts = []
     for goal in row.goals:
         if goal.backend == o.contender:
@@ -76,7 +76,7 @@ def _cells(row: GpuRow, o: Outcome) -> tuple[str, ...]:
 
 
 def text(result: GpuResult) -> str:
-    """Return everything as a table in plain text."""
+    """Return the whole result as a table in plain text."""
     s = result.system
     lines = [f"{s['device']}, driver {s['driver']}, torch {s['versions']['torch']}, {s['date']}"]
     lines += [f"conformance of {c}" for c in result.conformance]
@@ -103,7 +103,7 @@ def text(result: GpuResult) -> str:
 
 
 def write(result: GpuResult, folder: Path) -> list[Path | str]:
-    """Write JSON and plot; return the paths, or why one is missing."""
+    """Write the result as JSON and plot; return the paths, or why the plot is missing."""
     written: list[Path | str] = [result.write_json(folder)]
     try:
         found = _plot(result, folder / f"{result.stem}.png")
@@ -113,7 +113,7 @@ def write(result: GpuResult, folder: Path) -> list[Path | str]:
 
 
 def _plot(result: GpuResult, path: Path) -> Path | None:
-    """Draw kernel times, a panel per row; what others published is hatched."""
+    """Draw kernel times, a panel per row; times that others published are hatched."""
     from matplotlib.figure import Figure
 
     panels = [(row, _bars(row, outcomes)) for row, outcomes in result.rows]
@@ -136,7 +136,7 @@ def _plot(result: GpuResult, path: Path) -> Path | None:
 
 
 def _bars(row: GpuRow, outcomes: Sequence[Outcome]) -> list[tuple[str, float, bool]]:
-    """Return (name, milliseconds, whether it is published and not measured)."""
+    """Return a row's bars: (name, milliseconds, whether published and not measured)."""
     bars = [(o.contender, o.kernel, False) for o in outcomes if o.kernel is not None]
     return [*bars, *((p.who, p.ms, True) for p in row.published if p.what == "kernel")]
 

@@ -1,4 +1,4 @@
-"""What `bench gpu` found: outcomes, and the result that is written after every row."""
+"""Hold the result of `bench gpu`: its outcomes, and the JSON that is written after every row."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a row says of one contender; times in milliseconds.
+    """Hold the outcome of one contender in a row; times in milliseconds.
 
     Attributes:
-        contender, version, is_peer: who.
+        contender, version, is_peer: name of the contender, its version, whether it is a peer.
         status: "measured", "unsupported", "failed", "wrong" or "left out".
         reason: why not "measured", or a remark.
         kernel, kernel_best: median and least time of the device's work.
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def roofline_seconds(row: GpuRow, device_name: str) -> float | None:
-    """Return the time below which the cost model says no kernel can be, at datasheet rates."""
+    """Return a row's least seconds by the cost model at datasheet rates, or None if unknown."""
     peaks, work = find_peaks(device_name), row.work()
     if peaks is None or work is None:
         return None
@@ -62,7 +62,7 @@ def roofline_seconds(row: GpuRow, device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Conformance:
-    """The short check of one of our backends before anything is timed.
+    """Hold the result of the short check of one of our backends, made before it is timed.
 
     Attributes:
         backend: its name.
@@ -96,12 +96,12 @@ def reached(goal: Goal, outcome: Outcome) -> bool | None:
 
 @dataclass
 class GpuResult:
-    """One run.
+    """Hold the result of one run.
 
     Attributes:
         system: device, driver, versions, date, time given.
         conformance: of each of our backends.
-        left_out: (name, reason) of who is not measured at all.
+        left_out: (name, reason) of every backend that is not measured at all.
         rows: every row with its outcomes, in the order in which they were measured.
         failed: whether a backend of ours is wrong.
     """
@@ -147,12 +147,12 @@ class GpuResult:
 
     @property
     def stem(self) -> str:
-        """Name of the files: "gpu-nvidia-h200"."""
+        """Return the name of the files without suffix: "gpu-nvidia-h200"."""
         name = "".join(c if c.isalnum() else "-" for c in str(self.system["device"]).lower())
         return f"gpu-{name.strip('-')}"
 
     def write_json(self, folder: Path) -> Path:
-        """Write all that is known; a reader sees the old file or the new one."""
+        """Write the result so far as JSON; a reader sees the old file or the new one."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.stem}.json"
         partial = path.with_suffix(".json.partial")

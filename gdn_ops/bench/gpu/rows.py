@@ -1,4 +1,4 @@
-"""The rows of `gdn-ops bench gpu` as data, the most important first.
+"""Define the rows of `gdn-ops bench gpu` as data, the most important first.
 
 The numbers in `published` are other people's, for comparison only: they were measured by them, on
 their machine, and stand in a column of their own.
@@ -20,12 +20,12 @@ PUBLISHED_ON = (
 
 @dataclass(frozen=True)
 class Published:
-    """A time that somebody published for a row.
+    """Hold a time that somebody published for a row.
 
     Attributes:
         who: the implementation.
         ms: milliseconds.
-        what: "kernel" or "wall", as in `gpu_measure.Outcome`.
+        what: "kernel" or "wall", as in `gdn_ops.bench.gpu.result.Outcome`.
     """
 
     who: str
@@ -35,7 +35,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Goal:
-    """What one of our backends is meant to reach on an H200.
+    """Hold a bound that one of our backends is meant to reach on an H200.
 
     Attributes:
         backend: its name.
@@ -50,7 +50,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class GpuRow:
-    """One measurement: a direction and a shape.
+    """Describe one measurement: a direction and a shape.
 
     Attributes:
         what: "forward", "backward" or "step".
@@ -76,7 +76,7 @@ class GpuRow:
 
     @property
     def sizes(self) -> Sizes:
-        """The axes; a packed batch has one row."""
+        """Return the axes; a packed batch has one row."""
         (h, hv), (k, v), n = self.heads, self.dims, len(self.lengths)
         if self.packed:
             return Sizes(1, sum(self.lengths), h, hv, k, v, n)
@@ -84,7 +84,7 @@ class GpuRow:
 
     @property
     def name(self) -> str:
-        """What is printed and looked up: "forward 16/64 T=8192"."""
+        """Return the name that is printed and looked up: "forward 16/64 T=8192"."""
         n, length = len(self.lengths), self.lengths[0]
         if self.what == "step":
             shape = f"B={n} {self.state_dtype} state"
@@ -99,7 +99,7 @@ class GpuRow:
         return f"{self.what} {self.heads[0]}/{self.heads[1]}{dims} {shape}{dtype}"
 
     def work(self) -> tuple[float, float] | None:
-        """Return (flops, bytes) of the spec's cost model, or None where it has none."""
+        """Return (flops, bytes) of the row by the spec's cost model, or None for a backward."""
         element = 4 if self.dtype == "float32" else 2
         if self.what == "backward":
             return None
@@ -121,7 +121,7 @@ def _forward(
     dims: tuple[int, int] = (128, 128),
     batch: bool = False,
 ) -> GpuRow:
-    """Return a forward row; `theirs` is FlashQLA, FlashInfer, FLA in milliseconds."""
+    """Return a forward row; `theirs` is milliseconds of FlashQLA, FlashInfer and FLA."""
     names = ("flash_qla", "flashinfer", "fla")
     published = tuple(Published(n, ms) for n, ms in zip(names, theirs or (), strict=False))
     goals = _goals(triton, tilelang)
@@ -138,7 +138,7 @@ def _backward(
     dims: tuple[int, int] = (128, 128),
     batch: bool = False,
 ) -> GpuRow:
-    """Return a backward row; `theirs` is FlashQLA, FLA in milliseconds."""
+    """Return a backward row; `theirs` is milliseconds of FlashQLA and FLA."""
     names = ("flash_qla", "fla")
     published = tuple(Published(n, ms) for n, ms in zip(names, theirs or (), strict=False))
     packed = len(lengths) > 1 and not batch
@@ -152,7 +152,7 @@ def _goals(triton: float | None, tilelang: float | None) -> tuple[Goal, ...]:
 
 
 def _step(batch: int, state: str = "float32") -> GpuRow:
-    """Return a row of one token, in place."""
+    """Return the row of an in-place step: one token for each row of a batch."""
     row = GpuRow("step", (16, 64), (1,) * batch, state_dtype=state)
     if (batch, state) != (1, "float32"):
         return row
@@ -209,10 +209,10 @@ ROWS = (
 
 
 def find_row(name: str) -> GpuRow:
-    """Return a row by its name.
+    """Return the row of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no row has that name.
     """
     for row in ROWS:
         if row.name == name:

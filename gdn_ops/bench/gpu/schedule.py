@@ -1,4 +1,4 @@
-"""The run of `bench gpu`: what is asked of which process, for how long, and who is to blame."""
+"""Schedule a run of `bench gpu`: order work from processes, limit its time, blame failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gdn_ops.bench.gpu.result import Conformance, GpuResult, Outcome
 from gdn_ops.bench.gpu.rows import ROWS, GpuRow
 
 SECONDS = 450.0
-"""For everything; with the plot and the imports this stays within eight minutes."""
+"""Time for everything; with the plot and the imports this stays within eight minutes."""
 
 PREPARE_SHARE = 0.35
 """The most of the time that checks and warm-ups may take."""
@@ -35,7 +35,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """Hold the plan of a run: backends, peers, rows and time.
 
     Attributes:
         backends: names of ours.
@@ -61,7 +61,7 @@ def run(
     start: Callable[[], Asked] = Worker,
     clock: Callable[[], float] = time.monotonic,
 ) -> GpuResult:
-    """Check, warm up, then measure until the rows or the time are at an end.
+    """Check our backends, warm contenders up, then measure rows until rows or time run out.
 
     Args:
         plan: what to measure.
@@ -77,7 +77,7 @@ def run(
 
 @dataclass
 class _Bench:
-    """One run."""
+    """Run one plan and collect its result."""
 
     plan: Plan
     result: GpuResult
@@ -110,7 +110,7 @@ class _Bench:
         return (*self.plan.backends, *self.plan.peers)
 
     def _prepare(self) -> None:
-        """Check ours and warm everybody up, side by side."""
+        """Check our backends and warm all contenders up, side by side."""
         ready = self.clock() + PREPARE_SHARE * self.plan.seconds
         self.tell(f"checking {', '.join(self.plan.backends)}; compiling for everybody")
         directions = dict.fromkeys(row.what for row in self.plan.rows)
@@ -148,7 +148,7 @@ class _Bench:
         return found
 
     def _warm(self, name: str, what: str, ready: float) -> str:
-        """Let a contender compile for one direction; return what to tell."""
+        """Let a contender compile for one direction; return a line that reports it."""
         before = self.clock()
         if ready - before < ROW_SECONDS[0]:
             return f"warm-up of {name}, {what}: no time"
@@ -169,7 +169,7 @@ class _Bench:
         return f"warm-up of {name}, {what}: {done} kinds in {self.clock() - before:.0f} s"
 
     def _row(self, row: GpuRow, rows_left: int) -> None:
-        """Measure one row and write everything."""
+        """Measure one row, then write the result so far."""
         found: dict[str, Outcome] = {}
         names = []
         for name in self._names():
@@ -192,7 +192,7 @@ class _Bench:
     def _measure(
         self, row: GpuRow, names: list[str], rows_left: int, found: dict[str, Outcome]
     ) -> bool:
-        """Ask for one row; return whether to ask again without those that are in `found`."""
+        """Order one row; return whether to order it again without the contenders in `found`."""
         left = self.end - self.clock()
         least, most = ROW_SECONDS
         if left < least:
@@ -226,7 +226,7 @@ class _Bench:
     def _blame(
         self, row: GpuRow, at: str, why: str, names: list[str], found: dict[str, Outcome]
     ) -> bool:
-        """Note who was at work when the worker ended; return whether to go on without."""
+        """Blame the contender at work when the worker ended; return whether to go on without it."""
         if at not in names:
             for name in names:
                 found.setdefault(name, self._left_out(name, f"not measured: {why}, at {at}"))

@@ -1,4 +1,4 @@
-"""Samples of several contenders in turns, and of whole calls by wall clock."""
+"""Sample several contenders in turns, and time whole calls by the wall clock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sample_in_turns(
     seconds: float,
     clock: Callable[[], float],
 ) -> dict[str, list[tuple[float, ...]]]:
-    """Sample everybody in turns; each round starts with the next one.
+    """Call samplers in turns; each round starts with the next one.
 
     Args:
         samplers: functions that measure once, by name.
@@ -37,7 +37,7 @@ def sample_in_turns(
 
 
 def time_calls(runs: Sequence[Run], device: Device) -> Callable[[], tuple[float, ...]]:
-    """Return a function that times one call: (until the device is done, until it returns)."""
+    """Return a function that times a call: (until the device is done, until the call returns)."""
     turn = 0
 
     def sample() -> tuple[float, ...]:

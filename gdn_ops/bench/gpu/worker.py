@@ -1,4 +1,4 @@
-"""The process that works for `bench gpu`: one order a line on stdin, events as JSON on stdout.
+"""Run the worker process of `bench gpu`: one order a line on stdin, JSON events on stdout.
 
 A kernel that hangs, a compiler that takes minutes or an illegal access ends this process and not
 the benchmark. What peers print goes to stderr.
@@ -32,14 +32,14 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 class Desk:
-    """Obeys orders; keeps contenders from one order to the next."""
+    """Carry out orders; keep contenders from one order to the next."""
 
     def __init__(self, device: Device, emit: Emit) -> None:
         self.device, self.emit = device, emit
         self.known: dict[str, Contender | str] = {}
 
     def obey(self, order: dict[str, Any]) -> None:
-        """Carry out one order; its events end with {"done": True}."""
+        """Carry out one order; emit its events, the last one being {"done": True}."""
         kind = order["do"]
         if kind == "row":
             row, found = find_row(order["row"]), self._contenders(order["contenders"])
@@ -56,7 +56,7 @@ class Desk:
         self.emit({"done": True})
 
     def _contenders(self, names: list[str]) -> list[Contender]:
-        """Return who is there; the others get their outcome at once."""
+        """Return the contenders that are available; emit the outcome of the others at once."""
         found = []
         for name in names:
             self.emit({"at": name})
@@ -70,7 +70,7 @@ class Desk:
         return found
 
     def _warm(self, row: GpuRow, name: str) -> None:
-        """Run a short version of a row, so that what it compiles is in the compiler's cache."""
+        """Run a short version of a row, so that its kernels are in the compiler's cache."""
         if row.what != "step":
             lengths = tuple(min(n, WARM_TOKENS) for n in row.lengths)
             row = replace(row, lengths=lengths)
@@ -84,7 +84,7 @@ class Desk:
 
 
 def main() -> None:
-    """Obey orders until stdin ends."""
+    """Carry out the orders on stdin until it ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
 

@@ -70,7 +70,7 @@ def accelerate(
 
 
 class Acceleration:
-    """What `accelerate` returns: the undo handle, and the account of what happened.
+    """Hold the patches of one `accelerate`: undo them, and keep account of what happened.
 
     Attributes:
         backend, architectures, strict: as given.
@@ -101,7 +101,7 @@ class Acceleration:
         _active.append(self)
 
     def undo(self) -> None:
-        """Put the very objects back that were replaced. A second call does nothing."""
+        """Put the replaced objects themselves back; a second call does nothing."""
         if self not in _active:
             return
         _active.remove(self)
@@ -113,17 +113,17 @@ class Acceleration:
 
     @property
     def replaced(self) -> tuple[str, ...]:
-        """What is replaced at present, as `module.name`."""
+        """Return the names of the objects replaced at present, as `module.name`."""
         return tuple(name for site in self._sites for name in site.replaced())
 
     def _covers(self, module: ModuleType) -> bool:
         return self.architectures is None or architecture_of(module.__name__) in self.architectures
 
     def _judge(self, module: ModuleType, site: Site | list[str]) -> str | None:
-        """Note what of a module is left to transformers; return it as a text, or None.
+        """Note the parts of a module left to transformers; return them as a text, or None.
 
         Raises:
-            SpecError: something is, and this use is strict.
+            SpecError: a part does not fit, and this use is strict.
         """
         plan = site.plan if isinstance(site, Site) else None
         reasons = site.plan.left if isinstance(site, Site) else site
@@ -146,7 +146,7 @@ class Acceleration:
         self._sites.append(site)
 
     def _meet(self, module: ModuleType) -> str | None:
-        """Replace what can be replaced in a module that was just loaded; return what to tell.
+        """Patch a module that was just loaded; return a text on parts that do not fit, or None.
 
         Raises:
             SpecError: it does not fit, and this use is strict.
@@ -193,7 +193,7 @@ def _version() -> str:
 
 
 def _site(module: ModuleType) -> Site | list[str]:
-    """Return the site of a module, examined unless it is patched already, or the objections."""
+    """Return the site of a module, examined unless patched already, or why it does not fit."""
     site = Site.known.get(module.__name__)
     if site is not None and site.module is module and site.users:
         return site
@@ -202,12 +202,12 @@ def _site(module: ModuleType) -> Site | list[str]:
 
 
 class _Finder:
-    """An import hook that patches a modeling module as soon as it is loaded."""
+    """Patch modeling modules as soon as they are loaded, as an import hook."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return the usual spec of a modeling module, whose loader patches at the end."""
+        """Return the usual spec of a modeling module, its loader patching the module at the end."""
         if architecture_of(name) is None:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)

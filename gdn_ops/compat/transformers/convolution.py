@@ -1,4 +1,4 @@
-"""Replace the short convolution of transformers' layers on CPUs: blocks of tokens, no transpose.
+"""Replace the short convolution of transformers' layers on CPUs by one in blocks of tokens.
 
 Elsewhere than on CPUs, in a graph, or for operands of a kind that is not known here, the original
 runs.
@@ -33,7 +33,7 @@ PARAMETERS = {
 
 
 def whole_convolution(original: Function) -> Function:
-    """Return what stands instead of `causal_conv1d_fn`."""
+    """Return the replacement of `causal_conv1d_fn`."""
 
     def causal_conv1d_fn(
         hidden_states: Tensor,
@@ -63,7 +63,7 @@ def whole_convolution(original: Function) -> Function:
 
 
 def convolution_update(original: Function) -> Function:
-    """Return what stands instead of `causal_conv1d_update`, which writes the next state."""
+    """Return the replacement of `causal_conv1d_update`, which also writes the next state."""
 
     def causal_conv1d_update(
         hidden_states: Tensor,
@@ -102,7 +102,7 @@ _REPLACEMENTS: dict[str, Callable[[Function], Function]] = {
 
 
 def examine_convolution(name: str, module: ModuleType) -> Function | str | None:
-    """Return what stands instead of a convolution of a module, why nothing can, or None.
+    """Return the replacement of a module's convolution, why there can be none, or None.
 
     None where the module has no such function.
     """
@@ -130,7 +130,7 @@ def _copy(x: Any) -> Any:
 
 
 def _run_of(function: Function, arguments: list[Any]) -> Callable[[], Sequence[Tensor]]:
-    """Return what calls a function and returns its result and the argument that it may write."""
+    """Return a function that makes a call; it returns the result and the argument written."""
     return lambda: (function(*arguments), arguments[1])
 
 

@@ -1,4 +1,4 @@
-"""One call of transformers' delta rule on gdn_ops: the arguments converted, the backend noted."""
+"""Run a call of transformers' delta rule on gdn_ops: convert arguments, note the backend."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def delta_rule(
     backend: str,
     note: Note,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run what `torch_chunk_gated_delta_rule` and `torch_recurrent_gated_delta_rule` compute.
+    """Compute `torch_chunk_gated_delta_rule` or `torch_recurrent_gated_delta_rule` by gdn_ops.
 
     Args:
         query, key: (B, T, H, K), or repeated to (B, T, HV, K).
@@ -86,7 +86,7 @@ def delta_rule(
 
 
 def _run(spec: OpSpec, arguments: dict[str, Any], note: Note) -> tuple[Tensor, Tensor]:
-    """Bind, select, note and run; a traced call goes through the public function."""
+    """Bind a call, note the selected backend and run it; trace through the public function."""
     q = arguments["q"]
     if torch.compiler.is_compiling() or q.is_meta or type(q) is not Tensor:
         note(spec.name, IN_A_GRAPH)

@@ -1,4 +1,4 @@
-"""Find the modeling modules of transformers that have the gated delta rule; none is listed here."""
+"""Find the modeling modules of transformers that have the gated delta rule, without a list."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def architecture_of(name: str) -> str | None:
 
 
 def functions_of(module: ModuleType) -> tuple[str, ...]:
-    """Return which of the two functions a module has."""
+    """Return the names out of FUNCTIONS, the delta rule's functions, that a module has."""
     # Not by getattr: it would make the lazy modules of transformers import things.
     return tuple(name for name in FUNCTIONS if vars(module).get(name) is not None)
 

@@ -1,4 +1,4 @@
-"""Examine a modeling module: what of it gdn_ops can replace, and why it cannot replace the rest.
+"""Examine a modeling module: find the parts that gdn_ops can replace, and why not the rest.
 
 Only the two functions of the delta rule are required, by what their parameters begin with. The
 convolution, the gated norm and the padding mask are found by what they are, tried, and left to
@@ -29,7 +29,7 @@ PACKAGE = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "fused_recurrent_gated_de
 
 @dataclass(frozen=True)
 class Layer:
-    """A class whose forward runs the delta rule.
+    """Describe a class whose forward runs the delta rule.
 
     Attributes:
         cls: the class.
@@ -44,15 +44,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What can be replaced in a module.
+    """Hold the parts of a module that can be replaced, and those that cannot.
 
     Attributes:
         rules: the two functions, by name.
         layers: the classes that run them.
-        convolutions: what stands instead of each convolution, by name.
+        convolutions: the replacement of each convolution, by name.
         norms: the classes whose forward is replaced.
-        left: what is there and does not fit, each with the reason.
-        absent: what this release has not got, so that nothing can be replaced.
+        left: parts that are there and do not fit, each with the reason.
+        absent: parts that this release does not have.
     """
 
     rules: dict[str, Rule]
@@ -64,7 +64,7 @@ class Plan:
 
 
 def examine(module: ModuleType) -> Plan | list[str]:
-    """Return what can be replaced in a module, or every reason why the delta rule cannot be."""
+    """Return the plan of a module, or every reason why its delta rule cannot be replaced."""
     found = {name: examine_rule(name, vars(module).get(name)) for name in FUNCTIONS}
     rules = {name: rule for name, rule in found.items() if isinstance(rule, Rule)}
     if len(rules) < len(FUNCTIONS):
@@ -100,7 +100,7 @@ def examine(module: ModuleType) -> Plan | list[str]:
 
 
 def _layers(module: ModuleType) -> list[Layer]:
-    """Return the classes of a module that call both functions, or hold both."""
+    """Return the layers of a module: classes that call, or hold, both functions."""
     found = []
     for cls in vars(module).values():
         if (
@@ -117,7 +117,7 @@ def _layers(module: ModuleType) -> list[Layer]:
 
 
 def _parameters(forward: Any) -> tuple[str, ...]:
-    """Return the names of what a forward takes, looking through decorators."""
+    """Return the names of a forward's parameters, looking through decorators."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     found: tuple[str, ...] = ()
     for function in layers_of(forward):

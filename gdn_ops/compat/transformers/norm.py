@@ -1,4 +1,4 @@
-"""Replace the gated norm of transformers' layers on CPUs, by blocks of rows.
+"""Replace the gated norm of transformers' layers on CPUs by one in blocks of rows.
 
 Elsewhere than on CPUs, in a graph, or for operands of a kind that is not known here, the original
 runs.
@@ -28,7 +28,7 @@ _GATES = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
 
 
 def gated_norm(original: Forward) -> Forward:
-    """Return what stands instead of the forward of a gated norm."""
+    """Return the replacement of a gated norm's forward."""
 
     @functools.wraps(original)
     def forward(self: Any, hidden_states: Tensor, *gates: Any, **options: Any) -> Tensor:
@@ -54,7 +54,7 @@ def gated_norm(original: Forward) -> Forward:
 
 
 def candidates(module: ModuleType) -> list[type[nn.Module]]:
-    """Return the classes of a module whose forward takes a gate for its hidden states."""
+    """Return the classes of a module whose forward takes hidden states and a gate."""
     return [
         cls
         for cls in vars(module).values()
@@ -72,7 +72,7 @@ def _takes_a_gate(forward: Any) -> bool:
 
 
 def objection_to(cls: type[nn.Module]) -> str | None:
-    """Return why the forward of a class cannot be replaced, or None: one is made and tried."""
+    """Try to replace the forward of a class; return why it cannot be replaced, or None."""
     original = vars(cls)["forward"]
     new = gated_norm(original)
     with plain_torch():
@@ -93,6 +93,6 @@ def objection_to(cls: type[nn.Module]) -> str | None:
 
 
 def _activations(norm: Any) -> tuple[str | None, ...]:
-    """Return the activations to try: that of a norm as made, and others if it has a choice."""
+    """Return the activations to try: None for the norm's own, and others if it has a choice."""
     has_choice = isinstance(getattr(norm, "activation", None), str)
     return (None, *_GATES) if has_choice else (None,)

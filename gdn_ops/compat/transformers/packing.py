@@ -1,4 +1,4 @@
-"""Keep packed sequences apart as transformers' own functions do: both parts of a layer, or none.
+"""Keep packed sequences apart in both parts of a layer, as transformers does, or refuse them.
 
 A layer is told of packed sequences twice: `cu_seqlens`, the boundaries, for the delta rule, and
 `seq_idx`, the number of every token's sequence, for the short convolution in front of it.
@@ -53,7 +53,7 @@ _has_package._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_packed(options: dict[str, Any]) -> bool:
-    """Return whether keywords of a layer tell of packed sequences."""
+    """Return whether the keywords of a layer describe packed sequences."""
     names = ("seq_idx", "cu_seq_lens_q", "cu_seqlens")
     return any(options.get(name) is not None for name in names)
 
@@ -99,13 +99,13 @@ def boundaries(
 
 
 def _starts(seq_idx: Tensor, tokens: int) -> Tensor:
-    """Return the boundaries where the number of the sequence changes."""
+    """Return the boundaries of sequences: the tokens at which `seq_idx` changes."""
     inside = seq_idx[0].diff().nonzero().flatten() + 1
     return torch.cat([inside.new_zeros(1), inside, inside.new_full((1,), tokens)]).int()
 
 
 def _check_agreement(cu_seqlens: Tensor, starts: Tensor) -> None:
-    """Check that both say the same; an empty sequence has no tokens to be numbered."""
+    """Check that `cu_seqlens` has the boundaries of `seq_idx`, empty sequences aside."""
     given, numbered = (torch.unique_consecutive(x).tolist() for x in (cu_seqlens, starts))
     if given != numbered:
         raise SpecError(

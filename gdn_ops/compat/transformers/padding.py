@@ -1,4 +1,4 @@
-"""Let the functions of a layer see its padding mask, and guard a cache against right padding."""
+"""Show a layer's padding mask to its functions, and guard a cache against right padding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PADDED = "_gdn_ops_right_padded"
 
 
 def mask_for(query: Tensor) -> Tensor | None:
-    """Return the mask of the running layer, if it is one for these tokens."""
+    """Return the padding mask of the running layer if it fits these tokens, else None."""
     mask: Tensor | None = getattr(_current, "mask", None)
     return mask if mask is not None and mask.shape == query.shape[:2] else None
 
@@ -37,7 +37,7 @@ def sequences() -> Tensor | None:
 def with_context(
     forward: Callable[..., Any], names: tuple[str, ...], holds_functions: bool
 ) -> Callable[..., Any]:
-    """Return a layer's forward that lets its functions see what it was given.
+    """Return a layer's forward, wrapped so that its functions see its mask and `seq_idx`.
 
     Args:
         forward: of the class.
@@ -66,7 +66,7 @@ def with_context(
 
 
 def _check_convolution(layer: nn.Module) -> None:
-    """Check that a layer has a convolution that is told of packed sequences."""
+    """Check that a layer has a convolution that can keep packed sequences apart."""
     if getattr(layer, "causal_conv1d_fn", None) is None:
         text = packing.WITHOUT_CONVOLUTION.format(layer=type(layer).__name__)
         raise SpecError(f"accelerate: {text}")
@@ -76,7 +76,7 @@ def _check_padding(layer: nn.Module, cache: Any, mask: Tensor | None) -> None:
     """Refuse to continue from a cache that was filled from rows padded on the right.
 
     Its memory is right, since padding is the identity, but its convolution would go on from the
-    padding. Filling one is fine: training and scoring do, and never look at it again.
+    padding. Filling such a cache is fine: training and scoring do, and never read it again.
     """
     index: Any = getattr(layer, "layer_idx", None)
     padded: dict[Any, int] = vars(cache).setdefault(_PADDED, {})
@@ -96,7 +96,7 @@ def _check_padding(layer: nn.Module, cache: Any, mask: Tensor | None) -> None:
 
 
 def _continues(cache: Any, index: Any) -> bool:
-    """Return whether a cache holds a state of a layer; caches ask for its index or not."""
+    """Return whether a cache holds the state of a layer; only some caches take its index."""
     has_previous = cache.has_previous_state
     if not callable(has_previous):
         return bool(has_previous)

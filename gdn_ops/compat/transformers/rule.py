@@ -1,4 +1,4 @@
-"""Replace the two functions of the delta rule, after trying them on examples."""
+"""Replace the two functions of the delta rule, after trying the replacements on examples."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ LEFT = "transformers"
 """Noted instead of a backend when the original ran."""
 
 ORIGINAL = "_gdn_ops_original"
-"""Attribute of a replacement: what it stands for."""
+"""Attribute of a replacement: the original that it replaces."""
 
 Function = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One of the two functions as a module has it.
+    """Hold one of the two functions of the delta rule, as a module has it.
 
     Attributes:
         name: of the function.
@@ -51,7 +51,7 @@ class Rule:
     further: dict[str, Any]
 
     def replacement(self, backend: Callable[[], str], note: Note) -> Function:
-        """Return what stands in the module instead.
+        """Return the replacement of the function, which runs on gdn_ops.
 
         Args:
             backend: says which backend to run on, at every call.
@@ -95,7 +95,7 @@ class Rule:
         return new
 
     def _caller(self, backend: Callable[[], str], note: Note) -> Function:
-        """Return what runs a call, its arguments sorted by what they are."""
+        """Return the function that runs a call, given its arguments sorted by kind."""
         further = self.further
 
         def run(
@@ -134,12 +134,12 @@ class Rule:
 
 
 def original_of(function: Any) -> Any:
-    """Return what a function was before it was replaced, where one module has it of another."""
+    """Return the original of a replacement taken from another module, else the function."""
     return getattr(function, ORIGINAL, function)
 
 
 def examine_rule(name: str, function: Any) -> Rule | str:
-    """Return one of the two functions, ready to be replaced, or why it cannot be."""
+    """Return the rule of one of the two functions, or why that function cannot be replaced."""
     if not callable(function):
         return f"it has no function {name}"
     original = original_of(function)
@@ -153,7 +153,7 @@ def examine_rule(name: str, function: Any) -> Rule | str:
 
 
 def _tried(rule: Rule) -> str | None:
-    """Return how the replacement differs from the original on examples, or None."""
+    """Try the replacement on examples; return how it differs from the original, or None."""
     new = rule.replacement(lambda: "torch", lambda op, backend: None)
     with plain_torch():
         for tensors, options in _examples(rule.name):
@@ -190,12 +190,12 @@ def _example(tokens: int, key_heads: int, value_heads: int, has_state: bool) -> 
 
 
 def _examples(name: str) -> Iterator[Example]:
-    """Yield calls as layers make them, before there is a state and after."""
+    """Yield example calls as layers make them, without an initial state and with one."""
     tokens = 9 if name == CHUNK else 1
     for has_state in (False, True):
         yield _example(tokens, 2, 2, has_state)
 
 
 def _grouped(name: str) -> Example:
-    """Return a call with fewer key heads than value heads."""
+    """Return an example call with fewer key heads than value heads."""
     return _example(9 if name == CHUNK else 1, 2, 4, True)

@@ -71,7 +71,7 @@ def _begins_with(function: Any, leading: tuple[str, ...]) -> bool:
 
 
 def leading_objection(name: str, function: Any, leading: tuple[str, ...]) -> str:
-    """Return what is wrong with a function that has no definition as it should be."""
+    """Return a text that says how a function's parameters begin, and how they should."""
     shown: list[str] = []
     for candidate in layers_of(function):
         named = [p.name for p in parameters_of(candidate).values() if p.kind in _BY_NAME]

@@ -1,4 +1,4 @@
-"""The patch of one modeling module: installed as a whole, taken back object by object."""
+"""Patch one modeling module: install everything at once, take it back object by object."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _MISSING = object()
 
 
 class User(Protocol):
-    """Whoever asked for the patch: the backend to run on, and the account of calls."""
+    """Describe a user of a patch: the backend to run on, and the account of calls."""
 
     backend: str
     calls: Counter[tuple[str, str, str]]
 
 
 class Site:
-    """One modeling module. Patched while somebody uses it; calls run for the latest user.
+    """Patch one modeling module while it has a user; calls run for the latest user.
 
     Attributes:
         module: the module.
         architecture: the model folder it is of.
         plan: what is replaced.
         users: who uses the patch, the latest last.
-        originals: what was replaced: (owner, name, the object).
+        originals: the replaced objects, as (owner, name, object).
     """
 
     known: ClassVar[dict[str, Site]] = {}
@@ -54,7 +54,7 @@ class Site:
             self._install()
 
     def remove(self, user: User) -> None:
-        """Forget a user; the last one takes the patch along."""
+        """Forget a user; undo the patch when the last one is gone."""
         self.users.remove(user)
         if not self.users:
             for owner, name, original in reversed(self.originals):
@@ -66,11 +66,11 @@ class Site:
             self._forget_graphs()
 
     def replaced(self) -> list[str]:
-        """Return the names of what is replaced."""
+        """Return the names of the replaced objects."""
         return [f"{getattr(owner, '__name__', owner)}.{name}" for owner, name, _ in self.originals]
 
     def backend(self) -> str:
-        """Return the backend of the latest user."""
+        """Return the name of the latest user's backend."""
         return self.users[-1].backend
 
     def note(self, op: str, backend: str) -> None:
@@ -96,7 +96,7 @@ class Site:
         self._forget_graphs()
 
     def _forget_graphs(self) -> None:
-        """Drop compiled graphs that would not notice the change.
+        """Drop the compiled graphs, which would not notice the change of a class.
 
         A graph checks the globals that it was made with, but not the attributes of a class.
         """
@@ -123,9 +123,9 @@ _count._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _held(attribute: str, originals: Iterable[Any], new: Any) -> property:
     """Return a property that shows `new` wherever a layer holds one of the originals.
 
-    A property of the class goes before what its instances hold, so that models which are loaded
-    already are reached, and nothing of theirs is changed. One that is built meanwhile holds the
-    original as well.
+    A property of the class takes precedence over what its instances hold, so that models which are
+    loaded already are reached, and nothing of theirs is changed. A model that is built meanwhile
+    holds the original as well.
     """
     replaced = [original for original in originals if original is not None]
 

@@ -1,4 +1,4 @@
-"""Try a replacement on an example: it must give what the original gives."""
+"""Try a replacement on an example: it must give the results of the original."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ ALLOWED = 1e-4
 
 
 class Draw:
-    """Random float32 tensors on the CPU, the same ones every time."""
+    """Draw random float32 tensors on the CPU, the same ones every time."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(0)
 
     def normal(self, *shape: int) -> Tensor:
-        """Return normal numbers."""
+        """Return a tensor of normal numbers."""
         return torch.randn(*shape, generator=self._generator)
 
     def uniform(self, *shape: int) -> Tensor:
-        """Return numbers in [0, 1)."""
+        """Return a tensor of numbers in [0, 1)."""
         return torch.rand(*shape, generator=self._generator)
 
 
