@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import gdn_ops
 from gdn_ops.bench.gpu import command, report, schedule
-from gdn_ops.bench.gpu.process import StoppedError
+from gdn_ops.bench.gpu.process import StoppedError, TimeUpError
 from gdn_ops.bench.gpu.result import Conformance, GpuResult, Outcome
 from gdn_ops.bench.gpu.rows import ROWS
 from gdn_ops.bench.gpu.schedule import Plan, run
@@ -86,7 +86,7 @@ class Script:
         yield {"at": name}
         if name in self.hangs:
             self.clock.now += seconds
-            raise StoppedError(f"stopped after {seconds:.0f} s")
+            raise TimeUpError(f"stopped after {seconds:.0f} s")
         if name in self.dies:
             raise StoppedError("the process ended with signal SIGSEGV")
         status = "wrong" if name in self.wrong else "measured"
@@ -207,7 +207,7 @@ def test_a_process_that_ends_while_timing_leaves_the_row_out(tmp_path: Path) -> 
                 yield from super().answer(order, seconds)
                 return
             yield {"at": "timing"}
-            raise StoppedError("stopped after 9 s")
+            raise TimeUpError("stopped after 9 s")
 
     result, _ = go(Timing(Clock()), tmp_path, rows=ROWS[:1])
     reasons = {o.reason for o in result.rows[0][1]}
@@ -231,16 +231,16 @@ def test_a_check_that_dies_is_red_and_one_that_is_too_slow_is_not(tmp_path: Path
         def answer(self, order: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
             if order["do"] == "check":
                 yield {"conformance": asdict(Conformance(order["backend"], True, 2, 11, 0.5))}
-                raise StoppedError(self.why)
+                raise self.why
             yield from super().answer(order, seconds)
 
     script = Checks(Clock())
-    script.why = "stopped after 30 s"  # type: ignore[attr-defined]
+    script.why = TimeUpError("stopped after 30 s")  # type: ignore[attr-defined]
     result, _ = go(script, tmp_path, rows=ROWS[:1])
     assert [(c.passed, c.examples, c.text) for c in result.conformance] == [
         (True, 2, "stopped after 30 s")
     ] * 2
-    script.why = "the process ended with exit code 1: RuntimeError"  # type: ignore[attr-defined]
+    script.why = StoppedError("the process ended with exit code 1: RuntimeError")  # type: ignore[attr-defined]
     assert go(script, tmp_path)[0].failed
 
 

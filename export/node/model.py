@@ -26,6 +26,10 @@ _OLDEST_IR = 10
 """The oldest IR version that has overloads and metadata of functions."""
 
 
+class NoNodeError(SpecError):
+    """Report a model that holds no node of ours."""
+
+
 @dataclass(frozen=True)
 class Node:
     """Describe one of our nodes, as read from a model.
@@ -72,7 +76,7 @@ def nodes_of(model: ModelProto) -> list[Node]:
                 f"in the graph: inline it with onnx.inliner.inline_selected_functions"
             )
     if not protos:
-        raise SpecError(
+        raise NoNodeError(
             f"the model holds no {' or '.join(f'{DOMAIN}::{name}' for name in OPERATORS)} node; "
             f"export a module that calls gated_delta_step or gated_delta with "
             f"gdn_ops.export.export_decode or export_prefill"

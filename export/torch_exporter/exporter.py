@@ -14,7 +14,7 @@ from onnx import ModelProto
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from gdn_ops.export.node.model import check_model, nodes_of, set_body
+from gdn_ops.export.node.model import NoNodeError, check_model, nodes_of, set_body
 from gdn_ops.export.node.naming import Names, name_values
 from gdn_ops.export.node.opsets import with_opset
 from gdn_ops.export.node.schema import SEQUENCE, STEP, Operator
@@ -208,9 +208,7 @@ def _export(
 def _nodes(label: str, operator: Operator, model: ModelProto) -> Sequence[Any]:
     try:
         return nodes_of(model)
-    except SpecError as error:
-        if "holds no" not in str(error):
-            raise
+    except NoNodeError:
         raise SpecError(
             f"{label}: the module calls no {operator.spec.name}, should call it; pass the module "
             f"itself: a program that torch.export made before holds the step in pieces"

@@ -22,6 +22,7 @@ from gdn_ops.bench.verify import RefusedError
 from gdn_ops.cli import bench_command, check_command, compile_command, export_command, info_command
 from gdn_ops.demo import show
 from gdn_ops.dispatch import registry
+from gdn_ops.dispatch.reasons import device_status, runs_or_emulates_here
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import FLOAT_DTYPES
 
@@ -108,9 +109,8 @@ def _checkable(name: str) -> list[str]:
             _fail(str(error))
         if isinstance(backend, str):
             _fail(f"backend {name!r} is not available: {backend}")
-        status = next(i.status for i in gdn_ops.list_backends() if i.name == name)
-        if status.startswith("no supported device"):
-            _fail(f"backend {name!r} is not available: {status}")
+        if not runs_or_emulates_here(backend.limits):
+            _fail(f"backend {name!r} is not available: {device_status(backend.limits)}")
         return [name]
     return [i.name for i in gdn_ops.list_backends() if i.status == "available"]
 

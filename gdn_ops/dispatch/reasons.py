@@ -17,9 +17,15 @@ vetoes: list[Veto] = []
 """Functions that return a reason why "auto" may not give a call to a backend, or None."""
 
 
-def reasons(backend: Backend, call: Call) -> list[str]:
-    """Return every reason why a backend cannot run a call; an empty list means it can."""
-    found = _limit_reasons(backend.limits, call)
+def reasons(backend: Backend, call: Call, *, on_any_device: bool = False) -> list[str]:
+    """Return every reason why a backend cannot run a call; an empty list means it can.
+
+    Args:
+        backend: the backend.
+        call: the bound call.
+        on_any_device: leave out that its tensors are on another device than it needs.
+    """
+    found = _limit_reasons(backend.limits, call, on_any_device)
     found += backend.reasons(call)
     return found
 
@@ -37,13 +43,14 @@ def reasons_under_auto(backend: Backend, call: Call) -> list[str]:
     return found
 
 
-def _limit_reasons(limits: Limits, call: Call) -> list[str]:
+def _limit_reasons(limits: Limits, call: Call, on_any_device: bool) -> list[str]:
     """Return the reasons against a call that follow from a backend's limits."""
     found: list[str] = []
     device = call.device.type
     if call.op.name not in limits.ops:
         found.append(f"op {call.op.name} (supported: {', '.join(limits.ops)})")
-    if "*" not in limits.devices and device not in limits.devices + limits.emulated_devices:
+    runs_on = {*limits.devices, *limits.emulated_devices}
+    if not on_any_device and not runs_on & {"*", device}:
         found.append(f"device {device} (supported: {', '.join(limits.devices)})")
     dtype = dtype_name(call.q.dtype)
     if dtype not in limits.dtypes:
@@ -90,14 +97,22 @@ def _head_dim_reasons(limits: Limits, call: Call) -> list[str]:
     return found
 
 
+def _devices_here() -> set[str]:
+    """Return the device types that this machine has."""
+    here = {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}
+    return here | {"mps"} if torch.backends.mps.is_available() else here
+
+
+def runs_or_emulates_here(limits: Limits) -> bool:
+    """Return whether a device of this machine is one that a backend runs or emulates on."""
+    return bool({"*", *_devices_here()} & {*limits.devices, *limits.emulated_devices})
+
+
 def device_status(limits: Limits) -> str:
     """Return "available", or why a backend with these limits is not available on this machine."""
-    here = {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}
-    if torch.backends.mps.is_available():
-        here.add("mps")
-    if "*" in limits.devices or here & set(limits.devices):
+    if {"*", *_devices_here()} & set(limits.devices):
         return "available"
-    if here & set(limits.emulated_devices):
+    if runs_or_emulates_here(limits):
         return "emulates only: no supported device here"
     return f"no supported device here (supported: {', '.join(limits.devices)})"
 

@@ -25,6 +25,10 @@ class StoppedError(RuntimeError):
     """Report that a worker ended, or was ended, before its order was done; the text says why."""
 
 
+class TimeUpError(StoppedError):
+    """Report that a worker was ended because its time was up."""
+
+
 class Asked(Protocol):
     """Describe a worker that carries out orders."""
 
@@ -72,7 +76,7 @@ class Worker:
                 line = self._lines.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 self.close()
-                raise StoppedError(f"stopped after {seconds:.0f} s") from None
+                raise TimeUpError(f"stopped after {seconds:.0f} s") from None
             if line is None:
                 raise StoppedError(self._last_words())
             try:

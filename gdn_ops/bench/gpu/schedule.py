@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gdn_ops.bench.gpu import report
-from gdn_ops.bench.gpu.process import Asked, StoppedError, Worker
+from gdn_ops.bench.gpu.process import Asked, StoppedError, TimeUpError, Worker
 from gdn_ops.bench.gpu.result import Conformance, GpuResult, Outcome
 from gdn_ops.bench.gpu.rows import ROWS, GpuRow
 
@@ -141,7 +141,7 @@ class _Bench:
                     found = Conformance(**event["conformance"])
         except StoppedError as error:
             # Too slow is not wrong, but a process that dies is.
-            passed = found.passed and str(error).startswith("stopped")
+            passed = found.passed and isinstance(error, TimeUpError)
             return Conformance(name, passed, found.examples, found.total, found.worst, str(error))
         finally:
             worker.close()
