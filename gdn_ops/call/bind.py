@@ -170,7 +170,7 @@ def bind(spec: OpSpec, arguments: Mapping[str, Any], *, check_values: bool = Tru
 
 
 MOST_CHECKED = 4096
-"""How many checked structures are remembered before all are forgotten."""
+"""Forget all checked structures when there are so many."""
 
 _checked: dict[tuple[Any, ...], Structure] = {}
 

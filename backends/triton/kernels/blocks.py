@@ -140,8 +140,8 @@ def halves(m, n: tl.constexpr, b: tl.constexpr):
 
 
 SINGLES_SPILL = tl.constexpr(version_key(triton.__version__) < version_key("3.9"))
-"""Whether `prepare` spills 18 to 34 registers on sm_90 where a batch of one is multiplied as a
-batch. Not from 3.9 on, where a product of two dimensions costs 57 registers more than the batch."""
+"""Say that a batch of one must be multiplied in two dimensions: as a batch it makes `prepare` spill
+18 to 34 registers on sm_90 before Triton 3.9. From 3.9 on two dimensions cost 57 registers more."""
 
 
 @triton.jit
