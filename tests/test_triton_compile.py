@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -246,6 +248,28 @@ def test_a_kernel_of_a_reference_is_judged_as_one_whoever_launches_it_first() ->
     (row,) = compile_ahead(Spilling(), "sm_90", [varied, reference])
     assert row.sample == varied.label
     assert row.failures == (f"spills are {row.spills}, should be none",)
+
+
+def test_sources_are_translated_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, most = [], []
+    make_ir = triton.compiler.ASTSource.make_ir
+
+    def slow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inside.append(self)
+        most.append(len(inside))
+        time.sleep(0.05)
+        try:
+            return make_ir(self, *args, **kwargs)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(triton.compiler.ASTSource, "make_ir", slow)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    # Results that are in Triton's cache are not translated again.
+    monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
+    samples = [sequence(T=t) for t in (4095, 4096)]
+    assert len(list(compile_ahead(Gathering(), "sm_90", samples))) == 2
+    assert most == [1, 1]
 
 
 # What a compiler prints is read.

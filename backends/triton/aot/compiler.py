@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,21 @@ TARGETS: dict[str, GPUTarget] = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 """A100, H100 and H200, B200, MI300: backend, architecture, threads of a warp."""
+
+
+_front_end = threading.Lock()
+
+
+class _Source(ASTSource):  # type: ignore[misc]
+    """Describe a kernel whose source is translated by one thread at a time.
+
+    Before 3.11.8 Python's ast.parse raises a SystemError where two threads parse at once. The
+    translation holds the GIL anyway; what takes time comes after it.
+    """
+
+    def make_ir(self, *args: Any, **kwargs: Any) -> Any:
+        with _front_end:
+            return super().make_ir(*args, **kwargs)
 
 
 class Job(NamedTuple):
@@ -91,7 +107,7 @@ def specialised(launch: Launch, target: str, sample: Sample) -> tuple[Any, Job]:
         compiler, launch.kwargs, bound, specialisation, {}
     )
     key = (kernel.cache_key, repr(specialisation), repr(options))
-    source = ASTSource(kernel, signature, constexprs, attrs)
+    source = _Source(kernel, signature, constexprs, attrs)
     return key, Job(sample.label, sample.is_reference, launch, source, options)
 
 
