@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from fences import fenced
 from hypothesis import HealthCheck, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 from torch import Tensor
+
+from fences import fenced
 
 # Drawing tensors is slow by hypothesis' measure, and the first call of a backend may compile.
 _SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large)

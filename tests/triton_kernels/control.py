@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from triton_kernels import helpers
 from triton_kernels.helpers import BIAS, affine
 

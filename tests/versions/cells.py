@@ -21,7 +21,7 @@ class Group:
         package: the package, or "python".
         versions: the cells: numbers ("5.12" is any 5.12.x), "lowest" (of pyproject.toml),
             "locked" or "newest".
-        tests: files in tests/, with shell patterns, or parameters of one file.
+        tests: files below tests/, with shell patterns, or parameters of one file.
         keyword: pytest's -k.
         beside: packages that are resolved with it, because they follow its version.
         deps: whether what the package requires is installed too.
@@ -61,7 +61,7 @@ class Cell:
 
 def page(name: str) -> str:
     """Return the test that runs the examples of a page of docs/."""
-    return f"test_docs.py::test_a_page_prints_what_it_shows[docs/{name}.md]"
+    return f"repository/test_docs.py::test_a_page_prints_what_it_shows[docs/{name}.md]"
 
 
 TRANSFORMERS = Group(
@@ -70,9 +70,9 @@ TRANSFORMERS = Group(
         *("4.57", "5.0", "5.4", "5.8", "5.12", "5.13", "5.14", "5.15", "5.16", "5.20", "5.23"),
         *("5.24", "newest"),
     ),
-    ("test_compat_transformers*.py", "test_compat_bench_models.py", page("transformers")),
+    ("compat/transformers/test_*.py", "bench/test_models.py", page("transformers")),
 )
-ONNX_TESTS = ("test_onnx_*.py", "test_nn_export.py", page("onnx"))
+ONNX_TESTS = ("export/**/test_*.py", "cli/test_export.py", "nn/test_export.py", page("onnx"))
 ONNXRUNTIME = Group(
     "onnxruntime", ("lowest", "1.25", "1.26", "1.27", "1.28", "1.31", "1.32"), ONNX_TESTS
 )
@@ -81,24 +81,25 @@ TORCH = Group(
     "torch",
     ("lowest", "2.11", "locked", "newest"),
     (
-        *("test_library*.py", "test_bind.py", "test_steps.py", "test_nn*.py", "test_registry.py"),
-        *("test_onnx_export.py", "test_conformance.py"),
+        *("torch_ops/test_*.py", "call/test_*.py", "dispatch/test_*.py", "nn/test_*.py"),
+        *("export/torch_exporter/test_modules.py", "testing/test_conformance.py"),
     ),
     # Of the kit only what is made of torch.
     keyword="not test_conformance or torch or compile or naive",
 )
 # A torch may pin another Triton, so nothing else is asked to fit.
-TRITON = Group("triton", ("3.6", "3.9"), ("test_triton*.py",), deps=False)
+TRITON = Group("triton", ("3.6", "3.9"), ("backends/triton/test_*.py",), deps=False)
 # Not what is compiled for GPUs and what only takes longer to be as sure: `make test` runs all.
 PYTHON = Group(
     "python",
     ("3.11", "newest"),
     (
-        *("test_bind.py", "test_certificate.py", "test_cli.py", "test_compat_*.py", "test_demo.py"),
-        *("test_docs.py", "test_imports.py", "test_library*.py", "test_lint.py", "test_nn*.py"),
-        *("test_onnx_*.py", "test_package.py", "test_registry.py", "test_spec.py"),
-        *("test_steps.py", "test_tilelang_language.py", "test_triton.py"),
-        *("test_triton_interpret.py", "test_versions*.py"),
+        *("bench/test_models.py", "call/test_*.py", "cli/test_*.py", "compat/**/test_*.py"),
+        *("demo/test_*.py", "dispatch/test_*.py", "environment/test_*.py", "export/**/test_*.py"),
+        *("nn/test_*.py", "repository/test_docs.py", "repository/test_imports.py"),
+        *("repository/test_package.py", "spec/test_*.py", "testing/test_lint.py"),
+        *("torch_ops/test_*.py", "versions/test_*.py", "backends/tilelang/test_language*.py"),
+        *("backends/triton/test_backend.py", "backends/triton/test_interpret*.py"),
     ),
 )
 

@@ -1,0 +1,280 @@
+"""The backward of the TileLang backend: what the kit cannot draw. Segments, bits, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fences import fenced, fences
+from gdn_ops.call.bind import bind
+from gdn_ops.kernel_support.launches import recording
+from gdn_ops.kernel_support.tuning import Row
+from gdn_ops.spec.ops import GATED_DELTA
+from gdn_ops.testing import Example
+from gdn_ops.testing.example import Results, run
+from gdn_ops.testing.oracle import judge, judgement
+
+pytest.importorskip("tilelang")
+
+from gdn_ops.backends import tilelang as backend
+from gdn_ops.backends.tilelang.host import backward, forward, table
+from gdn_ops.backends.tilelang.host import config as configs
+from gdn_ops.backends.tilelang.host.shapes import Tiles
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:backend 'tilelang' emulates"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+CPU = torch.device("cpu")
+
+LENGTHS = (70, 0, 1, 165, 64, 0)
+"""Two chunks, none, one token, three chunks, one that is full, none."""
+
+PACKED = Example(
+    T=sum(LENGTHS), lengths=LENGTHS, H=2, R=2, K=48, V=80, dtype="bfloat16", gate="extreme",
+    beta="wide", initial_state=True, seed=5,
+)  # fmt: skip
+"""Head dims off the tiles, in a class that the kit draws from."""
+
+
+def _using(example: Example, **changes: Any) -> AbstractContextManager[None]:
+    """Return a context in which a row with changes is what the calls of an example get."""
+    key = configs.sequence_key(CPU, getattr(torch, example.dtype), example.K)
+    return configs.using(Row(key, dataclasses.replace(table.SEQUENCE[key], **changes)))
+
+
+def _same(found: Results, expected: Results) -> None:
+    for name, x in expected.items():
+        assert torch.equal(found[name], x), name
+
+
+# Segments and configurations.
+
+
+@pytest.mark.parametrize(
+    ("changes", "segment"),
+    [
+        ({}, 1),
+        ({}, 2),
+        ({"gate": "slow", "log_gate": True, "qk_l2norm": True}, 1),
+        ({"rule": "delta"}, 1),
+        ({"rule": "gated", "gate": "slow"}, 1),
+        ({"lengths": None, "B": 2, "T": 130, "initial_state": False}, 2),
+    ],
+)
+def test_segments_have_the_gradients_of_the_definition(
+    changes: dict[str, Any], segment: int
+) -> None:
+    example = dataclasses.replace(PACKED, **changes)
+    judgement(example)
+    with _using(example, segment=segment):
+        verdict = judge(example, "tilelang")
+    assert verdict.passed, verdict
+
+
+def test_segments_are_float32_in_a_float32_call() -> None:
+    example = dataclasses.replace(PACKED, K=16, V=48, dtype="float32", gate="slow")
+    reference = judgement(example).reference
+    with _using(example, segment=1):
+        found = example.run("tilelang")
+    for name, x in found.items():
+        error = (x.double() - reference[name]).norm() / reference[name].norm()
+        assert error < 2e-6, name
+
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "narrow blocks of V": {"reverse": Tiles(16, 128, 0), "gradients": Tiles(16, 128, 0)},
+    "wide blocks of V": {"reverse": Tiles(128, 256, 1), "gradients": Tiles(128, 256, 2)},
+    "short chunks": {"C": 32},
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_no_configuration_changes_the_gradients(choice: str) -> None:
+    judgement(PACKED)
+    with _using(PACKED, **CHOICES[choice]):
+        verdict = judge(PACKED, "tilelang")
+    assert verdict.passed, verdict
+
+
+def test_a_column_of_v_does_not_depend_on_the_block_that_it_is_in() -> None:
+    expected = PACKED.run("tilelang")
+    with _using(PACKED, reverse=Tiles(16, 128, 0)):
+        _same(PACKED.run("tilelang"), expected)
+
+
+# Bits.
+
+
+def _without(x: Tensor, name: str, length: int, begin: int, n: int) -> Tensor:
+    """Return what one packed sequence has of an argument or a result."""
+    return x[n : n + 1] if name.endswith("state") else x[:, begin : begin + length]
+
+
+@pytest.mark.parametrize("segment", [None, 1])
+def test_a_sequence_has_the_gradients_that_it_has_alone(segment: int | None) -> None:
+    arguments, cotangents = PACKED.arguments(), PACKED.cotangents()
+    with _using(PACKED, segment=segment):
+        packed = run(arguments, "tilelang", cotangents)
+        begin = 0
+        for n, length in enumerate(LENGTHS):
+            alone = {
+                name: _without(x, name, length, begin, n)
+                for name, x in arguments.items()
+                if isinstance(x, Tensor) and name != "cu_seqlens"
+            }
+            given = {"cu_seqlens": torch.tensor([0, length])}
+            d_o, d_state = (
+                _without(x, name, length, begin, n)
+                for name, x in zip(("o", "final_state"), cotangents, strict=True)
+            )
+            found = run(arguments | given | alone, "tilelang", (d_o, d_state))
+            _same(found, {k: _without(x, k, length, begin, n) for k, x in packed.items()})
+            begin += length
+
+
+def test_no_number_reaches_another_sequence() -> None:
+    # The third sequence ends within a chunk, after which the next one's tokens follow.
+    arguments, (d_o, d_state) = PACKED.arguments(), PACKED.cotangents()
+    expected = run(arguments, "tilelang", (d_o, d_state))
+    begin, end = sum(LENGTHS[:3]), sum(LENGTHS[:4])
+    spoilt = {name: arguments[name].clone() for name in ("q", "k", "v", "beta")}
+    d_o, d_state = d_o.clone(), d_state.clone()
+    for x in (*spoilt.values(), d_o):
+        x[:, begin:end] = torch.nan
+    d_state[3] = torch.inf
+    found = run(arguments | spoilt, "tilelang", (d_o, d_state))
+    for name, x in expected.items():
+        if name.endswith("state"):
+            others = [0, 1, 2, 4, 5]
+            assert torch.equal(found[name][others], x[others]), name
+        else:
+            assert torch.equal(found[name][:, :begin], x[:, :begin]), name
+            assert torch.equal(found[name][:, end:], x[:, end:]), name
+    assert bool(found["d_q"][:, begin:end].isnan().all())
+
+
+@pytest.mark.parametrize("at", [1, 63, 64, 100])
+def test_a_reset_passes_no_gradient_back(at: int) -> None:
+    example = Example(
+        T=130, H=1, R=2, K=48, V=80, dtype="bfloat16", gate="slow", initial_state=True, seed=2
+    )
+    arguments, (d_o, d_state) = example.arguments(), example.cotangents()
+    arguments["alpha"][:, at] = 0.0
+    d_o[:, :at] = 0.0
+    found = run(arguments, "tilelang", (d_o, d_state))
+    for name in ("d_q", "d_k", "d_v", "d_beta", "d_alpha"):
+        assert not bool(found[name][:, :at].any()), name
+        assert bool(found[name][:, at:].any()), name
+    assert not bool(found["d_initial_state"].any())
+    # The gate that is 0 has a gradient all the same: it would let the past through.
+    assert bool((found["d_alpha"][:, at] != 0).all())
+
+
+@pytest.mark.parametrize("at", [5, 64, 90])
+def test_what_is_asked_of_the_past_changes_no_bit_of_the_present(at: int) -> None:
+    example = Example(
+        T=130, H=1, R=2, K=48, V=80, dtype="bfloat16", gate="extreme", initial_state=True, seed=4
+    )
+    arguments, (d_o, d_state) = example.arguments(), example.cotangents()
+    expected = run(arguments, "tilelang", (d_o, d_state))
+    changed = d_o.clone()
+    changed[:, :at] *= -3.0
+    found = run(arguments, "tilelang", (changed, d_state))
+    for name in ("d_q", "d_k", "d_v", "d_beta", "d_alpha"):
+        assert torch.equal(found[name][:, at:], expected[name][:, at:]), name
+        assert not torch.equal(found[name][:, :at], expected[name][:, :at]), name
+
+
+# Memory: inputs and scratch lie between fences, and every scratch tensor starts as NaN.
+
+
+@pytest.mark.parametrize(
+    ("changes", "segment"),
+    [
+        ({}, None),
+        ({}, 1),
+        ({"rule": "linear", "qk_l2norm": True}, 1),
+        ({"K": 16, "V": 48, "dtype": "float32"}, None),
+    ],
+)
+def test_no_kernel_touches_memory_that_is_not_its_own(
+    changes: dict[str, Any], segment: int | None, allocated: list[Tensor]
+) -> None:
+    example = dataclasses.replace(PACKED, **changes)
+    arguments, (d_o, d_state) = example.arguments(), example.cotangents()
+    between = {
+        name: fenced(x, float("nan")) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
+    cotangents = (fenced(d_o, float("nan")), fenced(d_state, float("nan")))
+    with _using(example, segment=segment):
+        expected = run(arguments, "tilelang", (d_o, d_state))
+        allocated.clear()
+        found = run(between, "tilelang", cotangents)
+    assert len(allocated) >= 10
+    for x in allocated:
+        assert bool((fences(x) == 7.0).all()), tuple(x.shape)
+    # NaN from a fence, or from what nothing has written, would be in the results.
+    for name, x in found.items():
+        assert not bool(x.isnan().any()), name
+    _same(found, expected)
+
+
+@pytest.mark.parametrize("segment", [None, 1])
+def test_tokens_of_no_sequence_are_not_written(
+    segment: int | None, allocated: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a program writes past the end of its sequence, the next one's program would hide.
+    end = LENGTHS[0]
+    boundaries = torch.tensor([0, end], dtype=torch.int32)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "cu_of", lambda call: boundaries)
+    with _using(PACKED, segment=segment):
+        found = run(PACKED.arguments(), "tilelang", PACKED.cotangents())
+    for name in ("o", "d_q", "d_k", "d_v", "d_alpha", "d_beta"):
+        assert bool(found[name][:, :end].isfinite().all()), name
+        assert bool(found[name][:, end:].isnan().all()), name
+    for name in ("final_state", "d_initial_state"):
+        assert bool(found[name][0].isfinite().all()), name
+        assert bool(found[name][1:].isnan().all()), name
+
+
+# Launches.
+
+
+@pytest.mark.parametrize("segment", [None, 2])
+def test_backward_takes_three_launches_and_five_with_segments(segment: int | None) -> None:
+    tilelang = backend.TileLang()
+    low: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
+    arguments = {a.name: a.default for a in GATED_DELTA.attrs} | {
+        "q": torch.empty(1, 512, 2, 128, **low, requires_grad=True),
+        "k": torch.empty(1, 512, 2, 128, **low),
+        "v": torch.empty(1, 512, 4, 128, **low),
+        "alpha": None,
+        "beta": torch.empty(1, 512, 4, device="meta"),
+        "log_alpha": torch.empty(1, 512, 4, device="meta"),
+        "initial_state": None,
+        "cu_seqlens": None,
+    }
+    call = bind(GATED_DELTA, arguments, check_values=False)
+    key = ("sm_90a", 128, "low")
+    row = Row(key, dataclasses.replace(table.SEQUENCE[key], segment=segment))
+    with torch.no_grad(), recording("sm_90a") as launches, configs.using(row):
+        out = tilelang.forward(call)
+        before = len(launches)
+        grads = tilelang.backward(
+            call, out.saved, torch.empty_like(out.o), torch.empty_like(out.final_state)
+        )
+    names = [launch.kernel.__name__ for launch in launches[before:]]
+    between = [] if segment is None else ["reverse", "compose"]
+    assert names == ["walk", *between, "reverse", "gradients"]
+    modes = [launch.kwargs.get("mode") for launch in launches[before:]]
+    assert modes == ["states", *(["shift", None] if between else []), "gradients", None]
+    assert grads.q is not None and grads.q.shape == call.q.shape and grads.state is None

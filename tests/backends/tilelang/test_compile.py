@@ -1,0 +1,388 @@
+"""TileLang kernels compiled without a GPU: what is wrong for one is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+tilelang = pytest.importorskip("tilelang")
+
+from gdn_ops import GATED_DELTA, GATED_DELTA_STEP  # noqa: E402
+from gdn_ops.aot import sampling  # noqa: E402
+from gdn_ops.aot.gpu_limits import Granted  # noqa: E402
+from gdn_ops.aot.results import CompiledKernel, Sample  # noqa: E402
+from gdn_ops.backends.tilelang.aot import cubin  # noqa: E402
+from gdn_ops.backends.tilelang.aot.compiler import Job, compile_ahead, compile_jobs  # noqa: E402
+from gdn_ops.backends.tilelang.aot.cubin import compile_kernel  # noqa: E402
+from gdn_ops.backends.tilelang.host import toolchain  # noqa: E402
+from gdn_ops.backends.tilelang.host.config import TARGETS  # noqa: E402
+from gdn_ops.backends.tilelang.host.launcher import launch  # noqa: E402
+from gdn_ops.call.bind import Call  # noqa: E402
+from gdn_ops.cli.commands import app  # noqa: E402
+from gdn_ops.dispatch.backend import Backend, Forward  # noqa: E402
+from gdn_ops.dispatch.registry import get_backend  # noqa: E402
+from gdn_ops.kernel_support.launches import Launch  # noqa: E402
+from gdn_ops.spec.language import Limits  # noqa: E402
+from gdn_ops.spec.ops import OPS  # noqa: E402
+from tilelang_kernels import compiled as kernels  # noqa: E402
+
+GPUS = ("sm_90a", "sm_80")
+TILE = {"M": 64, "N": 64, "K": 64, "dtype": "bfloat16", "threads": 128}
+CALM = {"M": 16, "N": 64, "threads": 64}
+
+
+def what_is_missing() -> str:
+    try:
+        cubin.check("sm_80")
+    except FileNotFoundError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing())
+
+
+def compiled(
+    target: str,
+    make: Any,
+    *,
+    is_reference: bool = True,
+    granted: Granted | None = None,
+    **constants: Any,
+) -> CompiledKernel:
+    """Compile one launch as if the reference made it."""
+    job = Job("a sample", is_reference, Launch(make, (), (), constants))
+    (row,) = compile_jobs([job], target, granted)
+    return row
+
+
+# What is wrong is found.
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [
+        ("sm_90a", "HGMMA"),
+        ("sm_80", "HMMA"),
+        pytest.param("sm_100a", "HMMA", marks=pytest.mark.slow),
+        pytest.param("sm_120a", "HMMA", marks=pytest.mark.slow),
+    ],
+)
+def test_every_target_multiplies_in_its_matrix_unit(target: str, instruction: str) -> None:
+    row = compiled(target, kernels.product, **TILE)
+    assert row.target == target and row.kernel == "product" and row.sample == "a sample"
+    assert row.options == TILE
+    assert row.instructions.keys() == {instruction}
+    # 64 x 64 x 64 by an instruction of 64 x 64 x 16 a warp group, or of 16 x 8 x 16 a warp.
+    assert row.instructions[instruction] == {"HGMMA": 4, "HMMA": 32}[instruction]
+    assert row.shared == 2 * 64 * 64 * 2
+    assert 32 < row.registers <= 255 and row.spills == row.stack == 0
+    assert row.failures == () and row.note == "" and row.seconds > 0
+
+
+@pytest.mark.parametrize(("target", "most"), [("sm_90a", 232448), ("sm_80", 166912)])
+def test_more_shared_memory_than_a_program_has_is_a_failure(target: str, most: int) -> None:
+    row = compiled(target, kernels.product, **TILE | {"K": 1024})
+    assert row.shared == 2 * 64 * 1024 * 2
+    text = f"shared memory is 262144 bytes, should be at most {most} on {target}"
+    assert row.failures == (text,)
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_spills_are_a_failure_of_a_reference_unless_they_are_granted(target: str) -> None:
+    # A warp must hold all of x: 320 registers a thread.
+    constants = {"M": 80, "N": 128, "threads": 32}
+    row = compiled(target, kernels.normalise, **constants)
+    assert row.spills > 0 and row.stack > 0 and row.registers == 255
+    assert row.failures == (f"spills are {row.spills}, should be none",)
+    assert compiled(target, kernels.normalise, is_reference=False, **constants).failures == ()
+    granted = {("normalise", target): (row.spills, "all of x is needed twice")}
+    pardoned = compiled(target, kernels.normalise, granted=granted, **constants)
+    assert pardoned.failures == () and pardoned.note == "all of x is needed twice"
+    used = compile_kernel(kernels.normalise, constants, target)
+    assert used.usage.spills == row.spills and used.stored > 0 and used.loaded > 0
+
+
+def test_a_large_product_of_bfloat16_without_hgmma_is_a_failure_on_sm_90a() -> None:
+    # Two warps are half a warp group.
+    row = compiled("sm_90a", kernels.product, **TILE | {"threads": 64})
+    assert row.instructions.keys() == {"HMMA"}
+    text = "no HGMMA on sm_90a, but a bfloat16 product of 64 x 64 by 64 x 64"
+    assert row.failures == (text,)
+    # A warp group multiplies 64 rows: fewer cannot use it.
+    small = compiled("sm_90a", kernels.product, **TILE | {"M": 32})
+    assert small.instructions.keys() == {"HMMA"} and small.failures == ()
+
+
+def test_a_product_of_float32_tiles_is_a_failure_for_it_is_one_in_tf32() -> None:
+    row = compiled("sm_80", kernels.product, **TILE | {"dtype": "float32"})
+    assert row.instructions.keys() == {"HMMA"}
+    assert row.failures == ("a float32 product of 64 x 64 by 64 x 64 is one in TF32",)
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_a_kernel_that_multiplies_nothing_needs_no_matrix_unit(target: str) -> None:
+    row = compiled(target, kernels.normalise, **CALM)
+    assert row.instructions == {} and row.failures == ()
+    assert row.registers > 0 and row.spills == row.stack == 0
+
+
+def test_what_does_not_compile_is_a_failure_that_shows_the_line() -> None:
+    row = compiled("sm_90a", kernels.two_layouts, N=64)
+    assert row.kernel == "two_layouts" and row.options == {"N": 64}
+    assert row.failures == (
+        "does not compile: InternalError: Get different layout for d, "
+        'in: d = T.alloc_fragment((N, N), "float32")',
+    )
+    row = compiled("sm_90a", kernels.misspelt, N=64)
+    assert row.kernel == "misspelt"
+    assert row.failures == (
+        "does not compile: AttributeError: module 'tilelang.language' has no attribute "
+        "'alloc_share', in: a = T.alloc_share((N, N), \"float32\")",
+    )
+
+
+def test_what_nvcc_refuses_is_an_error_with_what_it_says() -> None:
+    with pytest.raises(RuntimeError) as error:
+        cubin.assembled('extern "C" __global__ void f() { nowhere = 1; }', "sm_80")
+    (line,) = str(error.value).splitlines()
+    assert 'error: identifier "nowhere" is undefined' in line
+
+
+SERIAL = """
+extern "C" __global__ void serial(float* y, unsigned long long a, unsigned long long b) {
+  __shared__ float s[256];
+  float d[4] = {0, 0, 0, 0};
+  for (int i = 0; i < 4; ++i) {
+    asm volatile("wgmma.fence.sync.aligned;");
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
+    asm volatile("wgmma.commit_group.sync.aligned;");
+    d[0] += 1;
+  }
+  asm volatile("wgmma.wait_group.sync.aligned 0;");
+  s[threadIdx.x] = d[0];
+  for (int i = 0; i < 4; ++i) y[i * blockDim.x + threadIdx.x] = d[i] + s[255 - threadIdx.x];
+}
+"""
+"""Changes an accumulator while a product may still add to it."""
+
+
+def test_what_ptxas_says_costs_time_is_a_failure_of_a_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = cubin.read(1000, *cubin.assembled(SERIAL, "sm_90a"))
+    assert found.usage.instructions == {"HGMMA": 4}
+    # What the host asks for and what the source declares.
+    assert found.shared == 1000 + 256 * 4
+    (remark,) = found.remarks
+    assert remark.startswith("wgmma.mma_async instructions are serialized due to ")
+    monkeypatch.setattr(cubin, "compiled", lambda *_: found)
+    assert compiled("sm_90a", kernels.product, **TILE).failures == (remark,)
+    assert compiled("sm_90a", kernels.product, is_reference=False, **TILE).failures == ()
+
+
+# Targets and tools.
+
+
+def test_plain_sm_90_is_refused_for_it_would_lose_wgmma() -> None:
+    text = "^target 'sm_90' is compiled without wgmma and its like: use sm_90a$"
+    with pytest.raises(ValueError, match=text):
+        compile_kernel(kernels.product, TILE, "sm_90")
+    with pytest.raises(ValueError, match=text):
+        list(compile_ahead(Normalising(), "sm_90", []))
+    with pytest.raises(ValueError, match=r"^unknown target 'gfx942', known: sm_"):
+        compile_kernel(kernels.product, TILE, "gfx942")
+
+
+def test_a_missing_nvcc_is_an_error_that_says_what_brings_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    text = f"{toolchain.NO_NVCC}; it is {str(tmp_path)!r}, which has no bin/nvcc"
+    for compiling in (
+        lambda: compile_kernel(kernels.product, TILE, "sm_90a"),
+        lambda: list(compile_ahead(Normalising(), "sm_90a", [])),
+    ):
+        with pytest.raises(FileNotFoundError) as error:
+            compiling()
+        assert str(error.value) == text
+
+
+# Results are kept.
+
+
+def test_a_result_is_kept_and_read_instead_of_compiling_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    first = compile_kernel(kernels.normalise, CALM, "sm_80")
+    (file,) = tmp_path.glob("gdn_ops/usage/*.json")
+
+    def again(*_: Any) -> Any:
+        raise AssertionError("it is compiled again")
+
+    monkeypatch.setattr(cubin, "lowered", again)
+    monkeypatch.setattr(cubin, "assembled", again)
+    assert compile_kernel(kernels.normalise, CALM, "sm_80") == first
+    for constants, target in ((CALM | {"M": 32}, "sm_80"), (CALM, "sm_90a")):
+        with pytest.raises(AssertionError, match="it is compiled again"):
+            compile_kernel(kernels.normalise, constants, target)
+    file.unlink()
+    with pytest.raises(AssertionError, match="it is compiled again"):
+        compile_kernel(kernels.normalise, CALM, "sm_80")
+
+
+def test_what_does_not_compile_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    with pytest.raises(Exception, match="Get different layout"):
+        compile_kernel(kernels.two_layouts, {"N": 64}, "sm_90a")
+    assert not list(tmp_path.glob("gdn_ops/usage/*"))
+
+
+def test_other_versions_are_other_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    function = kernels.normalise(tilelang.language, **CALM)
+    files = {cubin._kept(function, "sm_80")}
+    monkeypatch.setattr(tilelang, "__version__", "0.1.16")
+    files.add(cubin._kept(function, "sm_80"))
+    monkeypatch.undo()
+    monkeypatch.setattr(cubin, "_version_of_nvcc", lambda: "14.0")
+    files.add(cubin._kept(function, "sm_80"))
+    assert len(files) == 3
+
+
+# Launches of a backend are found, and compiled once.
+
+
+class Normalising(Backend):
+    """A backend with one kernel, twice for each call, in tiles that hang on the dtype."""
+
+    name = "normalising"
+    limits = Limits(devices=("cuda",), dtypes=("bfloat16", "float32"), head_dims=(128,))
+
+    def forward(self, call: Call) -> Forward:
+        o = torch.empty_like(call.v)
+        constants = CALM | {"M": 32 if call.v.dtype == torch.float32 else 16}
+        for _ in range(2):
+            launch(kernels.normalise, constants, call.v, o)
+        return Forward(o, torch.empty_like(o))
+
+
+def sequence(**choice: Any) -> Sample:
+    case = GATED_DELTA.case[sampling.REFERENCE]
+    return next(sampling._of(GATED_DELTA, case, str(choice), choice))
+
+
+def test_a_kernel_that_is_launched_alike_is_compiled_once() -> None:
+    odd, even, other = sequence(T=4095), sequence(), sequence(dtype="float32")
+    # (1, 2**20, 32, 128): 2**32 elements, to which offsets of 64 bits are the same code.
+    huge = sequence(T=2**20)
+    excluded = sequence(dtype="float16")
+    assert sampling.reasons_against(Normalising(), excluded) == [
+        "dtype float16 (supported: bfloat16, float32)"
+    ]
+    rows = list(compile_ahead(Normalising(), "sm_80", [odd, even, excluded, other, huge, odd]))
+    assert [row.sample for row in rows] == [odd.label, other.label]
+    assert [row.options["M"] for row in rows] == [16, 32]
+    assert all(row.failures == () and row.registers > 0 for row in rows)
+
+
+def test_a_kernel_of_a_reference_is_judged_as_one_whoever_launches_it_first() -> None:
+    class Spilling(Normalising):
+        def forward(self, call: Call) -> Forward:
+            constants = {"M": 80, "N": 128, "threads": 32}
+            launch(kernels.normalise, constants, call.v, call.v)
+            return Forward(call.v, call.v)
+
+    varied, reference = sequence(T=1024), sequence()
+    assert reference.is_reference and not varied.is_reference
+    (row,) = compile_ahead(Spilling(), "sm_80", [varied])
+    assert row.spills > 0 and row.failures == ()
+    (row,) = compile_ahead(Spilling(), "sm_80", [varied, reference])
+    assert row.sample == varied.label
+    assert row.failures == (f"spills are {row.spills}, should be none",)
+
+
+def test_offsets_take_64_bits_where_sizes_are_not_known() -> None:
+    source, shared = cubin.lowered(kernels.normalise(tilelang.language, **CALM), "sm_80")
+    stores = [line for line in source.splitlines() if "(Y + " in line]
+    assert stores and all("(int64_t)" in line for line in stores)
+    assert shared == 0
+
+
+# The backend itself.
+
+
+def failures(rows: Iterator[CompiledKernel]) -> list[str]:
+    return [f"{row.kernel} ({row.sample}): {text}" for row in rows for text in row.failures]
+
+
+def ahead(target: str, samples: Iterator[Sample]) -> Iterator[CompiledKernel]:
+    backend = get_backend("tilelang")
+    assert isinstance(backend, Backend) and target in backend.targets
+    return backend.compile_ahead(target, samples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", GPUS)
+def test_the_kernels_of_a_reference_are_fit_for(target: str) -> None:
+    cases = [GATED_DELTA.case[sampling.REFERENCE], GATED_DELTA_STEP.case["qwen-16-32-step-b1"]]
+    rows = list(ahead(target, sampling.samples(cases)))
+    assert failures(iter(rows)) == []
+    # Two launches forward and two more for segments, at most five more backward, and the step.
+    names = [row.kernel for row in rows]
+    assert {"solve", "walk", "tokens"} < set(names) and len(names) <= 4 + 5 + 1, names
+    assert all(row.registers > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_everything_the_api_allows_is_fit_for(target: str) -> None:
+    cases = [case for op in OPS for case in op.cases]
+    assert failures(ahead(target, sampling.samples(cases, everything=True))) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("sm_90", "target 'sm_90' is compiled without wgmma and its like: use sm_90a"),
+        ("gfx942", "unknown target 'gfx942', known: sm_90a, sm_80, sm_100a, sm_120a"),
+    ],
+)
+def test_the_command_refuses_a_target(target: str, message: str) -> None:
+    result = CliRunner().invoke(app, ["compile", "--backend", "tilelang", "--target", target])
+    assert result.exit_code == 2
+    assert result.stderr == f"gdn-ops: {message}\n"
+
+
+def test_the_command_says_what_brings_a_missing_nvcc(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    result = CliRunner().invoke(app, ["compile", "--backend", "tilelang", "--target", "sm_90a"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"gdn-ops: {toolchain.NO_NVCC}; it is ")
+
+
+def test_the_command_compiles_a_named_case(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    arguments = ("tiny-step", "--backend", "tilelang", "--target", "sm_80", "--json", str(path))
+    result = CliRunner().invoke(app, ["compile", *arguments], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    data = json.loads(path.read_text())
+    assert data["backend"] == "tilelang"
+    assert data["versions"]["tilelang"] == tilelang.__version__
+    assert "cuda" in data["versions"]["compiler"]
+    (row,) = data["kernels"]
+    assert row["kernel"] == "tokens" and row["target"] == "sm_80" and row["failures"] == []
+    assert row["registers"] > 0 and row["options"]["K"] == 32

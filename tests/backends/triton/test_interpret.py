@@ -1,0 +1,520 @@
+"""The emulation of Triton kernels: numbers as a GPU has them, mistakes shown, nothing patched."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
+
+from gdn_ops.backends.triton.emulation import functions, tensors  # noqa: E402
+from gdn_ops.backends.triton.host.launcher import launch  # noqa: E402
+from gdn_ops.kernel_support.launches import Launch, recorded_target, recording  # noqa: E402
+from triton_kernels import arithmetic, control, helpers  # noqa: E402
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def patterns(n: int, dtype: torch.dtype) -> Tensor:
+    """Return n values of a float dtype: random bits, so all sizes, infinities and NaNs too."""
+    generator = torch.Generator().manual_seed(0)
+    ints = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+    info = torch.iinfo(ints[dtype])
+    bits = torch.randint(info.min, info.max + 1, (n,), generator=generator)
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1.0], dtype=dtype)
+    x = bits.to(ints[dtype]).view(dtype)
+    x[: len(special)] = special
+    # All quiet: torch.fmax lets a signalling NaN win.
+    return torch.where(x.isnan(), float("nan"), x)
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """Compare every bit, but for what kind of NaN a NaN is."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    nan = expected.isnan() if expected.is_floating_point() else expected == expected + 1
+    assert torch.equal(found.signbit()[~nan], expected.signbit()[~nan])
+
+
+# Rounding and arithmetic.
+
+
+@pytest.mark.parametrize("target", FLOATS)
+@pytest.mark.parametrize("source", FLOATS)
+def test_a_cast_rounds_to_nearest_even(source: torch.dtype, target: torch.dtype) -> None:
+    x = patterns(4096, source)
+    y = torch.full((4096,), 7.0, dtype=target)
+    launch(arithmetic.cast, (1,), x, y, N=4096)
+    assert_same(y, x.to(target))
+
+
+def test_halves_round_to_the_even_bfloat16() -> None:
+    # Bits just below, at and just above the middle of two neighbours, one of them odd.
+    bits = torch.tensor([0x3F807FFF, 0x3F808000, 0x3F808001, 0x3F817FFF, 0x3F818000, 0x3F818001])
+    x = bits.to(torch.int32).view(torch.float32).repeat_interleave(1)
+    x = torch.cat([x, x[:2]])
+    y = torch.empty(8, dtype=torch.bfloat16)
+    launch(arithmetic.cast, (1,), x, y, N=8)
+    expected = [0x3F80, 0x3F80, 0x3F81, 0x3F81, 0x3F82, 0x3F82, 0x3F80, 0x3F80]
+    assert y.view(torch.int16).tolist() == expected
+
+
+@pytest.mark.parametrize("source", [torch.int32, torch.int64, torch.uint8, torch.bool])
+def test_a_cast_of_integers_and_booleans(source: torch.dtype) -> None:
+    high = {torch.uint8: 256, torch.bool: 2}.get(source, 2**20)
+    x = torch.randint(0, high, (64,), generator=torch.Generator().manual_seed(0)).to(source)
+    for target in (*FLOATS, torch.int32, torch.uint8):
+        y = torch.zeros(64, dtype=target)
+        launch(arithmetic.cast, (1,), x, y, N=64)
+        assert_same(y, x.to(target))
+
+
+BINARY: dict[str, Any] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "neg": lambda x, y: -x,
+    "maximum": torch.fmax,
+    "minimum": torch.fmin,
+    "clamp": lambda x, y: torch.fmin(torch.fmax(x, -y.abs()), y.abs()),
+    "where": lambda x, y: torch.where(x < y, x, torch.zeros_like(x)),
+    "abs": lambda x, y: x.abs(),
+    # Triton divides in float32, whatever is divided.
+    "div": lambda x, y: (x.float() / y.float()).to(x.dtype),
+}
+
+
+@pytest.mark.parametrize("operation", BINARY)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_arithmetic_rounds_once_as_torch_does(dtype: torch.dtype, operation: str) -> None:
+    x, y = patterns(8192, dtype).reshape(2, -1)
+    z = torch.full_like(x, 7.0)
+    launch(arithmetic.binary, (1,), x, y, z, N=4096, OP=operation)
+    torch.testing.assert_close(z, BINARY[operation](x, y), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_comparisons_compare_values_not_bits(dtype: torch.dtype) -> None:
+    x, y = patterns(4096, dtype).reshape(2, -1)
+    y[::7] = x[::7]
+    for operation, expected in (("lt", x < y), ("ge", x >= y), ("eq", x == y)):
+        z = torch.zeros(2048, dtype=torch.bool)
+        launch(arithmetic.binary, (1,), x, y, z, N=2048, OP=operation)
+        assert torch.equal(z, expected), operation
+
+
+def test_unsigned_integers_wrap_shift_and_divide_as_unsigned() -> None:
+    x = torch.arange(256, dtype=torch.uint8)
+    y = x.flip(0).remainder(7) + 1
+    expected = {
+        "add": x + y,
+        "sub": x - y,
+        "mul": x * y,
+        "rshift": x >> y,
+        "floordiv": x // y,
+        "maximum": torch.maximum(x, y),
+    }
+    for operation, right in expected.items():
+        z = torch.zeros(256, dtype=torch.uint8)
+        launch(arithmetic.binary, (1,), x, y, z, N=256, OP=operation)
+        assert torch.equal(z, right), operation
+
+
+def test_a_number_that_is_an_argument_is_a_float32_tensor() -> None:
+    x = patterns(1024, torch.bfloat16)
+    y = torch.empty(1024)
+    launch(arithmetic.scaled, (1,), x, y, 1 / 3, N=1024)
+    # A bfloat16 product would have 8 bits.
+    torch.testing.assert_close(y, x.float() * torch.tensor(1 / 3), rtol=0, atol=0, equal_nan=True)
+
+
+UNARY: dict[str, Any] = {
+    "exp": torch.exp,
+    "exp2": torch.exp2,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda x: torch.softmax(x, 0),
+    "method": lambda x: x.exp().sum() + x.sigmoid(),
+}
+
+
+@pytest.mark.parametrize("operation", UNARY)
+def test_functions_of_float32(operation: str) -> None:
+    x = torch.linspace(0.01, 4, 64)
+    y = torch.empty(64)
+    launch(arithmetic.unary_float32, (1,), x, y, N=64, OP=operation)
+    torch.testing.assert_close(y, UNARY[operation](x), rtol=3e-7, atol=1e-7)
+
+
+# Reductions, scans, products.
+
+
+REDUCTIONS: dict[str, Any] = {
+    "sum": lambda x, axis: x.sum(axis, keepdim=True),
+    "max": lambda x, axis: x.amax(axis, keepdim=True),
+    "min": lambda x, axis: x.amin(axis, keepdim=True),
+    "argmax": lambda x, axis: x.argmax(axis, keepdim=True),
+    "cumsum": lambda x, axis: x.cumsum(axis),
+    "cumsum_reverse": lambda x, axis: x.flip(axis).cumsum(axis).flip(axis),
+    "cumprod": lambda x, axis: x.cumprod(axis),
+}
+
+
+@pytest.mark.parametrize("operation", REDUCTIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_reductions_and_scans_of_narrow_floats_round_once(
+    dtype: torch.dtype, operation: str
+) -> None:
+    # Multiples of 1/16, so that every order of float32 sums is exact; of powers of two, products.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-64, 64, (8, 32), generator=generator) / 16
+    if operation == "cumprod":
+        x = torch.exp2(torch.randint(-1, 2, (8, 32), generator=generator))
+    x = x.to(dtype)
+    for axis in (0, 1):
+        expected = REDUCTIONS[operation](x.float(), axis).broadcast_to(8, 32)
+        y = torch.empty(8, 32, dtype=torch.int32 if operation == "argmax" else dtype)
+        z = torch.empty(1)
+        launch(arithmetic.reduction, (1,), x, y, z, M=8, N=32, OP=operation, AXIS=axis)
+        torch.testing.assert_close(y, expected.to(y.dtype), rtol=0, atol=0)
+        assert z.item() == x.float().sum().item()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_with_a_combination_of_ones_own(reverse: bool) -> None:
+    torch.manual_seed(0)
+    a, x = torch.rand(4, 16), torch.randn(4, 16)
+    y, z = torch.empty(4, 16), torch.empty(4)
+    launch(arithmetic.linear_recurrence, (1,), a, x, y, z, M=4, N=16, REVERSE=reverse)
+    state, expected = torch.zeros(4), torch.empty(4, 16)
+    for t in reversed(range(16)) if reverse else range(16):
+        state = a[:, t] * state + x[:, t]
+        expected[:, t] = state
+    torch.testing.assert_close(y, expected)
+    if not reverse:
+        torch.testing.assert_close(z, expected[:, -1])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_product_accumulates_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    a, b, c = torch.randn(16, 256).to(dtype), torch.randn(32, 256).to(dtype), torch.randn(16, 32)
+    exact = a.double() @ b.double().T + c
+    d, rounded = torch.empty(16, 32), torch.empty(16, 32, dtype=dtype)
+    for out in (d, rounded):
+        launch(arithmetic.matmul, (1,), a, b, c, out, 16, 32, 256, PRECISION="ieee")
+    assert (d - exact).abs().max() < 1e-6 * (a.double().abs() @ b.double().abs().T).max()
+    assert_same(rounded, d.to(dtype))
+
+
+def test_tf32_rounds_its_operands_and_three_of_them_give_float32_back() -> None:
+    torch.manual_seed(0)
+    a, b, d = torch.randn(32, 64), torch.randn(32, 64), torch.empty(32, 32)
+    exact = a.double() @ b.double().T
+    error = {}
+    for precision in ("ieee", "tf32", "tf32x3"):
+        launch(arithmetic.matmul, (1,), a, b, None, d, 32, 32, 64, PRECISION=precision)
+        error[precision] = ((d - exact).norm() / exact.norm()).item()
+    assert error["ieee"] < 3e-7
+    assert error["tf32x3"] < 3e-7
+    # Each operand has a relative error of at most 2^-11.
+    assert 5e-5 < error["tf32"] < 2**-10
+
+
+def test_a_product_that_names_no_precision_is_tf32_as_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    a, b, d = torch.randn(16, 16), torch.randn(16, 16), torch.empty(16, 16)
+    launch(arithmetic.matmul_default, (1,), a, b, d, N=16)
+    exact = a.double() @ b.double().T
+    assert 5e-5 < (d - exact).norm() / exact.norm() < 2**-10
+
+
+def test_infinities_pass_through_every_precision() -> None:
+    a, b, d = torch.eye(16), torch.ones(16, 16), torch.empty(16, 16)
+    a[3, 3], b[5, 5] = float("inf"), 3.0e38
+    for precision in ("ieee", "tf32", "tf32x3"):
+        launch(arithmetic.matmul, (1,), a, b, None, d, 16, 16, 16, PRECISION=precision)
+        assert d[3].isposinf().all() and not d[4].isinf().any()
+
+
+# Control flow, helpers, arguments.
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 16])
+def test_loops_over_bounds_known_at_run_time(n: int) -> None:
+    x = torch.zeros(6, dtype=torch.int64)
+    launch(control.loops, (1,), x, n, 3)
+    wide = sum(range(1, n, 3)) * 2147483647
+    assert x.tolist() == [n * (n - 1) // 2, wide, 4, 9, 16, max(n, 1).bit_length() - 1]
+
+
+def test_branches_on_data_and_early_returns() -> None:
+    x = torch.tensor([-5, 7, 3, 101, 102], dtype=torch.int32)
+    y = torch.full((5, 2), 9, dtype=torch.int32)
+    launch(control.branches, (5, 2), x, y)
+    assert y.tolist() == [[-1, -1], [9, 9], [0, 1], [100, 100], [0, 1]]
+
+
+def test_helpers_of_other_files_run_and_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.linspace(-1, 1, 16), torch.empty(16)
+    launch(control.with_helpers, (1,), x, y, N=16)
+    torch.testing.assert_close(y, x + 1 + x * x + 0.5)
+    monkeypatch.setattr(control, "BIAS", tl.constexpr(2.0))
+    monkeypatch.setattr(helpers, "half", helpers.square)
+    monkeypatch.setattr(helpers, "square", control.affine)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'by'"):
+        launch(control.with_helpers, (1,), x, y, N=16)
+    monkeypatch.setattr(helpers, "square", helpers.half)
+    launch(control.with_helpers, (1,), x, y, N=16)
+    torch.testing.assert_close(y, 4 * x * x + 1 + x * x + 2.0)
+    monkeypatch.undo()
+    launch(control.with_helpers, (1,), x, y, N=16)
+    torch.testing.assert_close(y, x + 1 + x * x + 0.5)
+
+
+def test_absent_pointers_and_defaults() -> None:
+    x, z, y = torch.randn(32), torch.randn(32), torch.empty(32)
+    launch(control.with_default, (2,), x, y)
+    assert torch.equal(y, x * 2)
+    launch(control.with_default, (2,), x, y, z, 3, num_warps=4, num_stages=2, enable_fp_fusion=True)
+    torch.testing.assert_close(y, x * 3 + z)
+    launch(control.with_default, (1, 0), x, y, z)
+    torch.testing.assert_close(y, x * 3 + z, msg="a grid with no program ran one")
+
+
+def test_views_are_read_and_written_where_they_are() -> None:
+    base = torch.zeros(64)
+    x, y = torch.arange(16.0), base[20:36]
+    launch(control.with_default, (1,), x, y)
+    assert torch.equal(base[20:36], x * 2)
+    assert base[:20].abs().sum() == base[36:].abs().sum() == 0
+
+
+# Mistakes are shown.
+
+
+def test_an_access_outside_of_the_tensors_is_an_error() -> None:
+    base = torch.zeros(96)
+    x, y = base[:32], base[64:]
+    launch(control.shifted, (1,), x, y, 28, 0, 4, N=16)
+    for read, write, n, message in (
+        (28, 0, 5, "reads 4 bytes, 0 bytes behind the end of X_"),
+        (-1, 0, 5, "reads 4 bytes, 4 bytes before X_"),
+        (0, 34, 1, "writes 4 bytes, 8 bytes behind the end of Y_"),
+    ):
+        with pytest.raises(IndexError) as caught:
+            launch(control.shifted, (1,), x, y, read, write, n, N=16)
+        assert str(caught.value) == message
+        where = "in program (0, 0, 0) of (1, 1, 1) of the kernel shifted"
+        assert caught.value.__notes__ == [where]
+    assert base.abs().sum() == 0
+
+
+def test_what_lies_between_the_rows_of_a_view_is_inside() -> None:
+    x, y = torch.arange(64.0).reshape(8, 8)[:, :2], torch.zeros(16)
+    launch(control.shifted, (1,), x, y, 40, 0, 16, N=16)
+    assert y.tolist() == list(range(40, 56))
+    with pytest.raises(IndexError, match=r"reads 4 bytes, 0 bytes behind the end of X_"):
+        launch(control.shifted, (1,), x, y, 43, 0, 16, N=16)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int32, torch.uint8])
+def test_what_a_mask_leaves_undefined_is_no_number_that_could_be_right(dtype: torch.dtype) -> None:
+    x, y = torch.zeros(16, dtype=dtype), torch.ones(16, dtype=dtype)
+    launch(control.masked, (1,), x, y, 10, N=16)
+    assert not y[:10].any()
+    assert y[10:].isnan().all() if dtype.is_floating_point else (y[10:] == x[10:] - 1).all()
+
+
+def test_kernels_print_and_assert(capsys: pytest.CaptureFixture[str]) -> None:
+    launch(control.speaking, (1,), torch.tensor([3], dtype=torch.int32), 4)
+    assert capsys.readouterr().out.split() == ["(0,", "0,", "0)", "x", "is:", "[3]"]
+    with pytest.raises(AssertionError, match=r"^x is too large"):
+        launch(control.speaking, (1,), torch.tensor([3], dtype=torch.int32), 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda x: launch(control.branch_on_a_block, (1,), x, N=16),
+            ValueError,
+            "a block of shape (16,) has no truth value: combine blocks with & | ~",
+        ),
+        (
+            lambda x: launch(control.changing_type, (1,), x, 3),
+            TypeError,
+            "total is int32 before a loop and fp32 after a turn of it; a loop keeps types",
+        ),
+        (
+            lambda x: launch(control.growing, (1,), x, 2, N=16),
+            TypeError,
+            "y is fp32 before a loop and fp32 of shape (16,) after a turn of it; "
+            "a loop keeps types",
+        ),
+        (
+            lambda x: launch(control.chained, (1,), x, 2),
+            SyntaxError,
+            "chained: a chained comparison does not compile before Triton 3.9: 0 < n < 3",
+        ),
+        (
+            lambda x: launch(control.two_names, (1,), x),
+            SyntaxError,
+            "two_names: an assignment to several names does not compile: a = b = tl.load(X_)",
+        ),
+        (
+            lambda x: launch(control.with_default, (1,), x, x, n_warps=4, what=3),
+            TypeError,
+            "with_default has no argument n_warps, what",
+        ),
+        (
+            lambda x: launch(control.with_default, (1,), x, "y"),
+            TypeError,
+            "Y_ is a str, should be a tensor, a number or None",
+        ),
+        (
+            lambda x: launch(control.with_default, (1,), x, x.to("meta")),
+            ValueError,
+            "Y_ is on meta, should be on cpu like the first tensor",
+        ),
+        (
+            lambda x: launch(control.with_default, (1,), x.to("meta"), x),
+            ValueError,
+            "with_default: the first tensor is on the meta device, should be on cuda or cpu",
+        ),
+        (
+            lambda x: launch(control.with_default, (1, 65536), x, x),
+            ValueError,
+            "with_default: grid is (1, 65536), should be at most (2147483647, 65535, 65535)",
+        ),
+        (
+            lambda x: launch(InterpretedFunction(control.shifted.fn), (1,), x),
+            TypeError,
+            "shifted was made under TRITON_INTERPRET=1: unset it, it is not needed here and its "
+            "bfloat16 is wrong",
+        ),
+        (
+            lambda x: launch(len, (1,), x),
+            TypeError,
+            "kernel is a builtin_function_or_method, should be made by triton.jit",
+        ),
+    ],
+)
+def test_a_mistake_is_named(call: Any, error: type[Exception], message: str) -> None:
+    x = torch.ones(16)
+    with pytest.raises(error) as caught:
+        call(x)
+    assert str(caught.value) == message
+    assert torch.equal(x, torch.ones(16))
+
+
+# Nothing is patched.
+
+
+def language_as_it_is() -> list[dict[str, Any]]:
+    spaces = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.dtype, control, helpers, arithmetic)
+    return [dict(vars(space)) for space in spaces]
+
+
+def compile_for_sm90(kernel: Any, signature: dict[str, str], constexprs: dict[str, Any]) -> Any:
+    names = kernel.arg_names
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature={name: signature.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constexprs.items()},
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    return triton.compile(source, target=target, options={"enable_fp_fusion": True})
+
+
+def compile_helpers(n: int) -> bytes:
+    compiled = compile_for_sm90(control.with_helpers, {"X_": "*fp32", "Y_": "*fp32"}, {"N": n})
+    assert compiled.metadata.target.arch == 90
+    return compiled.asm["cubin"]  # type: ignore[no-any-return]
+
+
+def test_a_launch_leaves_triton_and_the_kernels_as_they_were() -> None:
+    before = language_as_it_is()
+    x, y = torch.randn(16), torch.empty(16)
+    launch(control.with_helpers, (1,), x, y, N=16)
+    with pytest.raises(IndexError):
+        launch(control.shifted, (1,), x, y, 28, 0, 5, N=16)
+    for old, new in zip(before, language_as_it_is(), strict=True):
+        assert {n: id(v) for n, v in new.items()} == {n: id(v) for n, v in old.items()}
+
+
+def test_a_kernel_compiles_after_it_was_emulated_and_runs_after_it_was_compiled() -> None:
+    x, y = torch.linspace(-1, 1, 16), torch.empty(16)
+    for n in (16, 32):
+        launch(control.with_helpers, (1,), x, y, N=16)
+        torch.testing.assert_close(y, x + 1 + x * x + 0.5)
+        assert len(compile_helpers(n)) > 1000
+    launch(control.with_helpers, (1,), x, y, N=16)
+
+
+def test_threads_emulate_different_grids_and_compile_at_the_same_time() -> None:
+    ready, failures = threading.Barrier(4), []
+
+    def emulate(n: int) -> None:
+        x = torch.randn(n * 16)
+        ready.wait()
+        for _ in range(10):
+            y = torch.full((n * 16,), float("nan"))
+            launch(control.with_default, (n,), x, y)
+            if not torch.equal(y, x * 2):
+                failures.append(n)
+
+    def compile_() -> None:
+        ready.wait()
+        compile_helpers(64)
+        compile_helpers(128)
+
+    threads = [threading.Thread(target=emulate, args=(n,)) for n in (3, 5, 8)]
+    threads.append(threading.Thread(target=compile_))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert failures == []
+
+
+def test_a_function_is_translated_once() -> None:
+    first = functions.emulated(control.with_helpers)
+    assert functions.emulated(control.with_helpers) is first
+    assert first is not control.with_helpers.fn
+    names = first.__globals__
+    assert isinstance(names["tl"], functions.Namespace)
+    assert names["tl"].tensor is tensors.Tensor
+    # Lines are those of the file, so that a traceback shows the line of the kernel.
+    assert first.__code__.co_filename == control.__file__
+    lines = [line for *_, line in first.__code__.co_lines() if line is not None]
+    source = [number for *_, number in control.with_helpers.fn.__code__.co_lines() if number]
+    assert min(lines) >= min(source) and max(lines) == max(source)
+
+
+# Launches are noted.
+
+
+def test_launches_on_meta_tensors_are_noted_with_their_target() -> None:
+    x, y = torch.empty(16, device="meta"), torch.empty(16, device="meta")
+    assert recorded_target() is None
+    with recording("sm_90") as launches:
+        assert recorded_target() == "sm_90"
+        with recording("gfx942") as inner:
+            launch(control.with_default, (1,), x, y, num_warps=2)
+        launch(control.with_helpers, (2, 3), x, y, N=16)
+        z = torch.zeros(16)
+        launch(control.with_default, (1,), torch.ones(16), z)
+    assert recorded_target() is None
+    assert z.sum() == 32
+    assert inner == [Launch(control.with_default, (1,), (x, y), {"num_warps": 2})]
+    assert launches == [Launch(control.with_helpers, (2, 3), (x, y), {"N": 16})]

@@ -1,0 +1,241 @@
+"""`bench gpu` measures a row: what is timed and how, what is not and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import gdn_ops
+from gdn_ops.bench.gpu import conformance, measuring, turns
+from gdn_ops.bench.gpu.measuring import BrokenDeviceError, measure_row
+from gdn_ops.bench.gpu.peers import Contender
+from gdn_ops.bench.gpu.result import Outcome, reached, roofline_seconds
+from gdn_ops.bench.gpu.rows import ROWS, GpuRow
+from gpu_stand_ins import BACKWARD, BACKWARD_PACKED, FORWARD, STEP, FakeDevice, StandIn
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A made-up clock has no noise."""
+    monkeypatch.setattr(turns, "ROUNDS", (2, 3))
+
+
+def measure(
+    row: GpuRow, contenders: list[Contender], device: FakeDevice, seconds: float = 1000.0
+) -> tuple[dict[str, Outcome], list[dict[str, Any]]]:
+    events: list[dict[str, Any]] = []
+    found = measure_row(row, contenders, device, seconds, events.append)
+    return {o.contender: o for o in found}, events
+
+
+@pytest.mark.parametrize("row", (FORWARD, BACKWARD, STEP), ids=lambda row: row.what)
+def test_a_row_has_every_number_of_everybody(row: GpuRow) -> None:
+    device = FakeDevice()
+    found, events = measure(row, [StandIn("a", device), StandIn("b", device, 4e-3)], device)
+    for name, ms in {"a": 1.0, "b": 4.0}.items():
+        o = found[name]
+        assert (o.status, o.kernel_by, o.samples) == ("measured", "graph", turns.ROUNDS[1])
+        assert o.kernel == pytest.approx(ms)
+        assert o.wall == o.host == pytest.approx(ms)
+        assert o.error is not None and o.error < 1e-5
+        assert o.peak == 3.0
+        assert o.first_call is not None
+    at = [event["at"] for event in events if "at" in event]
+    assert at == ["reference", "a", "b", "timing"]
+    assert [e["outcome"]["contender"] for e in events if "outcome" in e] == ["a", "b"]
+
+
+def test_the_roofline_fraction_is_the_floor_over_the_kernel_time() -> None:
+    device = FakeDevice()
+    o = measure(FORWARD, [StandIn("a", device)], device)[0]["a"]
+    floor = roofline_seconds(FORWARD, "NVIDIA H200")
+    assert floor is not None
+    assert o.roofline == pytest.approx(floor / 1e-3)
+    other = FakeDevice("a card that nobody knows")
+    assert measure(FORWARD, [StandIn("a", other)], other)[0]["a"].roofline is None
+
+
+def test_contenders_take_turns_and_every_round_starts_with_another() -> None:
+    device, log = FakeDevice(), []
+    cs: list[Contender] = [StandIn(n, device, 1.0, log=log) for n in "abc"]
+    measure(FORWARD, cs, device)
+    assert "".join(log).endswith("abcbcacab" + "abcbcacab")
+
+
+def test_short_work_is_captured_several_times_and_divided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measuring, "MOST_REPEATS", 4)
+    device = FakeDevice()
+    found, _ = measure(FORWARD, [StandIn("a", device, 5e-4), StandIn("b", device, 1e-9)], device)
+    assert device.captured == [2, 4]
+    assert found["a"].kernel == pytest.approx(0.5)
+
+
+def test_a_step_works_on_states_that_are_larger_than_the_cache() -> None:
+    size = 3 * 2 * 8 * 4 * 4
+    device = FakeDevice(l2=2 * size + 1)
+    seen: set[int] = set()
+
+    class Looking(StandIn):
+        def step(self, p: Any) -> Any:
+            seen.add(p.state.data_ptr())
+            return super().step(p)
+
+    found, _ = measure(STEP, [Looking("a", device)], device)
+    assert len(seen) == 5
+    assert device.captured == [5]
+    assert found["a"].kernel == pytest.approx(1.0), "per step, not per graph"
+    device = FakeDevice(l2=1 << 40)
+    measure(STEP, [StandIn("a", device, 1.0)], device)
+    assert device.captured == [measuring.MOST_COPIES]
+
+
+def test_what_cannot_be_captured_is_timed_by_events_and_says_so() -> None:
+    device = FakeDevice()
+    device.refuses_capture = True
+    o = measure(FORWARD, [StandIn("a", device)], device)[0]["a"]
+    assert (o.status, o.kernel_by) == ("measured", "events")
+    assert o.reason == "not captured: RuntimeError: called a synchronizing CUDA operation"
+    assert o.kernel == pytest.approx(1.0)
+
+
+def test_wrong_numbers_have_no_time() -> None:
+    device = FakeDevice()
+    wrong = StandIn("wrong", device, change=lambda o: o * 1.1)
+    nan = StandIn("nan", device, change=lambda o: o * math.nan)
+    found, _ = measure(FORWARD, [wrong, nan, StandIn("right", device)], device)
+    assert found["wrong"].status == found["nan"].status == "wrong"
+    assert found["wrong"].kernel is None
+    assert found["wrong"].reason == "o is off by 0.1, more than 0.01: no time is shown"
+    assert found["right"].status == "measured"
+
+
+def test_an_exception_is_a_row_with_its_text_and_not_the_end() -> None:
+    class Raises(StandIn):
+        def sequence(self, p: Any) -> Any:
+            raise NotImplementedError("Triton 3.6 on Hopper\ngets the backward wrong")
+
+    device = FakeDevice()
+    found, _ = measure(FORWARD, [Raises("fla", device), StandIn("b", device)], device)
+    assert found["fla"].status == "failed"
+    assert found["fla"].reason == "NotImplementedError: Triton 3.6 on Hopper"
+    assert found["b"].status == "measured"
+
+
+def test_reasons_are_told_without_running() -> None:
+    device = FakeDevice()
+    log: list[str] = []
+    c = StandIn("a", device, log=log)
+    c.reasons = lambda p: ["K=8 (supported: 128)", "no step"]  # type: ignore[method-assign]
+    o = measure(FORWARD, [c], device)[0]["a"]
+    assert (o.status, o.reason) == ("unsupported", "K=8 (supported: 128); no step")
+    assert log == []
+
+
+def test_who_comes_after_the_time_is_named() -> None:
+    device = FakeDevice()
+    cs: list[Contender] = [StandIn("slow", device, 50.0), StandIn("late", device)]
+    found, _ = measure(FORWARD, cs, device, seconds=60.0)
+    assert found["slow"].status == "measured"
+    assert found["slow"].samples == turns.ROUNDS[0]
+    late = found["late"]
+    assert (late.status, late.reason) == ("left out", "not measured: time")
+
+
+def test_a_broken_device_ends_the_row_with_a_name() -> None:
+    device = FakeDevice()
+
+    class Breaks(StandIn):
+        def sequence(self, p: Any) -> Any:
+            device.is_broken = True
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(BrokenDeviceError, match=r"^bad: RuntimeError: CUDA error: an illegal"):
+        measure(FORWARD, [StandIn("a", device), Breaks("bad", device)], device)
+
+
+def test_a_reference_that_does_not_fit_leaves_the_error_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measuring, "exact_backward", too_large)
+    device = FakeDevice()
+    o = measure(BACKWARD_PACKED, [StandIn("a", device)], device)[0]["a"]
+    assert (o.status, o.error) == ("measured", None)
+    assert o.reason == "error not measured: OutOfMemoryError: CUDA out of memory"
+
+
+def test_a_goal_is_reached_missed_or_not_measured() -> None:
+    goal = ROWS[0].goals[0]
+    made = Outcome("triton", "1", False, "measured", kernel=goal.at_most)
+    assert reached(goal, made) is True
+    assert reached(goal, replace(made, kernel=goal.at_most * 1.01)) is False
+    assert reached(goal, replace(made, status="wrong")) is None
+    assert reached(goal, replace(made, kernel=None)) is None
+
+
+# The short check.
+
+
+@pytest.fixture
+def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same calls, narrow and short: the wide ones take a minute on a CPU."""
+    small = {"K": 8, "V": 16}
+    calls = [
+        (judged, replace(e, **small, T=min(e.T, 12), lengths=None if e.lengths is None else (7, 5)))
+        for judged, e in conformance.CALLS
+    ]
+    monkeypatch.setattr(conformance, "CALLS", tuple(calls))
+
+
+def test_the_short_check_passes_a_right_backend(small_calls: None) -> None:
+    found = list(conformance.short_check("torch", "cpu", 100.0))
+    assert all(c.passed for c in found)
+    assert found[-1].examples == found[-1].total == len(conformance.CALLS)
+    assert 0 < found[-1].worst <= 1
+
+
+def test_the_short_check_stops_at_its_time(small_calls: None) -> None:
+    now = iter([0.0, 100.0])
+    found = list(conformance.short_check("torch", "cpu", 10.0, lambda: next(now)))
+    assert [c.passed for c in found] == [True, True]
+    assert (found[-1].examples, found[-1].total) == (1, len(conformance.CALLS))
+    assert found[-1].text == "the time of 10 s was up"
+
+
+def test_the_short_check_fails_a_wrong_backend_with_the_call_as_code(
+    small_calls: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gdn_ops.backends.torch import Torch
+
+    right = Torch.forward
+
+    def wrong(self: Torch, call: Any) -> gdn_ops.Forward:
+        out = right(self, call)
+        return out._replace(final_state=out.final_state * 1.5)
+
+    monkeypatch.setattr(Torch, "forward", wrong)
+    (found,) = conformance.short_check("torch", "cpu", 10.0)
+    assert not found.passed
+    assert found.text.startswith("WRONG: final_state")
+    assert "print(judge(Example(dtype='bfloat16'" in found.text
+
+
+@pytest.mark.slow
+def test_the_wide_calls_of_the_short_check_are_right() -> None:
+    found = list(conformance.short_check("torch", "cpu", 1e6))
+    assert [c.passed for c in found] == [True] * len(conformance.CALLS)
+
+
+def test_a_backend_is_asked_only_what_it_can() -> None:
+    limits = gdn_ops.Limits(devices=("*",), dtypes=("bfloat16",), head_dims=(128,), varlen=False)
+    asked = [e for _, e in conformance.CALLS if conformance._is_within(limits, e)]
+    assert len(asked) == len(conformance.CALLS) - 3
+    assert {(e.dtype, e.K, e.V, e.lengths) for e in asked} == {("bfloat16", 128, 128, None)}

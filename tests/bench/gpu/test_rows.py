@@ -1,0 +1,257 @@
+"""`bench gpu` without a GPU: rows, operands, peers' conventions, errors, times, who is to blame."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gdn_ops
+from gdn_ops.bench.gpu import errors
+from gdn_ops.bench.gpu.device import find_peaks
+from gdn_ops.bench.gpu.errors import exact_backward, exact_forward, exact_step, worst_error
+from gdn_ops.bench.gpu.inputs import make_cotangents, make_problem
+from gdn_ops.bench.gpu.peers import PEERS, Contender, Ours, contender
+from gdn_ops.bench.gpu.result import roofline_seconds
+from gdn_ops.bench.gpu.rows import ROWS, GpuRow, find_row
+from gpu_stand_ins import (
+    BACKWARD,
+    FORWARD,
+    NARROW_STEP,
+    STEP,
+    TINY,
+    install_peers,
+)
+
+ALWAYS: dict[str, Any] = {"seconds": 1e6, "clock": lambda: 0.0, "finish": lambda: None}
+
+
+def exact(p: Any) -> list[errors.Piece]:
+    if p.row.what == "step":
+        return exact_step(p)
+    if p.row.what == "backward":
+        return exact_backward(p, *make_cotangents(p))
+    return exact_forward(p, **ALWAYS)
+
+
+def results_of(c: Contender, p: Any) -> tuple[Tensor, ...]:
+    """Return what a contender makes of a problem: outputs, or the gradients."""
+    if p.row.what == "step":
+        with torch.no_grad():
+            ready = c.step(replace(p, state=p.state.clone()))
+            return ready.read(ready.run())
+    if p.row.what == "forward":
+        ready = c.sequence(p)
+        return ready.read(ready.run())
+    leaves = p.with_grad()
+    ready = c.sequence(leaves)
+    return torch.autograd.grad(ready.read(ready.run()), leaves.operands(), make_cotangents(p))
+
+
+# Rows.
+
+
+def test_every_row_has_a_name_of_its_own_and_is_found_by_it() -> None:
+    assert len({row.name for row in ROWS}) == len(ROWS)
+    assert [find_row(row.name) for row in ROWS] == list(ROWS)
+    with pytest.raises(ValueError, match="unknown row 'x', known: forward 16/64 T=8192, "):
+        find_row("x")
+
+
+def test_the_rows_cover_what_is_asked_for_and_the_first_ones_are_the_first_goals() -> None:
+    assert [row.name for row in ROWS[:5]] == [
+        "forward 16/64 T=8192",
+        "forward 16/32 T=8192",
+        "backward 16/32 T=8192",
+        "step 16/64 B=1 float32 state",
+        "forward 16/64 4x8192 packed",
+    ]
+    published = {row.name: {p.who: p.ms for p in row.published} for row in ROWS}
+    assert published["forward 2/8 T=32768"] == {
+        "flash_qla": 0.320,
+        "flashinfer": 1.655,
+        "fla": 0.902,
+    }
+    assert published["backward 16/32 8192 in 4 packed"] == {"flash_qla": 1.259, "fla": 1.467}
+    assert sum(len(p) == 3 for n, p in published.items() if n.startswith("forward")) == 8
+    assert sum(len(p) == 2 for n, p in published.items() if n.startswith("backward")) == 5
+    for state in ("float32", "bfloat16"):
+        steps = [row for row in ROWS if row.what == "step" and row.state_dtype == state]
+        assert sorted(row.sizes.B for row in steps) == [1, 8, 64, 256, 512]
+    for what in ("forward", "backward"):
+        rows = [row for row in ROWS if row.what == what]
+        assert any(row.sizes.B > 1 for row in rows)
+        assert any(row.sizes.T < 1024 for row in rows)
+        assert any(row.dims != (128, 128) for row in rows)
+
+
+def test_the_work_of_a_row_is_the_cost_model_and_a_narrow_state_moves_half() -> None:
+    flops, moved = find_row("forward 16/64 T=8192").work() or (0, 0)
+    assert 5e10 < flops < 9e10
+    assert 3.4e8 < moved < 3.6e8
+    wide = find_row("step 16/64 B=64 float32 state").work() or (0, 0)
+    narrow = find_row("step 16/64 B=64 bfloat16 state").work() or (0, 0)
+    state = 64 * 64 * 128 * 128 * 4
+    assert wide[1] - narrow[1] == state
+    assert find_row("backward 16/32 T=8192").work() is None
+
+
+def test_rooflines_are_for_known_devices_alone() -> None:
+    row = find_row("forward 16/64 T=8192")
+    flops, moved = row.work() or (0, 0)
+    assert roofline_seconds(row, "NVIDIA H200") == max(flops / 989e12, moved / 4.8e12)
+    assert roofline_seconds(row, "NVIDIA A100-SXM4-80GB") == max(flops / 312e12, moved / 2.039e12)
+    assert roofline_seconds(row, "AMD Instinct MI300X") == max(flops / 1307e12, moved / 5.3e12)
+    assert roofline_seconds(row, "NVIDIA GeForce RTX 4090") is None
+    assert roofline_seconds(find_row("backward 16/32 T=8192"), "NVIDIA H200") is None
+    h100 = (find_peaks("NVIDIA H100 80GB HBM3"), find_peaks("NVIDIA H100 PCIe"))
+    assert [p.bytes for p in h100 if p is not None] == [3.35e12, 2.0e12]
+
+
+# Operands.
+
+
+@pytest.mark.parametrize("row", TINY, ids=lambda row: row.name)
+def test_operands_are_in_the_domains_of_the_spec(row: GpuRow) -> None:
+    p = make_problem(row, "cpu")
+    assert p.log_alpha.dtype == p.beta.dtype == torch.float32
+    assert p.log_alpha.max() <= 0 and p.log_alpha.min() > -2
+    assert p.beta.min() > 0 and p.beta.max() < 1
+    torch.testing.assert_close(p.k.float().norm(dim=-1), torch.ones(p.k.shape[:-1]), rtol=0.01,
+                               atol=0.01)  # fmt: skip
+    assert p.state.shape == (row.sizes.N, row.sizes.HV, row.sizes.K, row.sizes.V)
+    assert make_problem(row, "cpu").q.equal(p.q)
+    assert not Ours("torch").reasons(p)
+    if row.packed:
+        assert p.cu_seqlens is not None
+        assert tuple(b - a for a, b in pairwise(p.cu_seqlens.tolist())) == row.lengths
+    if row.what != "step":
+        assert (p.log_alpha[..., ::4] == 0).all(), "a quarter of the heads does not decay"
+
+
+def test_the_gates_of_a_step_are_those_of_its_raw_gates() -> None:
+    p = make_problem(NARROW_STEP, "cpu")
+    assert p.raw is not None and p.raw.a.dtype == torch.bfloat16
+    softplus = torch.nn.functional.softplus(p.raw.a.double() + p.raw.dt_bias.double())
+    torch.testing.assert_close(p.log_alpha.double(), -p.raw.A_log.double().exp() * softplus)
+    torch.testing.assert_close(p.beta, torch.sigmoid(p.raw.b.float()))
+
+
+# Peers: every one is fed in its own convention.
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("row", TINY, ids=lambda row: row.name)
+def test_a_peer_gets_the_same_problem(
+    name: str, row: GpuRow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_peers(monkeypatch)
+    c = contender(name)
+    assert isinstance(c, Contender), c
+    p = make_problem(row, "cpu")
+    reasons = c.reasons(p)
+    if reasons:
+        missing = {
+            ("flash_qla", "step"): "has no step",
+            ("flashinfer", "backward"): "has no backward",
+        }
+        assert reasons == [missing[name, row.what]]
+        return
+    error, what = worst_error(exact(p), results_of(c, p))
+    assert error < (1e-2 if row is NARROW_STEP else 1e-5), what
+
+
+def test_a_step_of_a_peer_in_place_changes_its_own_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_peers(monkeypatch)
+    for name in ("fla", "flashinfer", "torch"):
+        c = contender(name)
+        assert isinstance(c, Contender)
+        p = make_problem(STEP, "cpu")
+        ready = c.step(p)
+        first = [x.clone() for x in ready.read(ready.run())]
+        second = ready.read(ready.run())
+        # fla returns a new state, as it does in a server; the others go on from their last one.
+        assert torch.equal(first[1], second[1]) == (name == "fla")
+
+
+def test_the_adapters_pass_only_what_the_real_functions_take() -> None:
+    """The stand-ins stand for these signatures."""
+    from gpu_stand_ins import fla_chunk, flash_qla_chunk, flashinfer_decode, flashinfer_prefill
+
+    def names(function: Callable[..., object]) -> set[str]:
+        return set(inspect.signature(function).parameters)
+
+    assert {"g", "initial_state", "output_final_state", "cu_seqlens"} <= names(fla_chunk)
+    assert "cu_seqlens_cpu" not in names(flash_qla_chunk)
+    assert "use_qk_l2norm_in_kernel" in names(flashinfer_prefill)
+    assert "use_qk_l2norm" in names(flashinfer_decode)
+
+
+def test_a_peer_that_is_not_there_or_cannot_be_imported_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_qla", None)
+    assert contender("flash_qla") == "package 'flash_qla' is not installed"
+
+    def broken(self: object) -> None:
+        raise RuntimeError("No CUDA GPUs are available")
+
+    monkeypatch.setattr(PEERS["fla"], "__init__", broken)
+    assert contender("fla") == "cannot be imported: RuntimeError: No CUDA GPUs are available"
+    with pytest.raises(gdn_ops.SpecError, match="unknown backend 'x'"):
+        contender("x")
+
+
+# Errors.
+
+
+@pytest.mark.parametrize("row", TINY, ids=lambda row: row.name)
+def test_a_backend_is_right_and_every_single_wrong_head_is_seen(row: GpuRow) -> None:
+    p = make_problem(row, "cpu")
+    pieces = exact(p)
+    results = results_of(Ours("torch"), p)
+    assert worst_error(pieces, results)[0] < (1e-2 if row is NARROW_STEP else 1e-5)
+    for piece in pieces:
+        wrong = [x.clone() for x in results]
+        part = piece.part(wrong[piece.index])
+        assert part.data_ptr() >= wrong[piece.index].data_ptr()
+        part.select(piece.head_axis, part.shape[piece.head_axis] - 1)[-1] *= 1.5
+        error, what = worst_error(pieces, wrong)
+        assert what == piece.what
+        assert 0.05 < error <= 0.51
+    nan = [x.clone() for x in results]
+    nan[0].view(-1)[-1] = math.nan
+    assert math.isnan(worst_error(pieces, nan)[0])
+
+
+def test_a_definition_that_takes_too_long_walks_the_beginning() -> None:
+    now = iter(range(10_000))
+    p = make_problem(replace(FORWARD, lengths=(100,)), "cpu")
+    # 32 tokens a second; what is left after learning the pace are two seconds.
+    pieces = exact_forward(p, 4.0, lambda: float(next(now)), lambda: None)
+    assert [piece.what for piece in pieces] == ["o"]
+    assert pieces[0].exact.shape[1] == 32
+    results = results_of(Ours("torch"), p)
+    assert worst_error(pieces, results)[0] < 1e-5
+    results[0][:, 40:] = 7.0
+    assert worst_error(pieces, results)[0] < 1e-5, "what was not walked is not judged"
+    results[0][:, 20:] = 7.0
+    assert worst_error(pieces, results)[0] > 0.5
+
+
+def test_gradients_are_judged_in_a_window_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "WINDOW", 6)
+    p = make_problem(BACKWARD, "cpu")
+    pieces = exact(p)
+    assert [piece.what for piece in pieces] == ["dq", "dk", "dv", "dlog_alpha", "dbeta"]
+    assert pieces[0].exact.shape == (1, 6, 2, 8)
+    assert pieces[2].exact.shape == (1, 6, 4, 4)
+    assert worst_error(pieces, results_of(Ours("torch"), p))[0] < 1e-5

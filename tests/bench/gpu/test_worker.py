@@ -1,0 +1,166 @@
+"""The processes of `bench gpu`: orders and events, time limits, ends, and what a worker does."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from gdn_ops.bench.gpu import measuring, turns, worker
+from gdn_ops.bench.gpu.process import StoppedError, Worker
+from gdn_ops.bench.gpu.result import Conformance
+from gdn_ops.bench.gpu.worker import Desk
+from gpu_stand_ins import BACKWARD, FORWARD, STEP, FakeDevice, StandIn
+from paths import ROOT
+
+TALKS = """
+import json, sys, time
+print("a greeting that is no event", flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    print(json.dumps({"got": order}), flush=True)
+    if order["do"] == "hang":
+        time.sleep(60)
+    if order["do"] == "die":
+        sys.exit("the last words\\n")
+    if order["do"] == "kill":
+        import os, signal
+        os.kill(os.getpid(), signal.SIGSEGV)
+    print(json.dumps({"done": True}), flush=True)
+"""
+
+
+def test_a_worker_answers_order_after_order() -> None:
+    worker = Worker([sys.executable, "-c", TALKS])
+    for order in ({"do": "a"}, {"do": "b"}):
+        assert list(worker.ask(order, 30.0)) == [{"got": order}]
+    worker.close()
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    ("do", "why"),
+    [
+        ("hang", "stopped after 2 s"),
+        ("die", "the process ended with exit code 1: the last words"),
+        ("kill", "the process ended with signal SIGSEGV"),
+    ],
+)
+def test_a_worker_that_hangs_or_dies_is_an_error_that_says_how(do: str, why: str) -> None:
+    worker = Worker([sys.executable, "-c", TALKS])
+    before, events = time.monotonic(), []
+    with pytest.raises(StoppedError, match=f"^{why}$"):
+        for event in worker.ask({"do": do}, 2.0 if do == "hang" else 30.0):
+            events.append(event)
+    assert events == [{"got": {"do": do}}]
+    assert time.monotonic() - before < 30
+    worker.close()
+
+
+def test_a_worker_keeps_fla_from_handing_its_calls_to_flash_qla() -> None:
+    code = """
+import json, os
+print(json.dumps({"value": os.environ["FLA_FLASH_QLA"]}))
+print(json.dumps({"done": True}))
+"""
+    worker = Worker([sys.executable, "-c", code])
+    assert list(worker.ask({}, 30.0)) == [{"value": "0"}]
+    worker.close()
+
+
+def desk(monkeypatch: pytest.MonkeyPatch) -> tuple[Desk, list[dict[str, Any]]]:
+    """Return a worker's desk with a made-up device, tiny rows and a stand-in for fla."""
+    device, events = FakeDevice(), []
+    monkeypatch.setattr(turns, "ROUNDS", (2, 2))
+    tiny = {row.name: row for row in (FORWARD, BACKWARD, STEP)}
+    monkeypatch.setattr(worker, "find_row", tiny.__getitem__)
+    known = {"fla": StandIn("fla", device), "flash_qla": "package 'flash_qla' is not installed"}
+    monkeypatch.setattr(worker, "contender", known.__getitem__)
+    return Desk(device, events.append), events
+
+
+def test_a_worker_measures_a_row_and_tells_who_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at, events = desk(monkeypatch)
+    names = ["flash_qla", "fla"]
+    at.obey({"do": "row", "row": FORWARD.name, "contenders": names, "seconds": 100.0})
+    assert events[-1] == {"done": True}
+    outcomes = {e["outcome"]["contender"]: e["outcome"] for e in events if "outcome" in e}
+    assert outcomes["flash_qla"]["status"] == "unsupported"
+    assert outcomes["flash_qla"]["reason"] == "package 'flash_qla' is not installed"
+    assert outcomes["fla"]["status"] == "measured"
+    assert json.loads(json.dumps(events)) == events, "events travel as JSON"
+
+
+def test_a_worker_warms_up_and_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    at, events = desk(monkeypatch)
+    names = [FORWARD.name, BACKWARD.name, STEP.name]
+    at.obey({"do": "warm", "contender": "fla", "rows": names})
+    assert [e["warm"] for e in events if "warm" in e] == names
+    assert not any("outcome" in e for e in events)
+    state = Conformance("torch", True, 1, 11)
+    monkeypatch.setattr(worker, "short_check", lambda name, device, seconds: iter([state]))
+    at.obey({"do": "check", "backend": "torch", "seconds": 1.0})
+    assert events[-2:] == [{"conformance": asdict(state)}, {"done": True}]
+    with pytest.raises(ValueError, match="unknown order 'dance'"):
+        at.obey({"do": "dance"})
+
+
+def test_a_worker_tells_who_broke_the_device_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    at, _ = desk(monkeypatch)
+
+    def broken(*_: object) -> None:
+        raise measuring.BrokenDeviceError("fla: RuntimeError: CUDA error")
+
+    monkeypatch.setattr(worker, "measure_row", broken)
+    monkeypatch.setattr(worker, "Cuda", lambda: at.device)
+    monkeypatch.setattr(worker.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(worker.os, "fdopen", lambda *_, **__: Answers(told))
+    order = {"do": "row", "row": FORWARD.name, "contenders": ["fla"], "seconds": 1.0}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(order) + "\n"))
+    with pytest.raises(SystemExit) as ended:
+        worker.main()
+    assert ended.value.code == 3
+    assert json.loads(told[-1]) == {"broken": "fla: RuntimeError: CUDA error"}
+
+
+class Answers:
+    def __init__(self, told: list[str]) -> None:
+        self.write = told.append
+
+
+REAL = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from gpu_stand_ins import FORWARD, FakeDevice, StandIn
+from gdn_ops.bench.gpu import measuring
+from gdn_ops.bench.gpu import turns
+from gdn_ops.bench.gpu import worker
+
+class Loud(StandIn):
+    def sequence(self, p):
+        print("compiling, please wait", flush=True)
+        return super().sequence(p)
+
+device = FakeDevice()
+turns.ROUNDS = (2, 2)
+worker.Cuda = lambda: device
+worker.find_row = {{FORWARD.name: FORWARD}}.__getitem__
+worker.contender = {{"loud": Loud("loud", device)}}.__getitem__
+worker.main()
+"""
+
+
+def test_what_a_contender_prints_is_not_taken_for_an_event() -> None:
+    worker = Worker([sys.executable, "-c", REAL])
+    order = {"do": "row", "row": FORWARD.name, "contenders": ["loud"], "seconds": 100.0}
+    events = list(worker.ask(order, 100.0))
+    worker.close()
+    assert [e["outcome"]["status"] for e in events if "outcome" in e] == ["measured"]

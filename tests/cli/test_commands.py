@@ -1,0 +1,195 @@
+"""`gdn-ops` prints what the library says and ends with the exit code that it means."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import gdn_ops
+from gdn_ops import cli
+from gdn_ops.bench import suite
+from gdn_ops.bench.floors import Rates
+from gdn_ops.bench.verify import RefusedError
+from gdn_ops.cli import commands
+from gdn_ops.dispatch import registry
+from gdn_ops.environment import versions
+from paths import ROOT
+
+
+@pytest.fixture(autouse=True)
+def given_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates are given: measuring them takes seconds and tests no logic."""
+    monkeypatch.setattr(suite, "measure_rates", lambda *_: Rates(1e11, 1e10, 1e10))
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(commands.app, list(arguments), env={"COLUMNS": "200"})
+
+
+def process(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    start = ["-c", code] if code is not None else ["-m", "gdn_ops"]
+    command = [sys.executable, *start, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_python_dash_m_ends_with_the_exit_code() -> None:
+    done = process("check", "--backend", "nope")
+    assert done.returncode == 2
+    assert "gdn-ops: unknown backend 'nope', known: torch" in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_extra_one_line_says_what_to_install(missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from gdn_ops.cli import main; main()"
+    done = process(code=code)
+    assert done.returncode == 2
+    assert done.stderr == cli.NEEDS_EXTRA + "\n"
+    assert done.stdout == ""
+
+
+def test_version_prints_the_version_of_the_package() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.output) == (0, f"gdn_ops {gdn_ops.__version__}\n")
+
+
+def test_info_lists_versions_and_every_backend() -> None:
+    result = run("info")
+    assert result.exit_code == 0
+    assert re.search(rf"gdn_ops +{re.escape(gdn_ops.__version__)}", result.output)
+    for backend in gdn_ops.list_backends():
+        assert backend.name in result.output
+    assert "any device; float64, float32, bfloat16, float16; second gradients" in result.output
+
+
+def test_info_warns_of_a_version_that_was_never_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges = {"numpy": ("0.1", "0.2"), "torch": ("0.1", "99"), "python": ("3.90", "3.91")}
+    monkeypatch.setattr(versions, "tested_ranges", lambda: ranges)
+    numpy, python = importlib.metadata.version("numpy"), "{}.{}".format(*sys.version_info)
+    expected = [
+        f"numpy {numpy} is newer than 0.2, the newest that was tested: docs/versions.md",
+        f"python {python} is older than 3.90, the oldest that was tested: docs/versions.md",
+    ]
+    assert re.findall(r"(?m)^warning +(.*)$", run("info").output) == expected
+    assert json.loads(run("info", "--json").output)["warnings"] == expected
+    monkeypatch.setattr(versions, "tested_ranges", dict)
+    assert "warning" not in run("info").output
+
+
+def test_info_as_json_has_the_limits_as_data() -> None:
+    result = run("info", "--json")
+    found = json.loads(result.output)
+    assert found["versions"]["gdn_ops"] == gdn_ops.__version__
+    assert found["devices"][0]["device"] == "cpu"
+    by_name = {row["name"]: row for row in found["backends"]}
+    assert by_name["torch"]["status"] == "available"
+    assert by_name["torch"]["limits"]["devices"] == ["*"]
+
+
+def test_check_passes_on_a_right_backend() -> None:
+    result = run("check", "--backend", "naive", "--seconds", "0.1", "--seed", "1")
+    assert result.exit_code == 0, result.output
+    assert "worst error / allowance" in result.output
+    assert re.search(r"naive: \d+ calls in \d+ s, passed", result.output)
+
+
+def test_check_prints_the_smallest_failing_call_and_exits_with_one() -> None:
+    from gdn_ops.backends.torch import Torch
+
+    class Halved(Torch):
+        name = "halved"
+
+        def forward(self, call: registry.Call) -> gdn_ops.Forward:
+            out = super().forward(call)
+            return out._replace(o=out.o / 2)
+
+    gdn_ops.register_backend(Halved)
+    try:
+        result = run("check", "--backend", "halved", "--seconds", "0.1", "--seed", "1")
+    finally:
+        registry.unregister_backend("halved")
+    assert result.exit_code == 1
+    assert "FAIL" in result.output
+    assert "the smallest call that fails" in result.output
+    assert "'halved'" in result.output or '"halved"' in result.output
+    assert "halved: " in result.output and "failed" in result.output
+
+
+def test_check_says_why_a_backend_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands.registry, "get_backend", lambda name: "package 'x' is missing")
+    result = run("check", "--backend", "torch")
+    assert result.exit_code == 2
+    assert "backend 'torch' is not available: package 'x' is missing" in result.stderr
+
+
+def test_check_without_hypothesis_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    for name in [name for name in sys.modules if name.startswith("gdn_ops.testing")]:
+        monkeypatch.delitem(sys.modules, name)
+    result = run("check", "--backend", "torch")
+    assert result.exit_code == 2
+    assert "pip install 'gdn_ops[testing]'" in result.stderr
+
+
+def test_bench_writes_its_result(tmp_path: Path) -> None:
+    arguments = ("--backend", "torch", "--peer", "none", "--what", "forward", "--repeats", "1")
+    result = run("bench", "tiny", *arguments, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    data = json.loads((tmp_path / "cpu-float32.json").read_text())
+    assert [(row["what"], row["case"]) for row in data["rows"]] == [("forward", "tiny")]
+    assert "conformance: torch on tiny" in result.output
+
+
+def test_bench_refuses_wrong_numbers_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RefusedError("no times are shown, the numbers are wrong: x")
+
+    monkeypatch.setattr(suite, "verify", refuse)
+    arguments = ("--backend", "torch", "--peer", "none", "--what", "forward", "--repeats", "1")
+    result = run("bench", "tiny", *arguments)
+    assert result.exit_code == 1
+    assert "no times are shown" in result.stderr
+    assert "median" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nope",), "unknown case 'nope'"),
+        (("--what", "speed"), "unknown measurement 'speed'"),
+        (("--backend", "nope"), "unknown backend 'nope'"),
+        (("--peer", "nope"), "unknown peer 'nope'"),
+        (("--dtype", "int8"), "unknown dtype 'int8', known: float64"),
+        (("--tune", "naive"), "'naive' exposes no configurations to tune"),
+    ],
+)
+def test_bench_names_what_it_does_not_know(arguments: tuple[str, ...], message: str) -> None:
+    result = run("bench", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_demo_reads_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Compiling takes seconds, and warns of torch's own deprecations.
+    kept = tuple(i for i in gdn_ops.list_backends() if i.name in ("torch", "naive"))
+    monkeypatch.setattr(registry, "list_backends", lambda: kept)
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"one memory, two memories, three memories. " * 6)
+    result = run("demo", str(text), "--limit", "160")
+    assert result.exit_code == 0, result.output
+    assert "reads 160 bytes once" in result.output
+    assert "exactly nothing of the past is left" in result.output
+
+
+def test_demo_on_a_text_too_short_exits_with_two(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"short")
+    result = run("demo", str(text))
+    assert result.exit_code == 2
+    assert "the text has 5 bytes, should have at least 64" in result.stderr

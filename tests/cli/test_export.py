@@ -1,0 +1,244 @@
+"""`gdn-ops export` writes, judges and shows; `gdn-ops bench decode` checks before it times."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+typer_testing = pytest.importorskip("typer.testing")
+pytest.importorskip("rich")
+
+from gdn_ops import export  # noqa: E402
+from gdn_ops.bench import decode  # noqa: E402
+from gdn_ops.bench.inputs import Setting  # noqa: E402
+from gdn_ops.bench.rows import Result  # noqa: E402
+from gdn_ops.bench.verify import RefusedError  # noqa: E402
+from gdn_ops.cli import commands  # noqa: E402
+from gdn_ops.export.runtime import judge, sessions  # noqa: E402
+from onnx_needs import (  # noqa: E402
+    needs_onnx_body,
+    needs_ort_body,
+    takes_opset,
+    writes_opset,
+)
+
+
+def run(*arguments: object) -> Any:
+    arguments_ = [str(argument) for argument in arguments]
+    return typer_testing.CliRunner().invoke(commands.app, arguments_, env={"COLUMNS": "200"})
+
+
+SIZES = ("--heads", 2, "--value-heads", 4, "--key-dim", 16, "--value-dim", 8)
+
+
+def test_export_writes_a_checked_file_and_prints_its_errors(tmp_path: Path) -> None:
+    path = tmp_path / "step.onnx"
+    result = run("export", *SIZES, "--out", path, "--qk-l2norm", "--scale", 0.3)
+    assert result.exit_code == 0, result.output
+    assert f"{path.stat().st_size} bytes, passes the full checker" in result.output
+    rows = re.findall(
+        r"(standard|ort|onnx) +│ +(\S+) +│ +(\S+) +│ +(\S+) +│ +(\S+) +│ pass", result.output
+    )
+    assert tuple(row[0] for row in rows) == export.available_bodies()
+    for _, o, allowed_o, state, allowed_state in rows:
+        assert 0 < float(o) <= float(allowed_o) < 1e-6
+        assert 0 < float(state) <= float(allowed_state) < 1e-6
+    (node,) = export.nodes_of(onnx.load(path))
+    assert (node.num_qk_heads, node.num_v_heads, node.variant.qk_l2norm) == (2, 4, True)
+    assert node.scale == pytest.approx(0.3)
+
+
+@needs_onnx_body
+@pytest.mark.parametrize("options", [(), ("--opset", 28), ("--prefill",)])
+def test_export_writes_the_onnx_body_at_an_opset_that_has_it(
+    options: tuple[object, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "step.onnx"
+    if options[:1] == ("--opset",) and not (writes_opset(28) and takes_opset(28)):
+        pytest.skip("onnx or onnxruntime knows no opset 28")
+    result = run("export", *SIZES, "--out", path, "--body", "onnx", *options)
+    assert result.exit_code == 0, result.output
+    assert len(re.findall(r"│ pass", result.output)) == len(export.available_bodies())
+    model = onnx.load(path)
+    assert export.bodies_of(model) == ("onnx",)
+    assert model.opset_import[0].version == (28 if "--opset" in options else 27)
+    lines = run("export", "--inspect", path).output.splitlines()
+    assert lines[0].startswith(f"imports  ai.onnx {model.opset_import[0].version}, gdn_ops 1")
+    assert lines[1] == "body     onnx"
+
+
+def test_export_says_why_the_body_that_it_wrote_was_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "available_bodies", lambda: ("standard",))
+    monkeypatch.setattr(sessions, "available_bodies", lambda: ("standard",))
+    monkeypatch.setattr(ort, "__version__", "1.24.4")
+    path = tmp_path / "step.onnx"
+    result = run("export", *SIZES, "--out", path, "--body", "ort")
+    assert result.exit_code == 0, result.output
+    assert (
+        "left out: body 'ort' needs com.microsoft::LinearAttention, which onnxruntime has from "
+        "1.25 on; this is onnxruntime 1.24.4\n"
+    ) in result.output
+    assert export.bodies_of(onnx.load(path)) == ("ort",)
+
+
+def test_export_writes_a_prompt_reader_and_says_what_it_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "prefill.onnx"
+    result = run("export", *SIZES, "--out", path, "--prefill", "--dtype", "float64")
+    assert result.exit_code == 0, result.output
+    (node,) = export.nodes_of(onnx.load(path))
+    assert node.proto.op_type == "GatedDelta"
+    if "ort" in export.available_bodies():
+        assert "left out: body ort: gdn_ops::GatedDelta: the state is float64" in result.output
+
+
+def test_inspect_lists_nodes_bodies_and_states(tmp_path: Path) -> None:
+    path = tmp_path / "step.onnx"
+    options = {"num_qk_heads": 2, "num_v_heads": 6, "head_k_dim": 4, "head_v_dim": 4}
+    onnx.save(export.make_decode_model(**options, rule="delta", body="ort"), path)
+    result = run("export", "--inspect", path)
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines() == [
+        "imports  ai.onnx 21, gdn_ops 1, com.microsoft 1",
+        "body     ort",
+        "node     gdn_ops::GatedDeltaStep GatedDeltaStep: H=2 HV=6, rule delta, scale 0.5, "
+        "reads past_key_values.0.recurrent_state",
+        "state    past_key_values.0.recurrent_state -> present.0.recurrent_state",
+    ]
+    onnx.save(export.make_decode_model(**options, body=None), path)
+    assert "body     none: a custom-op library" in run("export", "--inspect", path).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((), "gdn-ops: export needs --heads, --key-dim and --out, or --inspect FILE\n"),
+        (
+            ("--heads", 3, "--value-heads", 4, "--key-dim", 8, "--out", "x.onnx"),
+            "gdn-ops: gdn_ops::GatedDeltaStep: num_v_heads is 4, should be a multiple of "
+            "num_qk_heads=3\n",
+        ),
+        (
+            ("--heads", 2, "--key-dim", 8, "--out", "x.onnx", "--body", "onnx", "--opset", 21),
+            "gdn-ops: gdn_ops::GatedDeltaStep: the model has opset 21, body 'onnx' should have 27 "
+            "or newer; export with opset=27, or take body='standard'\n",
+        ),
+        (("--inspect", "no-such.onnx"), "gdn-ops: 'no-such.onnx' is no file\n"),
+        (("--inspect", __file__), f"gdn-ops: {__file__!r} is no ONNX model\n"),
+    ],
+)
+def test_a_wrong_command_ends_with_two_and_the_reason(
+    arguments: tuple[object, ...], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("export", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr == text
+    assert not list(tmp_path.iterdir())
+
+
+def break_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every session return an o that is off by one part in a thousand."""
+    right = judge._decode
+
+    def wrong(*arguments: Any) -> Any:
+        o, state = right(*arguments)
+        return o * np.float32(1.001), state
+
+    monkeypatch.setattr(judge, "_decode", wrong)
+
+
+def test_wrong_numbers_end_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_bodies(monkeypatch)
+    result = run("export", *SIZES, "--out", tmp_path / "step.onnx")
+    assert result.exit_code == 1
+    assert "FAIL" in result.output
+    assert result.stderr == "gdn-ops: the numbers are wrong\n"
+
+
+def test_export_without_onnxruntime_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export.available_bodies.cache_clear()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = run("export", *SIZES, "--out", tmp_path / "step.onnx")
+    export.available_bodies.cache_clear()
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "gdn-ops: DecodeSession needs onnxruntime: pip install 'gdn_ops[onnx]'\n"
+    )
+
+
+def small(setting: Setting) -> Result:
+    return decode.run(setting, shapes=((1, 2),), width=16)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bench_decode_times_every_way_and_judges_it() -> None:
+    result = small(Setting(repeats=1))
+    rows = {row.comparator: row for row in result.rows}
+    assert set(rows) >= {"floor", "standard in place", "torch", "compile", "torch in place"}
+    assert all(row.median > 0 for row in rows.values() if row.against == "floor")
+    assert {check.comparator for check in result.checks} >= {"standard"}
+    if "ort" not in export.available_bodies():
+        return
+    judged = {name: row.target for name, row in rows.items() if row.target}
+    assert judged == {
+        "ort, bare / floor": "<= 4x",
+        "standard in place / ort": ">= 3x",
+        "torch / ort": ">= 3x",
+        "compile / ort": ">= 2x",
+        "cost of guards": "<= 15 us",
+        "step() adds, own buffers": "<= 25 us",
+        "step() adds, token copied in": "<= 25 us",
+    }
+    own, bare, floor = (rows[name] for name in ("ort in place", "ort in place, bare", "floor"))
+    assert rows["ort, bare / floor"].median == pytest.approx(bare.median / floor.median)
+    assert rows["torch / ort"].median == pytest.approx(rows["torch"].median / own.median)
+    added = rows["step() adds, token copied in"]
+    assert 0 < added.best <= added.median < own.median
+    guards = rows["ort in place, bare, no guards"]
+    assert rows["cost of guards"].best == pytest.approx(bare.best - guards.best)
+    assert json.dumps(result.to_json())
+
+
+def test_bench_decode_refuses_a_body_that_computes_something_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    break_bodies(monkeypatch)
+    text = r"^standard on 0\.00195 MiB, B=1 H=2: o off by 0\.001, above"
+    with pytest.raises(RefusedError, match=text):
+        small(Setting(repeats=1))
+
+
+def test_bench_decode_is_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+    monkeypatch.setattr(decode, "show_run", lambda *arguments: seen.append(arguments))
+    result = run("bench", "decode", "--peer", "lib.so", "--repeats", 3, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert seen == [("lib.so", Setting(repeats=3), tmp_path)]
+
+
+@needs_ort_body
+def test_the_form_without_guards_computes_the_same() -> None:
+    sizes = {"num_qk_heads": 2, "num_v_heads": 2, "head_k_dim": 8, "head_v_dim": 8}
+    model = export.make_decode_model(**sizes, body="ort")
+    feeds = judge._draw(model, 1, 1)
+    state = feeds.pop("state").numpy()
+    arrays = {name: x.squeeze(1).numpy() for name, x in feeds.items()}
+    arrays["past_key_values.0.recurrent_state"] = state
+    results = [
+        ort.InferenceSession(m.SerializeToString()).run(None, arrays)
+        for m in (model, decode.unguarded(model))
+    ]
+    for x, y in zip(*results, strict=True):
+        assert np.array_equal(x, y)

@@ -1,0 +1,616 @@
+"""The custom-op library of native/, in onnxruntime, against naive in float64."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gdn_ops import gated_delta_step
+from gdn_ops.spec.ops import RULES
+from paths import ORT_LIBRARY
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("gdn_ops.export.node.schema")
+
+from onnx import TensorProto, helper  # noqa: E402
+
+from gdn_ops.export.node.schema import DOMAIN, ELEMENT_TYPES, INPUTS, OUTPUTS, STEP  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not ORT_LIBRARY.exists(),
+    reason="native/build/libgdn_ops_ort.so is not there: run `make native`",
+)
+
+HEADS = ((1, 1), (2, 2), (2, 4), (2, 6))
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# Half a unit in the last place, twice where a result may fall on the other side of a tie.
+ROUNDING = {"float64": 0.0, "float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11}
+ARITHMETIC = {"float64": 1e-14}
+
+
+class Node:
+    """A model of one node, and how to run it.
+
+    Every input and output of the model is float64; casts give the node the types it is to have,
+    so that numpy never meets a bfloat16.
+    """
+
+    def __init__(
+        self,
+        heads: tuple[int, int] = (2, 4),
+        *,
+        types: str | Mapping[str, str] = "float32",
+        threads: int = 1,
+        functions: Sequence[Any] = (),
+        without: Sequence[str] = (),
+        **attributes: Any,
+    ) -> None:
+        self.attributes = {
+            "num_qk_heads": heads[0],
+            "num_v_heads": heads[1],
+            "scale": 0.3,
+            "rule": "gated_delta",
+            "qk_l2norm": 0,
+        } | attributes
+        if self.attributes["rule"] in ("delta", "linear") and "log_alpha" not in attributes:
+            without = (*without, "log_alpha")
+        given = self.attributes.pop("log_alpha", None)
+        self.inputs = tuple(name for name in INPUTS if name not in without or given == name)
+        names = (*INPUTS, *OUTPUTS)
+        self.types = dict.fromkeys(names, types) if isinstance(types, str) else dict(types)
+        self.session = _session(self.model(functions), threads)
+
+    def model(self, functions: Sequence[Any]) -> Any:
+        written = {key: value for key, value in self.attributes.items() if value is not None}
+        nodes = [
+            helper.make_node("Cast", [f"{name}_64"], [name], to=self.element_type(name))
+            for name in self.inputs
+        ]
+        given = [name if name in self.inputs else "" for name in INPUTS]
+        nodes.append(helper.make_node(STEP.name, given, OUTPUTS, domain=DOMAIN, **written))
+        nodes += [
+            helper.make_node("Cast", [name], [f"{name}_64"], to=TensorProto.DOUBLE)
+            for name in OUTPUTS
+        ]
+        # Without shapes: what is wrong with them, the library is to say.
+        inputs, outputs = (
+            [
+                helper.make_tensor_value_info(f"{name}_64", TensorProto.DOUBLE, None)
+                for name in names
+            ]
+            for names in (self.inputs, OUTPUTS)
+        )
+        graph = helper.make_graph(nodes, "step", inputs, outputs)
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+        return helper.make_model(
+            graph, opset_imports=opsets, functions=list(functions), ir_version=10
+        )
+
+    def element_type(self, name: str) -> int:
+        return ELEMENT_TYPES.get(self.types[name], TensorProto.INT64)
+
+    def __call__(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        feeds = {f"{name}_64": tensors[name].double().numpy() for name in self.inputs}
+        o, state = self.session.run(None, feeds)
+        return torch.from_numpy(o), torch.from_numpy(state)
+
+    def draw(self, B: int = 3, K: int = 24, V: int = 40, seed: int = 0) -> dict[str, Tensor]:
+        """Return inputs, in float64, of values that the node's types have."""
+        random = torch.Generator().manual_seed(seed)
+        H, HV = self.attributes["num_qk_heads"], self.attributes["num_v_heads"]
+        shapes = {"q": (B, H, K), "k": (B, H, K), "v": (B, HV, V), "state": (B, HV, K, V)}
+        tensors = {
+            name: torch.randn(shape, generator=random, dtype=torch.float64)
+            for name, shape in shapes.items()
+        }
+        tensors["k"] = tensors["k"] / tensors["k"].norm(dim=-1, keepdim=True)
+        tensors["log_alpha"] = -torch.rand((B, HV), generator=random, dtype=torch.float64)
+        tensors["beta"] = 2 * torch.rand((B, HV), generator=random, dtype=torch.float64)
+        return {name: tensors[name].to(DTYPES[self.types[name]]).double() for name in self.inputs}
+
+    def expected(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what naive says, in float64."""
+        return gated_delta_step(
+            **tensors,
+            rule=self.attributes["rule"],
+            # As float32 has it: so it stands in the file.
+            scale=float(np.float32(self.attributes["scale"])),
+            qk_l2norm=bool(self.attributes["qk_l2norm"]),
+            backend="naive",
+        )
+
+    def check(self, **tensors: Tensor) -> None:
+        """Assert that the node gives what naive gives, as nearly as its types allow."""
+        arithmetic = ARITHMETIC.get(self.types["state"], 1e-6)
+        pairs = zip(OUTPUTS, self(**tensors), self.expected(**tensors), strict=True)
+        for name, found, expected in pairs:
+            assert found.shape == expected.shape
+            if not expected.numel():
+                continue
+            # float32 cannot hold what a float64 state gives.
+            rounding = 2**-24 if self.types[name] == "float32" else ROUNDING[self.types[name]]
+            error = ((found - expected).abs().max() / expected.abs().max()).item()
+            assert error <= arithmetic + rounding, f"{name} is off by {error:.1e}"
+
+
+def _session(model: Any, threads: int = 1) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Errors are the subject of these tests, not a thing to print.
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(ORT_LIBRARY))
+    return ort.InferenceSession(model.SerializeToString(), options)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("rule", [rule.name for rule in RULES])
+def test_every_rule_scale_and_batch_agrees_with_naive(rule: str, heads: tuple[int, int]) -> None:
+    for scale, qk_l2norm, (K, V) in itertools.product(
+        (1.0, 0.3, 24**-0.5), (0, 1), ((24, 40), (33, 7))
+    ):
+        node = Node(heads, rule=rule, scale=scale, qk_l2norm=qk_l2norm)
+        for B in (0, 1, 3, 7):
+            node.check(**node.draw(B, K, V))
+
+
+@pytest.mark.parametrize("gate", DTYPES)
+@pytest.mark.parametrize("state", DTYPES)
+@pytest.mark.parametrize("activation", DTYPES)
+def test_every_mixture_of_types_agrees_with_naive(activation: str, state: str, gate: str) -> None:
+    types = dict.fromkeys(("q", "k", "v", "o"), activation)
+    types |= dict.fromkeys(("log_alpha", "beta"), gate)
+    types |= dict.fromkeys(("state", "new_state"), state)
+    node = Node(types=types)
+    # Two blocks of columns and one that is not full.
+    node.check(**node.draw(B=2, K=24, V=300))
+
+
+def _levels() -> list[str]:
+    """Return the levels of this machine, as the library names them."""
+    if not ORT_LIBRARY.exists():
+        return []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GDN_OPS_NATIVE_LEVEL", "none")
+        try:
+            ort.SessionOptions().register_custom_ops_library(str(ORT_LIBRARY))
+        except Exception as error:
+            found = re.search(r"should be one of (.*) on this machine", str(error))
+            return found[1].split(", ") if found else []
+    return []
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param not in _levels():
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setenv("GDN_OPS_NATIVE_LEVEL", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("rule", ["gated_delta", "gated"])
+@pytest.mark.parametrize("state", DTYPES)
+def test_every_level_agrees_with_naive_at_every_width(level: str, state: str, rule: str) -> None:
+    types = dict.fromkeys((*INPUTS, *OUTPUTS), "float32") | dict.fromkeys(
+        ("state", "new_state"), state
+    )
+    node = Node(types=types, rule=rule)
+    # Blocks of 128, 64 (float64), 32, 8 and 1 columns.
+    for V in (1, 8, 43, 64, 128, 171):
+        node.check(**node.draw(B=1, K=19, V=V))
+
+
+def test_an_unknown_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GDN_OPS_NATIVE_LEVEL", "sse9")
+    with pytest.raises(Exception, match=r"^\[ONNXRuntimeError\]") as caught:
+        Node()
+    text = "GDN_OPS_NATIVE_LEVEL is 'sse9', should be one of "
+    assert f"{text}{', '.join(_levels())} on this machine" in str(caught.value)
+    assert "baseline" in _levels()
+
+
+@pytest.mark.parametrize("narrow", ["float16", "bfloat16"])
+def test_every_16_bit_number_comes_back_as_it_was(level: str, narrow: str) -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(np.int16)
+    state = torch.from_numpy(every).view(DTYPES[narrow]).double().reshape(1, 1, 1, -1)
+    node = _writer(narrow)
+    zero, one = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+    # Nothing is written, and o reads the state as float32.
+    o, new_state = node(q=one, k=zero, v=torch.zeros(1, 1, 2**16), beta=zero[0], state=state)
+    for found in (o.flatten(), new_state.flatten()):
+        torch.testing.assert_close(found, state.flatten(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("narrow", ["float16", "bfloat16"])
+def test_a_state_is_rounded_to_nearest_even(level: str, narrow: str) -> None:
+    drawn = np.random.default_rng(0).integers(0, 2**32, 2**16, dtype=np.uint32)
+    # Many in the range of float16, subnormal ones and ties among them.
+    drawn[::2] = drawn[::2] % 0x12000000 + 0x32000000
+    drawn[::4] &= np.uint32(0xFFFFF000)
+    v = torch.from_numpy(drawn.view(np.float32))
+    node = _writer(narrow)
+    one = torch.ones(1, 1, 1)
+    state = torch.zeros(1, 1, 1, v.numel())
+    _, new_state = node(q=one, k=one, v=v.reshape(1, 1, -1), beta=one[0], state=state)
+    expected = v.to(DTYPES[narrow]).double()
+    torch.testing.assert_close(new_state.flatten(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def _writer(narrow: str) -> Node:
+    """Return a node that adds k v^T to a state of the given type."""
+    types = dict.fromkeys((*INPUTS, *OUTPUTS), "float32") | dict.fromkeys(
+        ("state", "new_state"), narrow
+    )
+    return Node((1, 1), rule="linear", scale=1.0, types=types)
+
+
+def test_short_and_zero_keys_are_normalised_as_in_naive() -> None:
+    node = Node(qk_l2norm=1)
+    tensors = node.draw()
+    tensors["k"] = (tensors["k"] * 1e-3).float().double()
+    tensors["q"] = (tensors["q"] * 1e-4).float().double()
+    tensors["k"][0] = 0
+    node.check(**tensors)
+
+
+def test_a_closed_gate_forgets_exactly() -> None:
+    node = Node()
+    tensors = node.draw()
+    tensors["log_alpha"][:] = -torch.inf
+    fresh = node(**tensors | {"state": torch.zeros_like(tensors["state"])})
+    for found, expected in zip(node(**tensors), fresh, strict=True):
+        assert torch.equal(found, expected)
+    node.check(**tensors)
+
+
+def test_a_closed_gate_forgets_even_what_a_product_would_overflow() -> None:
+    node = Node()
+    tensors = node.draw()
+    tensors["state"][:] = 3e38
+    tensors["log_alpha"][:] = -torch.inf
+    node.check(**tensors)
+
+
+def test_some_closed_gates_leave_the_other_heads_alone() -> None:
+    node = Node()
+    tensors = node.draw()
+    tensors["log_alpha"][0, 1] = -torch.inf
+    tensors["log_alpha"][2, 3] = -1e4
+    tensors["log_alpha"][1, 0] = 0
+    tensors["beta"][1, 2] = 0
+    node.check(**tensors)
+
+
+def test_an_infinite_state_gives_what_naive_gives() -> None:
+    node = Node((1, 2))
+    tensors = node.draw(B=2)
+    tensors["state"][0, 0] = torch.inf
+    tensors["log_alpha"][0, 0] = -torch.inf
+    found, expected = node(**tensors), node.expected(**tensors)
+    for x, y in zip(found, expected, strict=True):
+        assert y.isnan().any()
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_beta_that_is_not_given_is_one() -> None:
+    node = Node(without=["beta"])
+    tensors = node.draw()
+    node.check(**tensors)
+    one = torch.ones(3, 4, dtype=torch.float64)
+    for x, y in zip(node(**tensors), Node()(**tensors, beta=one), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("types", ["float32", "float16"])
+def test_in_place_equals_ping_pong_equals_float64_over_256_steps(types: str) -> None:
+    dtype = {"float32": np.float32, "float16": np.float16}[types]
+    session, node = _bare_session(types), Node(types=types, scale=1.0)
+    start = node.draw(K=8, V=136)
+    state = start["state"].numpy().astype(dtype)
+    one, two, other = (ort.OrtValue.ortvalue_from_numpy(state.copy()) for _ in range(3))
+    expected = start["state"]
+    for t in range(256):
+        drawn = node.draw(K=8, V=136, seed=t)
+        feeds = {name: drawn[name].numpy().astype(dtype) for name in INPUTS[:-1]}
+        o_in_place = _bound_step(session, feeds, one, one)
+        o_ping_pong = _bound_step(session, feeds, two, other)
+        two, other = other, two
+        assert np.array_equal(o_in_place, o_ping_pong)
+        expected_o, expected = node.expected(**drawn | {"state": expected})
+    assert np.array_equal(one.numpy(), two.numpy())
+    limit = {"float32": 1e-6, "float16": 4e-3}[types]
+    for found, wanted in ((one.numpy(), expected), (o_in_place, expected_o)):
+        error = np.abs(found - wanted.numpy()).max() / wanted.abs().max().item()
+        assert error <= limit, f"off by {error:.1e}"
+
+
+def test_o_may_be_written_over_v() -> None:
+    session, node = _bare_session("float32"), Node(scale=1.0)
+    drawn = node.draw(K=32, V=136)
+    feeds = {name: drawn[name].numpy().astype(np.float32) for name in INPUTS}
+    expected, _ = session.run(None, feeds)
+    values = {name: ort.OrtValue.ortvalue_from_numpy(x) for name, x in feeds.items()}
+    binding = session.io_binding()
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_ortvalue_output("o", values["v"])
+    binding.bind_ortvalue_output("new_state", values["state"])
+    session.run_with_iobinding(binding)
+    assert np.array_equal(values["v"].numpy(), expected)
+
+
+def _bound_step(session: Any, feeds: Mapping[str, Any], state: Any, new_state: Any) -> Any:
+    """Run one step with the states bound and return o."""
+    binding = session.io_binding()
+    for name, x in feeds.items():
+        binding.bind_cpu_input(name, x)
+    binding.bind_ortvalue_input("state", state)
+    binding.bind_ortvalue_output("new_state", new_state)
+    binding.bind_output("o")
+    session.run_with_iobinding(binding)
+    return binding.copy_outputs_to_cpu()[1]
+
+
+def _bare_session(types: str, nodes: int = 1, threads: int = 1) -> Any:
+    """Return a session without casts: `nodes` steps on the same inputs, one after another."""
+    element = ELEMENT_TYPES[types]
+    attributes = dict(num_qk_heads=2, num_v_heads=4, scale=1.0, rule="gated_delta", qk_l2norm=0)
+    states = ["state", *(f"state_{i}" for i in range(1, nodes)), "new_state"]
+    steps = [
+        helper.make_node(
+            STEP.name,
+            [*INPUTS[:-1], state],
+            ["o" if i + 1 == nodes else f"o_{i}", new_state],
+            domain=DOMAIN,
+            **attributes,
+        )
+        for i, (state, new_state) in enumerate(itertools.pairwise(states))
+    ]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, element, None) for name in names]
+        for names in (INPUTS, OUTPUTS)
+    )
+    graph = helper.make_graph(steps, "steps", inputs, outputs)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    return _session(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
+
+
+@pytest.mark.parametrize("types", ["float32", "float16"])
+def test_a_state_inside_the_graph_needs_no_declared_type(types: str) -> None:
+    session, node = _bare_session(types, nodes=3), Node(types=types, scale=1.0)
+    tensors = node.draw()
+    dtype = {"float32": np.float32, "float16": np.float16}[types]
+    o, state = session.run(None, {name: x.numpy().astype(dtype) for name, x in tensors.items()})
+    expected = tensors["state"]
+    for _ in range(3):
+        expected_o, expected = node.expected(**tensors | {"state": expected})
+    limit = {"float32": 1e-6, "float16": 2e-3}[types]
+    assert np.abs(state - expected.numpy()).max() <= limit * expected.abs().max().item()
+    assert np.abs(o - expected_o.numpy()).max() <= limit * expected_o.abs().max().item()
+
+
+def test_threads_change_no_bit() -> None:
+    one, four = (_bare_session("float32", threads=threads) for threads in (1, 4))
+    drawn = Node().draw(B=8, K=128, V=128)
+    feeds = {name: x.numpy().astype(np.float32) for name, x in drawn.items()}
+    for x, y in zip(one.run(None, feeds), four.run(None, feeds), strict=True):
+        assert np.array_equal(x, y)
+
+
+def test_a_session_outlives_its_options_and_other_sessions() -> None:
+    node, other = Node(), Node(rule="gated")
+    tensors = node.draw()
+    before = node(**tensors)
+    del other
+    gc.collect()
+    for x, y in zip(node(**tensors), before, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_the_library_wins_over_a_function_in_the_file() -> None:
+    # A function that gives its arguments back: what naive gives cannot have come from it.
+    body = [
+        helper.make_node("Identity", ["v"], ["o"]),
+        helper.make_node("Identity", ["state"], ["new_state"]),
+    ]
+    opsets = [helper.make_opsetid("", 21)]
+    attributes = ["num_qk_heads", "num_v_heads", "scale", "rule", "qk_l2norm"]
+    function = helper.make_function(
+        DOMAIN, STEP.name, INPUTS, OUTPUTS, body, opsets, attributes=attributes
+    )
+    node = Node(functions=[function])
+    node.check(**node.draw())
+
+
+def _refusal(error: BaseException) -> str:
+    """Return what the library said, of what onnxruntime made of it."""
+    return "gdn_ops::GatedDeltaStep: " + str(error).partition("gdn_ops::GatedDeltaStep: ")[2]
+
+
+SHAPES = {
+    "q": (3, 2, 24),
+    "k": (3, 2, 24),
+    "v": (3, 4, 40),
+    "log_alpha": (3, 4),
+    "beta": (3, 4),
+    "state": (3, 4, 24, 40),
+}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (
+            {"q": (3, 24)},
+            "q has shape (3, 24), should be (B, H, K): 3 dimensions, not 2",
+        ),
+        (
+            {"q": (3,)},
+            "q has shape (3,), should be (B, H, K): 3 dimensions, not 1",
+        ),
+        (
+            {"log_alpha": ()},
+            "log_alpha has shape (), should be (B, HV): 2 dimensions, not 0",
+        ),
+        (
+            {"q": (3, 4, 24)},
+            "q has shape (3, 4, 24), should be (B, H, K) = (3, 2, 24); H is fixed by num_qk_heads",
+        ),
+        (
+            {"k": (1, 2, 8)},
+            "k has shape (1, 2, 8), should be (B, H, K) = (3, 2, 24); "
+            "B is fixed by q, K is fixed by q",
+        ),
+        (
+            {"v": (3, 2, 40)},
+            "v has shape (3, 2, 40), should be (B, HV, V) = (3, 4, 40); HV is fixed by num_v_heads",
+        ),
+        (
+            {"log_alpha": (1, 4)},
+            "log_alpha has shape (1, 4), should be (B, HV) = (3, 4); B is fixed by q",
+        ),
+        (
+            {"log_alpha": (3, 1)},
+            "log_alpha has shape (3, 1), should be (B, HV) = (3, 4); HV is fixed by num_v_heads",
+        ),
+        (
+            {"beta": (2, 4)},
+            "beta has shape (2, 4), should be (B, HV) = (3, 4); B is fixed by q",
+        ),
+        (
+            {"state": (1, 4, 24, 40)},
+            "state has shape (1, 4, 24, 40), should be (B, HV, K, V) = (3, 4, 24, 40); "
+            "B is fixed by q",
+        ),
+        (
+            {"state": (3, 4, 40, 24)},
+            "state has shape (3, 4, 40, 24), should be (B, HV, K, V) = (3, 4, 24, 40); "
+            "K is fixed by q, V is fixed by v",
+        ),
+        (
+            {"q": (3, 2, 0), "k": (3, 2, 0), "state": (3, 4, 0, 40)},
+            "q has K=0, should be at least 1",
+        ),
+        (
+            {"v": (3, 4, 0), "state": (3, 4, 24, 0)},
+            "v has V=0, should be at least 1",
+        ),
+    ],
+)
+def test_a_wrong_shape_is_refused(wrong: dict[str, tuple[int, ...]], text: str) -> None:
+    node = Node()
+    tensors = {name: torch.zeros(shape) for name, shape in (SHAPES | wrong).items()}
+    with pytest.raises(Exception, match="GatedDeltaStep") as caught:
+        node(**tensors)
+    assert _refusal(caught.value) == f"gdn_ops::GatedDeltaStep: {text}"
+    # And nothing of the mistake stays behind.
+    node.check(**node.draw())
+
+
+@pytest.mark.parametrize(
+    ("attributes", "text"),
+    [
+        ({"num_qk_heads": 0}, "num_qk_heads is 0, should be at least 1"),
+        ({"num_qk_heads": None}, "num_qk_heads is missing, should be an integer attribute"),
+        ({"num_qk_heads": 2.0}, "num_qk_heads is missing, should be an integer attribute"),
+        ({"num_v_heads": 3}, "num_v_heads is 3, should be a multiple of num_qk_heads=2"),
+        ({"num_v_heads": 0}, "num_v_heads is 0, should be a multiple of num_qk_heads=2"),
+        ({"num_v_heads": None}, "num_v_heads is missing, should be an integer attribute"),
+        ({"scale": None}, "scale is missing, should be a float attribute"),
+        ({"scale": float("inf")}, "scale is inf, should be a finite number"),
+        ({"scale": float("nan")}, "scale is nan, should be a finite number"),
+        ({"qk_l2norm": 2}, "qk_l2norm is 2, should be 0 or 1"),
+        ({"qk_l2norm": None}, "qk_l2norm is missing, should be an integer attribute"),
+        (
+            {"rule": "gated_dleta"},
+            "rule is 'gated_dleta', should be one of gated_delta, delta, gated, linear",
+        ),
+        ({"rule": None}, "rule is missing, should be one of gated_delta, delta, gated, linear"),
+        (
+            {"without": ["log_alpha"], "rule": "gated"},
+            "log_alpha is missing, should be an input: rule 'gated' has a decay",
+        ),
+        (
+            {"log_alpha": "log_alpha", "rule": "delta"},
+            "log_alpha is given, should be absent: rule 'delta' has no decay",
+        ),
+    ],
+)
+def test_a_wrong_attribute_is_refused_when_the_file_is_loaded(
+    attributes: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(Exception, match="GatedDeltaStep") as caught:
+        Node(**attributes)
+    assert _refusal(caught.value) == f"gdn_ops::GatedDeltaStep: {text}"
+
+
+@pytest.mark.parametrize(
+    ("types", "text"),
+    [
+        ({"k": "float16"}, "k has dtype float16, should be float32, the dtype of q"),
+        ({"v": "float64"}, "v has dtype float64, should be float32, the dtype of q"),
+        ({"k": "int64"}, "k has dtype int64, should be float32, the dtype of q"),
+        (
+            {"beta": "bfloat16"},
+            "beta has dtype bfloat16, should be float32, the dtype of log_alpha",
+        ),
+        (
+            {"log_alpha": "int64"},
+            "log_alpha has dtype int64, should be one of float32, float16, bfloat16, float64",
+        ),
+    ],
+)
+def test_a_wrong_type_is_refused_when_the_file_is_loaded(types: dict[str, str], text: str) -> None:
+    with pytest.raises(Exception, match="GatedDeltaStep") as caught:
+        Node(types=dict.fromkeys((*INPUTS, *OUTPUTS), "float32") | types)
+    assert _refusal(caught.value) == f"gdn_ops::GatedDeltaStep: {text}"
+
+
+def test_an_onnxruntime_that_is_too_old_is_refused() -> None:
+    # What the library sees of an onnxruntime: a function that gives tables of functions by
+    # their number, and its version. The first entry of a table makes a status.
+    said: list[tuple[int, bytes]] = []
+    asked: list[int] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+    def create_status(code: int, message: bytes) -> int:
+        said.append((code, message))
+        return 1
+
+    table = (ctypes.c_void_p * 1)(ctypes.cast(create_status, ctypes.c_void_p))
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
+    def get_api(version: int) -> int | None:
+        asked.append(version)
+        return ctypes.addressof(table) if version <= 17 else None
+
+    version = ctypes.create_string_buffer(b"1.17.3")
+    get_version = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(version))
+    base = (ctypes.c_void_p * 2)(
+        ctypes.cast(get_api, ctypes.c_void_p), ctypes.cast(get_version, ctypes.c_void_p)
+    )
+    register = ctypes.CDLL(str(ORT_LIBRARY)).RegisterCustomOps
+    register.argtypes, register.restype = (ctypes.c_void_p, ctypes.c_void_p), ctypes.c_void_p
+    assert register(None, ctypes.addressof(base)) == 1
+    assert asked == [18, 1]
+    assert said == [
+        (
+            1,
+            b"gdn_ops: onnxruntime is 1.17.3, should be 1.18 or newer for the custom-op library; "
+            b"without it the function in the file runs",
+        )
+    ]

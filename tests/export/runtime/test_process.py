@@ -1,0 +1,97 @@
+"""A file decodes in a process that has onnxruntime and numpy, but not torch or this library."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from gdn_ops import export  # noqa: E402
+from onnx_layers import (  # noqa: E402
+    Layer,
+    layer_args,
+)
+from onnx_needs import ALL_BODIES, opset_for  # noqa: E402
+
+DECODE_WITHOUT_TORCH = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "gdn_ops", "onnx", "onnxscript"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Block())
+import numpy
+import onnxruntime
+
+session = onnxruntime.InferenceSession(sys.argv[1])
+data = numpy.load(sys.argv[2])
+feeds = {name: data[name] for name in data.files if name.startswith("past_key_values")}
+states = {name.replace("past_key_values", "present"): name for name in feeds}
+worst = 0.0
+for x, expected in zip(data["x"], data["output"]):
+    output, *new = session.run(["output", *states], {"x": x, **feeds})
+    feeds = dict(zip(states.values(), new))
+    worst = max(worst, float(numpy.abs(output - expected).max()))
+for name, value in feeds.items():
+    worst = max(worst, float(numpy.abs(value - data["final." + name]).max()))
+
+# The same in place, as a C++ or C# program does it.
+values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(data[name].copy()) for name in feeds}
+binding = session.io_binding()
+for output, name in states.items():
+    binding.bind_ortvalue_input(name, values[name])
+    binding.bind_ortvalue_output(output, values[name])
+binding.bind_output("output")
+for x, expected in zip(data["x"], data["output"]):
+    binding.bind_cpu_input("x", x)
+    session.run_with_iobinding(binding)
+    found = binding.copy_outputs_to_cpu()[-1]
+    worst = max(worst, float(numpy.abs(found - expected).max()))
+assert not {"torch", "gdn_ops", "onnx", "onnxscript"} & set(sys.modules)
+print(len(data["x"]), worst <= 5e-6, worst)
+"""
+
+
+@pytest.mark.parametrize("body", ALL_BODIES)
+def test_a_process_without_torch_and_without_this_library_decodes(
+    body: str, tmp_path: Path
+) -> None:
+    path, values = tmp_path / "decode.onnx", tmp_path / "values.npz"
+    torch.manual_seed(0)
+    layer = Layer()
+    export.export_decode(layer, layer_args(1), path, opset=opset_for(body), body=body)
+    exact = Layer().double()
+    exact.load_state_dict(layer.state_dict())
+    _, conv, state = (x.double() for x in layer_args(3))
+    saved = {
+        "past_key_values.0.conv_state": conv.float().numpy(),
+        "past_key_values.0.recurrent_state": state.float().numpy(),
+    }
+    xs = [layer_args(3, seed=t)[0] for t in range(32)]
+    outputs = []
+    with torch.no_grad():
+        for x in xs:
+            o, conv, state = exact(x.double(), conv, state)
+            outputs.append(o.numpy())
+    saved["final.past_key_values.0.conv_state"] = conv.numpy()
+    saved["final.past_key_values.0.recurrent_state"] = state.numpy()
+    np.savez(values, x=torch.stack(xs).numpy(), output=np.stack(outputs), **saved)
+    done = subprocess.run(
+        [sys.executable, "-c", DECODE_WITHOUT_TORCH, path, values],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["32", "True"], done.stdout

@@ -1,0 +1,352 @@
+"""A torch module becomes a model with our nodes, which onnxruntime runs as torch does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+
+import gdn_ops  # noqa: E402
+from gdn_ops import export  # noqa: E402
+from gdn_ops.export.node.model import check_model  # noqa: E402
+from gdn_ops.export.node.opsets import with_body  # noqa: E402
+from gdn_ops.export.torch_exporter import exporter  # noqa: E402
+from onnx_layers import (  # noqa: E402
+    CHANNELS,
+    HV,
+    TAPS,
+    D,
+    K,
+    Layer,
+    Prompt,
+    Step,
+    Two,
+    V,
+    assert_same,
+    feeds_of,
+    layer_args,
+    shapes_of,
+    step_args,
+)
+from onnx_needs import at_opset, takes_opset, tells_overloads_apart  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def layer() -> Layer:
+    torch.manual_seed(0)
+    return Layer()
+
+
+@pytest.fixture(scope="module")
+def layer_file(layer: Layer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "layer.onnx"
+    export.export_decode(layer, layer_args(1), path)
+    return path
+
+
+def test_a_whole_layer_is_one_file_with_one_node(layer: Layer, layer_file: Path) -> None:
+    model = onnx.load(layer_file)
+    assert [n.op_type for n in model.graph.node if n.domain == "gdn_ops"] == ["GatedDeltaStep"]
+    assert export.bodies_of(model) == ("standard",)
+    conv, recurrent = ["batch", CHANNELS, TAPS - 1], ["batch", HV, K, V]
+    assert shapes_of(model.graph.input) == {
+        "x": ["batch", D],
+        "past_key_values.0.conv_state": conv,
+        "past_key_values.0.recurrent_state": recurrent,
+    }
+    assert shapes_of(model.graph.output) == {
+        "output": ["batch", D],
+        "present.0.conv_state": conv,
+        "present.0.recurrent_state": recurrent,
+    }
+    engine, reference = ort.InferenceSession(layer_file), ReferenceEvaluator(model)
+    for batch in (0, 1, 3, 7):
+        args = layer_args(batch, seed=batch)
+        expected = layer(*args)
+        for run in (engine.run, reference.run):
+            # onnx.reference cannot concatenate nothing.
+            if batch or run == engine.run:
+                assert_same(run(None, feeds_of(engine, list(args))), expected)
+
+
+@pytest.mark.parametrize("body", export.available_bodies())
+def test_a_session_decodes_as_the_layer_does(body: str, layer: Layer, layer_file: Path) -> None:
+    session = export.DecodeSession(layer_file, batch=3, body=body, threads=1)
+    assert session.inputs == ("x",)
+    assert session.outputs == ("output",)
+    conv, state = torch.zeros(3, CHANNELS, TAPS - 1), torch.zeros(3, HV, K, V)
+    for t in range(20):
+        x = layer_args(3, seed=t)[0]
+        expected, conv, state = layer(x, conv, state)
+        assert_same([session.step(x.numpy())], [expected])
+    found = session.state
+    assert_same(
+        [found[f"past_key_values.0.{name}_state"] for name in ("conv", "recurrent")], [conv, state]
+    )
+
+
+def test_a_prompt_and_its_continuation_share_their_states(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    prompt, layer = Prompt().eval(), Layer().eval()
+    layer.load_state_dict(prompt.state_dict())
+    first, rest = tmp_path / "prompt.onnx", tmp_path / "decode.onnx"
+    x = torch.randn(2, 9, D)
+    model = export.export_prefill(prompt, (x[:, :5], *layer_args(2)[1:]), first)
+    export.export_decode(layer, layer_args(2), rest)
+    assert shapes_of(model.graph.input)["x"] == ["batch", "sequence", D]
+    assert shapes_of(model.graph.output)["output"] == ["batch", "sequence", D]
+    zeros = torch.zeros(2, CHANNELS, TAPS - 1), torch.zeros(2, HV, K, V)
+    expected, *after = prompt(x, *zeros)
+    for body in export.available_bodies():
+        swapped = with_body(model, body, "test")
+        engine = ort.InferenceSession(swapped.SerializeToString())
+        read, *states = engine.run(None, feeds_of(engine, [x[:, :6], *zeros]))
+        assert_same([read], [expected[:, :6]])
+        names = [value.name for value in engine.get_outputs()[1:]]
+        session = export.DecodeSession(rest, batch=2, body=body)
+        pairs = zip(names, states, strict=True)
+        session.state = {name.replace("present", "past_key_values"): state for name, state in pairs}
+        for t in range(6, 9):
+            assert_same([session.step(x[:, t].numpy())], [expected[:, t]])
+        assert_same(session.state.values(), after)
+
+
+def test_layers_are_numbered_and_their_states_kept_apart(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    module = Two()
+    x, conv, state = layer_args(2)
+    model = export.export_decode(module, (x, [conv, conv], [state, state]))
+    kinds = ("conv_state", "recurrent_state")
+    assert export.states_of(model) == {
+        f"past_key_values.{i}.{kind}": f"present.{i}.{kind}" for kind in kinds for i in (0, 1)
+    }
+    session = export.DecodeSession(model, batch=2)
+    convs = [torch.zeros_like(conv), torch.zeros_like(conv)]
+    states = [torch.zeros_like(state), torch.zeros_like(state)]
+    for t in range(5):
+        x = layer_args(2, seed=t)[0]
+        expected, convs, states = module(x, convs, states)
+        assert_same([session.step(x.numpy())], [expected])
+    found = session.state
+    for i in (0, 1):
+        assert_same([found[f"past_key_values.{i}.conv_state"]], [convs[i]])
+        assert_same([found[f"past_key_values.{i}.recurrent_state"]], [states[i]])
+
+
+def test_layers_of_two_rules_have_a_function_each() -> None:
+    torch.manual_seed(2)
+    module = Two(("gated_delta", "delta"))
+    x, conv, state = layer_args(2)
+    model = export.export_decode(module, (x, [conv, conv], [state, state]))
+    assert [f.overload for f in model.functions] == ["", "delta_l2norm_beta_float"]
+    for body in export.available_bodies():
+        swapped = with_body(model, body, "test")
+        assert export.bodies_of(swapped) == (body,)
+        assert [f.overload for f in swapped.functions] == ["", "delta_l2norm_beta_float"]
+        check_model(swapped)
+        expected, convs, states = module(x, [conv, conv], [state, state])
+        session = export.DecodeSession(model, batch=2, body=body)
+        kept = {name: state if "recurrent" in name else conv for name in session.state}
+        session.state = {name: value.numpy() for name, value in kept.items()}
+        assert_same([session.step(x.numpy())], [expected])
+        found = session.state
+        for i, (conv_i, state_i) in enumerate(zip(convs, states, strict=True)):
+            names = (f"past_key_values.{i}.{kind}_state" for kind in ("conv", "recurrent"))
+            assert_same([found[name] for name in names], [conv_i, state_i])
+        if tells_overloads_apart():
+            engine = ort.InferenceSession(swapped.SerializeToString())
+            results = engine.run(None, feeds_of(engine, [x, conv, conv, state, state]))
+            assert_same(results, [expected, *convs, *states])
+        if body == "onnx":
+            # Nothing but the opset and the IR version is another.
+            assert export.states_of(swapped) == export.states_of(model)
+            swapped.opset_import[0].version = 21
+            swapped.ir_version = model.ir_version
+        back = export.set_body(export.set_body(swapped, None), "standard")
+        assert back.SerializeToString() == model.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("opset", "body"),
+    [
+        (18, "standard"),
+        at_opset(25, "standard", opset=25, is_run=False),
+        *(at_opset(27, body, opset=27, is_run=False) for body in ("standard", "onnx")),
+        at_opset(28, "onnx", opset=28, is_run=False),
+    ],
+)
+def test_a_layer_exports_at_every_opset(opset: int, body: str, layer: Layer) -> None:
+    model = export.export_decode(layer, layer_args(2), opset=opset, body=body)
+    assert {o.domain: o.version for o in model.opset_import} == {"": opset, "gdn_ops": 1}
+    args = layer_args(3)
+    names = [value.name for value in model.graph.input]
+    feeds = dict(zip(names, (x.numpy() for x in args), strict=True))
+    if takes_opset(opset):
+        assert_same(ort.InferenceSession(model.SerializeToString()).run(None, feeds), layer(*args))
+    assert_same(ReferenceEvaluator(model).run(None, feeds), layer(*args))
+
+
+def test_bodies_change_places_and_leave_no_trace(layer_file: Path) -> None:
+    model = onnx.load(layer_file)
+    original = model.SerializeToString()
+    previous: Any = "standard"
+    for body in ("standard", "ort", None, "standard", None, "ort", "ort", "standard"):
+        before = model.SerializeToString()
+        model = export.set_body(model, body)
+        check_model(model)
+        assert export.bodies_of(model) == (() if body is None else (body,))
+        assert (model.SerializeToString() == before) == (body == previous)
+        previous = body
+    assert model.SerializeToString() == original
+
+
+def test_a_body_takes_only_the_import_away_that_it_brought() -> None:
+    sizes = {"num_qk_heads": 1, "num_v_heads": 1, "head_k_dim": 2, "head_v_dim": 2}
+    model = export.make_decode_model(**sizes)
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    original = model.SerializeToString()
+    swapped = export.set_body(export.set_body(model, "ort"), "standard")
+    assert swapped.SerializeToString() == original
+
+
+def test_other_functions_of_a_model_stay(layer_file: Path) -> None:
+    model = onnx.load(layer_file)
+    other = onnx.parser.parse_function(
+        '<domain: "mine", opset_import: ["": 21]> Twice (x) => (y) { y = Add(x, x) }'
+    )
+    model.functions.append(other)
+    model.opset_import.append(onnx.helper.make_opsetid("mine", 1))
+    swapped = export.set_body(model, "ort")
+    assert [(f.domain, f.name) for f in swapped.functions] == [
+        ("mine", "Twice"),
+        ("gdn_ops", "GatedDeltaStep"),
+    ]
+
+
+def test_weights_in_another_file_stay_there(layer: Layer, layer_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "external.onnx"
+    onnx.save_model(
+        onnx.load(layer_file),
+        path,
+        save_as_external_data=True,
+        location="external.onnx.data",
+    )
+    before = (tmp_path / "external.onnx.data").read_bytes()
+    light = onnx.load(path, load_external_data=False)
+    onnx.save_model(export.set_body(light, "standard"), path)
+    assert (tmp_path / "external.onnx.data").read_bytes() == before
+    kept = onnx.load(path, load_external_data=False).graph.initializer
+    places = {tensor.name: tensor.data_location for tensor in kept}
+    assert places["project.weight"] == onnx.TensorProto.EXTERNAL
+    x, _, _ = layer_args(2)
+    expected = layer(x, torch.zeros(2, CHANNELS, TAPS - 1), torch.zeros(2, HV, K, V))[0]
+    assert_same([export.DecodeSession(path, batch=2).step(x.numpy())], [expected])
+
+
+def test_large_weights_are_written_beside_the_model(
+    layer: Layer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "_INLINE_BYTES", 1000)
+    path = tmp_path / "large.onnx"
+    export.export_decode(layer, layer_args(2), path)
+    assert (tmp_path / "large.onnx.data").stat().st_size > 9_000
+    x, conv, state = layer_args(2)
+    session = export.DecodeSession(path, batch=2)
+    session.state = {
+        "past_key_values.0.conv_state": conv.numpy(),
+        "past_key_values.0.recurrent_state": state.numpy(),
+    }
+    assert_same([session.step(x.numpy())], [layer(x, conv, state)[0]])
+
+
+STEPS: dict[str, tuple[Callable[..., Any], torch.dtype]] = {
+    "alpha": (gdn_ops.gated_delta_step, torch.float32),
+    "no beta": (
+        lambda q, k, v, a, b, s: gdn_ops.gated_delta_step(q, k, v, a, None, s),
+        torch.float32,
+    ),
+    "narrow gates": (
+        lambda q, k, v, a, b, s: gdn_ops.gated_delta_step(
+            q, k, v, None, b.bfloat16(), s, log_alpha=a.log().half()
+        ),
+        torch.float32,
+    ),
+    "float16": (gdn_ops.gated_delta_step, torch.float16),
+    "float64": (gdn_ops.gated_delta_step, torch.float64),
+    "pinned": (lambda *x: gdn_ops.gated_delta_step(*x, backend="naive"), torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_way_to_call_the_step_has_a_translation(name: str) -> None:
+    call, dtype = STEPS[name]
+    args = step_args(dtype)
+    model = export.export_decode(Step(call), args)
+    args[3][0, 0] = 0.0
+    engine = ort.InferenceSession(model.SerializeToString())
+    # torch drops an argument that is not used.
+    named = dict(
+        zip(("q", "k", "v", "a", "b", "past_key_values.0.recurrent_state"), args, strict=True)
+    )
+    feeds = {i.name: named[i.name].numpy() for i in engine.get_inputs()}
+    allowed = {torch.float16: 2e-3, torch.float64: 1e-7}.get(dtype, 2e-6)
+    assert_same(engine.run(None, feeds), call(*args), allowed)
+
+
+def test_a_prompt_of_few_tokens_is_a_sequence() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Any:
+        return gdn_ops.gated_delta_steps(q, k, v, a, b, s)
+
+    *one, state = step_args()
+    args = *(torch.stack([x] * 5, 1) for x in one), state
+    model = export.export_prefill(Step(call), args)
+    engine = ort.InferenceSession(model.SerializeToString())
+    args = *(torch.stack([x] * 3, 1) for x in one), state
+    assert_same(engine.run(None, feeds_of(engine, list(args))), call(*args))
+
+
+def test_a_prompt_without_a_state_starts_from_zeros() -> None:
+    class Start(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Any:
+            return gdn_ops.gated_delta(q, k, v, a, return_state=True)
+
+    args = tuple(torch.stack([x] * 5, 1) for x in step_args()[:4])
+    model = export.export_prefill(Start(), args)
+    assert shapes_of(model.graph.output) == {
+        "output": ["batch", "sequence", HV, V],
+        "present.0.recurrent_state": ["batch", HV, K, V],
+    }
+    engine = ort.InferenceSession(model.SerializeToString())
+    assert_same(engine.run(None, feeds_of(engine, list(args))), Start()(*args))
+
+
+def test_names_may_be_given(layer: Layer) -> None:
+    names = (("hidden", None, None), ("y", None, None))
+    model = export.export_decode(layer, layer_args(2), names=names)
+    assert model.graph.input[0].name == "hidden"
+    assert [v.name for v in model.graph.output] == [
+        "y",
+        "present.0.conv_state",
+        "present.0.recurrent_state",
+    ]
+    own = (("x", "conv.in", "memory.in"), ("y", "conv.out", "memory.out"))
+    model = export.export_decode(layer, layer_args(2), names=own)
+    assert export.states_of(model) == {"memory.in": "memory.out", "conv.in": "conv.out"}
+
+
+def test_a_batch_may_be_fixed(layer: Layer) -> None:
+    model = export.export_decode(layer, layer_args(3), dynamic_batch=False)
+    assert shapes_of(model.graph.input)["x"] == [3, D]
+    args = layer_args(3)
+    engine = ort.InferenceSession(model.SerializeToString())
+    assert_same(engine.run(None, feeds_of(engine, list(args))), layer(*args))

@@ -1,0 +1,339 @@
+"""The layer: prefill is decode, padding is nothing, every option trains, sizes are the paper's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gdn_ops import SpecError
+from gdn_ops.nn import GatedDeltaNet, GatedRMSNorm, ShortConvolution, State, gate
+from nn_layers import OPTIONS, WIDTH, make
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENS = 37
+RULES = ("gated_delta", "delta", "gated", "linear")
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def same(found: State, expected: State) -> None:
+    close(found.memory, expected.memory)
+    assert (found.conv is None) == (expected.conv is None)
+    if found.conv is not None and expected.conv is not None:
+        close(found.conv, expected.conv)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_prefill_equals_token_by_token_decode(options: dict[str, Any]) -> None:
+    layer, x = make(**options), torch.randn(2, TOKENS, WIDTH)
+    with torch.no_grad():
+        y, final = layer(x)
+        state, tokens = None, []
+        for t in range(TOKENS):
+            y_t, state = layer(x[:, t : t + 1], state)
+            tokens.append(y_t)
+    close(torch.cat(tokens, 1), y)
+    assert state is not None
+    same(state, final)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20, TOKENS - 1])
+def test_a_sequence_may_be_cut_anywhere(cut: int) -> None:
+    layer, x = make(num_value_heads=4), torch.randn(2, TOKENS, WIDTH)
+    with torch.no_grad():
+        y, final = layer(x)
+        head, state = layer(x[:, :cut])
+        tail, state = layer(x[:, cut:], state)
+    close(torch.cat([head, tail], 1), y)
+    same(state, final)
+
+
+def test_the_zero_state_is_the_start() -> None:
+    layer, x = make(), torch.randn(3, TOKENS, WIDTH)
+    with torch.no_grad():
+        y, final = layer(x)
+        again, state = layer(x, layer.zero_state(3))
+    close(again, y)
+    same(state, final)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("where", ["left", "right", "anywhere"])
+def test_padding_changes_nothing_wherever_it_is(where: str, with_state: bool) -> None:
+    layer, lengths = make(num_value_heads=4), (TOKENS, 20, 1, 0)
+    x = torch.randn(len(lengths), TOKENS, WIDTH)
+    mask = torch.zeros(len(lengths), TOKENS, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        places = {"left": torch.arange(TOKENS - length, TOKENS), "right": torch.arange(length)}
+        places["anywhere"] = torch.randperm(TOKENS)[:length].sort().values
+        mask[row, places[where]] = True
+    x[~mask] = torch.nan
+    with torch.no_grad():
+        state = layer(torch.randn(len(lengths), 5, WIDTH))[1] if with_state else None
+        y, final = layer(x, state, mask=mask)
+        for row in range(len(lengths)):
+            own = None if state is None else State(*(s[row : row + 1] for s in state))
+            expected, last = layer(x[row : row + 1, mask[row]], own)
+            close(y[row : row + 1, mask[row]], expected)
+            same(State(*(s[row : row + 1] for s in final)), last)
+    assert not bool(y[~mask].any())
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_packed_sequences_equal_separate_calls(with_state: bool) -> None:
+    layer, x = make(), torch.randn(1, TOKENS, WIDTH)
+    cuts = torch.tensor([0, 2, 2, 20, TOKENS])
+    with torch.no_grad():
+        state = layer(torch.randn(4, 5, WIDTH))[1] if with_state else None
+        y, final = layer(x, state, cu_seqlens=cuts)
+        for n in range(4):
+            own = None if state is None else State(*(s[n : n + 1] for s in state))
+            expected, last = layer(x[:, cuts[n] : cuts[n + 1]], own)
+            close(y[:, cuts[n] : cuts[n + 1]], expected)
+            same(State(*(s[n : n + 1] for s in final)), last)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_trains(options: dict[str, Any]) -> None:
+    layer = make(**options)
+    x, target = torch.randn(4, 12, WIDTH), torch.randn(4, 12, WIDTH)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=3e-2)
+    before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
+    losses = []
+    for _ in range(40):
+        loss = functional.mse_loss(layer(x)[0], target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0], losses[:: len(losses) - 1]
+    for name, parameter in layer.named_parameters():
+        assert not torch.equal(parameter, before[name]), f"{name} was never updated"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_has_the_parameters_it_needs(rule: str) -> None:
+    names = {name.partition(".")[0] for name, _ in make(rule=rule).named_parameters()}
+    has_decay = rule in ("gated_delta", "gated")
+    assert {"a_proj", "A_log", "dt_bias"} & names == (
+        {"a_proj", "A_log", "dt_bias"} if has_decay else set()
+    )
+    assert "b_proj" in names
+
+
+def test_the_layer_compiles_whole() -> None:
+    layer, x = make(), torch.randn(2, TOKENS, WIDTH)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        y, state = layer(x)
+        found, found_state = compiled(x)
+        close(found, y)
+        close(compiled(x[:, :1], found_state)[0], layer(x[:, :1], state)[0])
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_gates_and_memory_are_at_least_float32(dtype: torch.dtype) -> None:
+    layer = make(dtype=dtype)
+    assert layer.A_log.dtype == layer.dt_bias.dtype == torch.float32
+    y, state = layer(torch.randn(1, 5, WIDTH, dtype=dtype))
+    wide = torch.promote_types(dtype, torch.float32)
+    assert (y.dtype, state.memory.dtype) == (dtype, wide)
+    zero = layer.zero_state(1)
+    assert zero.conv is not None
+    assert state.conv is not None
+    assert (zero.memory.dtype, zero.conv.dtype) == (state.memory.dtype, state.conv.dtype)
+
+
+# Sizes and initialisation.
+
+PAPER = {
+    # layers, width, SwiGLU inner, K, V, millions of parameters outside the embedding
+    "GDN 0.4B": (11, 1536, 6144, 128, 256, 467.7),
+    "GDN 1.3B": (16, 2400, 5888, 200, 400, 1232.5),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameters_are_those_of_the_paper(name: str) -> None:
+    layers, width, inner, key_width, value_width, millions = PAPER[name]
+    layer = GatedDeltaNet(width, 9, device="meta")
+    assert (layer.head_dim, layer.value_dim) == (key_width, value_width)
+    projections = sum(
+        p.numel() for n, p in layer.named_parameters() if n[0] in "qkvgo" and p.dim() == 2
+    )
+    assert projections == 6 * width**2
+    mixer = sum(p.numel() for p in layer.parameters())
+    assert mixer < 1.01 * 6 * width**2
+    block = mixer + 3 * width * inner + 2 * width
+    assert round((layers * block + width) / 1e6, 1) == millions
+
+
+def test_the_state_of_the_paper_is_what_its_table_says() -> None:
+    floats = {9 * k * v for _, _, _, k, v, _ in PAPER.values()}
+    assert floats == {294_912, 720_000}
+    memory = GatedDeltaNet(1536, 9, device="meta").zero_state(1).memory
+    assert memory.numel() == 294_912
+
+
+def test_the_gate_starts_as_published() -> None:
+    torch.manual_seed(0)
+    layer = GatedDeltaNet(64, 4096, head_dim=1, expand_v=1)
+    A, step = layer.A_log.detach().exp(), functional.softplus(layer.dt_bias.detach())
+    # A ~ U(0, 16): mean 8, standard deviation 16 / sqrt(12).
+    assert abs(float(A.mean()) - 8) < 4 * 16 / 12**0.5 / 64
+    assert 0 < float(A.min()) < 0.1
+    assert 15.9 < float(A.max()) <= 16
+    # log dt ~ U(log 1e-3, log 0.1).
+    logs = step.log10()
+    assert -3.001 < float(logs.min()) < -2.98
+    assert -1.02 < float(logs.max()) < -0.999
+    assert abs(float(logs.mean()) + 2) < 4 * 2 / 12**0.5 / 64
+    # Median of α 0.941, 1 % below 0.31: measured for the published scheme.
+    alpha = gate(torch.zeros(4096), layer.A_log, layer.dt_bias).detach().exp()
+    assert abs(float(alpha.quantile(0.5)) - 0.941) < 0.005
+    assert abs(float(alpha.quantile(0.01)) - 0.31) < 0.05
+    marked = {n for n, p in layer.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    assert marked == {"A_log", "dt_bias"}
+
+
+# The parts.
+
+
+def test_the_gate_is_exact_where_alpha_is_close_to_one() -> None:
+    a = torch.tensor([-20.0, 0.0, 30.0], dtype=torch.bfloat16)
+    log_alpha = gate(a, torch.zeros(3), torch.zeros(3))
+    assert log_alpha.dtype == torch.float32
+    expected = -functional.softplus(a.double())
+    torch.testing.assert_close(log_alpha.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_the_norm_is_rms_then_weight_then_gate(activation: str) -> None:
+    torch.manual_seed(0)
+    norm = GatedRMSNorm(6, 1e-3, activation)
+    nn.init.normal_(norm.weight)
+    x, z = torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+    plain = functional.rms_norm(x, (6,), norm.weight, 1e-3)
+    close(norm(x), plain)
+    close(norm(x, z), plain * getattr(functional, activation)(z))
+
+
+@pytest.mark.parametrize(("kernel", "bias", "activation"), [(4, False, "silu"), (1, True, None)])
+def test_the_convolution_is_a_causal_depthwise_one(
+    kernel: int, bias: bool, activation: str | None
+) -> None:
+    torch.manual_seed(0)
+    conv = ShortConvolution(5, kernel, bias=bias, activation=activation)
+    x, state = torch.randn(2, 7, 5), torch.randn(2, 5, kernel - 1)
+    window = torch.cat([state, x.mT], 2)
+    expected = functional.conv1d(window, conv.weight[:, None], conv.bias, groups=5).mT
+    y, last = conv(x, state)
+    close(y, functional.silu(expected) if activation else expected)
+    assert torch.equal(last, window[:, :, 7:])
+    assert torch.equal(conv.zero_state(2), torch.zeros(2, 5, kernel - 1))
+
+
+# Refusals.
+
+
+def call(**options: Any) -> Any:
+    layer = make()
+    return lambda: layer(options.pop("x", torch.zeros(2, 5, WIDTH)), **options)
+
+
+def states(**changed: Any) -> State:
+    return make().zero_state(2)._replace(**changed)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (
+            lambda: make(rule="mamba"),
+            "rule is 'mamba', should be one of gated_delta, delta, gated, linear",
+        ),
+        (
+            lambda: make(feature_map="exp"),
+            "feature_map is 'exp', should be one of silu, relu, elu, none",
+        ),
+        (lambda: make(qk_norm="l3"), "qk_norm is 'l3', should be one of l2, l1, None"),
+        (
+            lambda: make(output_gate="tanh"),
+            "output_gate is 'tanh', should be one of silu, sigmoid, None",
+        ),
+        (
+            lambda: make(num_value_heads=3),
+            "num_value_heads is 3, should be a multiple of num_heads = 2",
+        ),
+        (
+            lambda: GatedDeltaNet(64, 9),
+            "head_dim is not given and 0.75 hidden_size / num_heads = 5.33333 is no integer; pass "
+            "head_dim=",
+        ),
+        (
+            lambda: make(expand_v=1.1),
+            "expand_v is 1.1, should make expand_v * head_dim = 4.4 an integer",
+        ),
+        (
+            call(x=torch.zeros(2, 5, 7)),
+            "x has shape (2, 5, 7), should be (B, T, hidden_size) with hidden_size = 16",
+        ),
+        (
+            call(mask=torch.ones(2, 4)),
+            "mask has shape (2, 4), should be (B, T) = (2, 5), 0 where a token is padding",
+        ),
+        (
+            call(mask=torch.ones(2, 5), cu_seqlens=torch.tensor([0, 5])),
+            "mask and cu_seqlens are both given, should be one of them: packing has no padding",
+        ),
+        (
+            call(state=states(memory=torch.zeros(2, 2, 6, 4))),
+            "state.memory has shape (2, 2, 6, 4), should be (N, HV, K, V) = (2, 2, 4, 6); "
+            "gdn_ops.compat.states.state_from('fla_v_first', memory) turns a V-first state",
+        ),
+        (
+            call(state=states(memory=torch.zeros(1, 2, 4, 6))),
+            "state.memory has shape (1, 2, 4, 6), should be (N, HV, K, V) = (2, 2, 4, 6)",
+        ),
+        (
+            call(state=states(conv=None)),
+            "state.conv is None, should be (N, channels, kernel_size - 1) = (2, 28, 3)",
+        ),
+        (
+            call(state=states(conv=torch.zeros(2, 28, 4))),
+            "state.conv has shape (2, 28, 4), should be (N, channels, kernel_size - 1) = "
+            "(2, 28, 3)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(action: Any, message: str) -> None:
+    with pytest.raises(SpecError) as error:
+        action()
+    assert str(error.value) == f"GatedDeltaNet: {message}"
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (
+            lambda: ShortConvolution(2, activation="gelu"),
+            "ShortConvolution: activation is 'gelu', should be 'silu' or None",
+        ),
+        (
+            lambda: GatedRMSNorm(2, activation="gelu"),
+            "GatedRMSNorm: activation is 'gelu', should be one of silu, sigmoid",
+        ),
+    ],
+)
+def test_an_unknown_activation_is_refused(action: Any, message: str) -> None:
+    with pytest.raises(SpecError) as error:
+        action()
+    assert str(error.value) == message

@@ -1,0 +1,229 @@
+"""The documentation is executed: every python block runs and prints what the page shows.
+
+The python blocks of a page share one namespace, in order. What a block prints stands in the
+block that follows it, fenced as ```text title="prints"; how it fails, as ```text title="raises",
+with the error's type and text. `...` stands for anything, as in doctest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import html
+import importlib.util
+import io
+import re
+import textwrap
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import gdn_ops
+from gdn_ops.dispatch import registry
+from gdn_ops.spec import docs
+from gdn_ops.spec.language import OpSpec
+from gdn_ops.spec.ops import OPS
+from gdn_ops.testing.laws import LAWS
+from gdn_ops.testing.mutants import MUTATIONS
+from paths import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^( *)```(\w*)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+
+
+class Block(NamedTuple):
+    """One fenced block: where its first line is, its language and title, and what it holds."""
+
+    line: int
+    language: str
+    title: str
+    text: str
+
+
+def blocks_of(page: str) -> list[Block]:
+    found = []
+    for match in FENCE.finditer(page):
+        _, language, info, text = match.groups()
+        title = re.search(r'title="(\w+)"', info)
+        line = page.count("\n", 0, match.start(4)) + 1
+        found.append(Block(line, language, title[1] if title else "", textwrap.dedent(text)))
+    return found
+
+
+def run_block(block: Block, name: str, namespace: dict[str, Any]) -> tuple[str, str]:
+    """Run one block; return how it ended, "prints" or "raises", and the text."""
+    # Empty lines before the code make a traceback point into the page.
+    code = compile("\n" * (block.line - 1) + block.text, name, "exec", dont_inherit=True)
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            exec(code, namespace)
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        return "raises", f"{out.getvalue()}{type(error).__name__}: {error}\n"
+    return "prints", out.getvalue()
+
+
+def run_page(page: str, name: str) -> int:
+    """Run the python blocks of a page against what it shows; return how many there were."""
+    blocks, namespace, count = blocks_of(page), {"__name__": "docs"}, 0
+    for block, following in zip(blocks, [*blocks, Block(0, "", "", "")][1:], strict=True):
+        if block.language != "python":
+            continue
+        count += 1
+        shown = following.title in ("prints", "raises")
+        ending, shows = (following.title, following.text) if shown else ("prints", "")
+        ended, got = run_block(block, name, namespace)
+        equal = doctest.OutputChecker().check_output(shows, got, doctest.ELLIPSIS)
+        if ended != ending or not equal:
+            raise AssertionError(
+                f"{name}:{block.line} {ended}\n{got}but should be: {ending}\n{shows}"
+            )
+    return count
+
+
+@pytest.fixture
+def restored(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Undo what a page may change: backends, the default backend, the logger."""
+    known, level, handlers = set(registry.known_backends()), registry.logger.level, []
+    handlers += registry.logger.handlers
+    monkeypatch.setattr(registry, "_default", "auto")
+    monkeypatch.setattr(registry, "_logged", set())
+    yield
+    for name in set(registry.known_backends()) - known:
+        registry.unregister_backend(name)
+    registry.logger.setLevel(level)
+    registry.logger.handlers[:] = handlers
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_page_prints_what_it_shows(path: Path, restored: None) -> None:
+    page = path.read_text(encoding="utf-8")
+    count = run_page(page, str(path))
+    assert count == len(re.findall(r"^ *```python", page, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ('```python\nprint(1)\n```\n\n```text title="prints"\n2\n```\n', "prints\n1\n"),
+        ("```python\nprint(1)\n```\n", "but should be: prints\n"),
+        ('```python\nx = 1\n```\n\n```text title="raises"\nKeyError\n```\n', "should be: raises"),
+        ("\n```python\nraise ValueError('no')\n```\n", "page:3 raises\nValueError: no\n"),
+        ('```python\nprint(1)\n```\n```text title="prints"\n...2\n```\n', "prints\n1\n"),
+    ],
+)
+def test_a_page_that_shows_something_else_is_noticed(page: str, message: str) -> None:
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        run_page(page, "page")
+
+
+def test_blocks_of_a_page_share_a_namespace() -> None:
+    page = "```python\nx = 1\n```\ntext\n\n    ```python\n    print(x)\n    ```\n"
+    shown = '    ```text title="prints"\n    1\n    ```\n'
+    assert run_page(page + shown, "page") == 2
+
+
+def load_hooks() -> Any:
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_the_page_of_an_op_names_everything_in_its_spec(op: OpSpec) -> None:
+    page = load_hooks().generated_pages()[f"ops/{op.name}.md"]
+    assert page.startswith(docs.page(op))
+    names = [x.name for group in (op.args, op.outputs, op.rules, op.cases) for x in group]
+    assert [name for name in names if f"`{name}`" not in page] == []
+    assert [line for line in (*op.equations, *op.sources) if line not in page] == []
+
+
+def test_every_law_is_listed_with_its_docstring() -> None:
+    table = load_hooks().laws_table()
+    for law in LAWS:
+        assert f"| {law.number} | `{law.name}` |" in table
+        assert law.text and law.text in html.unescape(table).replace("\\|", "|")
+
+
+def test_every_mutant_is_listed() -> None:
+    table = load_hooks().mutants_table()
+    assert [name for name in MUTATIONS if f"`{name}`" not in table] == []
+
+
+def test_every_public_name_and_every_backend_is_documented() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+    assert [name for name in gdn_ops.__all__ if not re.search(rf"`{name}\b", text)] == []
+    shipped = [name for name in registry.known_backends() if (ROOT / "backends" / name).exists()]
+    shipped += [p.stem for p in (ROOT / "backends").glob("*.py") if not p.stem.startswith("_")]
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    readme = PAGES[0].read_text(encoding="utf-8")
+    assert shipped
+    for name in shipped:
+        assert f"\n## `{name}`" in page, f"docs/backends.md has no section on {name}"
+        assert f"| `{name}` |" in readme, f"README.md has no row for {name}"
+
+
+def test_every_section_of_the_mathematics_that_code_cites_exists() -> None:
+    cited = set()
+    for folder in ("gdn_ops", "backends"):
+        for path in (ROOT / folder).rglob("*.py"):
+            cited |= set(re.findall(r"§(\d)", path.read_text(encoding="utf-8")))
+    page = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
+    assert cited
+    assert cited <= set(re.findall(r"^## §(\d) ", page, re.MULTILINE))
+
+
+def test_the_picture_of_the_folders_is_the_folders_in_the_order_of_their_layers() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = page.partition("```text\n")[2].partition("\n```")[0].splitlines()
+    drawn: dict[str, list[str]] = {}
+    for line in picture:
+        if not line.startswith(" "):
+            inside = drawn[line.split()[0].removesuffix("/")] = []
+        else:
+            inside += re.findall(r"(?<=  )(\w+)(?:/|\.py)(?= )", line)
+    folders = {
+        folder: {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")}
+        for folder in ("gdn_ops", "backends", "export")
+    }
+    folders["gdn_ops"] -= {"backends", "export"}
+    assert set(drawn["gdn_ops"]) == folders["gdn_ops"] | {"ops"}
+    assert set(drawn["backends"]) == folders["backends"] | {"naive"}
+    assert set(drawn["export"]) == folders["export"]
+
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    layers = [re.findall(r"gdn_ops\.(\w+)", layer) for layer in contracts[0]["layers"]]
+    order = {name: i for i, names in enumerate(layers) for name in names}
+    positions = [order[name] for name in drawn["gdn_ops"]]
+    assert positions == sorted(positions)
+    elsewhere = {"__main__", "_version", "backends", "export"}
+    assert set(order) - elsewhere == set(drawn["gdn_ops"])
+
+
+def test_relative_links_lead_somewhere() -> None:
+    generated = {f"docs/{name}" for name in load_hooks().generated_pages()}
+    for path in PAGES:
+        for link in LINK.findall(path.read_text(encoding="utf-8")):
+            target = (path.parent / link).resolve()
+            is_there = target.exists() or target.relative_to(ROOT).as_posix() in generated
+            assert is_there, f"{path.name} links to {link}"
+
+
+def test_every_command_and_option_is_documented() -> None:
+    typer = pytest.importorskip("typer")
+    from gdn_ops.cli.commands import app
+
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for name, command in typer.main.get_command(app).commands.items():
+        section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        assert section, f"docs/cli.md has no section on {name}"
+        options = [o for p in command.params for o in p.opts if o.startswith("--")]
+        missing = [o for o in options if o != "--help" and o not in section]
+        assert not missing, f"docs/cli.md, {name}: {missing}"
