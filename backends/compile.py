@@ -53,25 +53,22 @@ class Compile(Torch):
             backward=_backward,
         )
 
-    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+    def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         if call.needs_grad:
             return decode_one(call)
         options = StepOptions.of(call)
-        tensors = call.tensors()
+        tensors = (*call.tokens, call.state)
         function = _compiled(advance_token, tuple(options), tensors)
         return function(*tensors, options=options)  # type: ignore[no-any-return]
 
-    def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         return one_by_one(call, self._step_of_a_copied_token)
 
     def _step_of_a_copied_token(self, call: Call) -> tuple[Tensor, Tensor]:
         # The strides of a token tell how many there are; those of its copy do not, so that a
         # new T compiles nothing.
-        *token, state = call.tensors()
-        copies = (
-            None if x is None else x.clone(memory_format=torch.contiguous_format) for x in token
-        )
-        return self.step(call.with_tensors(*copies, state))
+        copies = call.tokens.map(lambda x: x.clone(memory_format=torch.contiguous_format))
+        return self.decode_one(call.with_tensors(copies, call.state))
 
 
 _functions: dict[tuple[Any, ...], Callable[..., Any]] = {}

@@ -120,19 +120,19 @@ def reverse_scan(
 def _lowered(call: Call) -> Operands:
     """Return the operands of a call (docs/math.md §2: the rule as erase and write strengths)."""
     dtype = call.compute_dtype
-    step = call.q.dim() == 3
-    q, k, v = (x.unsqueeze(1) if step else x for x in (call.q, call.k, call.v))
+    step = call.tokens.q.dim() == 3
+    q, k, v = (x.unsqueeze(1) if step else x for x in call.tokens[:3])
     q, k = (l2norm(x) if call.qk_l2norm else x.to(dtype) for x in (q, k))
     q, k = (x.repeat_interleave(call.sizes.R, 2) for x in (q, k))
 
     def gate(x: Tensor) -> Tensor:
         return x.to(dtype).reshape(v.shape[:-1])
 
-    alpha = None if call.alpha is None else gate(call.alpha)
-    if call.log_alpha is not None:
-        alpha = gate(call.log_alpha).exp()
+    alpha = None if call.tokens.alpha is None else gate(call.tokens.alpha)
+    if call.tokens.log_alpha is not None:
+        alpha = gate(call.tokens.log_alpha).exp()
     ones = torch.ones(v.shape[:-1], dtype=dtype, device=v.device)
-    beta = ones if call.beta is None else gate(call.beta)
+    beta = ones if call.tokens.beta is None else gate(call.tokens.beta)
     return Operands(q, k, v.to(dtype), alpha, beta if call.rule.has_erase else None, beta)
 
 
@@ -173,14 +173,14 @@ def _raised(call: Call, x: Operands, grads: tuple[Tensor, ...], d_start: Tensor)
     heads = (call.sizes.H, call.sizes.R)
     d_q, d_k = d_q.unflatten(2, heads).sum(3), d_k.unflatten(2, heads).sum(3)
     if call.qk_l2norm:
-        d_q, d_k = l2norm_backward(call.q, d_q), l2norm_backward(call.k, d_k)
+        d_q, d_k = l2norm_backward(call.tokens.q, d_q), l2norm_backward(call.tokens.k, d_k)
     d_log_alpha = d_alpha if x.alpha is None else x.alpha * d_alpha
     d_beta = d_write + d_erase if call.rule.has_erase else d_write
     found = (d_q, d_k, d_v, d_alpha, d_log_alpha, d_beta, d_start)
     return Grads(
         *(
             None if argument is None else grad.to(argument.dtype)
-            for argument, grad in zip(call.tensors(), found, strict=True)
+            for argument, grad in zip((*call.tokens, call.state), found, strict=True)
         )
     )
 
@@ -196,7 +196,7 @@ class Naive(Backend):
         o, state = _run(call)
         # A result never aliases an argument: with T = 0 the state is the given one.
         state = state if call.sizes.T else state.clone()
-        return Forward(o.to(call.v.dtype), state)
+        return Forward(o.to(call.tokens.v.dtype), state)
 
     def backward(
         self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
@@ -211,7 +211,9 @@ class Naive(Backend):
             for states, tokens in _spans(call)
         ]
         if not parts:
-            return Grads(*(None if y is None else torch.zeros_like(y) for y in call.tensors()))
+            return Grads(
+                *(None if y is None else torch.zeros_like(y) for y in (*call.tokens, call.state))
+            )
         *tokens_, _ = zip(*parts, strict=True)
         *operands, d_start = (
             *(torch.cat(pieces, 1) for pieces in tokens_),
@@ -219,9 +221,9 @@ class Naive(Backend):
         )
         return _raised(call, x, tuple(operands), d_start)
 
-    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+    def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         o, state = _run(call)
-        o = o.squeeze(1).to(call.v.dtype)
+        o = o.squeeze(1).to(call.tokens.v.dtype)
         if call.state is None:
             return o, state
         if call.inplace:

@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
-from gdn_ops.call.bind import bind
+from gdn_ops.call.bind import Arguments, Tokens, arguments_of, bind
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Explanation
 from gdn_ops.environment import certificate as certificate  # registers its veto
 from gdn_ops.spec.docs import docstring
+from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import OpSpec
-from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, OPS
-from gdn_ops.torch_ops import operators
-from gdn_ops.torch_ops.tracing import is_traced, traced, traced_step, traced_steps
-
-_GATES_AND_STATES = ("alpha", "beta", "log_alpha", "initial_state", "state")
-
-
-def _autocast(arguments: dict[str, Any]) -> None:
-    """Cast, if autocast is on, q, k, v to its dtype and narrow gates and states to float32."""
-    q = arguments["q"]
-    if not isinstance(q, Tensor) or not operators.is_autocast_on(q.device.type):
-        return
-    low = torch.get_autocast_dtype(q.device.type)
-    for name in ("q", "k", "v"):
-        x = arguments[name]
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
-            arguments[name] = x.to(low)
-    for name in _GATES_AND_STATES:
-        x = arguments.get(name)
-        if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16):
-            arguments[name] = x.to(torch.float32)
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
+from gdn_ops.torch_ops import eager, tracing
 
 
 @overload
@@ -90,28 +72,24 @@ def gated_delta(
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    arguments: dict[str, Any] = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "alpha": alpha,
-        "beta": beta,
-        "log_alpha": log_alpha,
-        "rule": rule,
-        "scale": scale,
-        "qk_l2norm": qk_l2norm,
-        "initial_state": initial_state,
-        "return_state": return_state,
-        "cu_seqlens": cu_seqlens,
-        "chunk_size": chunk_size,
-        "backend": registry.resolve(backend),
-    }
-    _autocast(arguments)
-    if is_traced(q):
-        o, state = traced(arguments)
+    tokens = Tokens(q, k, v, alpha, log_alpha, beta)
+    arguments = Arguments(
+        tokens,
+        initial_state,
+        cu_seqlens,
+        rule=rule,
+        scale=scale,
+        qk_l2norm=qk_l2norm,
+        chunk_size=chunk_size,
+        return_state=return_state,
+        backend=registry.resolve(backend),
+    )
+    arguments = eager.autocast(arguments)
+    if eager.is_traced(q):
+        o, state = tracing.traced_sequence(arguments)
     else:
         call = bind(GATED_DELTA, arguments)
-        o, state = operators.run(registry.select(call, arguments["backend"]), call)
+        o, state = eager.run_sequence(registry.select(call, arguments.backend), call)
     return (o, state) if return_state else o
 
 
@@ -131,26 +109,22 @@ def gated_delta_step(
     inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    arguments: dict[str, Any] = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "alpha": alpha,
-        "beta": beta,
-        "state": state,
-        "log_alpha": log_alpha,
-        "rule": rule,
-        "scale": scale,
-        "qk_l2norm": qk_l2norm,
-        "state_indices": state_indices,
-        "inplace": inplace,
-        "backend": registry.resolve(backend),
-    }
-    _autocast(arguments)
-    if not is_traced(q):
-        call = bind(GATED_DELTA_STEP, arguments)
-        return operators.run_step(registry.select(call, arguments["backend"]), call)
-    return traced_step(arguments)
+    tokens = Tokens(q, k, v, alpha, log_alpha, beta)
+    arguments = Arguments(
+        tokens,
+        state,
+        state_indices=state_indices,
+        rule=rule,
+        scale=scale,
+        qk_l2norm=qk_l2norm,
+        inplace=inplace,
+        backend=registry.resolve(backend),
+    )
+    arguments = eager.autocast(arguments)
+    if eager.is_traced(q):
+        return tracing.traced_step(arguments)
+    call = bind(GATED_DELTA_STEP, arguments)
+    return eager.run_step(registry.select(call, arguments.backend), call)
 
 
 @overload
@@ -206,71 +180,68 @@ def gated_delta_steps(
     return_states: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-    arguments: dict[str, Any] = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "alpha": alpha,
-        "beta": beta,
-        "state": state,
-        "log_alpha": log_alpha,
-        "rule": rule,
-        "scale": scale,
-        "qk_l2norm": qk_l2norm,
-        "state_indices": state_indices,
-        "inplace": inplace,
-        "return_states": return_states,
-        "backend": registry.resolve(backend),
-    }
-    _autocast(arguments)
+    tokens = Tokens(q, k, v, alpha, log_alpha, beta)
+    arguments = Arguments(
+        tokens,
+        state,
+        state_indices=state_indices,
+        rule=rule,
+        scale=scale,
+        qk_l2norm=qk_l2norm,
+        inplace=inplace,
+        return_states=return_states,
+        backend=registry.resolve(backend),
+    )
+    arguments = eager.autocast(arguments)
     states: Tensor | None
-    if is_traced(q):
-        o, new_state, states = traced_steps(arguments)
+    if eager.is_traced(q):
+        o, new_state, states = tracing.traced_steps(arguments)
     else:
         call = bind(GATED_DELTA_STEPS, arguments)
-        chosen = registry.select(call, arguments["backend"])
-        o, new_state, states = operators.run_steps(chosen, call)
+        o, new_state, states = eager.run_steps(registry.select(call, arguments.backend), call)
     if not return_states:
         return o, new_state
     assert states is not None
     return o, new_state, states
 
 
-def explain(*args: Any, **kwargs: Any) -> Explanation:
+def explain(*args: Any, op: str | Callable[..., Any] = "gated_delta", **kwargs: Any) -> Explanation:
     """Say which backend would run a call and why no other does.
 
     Args:
-        args, kwargs: the arguments of `gated_delta_step` if q has three dimensions, else those
-            of `gated_delta`; where they name what only `gated_delta_steps` has, like `state`,
-            those of `gated_delta_steps`.
+        args, kwargs: the arguments of the call.
+        op: which op is called, by name or as the function: "gated_delta", "gated_delta_step",
+            "gated_delta_steps". The function may also stand before the arguments of the call:
+            `explain(gated_delta_step, q, k, v)`.
 
     Returns:
         An Explanation; `print` it for a table.
 
     Raises:
-        SpecError: the call breaks the spec.
+        SpecError: the call breaks the spec, or there is no such op.
+        TypeError: the op has no such argument.
     """
-    spec, arguments = _arguments_of_some_op(args, kwargs)
-    arguments["backend"] = registry.resolve(arguments["backend"])
-    _autocast(arguments)
-    return registry.explain_call(bind(spec, arguments), arguments["backend"])
+    if args and callable(args[0]) and not isinstance(args[0], Tensor):
+        op, *args = args  # type: ignore[assignment]
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _FUNCTIONS:
+        raise SpecError(f"explain: op is {name!r}, should be one of {', '.join(_FUNCTIONS)}")
+    spec, function = _FUNCTIONS[name]
+    try:
+        named = inspect.signature(function).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise TypeError(f"explain: {name}: {error}; op= says which op is called") from None
+    arguments = arguments_of(spec, named)
+    arguments = eager.autocast(arguments._replace(backend=registry.resolve(arguments.backend)))
+    return registry.explain_call(bind(spec, arguments), arguments.backend)
 
 
-def _arguments_of_some_op(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[OpSpec, dict[str, Any]]:
-    """Return the spec of the op that arguments are meant for, and all its arguments by name."""
-    q = args[0] if args else kwargs.get("q")
-    is_step = isinstance(q, Tensor) and q.dim() == 3
-    spec, function = (GATED_DELTA_STEP, gated_delta_step) if is_step else (GATED_DELTA, gated_delta)
-    own = {name for name, _, _ in GATED_DELTA_STEPS.parameters()} - set(GATED_DELTA.tensor)
-    own -= {attr.name for attr in GATED_DELTA.attrs}
-    if not is_step and (len(args) > 5 or own & set(kwargs)):
-        spec, function = GATED_DELTA_STEPS, gated_delta_steps
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return spec, dict(bound.arguments)
+_FUNCTIONS: dict[str, tuple[OpSpec, Callable[..., Any]]] = {
+    "gated_delta": (GATED_DELTA, gated_delta),
+    "gated_delta_step": (GATED_DELTA_STEP, gated_delta_step),
+    "gated_delta_steps": (GATED_DELTA_STEPS, gated_delta_steps),
+}
+"""The spec and the public function of every op, by its name."""
 
-
-for _function, _spec in zip((gated_delta, gated_delta_step, gated_delta_steps), OPS, strict=True):
+for _spec, _function in _FUNCTIONS.values():
     _function.__doc__ = docstring(_spec)

@@ -89,7 +89,7 @@ class TileLang(Backend):
         s = call.sizes
         is_packed = call.cu_seqlens is not None
         if s.T <= configs.MOST_STEPS and not (call.needs_grad or is_packed or call.chunk_size):
-            return Forward(*self.steps(call)[:2])
+            return Forward(*self.decode_many(call)[:2])
         from gdn_ops.backends.tilelang.host.forward import forward
 
         return forward(call, make_plan(call))
@@ -105,10 +105,10 @@ class TileLang(Backend):
 
         return backward(call, make_plan(call), Saved(*saved), d_o, d_state)
 
-    def step(self, call: Call) -> tuple[Tensor, Tensor]:
-        return self.steps(call)[:2]
+    def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
+        return self.decode_many(call)[:2]
 
-    def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         from gdn_ops.backends.tilelang.host import decode
 
         return decode.run(call)
@@ -116,8 +116,8 @@ class TileLang(Backend):
     def tunables(self, call: Call) -> Sequence[Row]:
         K, device = call.sizes.K, call.device
         if call.op is GATED_DELTA:
-            key = configs.sequence_key(device, call.q.dtype, K)
-            return configs.neighbours(Row(key, configs.choose(device, call.q.dtype, K)))
+            key = configs.sequence_key(device, call.tokens.q.dtype, K)
+            return configs.neighbours(Row(key, configs.choose(device, call.tokens.q.dtype, K)))
         key_of_step = configs.step_key(device, K)
         return configs.neighbours(Row(key_of_step, configs.choose_step(device, K)))
 

@@ -57,10 +57,10 @@ class Torch(Backend):
         kept = saved[0] if saved else None
         return run_backward(call, self.engine(call), kept, d_o, d_state)
 
-    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+    def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         return decode_one(call)
 
-    def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         return decode_many(call)
 
 

@@ -40,9 +40,8 @@ class Chunk(NamedTuple):
 def decode_many(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run `gated_delta_steps`."""
     if call.sizes.T == 1 and not call.return_states:
-        *tensors, _ = call.tensors()
-        token = (None if x is None else x.squeeze(1) for x in tensors)
-        o, state = decode_one(call.with_tensors(*token, call.state))
+        token = call.tokens.map(lambda x: x.squeeze(1))
+        o, state = decode_one(call.with_tensors(token, call.state))
         return o.unsqueeze(1), state, None
     settle_allocator()
     s, wide, given = call.sizes, call.compute_dtype, call.state
@@ -57,7 +56,7 @@ def decode_many(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     states = None
     if call.return_states:
         states = empty((s.B, s.T, s.HV, s.K, s.V), stored, call.device)
-    o = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.device)
+    o = torch.empty(call.tokens.v.shape, dtype=call.tokens.v.dtype, device=call.device)
     for start in range(0, s.T, TOKENS):
         tokens = slice(start, start + TOKENS)
         into = None if states is None else states[:, tokens]
@@ -87,15 +86,15 @@ def _load(call: Call, tokens: slice) -> Chunk:
     def gate(x: Tensor | None) -> Tensor | None:
         return None if x is None else rows(x[:, tokens].to(dtype).unsqueeze(-1))
 
-    q, k = (x[:, tokens] for x in (call.q, call.k))
+    q, k = (x[:, tokens] for x in (call.tokens.q, call.tokens.k))
     q, k = (l2norm(x) if call.qk_l2norm else x.to(dtype) for x in (q, k))
-    log_alpha = gate(call.log_alpha)
+    log_alpha = gate(call.tokens.log_alpha)
     return Chunk(
         rows(q * call.scale),
         rows(k),
-        rows(call.v[:, tokens].to(dtype)),
-        gate(call.alpha) if log_alpha is None else log_alpha.exp(),
-        gate(call.beta),
+        rows(call.tokens.v[:, tokens].to(dtype)),
+        gate(call.tokens.alpha) if log_alpha is None else log_alpha.exp(),
+        gate(call.tokens.beta),
     )
 
 

@@ -26,7 +26,7 @@ class StepOptions(NamedTuple):
 
 def decode_one(call: Call) -> tuple[Tensor, Tensor]:
     """Run `gated_delta_step`."""
-    return advance_token(*call.tensors(), options=StepOptions.of(call))  # type: ignore[arg-type]
+    return advance_token(*call.tokens, call.state, options=StepOptions.of(call))
 
 
 def advance_token(

@@ -28,7 +28,7 @@ def run_forward(call: Call, engine: Engine) -> Forward:
     s = call.sizes
     settle_allocator()
     operands = Operands(call, engine.chunk_size)
-    o = empty(call.v.shape, call.v.dtype, call.device)
+    o = empty(call.tokens.v.shape, call.tokens.v.dtype, call.device)
     final = torch.empty(s.N, s.HV, s.K, s.V, dtype=operands.dtype, device=call.device)
     kept = None
     if call.needs_grad:
@@ -122,9 +122,9 @@ class _Gradients(NamedTuple):
     def empty(call: Call) -> _Gradients:
         s, dtype, device = call.sizes, call.compute_dtype, call.device
         return _Gradients(
-            empty((s.B, s.T, s.H, s.K), call.q.dtype, device),
-            empty((s.B, s.T, s.H, s.K), call.k.dtype, device),
-            empty((s.B, s.T, s.HV, s.V), call.v.dtype, device),
+            empty((s.B, s.T, s.H, s.K), call.tokens.q.dtype, device),
+            empty((s.B, s.T, s.H, s.K), call.tokens.k.dtype, device),
+            empty((s.B, s.T, s.HV, s.V), call.tokens.v.dtype, device),
             empty((s.B, s.T, s.HV), dtype, device),
             empty((s.B, s.T, s.HV), dtype, device),
             empty((s.N, s.HV, s.K, s.V), dtype, device),
@@ -134,8 +134,8 @@ class _Gradients(NamedTuple):
         """Store the gradients of one segment."""
         call, d_q, d_k = operands.call, found.q, found.k
         if call.qk_l2norm:
-            d_q = l2norm_backward(operands.keys(call.q, piece), d_q)
-            d_k = l2norm_backward(operands.keys(call.k, piece), d_k)
+            d_q = l2norm_backward(operands.keys(call.tokens.q, piece), d_q)
+            d_k = l2norm_backward(operands.keys(call.tokens.k, piece), d_k)
         for into, x in ((self.q, d_q), (self.k, d_k), (self.v, found.v), (self.beta, found.beta)):
             operands.store(into, piece, x)
         if found.log_decay is not None:
@@ -144,22 +144,22 @@ class _Gradients(NamedTuple):
     def finished(self, call: Call, gate: LogGate | None) -> Grads:
         """Return the gradients in the dtypes of the arguments."""
         d_alpha = d_log_alpha = None
-        if call.alpha is not None:
+        if call.tokens.alpha is not None:
             # §5 dα_t = d log α_t / α_t where α_t > 0; at 0 the sum is dα_t already
-            alpha = call.alpha.to(self.log_decay.dtype)
+            alpha = call.tokens.alpha.to(self.log_decay.dtype)
             if gate is not None and gate.zero is not None:
                 alpha = torch.where(gate.zero, 1.0, alpha)
-            d_alpha = (self.log_decay / alpha).to(call.alpha.dtype)
-        elif call.log_alpha is not None:
+            d_alpha = (self.log_decay / alpha).to(call.tokens.alpha.dtype)
+        elif call.tokens.log_alpha is not None:
             # §5 d log α at −inf is 0
-            d_log = torch.where(torch.isneginf(call.log_alpha), 0.0, self.log_decay)
-            d_log_alpha = d_log.to(call.log_alpha.dtype)
+            d_log = torch.where(torch.isneginf(call.tokens.log_alpha), 0.0, self.log_decay)
+            d_log_alpha = d_log.to(call.tokens.log_alpha.dtype)
         return Grads(
             self.q,
             self.k,
             self.v,
             d_alpha,
             d_log_alpha,
-            None if call.beta is None else self.beta.to(call.beta.dtype),
+            None if call.tokens.beta is None else self.beta.to(call.tokens.beta.dtype),
             None if call.state is None else self.state.to(call.state.dtype),
         )

@@ -116,12 +116,12 @@ class Operands:
         self.dtype = call.compute_dtype
         self.gate: LogGate | None = None
         if call.rule.has_decay:
-            self.gate = log_gate(call.alpha, call.log_alpha, self.dtype)
+            self.gate = log_gate(call.tokens.alpha, call.tokens.log_alpha, self.dtype)
         s = call.sizes
         self.beta = (
             torch.ones(s.B, s.T, s.HV, dtype=self.dtype, device=call.device)
-            if call.beta is None
-            else call.beta.to(self.dtype)
+            if call.tokens.beta is None
+            else call.tokens.beta.to(self.dtype)
         )
 
     def cut(self, x: Tensor, piece: Piece) -> Tensor:
@@ -143,9 +143,11 @@ class Operands:
         shape = (piece.chunks, s.B, s.H, 2 * self.chunk_size, s.K)
         buffer = self.scratch.get("qk", shape, self.beta)
         if buffer is None:
-            qk = torch.cat([self.keys(x, piece) for x in (call.q, call.k)], 2)
+            qk = torch.cat([self.keys(x, piece) for x in (call.tokens.q, call.tokens.k)], 2)
         else:
-            for x, half in zip((call.q, call.k), buffer.split(self.chunk_size, 3), strict=True):
+            for x, half in zip(
+                (call.tokens.q, call.tokens.k), buffer.split(self.chunk_size, 3), strict=True
+            ):
                 half.copy_(self.cut(x, piece).permute(1, 0, 3, 2, 4))
             qk = buffer.flatten(1, 2)
         if not call.qk_l2norm:
@@ -180,7 +182,7 @@ class Operands:
             if self.gate.zero is not None:
                 z = self.gates(self.gate.zero, piece).cumsum(-1)
         beta = self.gates(self.beta, piece).contiguous()
-        return Segment(self.queries_and_keys(piece), self.values(call.v, piece), beta, G, z)
+        return Segment(self.queries_and_keys(piece), self.values(call.tokens.v, piece), beta, G, z)
 
     def initial_state(self, states: slice) -> Tensor:
         """Return the packed state that the sequences `states` start from."""

@@ -103,17 +103,17 @@ class Triton(Backend):
             raise RuntimeError("gradients of gradients were asked for, which limits exclude")
         return run_backward(call, make_plan(call), Saved(*saved), d_o, d_state)
 
-    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+    def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         return decode.run(call)[:2]
 
-    def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         return decode.run(call)
 
     def tunables(self, call: Call) -> Sequence[Row]:
         K, V, device = call.sizes.K, call.sizes.V, call.device
         if call.op is GATED_DELTA:
-            key = configs.sequence_key(device, call.q.dtype, K, V)
-            return configs.neighbours(Row(key, configs.choose(device, call.q.dtype, K, V)))
+            key = configs.sequence_key(device, call.tokens.q.dtype, K, V)
+            return configs.neighbours(Row(key, configs.choose(device, call.tokens.q.dtype, K, V)))
         key_of_step = configs.step_key(device, K, V)
         return configs.neighbours(Row(key_of_step, configs.choose_step(device, K, V)))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.aot.results import Sample
-from gdn_ops.call.bind import bind
+from gdn_ops.call.bind import arguments_of, bind
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.reasons import reasons
 from gdn_ops.spec.language import Case, OpSpec, Sizes, TensorArg
@@ -95,7 +95,8 @@ def _of(spec: OpSpec, case: Case, label: str, choice: dict[str, Any]) -> Iterato
     axes = {axis.name for axis in fields(Sizes)}
     sizes = replace(case.sizes, **{k: v for k, v in choice.items() if k in axes})
     choice = {"dtype": case.dtype, **choice}
-    call = bind(spec, _arguments(spec, sizes, choice), check_values=False)
+    arguments = arguments_of(spec, _arguments(spec, sizes, choice))
+    call = bind(spec, arguments, check_values=False)
     is_reference = sizes.K == sizes.V == 128 and choice == {"dtype": "bfloat16"}
     if spec is not GATED_DELTA:
         yield Sample(label, call, is_reference)
@@ -149,9 +150,9 @@ def run(backend: Backend, sample: Sample) -> None:
     call = sample.call
     with torch.no_grad():
         if call.op is GATED_DELTA_STEP:
-            backend.step(call)
+            backend.decode_one(call)
         elif call.op is GATED_DELTA_STEPS:
-            backend.steps(call)
+            backend.decode_many(call)
         else:
             out = backend.forward(call)
             if call.needs_grad:

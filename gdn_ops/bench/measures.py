@@ -19,7 +19,7 @@ from gdn_ops.bench.peers import Comparator
 from gdn_ops.bench.rows import Row, make_row, timed_row
 from gdn_ops.bench.runner import interleave
 from gdn_ops.bench.verify import RefusedError
-from gdn_ops.call.bind import bind
+from gdn_ops.call.bind import arguments_of, bind
 from gdn_ops.dispatch import registry
 from gdn_ops.spec.language import Case, Sizes
 from gdn_ops.spec.ops import GATED_DELTA
@@ -112,7 +112,7 @@ def overhead_row(name: str, s: Setting) -> Row:
     def public() -> Tensor:
         return ops.gated_delta(x.q, x.k, x.v, log_alpha=x.log_alpha, beta=x.beta, backend=name)
 
-    call = bind(GATED_DELTA, _all_arguments(x))
+    call = bind(GATED_DELTA, arguments_of(GATED_DELTA, x._asdict()))
     backend = registry.select(call, name)
     with torch.no_grad():
         if not torch.equal(public(), backend.forward(call).o):
@@ -136,12 +136,6 @@ def overhead_row(name: str, s: Setting) -> Row:
         against="Backend.forward on a bound call",
         judged=s.judged,
     )
-
-
-def _all_arguments(x: Inputs) -> dict[str, object]:
-    """Return every argument of gated_delta by name, for `bind`."""
-    defaults = {name: default for name, default, _ in GATED_DELTA.parameters()}
-    return defaults | x._asdict()
 
 
 def import_row(s: Setting) -> Row:

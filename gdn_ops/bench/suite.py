@@ -163,8 +163,7 @@ def _runnable(
     found = []
     for c in comparators:
         if not c.is_peer:
-            operands = {"log_alpha": x.log_alpha, "beta": x.beta}
-            answer = explain(x.q, x.k, x.v, **operands, backend=c.name)
+            answer = explain(x.q, x.k, x.v, log_alpha=x.log_alpha, beta=x.beta, backend=c.name)
             if answer.backend is None:
                 reasons = "; ".join(dict(answer.reasons)[c.name])
                 result.skipped.append((case.name, c.name, reasons))

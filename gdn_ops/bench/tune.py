@@ -34,13 +34,13 @@ from gdn_ops.bench.peers import Comparator
 from gdn_ops.bench.runner import Timing, interleave
 from gdn_ops.bench.steps import check_step
 from gdn_ops.bench.verify import verify
-from gdn_ops.call.bind import Call, bind
+from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.kernel_support.tuning import Tunable
 from gdn_ops.spec.language import Case, OpSpec
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
-from gdn_ops.torch_ops import operators
+from gdn_ops.torch_ops import eager
 
 CHUNK_SIZES = (16, 32, 64)
 CHUNKS = (1, 2, 4, 8)
@@ -96,8 +96,7 @@ def candidates(backend: Backend, call: Call) -> list[Candidate]:
 
 
 def _bound(spec: OpSpec, **given: object) -> Call:
-    defaults = {n: default for n, default, _ in spec.parameters()}
-    return bind(spec, defaults | given)
+    return bind(spec, arguments_of(spec, given))
 
 
 def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
@@ -147,7 +146,7 @@ def _sequence_actions(backend: Backend, case: Case, setting: Setting) -> Found:
 
     def comparator(c: Candidate) -> Comparator:
         def run(given: Inputs) -> Tensor:
-            return operators.run(c.backend, _bound(GATED_DELTA, **given._asdict()))[0]
+            return eager.run_sequence(c.backend, _bound(GATED_DELTA, **given._asdict()))[0]
 
         return Comparator(c.name, run, context=c.context)
 
@@ -195,7 +194,7 @@ def _step_actions(backend: Backend, case: Case, setting: Setting) -> Found:
 
     def action(c: Candidate, state: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
         call = _bound(GATED_DELTA_STEP, **x._asdict(), state=state, inplace=True)
-        return lambda: operators.run_step(c.backend, call)
+        return lambda: eager.run_step(c.backend, call)
 
     space = candidates(backend, _bound(GATED_DELTA_STEP, **x._asdict(), state=start, inplace=True))
     found: Actions = {}

@@ -1,29 +1,93 @@
 """Bind arguments to a `Call`: the only place where a call is checked and made canonical.
 
-The checks, all derived from the op's spec, stand in `structure` and `values`.
+The checks are derived from the op's spec. Those of shapes, dtypes and attributes stand in
+`structure`, and are made once for every combination of them; those of values stand here.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gdn_ops.call.numerics import compute_dtype
-from gdn_ops.call.structure import Structure, check_gradients, check_structure, is_narrow
+from gdn_ops.call.structure import Structure, check_gradients, check_structure, fail, is_narrow
 from gdn_ops.call.structure import dtype_name as dtype_name
-from gdn_ops.call.values import check_tensor_values
-from gdn_ops.spec.language import OpSpec, Rule, Sizes
+from gdn_ops.spec.language import Interval, OpSpec, Rule, Sizes
 
 CHECK_VALUES_EVERYWHERE = os.environ.get("GDN_OPS_CHECK", "") == "values"
 """Whether value ranges are checked on every device, not only on the CPU. Read at import."""
 
-GRAD_NAMES = ("q", "k", "v", "alpha", "log_alpha", "beta", "state")
-"""The differentiable tensors of a `Call`, in the order in which `Grads` lists them."""
+
+class Tokens(NamedTuple):
+    """Hold the tensors of a call that have a row per token.
+
+    Attributes:
+        q, k: (B, T, H, K), or (B, H, K) for a step.
+        v: (B, T, HV, V), or (B, HV, V).
+        alpha, log_alpha: (B, T, HV), or (B, HV); one of them where the rule decays, else None.
+        beta: like alpha, or None for 1.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    alpha: Tensor | None = None
+    log_alpha: Tensor | None = None
+    beta: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
+        """Return the results of a function of every tensor that is there."""
+        return Tokens(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
+
+
+class Arguments(NamedTuple):
+    """Hold the arguments of one call of any op as its caller gave them: nothing is checked yet.
+
+    The attributes are those of the public functions; what an op does not have keeps its default.
+    `state` is the argument `state` or `initial_state`.
+    """
+
+    tokens: Tokens
+    state: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    state_indices: Tensor | None = None
+    rule: str = "gated_delta"
+    scale: float | None = None
+    qk_l2norm: bool = False
+    chunk_size: int | None = None
+    return_state: bool = True
+    return_states: bool = False
+    inplace: bool = False
+    backend: str = "auto"
+
+    def value(self, field: str) -> Any:
+        """Return an argument by its name, which for either name of the state is "state"."""
+        return getattr(self.tokens if field in Tokens._fields else self, field)
+
+
+def arguments_of(spec: OpSpec, named: Mapping[str, Any]) -> Arguments:
+    """Return the arguments of a call, given by their names in the public signature.
+
+    Args:
+        spec: the op.
+        named: its arguments; those left out have their default, tensors None.
+
+    Raises:
+        TypeError: the op has no argument of some name.
+    """
+    fields = {arg.name: arg.field for arg in spec.args}
+    unknown = set(named) - set(fields)
+    if unknown:
+        raise TypeError(f"{spec.name} has no argument {', '.join(sorted(unknown))}")
+    given: dict[str, Any] = {attr.name: attr.default for attr in spec.attrs}
+    given.update((fields[name], x) for name, x in named.items())
+    tokens = Tokens(*(given.pop(field, None) for field in Tokens._fields))
+    return Arguments(tokens, **given)
 
 
 @dataclass(slots=True, eq=False)
@@ -41,10 +105,7 @@ class Call:
         return_states: whether the caller of `gated_delta_steps` wants the state after each token.
         inplace: whether a decode op updates `state` itself.
         needs_grad: whether any input needs a gradient.
-        q, k: (B, T, H, K), or (B, H, K) for a step.
-        v: (B, T, HV, V), or (B, HV, V).
-        alpha, log_alpha: (B, T, HV), or (B, HV); one of them where the rule decays, else None.
-        beta: like alpha, or None for 1.
+        tokens: q, k, v and the gates.
         state: (N, HV, K, V), the initial state, or None for zeros; a pool (P, HV, K, V) where
             there are state_indices.
         cu_seqlens: (N+1,), or None.
@@ -62,12 +123,7 @@ class Call:
     return_states: bool
     inplace: bool
     needs_grad: bool
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    alpha: Tensor | None
-    log_alpha: Tensor | None
-    beta: Tensor | None
+    tokens: Tokens
     state: Tensor | None
     cu_seqlens: Tensor | None
     state_indices: Tensor | None
@@ -75,20 +131,16 @@ class Call:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype of gates, solve and state."""
-        return compute_dtype(self.q.dtype)
+        return compute_dtype(self.tokens.q.dtype)
 
     @property
     def device(self) -> torch.device:
         """Return the device that every tensor is on."""
-        return self.q.device
+        return self.tokens.q.device
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Return the differentiable tensors, in the order of GRAD_NAMES."""
-        return self.q, self.k, self.v, self.alpha, self.log_alpha, self.beta, self.state
-
-    def with_tensors(self, *tensors: Tensor | None) -> Call:
-        """Return the same call on other tensors, given in the order of GRAD_NAMES."""
-        return replace(self, **dict(zip(GRAD_NAMES, tensors, strict=True)))  # type: ignore[arg-type]
+    def with_tensors(self, tokens: Tokens, state: Tensor | None) -> Call:
+        """Return the same call on other tensors."""
+        return replace(self, tokens=tokens, state=state)
 
     def on_own_pool(self) -> Call:
         """Return the call made in place, on a copy of the pool if the caller's must not change."""
@@ -99,11 +151,12 @@ class Call:
 
     def describe(self) -> str:
         """Return the call as a line for messages: `q bfloat16 (2, 4096, 16, 80) cuda:0, ...`."""
-        parts = [f"q {dtype_name(self.q.dtype)} {tuple(self.q.shape)} {self.device}"]
+        q, v = self.tokens.q, self.tokens.v
+        parts = [f"q {dtype_name(q.dtype)} {tuple(q.shape)} {self.device}"]
         if self.device.type == "cuda" and torch.cuda.is_available():
             major, minor = torch.cuda.get_device_capability(self.device)
             parts[0] += f" sm{major}{minor}"
-        parts.append(f"v {tuple(self.v.shape)}")
+        parts.append(f"v {tuple(v.shape)}")
         parts.append(f"rule {self.rule}")
         if self.cu_seqlens is not None:
             parts.append(f"cu_seqlens of {self.sizes.N} sequences")
@@ -113,13 +166,18 @@ class Call:
             parts.append("gradients needed")
         return ", ".join(parts)
 
+    def __getattr__(self, name: str) -> Any:
+        """Say where a tensor is that a backend looks for where it was before."""
+        where = f": it is call.tokens.{name}" if name in Tokens._fields else ""
+        raise AttributeError(f"Call has no attribute {name!r}{where}")
 
-def bind(spec: OpSpec, arguments: Mapping[str, Any], *, check_values: bool = True) -> Call:
+
+def bind(spec: OpSpec, arguments: Arguments, *, check_values: bool = True) -> Call:
     """Check the arguments of one call against its spec.
 
     Args:
         spec: the op.
-        arguments: every argument of the public signature, by name.
+        arguments: those of the call.
         check_values: whether to look at values too. It happens for CPU tensors only, or on
             every device under GDN_OPS_CHECK=values; elsewhere a look costs a device sync.
 
@@ -131,41 +189,37 @@ def bind(spec: OpSpec, arguments: Mapping[str, Any], *, check_values: bool = Tru
     """
     # A step costs tens of microseconds: what was checked once is not checked again, values aside.
     key = _structure(spec, arguments) if check_values else None
-    found = _checked.get(key) if key is not None else None
-    if found is None:
-        found = check_structure(spec, arguments)
-        if key is not None and not is_narrow(arguments["alpha"]):
+    checked = _checked.get(key) if key is not None else None
+    tokens = arguments.tokens
+    if checked is None:
+        checked = check_structure(spec, arguments)
+        if key is not None and not is_narrow(tokens.alpha):
             if len(_checked) >= MOST_CHECKED:
                 _checked.clear()
-            _checked[key] = found
-    q, state = arguments["q"], arguments.get("initial_state", arguments.get("state"))
-    if check_values and (q.device.type == "cpu" or CHECK_VALUES_EVERYWHERE):
-        check_tensor_values(spec, arguments, found.sizes)
+            _checked[key] = checked
+    if check_values and (tokens.q.device.type == "cpu" or CHECK_VALUES_EVERYWHERE):
+        _check_values(spec, arguments, checked.sizes)
     needs_grad = torch.is_grad_enabled() and any(
-        arguments[name] is not None and arguments[name].requires_grad for name in spec.tensor
+        x is not None and x.requires_grad
+        for x in (*tokens, arguments.state, arguments.cu_seqlens, arguments.state_indices)
     )
     if needs_grad:
         check_gradients(spec, arguments)
     return Call(
         op=spec,
-        sizes=found.sizes,
-        rule=found.rule,
-        scale=found.scale,
-        qk_l2norm=arguments["qk_l2norm"],
-        chunk_size=arguments.get("chunk_size"),
-        return_state=arguments.get("return_state", True),
-        return_states=arguments.get("return_states", False),
-        inplace=arguments.get("inplace", False),
+        sizes=checked.sizes,
+        rule=checked.rule,
+        scale=checked.scale,
+        qk_l2norm=arguments.qk_l2norm,
+        chunk_size=arguments.chunk_size,
+        return_state=arguments.return_state,
+        return_states=arguments.return_states,
+        inplace=arguments.inplace,
         needs_grad=needs_grad,
-        q=q,
-        k=arguments["k"],
-        v=arguments["v"],
-        alpha=arguments["alpha"],
-        log_alpha=arguments["log_alpha"],
-        beta=arguments["beta"],
-        state=state,
-        cu_seqlens=arguments.get("cu_seqlens"),
-        state_indices=arguments.get("state_indices"),
+        tokens=tokens,
+        state=arguments.state,
+        cu_seqlens=arguments.cu_seqlens,
+        state_indices=arguments.state_indices,
     )
 
 
@@ -175,11 +229,12 @@ MOST_CHECKED = 4096
 _checked: dict[tuple[Any, ...], Structure] = {}
 
 
-def _structure(spec: OpSpec, arguments: Mapping[str, Any]) -> tuple[Any, ...] | None:
+def _structure(spec: OpSpec, arguments: Arguments) -> tuple[Any, ...] | None:
     """Return a key for all of a call but tensor values, or None for an unusual argument type."""
     parts: list[Any] = [spec.name]
     add = parts.append
-    for x in arguments.values():
+    x: Any
+    for x in (*arguments.tokens, *arguments[1:]):
         kind = type(x)
         if kind is Tensor or kind is torch.nn.Parameter:
             add(x.shape)
@@ -198,3 +253,67 @@ def _structure(spec: OpSpec, arguments: Mapping[str, Any]) -> tuple[Any, ...] | 
 
 
 _PLAIN_TYPES = frozenset((bool, int, float, str))
+
+
+def _check_values(spec: OpSpec, arguments: Arguments, sizes: Sizes) -> None:
+    """Check domains, sequence boundaries and slots. NaN passes: NaN in, NaN out."""
+    for arg, domain in spec.bounded:
+        value = arguments.value(arg.field)
+        if value is None or value.numel() == 0:
+            continue
+        smallest, largest = torch.aminmax(value.detach() if value.requires_grad else value)
+        low, high = smallest.item(), largest.item()
+        if low < domain.low or high > domain.high:
+            hint = ""
+            if arg.name == "alpha" and low < 0:
+                hint = "; log-space gates go in log_alpha="
+            elif arg.name == "log_alpha" and low >= 0:
+                hint = "; gates in [0, 1] go in alpha="
+            values = f"[{_digits(low, domain)}, {_digits(high, domain)}]"
+            fail(spec, f"{arg.name} has values in {values}, should be in {domain}{hint}")
+    boundaries = arguments.cu_seqlens
+    if boundaries is not None:
+        _check_boundaries(spec, boundaries.tolist(), sizes.T)
+    slots, pool = arguments.state_indices, arguments.state
+    if slots is not None and pool is not None:
+        _check_slots(spec, slots.tolist(), pool.shape[0])
+
+
+def _digits(value: float, domain: Interval) -> str:
+    """Return a value as text in four digits, or in more if four hide that it is out of range."""
+    inside = domain.low <= value <= domain.high
+    texts = (f"{value:.{digits}g}" for digits in (4, 9, 17))
+    return next(t for t in texts if (domain.low <= float(t) <= domain.high) == inside)
+
+
+def _check_boundaries(spec: OpSpec, boundaries: list[int], tokens: int) -> None:
+    if boundaries[0] != 0:
+        fail(spec, f"cu_seqlens starts with {boundaries[0]}, should start with 0")
+    for i in range(1, len(boundaries)):
+        if boundaries[i] < boundaries[i - 1]:
+            fail(
+                spec,
+                f"cu_seqlens decreases at index {i} ({boundaries[i - 1]} to {boundaries[i]}), "
+                f"should be non-decreasing",
+            )
+    if boundaries[-1] != tokens:
+        fail(spec, f"cu_seqlens ends with {boundaries[-1]}, should end with T = {tokens}")
+
+
+def _check_slots(spec: OpSpec, slots: list[int], count: int) -> None:
+    """Check that every row names a slot of the pool, or -1, and no two rows the same one."""
+    if slots and not (min(slots) >= -1 and max(slots) < count):
+        fail(
+            spec,
+            f"state_indices has values in [{min(slots)}, {max(slots)}], should be in "
+            f"[-1, {count - 1}]: state has {count} slots, and -1 skips a row",
+        )
+    row_of: dict[int, int] = {}
+    for row, slot in enumerate(slots):
+        first = row_of.setdefault(slot, row)
+        if slot >= 0 and first != row:
+            fail(
+                spec,
+                f"state_indices names slot {slot} twice, in rows {first} and {row}, should name "
+                f"a slot once",
+            )

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.language import Attr, OpSpec, Rule, Sizes, TensorArg, printed_shape
+
+if TYPE_CHECKING:
+    from gdn_ops.call.bind import Arguments
 
 _DTYPES = {
     name: getattr(torch, name)
@@ -42,40 +44,40 @@ def is_narrow(alpha: Any) -> bool:
     return alpha is not None and alpha.dtype in (torch.bfloat16, torch.float16)
 
 
-def check_structure(spec: OpSpec, arguments: Mapping[str, Any]) -> Structure:
+def check_structure(spec: OpSpec, arguments: Arguments) -> Structure:
     """Check everything about a call but its values."""
     for attr in spec.attrs:
-        _check_attr(spec, attr, arguments[attr.name])
-    rule = spec.rule[arguments["rule"]]
+        _check_attr(spec, attr, arguments.value(attr.field))
+    rule = spec.rule[arguments.rule]
     _check_gates(spec, rule, arguments)
     sizes = _check_tensors(spec, arguments)
-    if "state" in arguments and arguments["state"] is None:
+    if arguments.state is None:
         _check_state_is_free(spec, arguments)
-    scale = arguments["scale"]
+    scale = arguments.scale
     return Structure(sizes, rule, _default_scale(sizes.K) if scale is None else float(scale))
 
 
-def _check_state_is_free(spec: OpSpec, arguments: Mapping[str, Any]) -> None:
+def _check_state_is_free(spec: OpSpec, arguments: Arguments) -> None:
     """Check that a call without a state asks neither for `inplace` nor for `state_indices`."""
     should = "state is None, should be a torch.Tensor"
-    if arguments["inplace"]:
+    if arguments.inplace:
         fail(spec, f"{should}: inplace updates it")
-    if arguments["state_indices"] is not None:
+    if arguments.state_indices is not None:
         fail(spec, f"{should}: state_indices are slots of it")
 
 
-def check_gradients(spec: OpSpec, arguments: Mapping[str, Any]) -> None:
+def check_gradients(spec: OpSpec, arguments: Arguments) -> None:
     """Check that a call that needs gradients can have them."""
-    if arguments.get("inplace", False):
+    if arguments.inplace:
         fail(spec, "inplace is True, should be False: gradients are needed")
-    if arguments.get("state_indices") is not None:
+    if arguments.state_indices is not None:
         fail(
             spec,
             "state_indices is for decoding: it is given, should be None where gradients are "
             "needed; decode under torch.no_grad()",
         )
     for arg in spec.tensors:
-        x = arguments[arg.name]
+        x = arguments.value(arg.field)
         if x is not None and x.requires_grad and not arg.differentiable:
             fail(
                 spec,
@@ -126,9 +128,9 @@ def _shown(value: Any) -> str:
     return f"has type {type(value).__name__}"
 
 
-def _check_gates(spec: OpSpec, rule: Rule, arguments: Mapping[str, Any]) -> None:
+def _check_gates(spec: OpSpec, rule: Rule, arguments: Arguments) -> None:
     """Check that there is one decay gate where the rule has a decay, and none elsewhere."""
-    given = [name for name in ("alpha", "log_alpha") if arguments[name] is not None]
+    given = [name for name in ("alpha", "log_alpha") if arguments.value(name) is not None]
     if rule.has_decay and not given:
         fail(
             spec,
@@ -141,12 +143,12 @@ def _check_gates(spec: OpSpec, rule: Rule, arguments: Mapping[str, Any]) -> None
         fail(spec, f"{given[0]} is given, should be None: rule {rule.name!r} has no decay")
 
 
-def _check_tensors(spec: OpSpec, arguments: Mapping[str, Any]) -> Sizes:
+def _check_tensors(spec: OpSpec, arguments: Arguments) -> Sizes:
     """Check type, rank, dtype, device and shape of every tensor and return the axes."""
     bound: dict[str, tuple[int, str]] = {}
     reference: Tensor | None = None
     for arg in spec.binding_order:
-        value = arguments[arg.name]
+        value = arguments.value(arg.field)
         if value is None:
             if not arg.optional:
                 fail(spec, f"{arg.name} is None, should be a torch.Tensor", SpecTypeError)
@@ -186,24 +188,24 @@ def _check_tensors(spec: OpSpec, arguments: Mapping[str, Any]) -> Sizes:
     return Sizes(**sizes)
 
 
-def _check_dtype(spec: OpSpec, arg: TensorArg, value: Tensor, arguments: Mapping[str, Any]) -> None:
+def _check_dtype(spec: OpSpec, arg: TensorArg, value: Tensor, arguments: Arguments) -> None:
     name = _DTYPE_NAMES.get(value.dtype)
     if name not in arg.dtypes:
         allowed = ", ".join(arg.dtypes)
         fail(spec, f"{arg.name} has dtype {dtype_name(value.dtype)}, should be one of {allowed}")
     if arg.same_dtype_as is not None:
-        other = arguments[arg.same_dtype_as].dtype
+        other = arguments.value(arg.same_dtype_as).dtype
         if value.dtype != other:
             fail(
                 spec,
                 f"{arg.name} has dtype {name}, should be {dtype_name(other)}, "
                 f"the dtype of {arg.same_dtype_as}",
             )
-    elif value.dtype == torch.float64 and arguments["q"].dtype != torch.float64:
+    elif value.dtype == torch.float64 and arguments.tokens.q.dtype != torch.float64:
         fail(
             spec,
             f"{arg.name} has dtype float64, should be float32: "
-            f"q is {dtype_name(arguments['q'].dtype)}",
+            f"q is {dtype_name(arguments.tokens.q.dtype)}",
         )
     elif arg.name == "alpha" and is_narrow(value):
         step = 8 if value.dtype == torch.bfloat16 else 11
@@ -246,9 +248,9 @@ def _check_shape(
         )
 
 
-def _axes_of(arg: TensorArg, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+def _axes_of(arg: TensorArg, arguments: Arguments) -> tuple[str, ...]:
     """Return the axes of an argument in one call: those of a pool where it is given as a pool."""
-    is_pool = arg.pool_index is not None and arguments[arg.pool_index] is not None
+    is_pool = arg.pool_index is not None and arguments.value(arg.pool_index) is not None
     return arg.pool_axes if is_pool else arg.axes
 
 

@@ -33,7 +33,7 @@ class Forward(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Hold the gradients of a call's tensors in the order of `Call.tensors`; None where absent."""
+    """Hold the gradients of a call's tokens and of its state; None where it has no such tensor."""
 
     q: Tensor | None
     k: Tensor | None
@@ -52,9 +52,9 @@ class Backend:
         limits: what it can run.
         requires: import names of the packages it needs besides torch.
         distribution: the installed distribution that gives its version.
-        differentiable: whether `forward` and `step` are plain differentiable torch code, so
+        differentiable: whether `forward` and `decode_one` are plain differentiable torch code, so
             that autograd sees through them in eager mode.
-        traceable_step: whether `step` may be traced through by torch.compile.
+        traceable_step: whether `decode_one` may be traced through by torch.compile.
         compiles_per_shape: whether a new shape class costs seconds, so that tests draw from
             a few.
         compiles_per_width: whether new head dims, a new chunk size or a new dtype cost seconds,
@@ -111,7 +111,7 @@ class Backend:
         """
         raise NotImplementedError
 
-    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+    def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run `gated_delta_step`.
 
         Returns:
@@ -124,19 +124,19 @@ class Backend:
         """
         raise NotImplementedError
 
-    def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Run `gated_delta_steps`, here by one `step` after another.
+    def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run `gated_delta_steps`, here by one `decode_one` after another.
 
         Returns:
-            o (B, T, HV, V), the new state as from `step`, and with `call.return_states` the
+            o (B, T, HV, V), the new state as from `decode_one`, and with `call.return_states` the
             states (B, T, HV, K, V) after every token, in the dtype of the state. Between the
             tokens of a call a state stays in the compute dtype.
 
-        `call.state_indices` are as in `step`; `states` is 0 in rows that are skipped.
+        `call.state_indices` are as in `decode_one`; `states` is 0 in rows that are skipped.
         """
         if call.state_indices is not None:
-            return through_rows(call, self.steps)
-        return one_by_one(call, self.step)
+            return through_rows(call, self.decode_many)
+        return one_by_one(call, self.decode_one)
 
 
 def has_tokens(call: Call) -> bool:
@@ -147,7 +147,7 @@ def has_tokens(call: Call) -> bool:
 def without_tokens(call: Call, saved: tuple[Tensor, ...]) -> Forward:
     """Return the results of a call without tokens: an empty o, and the initial state in float32."""
     s = call.sizes
-    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.v.dtype, device=call.device)
+    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.tokens.v.dtype, device=call.device)
     if call.state is None:
         shape = (s.N, s.HV, s.K, s.V)
         return Forward(o, torch.zeros(shape, dtype=torch.float32, device=call.device), saved)
@@ -156,7 +156,7 @@ def without_tokens(call: Call, saved: tuple[Tensor, ...]) -> Forward:
 
 def gradients_without_tokens(call: Call, d_state: Tensor) -> Grads:
     """Return the gradients of a call without tokens."""
-    zeros = [None if x is None else torch.zeros_like(x) for x in call.tensors()]
+    zeros = [None if x is None else torch.zeros_like(x) for x in (*call.tokens, call.state)]
     return Grads(*zeros)._replace(state=None if call.state is None else d_state.clone())
 
 
@@ -259,6 +259,21 @@ def load(source: str) -> type[Backend] | str:
     if not (isinstance(found, type) and issubclass(found, Backend)):
         raise TypeError(f"{source} is not a subclass of gdn_ops.Backend")
     return found
+
+
+_RENAMED = {"step": "decode_one", "steps": "decode_many"}
+"""New names of the methods of backends."""
+
+
+def check_members(cls: type[Backend]) -> None:
+    """Check that a backend class defines no method by a name that it no longer has.
+
+    Raises:
+        TypeError: it does; the text says the new name.
+    """
+    for old, new in _RENAMED.items():
+        if hasattr(cls, old):
+            raise TypeError(f"{cls.__module__}.{cls.__qualname__}.{old} is now named {new}")
 
 
 def announces(source: type[Backend] | str, cls: type[Backend]) -> bool:

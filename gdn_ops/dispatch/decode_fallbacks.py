@@ -1,6 +1,6 @@
 """Run decode calls as simpler ones: tokens one by one, a pool of states row by row.
 
-With these a backend needs only a step. Nothing here waits for a device, so that a call can be
+With these a backend needs only `decode_one`. Nothing here waits for a device, so that a call can be
 captured in a CUDA graph.
 """
 
@@ -12,13 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gdn_ops.call.bind import Call
+from gdn_ops.call.bind import Call, Tokens
 from gdn_ops.spec.ops import GATED_DELTA_STEP
 
-Step = Callable[[Call], tuple[Tensor, Tensor]]
+DecodeOne = Callable[[Call], tuple[Tensor, Tensor]]
 """A function from a call of `gated_delta_step` to (o, new_state)."""
 
-Steps = Callable[[Call], tuple[Tensor, Tensor, Tensor | None]]
+DecodeMany = Callable[[Call], tuple[Tensor, Tensor, Tensor | None]]
 """A function from a call of `gated_delta_steps` to (o, new_state, states or None)."""
 
 
@@ -29,7 +29,7 @@ Measured with B=8 on two AVX-512 cores: 0.79 and 0.75 ms at 256 KiB, 1.7 and 3.4
 """
 
 
-def one_by_one(call: Call, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
+def one_by_one(call: Call, step: DecodeOne) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a call of `gated_delta_steps` without a pool by one step after another.
 
     The state stays in the compute dtype between tokens, whatever it is stored in.
@@ -42,7 +42,7 @@ def one_by_one(call: Call, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
     else:
         layout = torch.preserve_format if call.inplace else torch.contiguous_format
         state = given.to(call.compute_dtype, copy=not call.inplace, memory_format=layout)
-    o = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.device)
+    o = torch.empty(call.tokens.v.shape, dtype=call.tokens.v.dtype, device=call.device)
     states = None
     if call.return_states:
         states = torch.empty((sizes.B, sizes.T, *shape[1:]), dtype=stored, device=call.device)
@@ -53,10 +53,8 @@ def one_by_one(call: Call, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
         return_states=False,
         inplace=True,
     )
-    *tensors, _ = call.tensors()
     for t in range(sizes.T):
-        now = (None if x is None else x[:, t] for x in tensors)
-        o[:, t], state = step(token.with_tensors(*now, state))
+        o[:, t], state = step(token.with_tensors(_at(call.tokens, t), state))
         if states is not None:
             states[:, t] = state
     if given is None or not call.inplace:
@@ -64,7 +62,12 @@ def one_by_one(call: Call, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
     return o, given if state is given else given.copy_(state), states
 
 
-def through_rows(call: Call, run: Steps) -> tuple[Tensor, Tensor, Tensor | None]:
+def _at(tokens: Tokens, t: int) -> Tokens:
+    """Return the token at position t, without a token axis."""
+    return tokens.map(lambda x: x[:, t])
+
+
+def through_rows(call: Call, run: DecodeMany) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a call on a pool through `run`, which knows one state per row and updates it in place.
 
     The rows' states are gathered, advanced and scattered back; large states on a CPU are advanced
@@ -127,23 +130,26 @@ def _is_worth_a_call_per_row(pool: Tensor) -> bool:
 
 
 def _row_by_row(
-    call: Call, pool: Tensor, slots: list[int], run: Steps
+    call: Call, pool: Tensor, slots: list[int], run: DecodeMany
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run the rows that are not skipped one after another, each in its slot."""
     s = call.sizes
-    o = torch.zeros_like(call.v, memory_format=torch.contiguous_format)
+    o = torch.zeros_like(call.tokens.v, memory_format=torch.contiguous_format)
     states = pool.new_empty((s.B, s.T, s.HV, s.K, s.V)) if call.return_states else None
     one = replace(call, sizes=replace(s, B=1, N=1), state_indices=None, inplace=True)
-    *tensors, _ = call.tensors()
     for row, slot in enumerate(slots):
         here = slice(row, row + 1)
         after: Tensor | None = None
         if slot >= 0:
-            own = (None if x is None else x[here] for x in tensors)
-            o[here], _, after = run(one.with_tensors(*own, pool[slot : slot + 1]))
+            own = _rows(call.tokens, here)
+            o[here], _, after = run(one.with_tensors(own, pool[slot : slot + 1]))
         if states is not None:
             states[here] = 0 if after is None else after
     return o, pool, states
+
+
+def _rows(tokens: Tokens, rows: slice) -> Tokens:
+    return tokens.map(lambda x: x[rows])
 
 
 def _over(mask: Tensor, x: Tensor) -> Tensor:
@@ -157,4 +163,4 @@ def _nothing(call: Call, pool: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     states = None
     if call.return_states:
         states = pool.new_zeros((s.B, s.T, s.HV, s.K, s.V))
-    return torch.zeros_like(call.v, memory_format=torch.contiguous_format), pool, states
+    return torch.zeros_like(call.tokens.v, memory_format=torch.contiguous_format), pool, states

@@ -45,7 +45,7 @@ class Preference:
         s = call.sizes
         return (
             (call.op.name, device_kind(call.device)) == (self.op, self.device)
-            and str(call.q.dtype).removeprefix("torch.") in self.dtypes
+            and str(call.tokens.q.dtype).removeprefix("torch.") in self.dtypes
             and self.least_tokens <= s.T
             and (self.most_heads is None or self.most_heads >= s.N * s.HV)
             and self.needs_grad in (None, call.needs_grad)

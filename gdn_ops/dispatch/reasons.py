@@ -52,7 +52,7 @@ def _limit_reasons(limits: Limits, call: Call, on_any_device: bool) -> list[str]
     is_free = on_any_device or "*" in limits.devices
     if not is_free and device not in limits.devices + limits.emulated_devices:
         found.append(f"device {device} (supported: {', '.join(limits.devices)})")
-    dtype = dtype_name(call.q.dtype)
+    dtype = dtype_name(call.tokens.q.dtype)
     if dtype not in limits.dtypes:
         found.append(f"dtype {dtype} (supported: {', '.join(limits.dtypes)})")
     if call.state is not None:

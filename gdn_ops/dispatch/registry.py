@@ -23,7 +23,7 @@ from gdn_ops.dispatch.backend import BackendInfo as BackendInfo
 from gdn_ops.dispatch.backend import Explanation as Explanation
 from gdn_ops.dispatch.backend import Forward as Forward
 from gdn_ops.dispatch.backend import Grads as Grads
-from gdn_ops.dispatch.backend import announces, installed_version, is_missing, load
+from gdn_ops.dispatch.backend import announces, check_members, installed_version, is_missing, load
 from gdn_ops.dispatch.order import AUTO_ORDER as AUTO_ORDER
 from gdn_ops.dispatch.order import auto_order as auto_order
 from gdn_ops.dispatch.order import order_for
@@ -56,6 +56,7 @@ def register_backend(cls: type[Backend]) -> type[Backend]:
     for required in ("name", "limits"):
         if not hasattr(cls, required):
             raise TypeError(f"{cls.__name__} has no class attribute {required!r}")
+    check_members(cls)
     if cls.name == "auto":
         raise ValueError("backend name 'auto' is reserved")
     _discover()
@@ -113,6 +114,7 @@ def get_backend(name: str) -> Backend | str:
         source = _backends[name] = loaded
     if source.name != name:
         raise TypeError(f"backend {name!r} is {source.__qualname__}, whose name is {source.name!r}")
+    check_members(source)
     for package in source.requires:
         if is_missing(package):
             return f"package {package!r} is not installed"
@@ -230,7 +232,7 @@ def _info(name: str) -> BackendInfo:
     return BackendInfo(name, version, cls.limits if cls else None, status)
 
 
-def resolve(name: object) -> object:
+def resolve(name: str) -> str:
     """Return the process default for the name "auto", and any other name unchanged."""
     return _default if isinstance(name, str) and name == "auto" else name
 

@@ -71,6 +71,8 @@ class TensorArg:
         same_dtype_as: name of the argument whose dtype it must share, or None.
         gate: whether it is a gate, that is, read in the compute dtype whatever it is stored in.
         pool_index: name of the optional argument that makes it a pool, whose first axis is P.
+        stands_for: what the library calls it where ops name it differently: "state" for every
+            argument that is the state before the first token; None for its own name.
     """
 
     name: str
@@ -83,6 +85,7 @@ class TensorArg:
     same_dtype_as: str | None = None
     gate: bool = False
     pool_index: str | None = None
+    stands_for: str | None = None
 
     def __post_init__(self) -> None:
         _require(self.name.isidentifier(), f"argument name {self.name!r} is not an identifier")
@@ -94,6 +97,11 @@ class TensorArg:
     def shape(self) -> str:
         """Return the axes as a printed shape: `(B, T, H, K)`, `(N+1,)`."""
         return printed_shape(self.axes)
+
+    @property
+    def field(self) -> str:
+        """Return the name under which a call of any op holds it."""
+        return self.stands_for or self.name
 
     @property
     def pool_axes(self) -> tuple[str, ...]:
@@ -133,6 +141,11 @@ class Attr:
             not self.choices or self.default in self.choices,
             f"default of {self.name} is {self.default!r}, not one of {self.choices}",
         )
+
+    @property
+    def field(self) -> str:
+        """Return the name under which a call of any op holds it."""
+        return self.name
 
     def __str__(self) -> str:
         return f"{self.name}={self.default!r}"

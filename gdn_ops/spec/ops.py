@@ -156,6 +156,7 @@ GATED_DELTA = OpSpec(
             ("N", "HV", "K", "V"),
             "memory before the first token; zeros when not given",
             optional=True,
+            stands_for="state",
         ),
         Attr("return_state", "bool", False, "whether to return the final state too"),
         TensorArg(

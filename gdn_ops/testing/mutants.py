@@ -16,7 +16,7 @@ from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Backend, Forward, get_backend
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.ops import GATED_DELTA_STEP
-from gdn_ops.torch_ops import operators
+from gdn_ops.torch_ops import eager
 
 Mutation = Callable[[Backend, Call], tuple[Tensor, Tensor]]
 """A function from a backend and a call of `gated_delta` to wrong (o, final_state)."""
@@ -27,7 +27,7 @@ DecodeMutation = Callable[[Backend, Call], tuple[Tensor, Tensor, Tensor | None]]
 
 def dropped_scale(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Leave out the scale of q."""
-    return operators.run(backend, replace(call, scale=1.0))
+    return eager.run_sequence(backend, replace(call, scale=1.0))
 
 
 def decay_after_the_error(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
@@ -35,13 +35,15 @@ def decay_after_the_error(backend: Backend, call: Call) -> tuple[Tensor, Tensor]
 
     With beta' = beta / alpha and v' = alpha v the right rule computes just that.
     """
-    alpha = call.alpha if call.log_alpha is None else call.log_alpha.exp()
+    alpha = call.tokens.alpha if call.tokens.log_alpha is None else call.tokens.log_alpha.exp()
     if alpha is None or not call.rule.has_erase:
-        return operators.run(backend, call)
+        return eager.run_sequence(backend, call)
     alpha = alpha.clamp(min=0.05)
-    beta = torch.ones_like(alpha) if call.beta is None else call.beta
-    v = (call.v * alpha.unsqueeze(-1)).to(call.v.dtype)
-    return operators.run(backend, replace(call, beta=beta / alpha, v=v))
+    beta = torch.ones_like(alpha) if call.tokens.beta is None else call.tokens.beta
+    v = (call.tokens.v * alpha.unsqueeze(-1)).to(call.tokens.v.dtype)
+    return eager.run_sequence(
+        backend, replace(call, tokens=call.tokens._replace(beta=beta / alpha, v=v))
+    )
 
 
 def ungated_inverse(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
@@ -50,23 +52,33 @@ def ungated_inverse(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     v' makes the right inverse give U of the wrong one: (I + A) U_wrong = beta (v' - b K S).
     """
     if not call.rule.has_erase or not call.rule.has_decay or call.cu_seqlens is not None:
-        return operators.run(backend, call)
+        return eager.run_sequence(backend, call)
     outputs, state = [], call.state
     for start in range(0, call.sizes.T, 16):
         part = _tokens(call, slice(start, min(start + 16, call.sizes.T)), state)
-        o, state = operators.run(backend, replace(part, v=_values_of_ungated_inverse(part)))
+        o, state = eager.run_sequence(
+            backend, replace(part, tokens=part.tokens._replace(v=_values_of_ungated_inverse(part)))
+        )
         outputs.append(o)
     return _joined(backend, call, outputs, state)
 
 
 def _values_of_ungated_inverse(call: Call) -> Tensor:
     repeats = call.sizes.R
-    keys = torch.nn.functional.normalize(call.k.double(), dim=-1) if call.qk_l2norm else call.k
+    keys = (
+        torch.nn.functional.normalize(call.tokens.k.double(), dim=-1)
+        if call.qk_l2norm
+        else call.tokens.k
+    )
     k = keys.double().repeat_interleave(repeats, 2).transpose(1, 2)
-    v = call.v.double().transpose(1, 2)
-    alpha = call.alpha if call.alpha is not None else call.log_alpha.exp()  # type: ignore[union-attr]
+    v = call.tokens.v.double().transpose(1, 2)
+    alpha = call.tokens.alpha if call.tokens.alpha is not None else call.tokens.log_alpha.exp()  # type: ignore[union-attr]
     log = alpha.double().clamp(min=1e-30).log().transpose(1, 2).cumsum(-1)
-    beta = torch.ones_like(log) if call.beta is None else call.beta.double().transpose(1, 2)
+    beta = (
+        torch.ones_like(log)
+        if call.tokens.beta is None
+        else call.tokens.beta.double().transpose(1, 2)
+    )
     D = (log.unsqueeze(-1) - log.unsqueeze(-2)).tril().exp().tril()
     A = ((k @ k.mT) * beta.unsqueeze(-1)).tril(-1)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
@@ -76,21 +88,21 @@ def _values_of_ungated_inverse(call: Call) -> Tensor:
     wrong = torch.linalg.solve_triangular(eye + A, right_hand, upper=False)
     shift = (eye + A * D) @ wrong - right_hand
     moved: Tensor = v + shift / beta.clamp(min=1e-2).unsqueeze(-1)
-    return moved.transpose(1, 2).to(call.v.dtype)
+    return moved.transpose(1, 2).to(call.tokens.v.dtype)
 
 
 def first_chunk_only(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Ignore the tokens after the first 16."""
     if call.cu_seqlens is not None or call.sizes.T <= 16:
-        return operators.run(backend, call)
-    o, state = operators.run(backend, _tokens(call, slice(0, 16), call.state))
-    rest = torch.zeros_like(call.v[:, 16:])
+        return eager.run_sequence(backend, call)
+    o, state = eager.run_sequence(backend, _tokens(call, slice(0, 16), call.state))
+    rest = torch.zeros_like(call.tokens.v[:, 16:])
     return torch.cat((o, rest), 1), state
 
 
 def one_wrong_head_of_sixteen(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Make o of head 15, where there are 16 or more, wrong by one part in a hundred."""
-    o, state = operators.run(backend, call)
+    o, state = eager.run_sequence(backend, call)
     if call.sizes.HV < 16:
         return o, state
     factor = torch.ones(call.sizes.HV, 1, dtype=o.dtype, device=o.device)
@@ -100,36 +112,38 @@ def one_wrong_head_of_sixteen(backend: Backend, call: Call) -> tuple[Tensor, Ten
 
 def no_gradient_at_zero(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Return 0 as the gradient of alpha where alpha is 0."""
-    if call.alpha is None:
-        return operators.run(backend, call)
-    blocked = torch.where(call.alpha == 0, call.alpha.detach(), call.alpha)
-    return operators.run(backend, replace(call, alpha=blocked))
+    if call.tokens.alpha is None:
+        return eager.run_sequence(backend, call)
+    blocked = torch.where(call.tokens.alpha == 0, call.tokens.alpha.detach(), call.tokens.alpha)
+    return eager.run_sequence(backend, replace(call, tokens=call.tokens._replace(alpha=blocked)))
 
 
 def tiled_heads(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Read key head h % H for value head h, instead of h // R."""
     repeats = call.sizes.R
-    q, k = (x.repeat(1, 1, repeats, 1) for x in (call.q, call.k))
+    q, k = (x.repeat(1, 1, repeats, 1) for x in (call.tokens.q, call.tokens.k))
     sizes = replace(call.sizes, H=call.sizes.HV)
-    return operators.run(backend, replace(call, q=q, k=k, sizes=sizes))
+    return eager.run_sequence(
+        backend, replace(call, tokens=call.tokens._replace(q=q, k=k), sizes=sizes)
+    )
 
 
 def state_of_the_padded_tail(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Decay the final state through the tokens that pad the last chunk."""
-    o, state = operators.run(backend, call)
+    o, state = eager.run_sequence(backend, call)
     missing = -call.sizes.T % 16
     if not call.rule.has_decay or call.cu_seqlens is not None or not call.sizes.T:
         return o, state
-    last = call.alpha if call.alpha is not None else call.log_alpha.exp()  # type: ignore[union-attr]
+    last = call.tokens.alpha if call.tokens.alpha is not None else call.tokens.log_alpha.exp()  # type: ignore[union-attr]
     return o, state * (last[:, -1, :, None, None].to(state.dtype) ** missing)
 
 
 def narrow_products(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Round float32 operands to the 10 mantissa bits of TF32."""
-    if call.q.dtype != torch.float32:
-        return operators.run(backend, call)
-    q, k, v = (x + (_ten_bits(x.detach()) - x.detach()) for x in (call.q, call.k, call.v))
-    return operators.run(backend, replace(call, q=q, k=k, v=v))
+    if call.tokens.q.dtype != torch.float32:
+        return eager.run_sequence(backend, call)
+    q, k, v = (x + (_ten_bits(x.detach()) - x.detach()) for x in call.tokens[:3])
+    return eager.run_sequence(backend, replace(call, tokens=call.tokens._replace(q=q, k=k, v=v)))
 
 
 def _ten_bits(x: Tensor) -> Tensor:
@@ -163,8 +177,8 @@ def a_copied_pool(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor 
 
 def _decoded(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     if call.op is GATED_DELTA_STEP:
-        return *operators.advance(backend, call), None
-    return operators.advance_tokens(backend, call)
+        return *eager.decode_one(backend, call), None
+    return eager.decode_many(backend, call)
 
 
 SEQUENCE_MUTATIONS: dict[str, Mutation] = {
@@ -217,27 +231,25 @@ def mutant(mutation: str, base: str) -> type[Backend]:
         compiles_per_width = instance.compiles_per_width
 
         def forward(self, call: Call) -> Forward:
-            return Forward(*(sequence or operators.run)(instance, call))
+            return Forward(*(sequence or eager.run_sequence)(instance, call))
 
-        def step(self, call: Call) -> tuple[Tensor, Tensor]:
+        def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
             return (decode or _decoded)(instance, call)[:2]
 
-        def steps(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
             return (decode or _decoded)(instance, call)
 
     return Mutant
 
 
 def _tokens(call: Call, which: slice, state: Tensor | None) -> Call:
-    *token, _ = call.tensors()
-    parts = [None if x is None else x[:, which] for x in token]
     sizes = replace(call.sizes, T=which.stop - which.start)
-    return replace(call, sizes=sizes).with_tensors(*parts, state)
+    return replace(call, sizes=sizes, tokens=call.tokens.map(lambda x: x[:, which]), state=state)
 
 
 def _joined(
     backend: Backend, call: Call, outputs: list[Tensor], state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if state is None or not outputs:
-        return operators.run(backend, call)
+        return eager.run_sequence(backend, call)
     return torch.cat(outputs, 1), state

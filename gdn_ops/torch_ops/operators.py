@@ -1,47 +1,104 @@
-"""Register `gated_delta` with torch.library from its spec, and run the calls of all ops.
-
-An operator looks its arguments up by the names in its schema, binds them like any call, and
-hands them to a backend. Those of the decode ops stand in `decode_operators`; here are
+"""Register the ops with torch.library: a table of operators, each derived from an op's spec.
 
     gdn_ops::gated_delta            the sequence op, with what its backward wants saved
     gdn_ops::gated_delta_backward   its gradients
+    gdn_ops::gated_delta_step       one token
+    gdn_ops::gated_delta_step_      one token, state updated in place
+    gdn_ops::gated_delta_steps      a few tokens
+    gdn_ops::gated_delta_steps_     a few tokens, state updated in place
+
+An operator looks its arguments up by the names in its schema, binds them like any call, and hands
+them to a backend. Those of a few tokens always return `states`, with T = 0 where it is not asked
+for.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdn_ops.call.bind import GRAD_NAMES, Call, bind
-from gdn_ops.dispatch.backend import Backend, Grads
-from gdn_ops.dispatch.decode_fallbacks import through_rows
+from gdn_ops.call.bind import Call, Tokens, arguments_of, bind
+from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.registry import select
 from gdn_ops.spec.language import OpSpec, TensorArg
-from gdn_ops.spec.ops import GATED_DELTA
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
+from gdn_ops.torch_ops.eager import SECOND_ORDER, decode_many, decode_one, full_precision
 
-NAMESPACE = "gdn_ops"
-
-SECOND_ORDER = (
-    "second derivatives of gated_delta need eager mode and a backend that has them: "
-    'backend="torch" or backend="naive"'
-)
+NO_GRADIENTS = "{} is for decoding and has no gradients; gated_delta has"
 
 
-def schema_arguments(spec: OpSpec, mutated: str | None = None) -> list[str]:
-    """Return the arguments of a spec as torch schema text, in public order."""
-    found = []
-    for arg in spec.args:
-        if isinstance(arg, TensorArg):
-            kind = "Tensor(a!)" if arg.name == mutated else "Tensor"
-            optional = "?" if arg.optional and arg.name != mutated else ""
-            found.append(f"{kind}{optional} {arg.name}")
-        elif arg.schema is not None:
-            found.append(f"{arg.schema} {arg.name}")
-    return found
+@dataclass(frozen=True)
+class Operator:
+    """Describe one operator of torch.library.
+
+    Attributes:
+        name: its name in the namespace gdn_ops; with a trailing underscore it updates `state`.
+        spec: the op whose arguments it has, in public order.
+        outputs: what it returns, as schema text.
+        run: computes the outputs, given a backend, the call, and the values of `extra`.
+        fake: makes empty outputs from the same arguments, for tracing.
+        extra: the schema text of arguments after those of the spec.
+        needs_grad: tells from the values of `extra` whether the call needs gradients.
+        backward: the gradients of its inputs by autograd, given the context that `keep_inputs`
+            filled and the gradients of the outputs; None where it is never differentiated.
+    """
+
+    name: str
+    spec: OpSpec
+    outputs: str
+    run: Callable[..., Any]
+    fake: Callable[..., Any]
+    extra: tuple[str, ...] = ()
+    needs_grad: Callable[..., bool] = lambda *extra: False
+    backward: Callable[..., Any] | None = None
+
+    @property
+    def is_inplace(self) -> bool:
+        """Return whether it updates its argument `state`."""
+        return self.name.endswith("_")
+
+    @property
+    def schema(self) -> str:
+        """Return its schema as text."""
+        arguments = [*_schema_arguments(self.spec, self.is_inplace), *self.extra]
+        return f"({', '.join(arguments)}) -> {self.outputs}"
+
+    def register(self) -> None:
+        """Register it with torch.library."""
+        operator = torch.library.custom_op(
+            f"gdn_ops::{self.name}",
+            self._run,
+            mutates_args={"state"} if self.is_inplace else (),
+            schema=self.schema,
+        )
+        operator.register_fake(self._fake)
+        if self.backward is not None:
+            keep = keep_inputs if self.spec is not GATED_DELTA_STEPS else None
+            operator.register_autograd(self.backward, setup_context=keep)
+
+    def _run(self, *values: Any) -> Any:
+        call, backend, extra = self._bound(values)
+        with full_precision(call.device.type):
+            return self.run(backend, call, *extra)
+
+    def _fake(self, *values: Any) -> Any:
+        call, backend, extra = self._bound(values)
+        return self.fake(backend, call, *extra)
+
+    def _bound(self, values: tuple[Any, ...]) -> tuple[Call, Backend, tuple[Any, ...]]:
+        """Bind the values of the schema and select a backend. No value of a tensor is looked at."""
+        names = schema_names(self.spec)
+        own, extra = values[: len(names)], values[len(names) :]
+        arguments = arguments_of(self.spec, dict(zip(names, own, strict=True)))
+        if self.is_inplace:
+            arguments = arguments._replace(inplace=True)
+        call = bind(self.spec, arguments, check_values=False)
+        call = replace(call, needs_grad=self.needs_grad(*extra))
+        return call, select(call, arguments.backend), extra
 
 
 def schema_names(spec: OpSpec) -> list[str]:
@@ -49,250 +106,195 @@ def schema_names(spec: OpSpec) -> list[str]:
     return [a.name for a in spec.args if isinstance(a, TensorArg) or a.schema is not None]
 
 
-def torch_schema(spec: OpSpec) -> str:
-    """Return the torch.library schema of an op, given its spec."""
-    outputs = [f"Tensor {output.name}" for output in spec.outputs]
-    arguments = schema_arguments(spec)
-    if spec is GATED_DELTA:
-        arguments.append("bool save")
-        outputs.append("Tensor[] saved")
-    return f"({', '.join(arguments)}) -> ({', '.join(outputs)})"
+def schema_fields(spec: OpSpec) -> list[str]:
+    """Return the names of those arguments in a call of any op."""
+    return [a.field for a in spec.args if isinstance(a, TensorArg) or a.schema is not None]
 
 
-def _arguments(spec: OpSpec, values: tuple[Any, ...], **more: Any) -> dict[str, Any]:
-    """Return every argument of the public signature, given those of the schema in order."""
-    arguments = {attr.name: attr.default for attr in spec.attrs}
-    arguments.update(zip(schema_names(spec), values, strict=True))
-    return {**arguments, **more}
+def _schema_arguments(spec: OpSpec, is_inplace: bool) -> list[str]:
+    """Return the arguments of a spec as torch schema text, in public order."""
+    texts = []
+    for arg in spec.args:
+        if not isinstance(arg, TensorArg):
+            texts += [f"{arg.schema} {arg.name}"] if arg.schema is not None else []
+        elif is_inplace and arg.name == "state":
+            texts.append("Tensor(a!) state")
+        else:
+            texts.append(f"Tensor{'?' if arg.optional else ''} {arg.name}")
+    return texts
 
 
-def bound(
-    spec: OpSpec, values: tuple[Any, ...], needs_grad: bool, **more: Any
-) -> tuple[Call, Backend]:
-    """Bind the arguments of an operator and select its backend. No value is looked at."""
-    arguments = _arguments(spec, values, **more)
-    call = replace(bind(spec, arguments, check_values=False), needs_grad=needs_grad)
-    return call, select(call, arguments["backend"])
+# What the operators compute, and empty results like theirs.
 
 
-def empty_output(call: Call) -> Tensor:
-    """Return an uninitialised tensor for o."""
-    return torch.empty(call.v.shape, dtype=call.v.dtype, device=call.device)
-
-
-# Asked once, at import: Dynamo of torch 2.11 does not trace the question.
-_WITHOUT_AUTOCAST = frozenset(
-    kind for kind in ("lazy", "meta", "vulkan") if not torch.amp.is_autocast_available(kind)
-)
-
-
-def is_autocast_on(device_type: str) -> bool:
-    """Return whether autocast is active for a device type; some, like meta, have none."""
-    return device_type not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device_type)
-
-
-def full_precision(device_type: str) -> AbstractContextManager[Any]:
-    """Return a context that keeps autocast out of a backend's own arithmetic."""
-    if is_autocast_on(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-# The sequence op.
-
-
-def _gated_delta(*values: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    *values_, save = values
-    call, backend = bound(GATED_DELTA, tuple(values_), save)
-    with full_precision(call.device.type):
-        out = backend.forward(call)
+def _forward(backend: Backend, call: Call, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    out = backend.forward(call)
     return out.o, out.final_state, [*out.saved] if save else []
 
 
-def _gated_delta_fake(*values: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    *values_, save = values
-    call, backend = bound(GATED_DELTA, tuple(values_), save)
+def _empty_forward(backend: Backend, call: Call, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     s = call.sizes
     state = torch.empty((s.N, s.HV, s.K, s.V), dtype=call.compute_dtype, device=call.device)
-    return empty_output(call), state, [*backend.saved_like(call)] if save else []
+    return _empty_output(call), state, [*backend.saved_like(call)] if save else []
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    names = schema_names(GATED_DELTA)
-    tensors = {arg.name for arg in GATED_DELTA.tensors}
-    values = dict(zip(names, inputs, strict=False))
-    ctx.attributes = {name: value for name, value in values.items() if name not in tensors}
-    ctx.tensor_count = len(tensors)
-    ctx.save_for_backward(*(values[n] for n in names if n in tensors), *output[2])
-
-
-def _autograd_backward(ctx: Any, d_o: Tensor, d_state: Tensor, d_saved: Any) -> tuple[Any, ...]:
-    names = schema_names(GATED_DELTA)
-    tensor_names = [name for name in names if name not in ctx.attributes]
-    # Read once: under activation checkpointing a second read is an error.
-    kept = ctx.saved_tensors
-    tensors, saved = kept[: ctx.tensor_count], kept[ctx.tensor_count :]
-    values = ctx.attributes | dict(zip(tensor_names, tensors, strict=True))
-    grads = iter(
-        torch.ops.gdn_ops.gated_delta_backward(
-            *(values[name] for name in names), list(saved), d_o, d_state
-        )
-    )
-    present = [name for name in differentiable_names(GATED_DELTA) if values[name] is not None]
-    by_name = {name: next(grads) for name in present}
-    return *(by_name.get(name) for name in names), None
-
-
-def differentiable_names(spec: OpSpec) -> list[str]:
-    """Return the names of the arguments that have gradients."""
-    return [arg.name for arg in spec.tensors if arg.differentiable]
-
-
-def _backward(*values: Any) -> list[Tensor]:
-    *values_, saved, d_o, d_state = values
-    call, backend = bound(GATED_DELTA, tuple(values_), True)
-    with full_precision(call.device.type), torch.no_grad():
+def _gradients(
+    backend: Backend, call: Call, saved: list[Tensor], d_o: Tensor, d_state: Tensor
+) -> list[Tensor]:
+    """Return the gradients of the tensors that are there, in the order of Tokens, then state."""
+    with torch.no_grad():
         grads = backend.backward(call, tuple(saved), d_o, d_state)
     return [
         torch.zeros_like(x) if grad is None else grad
-        for x, grad in zip(_public_order(call.tensors()), _public_order(grads), strict=True)
+        for x, grad in zip((*call.tokens, call.state), grads, strict=True)
         if x is not None
     ]
 
 
-def _public_order(tensors: tuple[Tensor | None, ...] | Grads) -> list[Tensor | None]:
-    """Reorder tensors, or their gradients, from GRAD_NAMES to the public signature."""
-    by_name = dict(zip(GRAD_NAMES, tensors, strict=True))
-    by_name["initial_state"] = by_name["state"]
-    return [by_name[name] for name in differentiable_names(GATED_DELTA)]
-
-
-def _backward_fake(*values: Any) -> list[Tensor]:
-    call = bound(GATED_DELTA, tuple(values[:-3]), True)[0]
+def _empty_gradients(backend: Backend, call: Call, *extra: Any) -> list[Tensor]:
     return [
         torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for x in _public_order(call.tensors())
+        for x in (*call.tokens, call.state)
         if x is not None
     ]
 
 
-def _no_second_order(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(SECOND_ORDER)
+def _steps(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    o, state, states = decode_many(backend, call)
+    return o, state, _empty_states(call) if states is None else states
 
 
-def _define() -> None:
-    """Register the operators of `gated_delta`; runs once, at import."""
-    sequence = schema_arguments(GATED_DELTA)
-    forward = torch.library.custom_op(
-        f"{NAMESPACE}::gated_delta", _gated_delta, mutates_args=(), schema=torch_schema(GATED_DELTA)
+def _empty_output(call: Call) -> Tensor:
+    v = call.tokens.v
+    return torch.empty(v.shape, dtype=v.dtype, device=call.device)
+
+
+def _empty_state(call: Call) -> Tensor:
+    if call.state is not None:
+        return torch.empty(call.state.shape, dtype=call.state.dtype, device=call.device)
+    s = call.sizes
+    return torch.empty((s.B, s.HV, s.K, s.V), dtype=call.compute_dtype, device=call.device)
+
+
+def _empty_states(call: Call) -> Tensor:
+    s = call.sizes
+    stored = call.compute_dtype if call.state is None else call.state.dtype
+    shape = (s.B, s.T if call.return_states else 0, s.HV, s.K, s.V)
+    return torch.empty(shape, dtype=stored, device=call.device)
+
+
+# Their gradients, as autograd asks for them.
+
+
+def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    """Keep the inputs of an operator, and of the sequence op what its backward wants saved."""
+    saved = output[2] if len(output) == 3 else []
+    is_tensor = [x is None or isinstance(x, Tensor) for x in inputs]
+    ctx.attributes = [None if is_one else x for x, is_one in zip(inputs, is_tensor, strict=True)]
+    ctx.save_for_backward(
+        *(x if t else None for x, t in zip(inputs, is_tensor, strict=True)), *saved
     )
-    forward.register_fake(_gated_delta_fake)
-    forward.register_autograd(_autograd_backward, setup_context=_setup_context)
-    backward = torch.library.custom_op(
-        f"{NAMESPACE}::gated_delta_backward",
-        _backward,
-        mutates_args=(),
-        schema=f"({', '.join(sequence)}, Tensor[] saved, Tensor d_o, Tensor d_state) -> Tensor[]",
-    )
-    backward.register_fake(_backward_fake)
-    backward.register_autograd(_no_second_order)
 
 
-_define()
+def _kept(ctx: Any, spec: OpSpec) -> tuple[dict[str, Any], list[Tensor]]:
+    """Return the inputs that `keep_inputs` kept, by field, and the tensors that were saved."""
+    # Read once: under activation checkpointing a second read is an error.
+    kept, count = ctx.saved_tensors, len(ctx.attributes)
+    inputs = (a if x is None else x for a, x in zip(ctx.attributes, kept[:count], strict=True))
+    return dict(zip(schema_fields(spec), inputs, strict=False)), list(kept[count:])
 
 
-# Eager calls do not go through the operators: autograd is attached directly.
+def _gradients_by_field(
+    values: dict[str, Any], saved: list[Tensor], d_o: Tensor, d_state: Tensor
+) -> dict[str, Tensor]:
+    """Return the gradients of a sequence call, given its schema's values by field."""
+    own = [values[field] for field in schema_fields(GATED_DELTA)]
+    grads = torch.ops.gdn_ops.gated_delta_backward(*own, saved, d_o, d_state)
+    present = [name for name in (*Tokens._fields, "state") if values[name] is not None]
+    return dict(zip(present, grads, strict=True))
 
 
-class _Function(torch.autograd.Function):
-    """Run a sequence call on a backend that brings its own backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, backend: Backend, call: Call, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        # Detached, so that a backend which compiles does not look for the gradients of non-leaves.
-        detached = (x.detach() if x is not None and x.requires_grad else x for x in tensors)
-        out = backend.forward(call.with_tensors(*detached))
-        ctx.backend, ctx.count = backend, len(tensors)
-        ctx.call = call.with_tensors(*(None for _ in tensors))
-        ctx.save_for_backward(*tensors, *out.saved)
-        return out.o, out.final_state
-
-    @staticmethod
-    def backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:
-        backend: Backend = ctx.backend
-        # Read once: under activation checkpointing a second read is an error.
-        kept = ctx.saved_tensors
-        tensors, saved = kept[: ctx.count], kept[ctx.count :]
-        second = torch.is_grad_enabled()
-        if second and not backend.limits.second_grad:
-            raise RuntimeError(f"backend {backend.name!r}: {SECOND_ORDER}")
-        if not second:
-            tensors = tuple(None if x is None else x.detach() for x in tensors)
-        call = ctx.call.with_tensors(*tensors)
-        with full_precision(d_o.device.type):
-            grads = backend.backward(call, None if second else saved, d_o, d_state)
-        wanted = zip(grads, ctx.needs_input_grad[2:], strict=True)
-        return None, None, *(grad if needed else None for grad, needed in wanted)
+def _sequence_backward(ctx: Any, d_o: Tensor, d_state: Tensor, d_saved: Any) -> tuple[Any, ...]:
+    values, saved = _kept(ctx, GATED_DELTA)
+    grads = _gradients_by_field(values, saved, d_o, d_state)
+    return *(grads.get(field) for field in values), None
 
 
-def run(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
-    """Run a bound `gated_delta` call eagerly; return (o, final_state)."""
-    if is_autocast_on(call.device.type):
-        with torch.autocast(call.device.type, enabled=False):
-            return run(backend, call)
-    if call.needs_grad and not backend.differentiable:
-        return _Function.apply(backend, call, *call.tensors())  # type: ignore[no-untyped-call, no-any-return]
-    if call.needs_grad or not torch.is_grad_enabled():
-        out = backend.forward(call)
-    else:
-        with torch.no_grad():
-            out = backend.forward(call)
-    return out.o, out.final_state
+def _step_backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:
+    """Compute the gradients of a step as those of a sequence of one token."""
+    values, _ = _kept(ctx, GATED_DELTA_STEP)
+    if values["state_indices"] is not None:
+        raise RuntimeError(NO_GRADIENTS.format("gated_delta_step with state_indices"))
+    sequence = values | {"cu_seqlens": None, "chunk_size": None}
+    for name in Tokens._fields:
+        sequence[name] = None if values[name] is None else values[name].unsqueeze(1)
+    grads = _gradients_by_field(sequence, [], d_o.unsqueeze(1), d_state)
+    grads = {name: x if name == "state" else x.squeeze(1) for name, x in grads.items()}
+    return tuple(grads.get(field) for field in values)
 
 
-def run_step(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
-    """Run a bound `gated_delta_step` call eagerly; return (o, state)."""
-    if is_autocast_on(call.device.type):
-        with torch.autocast(call.device.type, enabled=False):
-            return run_step(backend, call)
-    if not call.needs_grad and torch.is_grad_enabled():
-        with torch.no_grad():
-            return advance(backend, call)
-    if not call.needs_grad or backend.differentiable or backend.traceable_step:
-        return advance(backend, call)
-    o, state = run(backend, as_sequence(call))
-    return o.squeeze(1), state if call.state is None else state.to(call.state.dtype)
+def _raising(message: str) -> Callable[..., Any]:
+    """Return a backward that raises."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(message)
+
+    return backward
 
 
-def run_steps(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run a bound `gated_delta_steps` call eagerly; return (o, state, states or None)."""
-    with full_precision(call.device.type), torch.no_grad():
-        return advance_tokens(backend, call)
+OPERATORS = (
+    Operator(
+        "gated_delta",
+        GATED_DELTA,
+        "(Tensor o, Tensor final_state, Tensor[] saved)",
+        _forward,
+        _empty_forward,
+        extra=("bool save",),
+        needs_grad=lambda save: save,
+        backward=_sequence_backward,
+    ),
+    Operator(
+        "gated_delta_backward",
+        GATED_DELTA,
+        "Tensor[]",
+        _gradients,
+        _empty_gradients,
+        extra=("Tensor[] saved", "Tensor d_o", "Tensor d_state"),
+        needs_grad=lambda *extra: True,
+        backward=_raising(SECOND_ORDER),
+    ),
+    Operator(
+        "gated_delta_step",
+        GATED_DELTA_STEP,
+        "(Tensor o, Tensor new_state)",
+        decode_one,
+        lambda backend, call: (_empty_output(call), _empty_state(call)),
+        backward=_step_backward,
+    ),
+    Operator(
+        "gated_delta_step_",
+        GATED_DELTA_STEP,
+        "Tensor o",
+        lambda backend, call: decode_one(backend, call)[0],
+        lambda backend, call: _empty_output(call),
+    ),
+    Operator(
+        "gated_delta_steps",
+        GATED_DELTA_STEPS,
+        "(Tensor o, Tensor new_state, Tensor states)",
+        _steps,
+        lambda backend, call: (_empty_output(call), _empty_state(call), _empty_states(call)),
+        backward=_raising(NO_GRADIENTS.format("gated_delta_steps")),
+    ),
+    Operator(
+        "gated_delta_steps_",
+        GATED_DELTA_STEPS,
+        "(Tensor o, Tensor states)",
+        lambda backend, call: _steps(backend, call)[::2],
+        lambda backend, call: (_empty_output(call), _empty_states(call)),
+    ),
+)
+"""The operators, in the order in which they are registered."""
 
-
-def advance(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
-    """Run the step of a backend, also on a pool that the backend does not support."""
-    if call.state_indices is None:
-        return backend.step(call)
-    if backend.limits.pools:
-        return backend.step(call.on_own_pool())
-    o, state, _ = through_rows(call, lambda rows: (*backend.step(rows), None))
-    return o, state
-
-
-def advance_tokens(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run the steps of a backend, also on a pool that the backend does not support."""
-    if call.state_indices is None:
-        return backend.steps(call)
-    if backend.limits.pools:
-        return backend.steps(call.on_own_pool())
-    return through_rows(call, backend.steps)
-
-
-def as_sequence(call: Call) -> Call:
-    """Turn a call of a step into a call of a sequence of one token."""
-    *token, state = call.tensors()
-    tensors = [None if x is None else x.unsqueeze(1) for x in token]
-    return replace(call, op=GATED_DELTA).with_tensors(*tensors, state)
+for _operator in OPERATORS:
+    _operator.register()

@@ -76,11 +76,11 @@ def test_every_case_is_sampled_as_the_call_it_names() -> None:
         assert call.op is spec and call.sizes == s
         assert call.needs_grad == (spec is GATED_DELTA)
         tokens = () if spec is GATED_DELTA_STEP else (s.T,)
-        assert call.q.shape == (s.B, *tokens, s.H, s.K)
-        assert call.q.dtype == getattr(torch, case.dtype)
-        assert call.alpha is not None and call.alpha.dtype == torch.float32
+        assert call.tokens.q.shape == (s.B, *tokens, s.H, s.K)
+        assert call.tokens.q.dtype == getattr(torch, case.dtype)
+        assert call.tokens.alpha is not None and call.tokens.alpha.dtype == torch.float32
         assert (call.state is None) == (spec is GATED_DELTA)
-        assert call.q.is_meta and sample.is_reference == (s.K == s.V == 128)
+        assert call.tokens.q.is_meta and sample.is_reference == (s.K == s.V == 128)
 
 
 def test_everything_is_what_the_defaults_are_not_and_never_a_reference() -> None:
@@ -92,15 +92,15 @@ def test_everything_is_what_the_defaults_are_not_and_never_a_reference() -> None
     for op in OPS:
         mine = [call for call in calls if call.op is op]
         assert {call.rule.name for call in mine} == {rule.name for rule in op.rules}
-        dtypes = {call.q.dtype for call in mine}
+        dtypes = {call.tokens.q.dtype for call in mine}
         assert dtypes == {torch.bfloat16, torch.float16, torch.float32}
         assert any(call.qk_l2norm for call in mine)
-        assert any(call.log_alpha is not None for call in mine)
+        assert any(call.tokens.log_alpha is not None for call in mine)
         assert {(24, 40), (256, 256)} <= {(call.sizes.K, call.sizes.V) for call in mine}
     sequences = [call for call in calls if call.op is GATED_DELTA]
     assert {call.chunk_size for call in sequences} == {None, 16, 32, 64}
     assert any(call.cu_seqlens is not None and call.sizes.N == 7 for call in sequences)
-    assert any(call.beta is None for call in sequences)
+    assert any(call.tokens.beta is None for call in sequences)
     pools = [call for call in calls if call.state_indices is not None]
     assert {call.op.name for call in pools} == {"gated_delta_step", "gated_delta_steps"}
     assert all(call.state is not None and call.state.shape[0] == 64 for call in pools)
@@ -120,7 +120,7 @@ class Noting(Backend):
         self.noted.append("forward")
         s = call.sizes
         state = torch.empty((s.N, s.HV, s.K, s.V), device=call.device)
-        return Forward(torch.empty_like(call.v), state, (call.k,))
+        return Forward(torch.empty_like(call.tokens.v), state, (call.tokens.k,))
 
     def backward(
         self,
@@ -129,16 +129,16 @@ class Noting(Backend):
         d_o: torch.Tensor,
         d_state: torch.Tensor,
     ) -> Grads:
-        assert saved is not None and saved[0] is call.k
-        assert d_o.shape == call.v.shape and d_o.dtype == call.v.dtype
+        assert saved is not None and saved[0] is call.tokens.k
+        assert d_o.shape == call.tokens.v.shape and d_o.dtype == call.tokens.v.dtype
         assert d_state.shape == (call.sizes.N, call.sizes.HV, call.sizes.K, call.sizes.V)
         self.noted.append("backward")
-        return Grads(*call.tensors())
+        return Grads(*call.tokens, call.state)
 
-    def step(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode_one(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         self.noted.append("step")
         assert call.state is not None
-        return call.v, call.state
+        return call.tokens.v, call.state
 
 
 def test_a_sample_makes_a_backend_do_what_the_api_would() -> None:

@@ -63,9 +63,9 @@ class Tunable(Torch):
         self.log.append(("backward", self.current))
         return super().backward(call, *arguments)
 
-    def step(self, call: Any) -> tuple[Tensor, Tensor]:
+    def decode_one(self, call: Any) -> tuple[Tensor, Tensor]:
         self.log.append(("step", self.current))
-        return super().step(call)
+        return super().decode_one(call)
 
 
 @pytest.fixture(autouse=True)

@@ -453,7 +453,7 @@ def test_explain_checks_the_call_like_the_call_itself() -> None:
     error = error_of(gdn_ops.explain, sequence(k=zeros(2, 7, 4, 16)))
     assert str(error) == f"gated_delta: {message}"
     with pytest.raises(SpecError, match=r"^gated_delta_step: beta has values in \[3, 3\]"):
-        gdn_ops.explain(**token(beta=torch.full((B, HV), 3.0)))
+        gdn_ops.explain(op="gated_delta_step", **token(beta=torch.full((B, HV), 3.0)))
 
 
 # Warnings.

@@ -30,7 +30,7 @@ from gdn_ops import (
     register_backend,
     use_backend,
 )
-from gdn_ops.call.bind import Call, bind
+from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch import order, registry
 from gdn_ops.dispatch.backend import is_missing
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
@@ -68,15 +68,11 @@ def step_arguments(**changes: Any) -> dict[str, Any]:
 
 
 def bound(**changes: Any) -> Call:
-    defaults: dict[str, Any] = {tensor.name: None for tensor in GATED_DELTA.tensors}
-    defaults |= {attr.name: attr.default for attr in GATED_DELTA.attrs}
-    return bind(GATED_DELTA, defaults | arguments(**changes))
+    return bind(GATED_DELTA, arguments_of(GATED_DELTA, arguments(**changes)))
 
 
 def bound_step(**changes: Any) -> Call:
-    defaults: dict[str, Any] = {tensor.name: None for tensor in GATED_DELTA_STEP.tensors}
-    defaults |= {attr.name: attr.default for attr in GATED_DELTA_STEP.attrs}
-    return bind(GATED_DELTA_STEP, defaults | step_arguments(**changes))
+    return bind(GATED_DELTA_STEP, arguments_of(GATED_DELTA_STEP, step_arguments(**changes)))
 
 
 def make_backend(backend_name: str, answer: float = 7.0, **limits_: Any) -> type[Backend]:
@@ -88,11 +84,11 @@ def make_backend(backend_name: str, answer: float = 7.0, **limits_: Any) -> type
 
         def forward(self, call: Call) -> Forward:
             s = call.sizes
-            return Forward(torch.full_like(call.v, answer), torch.zeros(s.N, s.HV, s.K, s.V))
+            return Forward(torch.full_like(call.tokens.v, answer), torch.zeros(s.N, s.HV, s.K, s.V))
 
-        def step(self, call: Call) -> tuple[Tensor, Tensor]:
+        def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
             s = call.sizes
-            return torch.full_like(call.v, answer), torch.zeros(s.N, s.HV, s.K, s.V)
+            return torch.full_like(call.tokens.v, answer), torch.zeros(s.N, s.HV, s.K, s.V)
 
     return Constant
 
@@ -341,7 +337,7 @@ def test_explain_says_when_no_backend_can_run(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_explain_of_three_dimensions_is_that_of_the_step() -> None:
-    explained = gdn_ops.explain(**step_arguments())
+    explained = gdn_ops.explain(**step_arguments(), op="gated_delta_step")
     assert (explained.op, explained.backend) == ("gated_delta_step", "torch")
     assert not explained.pinned
 

@@ -19,11 +19,11 @@ from gdn_ops import (
     gated_delta_step,
     gated_delta_steps,
 )
-from gdn_ops.call.bind import Call
+from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch import decode_fallbacks, registry
 from gdn_ops.dispatch.registry import register_backend, unregister_backend
 from gdn_ops.spec.ops import GATED_DELTA_STEP, GATED_DELTA_STEPS
-from gdn_ops.torch_ops import operators
+from gdn_ops.torch_ops import eager
 
 B, T, H, HV, K, V, P = 3, 4, 2, 4, 8, 6, 5
 BACKENDS = ("naive", "torch")
@@ -187,9 +187,9 @@ class StandIn(Backend):
     def __init__(self) -> None:
         type(self).calls = []
 
-    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+    def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         self.calls.append(call)
-        return operators.advance(registry.get_backend("torch"), call)  # type: ignore[arg-type]
+        return eager.decode_one(registry.get_backend("torch"), call)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -264,14 +264,50 @@ def test_large_states_on_a_cpu_are_advanced_where_they_are(
         assert [x.shape for x in given if x is not None] == [(B, HV, K, V)]
 
 
-def test_explain_knows_the_op_by_what_only_it_has() -> None:
+def test_explain_is_told_the_op_by_its_function_or_its_name() -> None:
     arguments = draft()
     positional = [arguments[n] for n in ("q", "k", "v", "alpha", "beta", "state")]
-    assert gdn_ops.explain(*positional).op == "gated_delta_steps"
-    assert gdn_ops.explain(**arguments).op == "gated_delta_steps"
-    assert gdn_ops.explain(*positional[:5], return_states=True).op == "gated_delta_steps"
+    for op in (gated_delta_steps, "gated_delta_steps"):
+        assert gdn_ops.explain(*positional, op=op).op == "gated_delta_steps"
+        assert gdn_ops.explain(op=op, **arguments).op == "gated_delta_steps"
+    assert gdn_ops.explain(gated_delta_steps, *positional).op == "gated_delta_steps"
     assert gdn_ops.explain(*positional[:5]).op == "gated_delta"
-    assert gdn_ops.explain(**token(pooled(0, 1, 2))).op == "gated_delta_step"
+    step = token(pooled(0, 1, 2))
+    assert gdn_ops.explain(gated_delta_step, **step).op == "gated_delta_step"
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (
+            lambda: gdn_ops.explain(**draft()),
+            TypeError,
+            "explain: gated_delta: got an unexpected keyword argument 'state'; op= says which op "
+            "is called",
+        ),
+        (
+            lambda: gdn_ops.explain(*[None] * 6),
+            TypeError,
+            "explain: gated_delta: too many positional arguments; op= says which op is called",
+        ),
+        (
+            lambda: gdn_ops.explain(**draft(), op="gated_delta_stops"),
+            gdn_ops.SpecError,
+            "explain: op is 'gated_delta_stops', should be one of gated_delta, gated_delta_step, "
+            "gated_delta_steps",
+        ),
+        (
+            lambda: gdn_ops.explain(torch.relu, **draft()),
+            gdn_ops.SpecError,
+            "explain: op is 'relu', should be one of gated_delta, gated_delta_step, "
+            "gated_delta_steps",
+        ),
+    ],
+)
+def test_explain_guesses_no_op(call: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as caught:
+        call()
+    assert str(caught.value) == message
 
 
 def test_nothing_waits_for_the_device_to_find_the_slots() -> None:
@@ -280,14 +316,11 @@ def test_nothing_waits_for_the_device_to_find_the_slots() -> None:
             n: mode.from_tensor(x) if isinstance(x, Tensor) else x
             for n, x in pooled(3, -1, 1).items()
         }
-        call = gdn_ops.call.bind.bind(
-            GATED_DELTA_STEPS,
-            {n: d for n, d, _ in GATED_DELTA_STEPS.parameters()} | arguments,
-            check_values=False,
-        )
+        given = arguments_of(GATED_DELTA_STEPS, arguments)
+        call = bind(GATED_DELTA_STEPS, given, check_values=False)
         # A fake tensor has no values: a look at one raises.
         for name in BACKENDS:
             backend = registry.get_backend(name)
             assert isinstance(backend, Backend)
-            o, pool, _ = operators.advance_tokens(backend, call)
+            o, pool, _ = eager.decode_many(backend, call)
             assert (o.shape, pool.shape) == ((B, T, HV, V), (P, HV, K, V))

@@ -24,7 +24,7 @@ class ThirdParty(Backend):
     def reasons(self, call):
         """Say what limits cannot: only alpha, and q and k as they are."""
         found = []
-        if call.log_alpha is not None:
+        if call.tokens.log_alpha is not None:
             found.append("log_alpha is not supported")
         if call.qk_l2norm:
             found.append("qk_l2norm is not supported")
@@ -33,13 +33,13 @@ class ThirdParty(Backend):
     def forward(self, call):
         """Run `gated_delta`."""
         s = call.sizes
-        q, k = (x.repeat_interleave(s.R, 2) for x in (call.q, call.k))
+        q, k = (x.repeat_interleave(s.R, 2) for x in (call.tokens.q, call.tokens.k))
         state = torch.zeros(s.B, s.HV, s.K, s.V) if call.state is None else call.state.float()
-        beta = torch.ones(s.B, s.T, s.HV) if call.beta is None else call.beta.float()
-        o = torch.empty_like(call.v)
+        beta = torch.ones(s.B, s.T, s.HV) if call.tokens.beta is None else call.tokens.beta.float()
+        o = torch.empty_like(call.tokens.v)
         for t in range(s.T):
-            state = call.alpha[:, t, :, None, None].float() * state
-            error = call.v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+            state = call.tokens.alpha[:, t, :, None, None].float() * state
+            error = call.tokens.v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
             u = beta[:, t, :, None] * error
             state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], u)
             o[:, t] = call.scale * torch.einsum("bhkv,bhk->bhv", state, q[:, t])

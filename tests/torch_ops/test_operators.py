@@ -250,8 +250,7 @@ def test_second_derivatives_of_the_opaque_operator_say_what_to_do() -> None:
         d_q.sum().backward()
 
 
-def test_the_schema_is_the_one_that_torch_registered() -> None:
-    registered = str(torch.ops.gdn_ops.gated_delta.default._schema)
-    assert registered == f"gdn_ops::gated_delta{operators.torch_schema(GATED_DELTA)}"
-    registered = str(torch.ops.gdn_ops.gated_delta_step.default._schema)
-    assert registered == f"gdn_ops::gated_delta_step{operators.torch_schema(GATED_DELTA_STEP)}"
+@pytest.mark.parametrize("operator", operators.OPERATORS, ids=lambda operator: operator.name)
+def test_the_schema_is_the_one_that_torch_registered(operator: operators.Operator) -> None:
+    registered = str(getattr(torch.ops.gdn_ops, operator.name).default._schema)
+    assert registered == f"gdn_ops::{operator.name}{operator.schema}"

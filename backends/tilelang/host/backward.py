@@ -45,7 +45,13 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
         d_final: (N, HV, K, V) float32.
     """
     s, device = plan.sizes, call.device
-    q, k, v, d_o, cu = packed(call.q), packed(call.k), packed(call.v), packed(d_o), cu_of(call)
+    q, k, v, d_o, cu = (
+        packed(call.tokens.q),
+        packed(call.tokens.k),
+        packed(call.tokens.v),
+        packed(d_o),
+        cu_of(call),
+    )
     kept, u = run_states(call, plan, q, k, v, saved, cu)
     d_ends = d_final = aligned(d_final.to(torch.float32))
     if plan.is_segmented:
@@ -124,13 +130,16 @@ def run_gradients(
 ) -> Grads:
     """Launch the kernel that forms the gradients of q, k, v, the gate and β."""
     s, device, tiles, f32 = plan.sizes, call.device, plan.config.gradients, torch.float32
-    gate, given = gate_of(call), call.log_alpha if call.alpha is None else call.alpha
+    gate, given = (
+        gate_of(call),
+        call.tokens.log_alpha if call.tokens.alpha is None else call.tokens.alpha,
+    )
     d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
     d_gate = absent(f32, device, 1, 1) if gate is None else torch.empty_like(gate)
     d_beta = (
         absent(f32, device, 1, 1)
-        if call.beta is None
-        else torch.empty(call.beta.shape, dtype=f32, device=device)
+        if call.tokens.beta is None
+        else torch.empty(call.tokens.beta.shape, dtype=f32, device=device)
     )
     launch(
         gradients,
@@ -145,18 +154,18 @@ def run_gradients(
         u if plan.rule.has_erase else absent(plan.low, device, 1, 1, plan.C, s.V),
         d_rhs, kept, d_states, cu, d_q, d_k, d_v,
         d_gate.view(-1, d_gate.shape[-1]), d_beta.view(-1, d_beta.shape[-1]),
-        float(call.scale), gate_kind(call), int(call.beta is not None), int(plan.norm),
+        float(call.scale), gate_kind(call), int(call.tokens.beta is not None), int(plan.norm),
     )  # fmt: skip
     if given is None:
         d_given = None
     else:
         d_given = d_gate.to(given.dtype)
     return Grads(
-        q=d_q.view(call.q.shape),
-        k=d_k.view(call.k.shape),
-        v=d_v.view(call.v.shape),
-        alpha=d_given if call.alpha is not None else None,
-        log_alpha=d_given if call.alpha is None else None,
-        beta=None if call.beta is None else d_beta.to(call.beta.dtype),
+        q=d_q.view(call.tokens.q.shape),
+        k=d_k.view(call.tokens.k.shape),
+        v=d_v.view(call.tokens.v.shape),
+        alpha=d_given if call.tokens.alpha is not None else None,
+        log_alpha=d_given if call.tokens.alpha is None else None,
+        beta=None if call.tokens.beta is None else d_beta.to(call.tokens.beta.dtype),
         state=None,
     )

@@ -103,8 +103,8 @@ def shape_reasons(call: Call) -> list[str]:
     K, is_sequence = call.sizes.K, call.op is GATED_DELTA
     if not is_sequence or (call.device.type == "cuda" and not torch.cuda.is_available()):
         return []
-    key = sequence_key(call.device, call.q.dtype, K)
-    what = f"{str(call.q.dtype).removeprefix('torch.')} with K={K} on {key[0]}"
+    key = sequence_key(call.device, call.tokens.q.dtype, K)
+    what = f"{str(call.tokens.q.dtype).removeprefix('torch.')} with K={K} on {key[0]}"
     row = table.SEQUENCE.get(key)
     if row is None:
         widths = [width for target, width, kind in table.SEQUENCE if (target, kind) == key[::2]]

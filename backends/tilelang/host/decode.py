@@ -28,7 +28,9 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     Returns:
         o like v, the new state, and the state after every token (B, T, HV, K, V) or None.
     """
-    q, k, v = (x if x.dim() == 4 else x.unsqueeze(1) for x in (call.q, call.k, call.v))
+    q, k, v = (
+        x if x.dim() == 4 else x.unsqueeze(1) for x in (call.tokens.q, call.tokens.k, call.tokens.v)
+    )
     B, T, HV, V = v.shape
     state, new_state, K = call.state, call.state, q.shape[-1]
     stored = torch.float32 if state is None else state.dtype
@@ -37,14 +39,14 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     states = None
     if call.return_states:
         states = torch.empty((B, T, HV, K, V), dtype=stored, device=call.device)
-    o = torch.empty((B, T, HV, V), dtype=call.v.dtype, device=call.device)
+    o = torch.empty((B, T, HV, V), dtype=call.tokens.v.dtype, device=call.device)
     if B * T > 0:
         _launch(call, (q, k, v), o, new_state, states)
     elif state is None:
         new_state.zero_()
     elif new_state is not state:
         new_state.copy_(state)
-    return o.view(call.v.shape), new_state, states
+    return o.view(call.tokens.v.shape), new_state, states
 
 
 def _launch(
@@ -60,7 +62,7 @@ def _launch(
     K, R, state = q.shape[-1], HV // q.shape[2], call.state
     config = configs.choose_step(call.device, K)
     unit = UNIT if state is None or _is_wide(state) else 1
-    gate, beta = gate_of(call), dense(call.beta)
+    gate, beta = gate_of(call), dense(call.tokens.beta)
     nothing = absent(torch.float32, call.device)
     no_state = absent(new_state.dtype, call.device, 1, unit)
     indices, index_step = _indices(call)

@@ -50,7 +50,7 @@ def is_bulk(call: Call) -> bool:
 def run_solve(call: Call, plan: Plan, q: Tensor, k: Tensor, cu: Tensor) -> Saved:
     """Launch the kernel that forms the gates and T of all chunks."""
     s, device, saved = plan.sizes, call.device, empty_saved(plan, call.device)
-    gate, beta = gate_of(call), dense(call.beta)
+    gate, beta = gate_of(call), dense(call.tokens.beta)
     nothing = absent(torch.float32, device, 1, 1)
     erase = plan.rule.has_erase
     inverses = saved.inverses if erase else absent(plan.low, device, 1, 1, plan.C, plan.C)
@@ -170,11 +170,11 @@ def forward(call: Call, plan: Plan) -> Forward:
         o (B, T, HV, V), the final state (N, HV, K, V) float32, and what the backward reads.
     """
     s, device = plan.sizes, call.device
-    q, k, v, cu = packed(call.q), packed(call.k), packed(call.v), cu_of(call)
+    q, k, v, cu = packed(call.tokens.q), packed(call.tokens.k), packed(call.tokens.v), cu_of(call)
     saved = run_solve(call, plan, q, k, cu)
     if plan.is_segmented:
         run_maps(call, plan, q, k, v, saved, cu)
-    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.v.dtype, device=device)
+    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.tokens.v.dtype, device=device)
     final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
     starts = starts_of(call, plan, saved)
     run_walk(call, plan, "output", q, k, v, saved, starts, cu, o=o.view(v.shape), final=final)

@@ -52,7 +52,7 @@ class Plan:
 def make_plan(call: Call) -> Plan:
     """Return the plan of a call, from its shapes and attributes alone."""
     s = call.sizes
-    config = configs.choose(call.device, call.q.dtype, s.K)
+    config = configs.choose(call.device, call.tokens.q.dtype, s.K)
     C, tokens = call.chunk_size or config.C, s.B * s.T
     L = configs.segment_chunks(call.device, s, C, config)
     return Plan(
@@ -64,8 +64,8 @@ def make_plan(call: Call) -> Plan:
         L=L,
         slots=tokens // C + s.N,
         places=tokens // (C * L) + s.N,
-        parts=3 if call.q.dtype == torch.float32 else 1,
-        low=call.q.dtype,
+        parts=3 if call.tokens.q.dtype == torch.float32 else 1,
+        low=call.tokens.q.dtype,
         norm=call.qk_l2norm,
         is_segmented=C * L < configs.ONE_SEGMENT,
     )
@@ -109,12 +109,12 @@ def gate_kind(call: Call) -> int:
     """Return the kernels' constant for the form in which a call gives its decay."""
     if not call.rule.has_decay:
         return NO_DECAY
-    return LOG_ALPHA if call.alpha is None else ALPHA
+    return LOG_ALPHA if call.tokens.alpha is None else ALPHA
 
 
 def gate_of(call: Call) -> Tensor | None:
     """Return the gate (B, T, HV), dense and float32, or None."""
-    given = call.log_alpha if call.alpha is None else call.alpha
+    given = call.tokens.log_alpha if call.tokens.alpha is None else call.tokens.alpha
     return dense(given)
 
 
@@ -172,7 +172,7 @@ def forward_bytes(call: Call, plan: Plan) -> dict[str, int]:
     tokens, rows = s.B * s.T, plan.slots * plan.C
     q = k = e * tokens * s.H * s.K
     v = o = e * tokens * s.HV * s.V
-    given = 4 * tokens * s.HV * ((call.beta is not None) + plan.rule.has_decay)
+    given = 4 * tokens * s.HV * ((call.tokens.beta is not None) + plan.rule.has_decay)
     gates, norms = 4 * 4 * s.HV * rows, 4 * 2 * s.H * rows
     T = e * s.HV * rows * plan.C * plan.rule.has_erase
     state = 4 * s.HV * s.K * s.V

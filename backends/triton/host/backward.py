@@ -33,7 +33,7 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
         d_final: (N, HV, K, V) float32.
     """
     s, device, low = plan.sizes, call.device, plan.low
-    q, k, v, d_o = (readable(x) for x in (call.q, call.k, call.v, d_o))
+    q, k, v, d_o = (readable(x) for x in (call.tokens.q, call.tokens.k, call.tokens.v, d_o))
     d_final = d_final.contiguous()
     constants = common(call, plan) | {"V": s.V}
     gates, norms, inverses = saved
@@ -84,8 +84,8 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
     d_gate = None if gate is None else torch.empty_like(gate)
     d_beta = (
         None
-        if call.beta is None
-        else torch.empty(call.beta.shape, dtype=call.beta.dtype, device=device)
+        if call.tokens.beta is None
+        else torch.empty(call.tokens.beta.shape, dtype=call.tokens.beta.dtype, device=device)
     )
     tiles = plan.config.token_gradients
     launch(
@@ -100,8 +100,8 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
         q=d_q,
         k=d_k,
         v=d_v,
-        alpha=d_gate if call.alpha is not None else None,
-        log_alpha=d_gate if call.alpha is None else None,
+        alpha=d_gate if call.tokens.alpha is not None else None,
+        log_alpha=d_gate if call.tokens.alpha is None else None,
         beta=d_beta,
         state=None if call.state is None else d_initial,
     )

@@ -24,12 +24,15 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     Returns:
         o like v, the new state, and the state after every token (B, T, HV, K, V) or None.
     """
-    q, k, v = (readable(x if x.dim() == 4 else x.unsqueeze(1)) for x in (call.q, call.k, call.v))
+    q, k, v = (
+        readable(x if x.dim() == 4 else x.unsqueeze(1))
+        for x in (call.tokens.q, call.tokens.k, call.tokens.v)
+    )
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
     given = call.state
     stored = torch.float32 if given is None else given.dtype
-    o = torch.empty((B, T, HV, V), dtype=call.v.dtype, device=call.device)
+    o = torch.empty((B, T, HV, V), dtype=call.tokens.v.dtype, device=call.device)
     state = given
     if given is not None and given.stride(-1) != 1:
         state = given.contiguous()
@@ -40,7 +43,7 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     states = None
     if call.return_states:
         states = torch.empty((B, T, HV, K, V), dtype=stored, device=call.device)
-    beta = None if call.beta is None else call.beta.contiguous()
+    beta = None if call.tokens.beta is None else call.tokens.beta.contiguous()
     indices = None if call.state_indices is None else call.state_indices.contiguous()
     config = configs.choose_step(call.device, K, V)
     BV = min(config.BV, power_of_two(V))
@@ -57,4 +60,4 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     if call.inplace and given is not None and state is not given:
         given.copy_(new_state)
         new_state = given
-    return o.view(call.v.shape), new_state, states
+    return o.view(call.tokens.v.shape), new_state, states

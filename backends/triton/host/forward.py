@@ -30,7 +30,7 @@ def gate_kind(call: Call) -> int:
     """Return the kernels' constant for the form in which a call gives its decay."""
     if not call.rule.has_decay:
         return int(NO_DECAY.value)
-    return int(LOG_ALPHA.value if call.alpha is None else ALPHA.value)
+    return int(LOG_ALPHA.value if call.tokens.alpha is None else ALPHA.value)
 
 
 def common(call: Call, plan: Plan) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def options(tiles: Tiles) -> dict[str, Any]:
 
 def gate_of(call: Call) -> Tensor | None:
     """Return the gate as given, contiguous, or None."""
-    given = call.log_alpha if call.alpha is None else call.alpha
+    given = call.tokens.log_alpha if call.tokens.alpha is None else call.tokens.alpha
     return None if given is None else given.contiguous()
 
 
@@ -72,7 +72,7 @@ def bounds_of(call: Call) -> Tensor | None:
 def run_prepare(call: Call, plan: Plan, k: Tensor) -> Saved:
     """Launch the kernel that forms the gates and T of all chunks."""
     s, saved = plan.sizes, empty_saved(plan, call.device)
-    beta = None if call.beta is None else call.beta.contiguous()
+    beta = None if call.tokens.beta is None else call.tokens.beta.contiguous()
     constants = common(call, plan)
     launch(
         prepare.prepare, (plan.slots, s.H),
@@ -114,10 +114,10 @@ def forward(call: Call, plan: Plan) -> Forward:
         o (B, T, HV, V), the final state (N, HV, K, V) float32, and what the backward reads.
     """
     s = plan.sizes
-    q, k, v = readable(call.q), readable(call.k), readable(call.v)
+    q, k, v = readable(call.tokens.q), readable(call.tokens.k), readable(call.tokens.v)
     saved = run_prepare(call, plan, k)
     u, kept, final = run_states(call, plan, k, v, saved, plan.config.every)
-    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.v.dtype, device=call.device)
+    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.tokens.v.dtype, device=call.device)
     tiles, every = plan.config.output, plan.config.every
     BV = min(tiles.BV, power_of_two(s.V))
     launch(

@@ -44,7 +44,7 @@ class Plan:
 def make_plan(call: Call) -> Plan:
     """Return the plan of a call, from its shapes and attributes alone."""
     s = call.sizes
-    config = configs.choose(call.device, call.q.dtype, s.K, s.V)
+    config = configs.choose(call.device, call.tokens.q.dtype, s.K, s.V)
     C = call.chunk_size or config.C
     varlen = call.cu_seqlens is not None
 
@@ -52,7 +52,7 @@ def make_plan(call: Call) -> Plan:
         return s.T // tokens + s.N if varlen else s.N * -(-s.T // tokens)
 
     return Plan(
-        s, call.rule, config, C, places(C), places(C * config.every), call.q.dtype,
+        s, call.rule, config, C, places(C), places(C * config.every), call.tokens.q.dtype,
         call.qk_l2norm, varlen,
     )  # fmt: skip
 
@@ -110,7 +110,7 @@ def forward_bytes(call: Call, plan: Plan) -> dict[str, int]:
     kept = e * s.HV * plan.places * s.K * s.V
     states = 4 * s.N * s.HV * s.K * s.V * (1 if call.state is None else 2)
     needs_k = plan.rule.has_erase or plan.norm
-    given = 4 * tokens * s.HV * ((call.beta is not None) + plan.rule.has_decay)
+    given = 4 * tokens * s.HV * ((call.tokens.beta is not None) + plan.rule.has_decay)
     values = 0 if plan.rule.has_erase else v
     return {
         "prepare": k * needs_k + given + gates + norms + T,

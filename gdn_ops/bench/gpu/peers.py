@@ -75,7 +75,8 @@ class Ours(Contender):
     def reasons(self, p: Problem) -> list[str]:
         given: dict[str, Any] = {"log_alpha": p.log_alpha, "beta": p.beta, "backend": self.name}
         if p.row.what == "step":
-            answer = ops.explain(p.q, p.k, p.v, **given, state=p.state, inplace=True)
+            given |= {"state": p.state, "inplace": True}
+            answer = ops.explain(ops.gated_delta_step, p.q, p.k, p.v, **given)
         else:
             given |= {"initial_state": p.state, "cu_seqlens": p.cu_seqlens}
             answer = ops.explain(p.q, p.k, p.v, **given)

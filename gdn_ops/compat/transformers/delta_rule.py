@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_ops.call.bind import bind
+from gdn_ops.call.bind import arguments_of, bind
 from gdn_ops.dispatch import registry
 from gdn_ops.ops import gated_delta, gated_delta_step
 from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
-from gdn_ops.torch_ops import operators
+from gdn_ops.torch_ops import eager
 
 Note = Callable[[str, str], None]
 """Told the name of the op and of the backend of every call."""
@@ -24,11 +24,6 @@ IN_A_GRAPH = "in a compiled graph"
 _PUBLIC: dict[str, Callable[..., Any]] = {
     "gated_delta": gated_delta,
     "gated_delta_step": gated_delta_step,
-}
-
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    spec.name: {name: default for name, default, _ in spec.parameters()}
-    for spec in (GATED_DELTA, GATED_DELTA_STEP)
 }
 
 
@@ -92,9 +87,9 @@ def _run(spec: OpSpec, arguments: dict[str, Any], note: Note) -> tuple[Tensor, T
         note(spec.name, IN_A_GRAPH)
         traced: Callable[..., tuple[Tensor, Tensor]] = _PUBLIC[spec.name]
         return traced(**arguments)
-    call = bind(spec, {**_DEFAULTS[spec.name], **arguments})
-    backend = registry.select(call, registry.resolve(arguments["backend"]))  # type: ignore[arg-type]
+    call = bind(spec, arguments_of(spec, arguments))
+    backend = registry.select(call, registry.resolve(arguments["backend"]))
     note(spec.name, backend.name)
     if spec is GATED_DELTA:
-        return operators.run(backend, call)
-    return operators.run_step(backend, call)
+        return eager.run_sequence(backend, call)
+    return eager.run_step(backend, call)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops.call.bind import Call, bind
+from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch.registry import get_backend
 from gdn_ops.kernel_support.launches import recording
 from gdn_ops.kernel_support.tuning import Row
@@ -47,17 +47,16 @@ def _meta_call(gradients: bool = False, **options: Any) -> Call:
     B, T, H, HV, K, V = (options.pop(x) for x in ("B", "T", "H", "HV", "K", "V"))
     N, state = options.pop("N", None), options.pop("state", False)
     low: dict[str, Any] = {"device": "meta", "dtype": options.pop("dtype", torch.bfloat16)}
-    arguments = {a.name: a.default for a in GATED_DELTA.attrs} | {
+    arguments: dict[str, Any] = {
         "q": torch.empty(B, T, H, K, **low, requires_grad=gradients),
         "k": torch.empty(B, T, H, K, **low),
         "v": torch.empty(B, T, HV, V, **low),
-        "alpha": None,
         "beta": torch.empty(B, T, HV, device="meta"),
         "log_alpha": torch.empty(B, T, HV, device="meta"),
         "initial_state": torch.empty(N or B, HV, K, V, device="meta") if state else None,
         "cu_seqlens": None if N is None else torch.empty(N + 1, device="meta", dtype=torch.int64),
     }
-    return bind(GATED_DELTA, arguments | options, check_values=False)
+    return bind(GATED_DELTA, arguments_of(GATED_DELTA, arguments | options), check_values=False)
 
 
 SIZES = {"B": 1, "T": 8192, "H": 16, "HV": 64, "K": 128, "V": 128}
@@ -224,7 +223,7 @@ def test_bytes_are_those_of_the_tensors_that_launches_are_given(changes: dict[st
         # What is absent, and where sequences begin, is small.
         tensors = [x for x in launch.args if isinstance(x, Tensor) and x.numel() > 128 * 128]
         if name == "solve" and not call.qk_l2norm:
-            tensors.remove(next(x for x in tensors if x.data_ptr() == call.q.data_ptr()))
+            tensors.remove(next(x for x in tensors if x.data_ptr() == call.tokens.q.data_ptr()))
         if name == "map":
             # A map does not depend on the queries.
             tensors = tensors[1:]
@@ -262,8 +261,7 @@ def test_slots_and_places_are_enough_for_any_lengths() -> None:
 
 def test_boundaries_are_made_once_per_shape() -> None:
     call = Example(B=3, T=5, K=16, V=16).arguments()
-    bound = bind(GATED_DELTA, {"backend": "tilelang", "return_state": False, "cu_seqlens": None,
-        "log_alpha": None, "beta": None, "initial_state": None, **call})  # fmt: skip
+    bound = bind(GATED_DELTA, arguments_of(GATED_DELTA, {"backend": "tilelang", **call}))
     found = plan.cu_of(bound)
     assert found.tolist() == [0, 5, 10, 15] and found.dtype == torch.int32
     assert plan.cu_of(bound) is found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fences import fenced, fences
-from gdn_ops.call.bind import bind
+from gdn_ops.call.bind import arguments_of, bind
 from gdn_ops.kernel_support.launches import recording
 from gdn_ops.kernel_support.tuning import Row
 from gdn_ops.spec.ops import GATED_DELTA
@@ -253,17 +253,14 @@ def test_tokens_of_no_sequence_are_not_written(
 def test_backward_takes_three_launches_and_five_with_segments(segment: int | None) -> None:
     tilelang = backend.TileLang()
     low: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
-    arguments = {a.name: a.default for a in GATED_DELTA.attrs} | {
+    arguments: dict[str, Any] = {
         "q": torch.empty(1, 512, 2, 128, **low, requires_grad=True),
         "k": torch.empty(1, 512, 2, 128, **low),
         "v": torch.empty(1, 512, 4, 128, **low),
-        "alpha": None,
         "beta": torch.empty(1, 512, 4, device="meta"),
         "log_alpha": torch.empty(1, 512, 4, device="meta"),
-        "initial_state": None,
-        "cu_seqlens": None,
     }
-    call = bind(GATED_DELTA, arguments, check_values=False)
+    call = bind(GATED_DELTA, arguments_of(GATED_DELTA, arguments), check_values=False)
     key = ("sm_90a", 128, "low")
     row = Row(key, dataclasses.replace(table.SEQUENCE[key], segment=segment))
     with torch.no_grad(), recording("sm_90a") as launches, configs.using(row):
@@ -277,4 +274,4 @@ def test_backward_takes_three_launches_and_five_with_segments(segment: int | Non
     assert names == ["walk", *between, "reverse", "gradients"]
     modes = [launch.kwargs.get("mode") for launch in launches[before:]]
     assert modes == ["states", *(["shift", None] if between else []), "gradients", None]
-    assert grads.q is not None and grads.q.shape == call.q.shape and grads.state is None
+    assert grads.q is not None and grads.q.shape == call.tokens.q.shape and grads.state is None

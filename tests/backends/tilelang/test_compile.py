@@ -271,10 +271,10 @@ class Normalising(Backend):
     limits = Limits(devices=("cuda",), dtypes=("bfloat16", "float32"), head_dims=(128,))
 
     def forward(self, call: Call) -> Forward:
-        o = torch.empty_like(call.v)
-        constants = CALM | {"M": 32 if call.v.dtype == torch.float32 else 16}
+        o = torch.empty_like(call.tokens.v)
+        constants = CALM | {"M": 32 if call.tokens.v.dtype == torch.float32 else 16}
         for _ in range(2):
-            launch(kernels.normalise, constants, call.v, o)
+            launch(kernels.normalise, constants, call.tokens.v, o)
         return Forward(o, torch.empty_like(o))
 
 
@@ -301,8 +301,8 @@ def test_a_kernel_of_a_reference_is_judged_as_one_whoever_launches_it_first() ->
     class Spilling(Normalising):
         def forward(self, call: Call) -> Forward:
             constants = {"M": 80, "N": 128, "threads": 32}
-            launch(kernels.normalise, constants, call.v, call.v)
-            return Forward(call.v, call.v)
+            launch(kernels.normalise, constants, call.tokens.v, call.tokens.v)
+            return Forward(call.tokens.v, call.tokens.v)
 
     varied, reference = sequence(T=1024), sequence()
     assert reference.is_reference and not varied.is_reference

@@ -203,21 +203,18 @@ def _launches(call: Callable[[], object]) -> list[str]:
 
 
 def _meta_call(gradients: bool, **sizes: int) -> Any:
-    from gdn_ops.call.bind import bind
+    from gdn_ops.call.bind import arguments_of, bind
 
     B, T, H, HV, K, V = (sizes[x] for x in ("B", "T", "H", "HV", "K", "V"))
     meta: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
-    arguments = {a.name: a.default for a in GATED_DELTA.attrs} | {
+    arguments: dict[str, Any] = {
         "q": torch.empty(B, T, H, K, **meta, requires_grad=gradients),
         "k": torch.empty(B, T, H, K, **meta),
         "v": torch.empty(B, T, HV, V, **meta),
-        "alpha": None,
         "beta": torch.empty(B, T, HV, device="meta"),
         "log_alpha": torch.empty(B, T, HV, device="meta"),
-        "initial_state": None,
-        "cu_seqlens": None,
     }
-    return bind(GATED_DELTA, arguments, check_values=False)
+    return bind(GATED_DELTA, arguments_of(GATED_DELTA, arguments), check_values=False)
 
 
 SIZES = {"B": 1, "T": 8192, "H": 16, "HV": 64, "K": 128, "V": 128}

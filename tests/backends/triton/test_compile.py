@@ -212,9 +212,11 @@ class Gathering(Backend):
 
     def forward(self, call: Call) -> Forward:
         s = call.sizes
-        o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.v.dtype, device=call.device)
+        o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.tokens.v.dtype, device=call.device)
         for _ in range(2):
-            launch(bad.gather, (1,), call.v, o, None, s.T, 3, 1.0, N=16, enable_fp_fusion=True)
+            launch(
+                bad.gather, (1,), call.tokens.v, o, None, s.T, 3, 1.0, N=16, enable_fp_fusion=True
+            )
         return Forward(o, torch.empty((s.N, s.HV, s.K, s.V), device=call.device))
 
 

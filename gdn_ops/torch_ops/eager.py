@@ -1,0 +1,166 @@
+"""Run bound calls on a backend: with autograd, without autocast, through a pool of states."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_ops.call.bind import Arguments, Call, Tokens
+from gdn_ops.dispatch.backend import Backend
+from gdn_ops.dispatch.decode_fallbacks import through_rows
+from gdn_ops.spec.ops import GATED_DELTA
+
+SECOND_ORDER = (
+    "second derivatives of gated_delta need eager mode and a backend that has them: "
+    'backend="torch" or backend="naive"'
+)
+
+# Asked once, at import: Dynamo of torch 2.11 does not trace the question.
+_WITHOUT_AUTOCAST = frozenset(
+    kind for kind in ("lazy", "meta", "vulkan") if not torch.amp.is_autocast_available(kind)
+)
+
+
+def is_autocast_on(device_type: str) -> bool:
+    """Return whether autocast is active for a device type; some, like meta, have none."""
+    return device_type not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device_type)
+
+
+def full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """Return a context that keeps autocast out of a backend's own arithmetic."""
+    if is_autocast_on(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def autocast(arguments: Arguments) -> Arguments:
+    """Cast, if autocast is on, q, k, v to its dtype and narrow gates and states to float32."""
+    tokens = arguments.tokens
+    if not isinstance(tokens.q, Tensor) or not is_autocast_on(tokens.q.device.type):
+        return arguments
+    low = torch.get_autocast_dtype(tokens.q.device.type)
+    q, k, v = (_to_low(x, low) for x in tokens[:3])
+    alpha, log_alpha, beta, state = (_widened(x) for x in (*tokens[3:], arguments.state))
+    tokens = Tokens(q, k, v, alpha, log_alpha, beta)
+    return arguments._replace(tokens=tokens, state=state)
+
+
+def _to_low(x: Any, low: torch.dtype) -> Any:
+    is_cast = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(low) if is_cast else x
+
+
+def _widened(x: Any) -> Any:
+    is_narrow = isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)
+    return x.to(torch.float32) if is_narrow else x
+
+
+def is_traced(q: Any) -> bool:
+    """Return whether a graph is traced, or q is on meta or of a tensor subclass."""
+    if torch.compiler.is_compiling():
+        return True
+    if not isinstance(q, Tensor):
+        return False
+    return q.is_meta or type(q) not in (Tensor, torch.nn.Parameter)
+
+
+class _Function(torch.autograd.Function):
+    """Run a sequence call on a backend that brings its own backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: Backend, call: Call, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # Detached, so that a backend which compiles does not look for the gradients of non-leaves.
+        out = backend.forward(_on(call, _detached(tensors)))
+        ctx.backend, ctx.count = backend, len(tensors)
+        ctx.call = _on(call, tuple(None for _ in tensors))
+        ctx.save_for_backward(*tensors, *out.saved)
+        return out.o, out.final_state
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:
+        backend: Backend = ctx.backend
+        # Read once: under activation checkpointing a second read is an error.
+        kept = ctx.saved_tensors
+        tensors, saved = kept[: ctx.count], kept[ctx.count :]
+        second = torch.is_grad_enabled()
+        if second and not backend.limits.second_grad:
+            raise RuntimeError(f"backend {backend.name!r}: {SECOND_ORDER}")
+        call = _on(ctx.call, tensors if second else _detached(tensors))
+        with full_precision(d_o.device.type):
+            grads = backend.backward(call, None if second else saved, d_o, d_state)
+        wanted = zip(grads, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(grad if needed else None for grad, needed in wanted)
+
+
+def _on(call: Call, tensors: tuple[Any, ...]) -> Call:
+    """Return the call on other tensors, the state last."""
+    return call.with_tensors(Tokens(*tensors[:-1]), tensors[-1])
+
+
+def _detached(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(x.detach() if x is not None and x.requires_grad else x for x in tensors)
+
+
+def run_sequence(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Run a bound `gated_delta` call eagerly; return (o, final_state)."""
+    if is_autocast_on(call.device.type):
+        with torch.autocast(call.device.type, enabled=False):
+            return run_sequence(backend, call)
+    if call.needs_grad and not backend.differentiable:
+        return _Function.apply(backend, call, *call.tokens, call.state)  # type: ignore[no-untyped-call, no-any-return]
+    if call.needs_grad or not torch.is_grad_enabled():
+        out = backend.forward(call)
+    else:
+        with torch.no_grad():
+            out = backend.forward(call)
+    return out.o, out.final_state
+
+
+def run_step(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Run a bound `gated_delta_step` call eagerly; return (o, state)."""
+    if is_autocast_on(call.device.type):
+        with torch.autocast(call.device.type, enabled=False):
+            return run_step(backend, call)
+    if not call.needs_grad and torch.is_grad_enabled():
+        with torch.no_grad():
+            return decode_one(backend, call)
+    if not call.needs_grad or backend.differentiable or backend.traceable_step:
+        return decode_one(backend, call)
+    o, state = run_sequence(backend, as_sequence(call))
+    return o.squeeze(1), state if call.state is None else state.to(call.state.dtype)
+
+
+def run_steps(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run a bound `gated_delta_steps` call eagerly; return (o, state, states or None)."""
+    with full_precision(call.device.type), torch.no_grad():
+        return decode_many(backend, call)
+
+
+def decode_one(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Decode one token, also on a pool that the backend does not support."""
+    if call.state_indices is None:
+        return backend.decode_one(call)
+    if backend.limits.pools:
+        return backend.decode_one(call.on_own_pool())
+    o, state, _ = through_rows(call, lambda rows: (*backend.decode_one(rows), None))
+    return o, state
+
+
+def decode_many(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Decode a few tokens, also on a pool that the backend does not support."""
+    if call.state_indices is None:
+        return backend.decode_many(call)
+    if backend.limits.pools:
+        return backend.decode_many(call.on_own_pool())
+    return through_rows(call, backend.decode_many)
+
+
+def as_sequence(call: Call) -> Call:
+    """Turn a call of a step into a call of a sequence of one token."""
+    return replace(call, op=GATED_DELTA, tokens=call.tokens.map(lambda x: x.unsqueeze(1)))
