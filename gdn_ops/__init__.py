@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from gdn_ops._version import __version__ as __version__
-from gdn_ops.dispatch.backend import Backend, BackendInfo, Explanation, Forward, Grads
-from gdn_ops.dispatch.registry import list_backends, register_backend, use_backend
+from gdn_ops.dispatch.backend import Backend, Forward, Grads
+from gdn_ops.dispatch.explain import BackendInfo, Explanation, list_backends
+from gdn_ops.dispatch.registry import register_backend, use_backend
 from gdn_ops.ops import explain, gated_delta, gated_delta_step, gated_delta_steps
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError, SpecTypeError
 from gdn_ops.spec.language import Limits

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gdn_ops.call.bind import Arguments, Tokens, arguments_of, bind
 from gdn_ops.dispatch import registry
-from gdn_ops.dispatch.backend import Explanation
+from gdn_ops.dispatch.explain import Explanation, explain_call
 from gdn_ops.environment import certificate as certificate  # registers its veto
 from gdn_ops.spec.docs import docstring
 from gdn_ops.spec.errors import SpecError
@@ -233,7 +233,7 @@ def explain(*args: Any, op: str | Callable[..., Any] = "gated_delta", **kwargs: 
         raise TypeError(f"explain: {name}: {error}; op= says which op is called") from None
     arguments = arguments_of(spec, named)
     arguments = eager.autocast(arguments._replace(backend=registry.resolve(arguments.backend)))
-    return registry.explain_call(bind(spec, arguments), arguments.backend)
+    return explain_call(bind(spec, arguments), arguments.backend)
 
 
 _FUNCTIONS: dict[str, tuple[OpSpec, Callable[..., Any]]] = {

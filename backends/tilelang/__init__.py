@@ -23,7 +23,7 @@ from gdn_ops.backends.tilelang.host import config as configs
 from gdn_ops.backends.tilelang.host import table, toolchain
 from gdn_ops.backends.tilelang.host.plan import Saved, empty_saved, make_plan
 from gdn_ops.call.bind import Call
-from gdn_ops.dispatch.backend import gradients_without_tokens, has_tokens, without_tokens
+from gdn_ops.dispatch.backend import gradients_without_tokens, without_tokens
 from gdn_ops.dispatch.registry import Backend, Forward, Grads
 from gdn_ops.kernel_support.tuning import Row
 from gdn_ops.spec.language import Limits
@@ -84,7 +84,7 @@ class TileLang(Backend):
         return tuple(empty_saved(make_plan(call), call.device))
 
     def forward(self, call: Call) -> Forward:
-        if not has_tokens(call):
+        if not call.has_tokens:
             return without_tokens(call, self.saved_like(call) if call.needs_grad else ())
         s = call.sizes
         is_packed = call.cu_seqlens is not None
@@ -97,7 +97,7 @@ class TileLang(Backend):
     def backward(
         self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
     ) -> Grads:
-        if not has_tokens(call):
+        if not call.has_tokens:
             return gradients_without_tokens(call, d_state)
         if saved is None:
             raise RuntimeError("gradients of gradients were asked for, which limits exclude")

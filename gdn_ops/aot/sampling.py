@@ -16,7 +16,7 @@ from torch import Tensor
 from gdn_ops.aot.results import Sample
 from gdn_ops.call.bind import arguments_of, bind
 from gdn_ops.dispatch.backend import Backend
-from gdn_ops.dispatch.reasons import reasons
+from gdn_ops.dispatch.registry import reasons
 from gdn_ops.spec.language import Case, OpSpec, Sizes, TensorArg
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, OPS
 

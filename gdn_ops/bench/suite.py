@@ -15,6 +15,7 @@ from gdn_ops.bench.scaling import scaling_row
 from gdn_ops.bench.steps import step_rows
 from gdn_ops.bench.verify import verify
 from gdn_ops.dispatch import registry
+from gdn_ops.dispatch.explain import list_backends
 from gdn_ops.environment.devices import devices, threads
 from gdn_ops.environment.versions import installed_versions
 from gdn_ops.ops import explain
@@ -92,7 +93,7 @@ def make_plan(
 
 def default_backends() -> tuple[str, ...]:
     """Return the names "torch" and, where that backend is available, "compile"."""
-    usable = {info.name for info in registry.list_backends() if info.status == "available"}
+    usable = {info.name for info in list_backends() if info.status == "available"}
     return tuple(name for name in ("torch", "compile") if name in usable)
 
 

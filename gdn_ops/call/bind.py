@@ -138,6 +138,11 @@ class Call:
         """Return the device that every tensor is on."""
         return self.tokens.q.device
 
+    @property
+    def has_tokens(self) -> bool:
+        """Return whether there are tokens, without which no kernel is launched."""
+        return min(self.sizes.B * self.sizes.T, self.sizes.N) > 0
+
     def with_tensors(self, tokens: Tokens, state: Tensor | None) -> Call:
         """Return the same call on other tensors."""
         return replace(self, tokens=tokens, state=state)

@@ -22,7 +22,7 @@ from gdn_ops.bench.verify import RefusedError
 from gdn_ops.cli import bench_command, check_command, compile_command, export_command, info_command
 from gdn_ops.demo import show
 from gdn_ops.dispatch import registry
-from gdn_ops.dispatch.reasons import device_status, runs_or_emulates_here
+from gdn_ops.dispatch.explain import device_status, runs_or_emulates_here
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import FLOAT_DTYPES
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import gdn_ops
 from gdn_ops.dispatch import registry
-from gdn_ops.dispatch.reasons import listed
+from gdn_ops.dispatch.registry import listed
 from gdn_ops.environment import certificate, versions
 from gdn_ops.environment.devices import devices, threads
 from gdn_ops.environment.provenance import driver_version

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.demo.memory import Memory, Operands, continue_text, operands, predict, read_through
-from gdn_ops.dispatch import registry
+from gdn_ops.dispatch import explain
 from gdn_ops.spec.errors import BackendUnsupportedError
 from gdn_ops.spec.ops import RULES
 
@@ -168,7 +168,7 @@ def backend_row(name: str, given: Operands, exact: Tensor) -> BackendRow:
         given: operands of the whole text.
         exact: what `definition` returned for them.
     """
-    info = next(info for info in registry.list_backends() if info.name == name)
+    info = next(info for info in explain.list_backends() if info.name == name)
     if info.status != "available":
         return BackendRow(name, reason=info.status)
     prefix = _prefix(given, PREFIX, given.q.dtype)

@@ -14,7 +14,7 @@ from rich.table import Table
 from gdn_ops.demo import measure
 from gdn_ops.demo.measure import BackendRow, Decode, ResetEffect
 from gdn_ops.demo.memory import Memory, make_memory, operands, to_bytes
-from gdn_ops.dispatch import registry
+from gdn_ops.dispatch import explain
 
 CONTINUATION = 240
 """Bytes that the demo adds to the text."""
@@ -71,7 +71,7 @@ def run(
     if len(text) < SHORTEST:
         raise ValueError(f"the text has {len(text)} bytes, should have at least {SHORTEST}")
     memory = memory or make_memory()
-    names = [info.name for info in registry.list_backends()]
+    names = [info.name for info in explain.list_backends()]
     with Progress(console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("bytes to keys and values", total=6 + len(names))
 

@@ -6,7 +6,6 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -139,11 +138,6 @@ class Backend:
         return one_by_one(call, self.decode_one)
 
 
-def has_tokens(call: Call) -> bool:
-    """Return whether a call of `gated_delta` has tokens, without which nothing is launched."""
-    return min(call.sizes.B * call.sizes.T, call.sizes.N) > 0
-
-
 def without_tokens(call: Call, saved: tuple[Tensor, ...]) -> Forward:
     """Return the results of a call without tokens: an empty o, and the initial state in float32."""
     s = call.sizes
@@ -158,60 +152,6 @@ def gradients_without_tokens(call: Call, d_state: Tensor) -> Grads:
     """Return the gradients of a call without tokens."""
     zeros = [None if x is None else torch.zeros_like(x) for x in (*call.tokens, call.state)]
     return Grads(*zeros)._replace(state=None if call.state is None else d_state.clone())
-
-
-@dataclass(frozen=True)
-class BackendInfo:
-    """Describe one backend, as `list_backends()` returns it.
-
-    Attributes:
-        name: what users pass as `backend=`.
-        version: of the distribution that brings it, or None.
-        limits: what it can run; None where it could not be imported.
-        status: "available", or why not on this machine.
-    """
-
-    name: str
-    version: str | None
-    limits: Limits | None
-    status: str
-
-    def __str__(self) -> str:
-        devices = ", ".join(self.limits.devices) if self.limits else "-"
-        return f"{self.name} {self.version or '-'}: {self.status} ({devices})"
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Hold the backend that would run a call and, for every other, all reasons why not.
-
-    Attributes:
-        op: name of the op.
-        inputs: the call in one line.
-        backend: the backend that would run, or None.
-        reasons: (backend, reasons against it) in the order of preference.
-        pinned: whether the call names its backend.
-    """
-
-    op: str
-    inputs: str
-    backend: str | None
-    reasons: tuple[tuple[str, tuple[str, ...]], ...]
-    pinned: bool = False
-
-    def __str__(self) -> str:
-        width = max((len(name) for name, _ in self.reasons), default=0)
-        lines = [f"{self.op} on {self.inputs}"]
-        for name, reasons in self.reasons:
-            mark, text = "  ", "; ".join(reasons) if reasons else "can run"
-            if name == self.backend:
-                mark, text = "->", "runs (pinned)" if self.pinned else "runs"
-            lines.append(f"{mark} {name:<{width}}  {text}")
-        if self.backend is None:
-            is_pinned = any(not reasons for _, reasons in self.reasons)
-            who = "the pinned backend cannot" if is_pinned else "no backend can"
-            lines.append(f"{who} run this call")
-        return "\n".join(lines)
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Find the backends, and select the one that runs a call.
 
-The base class stands in `backend`, the reasons against a call in `reasons`. The choice is
-deterministic: a pinned backend runs or raises, "auto" takes the first without reasons in the
-order of `order`.
+The base class stands in `backend`. The choice is deterministic: a pinned backend runs or raises,
+"auto" takes the first without reasons in the order of `order`. Reasons are text, as users read
+them; `explain` tells them all.
 """
 
 from __future__ import annotations
@@ -13,29 +13,30 @@ import logging
 import os
 import pkgutil
 import warnings
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
 
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.backend import Backend as Backend
-from gdn_ops.dispatch.backend import BackendInfo as BackendInfo
-from gdn_ops.dispatch.backend import Explanation as Explanation
 from gdn_ops.dispatch.backend import Forward as Forward
 from gdn_ops.dispatch.backend import Grads as Grads
-from gdn_ops.dispatch.backend import announces, check_members, installed_version, is_missing, load
+from gdn_ops.dispatch.backend import announces, check_members, is_missing, load
 from gdn_ops.dispatch.order import AUTO_ORDER as AUTO_ORDER
 from gdn_ops.dispatch.order import auto_order as auto_order
 from gdn_ops.dispatch.order import order_for
-from gdn_ops.dispatch.reasons import device_status, unsupported
-from gdn_ops.dispatch.reasons import reasons as reasons
-from gdn_ops.dispatch.reasons import reasons_under_auto as reasons_under_auto
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
+from gdn_ops.spec.language import Limits
 
 logger = logging.getLogger("gdn_ops")
 
 ENTRY_POINT_GROUP = "gdn_ops.backends"
 
+Veto = Callable[[Backend, Call], str | None]
+
+vetoes: list[Veto] = []
+"""Functions that return a reason why "auto" may not give a call to a backend, or None."""
 
 _backends: dict[str, type[Backend] | str] = {}
 _instances: dict[str, Backend] = {}
@@ -122,6 +123,91 @@ def get_backend(name: str) -> Backend | str:
     return instance
 
 
+def backend_class(name: str) -> type[Backend] | None:
+    """Return the class of a known backend, or None where its module cannot be imported here."""
+    get_backend(name)
+    source = _backends[name]
+    return source if isinstance(source, type) else None
+
+
+def reasons(backend: Backend, call: Call, *, on_any_device: bool = False) -> list[str]:
+    """Return every reason why a backend cannot run a call; an empty list means it can.
+
+    Args:
+        backend: the backend.
+        call: the bound call.
+        on_any_device: leave out that its tensors are on another device than it needs.
+    """
+    return _limit_reasons(backend.limits, call, on_any_device) + backend.reasons(call)
+
+
+def reasons_under_auto(backend: Backend, call: Call) -> list[str]:
+    """Return every reason why "auto" may not give a call to a backend.
+
+    Emulation is a reason, and so is what a veto returns.
+    """
+    device = call.device.type
+    if device in backend.limits.emulated_devices:
+        return [f"emulates on {device}, for checking only: pin it by name"]
+    found = reasons(backend, call)
+    found += [reason for veto in vetoes if (reason := veto(backend, call)) is not None]
+    return found
+
+
+def _limit_reasons(limits: Limits, call: Call, on_any_device: bool) -> list[str]:
+    """Return the reasons against a call that follow from a backend's limits."""
+    found: list[str] = []
+    device = call.device.type
+    if call.op.name not in limits.ops:
+        found.append(f"op {call.op.name} (supported: {', '.join(limits.ops)})")
+    is_free = on_any_device or "*" in limits.devices
+    if not is_free and device not in limits.devices + limits.emulated_devices:
+        found.append(f"device {device} (supported: {', '.join(limits.devices)})")
+    dtype = str(call.tokens.q.dtype).removeprefix("torch.")
+    if dtype not in limits.dtypes:
+        found.append(f"dtype {dtype} (supported: {', '.join(limits.dtypes)})")
+    if call.state is not None:
+        state_dtype = str(call.state.dtype).removeprefix("torch.")
+        if state_dtype not in limits.state_dtypes:
+            supported = ", ".join(limits.state_dtypes)
+            found.append(f"state dtype {state_dtype} (supported: {supported})")
+    found += _head_dim_reasons(limits, call)
+    if call.rule.name not in limits.rules:
+        found.append(f"rule {call.rule} (supported: {', '.join(limits.rules)})")
+    if call.needs_grad and not limits.grad:
+        found.append("gradients needed (supported: forward only)")
+    if call.cu_seqlens is not None and not limits.varlen:
+        found.append("cu_seqlens is not supported")
+    sizes = limits.chunk_sizes
+    if sizes is not None and call.chunk_size is not None and call.chunk_size not in sizes:
+        found.append(f"chunk_size={call.chunk_size} (supported: {listed(sizes)})")
+    if limits.min_capability and device == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(call.device)
+        if capability < limits.min_capability:
+            have, need = ("".join(map(str, c)) for c in (capability, limits.min_capability))
+            found.append(f"device sm{have} (needs sm{need} or newer)")
+    return found
+
+
+def listed(allowed: range | tuple[int, ...]) -> str:
+    """Return numbers as text: "1 to 256", "multiples of 16 from 16 to 256", "64, 128"."""
+    if not isinstance(allowed, range) or allowed[0] % allowed.step:
+        return ", ".join(map(str, allowed))
+    ends = f"{allowed[0]} to {allowed[-1]}"
+    return ends if allowed.step == 1 else f"multiples of {allowed.step} from {ends}"
+
+
+def _head_dim_reasons(limits: Limits, call: Call) -> list[str]:
+    found = []
+    for axis, size in (("K", call.sizes.K), ("V", call.sizes.V)):
+        allowed = limits.head_dims
+        if allowed is not None and size not in allowed:
+            found.append(f"{axis}={size} (supported: {listed(allowed)})")
+        elif size % limits.head_dim_multiple:
+            found.append(f"{axis}={size} (supported: multiples of {limits.head_dim_multiple})")
+    return found
+
+
 def select(call: Call, name: str = "auto") -> Backend:
     """Return the backend that runs a call.
 
@@ -156,32 +242,15 @@ def select(call: Call, name: str = "auto") -> Backend:
     raise _unsupported(call, skipped)
 
 
-def explain_call(call: Call, name: str = "auto") -> Explanation:
-    """Return which backend would run a bound call and every reason against the others."""
-    order = order_for(call)
-    names = [n for n in order if n in known_backends()]
-    names += [n for n in known_backends() if n not in names]
-    rows: list[tuple[str, tuple[str, ...]]] = []
-    chosen: str | None = None
-    if name != "auto":
-        get_backend(name)
-    for candidate in names:
-        backend = get_backend(candidate)
-        if isinstance(backend, str):
-            rows.append((candidate, (backend,)))
-            continue
-        pinned = candidate == name
-        against = reasons(backend, call) if pinned else reasons_under_auto(backend, call)
-        if not against and name == "auto" and candidate not in order:
-            against = [f"auto does not try it on {call.device.type}: pin it by name"]
-        if not against and chosen is None and name in ("auto", candidate):
-            chosen = candidate
-        rows.append((candidate, tuple(against)))
-    return Explanation(call.op.name, call.describe(), chosen, tuple(rows), name != "auto")
-
-
 def _unsupported(call: Call, rows: list[tuple[str, list[str]]]) -> BackendUnsupportedError:
-    return unsupported(call, rows, cure=_first_that_can(call, {name for name, _ in rows}))
+    """Return the error for a call: its inputs, the reasons by backend, and a backend that can."""
+    cure = _first_that_can(call, {name for name, _ in rows})
+    who = "no backend" if len(rows) != 1 else f"backend {rows[0][0]!r}"
+    verb = "can" if len(rows) != 1 else "cannot"
+    lines = [f"{who} {verb} run {call.op.name} on these inputs", f"  {call.describe()}"]
+    lines += [f"  {name}: {'; '.join(against)}" for name, against in rows]
+    lines.append(f'  try backend="{cure}"' if cure else "  no other backend can run it either")
+    return BackendUnsupportedError("\n".join(lines))
 
 
 def _first_that_can(call: Call, tried: set[str]) -> str | None:
@@ -216,20 +285,6 @@ def _warn_of_emulation(backend: Backend, device_type: str) -> None:
             f"for checking, not for speed",
             stacklevel=4,
         )
-
-
-def list_backends() -> tuple[BackendInfo, ...]:
-    """Return every known backend with its version, limits and status on this machine."""
-    return tuple(_info(name) for name in known_backends())
-
-
-def _info(name: str) -> BackendInfo:
-    backend = get_backend(name)
-    source = _backends[name]
-    cls = source if isinstance(source, type) else None
-    version = installed_version(cls.distribution) if cls else None
-    status = backend if isinstance(backend, str) else device_status(backend.limits)
-    return BackendInfo(name, version, cls.limits if cls else None, status)
 
 
 def resolve(name: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.backend import Backend
-from gdn_ops.dispatch.reasons import vetoes
+from gdn_ops.dispatch.registry import vetoes
 from gdn_ops.environment.provenance import circumstances, device_name
 
 REQUIRED = os.environ.get("GDN_OPS_REQUIRE_CERTIFIED", "") == "1"

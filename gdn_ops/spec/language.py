@@ -194,7 +194,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Limits:
-    """Describe what a backend can run, as data; `gdn_ops.dispatch.reasons` turns it into text.
+    """Describe what a backend can run, as data; `gdn_ops.dispatch.registry` turns it into text.
 
     Attributes:
         devices: device types it runs on.

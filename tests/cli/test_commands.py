@@ -18,7 +18,7 @@ from gdn_ops.bench import suite
 from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.verify import RefusedError
 from gdn_ops.cli import commands
-from gdn_ops.dispatch import registry
+from gdn_ops.dispatch import explain, registry
 from gdn_ops.environment import versions
 from paths import ROOT
 
@@ -178,7 +178,7 @@ def test_bench_names_what_it_does_not_know(arguments: tuple[str, ...], message: 
 def test_demo_reads_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Compiling takes seconds, and warns of torch's own deprecations.
     kept = tuple(i for i in gdn_ops.list_backends() if i.name in ("torch", "naive"))
-    monkeypatch.setattr(registry, "list_backends", lambda: kept)
+    monkeypatch.setattr(explain, "list_backends", lambda: kept)
     text = tmp_path / "text.txt"
     text.write_bytes(b"one memory, two memories, three memories. " * 6)
     result = run("demo", str(text), "--limit", "160")

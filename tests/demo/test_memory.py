@@ -114,7 +114,7 @@ def test_backends_agree_with_the_definition_and_others_say_why_not(memory: Memor
 
 
 def test_everything_measured_is_printed(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(show.registry, "list_backends", _torch_only(show.registry.list_backends()))
+    monkeypatch.setattr(show.explain, "list_backends", _torch_only(show.explain.list_backends()))
     stream = io.StringIO()
     found = show.run(REPETITIVE, Console(file=stream, width=120), count=8, memory=memory)
     printed = stream.getvalue()

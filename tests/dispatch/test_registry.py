@@ -33,6 +33,7 @@ from gdn_ops import (
 from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch import order, registry
 from gdn_ops.dispatch.backend import is_missing
+from gdn_ops.dispatch.explain import explain_call
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 from paths import ROOT
 
@@ -205,7 +206,7 @@ def test_a_measured_preference_comes_before_the_order(
     assert (call.sizes.T, call.sizes.N * call.sizes.HV) == (4, 4)
     monkeypatch.setattr(order, "PREFERENCES", (preference(**choice),))
     assert registry.select(call).name == first
-    explained = registry.explain_call(call)
+    explained = explain_call(call)
     assert explained.backend == first
     assert explained.reasons[0][0] == first
 
