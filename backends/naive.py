@@ -15,7 +15,7 @@ from torch import Tensor
 from gdn_ops.call.bind import Call
 from gdn_ops.call.numerics import l2norm, l2norm_backward
 from gdn_ops.dispatch.registry import Backend, Forward, Grads
-from gdn_ops.spec.language import Limits
+from gdn_ops.spec.rules import Limits
 
 
 class Operands(NamedTuple):

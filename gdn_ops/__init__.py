@@ -8,8 +8,8 @@ from gdn_ops.dispatch.explain import BackendInfo, Explanation, list_backends
 from gdn_ops.dispatch.registry import register_backend, use_backend
 from gdn_ops.ops import explain, gated_delta, gated_delta_step, gated_delta_steps
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError, SpecTypeError
-from gdn_ops.spec.language import Limits
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
+from gdn_ops.spec.rules import Limits
 
 __all__ = [
     "GATED_DELTA",

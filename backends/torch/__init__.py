@@ -18,7 +18,7 @@ from gdn_ops.backends.torch.passes import run_backward, run_forward
 from gdn_ops.backends.torch.walk import Engine
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Backend, Forward, Grads
-from gdn_ops.spec.language import Limits
+from gdn_ops.spec.rules import Limits
 
 CHUNKING = {"cpu": (32, 4), "*": (64, 16)}
 """(tokens per chunk, chunks per segment) per device type. cpu: measured on two AVX-512 cores

@@ -31,8 +31,8 @@ from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.backend import gradients_without_tokens, without_tokens
 from gdn_ops.dispatch.registry import Backend, Forward, Grads
 from gdn_ops.kernel_support.tuning import Row
-from gdn_ops.spec.language import Limits
 from gdn_ops.spec.ops import GATED_DELTA
+from gdn_ops.spec.rules import Limits
 
 OLDEST, NEWEST = (3, 6), (3, 9)
 """The versions of Triton that the kernels are emulated and compiled with in the tests."""

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import onnx
 from onnx.defs import OpSchema
 
-from gdn_ops.spec.language import FLOAT_DTYPES, OpSpec, TensorArg, printed_shape
+from gdn_ops.spec.language import OpSpec, TensorArg, printed_shape
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
+from gdn_ops.spec.rules import FLOAT_DTYPES
 
 DOMAIN = "gdn_ops"
 VERSION = 1

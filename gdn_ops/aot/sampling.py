@@ -133,7 +133,7 @@ def _arguments(spec: OpSpec, sizes: Sizes, choice: dict[str, Any]) -> dict[str, 
 def _meta(arg: TensorArg, sizes: Sizes, dtype: torch.dtype | None, pool: int | None) -> Any:
     if dtype is None:
         return None
-    lengths = {**asdict(sizes), "N1": sizes.N + 1}
+    lengths = {**asdict(sizes), "N+1": sizes.N + 1}
     shape = [lengths[axis] for axis in arg.axes]
     if pool and arg.name == "state":
         shape[0] = pool

@@ -17,7 +17,8 @@ from torch import Tensor
 from gdn_ops.call.numerics import compute_dtype
 from gdn_ops.call.structure import Structure, check_gradients, check_structure, fail, is_narrow
 from gdn_ops.call.structure import dtype_name as dtype_name
-from gdn_ops.spec.language import Interval, OpSpec, Rule, Sizes
+from gdn_ops.spec.language import Interval, OpSpec, Sizes
+from gdn_ops.spec.rules import Rule, Widths
 
 CHECK_VALUES_EVERYWHERE = os.environ.get("GDN_OPS_CHECK", "") == "values"
 """Whether value ranges are checked on every device, not only on the CPU. Read at import."""
@@ -98,6 +99,7 @@ class Call:
         op: its spec.
         sizes: the value of every axis (T = 1 for a step).
         rule: the member of the family.
+        widths: how its gates act: by a number per head, per channel, or not at all.
         scale: the factor on q, resolved.
         qk_l2norm: whether q and k are still to be normalised.
         chunk_size: as given; None leaves it to the backend.
@@ -116,6 +118,7 @@ class Call:
     op: OpSpec
     sizes: Sizes
     rule: Rule
+    widths: Widths
     scale: float
     qk_l2norm: bool
     chunk_size: int | None
@@ -214,6 +217,7 @@ def bind(spec: OpSpec, arguments: Arguments, *, check_values: bool = True) -> Ca
         op=spec,
         sizes=checked.sizes,
         rule=checked.rule,
+        widths=checked.widths,
         scale=checked.scale,
         qk_l2norm=arguments.qk_l2norm,
         chunk_size=arguments.chunk_size,

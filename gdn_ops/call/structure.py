@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gdn_ops.spec.errors import SpecError, SpecTypeError
-from gdn_ops.spec.language import Attr, OpSpec, Rule, Sizes, TensorArg, printed_shape
+from gdn_ops.spec.language import Attr, OpSpec, Sizes, TensorArg, printed_shape
+from gdn_ops.spec.rules import Rule, Width, Widths
 
 if TYPE_CHECKING:
     from gdn_ops.call.bind import Arguments
@@ -27,10 +28,11 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Structure(NamedTuple):
-    """Hold the sizes, the rule and the scale that follow from a call's shapes and attributes."""
+    """Hold what follows from a call's shapes and attributes."""
 
     sizes: Sizes
     rule: Rule
+    widths: Widths
     scale: float
 
 
@@ -54,7 +56,8 @@ def check_structure(spec: OpSpec, arguments: Arguments) -> Structure:
     if arguments.state is None:
         _check_state_is_free(spec, arguments)
     scale = arguments.scale
-    return Structure(sizes, rule, _default_scale(sizes.K) if scale is None else float(scale))
+    scale = _default_scale(sizes.K) if scale is None else float(scale)
+    return Structure(sizes, rule, _widths(spec, rule, arguments), scale)
 
 
 def _check_state_is_free(spec: OpSpec, arguments: Arguments) -> None:
@@ -143,6 +146,24 @@ def _check_gates(spec: OpSpec, rule: Rule, arguments: Arguments) -> None:
         fail(spec, f"{given[0]} is given, should be None: rule {rule.name!r} has no decay")
 
 
+def _widths(spec: OpSpec, rule: Rule, arguments: Arguments) -> Widths:
+    """Return the widths of a call's gates, and check that the rule takes them."""
+    decay: Width = "none"
+    for name in ("alpha", "log_alpha"):
+        gate = arguments.value(name)
+        if gate is None:
+            continue
+        decay = "channel" if _axes_of(spec, spec.tensor[name], arguments)[-1] == "K" else "scalar"
+        if decay not in rule.decays:
+            takes = " or ".join(rule.decays)
+            fail(
+                spec,
+                f"{name} has shape {tuple(gate.shape)}, a {decay} decay; rule {rule.name!r} takes "
+                f"{takes} decays",
+            )
+    return Widths(decay, rule.erases[0], rule.writes[0])
+
+
 def _check_tensors(spec: OpSpec, arguments: Arguments) -> Sizes:
     """Check type, rank, dtype, device and shape of every tensor and return the axes."""
     bound: dict[str, tuple[int, str]] = {}
@@ -167,7 +188,8 @@ def _check_tensors(spec: OpSpec, arguments: Arguments) -> Sizes:
                 f"{arg.name} is on {value.device}, should be on {reference.device}, "
                 f"the device of q",
             )
-        _check_shape(spec, arg.name, _axes_of(arg, arguments), value, bound)
+        axes = _axes_of(spec, arg, arguments)
+        _check_shape(spec, arg.name, axes, value, bound)
         if arg.name == "cu_seqlens":
             _bind_sequences(spec, value, bound)
     for axis in spec.axes:
@@ -182,7 +204,7 @@ def _check_tensors(spec: OpSpec, arguments: Arguments) -> Sizes:
                 f"{constraint.holder} has {constraint.axis}={count} {constraint.meaning}, "
                 f"should be a multiple of {constraint.of}={of}",
             )
-    sizes = {name: bound[name][0] for name in bound if name not in ("N1", "P")}
+    sizes = {name: bound[name][0] for name in bound if name not in ("N+1", "P")}
     sizes.setdefault("T", 1)
     sizes.setdefault("N", sizes["B"])
     return Sizes(**sizes)
@@ -248,10 +270,16 @@ def _check_shape(
         )
 
 
-def _axes_of(arg: TensorArg, arguments: Arguments) -> tuple[str, ...]:
-    """Return the axes of an argument in one call: those of a pool where it is given as a pool."""
-    is_pool = arg.pool_index is not None and arguments.value(arg.pool_index) is not None
-    return arg.pool_axes if is_pool else arg.axes
+def _axes_of(spec: OpSpec, arg: TensorArg, arguments: Arguments) -> tuple[str, ...]:
+    """Return the axes of an argument in one call: of the shape with its number of dimensions."""
+    allowed = [s for s in arg.shapes if s.given and arguments.value(s.given) is not None]
+    allowed = allowed or [s for s in arg.shapes if s.given is None]
+    shape = arguments.value(arg.field).shape
+    for one in allowed:
+        if len(one.axes) == len(shape) or len(allowed) == 1:
+            return one.axes
+    should = " or ".join(printed_shape(one.axes) for one in allowed)
+    fail(spec, f"{arg.name} has shape {tuple(shape)}, should be {should}")
 
 
 def _bind_sequences(spec: OpSpec, cu_seqlens: Tensor, bound: dict[str, tuple[int, str]]) -> None:

@@ -24,7 +24,7 @@ from gdn_ops.demo import show
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.explain import device_status, runs_or_emulates_here
 from gdn_ops.spec.errors import SpecError
-from gdn_ops.spec.language import FLOAT_DTYPES
+from gdn_ops.spec.rules import FLOAT_DTYPES
 
 app = typer.Typer(
     help="The gated delta rule: inspect, certify, measure and show the backends of gdn_ops.",

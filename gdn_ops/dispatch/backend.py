@@ -14,7 +14,7 @@ from torch import Tensor
 from gdn_ops._version import __version__
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.decode_fallbacks import one_by_one, through_rows
-from gdn_ops.spec.language import Limits
+from gdn_ops.spec.rules import Limits
 
 
 class Forward(NamedTuple):

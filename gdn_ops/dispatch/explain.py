@@ -16,7 +16,7 @@ from gdn_ops.dispatch.registry import (
     reasons,
     reasons_under_auto,
 )
-from gdn_ops.spec.language import Limits
+from gdn_ops.spec.rules import Limits
 
 
 @dataclass(frozen=True)

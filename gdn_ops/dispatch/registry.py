@@ -27,7 +27,7 @@ from gdn_ops.dispatch.order import AUTO_ORDER as AUTO_ORDER
 from gdn_ops.dispatch.order import auto_order as auto_order
 from gdn_ops.dispatch.order import order_for
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
-from gdn_ops.spec.language import Limits
+from gdn_ops.spec.rules import Limits
 
 logger = logging.getLogger("gdn_ops")
 
@@ -174,6 +174,10 @@ def _limit_reasons(limits: Limits, call: Call, on_any_device: bool) -> list[str]
     found += _head_dim_reasons(limits, call)
     if call.rule.name not in limits.rules:
         found.append(f"rule {call.rule} (supported: {', '.join(limits.rules)})")
+    allowed = (limits.decays, limits.erases, limits.writes)
+    for gate, width, widths in zip(call.widths._fields, call.widths, allowed, strict=True):
+        if width not in widths:
+            found.append(f"{width} {gate} (supported: {', '.join(widths)})")
     if call.needs_grad and not limits.grad:
         found.append("gradients needed (supported: forward only)")
     if call.cu_seqlens is not None and not limits.varlen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gdn_ops.spec.language import Attr, OpSpec, TensorArg, printed_shape
+from gdn_ops.spec.language import Attr, OpSpec, TensorArg
 
 _RETURNS = {
     "gated_delta": (
@@ -46,10 +46,8 @@ def argument_line(arg: TensorArg | Attr) -> str:
 
 
 def _shapes(arg: TensorArg) -> str:
-    """Return the shape of an argument, and its shape as a pool where it may be a pool."""
-    if arg.pool_index is None:
-        return arg.shape
-    return f"{arg.shape}, or {printed_shape(arg.pool_axes)} with {arg.pool_index}:"
+    """Return the shapes of an argument as text: "(B, T)", "(B, T), or (P, T) with indices:"."""
+    return ", or ".join(map(str, arg.shapes)) + (":" if len(arg.shapes) > 1 else "")
 
 
 def docstring(spec: OpSpec) -> str:
@@ -83,7 +81,7 @@ def page(spec: OpSpec) -> str:
         default = "" if isinstance(arg, TensorArg) and not arg.optional else " (optional)"
         lines.append(f"| `{arg.name}`{default} | " + " | ".join(cells) + " |")
     lines += ["", "Axes:", ""]
-    lines += [f"- `{axis.name}`: {axis.meaning}" for axis in spec.axes if axis.name != "N1"]
+    lines += [f"- `{axis.name}`: {axis.meaning}" for axis in spec.axes]
     lines += [f"- {constraint}" for constraint in spec.constraints]
     lines += ["", "## Returns", "", " ".join(_RETURNS[spec.name]), ""]
     lines += [f"- `{o.name}` ({', '.join(o.axes)}): {o.meaning}" for o in spec.outputs]

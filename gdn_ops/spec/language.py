@@ -12,12 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
-FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from gdn_ops.spec.rules import FLOAT_DTYPES, Rule, require
 
 
 @dataclass(frozen=True)
@@ -29,8 +24,8 @@ class Axis:
     minimum: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.name.isidentifier(), f"axis name {self.name!r} is not an identifier")
-        _require(bool(self.meaning), f"axis {self.name} has no meaning")
+        require(self.name.isidentifier(), f"axis name {self.name!r} is not an identifier")
+        require(bool(self.meaning), f"axis {self.name} has no meaning")
 
     def __str__(self) -> str:
         return self.name
@@ -44,7 +39,7 @@ class Interval:
     high: float
 
     def __post_init__(self) -> None:
-        _require(self.low < self.high, f"interval [{self.low}, {self.high}] is empty")
+        require(self.low < self.high, f"interval [{self.low}, {self.high}] is empty")
 
     def __str__(self) -> str:
         return f"[{self.low:g}, {self.high:g}]"
@@ -52,8 +47,33 @@ class Interval:
 
 def printed_shape(axes: tuple[str, ...]) -> str:
     """Return axes as a printed shape: `(B, T, H, K)`, `(N+1,)`."""
-    printed = ["N+1" if axis == "N1" else axis for axis in axes]
-    return "(" + ", ".join(printed) + ("," if len(printed) == 1 else "") + ")"
+    return "(" + ", ".join(axes) + ("," if len(axes) == 1 else "") + ")"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Describe one shape that a tensor argument may have.
+
+    Attributes:
+        axes: names of its dimensions, in order; "N+1" is one more than the axis N.
+        given: name of an optional argument. The shape is the one, and only then, where that
+            argument is given.
+    """
+
+    axes: tuple[str, ...]
+    given: str | None = None
+
+    def __str__(self) -> str:
+        return printed_shape(self.axes) + (f" with {self.given}" if self.given else "")
+
+
+def shapes(*texts: str) -> tuple[Shape, ...]:
+    """Return shapes written as text: "B T HV", "P HV K V with state_indices"."""
+    found = []
+    for text in texts:
+        axes, _, given = text.partition(" with ")
+        found.append(Shape(tuple(axes.split()), given or None))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,8 @@ class TensorArg:
 
     Attributes:
         name: argument name in the public signature.
-        axes: names of its dimensions, in order.
+        shapes: the allowed shapes, the usual one first. Shapes under one condition differ in
+            their number of dimensions.
         meaning: one line for the documentation.
         dtypes: names of the allowed torch dtypes.
         domain: allowed values, or None for every float.
@@ -70,13 +91,12 @@ class TensorArg:
         differentiable: whether it has a gradient.
         same_dtype_as: name of the argument whose dtype it must share, or None.
         gate: whether it is a gate, that is, read in the compute dtype whatever it is stored in.
-        pool_index: name of the optional argument that makes it a pool, whose first axis is P.
         stands_for: what the library calls it where ops name it differently: "state" for every
             argument that is the state before the first token; None for its own name.
     """
 
     name: str
-    axes: tuple[str, ...]
+    shapes: tuple[Shape, ...]
     meaning: str
     dtypes: tuple[str, ...] = FLOAT_DTYPES
     domain: Interval | None = None
@@ -84,29 +104,32 @@ class TensorArg:
     differentiable: bool = True
     same_dtype_as: str | None = None
     gate: bool = False
-    pool_index: str | None = None
     stands_for: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.name.isidentifier(), f"argument name {self.name!r} is not an identifier")
-        _require(len(set(self.axes)) == len(self.axes), f"{self.name} repeats an axis")
-        _require(bool(self.dtypes), f"{self.name} allows no dtype")
-        _require(bool(self.meaning), f"{self.name} has no meaning")
+        require(self.name.isidentifier(), f"argument name {self.name!r} is not an identifier")
+        require(bool(self.shapes), f"{self.name} allows no shape")
+        for shape in self.shapes:
+            require(len(set(shape.axes)) == len(shape.axes), f"{self.name} repeats an axis")
+        kinds = [(shape.given, len(shape.axes)) for shape in self.shapes]
+        require(len(set(kinds)) == len(kinds), f"{self.name} has two shapes that look alike")
+        require(bool(self.dtypes), f"{self.name} allows no dtype")
+        require(bool(self.meaning), f"{self.name} has no meaning")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Return the axes of its usual shape."""
+        return self.shapes[0].axes
 
     @property
     def shape(self) -> str:
-        """Return the axes as a printed shape: `(B, T, H, K)`, `(N+1,)`."""
+        """Return its usual shape as text: `(B, T, H, K)`, `(N+1,)`."""
         return printed_shape(self.axes)
 
     @property
     def field(self) -> str:
         """Return the name under which a call of any op holds it."""
         return self.stands_for or self.name
-
-    @property
-    def pool_axes(self) -> tuple[str, ...]:
-        """Return the axes of the argument as a pool: slots come first, in place of batch rows."""
-        return ("P", *self.axes[1:])
 
     def __str__(self) -> str:
         domain = f" in {self.domain}" if self.domain else ""
@@ -135,9 +158,9 @@ class Attr:
     schema: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.name.isidentifier(), f"attribute name {self.name!r} is not an identifier")
-        _require(bool(self.meaning), f"{self.name} has no meaning")
-        _require(
+        require(self.name.isidentifier(), f"attribute name {self.name!r} is not an identifier")
+        require(bool(self.meaning), f"{self.name} has no meaning")
+        require(
             not self.choices or self.default in self.choices,
             f"default of {self.name} is {self.default!r}, not one of {self.choices}",
         )
@@ -170,69 +193,6 @@ class Output:
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(self.axes)})"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Describe one rule as what it puts into u_t = w_t v_t - e_t S'^T k_t (docs/math.md §2).
-
-    Attributes:
-        name: value of `rule=`.
-        has_decay: whether alpha is read (otherwise it is 1).
-        has_erase: whether the erase strength is beta (otherwise 0). Write is always beta.
-        known_as: names in the literature.
-    """
-
-    name: str
-    has_decay: bool
-    has_erase: bool
-    known_as: str
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Describe what a backend can run, as data; `gdn_ops.dispatch.registry` turns it into text.
-
-    Attributes:
-        devices: device types it runs on.
-        emulated_devices: device types on which it runs for checking only, when pinned.
-        dtypes: dtypes of q, k, v.
-        state_dtypes: dtypes of the state of the step.
-        head_dims: the allowed K and V, or None for all.
-        head_dim_multiple: K and V must be multiples of this.
-        rules: names of the rules.
-        ops: names of the ops.
-        grad: whether it has gradients.
-        second_grad: whether gradients of gradients exist.
-        varlen: whether cu_seqlens is supported.
-        chunk_sizes: allowed chunk_size, or None for all.
-        min_capability: lowest CUDA capability, or None.
-        pools: whether its decode ops read `state_indices` themselves. It is no reason against a
-            call: for any other backend the rows of a pool are gathered and scattered.
-    """
-
-    devices: tuple[str, ...]
-    emulated_devices: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = FLOAT_DTYPES
-    state_dtypes: tuple[str, ...] = FLOAT_DTYPES
-    head_dims: range | tuple[int, ...] | None = None
-    head_dim_multiple: int = 1
-    rules: tuple[str, ...] = ("gated_delta", "delta", "gated", "linear")
-    ops: tuple[str, ...] = ("gated_delta", "gated_delta_step", "gated_delta_steps")
-    grad: bool = True
-    second_grad: bool = False
-    varlen: bool = True
-    chunk_sizes: range | tuple[int, ...] | None = None
-    min_capability: tuple[int, int] | None = None
-    pools: bool = False
-
-    def __post_init__(self) -> None:
-        _require(bool(self.devices), "limits name no device")
-        _require(set(self.dtypes) <= set(FLOAT_DTYPES), f"limits name unknown dtypes {self.dtypes}")
-        _require(self.head_dim_multiple >= 1, "head_dim_multiple is below 1")
 
 
 @dataclass(frozen=True)
@@ -336,39 +296,36 @@ class OpSpec:
 
     def __post_init__(self) -> None:
         names = [arg.name for arg in self.args]
-        _require(len(set(names)) == len(names), f"{self.name} names an argument twice: {names}")
+        require(len(set(names)) == len(names), f"{self.name} names an argument twice: {names}")
         known = {axis.name for axis in self.axes}
-        shaped: tuple[TensorArg | Output, ...] = (*self.tensors, *self.outputs)
-        for arg in shaped:
-            unknown = set(arg.axes) - known
-            _require(not unknown, f"{self.name}: {arg.name} uses unknown axes {sorted(unknown)}")
+        used = [(arg.name, shape.axes) for arg in self.tensors for shape in arg.shapes]
+        for name, axes in (*used, *((output.name, output.axes) for output in self.outputs)):
+            unknown = {axis.removesuffix("+1") for axis in axes} - known
+            require(not unknown, f"{self.name}: {name} uses unknown axes {sorted(unknown)}")
         for arg in self.tensors:
-            _require(
+            require(
                 arg.same_dtype_as is None or arg.same_dtype_as in names,
                 f"{self.name}: {arg.name} takes its dtype from unknown {arg.same_dtype_as}",
             )
-            _require(
-                arg.pool_index is None or arg.pool_index in names,
-                f"{self.name}: {arg.name} is indexed by unknown {arg.pool_index}",
-            )
-            _require(
-                arg.pool_index is None or "P" in known,
-                f"{self.name}: {arg.name} is a pool, but there is no axis P",
-            )
+            for shape in arg.shapes:
+                require(
+                    shape.given is None or shape.given in names,
+                    f"{self.name}: {arg.name} is indexed by unknown {shape.given}",
+                )
         for constraint in self.constraints:
             unknown = {constraint.axis, constraint.of} - known
-            _require(not unknown, f"{self.name}: {constraint} uses unknown axes {sorted(unknown)}")
+            require(not unknown, f"{self.name}: {constraint} uses unknown axes {sorted(unknown)}")
         for output in self.outputs:
             kind, _, source = output.dtype.partition(":")
-            _require(
+            require(
                 kind == "compute" or (kind == "like" and source in names),
                 f"{self.name}: output {output.name} has unknown dtype {output.dtype!r}",
             )
-        _require(
+        require(
             self.keyword_only_from in names,
             f"{self.name}: keyword_only_from={self.keyword_only_from!r} is no argument",
         )
-        _require(bool(self.rules), f"{self.name} has no rule")
+        require(bool(self.rules), f"{self.name} has no rule")
         # Filled now: torch.compile cannot trace the lock that fills a cached property.
         _ = self.attrs, self.tensor, self.rule, self.case, self.binding_order, self.bounded
 

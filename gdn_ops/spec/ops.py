@@ -27,15 +27,16 @@ from gdn_ops.spec.language import (
     Multiple,
     OpSpec,
     Output,
-    Rule,
     TensorArg,
+    shapes,
 )
+from gdn_ops.spec.rules import Rule
 
 RULES = (
-    Rule("gated_delta", True, True, "Gated DeltaNet"),
-    Rule("delta", False, True, "DeltaNet"),
-    Rule("gated", True, False, "Mamba2's scalar-decay recurrence, simple GLA, RetNet"),
-    Rule("linear", False, False, "linear attention"),
+    Rule("gated_delta", "Gated DeltaNet"),
+    Rule("delta", "DeltaNet", decays=("none",)),
+    Rule("gated", "Mamba2's scalar-decay recurrence, simple GLA, RetNet", erases=("none",)),
+    Rule("linear", "linear attention", decays=("none",), erases=("none",)),
 )
 
 _AXES = (
@@ -46,7 +47,6 @@ _AXES = (
     Axis("K", "key and query width", 1),
     Axis("V", "value width", 1),
     Axis("N", "sequences: B, or len(cu_seqlens) - 1"),
-    Axis("N1", "N + 1", 1),
     Axis("P", "slots of a pool of states"),
 )
 
@@ -97,7 +97,7 @@ _BACKEND = Attr(
 
 _STATE_INDICES = TensorArg(
     "state_indices",
-    ("B",),
+    shapes("B"),
     "slot of the pool `state` that a row reads and updates, a slot for at most one row; "
     "-1 skips the row: its o is 0 and no slot changes",
     dtypes=("int64", "int32"),
@@ -109,8 +109,8 @@ _INPLACE = Attr("inplace", "bool", False, "whether to update the state tensor in
 
 def _state(meaning: str) -> TensorArg:
     """Return the state argument of a decode op, which may be a pool."""
-    axes = ("B", "HV", "K", "V")
-    return TensorArg("state", axes, meaning, optional=True, pool_index="state_indices")
+    allowed = shapes("B HV K V", "P HV K V with state_indices")
+    return TensorArg("state", allowed, meaning, optional=True)
 
 
 def _new_state(meaning: str) -> Output:
@@ -118,15 +118,16 @@ def _new_state(meaning: str) -> Output:
     return Output("new_state", ("B", "HV", "K", "V"), "like:state", f"{meaning}; {pool}")
 
 
-def _gates(axes: tuple[str, ...]) -> tuple[TensorArg, TensorArg, TensorArg]:
+def _gates(axes: str) -> tuple[TensorArg, TensorArg, TensorArg]:
     """Return the arguments alpha, beta and log_alpha over the given axes."""
+    allowed = shapes(axes)
     unit, strength = Interval(0.0, 1.0), Interval(0.0, 2.0)
     return (
-        TensorArg("alpha", axes, _ALPHA, domain=unit, optional=True, gate=True),
-        TensorArg("beta", axes, _BETA, domain=strength, optional=True, gate=True),
+        TensorArg("alpha", allowed, _ALPHA, domain=unit, optional=True, gate=True),
+        TensorArg("beta", allowed, _BETA, domain=strength, optional=True, gate=True),
         TensorArg(
             "log_alpha",
-            axes,
+            allowed,
             _LOG_ALPHA,
             domain=Interval(-math.inf, 0.0),
             optional=True,
@@ -135,16 +136,16 @@ def _gates(axes: tuple[str, ...]) -> tuple[TensorArg, TensorArg, TensorArg]:
     )
 
 
-_ALPHA_T, _BETA_T, _LOG_ALPHA_T = _gates(("B", "T", "HV"))
+_ALPHA_T, _BETA_T, _LOG_ALPHA_T = _gates("B T HV")
 
 GATED_DELTA = OpSpec(
     name="gated_delta",
     summary="Run the gated delta rule over whole sequences.",
-    axes=_axes("B", "T", "H", "HV", "K", "V", "N", "N1"),
+    axes=_axes("B", "T", "H", "HV", "K", "V", "N"),
     args=(
-        TensorArg("q", ("B", "T", "H", "K"), "queries"),
-        TensorArg("k", ("B", "T", "H", "K"), "keys", same_dtype_as="q"),
-        TensorArg("v", ("B", "T", "HV", "V"), "values", same_dtype_as="q"),
+        TensorArg("q", shapes("B T H K"), "queries"),
+        TensorArg("k", shapes("B T H K"), "keys", same_dtype_as="q"),
+        TensorArg("v", shapes("B T HV V"), "values", same_dtype_as="q"),
         _ALPHA_T,
         _BETA_T,
         _LOG_ALPHA_T,
@@ -153,7 +154,7 @@ GATED_DELTA = OpSpec(
         _QK_L2NORM,
         TensorArg(
             "initial_state",
-            ("N", "HV", "K", "V"),
+            shapes("N HV K V"),
             "memory before the first token; zeros when not given",
             optional=True,
             stands_for="state",
@@ -161,7 +162,7 @@ GATED_DELTA = OpSpec(
         Attr("return_state", "bool", False, "whether to return the final state too"),
         TensorArg(
             "cu_seqlens",
-            ("N1",),
+            shapes("N+1"),
             "boundaries of N sequences packed along T (then B = 1): 0, ..., T",
             dtypes=("int64", "int32"),
             optional=True,
@@ -189,16 +190,16 @@ GATED_DELTA = OpSpec(
     cases=CASES,
 )
 
-_ALPHA_1, _BETA_1, _LOG_ALPHA_1 = _gates(("B", "HV"))
+_ALPHA_1, _BETA_1, _LOG_ALPHA_1 = _gates("B HV")
 
 GATED_DELTA_STEP = OpSpec(
     name="gated_delta_step",
     summary="Run the gated delta rule for one token per row.",
     axes=_axes("B", "H", "HV", "K", "V", "P"),
     args=(
-        TensorArg("q", ("B", "H", "K"), "query"),
-        TensorArg("k", ("B", "H", "K"), "key", same_dtype_as="q"),
-        TensorArg("v", ("B", "HV", "V"), "value", same_dtype_as="q"),
+        TensorArg("q", shapes("B H K"), "query"),
+        TensorArg("k", shapes("B H K"), "key", same_dtype_as="q"),
+        TensorArg("v", shapes("B HV V"), "value", same_dtype_as="q"),
         _ALPHA_1,
         _BETA_1,
         _state("memory before the token; zeros when not given"),
@@ -231,9 +232,9 @@ GATED_DELTA_STEPS = OpSpec(
     args=tuple(
         replace(arg, differentiable=False) if isinstance(arg, TensorArg) else arg
         for arg in (
-            TensorArg("q", ("B", "T", "H", "K"), "queries"),
-            TensorArg("k", ("B", "T", "H", "K"), "keys", same_dtype_as="q"),
-            TensorArg("v", ("B", "T", "HV", "V"), "values", same_dtype_as="q"),
+            TensorArg("q", shapes("B T H K"), "queries"),
+            TensorArg("k", shapes("B T H K"), "keys", same_dtype_as="q"),
+            TensorArg("v", shapes("B T HV V"), "values", same_dtype_as="q"),
             _ALPHA_T,
             _BETA_T,
             _state("memory before the first token; zeros when not given"),

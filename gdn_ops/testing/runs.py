@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gdn_ops.spec.language import Limits
+from gdn_ops.spec.rules import Limits
 from gdn_ops.testing.example import Example, Results, run
 from gdn_ops.testing.oracle import Verdict, judgement
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from gdn_ops.spec.language import FLOAT_DTYPES, Limits, OpSpec
+from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import GATED_DELTA
+from gdn_ops.spec.rules import FLOAT_DTYPES, Limits
 from gdn_ops.testing.example import BETAS, GATES, KEYS, Example
 
 TOKENS = (0, 1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70, 127, 129, 150)

@@ -17,8 +17,8 @@ from gdn_ops.call.bind import Call
 from gdn_ops.cli.commands import app
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend, Forward, Grads
-from gdn_ops.spec.language import Limits
 from gdn_ops.spec.ops import GATED_DELTA_STEPS, OPS
+from gdn_ops.spec.rules import Limits
 
 EVERYTHING = [case for op in OPS for case in op.cases]
 

@@ -7,10 +7,24 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from gdn_ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, Limits
+from gdn_ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, Limits, SpecError
+from gdn_ops.call.bind import Call, arguments_of, bind
+from gdn_ops.dispatch.registry import get_backend, reasons
 from gdn_ops.spec import docs
-from gdn_ops.spec.language import Attr, Axis, Interval, Multiple, OpSpec, Sizes, TensorArg
+from gdn_ops.spec.language import (
+    Attr,
+    Axis,
+    Interval,
+    Multiple,
+    OpSpec,
+    Shape,
+    Sizes,
+    TensorArg,
+    shapes,
+)
+from gdn_ops.spec.rules import Rule
 
 
 def with_arg(name: str, /, **changes: Any) -> OpSpec:
@@ -27,7 +41,7 @@ def with_output(**changes: Any) -> OpSpec:
 
 # A value that makes no sense cannot be built.
 
-X = TensorArg("x", ("B",), "a tensor")
+X = TensorArg("x", shapes("B"), "a tensor")
 
 
 @pytest.mark.parametrize(
@@ -37,7 +51,11 @@ X = TensorArg("x", ("B",), "a tensor")
         (lambda: Axis("B", ""), "axis B has no meaning"),
         (lambda: Interval(1.0, 1.0), "interval [1.0, 1.0] is empty"),
         (lambda: replace(X, name="x y"), "argument name 'x y' is not an identifier"),
-        (lambda: replace(X, axes=("B", "B")), "x repeats an axis"),
+        (lambda: replace(X, shapes=shapes("B B")), "x repeats an axis"),
+        (lambda: replace(X, shapes=()), "x allows no shape"),
+        (lambda: replace(X, shapes=shapes("B", "P")), "x has two shapes that look alike"),
+        (lambda: Rule("r", "r", decays=("wide",)), "r takes ('wide',)"),
+        (lambda: Rule("r", "r", writes=()), "r takes ()"),
         (lambda: replace(X, dtypes=()), "x allows no dtype"),
         (lambda: replace(X, meaning=""), "x has no meaning"),
         (lambda: Attr("a-b", "str", "", "text"), "attribute name 'a-b' is not an identifier"),
@@ -57,7 +75,7 @@ X = TensorArg("x", ("B",), "a tensor")
             "gated_delta names an argument twice: ['x', 'x']",
         ),
         (
-            lambda: with_arg("k", axes=("B", "Z", "Y")),
+            lambda: with_arg("k", shapes=shapes("B Z Y")),
             "gated_delta: k uses unknown axes ['Y', 'Z']",
         ),
         (lambda: with_output(axes=("Z",)), "gated_delta: final_state uses unknown axes ['Z']"),
@@ -66,12 +84,12 @@ X = TensorArg("x", ("B",), "a tensor")
             "gated_delta: v takes its dtype from unknown w",
         ),
         (
-            lambda: with_arg("initial_state", pool_index="slots"),
+            lambda: with_arg("initial_state", shapes=shapes("N HV K V", "B HV K V with slots")),
             "gated_delta: initial_state is indexed by unknown slots",
         ),
         (
-            lambda: with_arg("initial_state", pool_index="cu_seqlens"),
-            "gated_delta: initial_state is a pool, but there is no axis P",
+            lambda: with_arg("initial_state", shapes=shapes("P HV K V with cu_seqlens")),
+            "gated_delta: initial_state uses unknown axes ['P']",
         ),
         (
             lambda: replace(GATED_DELTA, constraints=(Multiple("HV", "Z", "v", "value heads"),)),
@@ -241,7 +259,7 @@ def test_a_few_steps_read_and_write_their_state_once() -> None:
 
 def test_a_pool_has_slots_for_its_first_axis() -> None:
     state = GATED_DELTA_STEPS.tensor["state"]
-    assert state.pool_axes == ("P", "HV", "K", "V")
+    assert state.shapes[1] == Shape(("P", "HV", "K", "V"), given="state_indices")
     text = "(B, HV, K, V), or (P, HV, K, V) with state_indices: memory before the first token"
     assert docs.argument_line(state).startswith(text)
     assert f"| `state` (optional) | {text.partition(':')[0]} |" in docs.page(GATED_DELTA_STEPS)
@@ -252,3 +270,68 @@ def test_no_argument_of_a_few_steps_has_a_gradient() -> None:
     assert all(
         arg.differentiable for arg in GATED_DELTA_STEP.tensors if arg.name != "state_indices"
     )
+
+
+# The family grows by values: a rule that takes a decay per channel, and an alpha that may be one.
+
+
+def with_channel_decays() -> OpSpec:
+    """Return GATED_DELTA whose alpha may be (B, T, HV, K), for the one rule that takes it."""
+    spec = with_arg("alpha", shapes=shapes("B T HV", "B T HV K"))
+    wide, *others = spec.rules
+    return replace(spec, rules=(replace(wide, decays=("scalar", "channel")), *others))
+
+
+def bound(alpha: torch.Tensor, rule: str = "gated_delta") -> Call:
+    x = torch.zeros(1, 5, 2, 3)
+    named = {"q": x, "k": x, "v": x, "alpha": alpha, "rule": rule}
+    spec = with_channel_decays()
+    return bind(spec, arguments_of(spec, named))
+
+
+def test_a_decay_per_channel_is_a_shape_of_alpha_and_a_reason_against_who_lacks_it() -> None:
+    assert bound(torch.ones(1, 5, 2)).widths == ("scalar", "scalar", "scalar")
+    assert bound(torch.ones(1, 5, 2), "gated").widths == ("scalar", "none", "scalar")
+    call = bound(torch.ones(1, 5, 2, 3))
+    assert call.widths == ("channel", "scalar", "scalar")
+    backend = get_backend("torch")
+    assert not isinstance(backend, str)
+    assert reasons(backend, call) == ["channel decay (supported: none, scalar)"]
+    wider = replace(backend.limits, decays=("none", "scalar", "channel"))
+    able = type("Able", (type(backend),), {"limits": wider})
+    assert reasons(able(), call) == []
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rule", "message"),
+    [
+        (
+            torch.ones(1, 5, 2, 3),
+            "gated",
+            "gated_delta: alpha has shape (1, 5, 2, 3), a channel decay; rule 'gated' takes scalar "
+            "decays",
+        ),
+        (
+            torch.ones(1, 5, 2, 4),
+            "gated_delta",
+            "gated_delta: alpha has shape (1, 5, 2, 4), should be (B, T, HV, K) = (1, 5, 2, 3); "
+            "K is fixed by q",
+        ),
+        (
+            torch.ones(5, 2),
+            "gated_delta",
+            "gated_delta: alpha has shape (5, 2), should be (B, T, HV) or (B, T, HV, K)",
+        ),
+    ],
+)
+def test_a_wrong_decay_is_told_every_shape_that_fits(
+    alpha: torch.Tensor, rule: str, message: str
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        bound(alpha, rule)
+    assert str(caught.value) == message
+
+
+def test_the_page_of_an_op_lists_every_shape() -> None:
+    line = docs.argument_line(with_channel_decays().tensor["alpha"])
+    assert line.startswith("(B, T, HV), or (B, T, HV, K): decay;")

@@ -12,8 +12,9 @@ import torch
 import gdn_ops
 from gdn_ops import GATED_DELTA
 from gdn_ops.spec import docs
-from gdn_ops.spec.language import OpSpec, Rule
+from gdn_ops.spec.language import OpSpec, shapes
 from gdn_ops.spec.ops import OPS
+from gdn_ops.spec.rules import Rule
 from gdn_ops.testing.lint import lint
 
 STATE = "(N, HV, K, V)"
@@ -102,7 +103,7 @@ WRONG: dict[str, tuple[OpSpec, list[str]]] = {
         ],
     ),
     "extra axis": (
-        with_arg("log_alpha", axes=("B", "T", "HV", "K")),
+        with_arg("log_alpha", shapes=shapes("B T HV K")),
         ["documentation: argument 'log_alpha' should have shape (B, T, HV, K)"],
     ),
     "missing rule": (
@@ -117,7 +118,7 @@ WRONG: dict[str, tuple[OpSpec, list[str]]] = {
         ],
     ),
     "unknown rule": (
-        replace(GATED_DELTA, rules=(*GATED_DELTA.rules, Rule("kda", True, True, "KDA"))),
+        replace(GATED_DELTA, rules=(*GATED_DELTA.rules, Rule("kda", "KDA"))),
         [
             "spec: rule 'kda' is no choice of the argument 'rule'",
             "documentation: rule 'kda' is missing",

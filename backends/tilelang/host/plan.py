@@ -13,7 +13,8 @@ from gdn_ops.backends.tilelang.host import config as configs
 from gdn_ops.backends.tilelang.host.shapes import Config
 from gdn_ops.backends.tilelang.kernels.blocks import ALPHA, LOG_ALPHA, NO_DECAY
 from gdn_ops.call.bind import Call
-from gdn_ops.spec.language import Rule, Sizes
+from gdn_ops.spec.language import Sizes
+from gdn_ops.spec.rules import Rule
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host.shapes import Config
 from gdn_ops.call.bind import Call
-from gdn_ops.spec.language import Rule, Sizes
+from gdn_ops.spec.language import Sizes
+from gdn_ops.spec.rules import Rule
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from gdn_ops.bench.gpu.result import Conformance
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.spec.errors import BackendUnsupportedError
-from gdn_ops.spec.language import Limits
+from gdn_ops.spec.rules import Limits
 from gdn_ops.testing.decode_laws import (
     an_in_place_step_equals_a_step,
     single_steps_equal_one_prefill,

@@ -28,8 +28,8 @@ from gdn_ops.cli.commands import app  # noqa: E402
 from gdn_ops.dispatch.backend import Backend, Forward  # noqa: E402
 from gdn_ops.dispatch.registry import get_backend  # noqa: E402
 from gdn_ops.kernel_support.launches import Launch  # noqa: E402
-from gdn_ops.spec.language import Limits  # noqa: E402
 from gdn_ops.spec.ops import OPS  # noqa: E402
+from gdn_ops.spec.rules import Limits  # noqa: E402
 from tilelang_kernels import compiled as kernels  # noqa: E402
 
 GPUS = ("sm_90a", "sm_80")

@@ -32,8 +32,8 @@ from gdn_ops.call.bind import Call  # noqa: E402
 from gdn_ops.dispatch.backend import Backend, Forward  # noqa: E402
 from gdn_ops.dispatch.registry import get_backend  # noqa: E402
 from gdn_ops.kernel_support.launches import recording  # noqa: E402
-from gdn_ops.spec.language import Limits  # noqa: E402
 from gdn_ops.spec.ops import GATED_DELTA_STEPS, OPS  # noqa: E402
+from gdn_ops.spec.rules import Limits  # noqa: E402
 from triton_kernels import bad  # noqa: E402
 
 REFERENCE = next(sampling.samples([GATED_DELTA.case[sampling.REFERENCE]]))

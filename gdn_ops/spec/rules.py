@@ -1,0 +1,111 @@
+"""Define the members of the family as values, and what a backend can run of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a ValueError unless a condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+Width = Literal["none", "scalar", "channel"]
+"""How a gate acts on a head: not at all, by one number, or by one number per channel of K or V."""
+
+WIDTHS: tuple[Width, ...] = ("none", "scalar", "channel")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Describe one rule as what it puts into u_t = w_t v_t - e_t S'^T k_t (docs/math.md §2).
+
+    Attributes:
+        name: value of `rule=`.
+        decays: the decays it takes: ("none",) if it reads no alpha, which is then 1.
+        erases: the erase strengths it takes: ("none",) if e is 0, whatever beta is.
+        writes: the write strengths it takes. It is beta, and 1 where that is not given.
+        known_as: names in the literature.
+    """
+
+    name: str
+    known_as: str
+    decays: tuple[Width, ...] = ("scalar",)
+    erases: tuple[Width, ...] = ("scalar",)
+    writes: tuple[Width, ...] = ("scalar",)
+
+    def __post_init__(self) -> None:
+        for widths in (self.decays, self.erases, self.writes):
+            require(bool(widths) and set(widths) <= set(WIDTHS), f"{self.name} takes {widths}")
+
+    @property
+    def has_decay(self) -> bool:
+        """Return whether alpha is read."""
+        return self.decays != ("none",)
+
+    @property
+    def has_erase(self) -> bool:
+        """Return whether there is an error term."""
+        return self.erases != ("none",)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Describe what a backend can run, as data; `gdn_ops.dispatch.registry` turns it into text.
+
+    Attributes:
+        devices: device types it runs on.
+        emulated_devices: device types on which it runs for checking only, when pinned.
+        dtypes: dtypes of q, k, v.
+        state_dtypes: dtypes of the state of the step.
+        head_dims: the allowed K and V, or None for all.
+        head_dim_multiple: K and V must be multiples of this.
+        rules: names of the rules.
+        decays, erases, writes: the widths of gates.
+        ops: names of the ops.
+        grad: whether it has gradients.
+        second_grad: whether gradients of gradients exist.
+        varlen: whether cu_seqlens is supported.
+        chunk_sizes: allowed chunk_size, or None for all.
+        min_capability: lowest CUDA capability, or None.
+        pools: whether its decode ops read `state_indices` themselves. It is no reason against a
+            call: for any other backend the rows of a pool are gathered and scattered.
+    """
+
+    devices: tuple[str, ...]
+    emulated_devices: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = FLOAT_DTYPES
+    state_dtypes: tuple[str, ...] = FLOAT_DTYPES
+    head_dims: range | tuple[int, ...] | None = None
+    head_dim_multiple: int = 1
+    rules: tuple[str, ...] = ("gated_delta", "delta", "gated", "linear")
+    decays: tuple[Width, ...] = ("none", "scalar")
+    erases: tuple[Width, ...] = ("none", "scalar")
+    writes: tuple[Width, ...] = ("scalar",)
+    ops: tuple[str, ...] = ("gated_delta", "gated_delta_step", "gated_delta_steps")
+    grad: bool = True
+    second_grad: bool = False
+    varlen: bool = True
+    chunk_sizes: range | tuple[int, ...] | None = None
+    min_capability: tuple[int, int] | None = None
+    pools: bool = False
+
+    def __post_init__(self) -> None:
+        require(bool(self.devices), "limits name no device")
+        require(set(self.dtypes) <= set(FLOAT_DTYPES), f"limits name unknown dtypes {self.dtypes}")
+        require(self.head_dim_multiple >= 1, "head_dim_multiple is below 1")
+
+
+class Widths(NamedTuple):
+    """Hold the widths of the gates of one call."""
+
+    decay: Width
+    erase: Width
+    write: Width
