@@ -15,27 +15,23 @@ float32 functions, which are numpy's.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import triton.language as tl
 from triton._C.libtriton import interpreter as memory
 from triton._C.libtriton import ir
-from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, TensorHandle
+
+from gdn_ops.backends.triton.emulation.language import interpreter, tl
 
 Array = npt.NDArray[Any]
+TensorHandle = interpreter.TensorHandle
+Stock: Any = interpreter.InterpreterBuilder
 
-_BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
-_ROUND_TOWARDS_ZERO = ir.ROUNDING_MODE.RTZ
-
-
-def widen_bfloat16(bits: Array) -> Array:
-    """Return float32 values, given the bits of bfloat16 values as uint16."""
-    wide: Array = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return wide
+numpy_dtype = functools.cache(interpreter._get_np_dtype)
 
 
 def round_to_bfloat16(values: Array) -> Array:
@@ -69,35 +65,14 @@ def is_bfloat16(handle: Any) -> bool:
 def wide(handle: Any) -> Array:
     """Return the values of a handle in a dtype that numpy computes in."""
     data: Array = handle.data
-    return widen_bfloat16(data) if is_bfloat16(handle) else data
+    if is_bfloat16(handle):
+        data = (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return data
 
 
 def narrow(values: Array, dtype: Any) -> Array:
     """Return values as they are stored for a scalar type of Triton."""
     return round_to_bfloat16(values) if dtype.name == "bf16" else values.astype(numpy_dtype(dtype))
-
-
-_NUMPY = {
-    "int1": np.dtype(np.bool_),
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(np.uint16),
-    "fp32": np.dtype(np.float32),
-    "fp64": np.dtype(np.float64),
-    **{f"int{n}": np.dtype(f"int{n}") for n in (8, 16, 32, 64)},
-    **{f"uint{n}": np.dtype(f"uint{n}") for n in (8, 16, 32, 64)},
-}
-
-
-_UNDEFINED = {
-    name: np.array(np.nan if dtype.kind == "f" else 1 if dtype.kind == "b" else -1).astype(dtype)
-    for name, dtype in _NUMPY.items()
-}
-"""The value that stands for an undefined one: NaN for floats (all bits set in bfloat16), or -1."""
-
-
-def numpy_dtype(dtype: Any) -> np.dtype[Any]:
-    """Return the numpy dtype that stores a scalar type of Triton; bits for bfloat16."""
-    return _NUMPY[dtype.name]
 
 
 class Extent(NamedTuple):
@@ -118,15 +93,31 @@ def _stray(address: int, size: int, extents: Sequence[Extent], does: str) -> str
     return f"{does} {size} bytes, {address - near.stop} bytes behind the end of {near.name}"
 
 
-class Builder(InterpreterBuilder):  # type: ignore[misc]
+def _in_float32(name: str) -> Any:
+    """Return a stock operation that computes on bfloat16 in float32, rounded once."""
+    stock = getattr(Stock, name)
+
+    def operation(self: Any, *args: Any) -> Any:
+        if not any(isinstance(x, TensorHandle) and is_bfloat16(x) for x in args):
+            return stock(self, *args)
+        out = stock(self, *(self.widened(x) if isinstance(x, TensorHandle) else x for x in args))
+        return self.cast_impl(out, tl.bfloat16) if out.data.dtype == np.float32 else out
+
+    return operation
+
+
+class Builder(Stock):  # type: ignore[misc]
     """Compute the operations of kernels; one builder serves all threads, each with its program."""
+
+    binary_op, unary_op = _in_float32("binary_op"), _in_float32("unary_op")
+    ternary_op, create_fma = _in_float32("ternary_op"), _in_float32("create_fma")
 
     def __init__(self) -> None:
         super().__init__()
         self._thread = threading.local()
         # tl.device_assert is checked. Checking every int32 sum in int64 would cost five
         # operations for one.
-        self.options = InterpreterOptions(debug=True, sanitize_overflow=False)
+        self.options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
 
     def begin(self, grid: tuple[int, int, int], extents: Sequence[Extent]) -> None:
         """Begin a launch in this thread, whose programs may touch `extents` only."""
@@ -147,11 +138,15 @@ class Builder(InterpreterBuilder):  # type: ignore[misc]
         return self._thread.grid  # type: ignore[no-any-return]
 
     def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *hints: Any) -> Any:
-        """Load values; a masked one without an `other` is NaN here, and undefined on a GPU."""
+        """Load values; without an `other`, masked ones have all bits set: NaN, or -1."""
         self._check(ptrs, mask, "reads")
         dtype = ptrs.get_element_ty()
         stored = numpy_dtype(dtype)
-        fill = np.full(ptrs.data.shape, _UNDEFINED[dtype.name]) if other is None else other.data
+        if other is None:
+            bits = 1 if stored == np.bool_ else -1
+            fill = np.full(ptrs.data.shape, bits, f"i{stored.itemsize}").view(stored)
+        else:
+            fill = other.data
         return TensorHandle(memory.load(ptrs.data, mask.data, fill, stored), dtype)
 
     def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *hints: Any) -> Any:
@@ -177,39 +172,18 @@ class Builder(InterpreterBuilder):  # type: ignore[misc]
     def get_bf16(self, value: float) -> Any:
         return TensorHandle(round_to_bfloat16(np.array([value])), tl.bfloat16)
 
+    def widened(self, handle: Any) -> Any:
+        """Return a handle of bfloat16 values as one of float32, any other unchanged."""
+        return TensorHandle(wide(handle), tl.float32) if is_bfloat16(handle) else handle
+
     def cast_impl(self, src: Any, dst_type: Any) -> Any:
-        target = dst_type.scalar
-        if target == tl.bfloat16:
-            return TensorHandle(round_to_bfloat16(wide(src)), target)
-        if is_bfloat16(src):
-            src = TensorHandle(wide(src), tl.float32)
-        return super().cast_impl(src, dst_type)
+        return TensorHandle(narrow(wide(src), dst_type.scalar), dst_type.scalar)
 
     def create_fp_to_fp(self, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
-        touches = is_bfloat16(src) or dst_type.scalar == tl.bfloat16
-        narrowest = min(src.dtype.scalar.primitive_bitwidth, dst_type.scalar.primitive_bitwidth)
-        if touches and narrowest >= 16 and rounding_mode != _ROUND_TOWARDS_ZERO:
+        widths = (src.dtype.scalar.primitive_bitwidth, dst_type.scalar.primitive_bitwidth)
+        if min(widths) >= 16 and rounding_mode != ir.ROUNDING_MODE.RTZ:
             return self.cast_impl(src, dst_type)
         return super().create_fp_to_fp(src, dst_type, rounding_mode)
-
-    def binary_op(self, lhs: Any, rhs: Any, op: Any) -> Any:
-        if not (is_bfloat16(lhs) or is_bfloat16(rhs)) or op in _BITWISE:
-            return super().binary_op(lhs, rhs, op)
-        out = op(wide(lhs), wide(rhs))
-        if out.dtype == np.bool_:
-            return TensorHandle(out, tl.int1)
-        return TensorHandle(round_to_bfloat16(out), tl.bfloat16)
-
-    def unary_op(self, arg: Any, op: Any) -> Any:
-        if not is_bfloat16(arg):
-            return super().unary_op(arg, op)
-        return TensorHandle(round_to_bfloat16(op(wide(arg))), tl.bfloat16)
-
-    def ternary_op(self, lhs: Any, rhs: Any, other: Any, op: Any) -> Any:
-        if op is np.where or not is_bfloat16(other):
-            return super().ternary_op(lhs, rhs, other, op)
-        out = op(wide(lhs), wide(rhs), wide(other))
-        return TensorHandle(round_to_bfloat16(out), tl.bfloat16)
 
     def create_minnumf(self, lhs: Any, rhs: Any) -> Any:
         """Return the smaller of two values; a NaN loses, in every version of Triton."""
@@ -223,12 +197,6 @@ class Builder(InterpreterBuilder):  # type: ignore[misc]
             return super().create_clampf(arg, lo, hi, propagate_nans)
         return self.create_minnumf(self.create_maxnumf(arg, lo), hi)
 
-    def create_fma(self, x: Any, y: Any, z: Any) -> Any:
-        if not is_bfloat16(z):
-            return super().create_fma(x, y, z)
-        out = np.multiply(wide(x), wide(y), dtype=np.float64) + wide(z)
-        return TensorHandle(round_to_bfloat16(out), tl.bfloat16)
-
     def create_dot(self, a: Any, b: Any, d: Any, input_precision: Any, *rest: Any) -> Any:
         """Return a b + d, accumulated in float32 (float64 for float64, int32 for int8)."""
         if a.dtype.scalar.primitive_bitwidth == 8 or a.dtype.scalar == tl.float64:
@@ -238,10 +206,6 @@ class Builder(InterpreterBuilder):  # type: ignore[misc]
         is_float32 = a.dtype.scalar == tl.float32
         product = _float32_product(lhs, rhs, input_precision) if is_float32 else lhs @ rhs
         return TensorHandle(narrow(product + wide(d), d.dtype.scalar), d.dtype.scalar)
-
-    def create_splat(self, ret_ty: Any, arg: Any) -> Any:
-        """Broadcast a scalar without a copy: nothing ever writes to the data of a handle."""
-        return TensorHandle(np.broadcast_to(arg.data, ret_ty.shape), arg.dtype.scalar)
 
 
 def _float32_product(a: Array, b: Array, precision: Any) -> Array:

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton.language as tl
 from triton.backends import backends as compilers
-from triton.runtime.interpreter import InterpretedFunction, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from gdn_ops.backends.triton.emulation import functions
+from gdn_ops.backends.triton.emulation.binding import BUILDER, to_tensor
 from gdn_ops.backends.triton.emulation.builder import Extent
-from gdn_ops.backends.triton.emulation.tensors import BUILDER, Tensor, to_tensor
+from gdn_ops.backends.triton.emulation.language import interpreter
 
 MAX_GRID = (2**31 - 1, 65535, 65535)
 """The largest grid of CUDA."""
@@ -41,14 +41,16 @@ def emulate(
     if not isinstance(kernel, JITFunction):
         raise TypeError(f"kernel is a {type(kernel).__name__}, should be made by triton.jit")
     function = functions.emulated(kernel)
-    functions.refresh()
     x, y, z = full = (*grid, 1, 1)[:3]
     if any(n > limit for n, limit in zip(full, MAX_GRID, strict=True)):
         raise ValueError(f"{kernel.__name__}: grid is {grid}, should be at most {MAX_GRID}")
     values = _values(kernel, args, kwargs)
     extents = [_extent(n, t) for n, t in values.items() if isinstance(t, torch.Tensor)]
     constexprs = _signature(kernel.fn)[1]
-    tensors = {n: v if n in constexprs else _argument(n, v) for n, v in values.items()}
+    tensors = {
+        n: functions.translated(v) if n in constexprs else _argument(n, v)
+        for n, v in values.items()
+    }
     BUILDER.begin((x, y, z), extents)
     with np.errstate(all="ignore"):
         for index in itertools.product(range(x), range(y), range(z)):
@@ -93,13 +95,6 @@ def _launch_options() -> frozenset[str]:
     return frozenset(found)
 
 
-@functools.cache
-def _pointer(dtype: torch.dtype) -> Any:
-    """Return the type of a pointer to elements of a torch dtype."""
-    name = str(dtype).removeprefix("torch.")
-    return tl.pointer_type(tl.int1 if dtype == torch.bool else getattr(tl, name))
-
-
 def _extent(name: str, x: torch.Tensor) -> Extent:
     """Return the memory from the first element of a tensor to its last."""
     start = x.data_ptr()
@@ -114,8 +109,7 @@ def _argument(name: str, value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         if not value.is_cpu:
             raise ValueError(f"{name} is on {value.device}, should be on cpu like the first tensor")
-        pointer = _pointer(value.dtype)
-        return Tensor(TensorHandle(np.array([value.data_ptr()], np.uint64), pointer), pointer)
+        return interpreter._implicit_cvt(value)
     if value is None:
         return None
     if isinstance(value, (bool, int, float)):

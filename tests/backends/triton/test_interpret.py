@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
-from gdn_ops.backends.triton.emulation import functions, tensors  # noqa: E402
+from gdn_ops.backends.triton.emulation import functions, language  # noqa: E402
 from gdn_ops.backends.triton.host.launcher import launch  # noqa: E402
 from gdn_ops.kernel_support.launches import Launch, recorded_target, recording  # noqa: E402
 from triton_kernels import arithmetic, control, helpers  # noqa: E402
@@ -492,8 +492,8 @@ def test_a_function_is_translated_once() -> None:
     assert functions.emulated(control.with_helpers) is first
     assert first is not control.with_helpers.fn
     names = first.__globals__
-    assert isinstance(names["tl"], functions.Namespace)
-    assert names["tl"].tensor is tensors.Tensor
+    assert names["tl"] is language.tl
+    assert names["tl"] is not tl and names["tl"].tensor is not tl.tensor
     # Lines are those of the file, so that a traceback shows the line of the kernel.
     assert first.__code__.co_filename == control.__file__
     lines = [line for *_, line in first.__code__.co_lines() if line is not None]
