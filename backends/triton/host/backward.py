@@ -9,6 +9,8 @@ token_gradients   the gradients
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,19 @@ from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Grads
 
 
+class _Given(NamedTuple):
+    """Hold what every launch reads: the call, its plan, its tensors, and shared constants."""
+
+    call: Call
+    plan: Plan
+    saved: Saved
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_o: Tensor
+    constants: dict[str, Any]
+
+
 def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor) -> Grads:
     """Return the gradients of a call.
 
@@ -32,69 +47,26 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
         d_o: (B, T, HV, V), dtype of v.
         d_final: (N, HV, K, V) float32.
     """
-    s, device, low = plan.sizes, call.device, plan.low
-    q, k, v, d_o = (readable(x) for x in (call.tokens.q, call.tokens.k, call.tokens.v, d_o))
-    d_final = d_final.contiguous()
-    constants = common(call, plan) | {"V": s.V}
-    gates, norms, inverses = saved
-    erase, scale, cu = plan.rule.has_erase, float(call.scale), bounds_of(call)
-    u, kept, _ = run_states(call, plan, k, v, saved, 1)
+    s = plan.sizes
+    q, k, v, d_o = (readable(x) for x in (*call.tokens[:3], d_o))
+    given = _Given(call, plan, saved, q, k, v, d_o, common(call, plan) | {"V": s.V})
+    u, states, _ = run_states(call, plan, k, v, saved, 1)
+    d_rhs, d_states, d_initial = _walk_back(given, d_final.contiguous())
+    d_qk, d_kk, sums = _pair_gradients(given, u, d_rhs)
 
-    def tile(tiles: Tiles) -> int:
-        return min(tiles.BV, power_of_two(s.V))
-
-    rows = (s.HV, plan.slots, plan.C)
-    d_rhs = torch.empty((*rows, s.V), dtype=low, device=device)
-    tiles = plan.config.reads_back
-    launch(
-        reverse.reads_back, (plan.slots, -(-s.V // tile(tiles)), s.H),
-        q, k, d_o, gates, norms, d_rhs, cu, scale,
-        s.N, s.T, plan.slots, *strides(q), *strides(k), *strides(d_o),
-        **constants, BV=tile(tiles), **options(tiles),
-    )  # fmt: skip
-
-    d_states = torch.empty((s.HV, plan.slots, s.K, s.V), dtype=low, device=device)
-    d_initial = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
-    tiles = plan.config.state_gradients
-    launch(
-        reverse.state_gradients, (s.N * s.HV, -(-s.V // tile(tiles))),
-        q, k, d_o, gates, norms, inverses, d_final, d_rhs, d_states, d_initial, cu, scale,
-        s.T, plan.slots, *strides(q), *strides(k), *strides(d_o),
-        **constants, ERASE=erase, BV=tile(tiles), **options(tiles),
-    )  # fmt: skip
-
-    squares = (s.H, plan.slots, plan.C, plan.C)
-    d_qk = torch.empty(squares, dtype=low, device=device)
-    d_kk = torch.empty(squares if erase else (0,), dtype=low, device=device)
-    square_rows = min(plan.config.pair_rows, plan.C)
-    parts = plan.C // square_rows
-    sums = torch.empty((parts + 2, *rows), dtype=torch.float32, device=device)
-    gate_sums, beta_sums, starts = sums[2:], sums[0], sums[1]
-    tiles = plan.config.pair_gradients
-    launch(
-        gradients.pair_gradients, (plan.slots, s.H, parts),
-        q, k, v, d_o, gates, norms, u, d_rhs, d_qk, d_kk, gate_sums, beta_sums, cu, scale,
-        s.N, s.T, plan.slots, *strides(q), *strides(k), *strides(v), *strides(d_o),
-        **constants, ERASE=erase, ROWS=square_rows, BV=tile(tiles), **options(tiles),
-    )  # fmt: skip
-
-    d_q, d_k = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k))
-    d_v = torch.empty(v.shape, dtype=v.dtype, device=device)
-    gate = gate_of(call)
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    gate, beta = gate_of(call), call.tokens.beta
     d_gate = None if gate is None else torch.empty_like(gate)
-    d_beta = (
-        None
-        if call.tokens.beta is None
-        else torch.empty(call.tokens.beta.shape, dtype=call.tokens.beta.dtype, device=device)
-    )
+    d_beta = None if beta is None else torch.empty(beta.shape, dtype=beta.dtype, device=beta.device)
     tiles = plan.config.token_gradients
     launch(
         gradients.token_gradients, (plan.slots, s.H),
-        q, k, v, gate, d_o, gates, norms, u, d_rhs, kept, d_states, d_qk, d_kk,
-        gate_sums, beta_sums, starts, d_q, d_k, d_v, d_gate, d_beta, cu, scale,
+        q, k, v, gate, d_o, saved.gates, saved.norms, u, d_rhs, states, d_states, d_qk, d_kk,
+        sums[2:], sums[0], sums[1], d_q, d_k, d_v, d_gate, d_beta,
+        bounds_of(call), float(call.scale),
         s.N, s.T, plan.slots, *strides(q), *strides(k), *strides(v), *strides(d_o),
-        **constants, HAS_BETA=d_beta is not None, ERASE=erase, PARTS=parts,
-        RELOAD=plan.config.reload, BV=tile(tiles), **options(tiles),
+        **given.constants, HAS_BETA=beta is not None, ERASE=plan.rule.has_erase,
+        PARTS=len(sums) - 2, RELOAD=plan.config.reload, BV=_width(tiles, s.V), **options(tiles),
     )  # fmt: skip
     return Grads(
         q=d_q,
@@ -105,3 +77,66 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
         beta=d_beta,
         state=None if call.state is None else d_initial,
     )
+
+
+def _walk_back(given: _Given, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the walk backward.
+
+    Returns:
+        dRHS (HV, slots, C, V), dS at every chunk end (HV, slots, K, V), and the gradient of the
+        initial state (N, HV, K, V) float32.
+    """
+    call, plan, saved, q, k, _, d_o, constants = given
+    s, device, low = plan.sizes, call.device, plan.low
+    cu, scale = bounds_of(call), float(call.scale)
+    shared = (plan.slots, *strides(q), *strides(k), *strides(d_o))
+    d_rhs = torch.empty((s.HV, plan.slots, plan.C, s.V), dtype=low, device=device)
+    tiles = plan.config.reads_back
+    BV = _width(tiles, s.V)
+    launch(
+        reverse.reads_back, (plan.slots, -(-s.V // BV), s.H),
+        q, k, d_o, saved.gates, saved.norms, d_rhs, cu, scale,
+        s.N, s.T, *shared, **constants, BV=BV, **options(tiles),
+    )  # fmt: skip
+    d_states = torch.empty((s.HV, plan.slots, s.K, s.V), dtype=low, device=device)
+    d_initial = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
+    tiles = plan.config.state_gradients
+    BV = _width(tiles, s.V)
+    launch(
+        reverse.state_gradients, (s.N * s.HV, -(-s.V // BV)),
+        q, k, d_o, *saved, d_final, d_rhs, d_states, d_initial, cu, scale,
+        s.T, *shared, **constants, ERASE=plan.rule.has_erase, BV=BV, **options(tiles),
+    )  # fmt: skip
+    return d_rhs, d_states, d_initial
+
+
+def _pair_gradients(given: _Given, u: Tensor, d_rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the kernel of the terms that are quadratic in the chunk.
+
+    Returns:
+        d(q kᵀ) and d(k kᵀ), (H, slots, C, C), the latter empty without an error term; and
+        (parts + 2, HV, slots, C) float32: the sums for β, room for those of chunk starts, and
+        the parts of the sums for the gate.
+    """
+    call, plan, saved, q, k, v, d_o, constants = given
+    s, erase, tiles = plan.sizes, plan.rule.has_erase, plan.config.pair_gradients
+    squares = (s.H, plan.slots, plan.C, plan.C)
+    d_qk = torch.empty(squares, dtype=plan.low, device=call.device)
+    d_kk = torch.empty(squares if erase else (0,), dtype=plan.low, device=call.device)
+    rows = min(plan.config.pair_rows, plan.C)
+    parts = plan.C // rows
+    shape = (parts + 2, s.HV, plan.slots, plan.C)
+    sums = torch.empty(shape, dtype=torch.float32, device=call.device)
+    launch(
+        gradients.pair_gradients, (plan.slots, s.H, parts),
+        q, k, v, d_o, saved.gates, saved.norms, u, d_rhs, d_qk, d_kk, sums[2:], sums[0],
+        bounds_of(call), float(call.scale),
+        s.N, s.T, plan.slots, *strides(q), *strides(k), *strides(v), *strides(d_o),
+        **constants, ERASE=erase, ROWS=rows, BV=_width(tiles, s.V), **options(tiles),
+    )  # fmt: skip
+    return d_qk, d_kk, sums
+
+
+def _width(tiles: Tiles, V: int) -> int:
+    """Return how many columns of V a program takes."""
+    return min(tiles.BV, power_of_two(V))
