@@ -36,7 +36,6 @@ class Compile(Torch):
 
     name = "compile"
     traceable_step = False
-    compiles_per_shape = True
     compiler: ClassVar[str] = "inductor"
 
     def engine(self, call: Call) -> Engine:

@@ -53,7 +53,6 @@ class TileLang(Backend):
 
     name = "tilelang"
     kernels = True
-    compiles_per_width = True
     requires = ("tilelang",)
     distribution = "tilelang"
     targets = configs.TARGETS

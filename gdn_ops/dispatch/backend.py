@@ -54,10 +54,6 @@ class Backend:
         differentiable: whether `forward` and `decode_one` are plain differentiable torch code, so
             that autograd sees through them in eager mode.
         traceable_step: whether `decode_one` may be traced through by torch.compile.
-        compiles_per_shape: whether a new shape class costs seconds, so that tests draw from
-            a few.
-        compiles_per_width: whether new head dims, a new chunk size or a new dtype cost seconds,
-            and lengths and numbers of heads nothing.
         kernels: whether it brings kernels of its own that a compiler turns into device code,
             so that GDN_OPS_REQUIRE_CERTIFIED=1 applies to it.
     """
@@ -68,8 +64,6 @@ class Backend:
     distribution: ClassVar[str] = "gdn_ops"
     differentiable: ClassVar[bool] = False
     traceable_step: ClassVar[bool] = False
-    compiles_per_shape: ClassVar[bool] = False
-    compiles_per_width: ClassVar[bool] = False
     kernels: ClassVar[bool] = False
 
     def reasons(self, call: Call) -> list[str]:
@@ -201,19 +195,24 @@ def load(source: str) -> type[Backend] | str:
     return found
 
 
-_RENAMED = {"step": "decode_one", "steps": "decode_many"}
-"""New names of the methods of backends."""
+_MOVED_MEMBERS = {
+    "step": "named decode_one",
+    "steps": "named decode_many",
+    "compiles_per_shape": "a row of gdn_ops.testing.compiled.COMPILED",
+    "compiles_per_width": "a row of gdn_ops.testing.compiled.COMPILED",
+}
+"""What took the place of members that a class of another distribution may still define."""
 
 
 def check_members(cls: type[Backend]) -> None:
-    """Check that a backend class defines no method by a name that it no longer has.
+    """Check that a backend class defines no member that nothing reads or calls any more.
 
     Raises:
-        TypeError: it does; the text says the new name.
+        TypeError: it does; the text says what took its place.
     """
-    for old, new in _RENAMED.items():
+    for old, new in _MOVED_MEMBERS.items():
         if hasattr(cls, old):
-            raise TypeError(f"{cls.__module__}.{cls.__qualname__}.{old} is now named {new}")
+            raise TypeError(f"{cls.__module__}.{cls.__qualname__}.{old} is now {new}")
 
 
 def announces(source: type[Backend] | str, cls: type[Backend]) -> bool:

@@ -19,11 +19,12 @@ from hypothesis.errors import FlakyFailure
 import gdn_ops
 from gdn_ops.dispatch.registry import Backend, get_backend
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
-from gdn_ops.testing.example import Example, device_code
+from gdn_ops.testing.compiled import COMPILED
+from gdn_ops.testing.example import Example
 from gdn_ops.testing.laws import LAWS
-from gdn_ops.testing.oracle import Verdict, examples_on, judge
+from gdn_ops.testing.oracle import Verdict, judge
 from gdn_ops.testing.runs import Check, Law
-from gdn_ops.testing.strategies import SHAPE_CLASSES, calls, widths
+from gdn_ops.testing.strategies import calls
 
 EXAMPLES_PER_ROUND = 10
 
@@ -53,14 +54,25 @@ class Subject:
         if self.law is None:
             return example.code(backend)
         return (
-            f"{device_code()}from gdn_ops.testing import Example\n"
+            "from gdn_ops.testing import Example\n"
             f"from gdn_ops.testing.laws import {self.law.name}\n"
             f"print({self.law.name}({backend!r}, {example!r}))"
         )
 
-    def verify(self, backend: str, example: Example) -> Verdict:
-        """Return the verdict on an example; raise ConformanceError if it does not pass."""
-        verdict = self.judge(backend, example)
+    def verify(self, backend: str, example: Example) -> Verdict | None:
+        """Return the verdict on an example, or None where the backend refuses to run it.
+
+        Raises:
+            ConformanceError: the example does not pass, or raises.
+        """
+        try:
+            verdict = self.judge(backend, example)
+        except BackendUnsupportedError:
+            return None
+        except Exception as error:
+            text = "".join(traceback.format_exception_only(error)).strip()
+            code = self.code(backend, example)
+            raise ConformanceError(f"raised {text}\n{code}") from error
         if not verdict.passed:
             raise ConformanceError(f"{verdict}\n{self.code(backend, example)}")
         return verdict
@@ -74,15 +86,23 @@ class CheckRow:
         subject: its name.
         examples: how many calls were judged.
         worst: largest error / allowance seen; <= 1 passes.
-        passed: whether all of them passed.
         failure: the minimal failing call as code, or None.
     """
 
     subject: str
-    examples: int
-    worst: float
-    passed: bool
-    failure: str | None
+    examples: int = 0
+    worst: float = 0.0
+    failure: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Return whether no call failed."""
+        return self.failure is None
+
+    def plus(self, other: CheckRow) -> CheckRow:
+        """Return the result of this row and of a later one of the same subject."""
+        examples, largest = self.examples + other.examples, max(self.worst, other.worst)
+        return CheckRow(self.subject, examples, largest, self.failure or other.failure)
 
 
 @dataclass(frozen=True)
@@ -124,9 +144,7 @@ def forward_and_gradients(backend: str, example: Example) -> Verdict:
 def second_derivatives(backend: str, example: Example) -> Verdict:
     """Compare gradients of gradients with finite differences (torch.autograd.gradgradcheck)."""
     arguments = example.arguments()
-    names = [
-        n for n, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()
-    ]
+    names = [n for n, x in arguments.items() if torch.is_tensor(x) and x.is_floating_point()]
     if "log_alpha" in names or example.T == 0 or example.B == 0 or example.sizes.N == 0:
         return Verdict(0.0, "nothing to differentiate", 0.0, 0.0)
     # Finite differences need room on both sides: gates stay off the ends of their domains.
@@ -176,14 +194,12 @@ _TINY = (
 )
 
 
-def _options(backend: Backend, subject: Subject) -> dict[str, Any]:
-    options = dict(subject.options)
-    if backend.compiles_per_shape:
-        options.setdefault("shape_classes", SHAPE_CLASSES)
-        options.setdefault("dtypes", ("float32",))
-    elif backend.compiles_per_width:
-        options.setdefault("shape_classes", widths(backend.limits))
-    return options
+def _installed(name: str) -> Backend:
+    """Return the backend of that name; raise SpecError if it is not installed."""
+    backend = get_backend(name)
+    if isinstance(backend, str):
+        raise SpecError(f"backend {name!r}: {backend}")
+    return backend
 
 
 def run_subject(
@@ -195,6 +211,7 @@ def run_subject(
     deadline: float = float("inf"),
     profile: settings | None = None,
     shrink: bool = True,
+    device: str = "cpu",
 ) -> CheckRow:
     """Judge one subject on drawn examples; shrink to the minimal failing call.
 
@@ -206,11 +223,10 @@ def run_subject(
         deadline: `time.perf_counter()` after which no further example is judged.
         profile: hypothesis settings to start from.
         shrink: whether to look for the smallest failing call.
+        device: torch device of every tensor.
     """
-    instance = get_backend(backend)
-    if isinstance(instance, str):
-        raise SpecError(f"backend {backend!r}: {instance}")
-    judged, worst_ratio = 0, 0.0
+    limits, row = _installed(backend).limits, CheckRow(subject.name)
+    narrowed = COMPILED[backend](limits) if backend in COMPILED else {}
 
     @settings(
         profile,
@@ -221,32 +237,23 @@ def run_subject(
         report_multiple_bugs=False,
         print_blob=False,
     )
-    @given(calls(limits=instance.limits, **_options(instance, subject)))
+    @given(calls(limits=limits, device=device, **narrowed | dict(subject.options)))
     def property_holds(example: Example) -> None:
-        nonlocal judged, worst_ratio
-        if time.perf_counter() > deadline and judged:
+        nonlocal row
+        if time.perf_counter() > deadline and row.examples:
             return
-        try:
-            verdict = subject.verify(backend, example)
-        except BackendUnsupportedError:
-            return
-        except ConformanceError:
-            raise
-        except Exception as error:
-            text = "".join(traceback.format_exception_only(error)).strip()
-            code = subject.code(backend, example)
-            raise ConformanceError(f"raised {text}\n{code}") from error
-        judged += 1
-        worst_ratio = max(worst_ratio, verdict.worst)
+        verdict = subject.verify(backend, example)
+        if verdict is not None:
+            row = row.plus(CheckRow(subject.name, 1, verdict.worst))
 
     test = property_holds if seed is None else hypothesis.seed(seed)(property_holds)
     try:
         test()
     except ConformanceError as failure:
-        return CheckRow(subject.name, judged + 1, float("inf"), False, str(failure))
+        return row.plus(CheckRow(subject.name, 1, float("inf"), str(failure)))
     except FlakyFailure as failure:
-        return CheckRow(subject.name, judged + 1, float("inf"), False, f"not repeatable: {failure}")
-    return CheckRow(subject.name, judged, worst_ratio, True, None)
+        return row.plus(CheckRow(subject.name, 1, float("inf"), f"not repeatable: {failure}"))
+    return row
 
 
 def check(
@@ -268,55 +275,30 @@ def check(
     Raises:
         SpecError: no backend has that name, or it is not installed.
     """
-    instance = get_backend(backend)
-    if isinstance(instance, str):
-        raise SpecError(f"backend {backend!r}: {instance}")
+    everything, tell = subjects(_installed(backend)), on_progress or (lambda share, text: None)
     first = int(torch.seed() % 2**31) if seed is None else seed
-    start = time.perf_counter()
-    with examples_on(device):
-        rows = _rounds(instance, start, seconds, on_progress, first)
-    return CheckReport(backend, rows, time.perf_counter() - start, device, first)
-
-
-def _rounds(
-    backend: Backend,
-    start: float,
-    seconds: float,
-    on_progress: Callable[[float, str], None] | None,
-    seed: int,
-) -> tuple[CheckRow, ...]:
-    """Judge every subject in rounds until the time is up."""
-    everything, turn = subjects(backend), 0
-    rows = {subject.name: CheckRow(subject.name, 0, 0.0, True, None) for subject in everything}
+    start, turn = time.perf_counter(), 0
+    rows = {subject.name: CheckRow(subject.name) for subject in everything}
     while turn == 0 or time.perf_counter() - start < seconds:
         for i, subject in enumerate(everything):
             elapsed = time.perf_counter() - start
             if turn and elapsed >= seconds:
                 break
-            if on_progress is not None:
-                share = max(elapsed / seconds if seconds else 1.0, i / len(everything) * (not turn))
-                on_progress(min(share, 1.0), subject.name)
-            old = rows[subject.name]
-            if not old.passed:
-                continue
-            new = run_subject(
-                backend.name,
-                subject,
-                examples=EXAMPLES_PER_ROUND if turn else 3,
-                seed=seed + turn,
-                deadline=start + seconds,
-                profile=settings(database=None),
-            )
-            rows[subject.name] = CheckRow(
-                subject.name,
-                old.examples + new.examples,
-                max(old.worst, new.worst),
-                new.passed,
-                new.failure,
-            )
+            share = max(elapsed / seconds if seconds else 1.0, i / len(everything) * (not turn))
+            tell(min(share, 1.0), subject.name)
+            if rows[subject.name].passed:
+                new = run_subject(
+                    backend,
+                    subject,
+                    examples=EXAMPLES_PER_ROUND if turn else 3,
+                    seed=first + turn,
+                    deadline=start + seconds,
+                    profile=settings(database=None),
+                    device=device,
+                )
+                rows[subject.name] = rows[subject.name].plus(new)
         turn += 1
         if not any(row.passed for row in rows.values()):
             break
-    if on_progress is not None:
-        on_progress(1.0, "done")
-    return tuple(rows.values())
+    tell(1.0, "done")
+    return CheckReport(backend, tuple(rows.values()), time.perf_counter() - start, device, first)

@@ -28,9 +28,6 @@ BETAS = ("unit", "wide", "edges", "none")
 KEYS = ("random", "parallel", "repeated")
 """How keys of norm 1 are drawn: independent; nearly parallel; from three vectors."""
 
-DEVICE = "cpu"
-"""Where the tensors of examples are made; `conformance.check` sets it to the device under test."""
-
 Results = dict[str, Tensor]
 
 
@@ -52,6 +49,7 @@ class Example:
         slots: in a call of a decode op, `state_indices` into a pool, or None for no pool.
         pool: how many slots the pool has.
         seed: of every random number.
+        device: torch device of every tensor.
     """
 
     rule: str = "gated_delta"
@@ -76,6 +74,7 @@ class Example:
     slots: tuple[int, ...] | None = None
     pool: int = 0
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.lengths is not None and (self.B != 1 or sum(self.lengths) != self.T):
@@ -101,8 +100,8 @@ class Example:
         """Return random gradients of o (B, T, HV, V) and of the final state."""
         s = self.sizes
         draw = _Drawing(replace(self, seed=self.seed + 1))
-        d_o = draw.normal(s.B, s.T, s.HV, s.V).to(draw.dtype)
-        return d_o.to(DEVICE), draw.normal(s.N, s.HV, s.K, s.V).to(draw.wide).to(DEVICE)
+        d_o, d_state = draw.normal(s.B, s.T, s.HV, s.V), draw.normal(s.N, s.HV, s.K, s.V)
+        return d_o.to(draw.dtype).to(self.device), d_state.to(draw.wide).to(self.device)
 
     def run(self, backend: str, *, gradients: bool = True, **changes: Any) -> Results:
         """Run the call and return its results by name.
@@ -117,17 +116,10 @@ class Example:
     def code(self, backend: str) -> str:
         """Return the code that runs this example against the oracle."""
         return (
-            f"{device_code()}from gdn_ops.testing import Example\n"
+            "from gdn_ops.testing import Example\n"
             "from gdn_ops.testing.oracle import judge\n"
             f"print(judge({self!r}, {backend!r}))"
         )
-
-
-def device_code() -> str:
-    """Return the lines of code that set the present device of examples; none for the CPU."""
-    if DEVICE == "cpu":
-        return ""
-    return f"from gdn_ops.testing import example\nexample.DEVICE = {DEVICE!r}\n"
 
 
 def run(
@@ -147,7 +139,7 @@ def run(
     if cotangents is not None:
         # o and the state do not depend on anything where there is no token.
         pairs = [(x, g) for x, g in zip((o, state), cotangents, strict=True) if x.requires_grad]
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             [x for x, _ in pairs],
             list(inputs.values()),
             [g.to(x.dtype) for x, g in pairs],
@@ -155,7 +147,7 @@ def run(
             materialize_grads=True,
         )
         # Zeros made for an input that nothing depends on may themselves require gradients.
-        results |= {f"d_{name}": grad.detach() for name, grad in zip(inputs, found, strict=True)}
+        results |= {f"d_{name}": g.detach() for name, g in zip(inputs, gradients, strict=True)}
     return results
 
 
@@ -189,15 +181,14 @@ class _Drawing:
         if rule.has_decay:
             alpha = self.decay()
             gate = alpha.log() if e.log_gate else alpha
-            arguments["log_alpha" if e.log_gate else "alpha"] = gate.to(self.wide).to(DEVICE)
+            arguments["log_alpha" if e.log_gate else "alpha"] = gate.to(self.wide).to(e.device)
         if e.beta != "none":
-            arguments["beta"] = self.strength().to(self.wide).to(DEVICE)
+            arguments["beta"] = self.strength().to(self.wide).to(e.device)
         if e.initial_state:
             state = self.normal(s.N, s.HV, s.K, s.V)
-            arguments["initial_state"] = state.to(self.wide).to(DEVICE)
+            arguments["initial_state"] = state.to(self.wide).to(e.device)
         if e.lengths is not None:
-            bounds = torch.tensor((0, *e.lengths)).cumsum(0)
-            arguments["cu_seqlens"] = bounds.to(DEVICE)
+            arguments["cu_seqlens"] = torch.tensor((0, *e.lengths)).cumsum(0).to(e.device)
         return arguments | {
             "rule": e.rule,
             "qk_l2norm": e.qk_l2norm,
@@ -243,8 +234,9 @@ class _Drawing:
 
     def laid_out(self, x: Tensor) -> Tensor:
         """Return x, or for a strided example an equal view with gaps and transposed strides."""
+        device = self.example.device
         if not self.example.strided:
-            return x.to(DEVICE)
-        wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype, device=DEVICE)
+            return x.to(device)
+        wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype, device=device)
         view = wide.transpose(1, 2).contiguous().transpose(1, 2)[..., 1::2]
         return view.copy_(x)

@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-import gdn_ops
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
+from gdn_ops.spec.rules import Limits
 from gdn_ops.testing.decode_laws import (
     a_pool_equals_separate_states,
     an_in_place_step_equals_a_step,
@@ -62,7 +63,7 @@ def padding_changes_nothing(backend: str, example: Example) -> Verdict:
     arguments = example.arguments()
     padded = dict(arguments)
     padding = 7
-    rule = gdn_ops.GATED_DELTA.rule[example.rule]
+    rule = GATED_DELTA.rule[example.rule]
     if "beta" not in arguments:
         padded["beta"] = arguments["v"].new_ones(*arguments["v"].shape[:3], dtype=torch.float32)
     fill = {"alpha": 1.0, "log_alpha": 0.0, "beta": 0.0}
@@ -319,28 +320,33 @@ def orthogonal_keys_need_no_correction(backend: str, example: Example) -> Verdic
     return compare(example, results[0], results[1])
 
 
-_GRAD = frozenset({"grad"})
+def _has_grad(limits: Limits) -> bool:
+    return limits.grad
+
 
 LAWS: tuple[Law, ...] = (
     Law(two_segments_equal_one_run),
-    Law(packing_equals_separate_calls, needs=frozenset({"varlen"})),
+    Law(packing_equals_separate_calls, needs=lambda limits: limits.varlen),
     Law(padding_changes_nothing),
-    Law(single_steps_equal_one_prefill, op="gated_delta_step"),
-    Law(an_in_place_step_equals_a_step, op="gated_delta_step"),
-    Law(a_pool_equals_separate_states, op="gated_delta_step", draws_decode=True),
-    Law(steps_equal_one_step_after_another, op="gated_delta_steps", draws_decode=True),
+    Law(single_steps_equal_one_prefill, op=GATED_DELTA_STEP),
+    Law(an_in_place_step_equals_a_step, op=GATED_DELTA_STEP),
+    Law(a_pool_equals_separate_states, op=GATED_DELTA_STEP, draws_decode=True),
+    Law(steps_equal_one_step_after_another, op=GATED_DELTA_STEPS, draws_decode=True),
     Law(later_tokens_change_nothing_before),
-    Law(a_reset_forgets_the_past, rules=("gated_delta",), needs=_GRAD),
+    Law(a_reset_forgets_the_past, rules=("gated_delta",), needs=_has_grad),
     Law(alpha_one_beta_zero_leaves_the_state),
     Law(a_full_write_is_recalled_exactly, rules=("gated_delta",)),
     Law(a_reflection_keeps_the_norm, rules=("gated_delta",)),
     Law(a_rotation_changes_no_output),
     Law(the_output_is_linear_in_values_and_state),
-    Law(grouping_equals_repeated_heads, needs=_GRAD),
+    Law(grouping_equals_repeated_heads, needs=_has_grad),
     Law(rows_of_a_batch_do_not_meet),
-    Law(one_scalar_checks_a_whole_backward, needs=_GRAD | {"float64"}),
+    Law(
+        one_scalar_checks_a_whole_backward,
+        needs=lambda limits: limits.grad and "float64" in limits.dtypes,
+    ),
     Law(delta_is_one_step_of_gradient_descent, rules=("gated_delta",)),
-    Law(delta_is_gated_delta_without_decay, rules=("gated_delta", "delta"), needs=_GRAD),
+    Law(delta_is_gated_delta_without_decay, rules=("gated_delta", "delta"), needs=_has_grad),
     Law(orthogonal_keys_need_no_correction, rules=("gated_delta", "gated")),
 )
 """Every law of docs/math.md §8."""

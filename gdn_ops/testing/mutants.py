@@ -16,6 +16,7 @@ from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Backend, Forward, get_backend
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.ops import GATED_DELTA_STEP
+from gdn_ops.testing.compiled import COMPILED
 from gdn_ops.torch_ops import eager
 
 Mutation = Callable[[Backend, Call], tuple[Tensor, Tensor]]
@@ -227,8 +228,6 @@ def mutant(mutation: str, base: str) -> type[Backend]:
         name = f"{mutation}_in_{base}"
         limits = replace(instance.limits, second_grad=False, pools=True)
         differentiable = True
-        compiles_per_shape = instance.compiles_per_shape
-        compiles_per_width = instance.compiles_per_width
 
         def forward(self, call: Call) -> Forward:
             return Forward(*(sequence or eager.run_sequence)(instance, call))
@@ -239,6 +238,8 @@ def mutant(mutation: str, base: str) -> type[Backend]:
         def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
             return (decode or _decoded)(instance, call)
 
+    if base in COMPILED:
+        COMPILED[Mutant.name] = COMPILED[base]
     return Mutant
 
 

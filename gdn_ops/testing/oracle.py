@@ -22,9 +22,8 @@ operands below 2**-24 are lost, which is an absolute allowance.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,6 @@ import torch
 from torch import Tensor
 
 from gdn_ops.call.numerics import compute_dtype
-from gdn_ops.testing import example as drawing
 from gdn_ops.testing.example import Example, Results, run
 
 CHUNK = 64
@@ -294,16 +292,3 @@ def _scaled_error(
 def judge(example: Example, backend: str, gradients: bool = True) -> Verdict:
     """Run an example on a backend and compare it with the definition in float64."""
     return judgement(example, gradients).judge(example.run(backend, gradients=gradients))
-
-
-@contextlib.contextmanager
-def examples_on(device: str) -> Iterator[None]:
-    """Make the tensors of examples on a device; references made on another are forgotten."""
-    previous = drawing.DEVICE
-    drawing.DEVICE = device
-    judgement.cache_clear()
-    try:
-        yield
-    finally:
-        drawing.DEVICE = previous
-        judgement.cache_clear()

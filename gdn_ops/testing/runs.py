@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from gdn_ops.spec.language import OpSpec
+from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.rules import Limits
 from gdn_ops.testing.example import Example, Results, run
 from gdn_ops.testing.oracle import Verdict, judgement
@@ -24,16 +26,16 @@ class Law:
         check: judges a backend on an example. Its docstring begins with "Law", the number, ": "
             and the law in a line.
         rules: the rules it needs, where it does not keep the drawn one.
-        op: name of the op it is about.
-        needs: what a backend must have: "varlen", "grad", "float64".
+        op: the op it is about.
+        needs: whether a backend with given limits has what else the law asks for.
         draws_decode: whether it draws what only decode ops have: the dtype of the state, a pool,
             skipped rows.
     """
 
     check: Check
     rules: tuple[str, ...] = ()
-    op: str = "gated_delta"
-    needs: frozenset[str] = frozenset()
+    op: OpSpec = GATED_DELTA
+    needs: Callable[[Limits], bool] = lambda limits: True
     draws_decode: bool = False
 
     @property
@@ -56,12 +58,8 @@ class Law:
 
     def concerns(self, limits: Limits) -> bool:
         """Return whether a backend with these limits must keep the law."""
-        has = {"varlen": limits.varlen, "grad": limits.grad, "float64": "float64" in limits.dtypes}
-        return (
-            self.op in limits.ops
-            and set(self.rules) <= set(limits.rules)
-            and all(has[need] for need in self.needs)
-        )
+        has_rules = set(self.rules) <= set(limits.rules)
+        return self.op.name in limits.ops and has_rules and self.needs(limits)
 
 
 def without_sequences(example: Example) -> Example:

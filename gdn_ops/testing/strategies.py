@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.rules import FLOAT_DTYPES, Limits
+from gdn_ops.testing.compiled import ShapeClass
 from gdn_ops.testing.example import BETAS, GATES, KEYS, Example
 
 TOKENS = (0, 1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70, 127, 129, 150)
@@ -30,45 +31,6 @@ SCALES = (None, 1.0, 0.3, -2.0, 0.0)
 
 ANYWHERE = Limits(devices=("*",))
 
-ShapeClass = Mapping[str, Any]
-"""Fields of an example that are not drawn."""
-
-SHAPE_CLASSES: tuple[ShapeClass, ...] = (
-    {"B": 1, "H": 2, "R": 2, "K": 8, "V": 16, "scale": None, "chunk_size": None},
-    {"B": 2, "H": 1, "R": 3, "K": 16, "V": 5, "scale": 1.0, "chunk_size": None},
-)
-"""For backends that compile per shape: few classes, every length and every value."""
-
-WIDTHS: tuple[ShapeClass, ...] = (
-    {"K": 16, "V": 48, "chunk_size": None, "dtype": "float32"},
-    {"K": 48, "V": 80, "chunk_size": None, "dtype": "bfloat16"},
-    {"K": 80, "V": 16, "chunk_size": 32, "dtype": "float16"},
-)
-"""For backends that compile per width: K below V and above it, narrower than a tile of 64 and
-wider, no power of two; every batch, number of heads and length, and every value."""
-
-
-def widths(limits: Limits) -> tuple[ShapeClass, ...] | None:
-    """Return those of WIDTHS that limits allow; None, to draw freely, if they allow none."""
-    dims, sizes = limits.head_dims, limits.chunk_sizes
-
-    def is_allowed(width: ShapeClass) -> bool:
-        heads = (width["K"], width["V"])
-        return (
-            width["dtype"] in limits.dtypes
-            and (sizes is None or width["chunk_size"] in (None, *sizes))
-            and all(d % limits.head_dim_multiple == 0 for d in heads)
-            and (dims is None or all(d in dims for d in heads))
-        )
-
-    return tuple(width for width in WIDTHS if is_allowed(width)) or None
-
-
-def _head_dims(limits: Limits) -> list[int]:
-    allowed = HEAD_DIMS if limits.head_dims is None else tuple(limits.head_dims)
-    found = [d for d in allowed if d % limits.head_dim_multiple == 0 and d <= 64]
-    return found or [min(d for d in allowed if d % limits.head_dim_multiple == 0)]
-
 
 @st.composite
 def calls(
@@ -81,6 +43,7 @@ def calls(
     varlen: bool | None = None,
     max_tokens: int = max(TOKENS),
     decode: bool = False,
+    device: str = "cpu",
 ) -> Example:
     """Draw a call that the spec allows and `limits` supports.
 
@@ -93,25 +56,13 @@ def calls(
         varlen: whether sequences are packed; drawn by default.
         max_tokens: the longest sequence.
         decode: draw few tokens, and also what only decode ops have.
+        device: torch device of every tensor.
     """
     rule = spec.rule[draw(st.sampled_from([r.name for r in spec.rules if r.name in limits.rules]))]
     tokens = st.sampled_from([t for t in (DRAFTS if decode else TOKENS) if t <= max_tokens])
     packed = limits.varlen and not decode and (draw(st.booleans()) if varlen is None else varlen)
-    lengths = None
-    if packed:
-        lengths = tuple(draw(st.lists(tokens, min_size=0, max_size=3)))
-    dims = st.sampled_from(_head_dims(limits))
-    sizes = limits.chunk_sizes or (16, 32, 64, 5)
-    free: dict[str, st.SearchStrategy[Any]] = {
-        "B": st.sampled_from(BATCHES),
-        "H": st.sampled_from((1, 2, 3)),
-        "R": st.sampled_from(REPEATS),
-        "K": dims,
-        "V": dims,
-        "dtype": st.sampled_from(list(dtypes or limits.dtypes)),
-        "scale": st.sampled_from(SCALES),
-        "chunk_size": st.sampled_from((None, *sizes)),
-    }
+    lengths = tuple(draw(st.lists(tokens, min_size=0, max_size=3))) if packed else None
+    free = _sizes(limits, dtypes)
     fixed = draw(st.sampled_from(shape_classes)) if shape_classes is not None else {}
     drawn = {name: draw(own) for name, own in free.items() if name not in fixed} | dict(fixed)
     if lengths is not None:
@@ -129,9 +80,33 @@ def calls(
         qk_l2norm=drawn["K"] > 1 and draw(st.booleans()),
         strided=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
+        device=device,
         **drawn,
     )
     return draw(_decoding(example, limits)) if decode else example
+
+
+def _sizes(limits: Limits, dtypes: Sequence[str] | None) -> dict[str, st.SearchStrategy[Any]]:
+    """Return strategies for the fields of an example that a shape class may fix."""
+    dims = st.sampled_from(_head_dims(limits))
+    chunk_sizes = limits.chunk_sizes or (16, 32, 64, 5)
+    return {
+        "B": st.sampled_from(BATCHES),
+        "H": st.sampled_from((1, 2, 3)),
+        "R": st.sampled_from(REPEATS),
+        "K": dims,
+        "V": dims,
+        "dtype": st.sampled_from(list(dtypes or limits.dtypes)),
+        "scale": st.sampled_from(SCALES),
+        "chunk_size": st.sampled_from((None, *chunk_sizes)),
+    }
+
+
+def _head_dims(limits: Limits) -> list[int]:
+    """Return the head dims to draw from: those that limits allow up to 64, or the least one."""
+    allowed = HEAD_DIMS if limits.head_dims is None else tuple(limits.head_dims)
+    multiples = [d for d in allowed if d % limits.head_dim_multiple == 0]
+    return [d for d in multiples if d <= 64] or [min(multiples)]
 
 
 @st.composite

@@ -422,19 +422,34 @@ def test_the_kit_keeps_every_tensor_on_the_device_under_test() -> None:
     # Laws of decoding look at the values of slots, which tensors without values do not have.
     laws = [s for s in conformance.subjects(backend) if not dict(s.options).get("decode")]
     subjects = [s for s in laws if "second" not in s.name]
-    with oracle.examples_on("lazy"), warnings.catch_warnings():
+    pairs = [(subject, PACKED) for subject in subjects] + [(subjects[0], e) for e in EXAMPLES]
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pairs = [(subject, PACKED) for subject in subjects] + [(subjects[0], e) for e in EXAMPLES]
         for subject, example in pairs:
             oracle.judgement.cache_clear()
             with Elsewhere(allow_non_fake_inputs=True):
-                subject.judge("torch", example)
+                subject.judge("torch", replace(example, device="lazy"))
+    oracle.judgement.cache_clear()
 
 
 def test_a_failure_on_a_device_is_repeated_by_code_that_names_it() -> None:
     subject = conformance.subjects(registry.get_backend("torch"))[0]  # type: ignore[arg-type]
-    example = Example(T=3)
-    assert "DEVICE" not in subject.code("torch", example)
-    with oracle.examples_on("cuda"):
-        code = subject.code("torch", example)
-    assert code.startswith("from gdn_ops.testing import example\nexample.DEVICE = 'cuda'\n")
+    assert "device" not in subject.code("torch", Example(T=3))
+    code = subject.code("torch", Example(T=3, device="cuda"))
+    assert code.splitlines()[-1] == "print(judge(Example(T=3, device='cuda'), 'torch'))"
+
+
+def test_a_check_on_a_device_makes_every_example_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def look(backend: str, example: Example) -> oracle.Verdict:
+        seen.append(example.device)
+        with Elsewhere(allow_non_fake_inputs=True):
+            assert {x.device.type for x in example.cotangents()} == {"lazy"}
+        return oracle.Verdict(2.0, "o", 2.0, 1.0)
+
+    subject = conformance.Subject("looks", look)
+    monkeypatch.setattr(conformance, "subjects", lambda backend: (subject,))
+    report = conformance.check("torch", 0.0, seed=0, device="lazy")
+    assert seen and set(seen) == {"lazy"}
+    assert report.rows[0].failure is not None and "device='lazy'" in report.rows[0].failure

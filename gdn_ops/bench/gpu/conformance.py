@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from gdn_ops.bench.gpu.result import Conformance
@@ -21,7 +22,7 @@ from gdn_ops.testing.decode_laws import (
 )
 from gdn_ops.testing.example import Example
 from gdn_ops.testing.laws import a_reset_forgets_the_past, rows_of_a_batch_do_not_meet
-from gdn_ops.testing.oracle import Verdict, examples_on, judge
+from gdn_ops.testing.oracle import Verdict, judge
 
 
 def _wide(**changes: Any) -> Example:
@@ -75,22 +76,25 @@ def short_check(
     instance = registry.get_backend(name)
     if isinstance(instance, str):
         raise BackendUnsupportedError(f"backend {name!r}: {instance}")
-    calls = [(judged, e) for judged, e in CALLS if _is_within(instance.limits, e)]
+    calls = [
+        (judged, replace(example, device=device))
+        for judged, example in CALLS
+        if _is_within(instance.limits, example)
+    ]
     start, worst, done = clock(), 0.0, 0
-    with examples_on(device):
-        for judged, example in calls:
-            if done and clock() - start > seconds:
-                text = f"the time of {seconds:.0f} s was up"
-                yield Conformance(name, True, done, len(calls), worst, text)
-                return
-            try:
-                verdict = judged(name, example)
-            except BackendUnsupportedError:
-                continue
-            done += 1
-            worst = max(worst, verdict.worst)
-            if not verdict.passed:
-                text = f"{verdict}\n{example.code(name)}"
-                yield Conformance(name, False, done, len(calls), worst, text)
-                return
-            yield Conformance(name, True, done, len(calls), worst)
+    for judged, example in calls:
+        if done and clock() - start > seconds:
+            text = f"the time of {seconds:.0f} s was up"
+            yield Conformance(name, True, done, len(calls), worst, text)
+            return
+        try:
+            verdict = judged(name, example)
+        except BackendUnsupportedError:
+            continue
+        done += 1
+        worst = max(worst, verdict.worst)
+        if not verdict.passed:
+            text = f"{verdict}\n{example.code(name)}"
+            yield Conformance(name, False, done, len(calls), worst, text)
+            return
+        yield Conformance(name, True, done, len(calls), worst)
