@@ -1,0 +1,228 @@
+"""What docs/architecture.md says of adding a part is enough: each part, added so, does its work."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gdn_ops import Backend, Limits, register_backend
+from gdn_ops.backends.naive import Naive
+from gdn_ops.dispatch import backend as backend_module
+from gdn_ops.dispatch import registry
+from gdn_ops.testing import conformance
+from gdn_ops.testing.compiled import COMPILED, per_shape, per_width
+from gdn_ops.testing.example import Example
+from gdn_ops.testing.laws import LAWS
+from gdn_ops.testing.mutants import mutant
+from gdn_ops.testing.oracle import Verdict
+from gdn_ops.testing.runs import Law, compare, plain
+from paths import ROOT
+
+
+@pytest.fixture(autouse=True)
+def added_for_a_while(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget every backend, and every row of COMPILED, that a test adds."""
+    registry.known_backends()
+    for name in ("_backends", "_instances"):
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    before = dict(COMPILED)
+    yield
+    COMPILED.clear()
+    COMPILED.update(before)
+
+
+# In a copy of the repository.
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package, for parts that are added by editing or adding a file."""
+    copy = tmp_path_factory.mktemp("house")
+    ignore = shutil.ignore_patterns("__pycache__")
+    for folder in ("gdn_ops", "backends", "export"):
+        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignore)
+    return copy
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{path.name} should say {old!r} once"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def python(house: Path, *arguments: str) -> str:
+    """Run Python in a copy of the repository and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=house, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_file_in_backends_is_a_backend(house: Path) -> None:
+    source = (ROOT / "tests/third_party_backend/gdn_ops_third_party.py").read_text(encoding="utf-8")
+    source = source.replace('distribution = "gdn_ops_third_party"', 'distribution = "gdn_ops"')
+    path = house / "backends" / "third_party.py"
+    path.write_text(f"{source}\n\nBACKEND = ThirdParty\n", encoding="utf-8")
+    check = ("check", "--backend", "third_party", "--seconds", "0.1", "--seed", "0")
+    printed = python(house, "-m", "gdn_ops", *check)
+    assert "third_party: " in printed and ", passed" in printed
+    edit(path, "call.scale * torch", "torch")
+    code = """if True:
+        from gdn_ops.dispatch.registry import get_backend
+        from gdn_ops.testing.conformance import run_subject, subjects
+        subject = subjects(get_backend("third_party"))[0]
+        print(run_subject("third_party", subject, examples=20, seed=0).failure)
+    """
+    assert "WRONG: o, " in python(house, "-c", code)
+
+
+FACTS = """
+import gdn_ops
+from gdn_ops.backends.naive import Naive
+from gdn_ops.spec import docs
+from gdn_ops.spec.ops import OPS
+from gdn_ops.testing import Example, lint, mutants
+from gdn_ops.testing.conformance import run_subject, subjects
+from dataclasses import replace
+import torch
+
+for op in OPS:
+    schema = str(getattr(torch.ops.gdn_ops, op.name).default._schema)
+    function = getattr(gdn_ops, op.name)
+    print(lint.lint(op, function, schema=schema, documentation=docs.page(op)))
+print("in [0, 3]" in gdn_ops.gated_delta.__doc__, "renamed" in gdn_ops.gated_delta.__doc__)
+
+arguments = Example(T=5, initial_state=True).arguments() | {"rule": "renamed"}
+gdn_ops.gated_delta(**{**arguments, "rule": "gated_delta", "beta": arguments["beta"] + 2})
+try:
+    gdn_ops.gated_delta(**arguments, backend="torch")
+except gdn_ops.BackendUnsupportedError as error:
+    print(str(error).splitlines()[2])
+
+@gdn_ops.register_backend
+class Wide(Naive):
+    name = "wide"
+    limits = replace(Naive.limits, rules=(*Naive.limits.rules, "renamed"), grad=False)
+
+same = gdn_ops.gated_delta(**{**arguments, "rule": "gated_delta"}, backend="naive")
+print(torch.equal(gdn_ops.gated_delta(**arguments, backend="wide"), same))
+seen = set()
+subject = subjects(Wide())[0]
+judge = lambda backend, example: seen.add(example.rule) or subject.judge("naive", replace(
+    example, rule="gated_delta" if example.rule == "renamed" else example.rule))
+row = run_subject("wide", replace(subject, judge=judge), examples=40, seed=0)
+print(row.failure, "renamed" in seen)
+"""
+
+
+def test_a_fact_and_a_rule_of_an_op_stand_in_its_spec_alone(house: Path) -> None:
+    spec = house / "gdn_ops" / "spec" / "ops.py"
+    edit(
+        spec,
+        "strength = Interval(0.0, 1.0), Interval(0.0, 2.0)",
+        "strength = Interval(0.0, 1.0), Interval(0.0, 3.0)",
+    )
+    edit(
+        spec, '    Rule("delta", ', '    Rule("renamed", True, True, "nobody"),\n    Rule("delta", '
+    )
+    assert python(house, "-W", "ignore", "-c", FACTS).splitlines() == [
+        *("[]", "[]", "[]"),
+        "True True",
+        "  torch: rule renamed (supported: gated_delta, delta, gated, linear)",
+        "True",
+        "None True",
+    ]
+
+
+def test_a_command_is_a_module_and_a_line(house: Path) -> None:
+    cli = house / "gdn_ops" / "cli"
+    source = '"""Say hello."""\n\n\ndef hello() -> None:\n    """Greet."""\n    print("hello")\n'
+    (cli / "hello_command.py").write_text(source, encoding="utf-8")
+    edit(
+        cli / "commands.py",
+        "app.command()(export_command.export)\n",
+        "app.command()(export_command.export)\n"
+        "from gdn_ops.cli import hello_command\n"
+        "app.command()(hello_command.hello)\n",
+    )
+    assert python(house, "-m", "gdn_ops", "hello") == "hello\n"
+    assert "Greet." in python(house, "-m", "gdn_ops", "--help")
+
+
+# A law.
+
+
+def a_doubled_scale_doubles_the_output(backend: str, example: Example) -> Verdict:
+    """Law 16: the output is linear in scale, to the last bit."""
+    example = replace(example, scale=0.5)
+    once = plain(example.arguments(), backend)[0]
+    twice = plain(example.arguments() | {"scale": 1.0}, backend)[0]
+    return compare(example, {"o": twice / 2}, {"o": once})
+
+
+def test_a_law_is_a_function_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    law = Law(a_doubled_scale_doubles_the_output)
+    assert (law.number, law.text) == ("16", "the output is linear in scale, to the last bit.")
+    monkeypatch.setattr(conformance, "LAWS", (*LAWS, law))
+    wrong = register_backend(mutant("dropped_scale", "naive"))
+    rows = {}
+    for name in ("naive", wrong.name):
+        backend = registry.get_backend(name)
+        assert isinstance(backend, Backend)
+        (subject,) = (s for s in conformance.subjects(backend) if s.law is law)
+        assert subject.name == "a doubled scale doubles the output"
+        rows[name] = conformance.run_subject(name, subject, examples=20)
+    assert rows["naive"].passed, rows["naive"].failure
+    assert "a_doubled_scale_doubles_the_output('dropped_scale_in_naive', Example(" in str(
+        rows[wrong.name].failure
+    )
+
+
+# Few calls of a backend whose compiler is slow.
+
+
+def test_of_a_backend_that_compiles_few_calls_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Naive):
+        name = "slow_compiler"
+        limits = Limits(devices=("cpu",), grad=False)
+
+    register_backend(Slow)
+    seen: set[tuple[int, int, str]] = set()
+
+    def look(backend: str, example: Example) -> Verdict:
+        seen.add((example.K, example.V, example.dtype))
+        return Verdict(0.0, "o", 0.0, 0.0)
+
+    for narrow, most in ((per_shape, 2), (per_width, 3)):
+        seen.clear()
+        monkeypatch.setitem(COMPILED, "slow_compiler", narrow)
+        conformance.run_subject("slow_compiler", conformance.Subject("looks", look), examples=40)
+        assert len(seen) == most
+    assert seen == {(16, 48, "float32"), (48, 80, "bfloat16"), (80, 16, "float16")}
+    # A mutant of a backend is made of its kernels.
+    assert COMPILED[mutant("dropped_scale", "slow_compiler").name] is per_width
+
+
+# A class for the base class as it was.
+
+
+@pytest.mark.parametrize(("name", "place"), backend_module._MOVED_MEMBERS.items())
+def test_a_class_for_an_older_base_class_is_told_what_moved(
+    name: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = type("Old", (Naive,), {"name": "old", name: True, "__module__": "old_package"})
+    text = f"^old_package.Old has {name}, which is now {place}$"
+    with pytest.raises(TypeError, match=text):
+        register_backend(old)
+    module = type(sys)("old_package")
+    monkeypatch.setitem(sys.modules, "old_package", module)
+    module.Old = old  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match=text):
+        backend_module.load("old_package:Old")
