@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 import platform
 import subprocess
 import sys
@@ -55,11 +54,10 @@ def driver_version() -> str | None:
 
 def package_version(package: str) -> str:
     """Return the version of an importable package, whatever distribution brings it."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        module = importlib.import_module(package)
-        return str(getattr(module, "__version__", "unknown"))
+    version = installed_version(package)
+    if version is None:
+        version = getattr(importlib.import_module(package), "__version__", "unknown")
+    return str(version)
 
 
 def _source_files(module: ModuleType) -> list[Path]:

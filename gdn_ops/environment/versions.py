@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from importlib import resources
 import torch
 
 from gdn_ops._version import __version__, version_key
+from gdn_ops.dispatch.backend import installed_version
 
 PAGE = "docs/versions.md"
 OPTIONAL_PACKAGES = (
@@ -28,17 +28,12 @@ OPTIONAL_PACKAGES = (
 
 def installed_versions() -> dict[str, str | None]:
     """Return the installed versions by name; None for an optional package that is missing."""
-    found: dict[str, str | None] = {
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "gdn_ops": __version__,
+        **{name: installed_version(name) for name in OPTIONAL_PACKAGES},
     }
-    for name in OPTIONAL_PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def tested_ranges() -> dict[str, tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -180,25 +180,19 @@ def a_pool_equals_separate_states(backend: str, example: Example) -> Verdict:
     if example.slots is None:
         example = replace(example, slots=tuple(reversed(range(example.B))), pool=example.B + 1)
     call = _Decoding.of(example)
-    assert call.slots is not None
-    judged = call.judgement(1)
-    verdicts: list[Verdict] = []
-    for inplace in (False, True):
-        buffer, pool = call.pool()
-        before = buffer.clone()
+    wanted = [call.judgement(1)]
+
+    def step(state: Tensor | None, inplace: bool) -> tuple[Tensor, ...]:
         o, new = gdn_ops.gated_delta_step(
             **single(call.tokens),
-            state=pool,
+            state=state,
             state_indices=call.indices(),
             inplace=inplace,
             backend=backend,
         )
-        verdicts += _broken_fence(call, before, buffer, pool, new, inplace)
-        if bool((o[~call.live] != 0).any()):
-            verdicts.append(_wrong("o of a skipped row is not 0"))
-        got = {"o": o[call.live].unsqueeze(1), "final_state": new[call.slots[call.live]]}
-        verdicts.append(judged.judge(got))
-    return worst(verdicts)
+        return o.unsqueeze(1), new
+
+    return worst(v for inplace in (False, True) for v in _verdicts(call, wanted, step, inplace))
 
 
 def steps_equal_one_step_after_another(backend: str, example: Example) -> Verdict:
@@ -206,59 +200,62 @@ def steps_equal_one_step_after_another(backend: str, example: Example) -> Verdic
     if example.slots is not None:
         example = replace(example, initial_state=True)
     call = _Decoding.of(replace(without_sequences(example), T=min(example.T, 20)))
-    states_wanted = [call.judgement(t + 1) for t in range(call.example.T)]
-    verdicts: list[Verdict] = []
-    for inplace in (False, True) if call.state is not None else (False,):
-        # A backend may well take other ways with and without the states: one each.
-        return_states = inplace == bool(example.seed // 2 % 2)
-        verdicts += _judged_steps(backend, call, states_wanted, inplace, return_states)
-    return worst(verdicts)
+    wanted = [call.judgement(t + 1) for t in range(call.example.T)]
+
+    def steps(state: Tensor | None, inplace: bool) -> tuple[Tensor, ...]:
+        return gdn_ops.gated_delta_steps(  # type: ignore[no-any-return]
+            **call.tokens,
+            state=state,
+            state_indices=call.indices(),
+            inplace=inplace,
+            # A backend may well take other ways with and without the states: one each.
+            return_states=inplace == bool(example.seed // 2 % 2),  # type: ignore[call-overload]
+            backend=backend,
+        )
+
+    ways = (False, True) if call.state is not None else (False,)
+    return worst(v for inplace in ways for v in _verdicts(call, wanted, steps, inplace))
 
 
-def _judged_steps(
-    backend: str, call: _Decoding, wanted: list[Judgement], inplace: bool, return_states: bool
+def _verdicts(
+    call: _Decoding,
+    wanted: list[Judgement],
+    run: Callable[[Tensor | None, bool], tuple[Tensor, ...]],
+    inplace: bool,
 ) -> Iterator[Verdict]:
-    """Run `gated_delta_steps` and yield the verdicts on its results."""
+    """Run a decode op and yield the verdicts on its results and on the memory beside them.
+
+    Args:
+        call: the call.
+        wanted: what its results should be after each token.
+        run: runs the op on a state or a pool, in place or not; returns o (B, T, HV, V), the new
+            state, and perhaps the states after every token.
+        inplace: as in the call.
+    """
     given = call.state
-    state = None if given is None else given.clone()
     if call.slots is not None:
-        buffer, state = call.pool()
+        buffer, pool = call.pool()
         before = buffer.clone()
-    o, new, *more = gdn_ops.gated_delta_steps(
-        **call.tokens,
-        state=state,
-        state_indices=call.indices(),
-        inplace=inplace,
-        return_states=return_states,  # type: ignore[call-overload]
-        backend=backend,
-    )
-    states: Tensor | None = more[0] if return_states else None
-    if call.slots is not None:
-        assert state is not None
-        yield from _broken_fence(call, before, buffer, state, new, inplace)
+        o, new, *states = run(pool, inplace)
+        yield from _broken_fence(call, before, buffer, pool, new, inplace)
         new = new[call.slots.clamp(min=0)]
-    elif inplace and new is not state:
-        yield _wrong("the returned state is not the given tensor")
-    elif not inplace and state is not None and given is not None and not _same_bits(state, given):
-        yield _wrong("the given state has changed")
-    yield from _judged_results(call, wanted, o, new, states)
-
-
-def _judged_results(
-    call: _Decoding, wanted: list[Judgement], o: Tensor, new: Tensor, states: Tensor | None
-) -> Iterator[Verdict]:
-    """Yield the verdicts on o, the rows' new states and the states after every token."""
+    else:
+        state = None if given is None else given.clone()
+        o, new, *states = run(state, inplace)
+        if inplace and new is not state:
+            yield _wrong("the returned state is not the given tensor")
+        elif not (inplace or given is None or state is None or _same_bits(state, given)):
+            yield _wrong("the given state has changed")
     live = call.live
-    for x in (o, states):
-        if x is not None and bool((x[~live] != 0).any()):
-            yield _wrong("o or states of a skipped row are not 0")
+    if any(bool((x[~live] != 0).any()) for x in (o, *states)):
+        yield _wrong("o or states of a skipped row are not 0")
     for t, judged in enumerate(wanted):
         yield judged.judge({"o": o[live, : t + 1]})
-        if states is not None:
-            yield judged.judge({"final_state": states[live, t]})
+        for x in states:
+            yield judged.judge({"final_state": x[live, t]})
     if wanted:
         yield wanted[-1].judge({"final_state": new[live]})
     else:
-        start = torch.zeros_like(new) if call.state is None else call.state
+        start = torch.zeros_like(new) if given is None else given
         same = _same_bits(new[live], start[live])
         yield Verdict(0.0 if same else float("inf"), "final_state", float(not same), 0.0)

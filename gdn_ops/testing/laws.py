@@ -21,17 +21,17 @@ from gdn_ops.testing.decode_laws import (
 )
 from gdn_ops.testing.example import Example, run
 from gdn_ops.testing.oracle import Verdict, inner_product, judgement, judgement_of, norms
-from gdn_ops.testing.runs import Law, compare, plain, token_slice, without_sequences
+from gdn_ops.testing.runs import Law, compare, forward, token_slice, without_sequences
 
 
 def two_segments_equal_one_run(backend: str, example: Example) -> Verdict:
     """Law 1: running [0, t) and then [t, T) through the state equals one run."""
     example = without_sequences(example)
     arguments, cut = example.arguments(), example.T // 3
-    o1, state = plain(token_slice(arguments, slice(0, cut)), backend)
-    rest = token_slice(arguments, slice(cut, None)) | {"initial_state": state}
-    o2, final = plain(rest, backend)
-    got = {"o": torch.cat((o1, o2), 1), "final_state": final}
+    first = forward(token_slice(arguments, slice(0, cut)), backend)
+    rest = token_slice(arguments, slice(cut, None)) | {"initial_state": first["final_state"]}
+    second = forward(rest, backend)
+    got = second | {"o": torch.cat((first["o"], second["o"]), 1)}
     return compare(example, got, example.run(backend, gradients=False), 3.0)
 
 
@@ -41,20 +41,19 @@ def packing_equals_separate_calls(backend: str, example: Example) -> Verdict:
         lengths = (example.T // 4, 0, example.T - example.T // 4)
         example = replace(example, B=1, lengths=lengths)
     arguments = example.arguments()
-    whole = run(arguments, backend, None)
+    whole = forward(arguments, backend)
     del arguments["cu_seqlens"]
-    outputs, states, start = [], [], 0
+    parts, start = [], 0
     for n, length in enumerate(example.lengths or ()):
         part = token_slice(arguments, slice(start, start + length))
         if example.initial_state:
             part["initial_state"] = arguments["initial_state"][n : n + 1]
-        o, state = plain(part, backend)
-        outputs.append(o)
-        states.append(state)
+        parts.append(forward(part, backend))
         start += length
-    if not outputs:
+    if not parts:
         return compare(example, whole, whole)
-    return compare(example, whole, {"o": torch.cat(outputs, 1), "final_state": torch.cat(states)})
+    o, states = ([part[name] for part in parts] for name in ("o", "final_state"))
+    return compare(example, whole, {"o": torch.cat(o, 1), "final_state": torch.cat(states)})
 
 
 def padding_changes_nothing(backend: str, example: Example) -> Verdict:
@@ -72,8 +71,8 @@ def padding_changes_nothing(backend: str, example: Example) -> Verdict:
         if x is not None and (rule.has_decay or name not in ("alpha", "log_alpha")):
             extra = x.new_full((x.shape[0], padding, *x.shape[2:]), fill.get(name, 0.5))
             padded[name] = torch.cat((x, extra), 1)
-    o, state = plain(padded, backend)
-    got = {"o": o[:, : example.T], "final_state": state}
+    got = forward(padded, backend)
+    got["o"] = got["o"][:, : example.T]
     return compare(example, got, example.run(backend, gradients=False))
 
 
@@ -86,12 +85,9 @@ def later_tokens_change_nothing_before(backend: str, example: Example) -> Verdic
     for name in ("q", "k", "v"):
         changed[name] = arguments[name].clone()
         changed[name][:, cut:] = changed[name][:, cut:].flip(-1) * 0.5
-    before, after = plain(arguments, backend)[0], plain(changed, backend)[0]
-    keep = torch.zeros_like(before)
-    keep[:, :cut] = after[:, :cut]
-    base = torch.zeros_like(before)
-    base[:, :cut] = before[:, :cut]
-    return compare(example, {"o": keep}, {"o": base})
+    before, after = (forward(given, backend)["o"] for given in (arguments, changed))
+    before[:, cut:], after[:, cut:] = 0, 0
+    return compare(example, {"o": after}, {"o": before})
 
 
 def a_reset_forgets_the_past(backend: str, example: Example) -> Verdict:
@@ -114,13 +110,10 @@ def a_reset_forgets_the_past(backend: str, example: Example) -> Verdict:
         return Verdict(float("inf"), "d_initial_state is not 0", 1.0, 0.0)
     forgotten = token_slice(arguments, slice(cut, None))
     forgotten["initial_state"] = torch.zeros_like(arguments["initial_state"])
-    o, state = plain(forgotten, backend)
-    whole = torch.zeros_like(results["o"])
-    whole[:, cut:] = o
-    got = results["o"].clone()
-    got[:, :cut] = 0
-    same = {"o": whole, "final_state": state}
-    return compare(example, {"o": got, "final_state": results["final_state"]}, same)
+    same = forward(forgotten, backend)
+    results["o"][:, :cut] = 0
+    same["o"] = torch.cat((results["o"][:, :cut], same["o"]), 1)
+    return compare(example, results, same)
 
 
 def alpha_one_beta_zero_leaves_the_state(backend: str, example: Example) -> Verdict:
@@ -128,7 +121,7 @@ def alpha_one_beta_zero_leaves_the_state(backend: str, example: Example) -> Verd
     example = replace(without_sequences(example), gate="one", initial_state=True, beta="unit")
     arguments = example.arguments()
     arguments["beta"] = torch.zeros_like(arguments["beta"])
-    state = plain(arguments, backend)[1]
+    state = forward(arguments, backend)["final_state"]
     equal = torch.equal(state, arguments["initial_state"].to(state.dtype))
     return Verdict(0.0 if equal else float("inf"), "final_state", float(not equal), 0.0)
 
@@ -146,7 +139,7 @@ def a_full_write_is_recalled_exactly(backend: str, example: Example) -> Verdict:
     arguments = example.arguments()
     arguments["beta"] = torch.ones_like(arguments["beta"])
     arguments["q"] = arguments["k"]
-    o = plain(arguments, backend)[0]
+    o = forward(arguments, backend)["o"]
     judged = judgement_of(arguments, None, example)
     # A key has norm 1 only up to its rounding: the definition says how much that changes.
     missed = norms(judged.reference["o"] - arguments["v"].double(), "o", example)
@@ -167,7 +160,7 @@ def a_reflection_keeps_the_norm(backend: str, example: Example) -> Verdict:
     arguments = example.arguments()
     arguments["beta"] = torch.full_like(arguments["beta"], 2.0)
     arguments["v"] = torch.zeros_like(arguments["v"])
-    state = plain(arguments, backend)[1]
+    state = forward(arguments, backend)["final_state"]
     judged = judgement_of(arguments, None, example)
     before, after, exact = (
         norms(x, "final_state", example)
@@ -192,8 +185,8 @@ def a_rotation_changes_no_output(backend: str, example: Example) -> Verdict:
     for name in ("q", "k"):
         turned[name] = arguments[name] @ omega.mT
     turned["initial_state"] = omega @ arguments["initial_state"]
-    o, state = plain(turned, backend)
-    got = {"o": o, "final_state": omega.mT @ state}
+    got = forward(turned, backend)
+    got["final_state"] = omega.mT @ got["final_state"]
     # Rotating rounds every operand once more than the allowance knows.
     return compare(example, got, example.run(backend, gradients=False), 4.0)
 
@@ -206,12 +199,8 @@ def the_output_is_linear_in_values_and_state(backend: str, example: Example) -> 
     """Law 10: (o, S_T) is linear in (v, S_0): doubling both doubles both, to the last bit."""
     example = replace(without_sequences(example), initial_state=True)
     arguments = example.arguments()
-    doubled = arguments | {
-        "v": arguments["v"] * 2,
-        "initial_state": arguments["initial_state"] * 2,
-    }
-    o, state = plain(doubled, backend)
-    halved = {"o": o / 2, "final_state": state / 2}
+    doubled = arguments | {name: arguments[name] * 2 for name in ("v", "initial_state")}
+    halved = {name: x / 2 for name, x in forward(doubled, backend).items()}
     return compare(example, halved, example.run(backend, gradients=False))
 
 
@@ -234,11 +223,9 @@ def rows_of_a_batch_do_not_meet(backend: str, example: Example) -> Verdict:
     example = replace(without_sequences(example), B=max(example.B, 1))
     arguments = example.arguments()
     last = {n: x[-1:] if isinstance(x, Tensor) else x for n, x in arguments.items()}
-    alone, whole = plain(last, backend), plain(arguments, backend)
-    results = {"o": whole[0].clone(), "final_state": whole[1].clone()}
-    for name, x in zip(results, alone, strict=True):
-        results[name][-1:] = x
-    return compare(example, results, {"o": whole[0], "final_state": whole[1]})
+    alone, whole = forward(last, backend), forward(arguments, backend)
+    results = {name: torch.cat((x[:-1], alone[name])) for name, x in whole.items()}
+    return compare(example, results, whole)
 
 
 def one_scalar_checks_a_whole_backward(backend: str, example: Example) -> Verdict:
@@ -286,7 +273,7 @@ def delta_is_one_step_of_gradient_descent(backend: str, example: Example) -> Ver
         loss = 0.5 * ((start * k.unsqueeze(-1)).sum(-2) - v).square().sum()
     (gradient,) = torch.autograd.grad(loss, start)
     descended = start.detach() - arguments["beta"][:, 0, :, None, None].double() * gradient
-    got = {"final_state": plain(arguments, backend)[1]}
+    got = forward(arguments, backend)
     return judgement(example, False).compare(got, {"final_state": descended}, 1.0)
 
 
@@ -294,11 +281,9 @@ def delta_is_gated_delta_without_decay(backend: str, example: Example) -> Verdic
     """Law 15: `delta` is `gated_delta` at alpha = 1."""
     example = replace(example, rule="gated_delta", gate="one", log_gate=False)
     arguments = example.arguments()
-    plain = arguments | {"rule": "delta", "alpha": None}
     whole = run(arguments, backend, example.cotangents())
-    without = run(plain, backend, example.cotangents())
-    whole = {name: x for name, x in whole.items() if name in without}
-    return compare(example, without, whole)
+    without = run(arguments | {"rule": "delta", "alpha": None}, backend, example.cotangents())
+    return compare(example, without, {name: whole[name] for name in without})
 
 
 def orthogonal_keys_need_no_correction(backend: str, example: Example) -> Verdict:
@@ -315,9 +300,9 @@ def orthogonal_keys_need_no_correction(backend: str, example: Example) -> Verdic
     arguments = example.arguments()
     keys = torch.eye(example.K)[:tokens, None].expand(example.B, tokens, example.H, example.K)
     arguments["k"] = keys.to(arguments["k"])
-    with_rule = [plain(arguments | {"rule": rule}, backend) for rule in ("gated_delta", "gated")]
-    results = [{"o": o, "final_state": state} for o, state in with_rule]
-    return compare(example, results[0], results[1])
+    rules = ("gated_delta", "gated")
+    with_erase, without = (forward(arguments | {"rule": rule}, backend) for rule in rules)
+    return compare(example, with_erase, without)
 
 
 def _has_grad(limits: Limits) -> bool:

@@ -81,10 +81,9 @@ def single(arguments: dict[str, Any]) -> dict[str, Any]:
     return {n: x.squeeze(1) if isinstance(x, Tensor) else x for n, x in arguments.items()}
 
 
-def plain(arguments: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
-    """Run `gated_delta` without gradients; return (o, final_state)."""
-    out = run(arguments, backend, None)
-    return out["o"], out["final_state"]
+def forward(arguments: dict[str, Any], backend: str) -> Results:
+    """Run `gated_delta` without gradients; return o and final_state by name."""
+    return run(arguments, backend, None)
 
 
 def compare(example: Example, results: Results, others: Results, factor: float = 2.0) -> Verdict:

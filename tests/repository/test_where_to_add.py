@@ -21,7 +21,7 @@ from gdn_ops.testing.example import Example
 from gdn_ops.testing.laws import LAWS
 from gdn_ops.testing.mutants import mutant
 from gdn_ops.testing.oracle import Verdict
-from gdn_ops.testing.runs import Law, compare, plain
+from gdn_ops.testing.runs import Law, compare, forward
 from paths import ROOT
 
 
@@ -162,9 +162,9 @@ def test_a_command_is_a_module_and_a_line(house: Path) -> None:
 def a_doubled_scale_doubles_the_output(backend: str, example: Example) -> Verdict:
     """Law 16: the output is linear in scale, to the last bit."""
     example = replace(example, scale=0.5)
-    once = plain(example.arguments(), backend)[0]
-    twice = plain(example.arguments() | {"scale": 1.0}, backend)[0]
-    return compare(example, {"o": twice / 2}, {"o": once})
+    once = forward(example.arguments(), backend)
+    twice = forward(example.arguments() | {"scale": 1.0}, backend)
+    return compare(example, {"o": twice["o"] / 2}, {"o": once["o"]})
 
 
 def test_a_law_is_a_function_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,28 +48,21 @@ def test_the_backend_conforms(backend: str, subject: Subject) -> None:
     assert row.examples > 0
 
 
-@pytest.fixture(scope="module")
-def inductor_example() -> Iterator[Example]:
-    yield Example(B=1, T=70, H=2, R=2, K=8, V=16, gate="extreme", initial_state=True)
+COMPILED_EXAMPLE = Example(T=70, H=2, R=2, K=8, V=16, gate="extreme", initial_state=True)
 
 
-def test_the_compile_backend_conforms_through_inductor(inductor_example: Example) -> None:
-    verdict = judge(inductor_example, "compile")
+def test_the_compile_backend_conforms_through_inductor() -> None:
+    verdict = judge(COMPILED_EXAMPLE, "compile")
     assert verdict.passed, verdict
 
 
-def test_a_new_length_does_not_compile_again(inductor_example: Example) -> None:
-    judge(inductor_example, "compile")
+def test_a_new_length_does_not_compile_again() -> None:
+    judge(COMPILED_EXAMPLE, "compile")
     before = len(compile_backend._functions)
     for tokens in (1, 33, 200):
-        longer = Example(**(_plain(inductor_example) | {"T": tokens}))
-        verdict = judge(longer, "compile")
+        verdict = judge(replace(COMPILED_EXAMPLE, T=tokens), "compile")
         assert verdict.passed, verdict
     assert len(compile_backend._functions) == before
-
-
-def _plain(example: Example) -> dict[str, object]:
-    return {name: getattr(example, name) for name in example.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
