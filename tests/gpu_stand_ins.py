@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops.bench.gpu.device import Facts, Run
-from gdn_ops.bench.gpu.inputs import Problem
-from gdn_ops.bench.gpu.peers import Contender, Ours, Prepared
+from gdn_ops.bench.device import Peak, Run
+from gdn_ops.bench.gpu.device import Facts
 from gdn_ops.bench.gpu.rows import GpuRow
+from gdn_ops.bench.inputs import Inputs
+from gdn_ops.bench.peers import Contender, Prepared, our_contender
 
 FORWARD = GpuRow("forward", (1, 2), (20,), dims=(8, 4), dtype="float32")
 PACKED = GpuRow("forward", (1, 2), (9, 4, 7), packed=True, dims=(8, 4), dtype="float32")
@@ -70,51 +71,59 @@ class FakeDevice:
 
         return timed
 
-    def peak(self, run: Run) -> int:
+    def peak(self, run: Run) -> Peak:
         run()
-        return 3 << 20
+        return Peak(3 << 20, 0, True)
 
     def forget(self) -> None:
         pass
 
 
-class StandIn(Contender):
-    """This library's torch backend, under another name, with a duration and a mistake."""
+def ours() -> Contender:
+    """Return the torch backend."""
+    found = our_contender("torch")
+    assert isinstance(found, Contender)
+    return found
 
-    def __init__(
-        self,
-        name: str,
-        device: FakeDevice,
-        seconds: float = 1e-3,
-        change: Callable[[Tensor], Tensor] = lambda x: x,
-        log: list[str] | None = None,
-    ) -> None:
-        self.name, self.version = name, "1.0"
-        self.device, self.seconds, self.change = device, seconds, change
-        self.log = [] if log is None else log
 
-    def _slow(self, prepared: Prepared) -> Prepared:
+def stand_in(
+    name: str,
+    device: FakeDevice,
+    seconds: float = 1e-3,
+    change: Callable[[Tensor], Tensor] = lambda x: x,
+    log: list[str] | None = None,
+    before: Callable[[Inputs], None] = lambda x: None,
+) -> Contender:
+    """Return the torch backend under another name, with a duration and a mistake.
+
+    `before` is called with the inputs of each call that is prepared.
+    """
+
+    def slow(prepare: Callable[[Inputs], Prepared], x: Inputs) -> Prepared:
+        before(x)
+        prepared = prepare(x)
+
         def run() -> Any:
-            self.device.now += self.seconds
-            self.log.append(self.name)
+            device.now += seconds
+            if log is not None:
+                log.append(name)
             return prepared.run()
 
         def backward_takes_time(_: Tensor) -> None:
-            self.device.now += self.seconds
+            device.now += seconds
 
-        def read(result: Any) -> tuple[Tensor, Tensor]:
-            o, state = prepared.read(result)
+        def read(result: Any) -> tuple[Tensor, ...]:
+            o, *state = prepared.read(result)
             if o.requires_grad:
                 o.register_hook(backward_takes_time)
-            return self.change(o), state
+            return change(o), *state
 
         return Prepared(run, read)
 
-    def sequence(self, p: Problem) -> Prepared:
-        return self._slow(Ours("torch").sequence(p))
-
-    def step(self, p: Problem) -> Prepared:
-        return self._slow(Ours("torch").step(p))
+    right = ours()
+    return Contender(
+        name, lambda x: slow(right.sequence, x), lambda x: slow(right.step, x), "1.0", is_peer=True
+    )
 
 
 # fla

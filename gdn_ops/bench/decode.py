@@ -18,14 +18,14 @@ import numpy as np
 import onnx
 import torch
 from onnx import ModelProto
-from rich.console import Console
 
 from gdn_ops import ops
 from gdn_ops.bench import report, suite
 from gdn_ops.bench.decode_rows import decode_rows
-from gdn_ops.bench.inputs import Inputs, Setting, make_inputs
+from gdn_ops.bench.inputs import Inputs, Setting, make_step_inputs
+from gdn_ops.bench.report import Log
 from gdn_ops.bench.rows import Result
-from gdn_ops.bench.runner import Timing, interleave
+from gdn_ops.bench.turns import Timing, interleave
 from gdn_ops.bench.verify import Check, RefusedError
 from gdn_ops.export import DecodeSession, available_bodies, make_decode_model, set_body
 from gdn_ops.export.runtime.judge import compare
@@ -268,9 +268,9 @@ def measure(
     )
     result.checks += _check(model, case, batch, library)
     sizes = Sizes(batch, 1, heads, heads, width, width, batch)
-    x = Inputs(*(y.squeeze(1).contiguous() for y in make_inputs(sizes, torch.float32)))
+    x = make_step_inputs(sizes, torch.float32).map(torch.Tensor.contiguous)
     state = torch.randn(batch, heads, width, width, generator=torch.Generator().manual_seed(2))
-    feeds = [y.numpy() for y in x]
+    feeds = [y.numpy() for y in x.operands()]
     others = [*_own_ways(model, batch, feeds, library), *_torch_ways(x, state)]
     if "ort" in _bodies():
         shared = _shared_ways(model, batch, feeds)
@@ -303,7 +303,7 @@ def measure(
 def run(
     setting: Setting,
     library: str | None = None,
-    tell: suite.Tell = lambda text: None,
+    log: Log = lambda text: None,
     shapes: tuple[tuple[int, int], ...] = SHAPES,
     width: int = WIDTH,
 ) -> Result:
@@ -312,7 +312,7 @@ def run(
     Args:
         setting: the number of rounds; it is float32 on the CPU here.
         library: path of a custom-op library, or None.
-        tell: told in one line what starts now.
+        log: told in one line what starts now.
         shapes: (batch rows, heads).
         width: K = V.
 
@@ -327,28 +327,21 @@ def run(
             result.skipped.append(("decode", "ort", why_not("ort")))
         rounds = ROUNDS_PER_REPEAT * setting.repeats
         for batch, heads in shapes:
-            tell(f"B={batch} H={heads}")
+            log(f"B={batch} H={heads}")
             measure(batch, heads, width, rounds, library, result)
         return result
     finally:
         torch.set_num_threads(before)
 
 
-def show_run(library: str | None, setting: Setting, out: Path | None) -> None:
-    """Run `gdn-ops bench decode`: measure, print the result, and write it if a folder is given.
+def show_run(library: str | None, setting: Setting, out: Path | None, log: Log = print) -> None:
+    """Run `gdn-ops bench decode`: measure, log the result, and write it if a folder is given.
 
     Raises:
         RefusedError: as `run`.
         SpecError: the library cannot be loaded.
         ModuleNotFoundError: onnx or onnxruntime is not installed.
     """
-    console = Console()
-    with console.status("starting") as status:
-        result = run(replace(setting, dtype="float32", device="cpu"), library, status.update)
-    console.print(f"onnxruntime {result.system['versions']['onnxruntime']}, one thread")
-    report.show(result, console)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / "decode-cpu-float32.json"
-        report.write_json(result, path)
-        console.print(str(path), markup=False)
+    result = run(replace(setting, dtype="float32", device="cpu"), library, log)
+    log(f"onnxruntime {result.system['versions']['onnxruntime']}, one thread")
+    report.publish(result, out and out / "decode-cpu-float32.json", log)

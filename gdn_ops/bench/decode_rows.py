@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from gdn_ops.bench.rows import Row
-from gdn_ops.bench.runner import Timing
+from gdn_ops.bench.rows import Row, timed_row
+from gdn_ops.bench.turns import Timing
 
 
 def decode_rows(
@@ -19,19 +19,17 @@ def decode_rows(
         timing: of the ways, by name.
         added: seconds of step() outside of the run of onnxruntime, by the name of the way.
     """
-    floor, us = timing["floor"].median, 1e6
+    floor = timing["floor"].median
     rows = [
-        Row(
+        timed_row(
             "decode",
             case,
             name,
             "us",
-            t.median * us,
-            t.best * us,
-            len(t.samples),
+            t,
             ratio=floor / t.median,
             against="floor",
-            floor=floor * us,
+            floor=floor * 1e6,
         )
         for name, t in timing.items()
     ]
@@ -43,51 +41,39 @@ def decode_rows(
     rows.append(_ratio(case, "ort, bare / floor", bare, timing["floor"], bound, at_least=False))
     for other, least in (("standard in place", 3.0), ("torch", 3.0), ("compile", 2.0)):
         rows.append(_ratio(case, f"{other} / ort", timing[other], own, least, at_least=True))
-    guards = timing["ort in place, bare, no guards"]
-    guards = timing["ort in place, bare, no guards"]
-    rows.append(_difference(case, "cost of guards", bare, guards, 15.0))
+    rows.append(_cost_of_guards(case, bare, timing["ort in place, bare, no guards"]))
     # As a run without step() does, which finds its token in bound memory.
-    name = "ort in place, own buffers"
-    rows.append(_added(case, "step() adds, own buffers", added[name], 25.0))
-    rows.append(_added(case, "step() adds, token copied in", added["ort in place"], 25.0))
+    for name, way in (("own buffers", "ort in place, own buffers"),
+                      ("token copied in", "ort in place")):  # fmt: skip
+        t = added[way]
+        numbers = (t.median * 1e6, t.best * 1e6, len(t.samples))
+        rows.append(_bounded(case, f"step() adds, {name}", "us", numbers, 25.0))
     return rows
 
 
-def _added(case: str, name: str, x: Timing, bound: float) -> Row:
-    value, best, count = x.median * 1e6, x.best * 1e6, len(x.samples)
-    text, reached = f"<= {bound:g} us", value <= bound
-    return Row("decode", case, name, "us", value, best, count, target=text, reached=reached)
-
-
 def _ratio(case: str, name: str, x: Timing, y: Timing, bound: float, *, at_least: bool) -> Row:
-    value = x.median / y.median
-    reached = value >= bound if at_least else value <= bound
-    text = f"{'>=' if at_least else '<='} {bound:g}x"
-    return Row(
-        "decode",
-        case,
-        name,
-        "x",
-        value,
-        x.best / y.best,
-        len(x.samples),
-        target=text,
-        reached=reached,
-    )
+    numbers = (x.median / y.median, x.best / y.best, len(x.samples))
+    return _bounded(case, name, "x", numbers, bound, at_least=at_least)
 
 
-def _difference(case: str, name: str, x: Timing, y: Timing, bound: float) -> Row:
+def _cost_of_guards(case: str, bare: Timing, unguarded: Timing) -> Row:
     # Of each round: a disturbance that lasts longer meets both.
-    value = statistics.median(a - b for a, b in zip(x.samples, y.samples, strict=True)) * 1e6
-    best = (x.best - y.best) * 1e6
-    return Row(
-        "decode",
-        case,
-        name,
-        "us",
-        value,
-        best,
-        len(x.samples),
-        target=f"<= {bound:g} us",
-        reached=value <= bound,
-    )
+    pairs = zip(bare.samples, unguarded.samples, strict=True)
+    median = statistics.median(a - b for a, b in pairs) * 1e6
+    numbers = (median, (bare.best - unguarded.best) * 1e6, len(bare.samples))
+    return _bounded(case, "cost of guards", "us", numbers, 15.0)
+
+
+def _bounded(
+    case: str,
+    name: str,
+    unit: str,
+    numbers: tuple[float, float, int],
+    bound: float,
+    *,
+    at_least: bool = False,
+) -> Row:
+    """Return the row of (median, best, samples) with its target."""
+    reached = numbers[0] >= bound if at_least else numbers[0] <= bound
+    text = f"{'>=' if at_least else '<='} {bound:g}{'x' if unit == 'x' else ' us'}"
+    return Row("decode", case, name, unit, *numbers, target=text, reached=reached)

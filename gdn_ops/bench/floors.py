@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gdn_ops.bench.runner import interleave
+from gdn_ops.bench.device import find_device
+from gdn_ops.bench.turns import interleave
 from gdn_ops.spec.language import OpSpec, Sizes
 
 CHUNK = 32
@@ -69,11 +70,14 @@ def measure_rates(dtype: torch.dtype, device: str = "cpu", repeats: int = 10) ->
             },
             repeats,
             warmups=2,
-            device=device,
+            device=find_device(device),
         )
         # A short action is easily disturbed: the best of many.
         short = interleave(
-            {"cached": lambda: state.mul_(1.0)}, 50 * repeats, device=device, collect=False
+            {"cached": lambda: state.mul_(1.0)},
+            50 * repeats,
+            device=find_device(device),
+            collect=False,
         )
     flops = max(2 * n**3 / timing["square"].best, 2 * batch * 128**3 / timing["batch"].best)
     large = 2 * source.numel() / timing["copy"].best

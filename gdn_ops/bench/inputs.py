@@ -1,9 +1,18 @@
-"""Draw the tensors of a benchmark case, and hold the setting they are made for."""
+"""Draw the operands of benchmarks: the same values for everything that is compared.
+
+`make_inputs` draws a named case. `make_kernel_inputs` draws sequences as FlashQLA's benchmark draws
+them, so that its published times are of the same work: q and k of unit length, log gates of
+logsigmoid / 16, a quarter of the heads without decay, a random initial state, gradients of both
+results. The gates of a step are computed from 16-bit raw gates, the only form that some step
+kernels take, so that all decay alike.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +20,9 @@ from torch.nn import functional
 
 from gdn_ops.spec.language import Case, Sizes
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
+
+OPERANDS = ("q", "k", "v", "log_alpha", "beta", "state")
+"""Names of the differentiable operands."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +45,37 @@ class Setting:
         return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
     @property
-    def judged(self) -> bool:
+    def has_targets(self) -> bool:
         """Return whether targets apply: they are for float32 on CPUs."""
         return self.dtype == "float32" and self.device == "cpu"
 
 
-class Inputs(NamedTuple):
+class RawGates(NamedTuple):
+    """Hold a layer's raw gates: log alpha = -exp(A_log) softplus(a + dt_bias).
+
+    Attributes:
+        A_log, dt_bias: (HV,) float32.
+        a, b: (B, HV) in the dtype of q; beta = sigmoid(b).
+    """
+
+    A_log: Tensor
+    dt_bias: Tensor
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
     """Hold the operands of one call of rule gated_delta.
 
     Attributes:
-        q, k: (B, T, H, K); the rows of k have length one.
-        v: (B, T, HV, V).
-        log_alpha: (B, T, HV) float32, the natural logarithm of the decay, in (-0.1, 0].
-        beta: (B, T, HV) float32, in (0, 1).
+        q, k: (B, T, H, K), or (B, H, K) for a step; the rows of k have length one.
+        v: (B, T, HV, V), or (B, HV, V).
+        log_alpha: (B, T, HV), or (B, HV), float32, the natural logarithm of the decay.
+        beta: the same shape, float32, in (0, 1).
+        state: (N, HV, K, V), initial state, or None.
+        cu_seqlens: (N+1,) int64, or None.
+        raw: the raw gates of a step, or None.
     """
 
     q: Tensor
@@ -53,6 +83,54 @@ class Inputs(NamedTuple):
     v: Tensor
     log_alpha: Tensor
     beta: Tensor
+    state: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    raw: RawGates | None = None
+
+    def operands(self) -> tuple[Tensor, ...]:
+        """Return the differentiable tensors, in the order of OPERANDS."""
+        found = (getattr(self, name) for name in OPERANDS)
+        return tuple(x for x in found if x is not None)
+
+    def named(self) -> dict[str, Tensor]:
+        """Return the differentiable tensors by the names of a step's arguments."""
+        return dict(zip(OPERANDS, self.operands(), strict=False))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """Return a copy whose differentiable tensors are changed by a function."""
+        changed: dict[str, Any] = {name: change(x) for name, x in self.named().items()}
+        return replace(self, **changed)
+
+    def double(self) -> Inputs:
+        """Return a copy in float64."""
+        return self.map(Tensor.double)
+
+    def with_grad(self) -> Inputs:
+        """Return a copy whose operands are leaves that need gradients."""
+        return self.map(lambda x: x.detach().requires_grad_())
+
+    def select(self, rows: slice, tokens: slice, keys: slice, values: slice) -> Inputs:
+        """Return tokens of sequences of some heads, as one batch without a state.
+
+        Args:
+            rows, tokens: of the first two axes.
+            keys, values: key heads, and their value heads.
+        """
+        q, k = (x[rows, tokens, keys] for x in (self.q, self.k))
+        v, log_alpha, beta = (x[rows, tokens, values] for x in self.operands()[2:5])
+        return Inputs(q, k, v, log_alpha, beta)
+
+
+class _Drawing:
+    def __init__(self, device: str, seed: int) -> None:
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, device=self.device)
 
 
 def find_case(name: str, tokens: int | None = None) -> Case:
@@ -76,39 +154,83 @@ def find_case(name: str, tokens: int | None = None) -> Case:
     return replace(found, name=f"{stem}-{tokens}", sizes=replace(found.sizes, T=tokens))
 
 
-def make_inputs(sizes: Sizes, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
-    """Draw the operands of a call: normal q and v, unit keys, mild decay.
+def make_inputs(s: Sizes, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
+    """Draw the operands of a case: normal q and v, unit keys, log_alpha in (-0.1, 0].
 
     Args:
-        sizes: the axes.
+        s: the axes.
         dtype: of q, k and v.
         device: where they are made.
         seed: of the draw.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    def uniform() -> Tensor:
-        shape = (sizes.B, sizes.T, sizes.HV)
-        return torch.rand(shape, generator=generator, device=device)
-
-    q = normal(sizes.B, sizes.T, sizes.H, sizes.K)
-    k = functional.normalize(normal(sizes.B, sizes.T, sizes.H, sizes.K), dim=-1)
-    v = normal(sizes.B, sizes.T, sizes.HV, sizes.V)
-    log_alpha = -0.1 * uniform()
-    beta = uniform().clamp(0.01, 0.99)
+    draw, tokens = _Drawing(device, seed), (s.B, s.T)
+    q = draw.normal(*tokens, s.H, s.K)
+    k = functional.normalize(draw.normal(*tokens, s.H, s.K), dim=-1)
+    v = draw.normal(*tokens, s.HV, s.V)
+    log_alpha = -0.1 * draw.uniform(*tokens, s.HV)
+    beta = draw.uniform(*tokens, s.HV).clamp(0.01, 0.99)
     return Inputs(q.to(dtype), k.to(dtype), v.to(dtype), log_alpha, beta)
 
 
-def make_output_gradient(sizes: Sizes, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+def make_step_inputs(s: Sizes, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    """Draw the operands of a step of a case, without a state."""
+    return make_inputs(s, dtype, device).map(lambda x: x.squeeze(1))
+
+
+def make_output_gradient(s: Sizes, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """Draw the gradient of o, (B, T, HV, V)."""
-    generator = torch.Generator(device).manual_seed(1)
-    shape = (sizes.B, sizes.T, sizes.HV, sizes.V)
-    return torch.randn(shape, generator=generator, device=device).to(dtype)
+    return _Drawing(device, 1).normal(s.B, s.T, s.HV, s.V).to(dtype)
 
 
-def with_grad(inputs: Inputs) -> Inputs:
-    """Return the same operands as leaves that need gradients."""
-    return Inputs(*(x.detach().requires_grad_() for x in inputs))
+def make_kernel_inputs(
+    s: Sizes, dtype: torch.dtype, device: str, lengths: Sequence[int] | None = None
+) -> Inputs:
+    """Draw sequences with an initial state.
+
+    Args:
+        s: the axes.
+        dtype: of q, k and v.
+        device: where they are made.
+        lengths: of sequences that are packed along T; None for rows of a batch.
+    """
+    draw, tokens = _Drawing(device, 0), (s.B, s.T)
+    q, k, v, state = _draw_operands(draw, s, tokens)
+    log_alpha = functional.logsigmoid(draw.normal(*tokens, s.HV)) / 16
+    log_alpha[..., ::4] = 0
+    beta = torch.sigmoid(draw.normal(*tokens, s.HV))
+    bounds = None if lengths is None else torch.tensor((0, *accumulate(lengths)), device=device)
+    return Inputs(q.to(dtype), k.to(dtype), v.to(dtype), log_alpha, beta, state, bounds)
+
+
+def make_kernel_step_inputs(
+    s: Sizes, dtype: torch.dtype, state_dtype: torch.dtype, device: str
+) -> Inputs:
+    """Draw one token for each row of a batch, its state, and raw gates whose decays are mild."""
+    draw = _Drawing(device, 0)
+    q, k, v, state = _draw_operands(draw, s, (s.B,))
+    A_log = 0.1 * draw.normal(s.HV) - 3
+    a, b = (draw.normal(s.B, s.HV).to(dtype) for _ in "ab")
+    raw = RawGates(A_log, 0.1 * draw.normal(s.HV), a, b)
+    inner = functional.softplus(raw.a.double() + raw.dt_bias.double())
+    log_alpha = (-raw.A_log.double().exp() * inner).float()
+    beta = torch.sigmoid(raw.b.double()).float()
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    return Inputs(q, k, v, log_alpha, beta, state.to(state_dtype), raw=raw)
+
+
+def _draw_operands(draw: _Drawing, s: Sizes, tokens: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Draw q, k of unit length, v and the state in float32."""
+    q, k = (functional.normalize(draw.normal(*tokens, s.H, s.K), dim=-1) for _ in "qk")
+    return q, k, draw.normal(*tokens, s.HV, s.V), draw.normal(s.N, s.HV, s.K, s.V)
+
+
+def make_cotangents(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Draw the gradients of o and of the final state.
+
+    Raises:
+        ValueError: the inputs have no state.
+    """
+    if x.state is None:
+        raise ValueError("cotangents are drawn for inputs with a state")
+    draw = _Drawing(str(x.v.device), 1)
+    return draw.normal(*x.v.shape).to(x.v.dtype), draw.normal(*x.state.shape) / 8

@@ -8,16 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
-from gdn_ops import ops
 from gdn_ops.bench.child import child_environment
+from gdn_ops.bench.device import Run, find_device
 from gdn_ops.bench.floors import Rates
-from gdn_ops.bench.inputs import Inputs, Setting, make_inputs, make_output_gradient, with_grad
+from gdn_ops.bench.inputs import Inputs, Setting, make_inputs, make_output_gradient
 from gdn_ops.bench.memory import measure_peak
-from gdn_ops.bench.peers import Comparator
-from gdn_ops.bench.rows import Row, make_row, timed_row
-from gdn_ops.bench.runner import interleave
+from gdn_ops.bench.peers import Contender, our_contender
+from gdn_ops.bench.rows import Row, timed_row
+from gdn_ops.bench.turns import interleave
 from gdn_ops.bench.verify import RefusedError
 from gdn_ops.call.bind import arguments_of, bind
 from gdn_ops.dispatch import registry
@@ -35,110 +34,94 @@ _IMPORTS = (
 
 
 def sequence_rows(
-    what: str, case: Case, x: Inputs, comparators: Sequence[Comparator], s: Setting, rates: Rates
+    what: str, case: Case, x: Inputs, contenders: Sequence[Contender], s: Setting, rates: Rates
 ) -> list[Row]:
-    """Time the forward, or forward and backward, of all comparators in turns."""
+    """Time the forward, or forward and backward, of all contenders in turns."""
     d_o = make_output_gradient(case.sizes, s.torch_dtype, s.device)
 
-    def action(c: Comparator) -> Callable[[], object]:
+    def action(c: Contender) -> Run:
         if what == "forward":
-            return lambda: c.run(x)
-        leaves = with_grad(x)
-        return lambda: torch.autograd.grad(c.run(leaves), leaves, d_o)
+            return c.sequence(x).run
+        leaves = x.with_grad()
+        call, operands = c.sequence(leaves), leaves.operands()
+        return lambda: torch.autograd.grad(call.results()[0], operands, d_o)
 
     with torch.set_grad_enabled(what != "forward"):
-        timing = interleave({c.name: action(c) for c in comparators}, s.repeats, device=s.device)
-    peer = next((c.name for c in comparators if c.is_peer), None)
-    floor = rates.floor(GATED_DELTA, case.sizes, s.torch_dtype.itemsize) * 1e3
+        actions = {c.name: action(c) for c in contenders}
+        timing = interleave(actions, s.repeats, device=find_device(s.device))
+    peer = next((c.name for c in contenders if c.is_peer), None)
+    floor = None
+    if what == "forward":
+        floor = rates.floor(GATED_DELTA, case.sizes, s.torch_dtype.itemsize) * 1e3
     rows = []
     for name, t in timing.items():
         ratio = timing[peer].median / t.median if peer is not None else None
-        rows.append(
-            timed_row(
-                what,
-                case.name,
-                name,
-                "ms",
-                t,
-                ratio=ratio,
-                against=peer,
-                floor=floor if what == "forward" else None,
-                judged=s.judged,
-            )
-        )
+        row = timed_row(what, case.name, name, "ms", t, ratio=ratio, against=peer, floor=floor)
+        rows.append(row)
     return rows
 
 
 def memory_rows(
-    case: Case, comparators: Sequence[Comparator], s: Setting
+    case: Case, contenders: Sequence[Contender], s: Setting
 ) -> tuple[list[Row], list[tuple[str, str, str]]]:
-    """Measure the peak memory of forward and backward, each comparator in its own process."""
+    """Measure the peak memory of forward and backward, each contender in its own process."""
     peaks: dict[str, float] = {}
     skipped = []
-    for c in comparators:
-        peak = measure_peak(c.name, case.sizes, s.dtype, torch.get_num_threads(), s.device)
+    for c in contenders:
+        peak = measure_peak(c.name, case.sizes, s)
         if isinstance(peak, str):
             skipped.append(("memory", c.name, peak))
             continue
         peaks[c.name] = peak.bytes / 2**20
         if not peak.exact:
             skipped.append(("memory", c.name, "the high-water mark was not reset: a lower bound"))
-    peer = next((c.name for c in comparators if c.is_peer and peaks.get(c.name)), None)
+    peer = next((c.name for c in contenders if c.is_peer and peaks.get(c.name)), None)
+    return peak_rows(case.name, peaks, peer), skipped
+
+
+def peak_rows(case: str, peaks: dict[str, float], peer: str | None) -> list[Row]:
+    """Return the rows of peaks in MiB, by name, with their ratios to a peer's."""
     rows = []
     for name, mib in peaks.items():
         ratio = mib / peaks[peer] if peer is not None else None
-        rows.append(
-            make_row(
-                "memory",
-                case.name,
-                name,
-                "MiB",
-                mib,
-                mib,
-                1,
-                ratio=ratio,
-                against=peer,
-                judged=s.judged,
-            )
-        )
-    return rows, skipped
+        rows.append(Row("memory", case, name, "MiB", mib, mib, 1, ratio, peer))
+    return rows
 
 
 def overhead_row(name: str, s: Setting) -> Row:
     """Measure the microseconds per call that `gated_delta` adds to the backend's own function."""
     sizes = Sizes(B=1, T=OVERHEAD_TOKENS, H=1, HV=1, K=16, V=16, N=1)
     x = make_inputs(sizes, s.torch_dtype, s.device)
-
-    def public() -> Tensor:
-        return ops.gated_delta(x.q, x.k, x.v, log_alpha=x.log_alpha, beta=x.beta, backend=name)
-
-    call = bind(GATED_DELTA, arguments_of(GATED_DELTA, x._asdict()))
+    ours = our_contender(name)
+    if isinstance(ours, str):
+        raise RefusedError(f"backend {name!r} is not available: {ours}")
+    public = ours.sequence(x).run
+    call = bind(GATED_DELTA, arguments_of(GATED_DELTA, x.named()))
     backend = registry.select(call, name)
     with torch.no_grad():
         if not torch.equal(public(), backend.forward(call).o):
             raise RefusedError(f"gated_delta and backend {name!r} called directly differ")
+        actions: dict[str, Callable[[], object]] = {
+            "public": public,
+            "backend": lambda: backend.forward(call),
+        }
         timing = interleave(
-            {"public": public, "backend": lambda: backend.forward(call)},
-            OVERHEAD_REPEATS,
-            warmups=20,
-            device=s.device,
-            collect=False,
+            actions, OVERHEAD_REPEATS, warmups=20, device=find_device(s.device), collect=False
         )
-    public_time, backend_time = timing["public"], timing["backend"]
-    return make_row(
+    through, direct = timing["public"], timing["backend"]
+    return Row(
         "overhead",
         f"T={OVERHEAD_TOKENS}",
         name,
         "us",
-        (public_time.median - backend_time.median) * 1e6,
-        (public_time.best - backend_time.best) * 1e6,
+        (through.median - direct.median) * 1e6,
+        (through.best - direct.best) * 1e6,
         OVERHEAD_REPEATS,
         against="Backend.forward on a bound call",
-        judged=s.judged,
     )
 
 
-def import_row(s: Setting) -> Row:
+def import_row() -> Row:
     """Measure the time that `import gdn_ops` adds to `import torch`, in fresh processes."""
     samples = []
     for _ in range(IMPORT_REPEATS):
@@ -151,14 +134,5 @@ def import_row(s: Setting) -> Row:
         )
         samples.append(float(done.stdout))
     median, best = statistics.median(samples), min(samples)
-    return make_row(
-        "import",
-        "-",
-        "gdn_ops",
-        "s",
-        median,
-        best,
-        len(samples),
-        against="import torch",
-        judged=s.judged,
-    )
+    against = "import torch"
+    return Row("import", "-", "gdn_ops", "s", median, best, len(samples), against=against)

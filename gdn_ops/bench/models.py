@@ -5,15 +5,13 @@ key heads and 32 value heads of 128. Both ways run the same model object in the 
 after their logits and loss were compared. Prefill and decode take turns in a process that does
 nothing else, as one that serves: after a training step the C library's heap behaves differently.
 Peak memory is measured in a process of its own for each way. Such a process is this file, run as
-`python -m gdn_ops.bench.models JSON`.
+`python -m gdn_ops.bench.models`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -21,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from gdn_ops.bench import memory, report, suite
-from gdn_ops.bench.child import ask
+from gdn_ops.bench import report, suite
+from gdn_ops.bench.child import answer, ask
+from gdn_ops.bench.device import find_device
 from gdn_ops.bench.inputs import Setting
-from gdn_ops.bench.rows import Result, Row, Target
-from gdn_ops.bench.runner import Timing, interleave
+from gdn_ops.bench.measures import peak_rows
+from gdn_ops.bench.report import Log
+from gdn_ops.bench.rows import Result, Row, Target, timed_row, with_target
+from gdn_ops.bench.turns import Timing, interleave
 from gdn_ops.bench.verify import Check, RefusedError
 from gdn_ops.compat.transformers import accelerate
 from gdn_ops.dispatch import registry
@@ -156,15 +156,13 @@ class Decoder:
         return logits
 
 
-def run(
-    backends: Sequence[str], setting: Setting, tell: suite.Tell, shape: Shape | None = None
-) -> Result:
+def run(backends: Sequence[str], setting: Setting, log: Log, shape: Shape | None = None) -> Result:
     """Compare the model under every backend with transformers' own, then measure.
 
     Args:
         backends: of gdn_ops.
         setting: the number of rounds.
-        tell: told what starts now, four times.
+        log: told what starts now, four times.
         shape: the model.
 
     Raises:
@@ -181,22 +179,21 @@ def run(
         registry.get_backend(name)
     result, names = Result(suite.system(setting)), (PEER, *backends)
     result.system["model"] = asdict(shape)
-    _in_turns(names, setting, tell, shape, result)
-    tell("prefill and decode")
+    _train(names, setting, log, shape, result)
+    log("prefill and decode")
     result.rows += _serving_rows(names, setting, shape, result)
-    tell("memory of a training step")
+    log("memory of a training step")
     result.rows += _memory_rows(names, shape, result)
+    result.rows = [with_target(row, TARGETS) for row in result.rows]
     return result
 
 
-def _in_turns(
-    names: Sequence[str], setting: Setting, tell: suite.Tell, shape: Shape, result: Result
-) -> None:
+def _train(names: Sequence[str], setting: Setting, log: Log, shape: Shape, result: Result) -> None:
     """Compare logits and loss and time training steps, with a model that is freed afterwards."""
-    tell("logits and loss")
+    log("logits and loss")
     model, ids = build(shape), prompt(shape)
     result.checks += _verify(model, ids, names, shape.case)
-    tell("training step")
+    log("training step")
     actions = {name: functools.partial(_under, name, training_step, model, ids) for name in names}
     result.rows += _timed_rows("training step", shape.case, interleave(actions, setting.repeats))
 
@@ -222,7 +219,7 @@ def _serving_rows(
     return rows
 
 
-def _serve(order: dict[str, Any], shape: Shape) -> dict[str, dict[str, list[float]]]:
+def _serve(order: dict[str, Any], shape: Shape) -> dict[str, dict[str, tuple[float, ...]]]:
     """Time prefill and decode; return the seconds by measurement and by comparator."""
     model, ids, names = build(shape), prompt(shape), order["names"]
     found = {}
@@ -236,7 +233,7 @@ def _serve(order: dict[str, Any], shape: Shape) -> dict[str, dict[str, list[floa
                 actions[name] = functools.partial(_under, name, decoder.run)
         rounds = order["repeats"] * (DECODES if what == "decode" else 1)
         timing = interleave(actions, rounds)
-        found[what] = {name: list(t.samples) for name, t in timing.items()}
+        found[what] = {name: t.samples for name, t in timing.items()}
     return found
 
 
@@ -256,25 +253,12 @@ def _verify(model: Any, ids: Tensor, names: Sequence[str], case: str) -> list[Ch
     return checks
 
 
-def _row(
-    what: str, case: str, name: str, unit: str, numbers: tuple[float, float, int], ratio: float
-) -> Row:
-    """Return a row with its target looked up."""
-    key = (what, case, name)
-    judged: dict[str, Any] = {}
-    for t in TARGETS:
-        if (t.what, t.case, t.comparator) == key:
-            judged = {"target": t.text, "reached": t.reached(numbers[0], ratio)}
-    return Row(what, case, name, unit, *numbers, ratio, PEER, **judged)
-
-
 def _timed_rows(what: str, case: str, timing: dict[str, Timing]) -> list[Row]:
-    own, scale = timing[PEER].median, 1e3 / (DECODED if what == "decode" else 1)
-    rows = []
-    for name, t in timing.items():
-        numbers = (t.median * scale, t.best * scale, len(t.samples))
-        rows.append(_row(what, case, name, "ms", numbers, own / t.median))
-    return rows
+    own, per = timing[PEER].median, DECODED if what == "decode" else 1
+    return [
+        timed_row(what, case, name, "ms", t, per, ratio=own / t.median, against=PEER)
+        for name, t in timing.items()
+    ]
 
 
 def _memory_rows(names: Sequence[str], shape: Shape, result: Result) -> list[Row]:
@@ -284,34 +268,24 @@ def _memory_rows(names: Sequence[str], shape: Shape, result: Result) -> list[Row
         if isinstance(found, str):
             result.skipped.append(("memory", name, found))
         else:
-            peaks[name] = memory.Peak(**found).bytes / 2**20
-    if PEER not in peaks:
-        return []
-    at = ("memory", shape.case)
-    return [_row(*at, n, "MiB", (m, m, 1), m / peaks[PEER]) for n, m in peaks.items()]
+            peaks[name] = found["bytes"] / 2**20
+    return peak_rows(shape.case, peaks, PEER) if PEER in peaks else []
 
 
 def _child(order: dict[str, Any], shape: Shape) -> Any:
     """Run an order in a process of its own; return its answer, or why it failed."""
-    order |= {"shape": asdict(shape), "threads": torch.get_num_threads()}
-    return ask("gdn_ops.bench.models", order)
+    return ask("gdn_ops.bench.models", order | {"shape": asdict(shape)})
 
 
-def show_run(backends: Sequence[str], setting: Setting, out: Path | None) -> None:
-    """Run `gdn-ops bench models`: measure, print the result, and write it if a folder is given.
+def show_run(backends: Sequence[str], setting: Setting, out: Path | None, log: Log = print) -> None:
+    """Run `gdn-ops bench models`: measure, log the result, and write it if a folder is given.
 
     Raises:
         RefusedError, ValueError: as `run`.
     """
-    console = Console()
-    with console.status("starting") as status:
-        result = run(backends, setting, status.update)
-    report.show(result, console)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / f"models-{setting.device}-{setting.dtype}.json"
-        report.write_json(result, path)
-        console.print(str(path), markup=False)
+    result = run(backends, setting, log)
+    path = out and out / f"models-{setting.device}-{setting.dtype}.json"
+    report.publish(result, path, log)
 
 
 def _weigh(order: dict[str, Any], shape: Shape) -> dict[str, Any]:
@@ -319,18 +293,13 @@ def _weigh(order: dict[str, Any], shape: Shape) -> dict[str, Any]:
     model, ids = build(shape), prompt(shape)
     with way(order["name"]):
         training_step(model, ids[:, : min(256, shape.tokens)])
-        memory._return_free_memory()
-        exact = memory._reset_high_water()
-        baseline = memory._status_bytes("VmRSS") or memory._high_water()
-        training_step(model, ids)
-    return asdict(memory.Peak(max(0, memory._high_water() - baseline), baseline, exact))
+        return asdict(find_device("cpu").peak(lambda: training_step(model, ids)))
 
 
-def _main(order: dict[str, Any]) -> None:
-    torch.set_num_threads(order["threads"])
+def _measure(order: dict[str, Any]) -> dict[str, Any]:
     run_order = _serve if order["what"] == "serving" else _weigh
-    print(json.dumps(run_order(order, Shape(**order["shape"]))))
+    return run_order(order, Shape(**order["shape"]))
 
 
 if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    answer(_measure)

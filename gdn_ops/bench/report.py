@@ -1,25 +1,76 @@
-"""Show a benchmark result as a table, as JSON and as a plot."""
+"""Show a benchmark's result as a table and as a plot; only the plot needs matplotlib."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from gdn_ops.bench.rows import Result, Row, write_json
 
-from gdn_ops.bench.rows import Result, Row
+Log = Callable[[str], None]
 
 _COLOURS = ("#4c6ef5", "#12b886", "#f59f00", "#e64980", "#868e96", "#7950f2", "#228be6")
+_HEAD = ("", "median", "best", "floor", "ratio", "against", "target")
 _TIMED = ("forward", "forward+backward", "memory", "step")
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+@dataclass(frozen=True)
+class Bar:
+    """Hold one bar of a plot.
+
+    Attributes:
+        name: of the implementation; equal names have one colour.
+        value: its length.
+        text: at its end.
+        published: whether somebody else measured it, elsewhere.
+    """
+
+    name: str
+    value: float
+    text: str
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Hold one panel of a plot: its title, bars, and a floor as a line if there is one."""
+
+    title: str
+    bars: Sequence[Bar]
+    floor: float | None = None
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a number with so many significant digits; a dash for None."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def _whole(value: float | None) -> str:
+    """Return a number with three significant digits, and all of them before the point."""
+    return number(value) if value is None or abs(value) < 100 else f"{value:.0f}"
+
+
+def table(head: Sequence[str], sections: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> str:
+    """Return a table in plain text.
+
+    Args:
+        head: titles of the columns.
+        sections: (heading, rows of cells); a row may end early.
+    """
+    rows = [head, *(cells for _, found in sections for cells in found)]
+    widths = [max(len(r[i]) for r in rows if len(r) > i) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (f"{c:<{w}}" for c, w in zip(cells, widths, strict=False))
+        return "  ".join(padded).rstrip()
+
+    lines = [line(head)]
+    for heading, found in sections:
+        lines += [heading, *map(line, found)]
+    return "\n".join(lines)
 
 
 def _ratio(row: Row) -> str:
@@ -33,129 +84,118 @@ def _ratio(row: Row) -> str:
     return f"{row.ratio:.2f}x faster" if row.ratio >= 1 else f"{1 / row.ratio:.2f}x slower"
 
 
-def _verdict(row: Row) -> str:
-    if row.target is None:
-        return ""
-    if row.reached is None:
-        return f"{row.target}: not measured"
-    colour, word = ("green", "reached") if row.reached else ("red", "not reached")
-    return f"{row.target}: [{colour}]{word}[/{colour}]"
-
-
-def table(result: Result) -> Table:
-    """Return the rows of a result as a table, a section per measurement and case."""
-    found = Table("what", "case", "comparator", "median", "best", "floor", title="gdn-ops bench")
-    for name in ("ratio", "against", "target"):
-        found.add_column(name)
-    previous: tuple[str, str] | None = None
-    for row in result.rows:
-        group = (row.what, row.case)
-        if previous not in (None, group):
-            found.add_section()
-        head = group if group != previous else ("", "")
-        previous = group
-        unit = "" if row.unit == "x" else f" {row.unit}"
-        cells = (
-            *head,
-            row.comparator,
-            _number(row.median) + unit,
-            _number(row.best) + unit,
-            _number(row.floor),
-        )
-        found.add_row(*map(escape, cells), _ratio(row), escape(row.against or "-"), _verdict(row))
-    return found
-
-
-def show(result: Result, console: Console) -> None:
-    """Print the result: circumstances, conformance, rows, comparators left out."""
-    system = result.system
-    cpu = system["devices"][0]
-    console.print(
-        f"{system['device']} ({cpu['name']}, {cpu['capability']}), {system['threads']['torch']} "
-        f"threads, {system['dtype']}, torch {system['versions']['torch']}"
+def _cells(row: Row) -> tuple[str, ...]:
+    unit = "" if row.unit == "x" else f" {row.unit}"
+    word = {None: "not measured", True: "reached", False: "not reached"}[row.reached]
+    return (
+        f"  {row.comparator}",
+        _whole(row.median) + unit,
+        _whole(row.best) + unit,
+        _whole(row.floor),
+        _ratio(row),
+        row.against or "-",
+        "" if row.target is None else f"{row.target}: {word}",
     )
-    if result.rates:
-        rates = result.rates
-        console.print(
+
+
+def text(result: Result) -> str:
+    """Return a result in plain text: circumstances, conformance, rows, what was left out."""
+    system, rates = result.system, result.rates
+    lines = [f"{_machine(system)}, torch {system['versions']['torch']}"]
+    if rates:
+        lines.append(
             f"measured here: matrix products {rates['gflops']:.0f} GFLOP/s, "
             f"copies {rates['gbytes']:.1f} GB/s, in cache {rates['gbytes_cached']:.0f} GB/s"
         )
-    for check in result.checks:
-        console.print(f"conformance: {check}")
-    console.print(table(result))
-    for what, name, reason in result.skipped:
-        console.print(f"left out: {escape(name)} ({escape(what)}): {escape(reason)}")
-    judged = [row for row in result.rows if row.reached is not None]
-    if judged:
-        console.print(f"targets reached: {sum(bool(r.reached) for r in judged)} of {len(judged)}")
+    lines += [f"conformance: {check}" for check in result.checks]
+    groups = groupby(result.rows, key=lambda row: (row.what, row.case))
+    sections = [(", ".join(group), [_cells(row) for row in rows]) for group, rows in groups]
+    lines.append(table(_HEAD, sections))
+    lines += [f"left out: {name} ({what}): {reason}" for what, name, reason in result.skipped]
+    verdicts = [row.reached for row in result.rows if row.reached is not None]
+    if verdicts:
+        lines.append(f"targets reached: {sum(verdicts)} of {len(verdicts)}")
+    return "\n".join(lines)
 
 
-def write_json(result: Result, path: Path) -> None:
-    """Write the result to a JSON file."""
-    path.write_text(json.dumps(result.to_json(), indent=2) + "\n")
+def _machine(system: dict[str, Any]) -> str:
+    cpu = system["devices"][0]
+    threads = system["threads"]["torch"]
+    name = f"{system['device']} ({cpu['name']}, {cpu['capability']})"
+    return f"{name}, {threads} threads, {system['dtype']}"
 
 
-def write_plot(result: Result, path: Path) -> None:
-    """Draw bars of medians, a panel per measurement and case, the floor as a line.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure
-
-    panels: dict[tuple[str, str], list[Row]] = {}
+def panels(result: Result) -> list[Panel]:
+    """Return a panel for each measurement and case that has times or sizes."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in result.rows:
         if row.what in _TIMED:
-            panels.setdefault((row.what, row.case), []).append(row)
-    if not panels:
-        return
-    figure = Figure(figsize=(8, 0.8 + sum(0.85 + 0.34 * len(r) for r in panels.values())))
-    heights = [0.6 + 0.34 * len(rows) for rows in panels.values()]
-    axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
-    names = list(dict.fromkeys(row.comparator for rows in panels.values() for row in rows))
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
-    colours |= {name: "#adb5bd" for name in names if name.startswith("eager")}
-    for axis, ((what, case), rows) in zip(axes[:, 0], panels.items(), strict=True):
-        _panel(axis, what, case, rows, colours)
-    system = result.system
-    cpu = system["devices"][0]["name"]
-    title = f"{system['device']} ({cpu}), {system['threads']['torch']} threads, {system['dtype']}"
-    figure.suptitle(f"gdn_ops {system['versions']['gdn_ops']}, {title}", fontsize=10)
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=120)
-
-
-def _panel(axis: Any, what: str, case: str, rows: list[Row], colours: dict[str, str]) -> None:
-    """Draw one panel: a bar per comparator, its number and ratio at the end."""
-    names = [row.comparator for row in rows]
-    values = [row.median for row in rows]
-    axis.barh(names, values, color=[colours[name] for name in names], height=0.65)
-    axis.invert_yaxis()
-    axis.set_xlim(0, max(values) * 1.4)
-    for i, row in enumerate(rows):
-        ratio = "" if _ratio(row) == "-" else f"  ({_ratio(row)})"
-        label = f" {_number(row.median)} {row.unit}{ratio}"
-        axis.text(row.median, i, label, va="center", fontsize=8)
-    floors = [row.floor for row in rows if row.floor is not None]
-    title = f"{what}, {case} ({rows[0].unit}, shorter is better"
-    if floors:
-        axis.axvline(floors[0], color="black", linewidth=1, linestyle="--")
-        title += f"; dashed: floor {_number(floors[0])}"
-    axis.set_title(title + ")", fontsize=9, loc="left")
-    axis.tick_params(labelsize=8)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+            groups.setdefault((row.what, row.case), []).append(row)
+    found = []
+    for (what, case), rows in groups.items():
+        ratios = ["" if _ratio(row) == "-" else f"  ({_ratio(row)})" for row in rows]
+        bars = [
+            Bar(row.comparator, row.median, f"{_whole(row.median)} {row.unit}{ratio}")
+            for row, ratio in zip(rows, ratios, strict=True)
+        ]
+        floor = next((row.floor for row in rows if row.floor is not None), None)
+        dashed = "" if floor is None else f"; dashed: floor {_whole(floor)}"
+        title = f"{what}, {case} ({rows[0].unit}, shorter is better{dashed})"
+        found.append(Panel(title, bars, floor))
+    return found
 
 
 def write(result: Result, folder: Path) -> list[Path | str]:
-    """Write the result as JSON and plot; return the paths, or why the plot is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{result.system['device'].replace(':', '-')}-{result.system['dtype']}"
-    written: list[Path | str] = [folder / f"{stem}.json"]
-    write_json(result, folder / f"{stem}.json")
+    """Write a result as JSON and plot; return the paths, or why the plot is missing."""
+    system = result.system
+    stem = f"{system['device'].replace(':', '-')}-{system['dtype']}"
+    title = f"gdn_ops {system['versions']['gdn_ops']}, {_machine(system)}"
+    written = write_json(result.to_json(), folder / f"{stem}.json")
+    return [written, *draw(panels(result), title, folder / f"{stem}.png")]
+
+
+def publish(result: Result, path: Path | None, log: Log) -> None:
+    """Log a result as text; write its JSON, too, if there is a path."""
+    log(text(result))
+    if path is not None:
+        log(str(write_json(result.to_json(), path)))
+
+
+def draw(found: Sequence[Panel], title: str, path: Path) -> list[Path | str]:
+    """Draw panels of bars; return the path, nothing if there are none, or why it is missing."""
+    if not found:
+        return []
     try:
-        write_plot(result, folder / f"{stem}.png")
-        written.append(folder / f"{stem}.png")
+        from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        written.append(f"no plot: package {error.name!r} is not installed")
-    return written
+        return [f"no plot: package {error.name!r} is not installed"]
+    heights = [0.6 + 0.34 * len(panel.bars) for panel in found]
+    figure = Figure(figsize=(8, 0.8 + sum(0.25 + h for h in heights)))
+    axes = figure.subplots(len(found), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    names = dict.fromkeys(bar.name for panel in found for bar in panel.bars)
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+    colours |= {name: "#adb5bd" for name in names if name.startswith("eager")}
+    for axis, panel in zip(axes[:, 0], found, strict=True):
+        _draw_panel(axis, panel, colours)
+    figure.suptitle(title, fontsize=10)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=120)
+    return [path]
+
+
+def _draw_panel(axis: Any, panel: Panel, colours: dict[str, str]) -> None:
+    for i, bar in enumerate(panel.bars):
+        colour = colours[bar.name]
+        hatched = {"hatch": "////", "fill": False, "edgecolor": colour}
+        axis.barh(i, bar.value, height=0.65, **(hatched if bar.published else {"color": colour}))
+        axis.text(bar.value, i, f" {bar.text}", va="center", fontsize=8)
+    names = [f"{bar.name} (published)" if bar.published else bar.name for bar in panel.bars]
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.4 * max(bar.value for bar in panel.bars))
+    if panel.floor is not None:
+        axis.axvline(panel.floor, color="black", linewidth=1, linestyle="--")
+    axis.set_title(panel.title, fontsize=9, loc="left")
+    axis.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)

@@ -2,58 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import datetime
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from gdn_ops.bench.runner import Timing
+from gdn_ops.bench.turns import Timing
 from gdn_ops.bench.verify import Check
+from gdn_ops.environment.devices import devices
+from gdn_ops.environment.versions import installed_versions
 
 SCHEMA = 1
-"""Version of the JSON layout; raised when a field changes its meaning."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """Hold a number that a row is meant to reach.
-
-    Attributes:
-        what, case, comparator: the row that it is for.
-        bound: the number.
-        at_least: whether more is better.
-        of_ratio: whether it bounds the row's ratio, else its median.
-        text: as shown.
-    """
-
-    what: str
-    case: str
-    comparator: str
-    bound: float
-    at_least: bool
-    of_ratio: bool
-    text: str
-
-    def reached(self, median: float, ratio: float | None) -> bool | None:
-        """Return whether a row reaches the target; None where the row lacks the ratio for it."""
-        value = ratio if self.of_ratio else median
-        if value is None:
-            return None
-        return value >= self.bound if self.at_least else value <= self.bound
-
-
-_REFERENCE = "qwen-16-32-2048"
-TARGETS = (
-    Target("forward", _REFERENCE, "torch", 4, True, True, ">= 4x faster"),
-    Target("forward", _REFERENCE, "compile", 5, True, True, ">= 5x faster"),
-    Target("forward+backward", _REFERENCE, "torch", 6, True, True, ">= 6x faster"),
-    Target("forward+backward", _REFERENCE, "compile", 7, True, True, ">= 7x faster"),
-    Target("memory", "qwen-16-32-4096", "torch", 1 / 3, False, True, "<= 1/3"),
-    Target("memory", "qwen-16-32-4096", "compile", 1 / 3, False, True, "<= 1/3"),
-    Target("step", "qwen-16-32-step-b1", "torch", 1.3, False, True, "<= 1.3x the best eager"),
-    Target("scaling", _REFERENCE, "torch", 1.15, False, False, "<= 1.15"),
-    Target("overhead", "T=8", "torch", 60, False, False, "<= 60 us"),
-    Target("import", "-", "gdn_ops", 0.15, False, False, "< 0.15 s"),
-)
-"""Targets for float32 on CPUs; every machine shows which of them it reaches."""
+"""Version of the JSON layouts; raised when a field changes its meaning."""
 
 
 @dataclass(frozen=True)
@@ -89,49 +52,73 @@ class Row:
     reached: bool | None = None
 
 
-def make_row(
-    what: str,
-    case: str,
-    comparator: str,
-    unit: str,
-    median: float,
-    best: float,
-    samples: int,
-    *,
-    ratio: float | None = None,
-    against: str | None = None,
-    floor: float | None = None,
-    judged: bool = True,
-) -> Row:
-    """Return a row with its target looked up.
+@dataclass(frozen=True)
+class Target:
+    """Hold a number that a row is meant to reach.
 
-    Args:
-        what, case, comparator, unit, median, best, samples, ratio, against, floor: as in Row.
-        judged: whether the run is one that targets are for (float32 on a CPU).
+    Attributes:
+        what, case, comparator: the row that it is for.
+        bound: the number.
+        at_least: whether more is better.
+        of_ratio: whether it bounds the row's ratio, else its median.
+        text: as shown.
     """
-    key = (what, case, comparator)
-    found = [t for t in TARGETS if (t.what, t.case, t.comparator) == key] if judged else []
-    reached = found[0].reached(median, ratio) if found else None
-    text = found[0].text if found else None
-    return Row(
-        what, case, comparator, unit, median, best, samples, ratio, against, floor, text, reached
-    )
+
+    what: str
+    case: str
+    comparator: str
+    bound: float
+    at_least: bool
+    of_ratio: bool
+    text: str
+
+    def reached(self, row: Row) -> bool | None:
+        """Return whether a row reaches the target; None where the row lacks the ratio for it."""
+        value = row.ratio if self.of_ratio else row.median
+        if value is None:
+            return None
+        return value >= self.bound if self.at_least else value <= self.bound
+
+
+_REFERENCE = "qwen-16-32-2048"
+TARGETS = (
+    Target("forward", _REFERENCE, "torch", 4, True, True, ">= 4x faster"),
+    Target("forward", _REFERENCE, "compile", 5, True, True, ">= 5x faster"),
+    Target("forward+backward", _REFERENCE, "torch", 6, True, True, ">= 6x faster"),
+    Target("forward+backward", _REFERENCE, "compile", 7, True, True, ">= 7x faster"),
+    Target("memory", "qwen-16-32-4096", "torch", 1 / 3, False, True, "<= 1/3"),
+    Target("memory", "qwen-16-32-4096", "compile", 1 / 3, False, True, "<= 1/3"),
+    Target("step", "qwen-16-32-step-b1", "torch", 1.3, False, True, "<= 1.3x the best eager"),
+    Target("scaling", _REFERENCE, "torch", 1.15, False, False, "<= 1.15"),
+    Target("overhead", "T=8", "torch", 60, False, False, "<= 60 us"),
+    Target("import", "-", "gdn_ops", 0.15, False, False, "< 0.15 s"),
+)
+"""Targets for float32 on CPUs; every machine shows which of them it reaches."""
+
+
+def with_target(row: Row, targets: Sequence[Target]) -> Row:
+    """Return a row with its target, if there is one for it."""
+    for t in targets:
+        if (t.what, t.case, t.comparator) == (row.what, row.case, row.comparator):
+            return replace(row, target=t.text, reached=t.reached(row))
+    return row
 
 
 def timed_row(
-    what: str, case: str, comparator: str, unit: str, timing: Timing, **other: Any
+    what: str, case: str, comparator: str, unit: str, timing: Timing, per: int = 1, **other: Any
 ) -> Row:
-    """Return the row of a timing, its target looked up.
+    """Return the row of a timing.
 
     Args:
         what, case, comparator: as in Row.
         unit: ms, us or s.
         timing: the samples.
-        other: further arguments of `make_row`.
+        per: what a sample is divided by.
+        other: further fields of Row.
     """
-    times = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit]
+    times = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit] / per
     median, best = timing.median * times, timing.best * times
-    return make_row(what, case, comparator, unit, median, best, len(timing.samples), **other)
+    return Row(what, case, comparator, unit, median, best, len(timing.samples), **other)
 
 
 @dataclass
@@ -165,3 +152,19 @@ class Result:
                 for what, name, reason in self.skipped
             ],
         }
+
+
+def describe_system(**circumstances: Any) -> dict[str, Any]:
+    """Return the date, circumstances, devices and versions that identify a run."""
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    here = {"devices": devices(), "versions": installed_versions()}
+    return {"date": date, **circumstances, **here}
+
+
+def write_json(data: dict[str, Any], path: Path) -> Path:
+    """Write plain data as JSON and return the path; a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path

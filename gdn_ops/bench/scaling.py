@@ -1,25 +1,23 @@
 """Compare the forward of a long sequence with that of a short one, in a process of its own.
 
 How cheap fresh memory pages are depends on what a process did before, and a long result needs many.
-The process is this file, run as `python -m gdn_ops.bench.scaling JSON`.
+
+Run as `python -m gdn_ops.bench.scaling`.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import sys
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gdn_ops import ops
-from gdn_ops.bench.child import ask
+from gdn_ops.bench.child import answer, ask
+from gdn_ops.bench.device import Run, find_device
 from gdn_ops.bench.inputs import Setting, make_inputs
-from gdn_ops.bench.rows import Row, make_row
-from gdn_ops.bench.runner import Timing, interleave
+from gdn_ops.bench.peers import find_contender
+from gdn_ops.bench.rows import Row
+from gdn_ops.bench.turns import Timing, interleave
 from gdn_ops.spec.language import Case, Sizes
 
 
@@ -29,18 +27,13 @@ def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row | str:
     Returns:
         The row, or why the process failed.
     """
-    order = {
-        "name": name,
-        "sizes": asdict(case.sizes),
-        "times": times,
-        "setting": asdict(s),
-        "threads": torch.get_num_threads(),
-    }
-    samples = ask("gdn_ops.bench.scaling", order)
+    long = replace(case.sizes, T=case.sizes.T * times)
+    sizes = {"short": asdict(case.sizes), "long": asdict(long)}
+    samples = ask("gdn_ops.bench.scaling", {"name": name, "sizes": sizes, "setting": asdict(s)})
     if isinstance(samples, str):
         return samples
     longer, shorter = (Timing(tuple(samples[what])) for what in ("long", "short"))
-    return make_row(
+    return Row(
         "scaling",
         case.name,
         name,
@@ -48,27 +41,22 @@ def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row | str:
         longer.median / shorter.median / times,
         longer.best / shorter.best / times,
         s.repeats,
-        against=f"T={case.sizes.T * times} over {times} times T={case.sizes.T}",
-        judged=s.judged,
+        against=f"T={long.T} over {times} times T={case.sizes.T}",
     )
 
 
-def _forward(name: str, sizes: Sizes, s: Setting) -> functools.partial[Tensor]:
-    x = make_inputs(sizes, s.torch_dtype, s.device)
-    return functools.partial(
-        ops.gated_delta, x.q, x.k, x.v, log_alpha=x.log_alpha, beta=x.beta, backend=name
-    )
-
-
-def _main(order: dict[str, Any]) -> None:
-    torch.set_num_threads(order["threads"])
-    s, sizes = Setting(**order["setting"]), Sizes(**order["sizes"])
-    long = replace(sizes, T=sizes.T * order["times"])
-    actions = {"short": _forward(order["name"], sizes, s), "long": _forward(order["name"], long, s)}
+def _measure(order: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    s = Setting(**order["setting"])
+    c = find_contender(order["name"])
+    if isinstance(c, str):
+        raise SystemExit(c)
+    actions: dict[str, Run] = {}
+    for what, sizes in order["sizes"].items():
+        actions[what] = c.sequence(make_inputs(Sizes(**sizes), s.torch_dtype, s.device)).run
     with torch.no_grad():
-        timing = interleave(actions, s.repeats, device=s.device)
-    print(json.dumps({what: list(t.samples) for what, t in timing.items()}))
+        timing = interleave(actions, s.repeats, device=find_device(s.device))
+    return {what: t.samples for what, t in timing.items()}
 
 
 if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    answer(_measure)

@@ -7,16 +7,19 @@ updates the state and returns o (B, HV, V). `gated_delta_step` is compared with 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gdn_ops import ops
+from gdn_ops.bench.device import find_device
 from gdn_ops.bench.floors import Rates
-from gdn_ops.bench.inputs import Inputs, Setting, make_inputs
+from gdn_ops.bench.inputs import Inputs, Setting, make_step_inputs
 from gdn_ops.bench.rows import Row, timed_row
-from gdn_ops.bench.runner import Timing, interleave
-from gdn_ops.bench.verify import ROUNDING_BAND, RefusedError, head_error
+from gdn_ops.bench.turns import Timing, interleave
+from gdn_ops.bench.verify import ROUNDING_BAND, RefusedError, define_step, relative_error
 from gdn_ops.spec.language import Case
 from gdn_ops.spec.ops import GATED_DELTA_STEP
 
@@ -109,15 +112,14 @@ def step_rows(case: Case, names: Sequence[str], s: Setting, rates: Rates) -> lis
     Raises:
         RefusedError: one of them computes something else.
     """
-    x = Inputs(*(y.squeeze(1) for y in make_inputs(case.sizes, s.torch_dtype, s.device)))
+    x = make_step_inputs(case.sizes, s.torch_dtype, s.device)
     with torch.no_grad():
         timing = _timed_steps(x, case, _steps(x, case, names, s), s)
     eager = [name for name in timing if name in EAGER_STEPS]
     best = min(eager, key=lambda name: timing[name].median, default=None)
-    other = {
+    other: dict[str, Any] = {
         "against": best,
         "floor": rates.floor(GATED_DELTA_STEP, case.sizes, s.torch_dtype.itemsize) * 1e6,
-        "judged": s.judged,
     }
     rows = []
     for name, t in timing.items():
@@ -131,8 +133,7 @@ def _timed_steps(x: Inputs, case: Case, steps: dict[str, Step], s: Setting) -> d
     generator = torch.Generator(s.device).manual_seed(2)
     shape = (sizes.B, sizes.HV, sizes.K, sizes.V)
     start = torch.randn(shape, generator=generator, device=s.device)
-    operands = (x.q, x.k, x.v, x.log_alpha.exp(), x.beta, start)
-    exact = ops.gated_delta_step(*(y.double() for y in operands), backend="naive")
+    exact = define_step(replace(x, state=start))
     states = {name: start.clone() for name in steps}
     for name, step in steps.items():
         _compare(name, (step(states[name]), states[name]), exact, s)
@@ -141,7 +142,7 @@ def _timed_steps(x: Inputs, case: Case, steps: dict[str, Step], s: Setting) -> d
         return lambda: steps[name](states[name])
 
     actions = {name: action(name) for name in steps}
-    return interleave(actions, REPEATS, warmups=10, device=s.device, collect=False)
+    return interleave(actions, REPEATS, warmups=10, device=find_device(s.device), collect=False)
 
 
 def check_step(
@@ -152,9 +153,7 @@ def check_step(
     Raises:
         RefusedError: they are not.
     """
-    operands = (x.q, x.k, x.v, x.log_alpha.exp(), x.beta, start)
-    exact = ops.gated_delta_step(*(y.double() for y in operands), backend="naive")
-    _compare(name, found, exact, s)
+    _compare(name, found, define_step(replace(x, state=start)), s)
 
 
 def _compare(
@@ -163,6 +162,7 @@ def _compare(
     """Refuse results of a step that are off by more than a few roundings of a sum over K."""
     band = 4 * ROUNDING_BAND * torch.finfo(s.torch_dtype).eps
     for what, x, e in zip(("o", "state"), found, exact, strict=True):
-        error = head_error(x.unsqueeze(1), e.unsqueeze(1))
+        axes = tuple(axis for axis in range(e.dim()) if axis != 1)
+        error = relative_error(x, e, axes)
         if not error <= band:
             raise RefusedError(f"step {name}: {what} off by {error:.2g}, above {band:.2g}")

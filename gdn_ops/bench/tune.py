@@ -19,20 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_ops.bench.gpu.device import Cuda, Run
+from gdn_ops.bench.device import Run, find_device
+from gdn_ops.bench.gpu.device import Cuda
 from gdn_ops.bench.gpu.measuring import WARMUPS
-from gdn_ops.bench.gpu.turns import sample_in_turns
 from gdn_ops.bench.inputs import (
     Inputs,
     Setting,
     find_case,
     make_inputs,
     make_output_gradient,
-    with_grad,
+    make_step_inputs,
 )
-from gdn_ops.bench.peers import Comparator
-from gdn_ops.bench.runner import Timing, interleave
+from gdn_ops.bench.peers import Contender, Prepared
 from gdn_ops.bench.steps import check_step
+from gdn_ops.bench.turns import Timing, interleave, sample_in_turns
 from gdn_ops.bench.verify import verify
 from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch import registry
@@ -142,40 +142,44 @@ def _sequence_actions(backend: Backend, case: Case, setting: Setting) -> Found:
     """Check the candidates for a forward, then for forward and backward; yield those that pass."""
     x = make_inputs(case.sizes, setting.torch_dtype, setting.device)
     d_o = make_output_gradient(case.sizes, setting.torch_dtype, setting.device)
-    leaves = with_grad(x)
+    leaves = x.with_grad()
 
-    def comparator(c: Candidate) -> Comparator:
-        def run(given: Inputs) -> Tensor:
-            return eager.run_sequence(c.backend, _bound(GATED_DELTA, **given._asdict()))[0]
+    def contender(c: Candidate) -> Contender:
+        def sequence(given: Inputs) -> Prepared:
+            def run() -> tuple[Tensor, ...]:
+                return eager.run_sequence(c.backend, _bound(GATED_DELTA, **given.named()))[:1]
 
-        return Comparator(c.name, run, context=c.context)
+            return Prepared(run)
 
-    def forward(c: Comparator) -> Run:
-        return lambda: c.run(x)
+        return Contender(c.name, sequence, context=c.context)
 
-    def both(c: Comparator) -> Run:
-        return lambda: torch.autograd.grad(c.run(leaves), leaves, d_o)
+    def forward(c: Contender) -> Run:
+        return c.sequence(x).run
+
+    def both(c: Contender) -> Run:
+        call, operands = c.sequence(leaves), leaves.operands()
+        return lambda: torch.autograd.grad(call.results()[0], operands, d_o)
 
     for what, operands, make in (("forward", x, forward), ("forward+backward", leaves, both)):
         if what != "forward" and not backend.limits.grad:
             continue
-        space = candidates(backend, _bound(GATED_DELTA, **operands._asdict()))
-        named = {c.name: comparator(c) for c in space}
+        space = candidates(backend, _bound(GATED_DELTA, **operands.named()))
+        named = {c.name: contender(c) for c in space}
         passed, failed = _passed(list(named.values()), case, x, what != "forward")
         yield what, {c.name: (c, make(named[c.name])) for c in space if c.name in passed}, failed
 
 
 def _passed(
-    comparators: list[Comparator], case: Case, x: Inputs, gradients: bool
+    contenders: list[Contender], case: Case, x: Inputs, gradients: bool
 ) -> tuple[set[str], dict[str, str]]:
-    """Return the names of the comparators that run, after verifying them, and others' errors."""
+    """Return the names of the contenders that run, after verifying them, and others' errors."""
     failed: dict[str, str] = {}
     runs = []
-    for c in comparators:
+    for c in contenders:
         try:
             # A configuration that does not compile is no reason to stop.
             with c.context():
-                c.run(x)
+                c.output(x)
             runs.append(c)
         except Exception as error:
             failed[c.name] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -186,17 +190,15 @@ def _passed(
 
 def _step_actions(backend: Backend, case: Case, setting: Setting) -> Found:
     """Check the candidates for a step; yield those that pass."""
-    x = Inputs(
-        *(y.squeeze(1) for y in make_inputs(case.sizes, setting.torch_dtype, setting.device))
-    )
+    x = make_step_inputs(case.sizes, setting.torch_dtype, setting.device)
     s = case.sizes
     start = torch.randn(s.B, s.HV, s.K, s.V, device=setting.device)
 
     def action(c: Candidate, state: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-        call = _bound(GATED_DELTA_STEP, **x._asdict(), state=state, inplace=True)
+        call = _bound(GATED_DELTA_STEP, **x.named(), state=state, inplace=True)
         return lambda: eager.run_step(c.backend, call)
 
-    space = candidates(backend, _bound(GATED_DELTA_STEP, **x._asdict(), state=start, inplace=True))
+    space = candidates(backend, _bound(GATED_DELTA_STEP, **x.named(), state=start, inplace=True))
     found: Actions = {}
     failed: dict[str, str] = {}
     for c in space:
@@ -216,12 +218,12 @@ def _time(actions: Actions, setting: Setting) -> dict[str, Timing]:
     """Time the actions that passed, in turns."""
     if not setting.device.startswith("cuda"):
         runs = {name: _within(c, run) for name, (c, run) in actions.items()}
-        return interleave(runs, setting.repeats, device=setting.device) if runs else {}
+        return interleave(runs, setting.repeats, device=find_device(setting.device))
     device = Cuda(torch.device(setting.device).index or 0)
     with device.working():
         replays = {name: _captured(c, run, device) for name, (c, run) in actions.items()}
         samples = sample_in_turns(replays, 2.0 * len(replays), device.clock)
-    return {name: Timing(tuple(t for (t,) in found)) for name, found in samples.items()}
+    return {name: Timing(tuple(found)) for name, found in samples.items()}
 
 
 def _within(c: Candidate, run: Run) -> Run:
@@ -232,13 +234,12 @@ def _within(c: Candidate, run: Run) -> Run:
     return wrapped
 
 
-def _captured(c: Candidate, run: Run, device: Cuda) -> Callable[[], tuple[float, ...]]:
+def _captured(c: Candidate, run: Run, device: Cuda) -> Callable[[], float]:
     """Return a function that times the device's work of a run."""
     with c.context():
         for _ in range(WARMUPS):
             run()
         try:
-            replay = device.graph([run])
+            return device.graph([run])
         except RuntimeError:
-            replay = device.events([_within(c, run)])
-    return lambda: (replay(),)
+            return device.events([_within(c, run)])

@@ -1,25 +1,25 @@
-"""Check the numbers of comparators on the benchmark's own inputs, before they are timed.
+"""Check the numbers of contenders on a benchmark's own inputs, before they are timed.
 
 Each runs once at full size, and its results are compared with the definition in float64:
 o of all heads over the first tokens; o of the last key head's value heads over all tokens;
 the gradients of these heads over the last tokens, which depend on nothing after them. The
-rest is compared with the first comparator's. An error is the worst, over heads, of
+rest is compared with the first contender's. An error is the worst, over heads, of
 max |x - x64| / max |x64|. It is allowed to be twice the error of the definition at working
-precision plus one rounding band; two comparators may differ by what both are allowed.
+precision plus one rounding band; two contenders may differ by what both are allowed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gdn_ops.bench.inputs import Inputs, make_output_gradient, with_grad
-from gdn_ops.bench.peers import Comparator
-from gdn_ops.ops import gated_delta
+from gdn_ops import ops
+from gdn_ops.bench.inputs import OPERANDS, Inputs, make_output_gradient
+from gdn_ops.bench.peers import Contender
 from gdn_ops.spec.language import Case
 
 ALL_HEADS_TOKENS = 64
@@ -27,16 +27,16 @@ GRADIENT_TOKENS = 512
 ROUNDING_BAND = 16
 """In units of the working precision's epsilon."""
 
-_NAMES = ("o of all heads", "o", "dq", "dk", "dv", "dlog_alpha", "dbeta")
+GRADIENTS = tuple(f"d{name}" for name in OPERANDS)
 
 
 class RefusedError(RuntimeError):
-    """Report that a comparator computes something else, so that its time means nothing."""
+    """Report that a contender computes something else, so that its time means nothing."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Hold the check of one comparator against the definition, on one case.
+    """Hold the check of one contender against the definition, on one case.
 
     Attributes:
         comparator: its name.
@@ -65,141 +65,200 @@ class Check:
         )
 
 
-def head_error(x: Tensor, exact: Tensor) -> float:
-    """Return the worst max |x - exact| / max |exact| over heads (axis 2)."""
-    if exact.numel() == 0:
+@dataclass(frozen=True)
+class Part:
+    """Hold a part of a contender's results, and its exact values.
+
+    Attributes:
+        what: "o", "state", "dq", ...
+        index: of the result among all results.
+        take: takes the part out of the whole result.
+        exact: its values in float64, in the result's layout.
+        axes: that an error is the norm over; of the others the worst counts.
+        order: of that norm: 2, or infinity for the largest element.
+    """
+
+    what: str
+    index: int
+    take: Callable[[Tensor], Tensor]
+    exact: Tensor
+    axes: tuple[int, ...]
+    order: float = math.inf
+
+    def error(self, results: Sequence[Tensor]) -> float:
+        """Return the worst |x - exact| / |exact|; NaN stays NaN."""
+        return relative_error(self.take(results[self.index]), self.exact, self.axes, self.order)
+
+
+def relative_error(
+    x: Tensor, exact: Tensor, axes: tuple[int, ...], order: float = math.inf
+) -> float:
+    """Return the worst |x - exact| / |exact|, norms over some axes; NaN stays NaN."""
+    if not exact.numel():
         return 0.0
-    axes = [axis for axis in range(exact.dim()) if axis != 2]
-    size = exact.abs().amax(axes).clamp(min=torch.finfo(torch.float32).tiny)
-    return float(((x.double() - exact).abs().amax(axes) / size).max())
+
+    def norm(y: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(y, order, axes) if axes else y.abs()
+
+    size = norm(exact).clamp(min=torch.finfo(torch.float32).tiny)
+    return float((norm(x.double() - exact) / size).max())
 
 
-def _definition(x: Inputs, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    o, state = gated_delta(
+def head_axes(x: Tensor) -> tuple[int, ...]:
+    """Return the axes of a result that are not its heads, (B, T, heads, ...)."""
+    return tuple(axis for axis in range(x.dim()) if axis != 2)
+
+
+def take(*index: slice) -> Callable[[Tensor], Tensor]:
+    """Return a function that takes a part out of a tensor."""
+    return lambda x: x[index]
+
+
+def define(x: Inputs, backend: str = "naive") -> tuple[Tensor, Tensor]:
+    """Return o and the final state by the definition, or by another backend."""
+    return ops.gated_delta(
         x.q,
         x.k,
         x.v,
         None,
         x.beta,
         log_alpha=x.log_alpha,
-        initial_state=state,
+        initial_state=x.state,
         return_state=True,
-        backend="naive",
+        backend=backend,
     )
-    return o, state
 
 
-def _select(x: Inputs, heads: slice, value_heads: slice, tokens: slice) -> Inputs:
-    q, k = (y[:, tokens, heads] for y in (x.q, x.k))
-    return Inputs(q, k, *(y[:, tokens, value_heads] for y in x[2:]))
+def define_step(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Return o and the new state of a step by the definition, in float64."""
+    y = x.double()
+    return ops.gated_delta_step(
+        y.q, y.k, y.v, None, y.beta, y.state, log_alpha=y.log_alpha, backend="naive"
+    )
 
 
 def _outputs(
     run: Callable[[Inputs], Tensor], x: Inputs, d_o: Tensor, gradients: bool
 ) -> list[Tensor]:
-    """Return o of a run and, if wanted, the gradients of every operand."""
+    """Return o of a run and, if wanted, the gradients of q, k, v, log_alpha and beta."""
     if not gradients:
         with torch.no_grad():
             return [run(x)]
-    leaves = with_grad(x)
+    leaves = x.with_grad()
     o = run(leaves)
-    return [o.detach(), *torch.autograd.grad(o, leaves, d_o)]
+    return [o.detach(), *torch.autograd.grad(o, leaves.operands()[:5], d_o)]
 
 
-class _Judge:
-    """Judge results by the definition's on one case, in float64 and at working precision."""
+class _Definition:
+    """Hold the parts that the definition gives of one case, and the errors that are allowed."""
 
     def __init__(self, case: Case, x: Inputs, d_o: Tensor, gradients: bool) -> None:
         s = case.sizes
-        self.case, self.gradients = case, gradients
+        self.case, self.gradients = case.name, gradients
         self.few = slice(0, ALL_HEADS_TOKENS)
         self.last = slice(max(0, s.T - GRADIENT_TOKENS), s.T)
-        self.key, self.value = slice(s.H - 1, None), slice(s.HV - s.R, None)
-        working = self._define(x, d_o)
-        self.exact = self._define(Inputs(*(y.double() for y in x)), d_o.double())
+        self.keys, self.values = slice(s.H - 1, None), slice(s.HV - s.R, None)
+        self.parts = self._parts(self._values(x.double(), d_o.double()))
+        working = self._values(x, d_o)
         band = ROUNDING_BAND * torch.finfo(x.q.dtype).eps
-        pairs = zip(working, self.exact, strict=True)
-        self.allowed = [2 * head_error(w, e) + band for w, e in pairs]
+        self.allowed = [
+            2 * relative_error(w, part.exact, part.axes) + band
+            for w, part in zip(working, self.parts, strict=True)
+        ]
 
-    def _define(self, x: Inputs, d_o: Tensor) -> list[Tensor]:
-        """Return the definition's values of the parts that `_parts` takes out of results."""
-        every, start = slice(None), self.last.start
+    def _values(self, x: Inputs, d_o: Tensor) -> list[Tensor]:
+        """Return the values of all parts: o twice, and the gradients if they are wanted."""
+        everything, start = slice(None), self.last.start
         with torch.no_grad():
-            all_heads, _ = _definition(_select(x, every, every, self.few))
-            o, state = _definition(_select(x, self.key, self.value, slice(0, start)))
-        window = _select(x, self.key, self.value, self.last)
-        found = _outputs(
-            lambda y: _definition(y, state)[0],
-            window,
-            d_o[:, self.last, self.value],
-            self.gradients,
-        )
+            all_heads, _ = define(x.select(everything, self.few, everything, everything))
+            before = x.select(everything, slice(0, start), self.keys, self.values)
+            o, state = define(before)
+        window = x.select(everything, self.last, self.keys, self.values)
+        d_window = d_o[:, self.last, self.values]
+
+        def run(y: Inputs) -> Tensor:
+            return define(replace(y, state=state))[0]
+
+        found = _outputs(run, window, d_window, self.gradients)
         return [all_heads, torch.cat((o, found[0]), 1), *found[1:]]
 
-    def _parts(self, results: list[Tensor]) -> list[Tensor]:
-        o, *grads = results
-        heads = (self.key, self.key, self.value, self.value, self.value)
-        parts = [g[:, self.last, h] for g, h in zip(grads, heads, strict=False)]
-        return [o[:, self.few], o[:, :, self.value], *parts]
+    def _parts(self, exact: list[Tensor]) -> list[Part]:
+        everything = slice(None)
+        whats = ("o of all heads", "o", *GRADIENTS[:5])
+        heads = (self.keys, self.keys, self.values, self.values, self.values)
+        takes = [
+            (0, take(everything, self.few)),
+            (0, take(everything, everything, self.values)),
+            *((i, take(everything, self.last, h)) for i, h in enumerate(heads, 1)),
+        ]
+        return [
+            Part(what, index, function, y, head_axes(y))
+            for what, (index, function), y in zip(whats, takes, exact, strict=False)
+        ]
 
     def check(self, name: str, results: list[Tensor]) -> Check:
-        """Compare a comparator's o and gradients with the definition."""
-        return self._worst(name, _NAMES, self._parts(results), self.exact, self.allowed)
+        """Compare a contender's o and gradients with the definition."""
+        return self._worst(name, self.parts, results, self.allowed)
 
     def agree(self, name: str, results: list[Tensor], others: list[Tensor]) -> Check:
-        """Compare all of a comparator's results with those of another one."""
-        names = tuple(f"{what} against the first comparator" for what in _NAMES[1:])
-        exact = [y.double() for y in others]
-        allowed = [2 * allowance for allowance in self.allowed[1:]]
-        return self._worst(name, names, results, exact, allowed)
+        """Compare all of a contender's results with those of another one."""
+        parts = [
+            Part(f"{what} against the first comparator", i, take(), y.double(), head_axes(y))
+            for i, (what, y) in enumerate(zip(("o", *GRADIENTS[:5]), others, strict=False))
+        ]
+        return self._worst(name, parts, results, [2 * allowed for allowed in self.allowed[1:]])
 
     def _worst(
-        self,
-        name: str,
-        names: tuple[str, ...],
-        parts: list[Tensor],
-        exact: list[Tensor],
-        allowed: list[float],
+        self, name: str, parts: list[Part], results: list[Tensor], allowed: list[float]
     ) -> Check:
         """Return the check of the part that uses most of its allowance; NaN comes first."""
         found = [
-            Check(name, self.case.name, what, head_error(part, e), allowance)
-            for what, part, e, allowance in zip(names, parts, exact, allowed, strict=False)
+            Check(name, self.case, part.what, part.error(results), allowance)
+            for part, allowance in zip(parts, allowed, strict=True)
         ]
         return max(found, key=lambda c: math.inf if math.isnan(c.error) else c.error / c.allowance)
 
 
 def verify(
-    comparators: Sequence[Comparator], case: Case, x: Inputs, *, gradients: bool
+    contenders: Sequence[Contender], case: Case, x: Inputs, *, gradients: bool
 ) -> list[Check]:
-    """Check every comparator on the operands of a case.
+    """Check every contender on the operands of a case.
 
     Args:
-        comparators: what will be measured.
+        contenders: what will be measured.
         case: the case.
         x: its operands.
         gradients: whether gradients are measured too.
 
     Returns:
-        A check per comparator, the one that used most of its allowance.
+        A check per contender, the one that used most of its allowance.
 
     Raises:
         RefusedError: one of them failed.
     """
     d_o = make_output_gradient(case.sizes, x.v.dtype, str(x.v.device))
-    judge = _Judge(case, x, d_o, gradients)
+    definition = _Definition(case, x, d_o, gradients)
     checks: list[Check] = []
     first: list[Tensor] | None = None
-    for c in comparators:
+    for c in contenders:
         with c.context():
-            results = _outputs(c.run, x, d_o, gradients)
-        found = [judge.check(c.name, results)]
+            results = _outputs(c.output, x, d_o, gradients)
+        found = [definition.check(c.name, results)]
         if first is None:
             first = results
         else:
-            found.append(judge.agree(c.name, results, first))
+            found.append(definition.agree(c.name, results, first))
         checks.append(next((check for check in found if not check.passed), found[0]))
-    failed = [str(check) for check in checks if not check.passed]
-    if failed:
-        raise RefusedError("no times are shown, the numbers are wrong: " + "; ".join(failed))
+    refuse([check for check in checks if not check.passed])
     return checks
+
+
+def refuse(failed: Sequence[Check]) -> None:
+    """Refuse to show times where checks failed.
+
+    Raises:
+        RefusedError: there are failed checks.
+    """
+    if failed:
+        text = "; ".join(map(str, failed))
+        raise RefusedError(f"no times are shown, the numbers are wrong: {text}")

@@ -39,10 +39,10 @@ def run_cases(plan: suite.Plan, out: Path | None) -> None:
     with quiet_progress(console) as progress:
         task = progress.add_task("starting", total=plan.count() + 1)
 
-        def tell(text: str) -> None:
+        def log(text: str) -> None:
             progress.update(task, description=text, advance=1, refresh=True)
 
-        result = suite.run(plan, tell)
-    report.show(result, console)
+        result = suite.run(plan, log)
+    print(report.text(result))
     for path in report.write(result, out) if out is not None else ():
-        console.print(str(path), markup=False)
+        print(path)

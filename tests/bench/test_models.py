@@ -16,6 +16,7 @@ pytest.importorskip("rich")
 
 from gdn_ops.bench import models
 from gdn_ops.bench.inputs import Setting
+from gdn_ops.bench.rows import Row, with_target
 from gdn_ops.bench.verify import RefusedError
 from gdn_ops.spec.errors import SpecError
 
@@ -59,16 +60,18 @@ def test_a_tiny_model_is_compared_timed_and_weighed() -> None:
     assert json.loads(json.dumps(result.to_json()))["system"]["model"] == dataclasses.asdict(TINY)
 
 
-def test_the_model_of_the_full_size_is_judged() -> None:
-    numbers, case = (10.0, 9.0, 3), models.Shape().case
-    judged = [models._row(t.what, case, "torch", "ms", numbers, 1.5) for t in models.TARGETS]
-    assert [(row.what, row.reached) for row in judged] == [
+def test_the_model_of_the_full_size_has_targets() -> None:
+    case = models.Shape().case
+    bare = [Row(t.what, case, "torch", "ms", 10.0, 9.0, 3, 1.5) for t in models.TARGETS]
+    rows = [with_target(row, models.TARGETS) for row in bare]
+    assert [(row.what, row.reached) for row in rows] == [
         ("prefill", True),
         ("training step", False),
         ("decode", True),
         ("memory", False),
     ]
-    assert models._row("prefill", case, "naive", "ms", numbers, 1.5).target is None
+    naive = dataclasses.replace(bare[0], comparator="naive")
+    assert with_target(naive, models.TARGETS).target is None
 
 
 @needs_qwen3_5

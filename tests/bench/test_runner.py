@@ -11,25 +11,27 @@ from torch import Tensor
 
 from gdn_ops import GATED_DELTA
 from gdn_ops.bench import measures, rows, steps, suite
+from gdn_ops.bench.device import Host, Peak
 from gdn_ops.bench.floors import CHUNK, Rates
 from gdn_ops.bench.inputs import Inputs, Setting, find_case, make_inputs
-from gdn_ops.bench.memory import Peak, measure_peak
-from gdn_ops.bench.peers import Comparator, backend_comparator
-from gdn_ops.bench.runner import Timing, interleave
+from gdn_ops.bench.memory import measure_peak
+from gdn_ops.bench.peers import Contender, Prepared, our_contender
 from gdn_ops.bench.scaling import scaling_row
+from gdn_ops.bench.turns import Timing, interleave
 from gdn_ops.bench.verify import RefusedError, verify
 
 TINY = find_case("tiny")
 RATES = Rates(1e11, 1e10, 1e10)
 
 
-class Clock:
-    """Seconds that pass only when somebody works."""
+class Clock(Host):
+    """A device whose seconds pass only when somebody works."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.now = 0.0
 
-    def __call__(self) -> float:
+    def clock(self) -> float:  # type: ignore[override]
         return self.now
 
     def works(self, log: list[str], name: str, durations: list[float]) -> Callable[[], None]:
@@ -40,22 +42,22 @@ class Clock:
         return work
 
 
-def working(name: str = "torch") -> Comparator:
-    found = backend_comparator(name)
-    assert isinstance(found, Comparator)
+def working(name: str = "torch") -> Contender:
+    found = our_contender(name)
+    assert isinstance(found, Contender)
     return found
 
 
-def wrong(change: Callable[[Tensor], Tensor]) -> Comparator:
+def wrong(change: Callable[[Tensor], Tensor]) -> Contender:
     right = working()
-    return Comparator("wrong", lambda x: change(right.run(x)))
+    return Contender("wrong", lambda x: Prepared(lambda: (change(right.output(x)),)))
 
 
 def test_actions_take_turns_and_every_round_starts_with_another() -> None:
     log: list[str] = []
     clock = Clock()
     actions = {name: clock.works(log, name, [1.0] * 4) for name in "abc"}
-    interleave(actions, 3, warmups=1, clock=clock)
+    interleave(actions, 3, warmups=1, device=clock)
     assert "".join(log) == "abcbcacababc"
 
 
@@ -65,7 +67,7 @@ def test_medians_leave_the_warm_up_out() -> None:
         "slow": clock.works([], "slow", [100.0, 5.0, 3.0, 4.0]),
         "fast": clock.works([], "fast", [0.0, 1.0, 9.0, 2.0]),
     }
-    timing = interleave(actions, 3, warmups=1, clock=clock)
+    timing = interleave(actions, 3, warmups=1, device=clock)
     assert timing["slow"] == Timing((5.0, 3.0, 4.0))
     assert (timing["slow"].median, timing["slow"].best) == (4.0, 3.0)
     assert (timing["fast"].median, timing["fast"].best) == (2.0, 1.0)
@@ -78,7 +80,7 @@ def test_benchmark_inputs_are_in_the_domains_of_the_spec() -> None:
     assert 0 < x.beta.min() < x.beta.max() < 1
 
 
-def test_right_comparators_pass_and_are_judged_on_gradients_too() -> None:
+def test_right_contenders_pass_and_their_gradients_are_checked_too() -> None:
     x = make_inputs(TINY.sizes, torch.float32)
     checks = verify([working(), working("naive")], TINY, x, gradients=True)
     assert [check.passed for check in checks] == [True, True]
@@ -112,7 +114,7 @@ def _late_head(o: Tensor) -> Tensor:
     ],
     ids=("scaled", "nan", "tail", "gradient", "one head late"),
 )
-def test_a_wrong_comparator_is_refused(change: Callable[[Tensor], Tensor], what: str) -> None:
+def test_a_wrong_contender_is_refused(change: Callable[[Tensor], Tensor], what: str) -> None:
     x = make_inputs(TINY.sizes, torch.float32)
     with pytest.raises(RefusedError, match=f"no times are shown.*wrong on tiny: {what}"):
         verify([working(), wrong(change)], TINY, x, gradients=True)
@@ -120,7 +122,7 @@ def test_a_wrong_comparator_is_refused(change: Callable[[Tensor], Tensor], what:
 
 def test_rows_hold_the_ratio_of_medians_to_the_peer_and_the_floor() -> None:
     x = make_inputs(TINY.sizes, torch.float32)
-    peer = Comparator("peer", working("naive").run, is_peer=True)
+    peer = Contender("peer", working("naive").sequence, is_peer=True)
     found = measures.sequence_rows("forward", TINY, x, [peer, working()], Setting(repeats=2), RATES)
     assert [row.comparator for row in found] == ["peer", "torch"]
     assert found[0].ratio == 1.0
@@ -145,14 +147,20 @@ def test_rows_hold_the_ratio_of_medians_to_the_peer_and_the_floor() -> None:
         ("step", "qwen-16-32-step-b1", 1.31, 1.0, False),
     ],
 )
-def test_targets_are_judged_as_they_are(
+def test_targets_are_compared_with_what_they_bound(
     what: str, case: str, ratio: float | None, median: float, reached: bool | None
 ) -> None:
-    row = rows.make_row(what, case, "torch", "ms", median, median, 1, ratio=ratio)
+    bare = rows.Row(what, case, "torch", "ms", median, median, 1, ratio)
+    row = rows.with_target(bare, rows.TARGETS)
     assert row.target is not None
     assert row.reached is reached
-    other = rows.make_row(what, case, "torch", "ms", median, median, 1, ratio=ratio, judged=False)
-    assert other.target is None
+    assert rows.with_target(replace(bare, comparator="naive"), rows.TARGETS).target is None
+
+
+def test_targets_are_for_float32_on_cpus() -> None:
+    assert Setting().has_targets
+    assert not Setting("bfloat16").has_targets
+    assert not Setting(device="cuda").has_targets
 
 
 def test_every_target_names_a_measurement_and_a_case_that_exist() -> None:
@@ -188,7 +196,7 @@ def test_scaling_overhead_and_import_give_a_row_each(monkeypatch: pytest.MonkeyP
     assert (scaling.unit, scaling.against) == ("x", "T=200 over 2 times T=100")
     overhead = measures.overhead_row("torch", setting)
     assert (overhead.unit, overhead.samples) == ("us", 3)
-    assert measures.import_row(setting).median > 0
+    assert measures.import_row().median > 0
 
 
 def test_a_process_that_fails_is_a_reason() -> None:
@@ -201,7 +209,7 @@ def test_a_process_that_fails_is_a_reason() -> None:
 
 def test_peak_memory_grows_with_the_sequence() -> None:
     sizes = replace(TINY.sizes, T=600)
-    peak = measure_peak("naive", sizes, "float32", 1)
+    peak = measure_peak("naive", sizes, Setting())
     assert not isinstance(peak, str), peak
     # The definition keeps two states per token for its backward: 2 x 2 x 4 x 32 x 48 x 4 bytes.
     least = 600 * 2 * sizes.B * sizes.HV * sizes.K * sizes.V * 4
@@ -210,7 +218,7 @@ def test_peak_memory_grows_with_the_sequence() -> None:
 
 
 def test_a_measuring_process_that_fails_is_a_reason() -> None:
-    reason = measure_peak("nobody", TINY.sizes, "float32", 1)
+    reason = measure_peak("nobody", TINY.sizes, Setting())
     assert isinstance(reason, str)
     assert "unknown backend 'nobody'" in reason
 
@@ -222,9 +230,9 @@ def test_memory_rows_are_ratios_to_the_peer(monkeypatch: pytest.MonkeyPatch) -> 
         return Peak(peaks[name], 0, True) if name in peaks else "it broke"
 
     monkeypatch.setattr(measures, "measure_peak", fake)
-    run = working().run
-    comparators = [Comparator("peer", run, True), Comparator("torch", run), Comparator("x", run)]
-    found, skipped = measures.memory_rows(TINY, comparators, Setting())
+    run = working().sequence
+    contenders = [Contender("peer", run, is_peer=True), Contender("torch", run)]
+    found, skipped = measures.memory_rows(TINY, [*contenders, Contender("x", run)], Setting())
     assert [(row.comparator, row.median, row.ratio) for row in found] == [
         ("peer", 4.0, 1.0),
         ("torch", 1.0, 0.25),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -11,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from gdn_ops import SpecError
 from gdn_ops.bench import measures, peers, report, rows, suite
 from gdn_ops.bench.floors import Rates
-from gdn_ops.bench.inputs import Setting, find_case, make_inputs
-from gdn_ops.bench.peers import Comparator, backend_comparator, comparator
+from gdn_ops.bench.inputs import Inputs, Setting, find_case, make_inputs
+from gdn_ops.bench.peers import Contender, Prepared, find_contender, our_contender
 from gdn_ops.bench.tune import tune
 from gdn_ops.bench.verify import RefusedError, verify
 
@@ -31,22 +29,22 @@ def given_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "measure_rates", lambda *_: Rates(1e11, 1e10, 1e10))
 
 
-def working(name: str) -> Comparator:
-    found = backend_comparator(name)
-    assert isinstance(found, Comparator)
-    return found
+def peer(change: Callable[[Tensor], Tensor]) -> peers.Peer:
+    right = our_contender("naive")
+    assert isinstance(right, Contender)
 
+    def sequence(x: Inputs) -> Prepared:
+        return Prepared(lambda: (change(right.output(x)),))
 
-def peer(change: Callable[[Tensor], Tensor]) -> Comparator:
-    right = working("naive")
-    return Comparator("transformers", lambda x: change(right.run(x)), is_peer=True)
+    found = Contender("transformers", sequence, is_peer=True)
+    return peers.Peer(lambda: found, ("*",))
 
 
 def test_an_absent_peer_is_a_reason_and_its_rows_are_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers.models.qwen3_next", None)
-    reason = comparator("transformers")
+    reason = find_contender("transformers")
     assert isinstance(reason, str)
     assert reason.startswith("package 'transformers' is not usable")
     plan = _tiny_plan(("forward",), ("transformers",))
@@ -62,7 +60,7 @@ def _tiny_plan(what: tuple[str, ...], peer_names: tuple[str, ...]) -> suite.Plan
 
 @pytest.fixture
 def fake_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(peers.PEERS, "transformers", lambda: peer(lambda o: o))
+    monkeypatch.setitem(peers.PEERS, "transformers", peer(lambda o: o))
 
 
 def test_a_run_becomes_json_a_plot_and_a_table(fake_peer: None, tmp_path: Path) -> None:
@@ -88,16 +86,16 @@ def test_a_run_becomes_json_a_plot_and_a_table(fake_peer: None, tmp_path: Path) 
         ("forward+backward", "transformers"),
         ("forward+backward", "torch"),
     ]
-    stream = io.StringIO()
-    report.show(result, Console(file=stream, width=200))
-    assert "forward+backward" in stream.getvalue()
+    lines = report.text(result).splitlines()
+    at = lines.index("forward+backward, tiny")
+    assert [line.split()[0] for line in lines[at + 1 :][:2]] == ["transformers", "torch"]
     assert (tmp_path / "results" / "cpu-float32.png").read_bytes()[1:4] == b"PNG"
 
 
-def test_a_run_with_a_wrong_comparator_times_nothing(
+def test_a_run_with_a_wrong_contender_times_nothing(
     fake_peer: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(peers.PEERS, "transformers", lambda: peer(lambda o: -o))
+    monkeypatch.setitem(peers.PEERS, "transformers", peer(lambda o: -o))
     timed: list[str] = []
     monkeypatch.setattr(measures, "sequence_rows", lambda what, *_: timed.append(what))
     with pytest.raises(RefusedError, match=r"transformers on tiny: o.* off by 2,"):
@@ -118,8 +116,8 @@ def test_a_backend_that_cannot_run_the_case_is_left_out_with_its_reason(
 
 def test_transformers_computes_the_same_function() -> None:
     pytest.importorskip("transformers")
-    found = comparator("transformers")
-    assert isinstance(found, Comparator), found
+    found = find_contender("transformers")
+    assert isinstance(found, Contender), found
     x = make_inputs(TINY.sizes, torch.float32)
     verify([found], TINY, x, gradients=True)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 import gdn_ops
 from gdn_ops import Limits
 from gdn_ops.backends.torch import Torch
-from gdn_ops.bench import runner
 from gdn_ops.bench import tune as tuning
+from gdn_ops.bench import turns
 from gdn_ops.bench.inputs import Setting, find_case
 from gdn_ops.bench.tune import AS_IT_IS, tune
 from gdn_ops.bench.verify import RefusedError
@@ -72,7 +72,7 @@ class Tunable(Torch):
 def tunable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Tunable, "log", [])
     # Everything that pytest holds is looked through before each round: seconds, and of no use here.
-    monkeypatch.setattr(runner.gc, "collect", lambda: 0)
+    monkeypatch.setattr(turns.gc, "collect", lambda: 0)
     # Long enough to have a tail; the definition in float64 takes its time.
     monkeypatch.setattr(tuning, "find_case", lambda name: find_case(name, SHORT.get(name)))
     registry.register_backend(Tunable)

@@ -12,7 +12,6 @@ goes on without it. The result is written after every row, and what was left out
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +20,15 @@ from typing import Any
 import torch
 
 from gdn_ops.bench.gpu import report
-from gdn_ops.bench.gpu.peers import PEERS as KNOWN_PEERS
 from gdn_ops.bench.gpu.schedule import SECONDS as SECONDS
-from gdn_ops.bench.gpu.schedule import Plan, Tell, run
+from gdn_ops.bench.gpu.schedule import Plan, run
+from gdn_ops.bench.peers import check_peers, peers_on
+from gdn_ops.bench.report import Log
+from gdn_ops.bench.rows import describe_system
 from gdn_ops.dispatch import registry
-from gdn_ops.environment.devices import devices
 from gdn_ops.environment.provenance import driver_version
-from gdn_ops.environment.versions import installed_versions
 
-PEERS = tuple(KNOWN_PEERS)
+PEERS = peers_on("cuda")
 
 
 def make_plan(backends: Sequence[str], peers: Sequence[str], seconds: float) -> Plan:
@@ -43,9 +42,7 @@ def make_plan(backends: Sequence[str], peers: Sequence[str], seconds: float) -> 
     Raises:
         ValueError: a name is unknown.
     """
-    for name in peers:
-        if name not in KNOWN_PEERS:
-            raise ValueError(f"unknown peer {name!r}, known: {', '.join(KNOWN_PEERS)}")
+    check_peers(peers, "cuda")
     known = registry.known_backends()
     wanted = tuple(backends) or tuple(n for n in registry.auto_order("cuda") if n != "naive")
     found, left_out = [], []
@@ -71,14 +68,8 @@ def system(seconds: float) -> dict[str, Any]:
     """
     if not torch.cuda.is_available():
         raise ValueError("no GPU: torch.cuda.is_available() is False")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(0),
-        "driver": driver_version(),
-        "devices": devices(),
-        "versions": installed_versions(),
-        "seconds": seconds,
-    }
+    device = torch.cuda.get_device_name(0)
+    return describe_system(device=device, driver=driver_version(), seconds=seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show_run(
-    backends: Sequence[str], peers: Sequence[str], seconds: float, out: Path | None, tell: Tell
+    backends: Sequence[str], peers: Sequence[str], seconds: float, out: Path | None, log: Log
 ) -> int:
     """Run the benchmark, show and write its result; return 1 if a backend of ours is wrong, else 0.
 
@@ -108,8 +99,8 @@ def show_run(
     """
     folder = report.default_folder() if out is None else out
     plan = make_plan(backends, peers, seconds)
-    result = run(plan, system(seconds), folder, tell)
-    tell(report.text(result))
+    result = run(plan, system(seconds), folder, log)
+    log(report.text(result))
     for path in report.write(result, folder):
-        tell(str(path))
+        log(str(path))
     return 1 if result.failed else 0

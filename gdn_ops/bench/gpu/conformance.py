@@ -48,7 +48,7 @@ CALLS: tuple[tuple[Callable[[str, Example], Verdict], Example], ...] = (
     (_outputs_and_gradients, _wide(T=70, dtype="float32")),
     (_outputs_and_gradients, _wide(T=70, K=96, V=192, R=1)),
 )
-"""(function that judges, example that it judges), the most important first."""
+"""(law, example of it), the most important first."""
 
 
 def _is_within(limits: Limits, example: Example) -> bool:
@@ -77,18 +77,18 @@ def short_check(
     if isinstance(instance, str):
         raise BackendUnsupportedError(f"backend {name!r}: {instance}")
     calls = [
-        (judged, replace(example, device=device))
-        for judged, example in CALLS
+        (law, replace(example, device=device))
+        for law, example in CALLS
         if _is_within(instance.limits, example)
     ]
     start, worst, done = clock(), 0.0, 0
-    for judged, example in calls:
+    for law, example in calls:
         if done and clock() - start > seconds:
             text = f"the time of {seconds:.0f} s was up"
             yield Conformance(name, True, done, len(calls), worst, text)
             return
         try:
-            verdict = judged(name, example)
+            verdict = law(name, example)
         except BackendUnsupportedError:
             continue
         done += 1

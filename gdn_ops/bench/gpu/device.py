@@ -1,11 +1,10 @@
-"""Wrap the device that `bench gpu` measures: facts, clock, graphs, events and peak memory.
+"""Wrap the GPU that `bench gpu` measures: its facts and datasheet rates, graphs and events.
 
 Everything that touches a GPU is here, behind a protocol, so that the rest is tested without one.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ from typing import Protocol
 
 import torch
 
+from gdn_ops.bench.device import Device, Run, TorchCuda
 from gdn_ops.environment.provenance import driver_version
-
-Run = Callable[[], object]
 
 LEAD_CYCLES = 200_000
 """Cycles that the device is kept busy before a timed run: about a tenth of a millisecond."""
@@ -74,17 +72,10 @@ def find_peaks(name: str) -> Peaks | None:
     return next((peaks for part, peaks in PEAKS if part in name), None)
 
 
-class Device(Protocol):
-    """Describe the interface of a device under measurement."""
+class Gpu(Device, Protocol):
+    """Describe what `bench gpu` needs of a device besides."""
 
-    torch_device: str
     facts: Facts
-
-    def clock(self) -> float:
-        """Return the time in seconds; monotonic."""
-
-    def synchronize(self) -> None:
-        """Wait for all work queued on the device."""
 
     def working(self) -> AbstractContextManager[object]:
         """Return a context on whose stream all work runs, also the work that is captured later."""
@@ -95,18 +86,15 @@ class Device(Protocol):
     def events(self, runs: Sequence[Run]) -> Callable[[], float]:
         """Return a function that runs all runs back to back and times the device's work."""
 
-    def peak(self, run: Run) -> int:
-        """Return the peak bytes that a run allocates, above those allocated now."""
-
     def forget(self) -> None:
         """Give free cached memory back to the device."""
 
 
-class Cuda:
-    """Measure a CUDA or ROCm device through torch."""
+class Cuda(TorchCuda):
+    """Capture and time the work of a CUDA or ROCm device."""
 
     def __init__(self, index: int = 0) -> None:
-        self.torch_device = f"cuda:{index}"
+        super().__init__(f"cuda:{index}")
         torch.cuda.set_device(index)
         p = torch.cuda.get_device_properties(index)
         arch = getattr(p, "gcnArchName", "").partition(":")[0]
@@ -115,12 +103,6 @@ class Cuda:
         self.facts = Facts(p.name, capability, p.total_memory, l2, driver_version())
         # Neither kernels nor backward nodes of the default stream can be captured.
         self._stream = torch.cuda.Stream(index)
-
-    def clock(self) -> float:
-        return time.perf_counter()
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self.torch_device)
 
     def working(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
@@ -162,15 +144,6 @@ class Cuda:
             return float(start.elapsed_time(stop)) / 1e3
 
         return timed
-
-    def peak(self, run: Run) -> int:
-        self.synchronize()
-        torch.cuda.reset_peak_memory_stats(self.torch_device)
-        before = torch.cuda.memory_allocated(self.torch_device)
-        result = run()
-        self.synchronize()
-        del result
-        return torch.cuda.max_memory_allocated(self.torch_device) - before
 
     def forget(self) -> None:
         torch.cuda.empty_cache()

@@ -9,30 +9,26 @@ steps of a layer the other layers' states pass through it.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdn_ops.bench.gpu.device import Device, Run
-from gdn_ops.bench.gpu.errors import (
-    Piece,
-    exact_backward,
-    exact_forward,
-    exact_step,
-    worst_error,
-)
-from gdn_ops.bench.gpu.inputs import make_cotangents, make_problem
-from gdn_ops.bench.gpu.peers import Contender
+from gdn_ops.bench.child import Emit
+from gdn_ops.bench.device import Run
+from gdn_ops.bench.gpu.device import Gpu
+from gdn_ops.bench.gpu.errors import exact_backward, exact_forward, exact_step, worst_error
 from gdn_ops.bench.gpu.result import Outcome, roofline_seconds
 from gdn_ops.bench.gpu.rows import GpuRow
-from gdn_ops.bench.gpu.turns import sample_in_turns, time_calls
+from gdn_ops.bench.inputs import make_cotangents
+from gdn_ops.bench.peers import Contender
+from gdn_ops.bench.turns import sample_in_turns, time_calls
+from gdn_ops.bench.verify import Part
 
 WRONG_ABOVE = {"bfloat16": 0.05, "float16": 0.05, "float32": 0.01}
 """A larger relative error means another function: such a time is not shown. Smaller errors are
-shown beside the time, not judged."""
+shown beside the time."""
 
 WARMUPS = 3
 GRAPH_SECONDS = 1e-3
@@ -42,8 +38,6 @@ MOST_COPIES = 64
 MOST_REPEATS = 20
 SHARE = {"reference": 0.2, "kernel": 0.15, "wall": 0.1}
 """Share of a row's time that each phase may take."""
-
-Emit = Callable[[dict[str, Any]], None]
 
 
 class BrokenDeviceError(RuntimeError):
@@ -61,7 +55,7 @@ class _Entry:
 
 
 def measure_row(
-    row: GpuRow, contenders: Sequence[Contender], device: Device, seconds: float, emit: Emit
+    row: GpuRow, contenders: Sequence[Contender], device: Gpu, seconds: float, emit: Emit
 ) -> list[Outcome]:
     """Measure one row: check its contenders, then time those that are right.
 
@@ -80,19 +74,19 @@ def measure_row(
         return measuring.run(contenders)
 
 
-def warm_row(row: GpuRow, c: Contender, device: Device) -> None:
+def warm_row(row: GpuRow, c: Contender, device: Gpu) -> None:
     """Call a contender once, so that its kernels are in its compiler's cache."""
     measuring = _Measuring(row, device, 0.0, lambda event: None)
     with device.working(), torch.no_grad():
         measuring.draw()
-        if not c.reasons(measuring.problem):
+        if not c.reasons(measuring.inputs, row.what):
             measuring.first_call(c)
 
 
 class _Measuring:
     """Measure one row and keep its outcomes."""
 
-    def __init__(self, row: GpuRow, device: Device, seconds: float, emit: Emit) -> None:
+    def __init__(self, row: GpuRow, device: Gpu, seconds: float, emit: Emit) -> None:
         self.row, self.device, self.seconds, self.emit = row, device, seconds, emit
         self.start = device.clock()
         self.outcomes: dict[str, Outcome] = {}
@@ -100,7 +94,7 @@ class _Measuring:
     def run(self, contenders: Sequence[Contender]) -> list[Outcome]:
         self.emit({"at": "reference"})
         self.draw()
-        self.pieces, self.remark = self._reference()
+        self.parts, self.remark = self._reference()
         entries: dict[str, _Entry] = {}
         for c in contenders:
             self.emit({"at": c.name})
@@ -115,23 +109,23 @@ class _Measuring:
 
     def draw(self) -> None:
         """Draw the row's operands and, for a backward, the gradients of its results."""
-        self.problem = make_problem(self.row, self.device.torch_device)
-        self.cotangents = make_cotangents(self.problem) if self.row.what == "backward" else None
+        self.inputs = self.row.draw(self.device.torch_device)
+        self.cotangents = make_cotangents(self.inputs) if self.row.what == "backward" else None
 
     def _done(self, outcome: Outcome) -> None:
         self.outcomes[outcome.contender] = outcome
         self.emit({"outcome": asdict(outcome)})
 
-    def _reference(self) -> tuple[list[Piece], str]:
+    def _reference(self) -> tuple[list[Part], str]:
         """Return the definition's results and no remark, or no results and a remark why."""
-        p, device = self.problem, self.device
+        x, device = self.inputs, self.device
         try:
             if self.row.what == "step":
-                return exact_step(p), ""
+                return exact_step(x), ""
             if self.cotangents is not None:
-                return exact_backward(p, *self.cotangents), ""
+                return exact_backward(x, *self.cotangents), ""
             seconds = SHARE["reference"] * self.seconds
-            return exact_forward(p, seconds, device.clock, device.synchronize), ""
+            return exact_forward(x, seconds, device.clock, device.synchronize), ""
         except torch.OutOfMemoryError as error:
             return [], f"error not measured: {_short(error)}"
 
@@ -141,7 +135,7 @@ class _Measuring:
         if self.device.clock() - self.start > self.seconds:
             return replace(who, status="left out", reason="not measured: time")
         try:
-            reasons = c.reasons(self.problem)
+            reasons = c.reasons(self.inputs, self.row.what)
             if reasons:
                 return replace(who, status="unsupported", reason="; ".join(reasons))
             return self._capture(c, who)
@@ -161,8 +155,8 @@ class _Measuring:
         whole, runs, results = self.first_call(c)
         self.device.synchronize()
         who = replace(who, first_call=self.device.clock() - before)
-        if self.pieces:
-            error, what = worst_error(self.pieces, results)
+        if self.parts:
+            error, what = worst_error(self.parts, results)
             who = replace(who, error=error, error_of=what)
             limit = WRONG_ABOVE[self.row.dtype]
             # NaN is not within a limit.
@@ -170,7 +164,7 @@ class _Measuring:
                 text = f"{what} is off by {error:.2g}, more than {limit:g}: no time is shown"
                 return replace(who, status="wrong", reason=text)
         del results
-        who = replace(who, peak=self.device.peak(whole) / 2**20)
+        who = replace(who, peak=self.device.peak(whole).bytes / 2**20)
         for _ in range(WARMUPS):
             for run in runs:
                 run()
@@ -193,29 +187,30 @@ class _Measuring:
         if self.row.what == "step":
             return self._step_runs(c)
         if self.cotangents is None:
-            ready = c.sequence(self.problem)
-            return ready.run, [ready.run], ready.read(ready.run())
-        leaves = self.problem.with_grad()
+            ready = c.sequence(self.inputs)
+            return ready.run, [ready.run], ready.results()
+        leaves = self.inputs.with_grad()
         ready, cotangents = c.sequence(leaves), self.cotangents
         with torch.enable_grad():
-            kept = ready.read(ready.run())
+            kept = ready.results()
 
         def backward() -> tuple[Tensor, ...]:
             return torch.autograd.grad(kept, leaves.operands(), cotangents, retain_graph=True)
 
         def both() -> tuple[Tensor, ...]:
             with torch.enable_grad():
-                results = ready.read(ready.run())
+                results = ready.results()
             return torch.autograd.grad(results, leaves.operands(), cotangents)
 
         return both, [backward], backward()
 
     def _step_runs(self, c: Contender) -> tuple[Run, list[Run], tuple[Tensor, ...]]:
         """Return the runs of a step on several states, together twice the last-level cache."""
-        p = self.problem
-        size = p.state.numel() * p.state.element_size()
+        state = self.inputs.state
+        assert state is not None
+        size = state.numel() * state.element_size()
         copies = max(1, min(MOST_COPIES, -(-2 * self.device.facts.l2 // max(1, size))))
-        ready = [c.step(replace(p, state=p.state.clone())) for _ in range(copies)]
+        ready = [c.step(replace(self.inputs, state=state.clone())) for _ in range(copies)]
         runs: list[Run] = [r.run for r in ready]
         results = tuple(x.clone() for x in ready[0].read(runs[0]()))
         return runs[0], runs, results
@@ -228,12 +223,14 @@ class _Measuring:
             except Exception as error:
                 self._done(replace(entry.outcome, status="failed", reason=_short(error)))
                 del entries[name]
-        kernel = self._rounds({n: _single(e.replay) for n, e in entries.items()}, "kernel")
-        walls = {n: time_calls(e.runs, self.device) for n, e in entries.items()}
-        wall = self._rounds(walls, "wall")
+        clock, seconds = self.device.clock, self.seconds
+        replays = {n: e.replay for n, e in entries.items()}
+        kernel = sample_in_turns(replays, SHARE["kernel"] * seconds, clock)
+        calls = {n: time_calls(e.runs, self.device) for n, e in entries.items()}
+        wall = sample_in_turns(calls, SHARE["wall"] * seconds, clock)
         floor = roofline_seconds(self.row, self.device.facts.name)
         for name, entry in entries.items():
-            times = [t / entry.per_replay for (t,) in kernel[name]]
+            times = [t / entry.per_replay for t in kernel[name]]
             median = statistics.median(times)
             self._done(
                 replace(
@@ -246,15 +243,6 @@ class _Measuring:
                     roofline=floor / median if floor and median else None,
                 )
             )
-
-    def _rounds(
-        self, samplers: Mapping[str, Callable[[], tuple[float, ...]]], what: str
-    ) -> dict[str, list[tuple[float, ...]]]:
-        return sample_in_turns(samplers, SHARE[what] * self.seconds, self.device.clock)
-
-
-def _single(replay: Callable[[], float]) -> Callable[[], tuple[float, ...]]:
-    return lambda: (replay(),)
 
 
 def _short(error: BaseException) -> str:

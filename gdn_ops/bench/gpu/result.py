@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gdn_ops.bench.gpu.device import find_peaks
 from gdn_ops.bench.gpu.rows import PUBLISHED_ON, Goal, GpuRow
-
-SCHEMA = 1
-"""Version of the JSON layout; raised when a field changes its meaning."""
+from gdn_ops.bench.rows import SCHEMA, write_json
 
 
 @dataclass(frozen=True)
@@ -152,10 +148,5 @@ class GpuResult:
         return f"gpu-{name.strip('-')}"
 
     def write_json(self, folder: Path) -> Path:
-        """Write the result so far as JSON; a reader sees the old file or the new one."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.stem}.json"
-        partial = path.with_suffix(".json.partial")
-        partial.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-        return path
+        """Write the result so far as JSON and return its path."""
+        return write_json(self.to_json(), folder / f"{self.stem}.json")

@@ -6,9 +6,13 @@ their machine, and stand in a column of their own.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import torch
+
 from gdn_ops.bench.floors import CHUNK
+from gdn_ops.bench.inputs import Inputs, make_kernel_inputs, make_kernel_step_inputs
 from gdn_ops.spec.language import Sizes
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 
@@ -98,6 +102,16 @@ class GpuRow:
         dtype = "" if self.dtype == "bfloat16" else f" {self.dtype}"
         return f"{self.what} {self.heads[0]}/{self.heads[1]}{dims} {shape}{dtype}"
 
+    def draw(self, device: str) -> Inputs:
+        """Draw the operands on a device."""
+        dtype = getattr(torch, self.dtype)
+        if self.what == "step":
+            return make_kernel_step_inputs(
+                self.sizes, dtype, getattr(torch, self.state_dtype), device
+            )
+        lengths = self.lengths if self.packed else None
+        return make_kernel_inputs(self.sizes, dtype, device, lengths)
+
     def work(self) -> tuple[float, float] | None:
         """Return (flops, bytes) of the row by the spec's cost model, or None for a backward."""
         element = 4 if self.dtype == "float32" else 2
@@ -111,44 +125,31 @@ class GpuRow:
         return cost.flops(self.sizes, CHUNK), moved
 
 
-def _forward(
-    heads: tuple[int, int],
-    *lengths: int,
-    theirs: tuple[float, float, float] | None = None,
-    triton: float | None = None,
-    tilelang: float | None = None,
-    dtype: str = "bfloat16",
-    dims: tuple[int, int] = (128, 128),
-    batch: bool = False,
-) -> GpuRow:
-    """Return a forward row; `theirs` is milliseconds of FlashQLA, FlashInfer and FLA."""
-    names = ("flash_qla", "flashinfer", "fla")
-    published = tuple(Published(n, ms) for n, ms in zip(names, theirs or (), strict=False))
-    goals = _goals(triton, tilelang)
-    packed = len(lengths) > 1 and not batch
-    return GpuRow("forward", heads, lengths, packed, dims, dtype, published=published, goals=goals)
+_THEIRS = {"forward": ("flash_qla", "flashinfer", "fla"), "backward": ("flash_qla", "fla")}
+"""Whose times are published for a direction, in the order of a row's `theirs`."""
 
 
-def _backward(
+def _sequences(
+    what: str,
     heads: tuple[int, int],
     *lengths: int,
-    theirs: tuple[float, float] | None = None,
+    theirs: tuple[float, ...] = (),
     triton: float | None = None,
     tilelang: float | None = None,
     dims: tuple[int, int] = (128, 128),
     batch: bool = False,
 ) -> GpuRow:
-    """Return a backward row; `theirs` is milliseconds of FlashQLA and FLA."""
-    names = ("flash_qla", "fla")
-    published = tuple(Published(n, ms) for n, ms in zip(names, theirs or (), strict=False))
-    packed = len(lengths) > 1 and not batch
-    goals = _goals(triton, tilelang)
-    return GpuRow("backward", heads, lengths, packed, dims, published=published, goals=goals)
-
-
-def _goals(triton: float | None, tilelang: float | None) -> tuple[Goal, ...]:
+    """Return a row of sequences; `theirs`, `triton` and `tilelang` are milliseconds."""
+    names = _THEIRS[what][: len(theirs)]
+    published = tuple(Published(n, ms) for n, ms in zip(names, theirs, strict=True))
     pairs = (("triton", triton), ("tilelang", tilelang))
-    return tuple(Goal(name, "kernel", bound) for name, bound in pairs if bound is not None)
+    goals = tuple(Goal(name, "kernel", bound) for name, bound in pairs if bound is not None)
+    packed = len(lengths) > 1 and not batch
+    return GpuRow(what, heads, lengths, packed, dims, published=published, goals=goals)
+
+
+_forward = functools.partial(_sequences, "forward")
+_backward = functools.partial(_sequences, "backward")
 
 
 def _step(batch: int, state: str = "float32") -> GpuRow:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from gdn_ops.bench.child import StoppedError, TimeUpError, Worker
 from gdn_ops.bench.gpu import report
-from gdn_ops.bench.gpu.process import Asked, StoppedError, TimeUpError, Worker
 from gdn_ops.bench.gpu.result import Conformance, GpuResult, Outcome
 from gdn_ops.bench.gpu.rows import ROWS, GpuRow
+from gdn_ops.bench.gpu.worker import COMMAND
+from gdn_ops.bench.report import Log
 
 SECONDS = 450.0
 """Time for everything; with the plot and the imports this stays within eight minutes."""
@@ -30,7 +33,18 @@ FIRST_SECONDS = 90.0
 MOST_STOPS = 2
 """A contender that had to be stopped so often in one direction is left out of it from then on."""
 
-Tell = Callable[[str], None]
+
+class WorkerLike(Protocol):
+    """Describe a process that carries out orders, as `Worker` does."""
+
+    def ask(self, order: dict[str, Any], seconds: float | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the events of an order; raise StoppedError if the order is not completed."""
+
+    def close(self) -> None:
+        """End the process."""
+
+
+start_worker: Callable[[], WorkerLike] = functools.partial(Worker, COMMAND)
 
 
 @dataclass(frozen=True)
@@ -56,9 +70,9 @@ def run(
     plan: Plan,
     circumstances: dict[str, Any],
     folder: Path,
-    tell: Tell = lambda text: None,
+    log: Log = lambda text: None,
     *,
-    start: Callable[[], Asked] = Worker,
+    start: Callable[[], WorkerLike] = start_worker,
     clock: Callable[[], float] = time.monotonic,
 ) -> GpuResult:
     """Check our backends, warm contenders up, then measure rows until rows or time run out.
@@ -67,12 +81,12 @@ def run(
         plan: what to measure.
         circumstances: what the result says of the system; "device" is its name.
         folder: where the result is written after every row.
-        tell: told in one line what happens.
+        log: told in one line what happens.
         start: makes a worker.
         clock: seconds; monotonic.
     """
     result = GpuResult(circumstances, left_out=list(plan.left_out))
-    return _Bench(plan, result, folder, tell, start, clock).run()
+    return _Bench(plan, result, folder, log, start, clock).run()
 
 
 @dataclass
@@ -82,11 +96,11 @@ class _Bench:
     plan: Plan
     result: GpuResult
     folder: Path
-    tell: Tell
-    start: Callable[[], Asked]
+    log: Log
+    start: Callable[[], WorkerLike]
     clock: Callable[[], float]
     stops: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    worker: Asked | None = None
+    worker: WorkerLike | None = None
 
     def run(self) -> GpuResult:
         self.end = self.clock() + self.plan.seconds
@@ -94,7 +108,7 @@ class _Bench:
         self.result.failed = not all(c.passed for c in self.result.conformance)
         self.result.write_json(self.folder)
         if self.result.failed:
-            self.tell("a backend is wrong: nothing is timed")
+            self.log("a backend is wrong: nothing is timed")
             return self.result
         try:
             for i, row in enumerate(self.plan.rows):
@@ -112,7 +126,7 @@ class _Bench:
     def _prepare(self) -> None:
         """Check our backends and warm all contenders up, side by side."""
         ready = self.clock() + PREPARE_SHARE * self.plan.seconds
-        self.tell(f"checking {', '.join(self.plan.backends)}; compiling for everybody")
+        self.log(f"checking {', '.join(self.plan.backends)}; compiling for everybody")
         directions = dict.fromkeys(row.what for row in self.plan.rows)
         # What does not get its turn on few cores is compiled when its row comes.
         with ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool:
@@ -124,9 +138,9 @@ class _Bench:
             ]
             self.result.conformance = [check.result() for check in checks]
             for done in warm:
-                self.tell(done.result())
+                self.log(done.result())
         for found in self.result.conformance:
-            self.tell(f"conformance of {found}")
+            self.log(f"conformance of {found}")
 
     def _check(self, name: str, ready: float) -> Conformance:
         """Run the short check of a backend in a process of its own."""
@@ -187,7 +201,7 @@ class _Bench:
         outcomes = [found[name] for name in self._names()]
         self.result.rows.append((row, outcomes))
         self.result.write_json(self.folder)
-        self.tell(report.line(row, outcomes))
+        self.log(report.line(row, outcomes))
 
     def _measure(
         self, row: GpuRow, names: list[str], rows_left: int, found: dict[str, Outcome]

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import gdn_ops
-from gdn_ops.bench.gpu import conformance, measuring, turns
+from gdn_ops.bench import turns
+from gdn_ops.bench.gpu import conformance, measuring
 from gdn_ops.bench.gpu.measuring import BrokenDeviceError, measure_row
-from gdn_ops.bench.gpu.peers import Contender
 from gdn_ops.bench.gpu.result import Outcome, reached, roofline_seconds
 from gdn_ops.bench.gpu.rows import ROWS, GpuRow
-from gpu_stand_ins import BACKWARD, BACKWARD_PACKED, FORWARD, STEP, FakeDevice, StandIn
+from gdn_ops.bench.inputs import Inputs
+from gdn_ops.bench.peers import Contender
+from gpu_stand_ins import BACKWARD, BACKWARD_PACKED, FORWARD, STEP, FakeDevice, stand_in
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +37,7 @@ def measure(
 @pytest.mark.parametrize("row", (FORWARD, BACKWARD, STEP), ids=lambda row: row.what)
 def test_a_row_has_every_number_of_everybody(row: GpuRow) -> None:
     device = FakeDevice()
-    found, events = measure(row, [StandIn("a", device), StandIn("b", device, 4e-3)], device)
+    found, events = measure(row, [stand_in("a", device), stand_in("b", device, 4e-3)], device)
     for name, ms in {"a": 1.0, "b": 4.0}.items():
         o = found[name]
         assert (o.status, o.kernel_by, o.samples) == ("measured", "graph", turns.ROUNDS[1])
@@ -51,17 +53,17 @@ def test_a_row_has_every_number_of_everybody(row: GpuRow) -> None:
 
 def test_the_roofline_fraction_is_the_floor_over_the_kernel_time() -> None:
     device = FakeDevice()
-    o = measure(FORWARD, [StandIn("a", device)], device)[0]["a"]
+    o = measure(FORWARD, [stand_in("a", device)], device)[0]["a"]
     floor = roofline_seconds(FORWARD, "NVIDIA H200")
     assert floor is not None
     assert o.roofline == pytest.approx(floor / 1e-3)
     other = FakeDevice("a card that nobody knows")
-    assert measure(FORWARD, [StandIn("a", other)], other)[0]["a"].roofline is None
+    assert measure(FORWARD, [stand_in("a", other)], other)[0]["a"].roofline is None
 
 
 def test_contenders_take_turns_and_every_round_starts_with_another() -> None:
     device, log = FakeDevice(), []
-    cs: list[Contender] = [StandIn(n, device, 1.0, log=log) for n in "abc"]
+    cs: list[Contender] = [stand_in(n, device, 1.0, log=log) for n in "abc"]
     measure(FORWARD, cs, device)
     assert "".join(log).endswith("abcbcacab" + "abcbcacab")
 
@@ -71,7 +73,7 @@ def test_short_work_is_captured_several_times_and_divided(
 ) -> None:
     monkeypatch.setattr(measuring, "MOST_REPEATS", 4)
     device = FakeDevice()
-    found, _ = measure(FORWARD, [StandIn("a", device, 5e-4), StandIn("b", device, 1e-9)], device)
+    found, _ = measure(FORWARD, [stand_in("a", device, 5e-4), stand_in("b", device, 1e-9)], device)
     assert device.captured == [2, 4]
     assert found["a"].kernel == pytest.approx(0.5)
 
@@ -81,24 +83,23 @@ def test_a_step_works_on_states_that_are_larger_than_the_cache() -> None:
     device = FakeDevice(l2=2 * size + 1)
     seen: set[int] = set()
 
-    class Looking(StandIn):
-        def step(self, p: Any) -> Any:
-            seen.add(p.state.data_ptr())
-            return super().step(p)
+    def look(x: Inputs) -> None:
+        assert x.state is not None
+        seen.add(x.state.data_ptr())
 
-    found, _ = measure(STEP, [Looking("a", device)], device)
+    found, _ = measure(STEP, [stand_in("a", device, before=look)], device)
     assert len(seen) == 5
     assert device.captured == [5]
     assert found["a"].kernel == pytest.approx(1.0), "per step, not per graph"
     device = FakeDevice(l2=1 << 40)
-    measure(STEP, [StandIn("a", device, 1.0)], device)
+    measure(STEP, [stand_in("a", device, 1.0)], device)
     assert device.captured == [measuring.MOST_COPIES]
 
 
 def test_what_cannot_be_captured_is_timed_by_events_and_says_so() -> None:
     device = FakeDevice()
     device.refuses_capture = True
-    o = measure(FORWARD, [StandIn("a", device)], device)[0]["a"]
+    o = measure(FORWARD, [stand_in("a", device)], device)[0]["a"]
     assert (o.status, o.kernel_by) == ("measured", "events")
     assert o.reason == "not captured: RuntimeError: called a synchronizing CUDA operation"
     assert o.kernel == pytest.approx(1.0)
@@ -106,9 +107,9 @@ def test_what_cannot_be_captured_is_timed_by_events_and_says_so() -> None:
 
 def test_wrong_numbers_have_no_time() -> None:
     device = FakeDevice()
-    wrong = StandIn("wrong", device, change=lambda o: o * 1.1)
-    nan = StandIn("nan", device, change=lambda o: o * math.nan)
-    found, _ = measure(FORWARD, [wrong, nan, StandIn("right", device)], device)
+    wrong = stand_in("wrong", device, change=lambda o: o * 1.1)
+    nan = stand_in("nan", device, change=lambda o: o * math.nan)
+    found, _ = measure(FORWARD, [wrong, nan, stand_in("right", device)], device)
     assert found["wrong"].status == found["nan"].status == "wrong"
     assert found["wrong"].kernel is None
     assert found["wrong"].reason == "o is off by 0.1, more than 0.01: no time is shown"
@@ -116,22 +117,23 @@ def test_wrong_numbers_have_no_time() -> None:
 
 
 def test_an_exception_is_a_row_with_its_text_and_not_the_end() -> None:
-    class Raises(StandIn):
-        def sequence(self, p: Any) -> Any:
-            raise NotImplementedError("Triton 3.6 on Hopper\ngets the backward wrong")
+    def fail(x: Inputs) -> None:
+        raise NotImplementedError("Triton 3.6 on Hopper\ngets the backward wrong")
 
     device = FakeDevice()
-    found, _ = measure(FORWARD, [Raises("fla", device), StandIn("b", device)], device)
+    fla = stand_in("fla", device, before=fail)
+    found, _ = measure(FORWARD, [fla, stand_in("b", device)], device)
     assert found["fla"].status == "failed"
     assert found["fla"].reason == "NotImplementedError: Triton 3.6 on Hopper"
     assert found["b"].status == "measured"
 
 
-def test_reasons_are_told_without_running() -> None:
+def test_reasons_are_told_without_running(monkeypatch: pytest.MonkeyPatch) -> None:
     device = FakeDevice()
     log: list[str] = []
-    c = StandIn("a", device, log=log)
-    c.reasons = lambda p: ["K=8 (supported: 128)", "no step"]  # type: ignore[method-assign]
+    reasons = ["K=8 (supported: 128)", "no step"]
+    monkeypatch.setattr(Contender, "reasons", lambda *_: reasons)
+    c = stand_in("a", device, log=log)
     o = measure(FORWARD, [c], device)[0]["a"]
     assert (o.status, o.reason) == ("unsupported", "K=8 (supported: 128); no step")
     assert log == []
@@ -139,7 +141,7 @@ def test_reasons_are_told_without_running() -> None:
 
 def test_who_comes_after_the_time_is_named() -> None:
     device = FakeDevice()
-    cs: list[Contender] = [StandIn("slow", device, 50.0), StandIn("late", device)]
+    cs: list[Contender] = [stand_in("slow", device, 50.0), stand_in("late", device)]
     found, _ = measure(FORWARD, cs, device, seconds=60.0)
     assert found["slow"].status == "measured"
     assert found["slow"].samples == turns.ROUNDS[0]
@@ -150,13 +152,13 @@ def test_who_comes_after_the_time_is_named() -> None:
 def test_a_broken_device_ends_the_row_with_a_name() -> None:
     device = FakeDevice()
 
-    class Breaks(StandIn):
-        def sequence(self, p: Any) -> Any:
-            device.is_broken = True
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    def break_it(x: Inputs) -> None:
+        device.is_broken = True
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+    bad = stand_in("bad", device, before=break_it)
     with pytest.raises(BrokenDeviceError, match=r"^bad: RuntimeError: CUDA error: an illegal"):
-        measure(FORWARD, [StandIn("a", device), Breaks("bad", device)], device)
+        measure(FORWARD, [stand_in("a", device), bad], device)
 
 
 def test_a_reference_that_does_not_fit_leaves_the_error_out(
@@ -167,7 +169,7 @@ def test_a_reference_that_does_not_fit_leaves_the_error_out(
 
     monkeypatch.setattr(measuring, "exact_backward", too_large)
     device = FakeDevice()
-    o = measure(BACKWARD_PACKED, [StandIn("a", device)], device)[0]["a"]
+    o = measure(BACKWARD_PACKED, [stand_in("a", device)], device)[0]["a"]
     assert (o.status, o.error) == ("measured", None)
     assert o.reason == "error not measured: OutOfMemoryError: CUDA out of memory"
 
@@ -189,8 +191,8 @@ def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same calls, narrow and short: the wide ones take a minute on a CPU."""
     small = {"K": 8, "V": 16}
     calls = [
-        (judged, replace(e, **small, T=min(e.T, 12), lengths=None if e.lengths is None else (7, 5)))
-        for judged, e in conformance.CALLS
+        (law, replace(e, **small, T=min(e.T, 12), lengths=None if e.lengths is None else (7, 5)))
+        for law, e in conformance.CALLS
     ]
     monkeypatch.setattr(conformance, "CALLS", tuple(calls))
 

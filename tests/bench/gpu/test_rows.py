@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 import gdn_ops
+from gdn_ops.bench import peers
 from gdn_ops.bench.gpu import errors
 from gdn_ops.bench.gpu.device import find_peaks
 from gdn_ops.bench.gpu.errors import exact_backward, exact_forward, exact_step, worst_error
-from gdn_ops.bench.gpu.inputs import make_cotangents, make_problem
-from gdn_ops.bench.gpu.peers import PEERS, Contender, Ours, contender
 from gdn_ops.bench.gpu.result import roofline_seconds
 from gdn_ops.bench.gpu.rows import ROWS, GpuRow, find_row
+from gdn_ops.bench.inputs import Inputs, make_cotangents
+from gdn_ops.bench.peers import Contender, find_contender, peers_on
+from gdn_ops.bench.verify import Part
 from gpu_stand_ins import (
     BACKWARD,
     FORWARD,
@@ -29,31 +31,31 @@ from gpu_stand_ins import (
     STEP,
     TINY,
     install_peers,
+    ours,
 )
 
 ALWAYS: dict[str, Any] = {"seconds": 1e6, "clock": lambda: 0.0, "finish": lambda: None}
 
 
-def exact(p: Any) -> list[errors.Piece]:
-    if p.row.what == "step":
-        return exact_step(p)
-    if p.row.what == "backward":
-        return exact_backward(p, *make_cotangents(p))
-    return exact_forward(p, **ALWAYS)
+def exact(x: Inputs, what: str) -> list[Part]:
+    if what == "step":
+        return exact_step(x)
+    if what == "backward":
+        return exact_backward(x, *make_cotangents(x))
+    return exact_forward(x, **ALWAYS)
 
 
-def results_of(c: Contender, p: Any) -> tuple[Tensor, ...]:
-    """Return what a contender makes of a problem: outputs, or the gradients."""
-    if p.row.what == "step":
+def results_of(c: Contender, x: Inputs, what: str) -> tuple[Tensor, ...]:
+    """Return what a contender makes of inputs: outputs, or the gradients."""
+    if what == "step":
+        assert x.state is not None
         with torch.no_grad():
-            ready = c.step(replace(p, state=p.state.clone()))
-            return ready.read(ready.run())
-    if p.row.what == "forward":
-        ready = c.sequence(p)
-        return ready.read(ready.run())
-    leaves = p.with_grad()
-    ready = c.sequence(leaves)
-    return torch.autograd.grad(ready.read(ready.run()), leaves.operands(), make_cotangents(p))
+            return c.step(replace(x, state=x.state.clone())).results()
+    if what == "forward":
+        return c.sequence(x).results()
+    leaves = x.with_grad()
+    results = c.sequence(leaves).results()
+    return torch.autograd.grad(results, leaves.operands(), make_cotangents(x))
 
 
 # Rows.
@@ -121,15 +123,16 @@ def test_rooflines_are_for_known_devices_alone() -> None:
 
 @pytest.mark.parametrize("row", TINY, ids=lambda row: row.name)
 def test_operands_are_in_the_domains_of_the_spec(row: GpuRow) -> None:
-    p = make_problem(row, "cpu")
+    p = row.draw("cpu")
     assert p.log_alpha.dtype == p.beta.dtype == torch.float32
     assert p.log_alpha.max() <= 0 and p.log_alpha.min() > -2
     assert p.beta.min() > 0 and p.beta.max() < 1
     torch.testing.assert_close(p.k.float().norm(dim=-1), torch.ones(p.k.shape[:-1]), rtol=0.01,
                                atol=0.01)  # fmt: skip
+    assert p.state is not None
     assert p.state.shape == (row.sizes.N, row.sizes.HV, row.sizes.K, row.sizes.V)
-    assert make_problem(row, "cpu").q.equal(p.q)
-    assert not Ours("torch").reasons(p)
+    assert row.draw("cpu").q.equal(p.q)
+    assert not ours().reasons(p, row.what)
     if row.packed:
         assert p.cu_seqlens is not None
         assert tuple(b - a for a, b in pairwise(p.cu_seqlens.tolist())) == row.lengths
@@ -138,7 +141,7 @@ def test_operands_are_in_the_domains_of_the_spec(row: GpuRow) -> None:
 
 
 def test_the_gates_of_a_step_are_those_of_its_raw_gates() -> None:
-    p = make_problem(NARROW_STEP, "cpu")
+    p = NARROW_STEP.draw("cpu")
     assert p.raw is not None and p.raw.a.dtype == torch.bfloat16
     softplus = torch.nn.functional.softplus(p.raw.a.double() + p.raw.dt_bias.double())
     torch.testing.assert_close(p.log_alpha.double(), -p.raw.A_log.double().exp() * softplus)
@@ -148,16 +151,16 @@ def test_the_gates_of_a_step_are_those_of_its_raw_gates() -> None:
 # Peers: every one is fed in its own convention.
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", peers_on("cuda"))
 @pytest.mark.parametrize("row", TINY, ids=lambda row: row.name)
 def test_a_peer_gets_the_same_problem(
     name: str, row: GpuRow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_peers(monkeypatch)
-    c = contender(name)
+    c = find_contender(name)
     assert isinstance(c, Contender), c
-    p = make_problem(row, "cpu")
-    reasons = c.reasons(p)
+    p = row.draw("cpu")
+    reasons = c.reasons(p, row.what)
     if reasons:
         missing = {
             ("flash_qla", "step"): "has no step",
@@ -165,19 +168,19 @@ def test_a_peer_gets_the_same_problem(
         }
         assert reasons == [missing[name, row.what]]
         return
-    error, what = worst_error(exact(p), results_of(c, p))
+    error, what = worst_error(exact(p, row.what), results_of(c, p, row.what))
     assert error < (1e-2 if row is NARROW_STEP else 1e-5), what
 
 
 def test_a_step_of_a_peer_in_place_changes_its_own_state(monkeypatch: pytest.MonkeyPatch) -> None:
     install_peers(monkeypatch)
     for name in ("fla", "flashinfer", "torch"):
-        c = contender(name)
+        c = find_contender(name)
         assert isinstance(c, Contender)
-        p = make_problem(STEP, "cpu")
+        p = STEP.draw("cpu")
         ready = c.step(p)
-        first = [x.clone() for x in ready.read(ready.run())]
-        second = ready.read(ready.run())
+        first = [x.clone() for x in ready.results()]
+        second = ready.results()
         # fla returns a new state, as it does in a server; the others go on from their last one.
         assert torch.equal(first[1], second[1]) == (name == "fla")
 
@@ -199,15 +202,15 @@ def test_a_peer_that_is_not_there_or_cannot_be_imported_is_a_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "flash_qla", None)
-    assert contender("flash_qla") == "package 'flash_qla' is not installed"
+    assert find_contender("flash_qla") == "package 'flash_qla' is not installed"
 
-    def broken(self: object) -> None:
+    def broken() -> Contender:
         raise RuntimeError("No CUDA GPUs are available")
 
-    monkeypatch.setattr(PEERS["fla"], "__init__", broken)
-    assert contender("fla") == "cannot be imported: RuntimeError: No CUDA GPUs are available"
+    monkeypatch.setitem(peers.PEERS, "fla", peers.Peer(broken))
+    assert find_contender("fla") == "cannot be imported: RuntimeError: No CUDA GPUs are available"
     with pytest.raises(gdn_ops.SpecError, match="unknown backend 'x'"):
-        contender("x")
+        find_contender("x")
 
 
 # Errors.
@@ -215,43 +218,44 @@ def test_a_peer_that_is_not_there_or_cannot_be_imported_is_a_reason(
 
 @pytest.mark.parametrize("row", TINY, ids=lambda row: row.name)
 def test_a_backend_is_right_and_every_single_wrong_head_is_seen(row: GpuRow) -> None:
-    p = make_problem(row, "cpu")
-    pieces = exact(p)
-    results = results_of(Ours("torch"), p)
-    assert worst_error(pieces, results)[0] < (1e-2 if row is NARROW_STEP else 1e-5)
-    for piece in pieces:
+    p = row.draw("cpu")
+    parts = exact(p, row.what)
+    results = results_of(ours(), p, row.what)
+    assert worst_error(parts, results)[0] < (1e-2 if row is NARROW_STEP else 1e-5)
+    for part in parts:
         wrong = [x.clone() for x in results]
-        part = piece.part(wrong[piece.index])
-        assert part.data_ptr() >= wrong[piece.index].data_ptr()
-        part.select(piece.head_axis, part.shape[piece.head_axis] - 1)[-1] *= 1.5
-        error, what = worst_error(pieces, wrong)
-        assert what == piece.what
+        taken = part.take(wrong[part.index])
+        assert taken.data_ptr() >= wrong[part.index].data_ptr()
+        (head_axis,) = set(range(1, taken.dim())) - set(part.axes)
+        taken.select(head_axis, taken.shape[head_axis] - 1)[-1] *= 1.5
+        error, what = worst_error(parts, wrong)
+        assert what == part.what
         assert 0.05 < error <= 0.51
     nan = [x.clone() for x in results]
     nan[0].view(-1)[-1] = math.nan
-    assert math.isnan(worst_error(pieces, nan)[0])
+    assert math.isnan(worst_error(parts, nan)[0])
 
 
 def test_a_definition_that_takes_too_long_walks_the_beginning() -> None:
     now = iter(range(10_000))
-    p = make_problem(replace(FORWARD, lengths=(100,)), "cpu")
+    p = replace(FORWARD, lengths=(100,)).draw("cpu")
     # 32 tokens a second; what is left after learning the pace are two seconds.
-    pieces = exact_forward(p, 4.0, lambda: float(next(now)), lambda: None)
-    assert [piece.what for piece in pieces] == ["o"]
-    assert pieces[0].exact.shape[1] == 32
-    results = results_of(Ours("torch"), p)
-    assert worst_error(pieces, results)[0] < 1e-5
+    parts = exact_forward(p, 4.0, lambda: float(next(now)), lambda: None)
+    assert [part.what for part in parts] == ["o"]
+    assert parts[0].exact.shape[1] == 32
+    results = list(results_of(ours(), p, "forward"))
+    assert worst_error(parts, results)[0] < 1e-5
     results[0][:, 40:] = 7.0
-    assert worst_error(pieces, results)[0] < 1e-5, "what was not walked is not judged"
+    assert worst_error(parts, results)[0] < 1e-5, "what was not walked is not judged"
     results[0][:, 20:] = 7.0
-    assert worst_error(pieces, results)[0] > 0.5
+    assert worst_error(parts, results)[0] > 0.5
 
 
 def test_gradients_are_judged_in_a_window_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "WINDOW", 6)
-    p = make_problem(BACKWARD, "cpu")
-    pieces = exact(p)
-    assert [piece.what for piece in pieces] == ["dq", "dk", "dv", "dlog_alpha", "dbeta"]
-    assert pieces[0].exact.shape == (1, 6, 2, 8)
-    assert pieces[2].exact.shape == (1, 6, 4, 4)
-    assert worst_error(pieces, results_of(Ours("torch"), p))[0] < 1e-5
+    p = BACKWARD.draw("cpu")
+    parts = exact(p, "backward")
+    assert [part.what for part in parts] == ["dq", "dk", "dv", "dlog_alpha", "dbeta"]
+    assert parts[0].exact.shape == (1, 6, 2, 8)
+    assert parts[2].exact.shape == (1, 6, 4, 4)
+    assert worst_error(parts, results_of(ours(), p, "backward"))[0] < 1e-5

@@ -14,8 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 import gdn_ops
+from gdn_ops.bench.child import StoppedError, TimeUpError
 from gdn_ops.bench.gpu import command, report, schedule
-from gdn_ops.bench.gpu.process import StoppedError, TimeUpError
 from gdn_ops.bench.gpu.result import Conformance, GpuResult, Outcome
 from gdn_ops.bench.gpu.rows import ROWS
 from gdn_ops.bench.gpu.schedule import Plan, run
@@ -45,8 +45,8 @@ class FakeWorker:
         self.script, self.closed = script, False
         script.workers.append(self)
 
-    def ask(self, order: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
-        assert not self.closed
+    def ask(self, order: dict[str, Any], seconds: float | None = None) -> Iterator[dict[str, Any]]:
+        assert not self.closed and seconds is not None
         self.script.orders.append((order, seconds))
         yield from self.script.answer(order, seconds)
 
@@ -358,10 +358,10 @@ def test_the_command_runs_shows_and_ends_with_the_verdict(
 ) -> None:
     script.red = {"torch"} if wrong else set()
 
-    def fake(plan: Plan, system: Any, folder: Path, tell: Any) -> GpuResult:
+    def fake(plan: Plan, system: Any, folder: Path, log: Any) -> GpuResult:
         assert (plan.backends, plan.peers, plan.seconds) == (("torch",), ("fla",), 60.0)
         plan = replace(plan, rows=ROWS[:1])
-        return run(plan, system, folder, tell, start=script.start, clock=script.clock)
+        return run(plan, system, folder, log, start=script.start, clock=script.clock)
 
     monkeypatch.setattr(command, "run", fake)
     monkeypatch.setattr(command, "system", lambda seconds: SYSTEM)

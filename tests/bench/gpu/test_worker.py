@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from gdn_ops.bench.gpu import measuring, turns, worker
-from gdn_ops.bench.gpu.process import StoppedError, Worker
+from gdn_ops.bench import child, turns
+from gdn_ops.bench.child import StoppedError, Worker, carry_out_orders
+from gdn_ops.bench.gpu import measuring, worker
 from gdn_ops.bench.gpu.result import Conformance
 from gdn_ops.bench.gpu.worker import Desk
-from gpu_stand_ins import BACKWARD, FORWARD, STEP, FakeDevice, StandIn
+from gpu_stand_ins import BACKWARD, FORWARD, STEP, FakeDevice, stand_in
 from paths import ROOT
 
 TALKS = """
@@ -79,8 +80,8 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> tuple[Desk, list[dict[str, Any]]]:
     monkeypatch.setattr(turns, "ROUNDS", (2, 2))
     tiny = {row.name: row for row in (FORWARD, BACKWARD, STEP)}
     monkeypatch.setattr(worker, "find_row", tiny.__getitem__)
-    known = {"fla": StandIn("fla", device), "flash_qla": "package 'flash_qla' is not installed"}
-    monkeypatch.setattr(worker, "contender", known.__getitem__)
+    known = {"fla": stand_in("fla", device), "flash_qla": "package 'flash_qla' is not installed"}
+    monkeypatch.setattr(worker, "find_contender", known.__getitem__)
     return Desk(device, events.append), events
 
 
@@ -89,8 +90,7 @@ def test_a_worker_measures_a_row_and_tells_who_is_not_there(
 ) -> None:
     at, events = desk(monkeypatch)
     names = ["flash_qla", "fla"]
-    at.obey({"do": "row", "row": FORWARD.name, "contenders": names, "seconds": 100.0})
-    assert events[-1] == {"done": True}
+    at.carry_out({"do": "row", "row": FORWARD.name, "contenders": names, "seconds": 100.0})
     outcomes = {e["outcome"]["contender"]: e["outcome"] for e in events if "outcome" in e}
     assert outcomes["flash_qla"]["status"] == "unsupported"
     assert outcomes["flash_qla"]["reason"] == "package 'flash_qla' is not installed"
@@ -101,34 +101,42 @@ def test_a_worker_measures_a_row_and_tells_who_is_not_there(
 def test_a_worker_warms_up_and_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     at, events = desk(monkeypatch)
     names = [FORWARD.name, BACKWARD.name, STEP.name]
-    at.obey({"do": "warm", "contender": "fla", "rows": names})
+    at.carry_out({"do": "warm", "contender": "fla", "rows": names})
     assert [e["warm"] for e in events if "warm" in e] == names
     assert not any("outcome" in e for e in events)
     state = Conformance("torch", True, 1, 11)
     monkeypatch.setattr(worker, "short_check", lambda name, device, seconds: iter([state]))
-    at.obey({"do": "check", "backend": "torch", "seconds": 1.0})
-    assert events[-2:] == [{"conformance": asdict(state)}, {"done": True}]
+    at.carry_out({"do": "check", "backend": "torch", "seconds": 1.0})
+    assert events[-1] == {"conformance": asdict(state)}
     with pytest.raises(ValueError, match="unknown order 'dance'"):
-        at.obey({"do": "dance"})
+        at.carry_out({"do": "dance"})
 
 
 def test_a_worker_tells_who_broke_the_device_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    at, _ = desk(monkeypatch)
+    at, events = desk(monkeypatch)
 
     def broken(*_: object) -> None:
         raise measuring.BrokenDeviceError("fla: RuntimeError: CUDA error")
 
     monkeypatch.setattr(worker, "measure_row", broken)
     monkeypatch.setattr(worker, "Cuda", lambda: at.device)
-    monkeypatch.setattr(worker.os, "dup2", lambda *_: None)
-    monkeypatch.setattr(worker.os, "fdopen", lambda *_, **__: Answers(told))
     order = {"do": "row", "row": FORWARD.name, "contenders": ["fla"], "seconds": 1.0}
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(order) + "\n"))
     with pytest.raises(SystemExit) as ended:
-        worker.main()
+        worker.start(events.append)(order)
     assert ended.value.code == 3
-    assert json.loads(told[-1]) == {"broken": "fla: RuntimeError: CUDA error"}
+    assert events[-1] == {"broken": "fla: RuntimeError: CUDA error"}
+
+
+def test_an_order_is_done_when_it_is_carried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(child.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(child.os, "fdopen", lambda *_, **__: Answers(told))
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"do": 1}\n{"do": 2}\n'))
+    carry_out_orders(lambda emit: lambda order: emit({"got": order["do"]}))
+    assert [json.loads(line) for line in told] == [
+        *({"got": 1}, {"done": True}),
+        *({"got": 2}, {"done": True}),
+    ]
 
 
 class Answers:
@@ -139,22 +147,20 @@ class Answers:
 REAL = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
-from gpu_stand_ins import FORWARD, FakeDevice, StandIn
-from gdn_ops.bench.gpu import measuring
-from gdn_ops.bench.gpu import turns
+from gpu_stand_ins import FORWARD, FakeDevice, stand_in
+from gdn_ops.bench import child, turns
 from gdn_ops.bench.gpu import worker
 
-class Loud(StandIn):
-    def sequence(self, p):
-        print("compiling, please wait", flush=True)
-        return super().sequence(p)
+def print_it(x):
+    print("compiling, please wait", flush=True)
 
 device = FakeDevice()
 turns.ROUNDS = (2, 2)
 worker.Cuda = lambda: device
 worker.find_row = {{FORWARD.name: FORWARD}}.__getitem__
-worker.contender = {{"loud": Loud("loud", device)}}.__getitem__
-worker.main()
+loud = stand_in("loud", device, before=print_it)
+worker.find_contender = {{"loud": loud}}.__getitem__
+child.carry_out_orders(worker.start)
 """
 
 

@@ -1,0 +1,141 @@
+"""Time actions in turns: those that are compared share a process and every round.
+
+Noise that lasts longer than a round, a warmer processor or a busier machine, meets all of them
+alike. Every round starts with the next action, so none always follows the same one.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from gdn_ops.bench.device import Device, Run, find_device
+
+Sample = TypeVar("Sample")
+
+ROUNDS = (5, 50)
+"""Fewest and most rounds where a time is given."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Hold the samples of one action, in seconds."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Return the median of the samples, in seconds."""
+        return statistics.median(self.samples)
+
+    @property
+    def best(self) -> float:
+        """Return the shortest sample, in seconds."""
+        return min(self.samples)
+
+
+def take_turns(
+    samplers: Mapping[str, Callable[[], Sample]], rounds: Iterable[int]
+) -> dict[str, list[Sample]]:
+    """Call samplers in turns and return what they measured, by name.
+
+    Args:
+        samplers: functions that measure once, by name.
+        rounds: numbers of the rounds; each is drawn just before its round.
+    """
+    names = list(samplers)
+    found: dict[str, list[Sample]] = {name: [] for name in names}
+    for i in rounds if names else ():
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            found[name].append(samplers[name]())
+    return found
+
+
+def interleave(
+    actions: Mapping[str, Run],
+    repeats: int,
+    *,
+    warmups: int = 1,
+    device: Device | None = None,
+    collect: bool = True,
+) -> dict[str, Timing]:
+    """Time whole actions in turns by the wall clock.
+
+    Args:
+        actions: by name; results are dropped.
+        repeats: rounds that count.
+        warmups: rounds before them that do not.
+        device: that the actions compute on; the CPU if None.
+        collect: whether to collect garbage before each round; not for microseconds.
+
+    Returns:
+        Timing by name.
+    """
+    on = find_device("cpu") if device is None else device
+
+    def rounds() -> Iterator[int]:
+        for i in range(warmups + repeats):
+            if collect:
+                gc.collect()
+            yield i
+
+    def sampler(action: Run) -> Callable[[], float]:
+        def sample() -> float:
+            on.synchronize()
+            start = on.clock()
+            result = action()
+            on.synchronize()
+            stop = on.clock()
+            del result
+            return stop - start
+
+        return sample
+
+    samples = take_turns({name: sampler(action) for name, action in actions.items()}, rounds())
+    return {name: Timing(tuple(values[warmups:])) for name, values in samples.items()}
+
+
+def sample_in_turns(
+    samplers: Mapping[str, Callable[[], Sample]], seconds: float, clock: Callable[[], float]
+) -> dict[str, list[Sample]]:
+    """Call samplers in turns for a time.
+
+    Args:
+        samplers: functions that measure once, by name.
+        seconds: no round is added after this time, once there are ROUNDS[0].
+        clock: seconds; monotonic.
+    """
+    fewest, most = ROUNDS
+    end = clock() + seconds
+
+    def rounds() -> Iterator[int]:
+        for i in range(most):
+            if i >= fewest and clock() > end:
+                return
+            yield i
+
+    return take_turns(samplers, rounds())
+
+
+def time_calls(runs: Sequence[Run], device: Device) -> Callable[[], tuple[float, float]]:
+    """Return a function that times a call: (until the device is done, until the call returns)."""
+    turn = 0
+
+    def sample() -> tuple[float, float]:
+        nonlocal turn
+        run = runs[turn % len(runs)]
+        turn += 1
+        device.synchronize()
+        start = device.clock()
+        result = run()
+        returned = device.clock()
+        device.synchronize()
+        done = device.clock()
+        del result
+        return done - start, returned - start
+
+    return sample
