@@ -125,7 +125,7 @@ def test_a_configuration_that_fails_is_a_line_and_not_the_end(
 def test_a_configuration_that_computes_something_else_is_refused(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, right_step = Tunable.forward, Tunable.step
+    right, right_step = Tunable.forward, Tunable.decode_one
 
     def wrong(self: Tunable, call: Any) -> gdn_ops.Forward:
         out = right(self, call)
@@ -136,7 +136,7 @@ def test_a_configuration_that_computes_something_else_is_refused(
         return (o * 1.01 if self.current == 2 else o), state
 
     monkeypatch.setattr(Tunable, "forward", wrong)
-    monkeypatch.setattr(Tunable, "step", wrong_step)
+    monkeypatch.setattr(Tunable, "decode_one", wrong_step)
     with pytest.raises(RefusedError, match=r"Config\(tiles=2\),.* off by 0.01, above"):
         list(tune("tunable", [case], ONCE))
 
