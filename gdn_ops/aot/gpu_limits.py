@@ -42,7 +42,7 @@ BUDGETS: dict[str, Budget] = {
 """A100, H100 and H200 (twice), B200 (twice), RTX 50, MI300. An `a` is NVIDIA's name for a target
 whose code may use all its instructions and runs on nothing newer; Triton leaves it out."""
 
-Granted = Mapping[tuple[str, str], tuple[int, str]]
+AllowedSpills = Mapping[tuple[str, str], tuple[int, str]]
 """(kernel, target) -> the most spills that a reference may have, and why they must be."""
 
 LOW = ("bf16", "f16", "bfloat16", "float16")
@@ -69,8 +69,8 @@ class Product(NamedTuple):
     dtype: str
 
 
-def judged(
-    row: CompiledKernel, products: Iterable[Product], is_reference: bool, granted: Granted
+def with_failures(
+    row: CompiledKernel, products: Iterable[Product], is_reference: bool, granted: AllowedSpills
 ) -> CompiledKernel:
     """Return a compiled kernel with what it does that its target forbids.
 

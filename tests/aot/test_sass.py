@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gdn_ops.aot import sass
-from gdn_ops.aot.gpu_limits import BUDGETS, Product, judged, refusal
+from gdn_ops.aot.gpu_limits import BUDGETS, Product, refusal, with_failures
 from gdn_ops.aot.results import CompiledKernel
 from gdn_ops.aot.sass import Usage, find_tool, nvidia_usage
 
@@ -77,20 +77,20 @@ def test_all_shared_memory_of_a_target_may_be_used_and_no_byte_more(
     target: str, bytes_: int
 ) -> None:
     assert BUDGETS[target].shared == bytes_
-    assert judged(row(target, shared=bytes_), [], True, {}).failures == ()
+    assert with_failures(row(target, shared=bytes_), [], True, {}).failures == ()
     text = f"shared memory is {bytes_ + 1} bytes, should be at most {bytes_} on {target}"
-    assert judged(row(target, shared=bytes_ + 1), [], False, {}).failures == (text,)
+    assert with_failures(row(target, shared=bytes_ + 1), [], False, {}).failures == (text,)
 
 
 def test_spills_fail_a_reference_beyond_what_is_granted() -> None:
     spilling = row(spills=7)
-    assert judged(spilling, [], False, {}).failures == ()
-    assert judged(spilling, [], True, {}).failures == ("spills are 7, should be none",)
-    granted = judged(spilling, [], True, {("kernel", "sm_90a"): (7, "why")})
+    assert with_failures(spilling, [], False, {}).failures == ()
+    assert with_failures(spilling, [], True, {}).failures == ("spills are 7, should be none",)
+    granted = with_failures(spilling, [], True, {("kernel", "sm_90a"): (7, "why")})
     assert granted.failures == () and granted.note == "why"
-    refused = judged(spilling, [], True, {("kernel", "sm_90a"): (6, "why")})
+    refused = with_failures(spilling, [], True, {("kernel", "sm_90a"): (6, "why")})
     assert refused.failures == ("spills are 7, should be at most 6",) and refused.note == ""
-    assert judged(row("sm_80"), [], True, {("kernel", "sm_80"): (6, "why")}).note == ""
+    assert with_failures(row("sm_80"), [], True, {("kernel", "sm_80"): (6, "why")}).note == ""
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_spills_fail_a_reference_beyond_what_is_granted() -> None:
 def test_a_product_in_16_bits_with_64_rows_must_use_the_matrix_unit_of_hopper(
     target: str, product: Product, instructions: dict[str, int], failures: tuple[str, ...]
 ) -> None:
-    found = judged(row(target, instructions=instructions), [product], False, {})
+    found = with_failures(row(target, instructions=instructions), [product], False, {})
     assert found.failures == failures
 
 

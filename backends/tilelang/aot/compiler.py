@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gdn_ops.aot.gpu_limits import Granted, Product, judged
+from gdn_ops.aot.gpu_limits import AllowedSpills, Product, with_failures
 from gdn_ops.aot.results import CompiledKernel, Sample
 from gdn_ops.aot.sampling import reasons_against, run
 from gdn_ops.backends.tilelang.aot import cubin
@@ -47,7 +47,7 @@ class Job(NamedTuple):
 
 
 def compile_ahead(
-    backend: Backend, target: str, samples: Iterable[Sample], granted: Granted | None = None
+    backend: Backend, target: str, samples: Iterable[Sample], granted: AllowedSpills | None = None
 ) -> Iterator[CompiledKernel]:
     """Compile the kernels that a backend launches for samples, each distinct one once.
 
@@ -80,7 +80,7 @@ def compile_ahead(
 
 
 def compile_jobs(
-    jobs: Iterable[Job], target: str, granted: Granted | None = None
+    jobs: Iterable[Job], target: str, granted: AllowedSpills | None = None
 ) -> Iterator[CompiledKernel]:
     """Compile kernels, as many at a time as there are cores.
 
@@ -101,7 +101,7 @@ def _traced(launch: Launch) -> Any:
         return error
 
 
-def compile_job(job: Job, traced: Any, target: str, granted: Granted) -> CompiledKernel:
+def compile_job(job: Job, traced: Any, target: str, granted: AllowedSpills) -> CompiledKernel:
     """Compile one kernel and check its code; a failure to compile is a result too."""
     start = time.perf_counter()
     kernel = job.launch.kernel
@@ -122,7 +122,7 @@ def compile_job(job: Job, traced: Any, target: str, granted: Granted) -> Compile
         seconds=time.perf_counter() - start,
     )
     products = cubin.products(traced)
-    row = judged(row, products, job.is_reference, granted)
+    row = with_failures(row, products, job.is_reference, granted)
     more = (*_rounded(products), *(found.remarks if job.is_reference else ()))
     return replace(row, failures=(*row.failures, *more))
 

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from gdn_ops.aot.gpu_limits import Granted, judged
+from gdn_ops.aot.gpu_limits import AllowedSpills, with_failures
 from gdn_ops.aot.results import CompiledKernel, Sample
 from gdn_ops.aot.sampling import reasons_against, run
 from gdn_ops.backends.triton.aot.usage import products, usage
@@ -72,7 +72,7 @@ class Job(NamedTuple):
 
 
 def compile_ahead(
-    backend: Backend, target: str, samples: Iterable[Sample], granted: Granted | None = None
+    backend: Backend, target: str, samples: Iterable[Sample], granted: AllowedSpills | None = None
 ) -> Iterator[CompiledKernel]:
     """Compile the kernels that a backend launches for samples, each distinct one once.
 
@@ -123,7 +123,7 @@ def _binder(kernel: Any, target: str) -> Any:
 
 
 def compile_jobs(
-    jobs: Iterable[Job], target: str, granted: Granted | None = None
+    jobs: Iterable[Job], target: str, granted: AllowedSpills | None = None
 ) -> Iterator[CompiledKernel]:
     """Compile kernels, as many at a time as there are cores: Triton's compiler needs no GIL."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -131,7 +131,7 @@ def compile_jobs(
         yield from pool.map(work, jobs)
 
 
-def compile_job(job: Job, target: str, granted: Granted) -> CompiledKernel:
+def compile_job(job: Job, target: str, granted: AllowedSpills) -> CompiledKernel:
     """Compile one kernel and check its code; a failure to compile is a result too."""
     start = time.perf_counter()
     name = job.launch.kernel.__name__
@@ -146,7 +146,7 @@ def compile_job(job: Job, target: str, granted: Granted) -> CompiledKernel:
         **usage(compiled)._asdict(),
         seconds=time.perf_counter() - start,
     )
-    return judged(row, products(compiled.asm["ttir"]), job.is_reference, granted)
+    return with_failures(row, products(compiled.asm["ttir"]), job.is_reference, granted)
 
 
 def _reason(error: Exception) -> str:

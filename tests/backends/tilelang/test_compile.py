@@ -15,7 +15,7 @@ tilelang = pytest.importorskip("tilelang")
 
 from gdn_ops import GATED_DELTA, GATED_DELTA_STEP  # noqa: E402
 from gdn_ops.aot import sampling  # noqa: E402
-from gdn_ops.aot.gpu_limits import Granted  # noqa: E402
+from gdn_ops.aot.gpu_limits import AllowedSpills  # noqa: E402
 from gdn_ops.aot.results import CompiledKernel, Sample  # noqa: E402
 from gdn_ops.backends.tilelang.aot import cubin  # noqa: E402
 from gdn_ops.backends.tilelang.aot.compiler import Job, compile_ahead, compile_jobs  # noqa: E402
@@ -53,7 +53,7 @@ def compiled(
     make: Any,
     *,
     is_reference: bool = True,
-    granted: Granted | None = None,
+    granted: AllowedSpills | None = None,
     **constants: Any,
 ) -> CompiledKernel:
     """Compile one launch as if the reference made it."""

@@ -17,7 +17,7 @@ from triton.backends.driver import DriverBase  # noqa: E402
 
 from gdn_ops import GATED_DELTA, GATED_DELTA_STEP  # noqa: E402
 from gdn_ops.aot import sampling  # noqa: E402
-from gdn_ops.aot.gpu_limits import BUDGETS, Granted, Product  # noqa: E402
+from gdn_ops.aot.gpu_limits import BUDGETS, AllowedSpills, Product  # noqa: E402
 from gdn_ops.aot.results import CompiledKernel, Sample  # noqa: E402
 from gdn_ops.aot.sass import Usage  # noqa: E402
 from gdn_ops.backends.triton.aot.compiler import (  # noqa: E402
@@ -45,7 +45,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def compiled(
-    target: str, kernel: Any, *args: Any, granted: Granted | None = None, **kwargs: Any
+    target: str, kernel: Any, *args: Any, granted: AllowedSpills | None = None, **kwargs: Any
 ) -> CompiledKernel:
     """Compile one launch as if the reference made it."""
     with recording(target) as launches:
@@ -71,7 +71,7 @@ def test_more_shared_memory_than_a_program_has_is_a_failure() -> None:
 
 
 def normalise(
-    target: str, m: int, n: int, warps: int, granted: Granted | None = None
+    target: str, m: int, n: int, warps: int, granted: AllowedSpills | None = None
 ) -> CompiledKernel:
     x = meta(m, n, dtype=torch.float32)
     return compiled(target, bad.normalise, x, x, m, n, num_warps=warps, granted=granted)
