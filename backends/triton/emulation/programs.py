@@ -46,7 +46,7 @@ def emulate(
         raise ValueError(f"{kernel.__name__}: grid is {grid}, should be at most {MAX_GRID}")
     values = _values(kernel, args, kwargs)
     extents = [_extent(n, t) for n, t in values.items() if isinstance(t, torch.Tensor)]
-    constexprs = _signature(kernel.fn)[1]
+    constexprs = {p.name for p in kernel.params if p.is_constexpr}
     tensors = {
         n: functions.translated(v) if n in constexprs else _argument(n, v)
         for n, v in values.items()
@@ -64,24 +64,13 @@ def emulate(
 
 def _values(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a kernel by name, without the options of its launch."""
-    signature, _ = _signature(kernel.fn)
-    given = {name: x for name, x in kwargs.items() if name in signature.parameters}
+    given = {name: x for name, x in kwargs.items() if name in kernel.signature.parameters}
     unknown = kwargs.keys() - given.keys() - _launch_options()
     if unknown:
         raise TypeError(f"{kernel.__name__} has no argument {', '.join(sorted(unknown))}")
-    bound = signature.bind(*args, **given)
+    bound = kernel.signature.bind(*args, **given)
     bound.apply_defaults()
-    return bound.arguments
-
-
-@functools.cache
-def _signature(fn: Any) -> tuple[inspect.Signature, frozenset[str]]:
-    """Return the signature of a kernel and the names of its constexpr parameters."""
-    signature = inspect.signature(fn)
-    parameters = signature.parameters.values()
-    # A class, or its name where annotations are not evaluated.
-    constexprs = frozenset(p.name for p in parameters if "constexpr" in str(p.annotation))
-    return signature, constexprs
+    return bound.arguments  # type: ignore[no-any-return]
 
 
 @functools.cache
