@@ -1,8 +1,8 @@
 """Build hooks: pages and tables that are made from the code, so that they cannot go stale.
 
 Generated pages: one per op, from its spec and `examples/`; the contributing guide and the
-changelog, from the files at the repository's root. `<!-- laws -->` and `<!-- mutants -->`
-in a page become tables.
+changelog, from the files at the repository's root. `<!-- laws -->`, `<!-- mutants -->` and
+`<!-- bodies -->` in a page become tables.
 """
 
 from __future__ import annotations
@@ -63,7 +63,19 @@ def mutants_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"<!-- laws -->": laws_table, "<!-- mutants -->": mutants_table}
+def bodies_table() -> str:
+    """Return the function bodies of ONNX nodes as a table: name, what it is, where to use it."""
+    _prefer_this_checkout()
+    from gdn_ops.export.bodies.table import bodies_table
+
+    return bodies_table()
+
+
+TABLES = {
+    "<!-- laws -->": laws_table,
+    "<!-- mutants -->": mutants_table,
+    "<!-- bodies -->": bodies_table,
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

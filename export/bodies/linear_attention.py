@@ -1,17 +1,34 @@
-"""Write the bodies that are one LinearAttention, of com.microsoft or of ai.onnx."""
+"""Write a LinearAttention, of com.microsoft or of ai.onnx, for the bodies that are one."""
 
 from __future__ import annotations
 
 from gdn_ops.export.bodies.text import BodyText
+from gdn_ops.export.node.variant import Variant
 
-MICROSOFT = "com.microsoft"
+
+def refuse(body: str, variant: Variant, scale: float) -> str:
+    """Return why a LinearAttention cannot do what a node asks for, or an empty string."""
+    if variant.is_double:
+        return f"the state is float64, body {body!r} should have float32 or shorter"
+    if scale == 0:
+        return f"scale is 0, which LinearAttention of body {body!r} reads as K ** -0.5"
+    return ""
 
 
-def _linear_attention(text: BodyText, name: str, heads: tuple[str, str], q: str, k: str) -> None:
+def write_linear_attention(
+    text: BodyText, operator: str, heads: tuple[str, str], query_and_key: tuple[str, str]
+) -> None:
     """Write a LinearAttention, whose operands are (B, T, heads * width).
 
     Its rules without an erase do not read beta: v is multiplied by it there.
+
+    Args:
+        text: what is written to.
+        operator: its domain and name.
+        heads: the number of heads of q and k, as a value and as an attribute.
+        query_and_key: names of q and k, (B, tokens..., heads, 1, K).
     """
+    q, k = query_and_key
     variant = text.variant
     tokens = "T" if text.sequence else "one"
     for x, count, width in ((q, heads[0], "K"), (k, heads[0], "K"), ("v_w", "HV", "V")):
@@ -33,38 +50,25 @@ def _linear_attention(text: BodyText, name: str, heads: tuple[str, str], q: str,
         f"q_num_heads: int = @{heads[1]}, kv_num_heads: int = @num_v_heads, "
         f'scale: float = @scale, update_rule = "{variant.rule}"'
     )
-    text(f"o_p, {new} = {name} <{attributes}> ({q}_p, {k}_p, v_w_p, {old}, {', '.join(gates)})")
+    operands = ", ".join((f"{q}_p", f"{k}_p", "v_w_p", old, *gates))
+    text(f"o_p, {new} = {operator} <{attributes}> ({operands})")
     text.results("o_p", new)
 
 
 def _packed_gates(text: BodyText) -> list[str]:
     """Write the gates as (B, T, HV); return the operands decay and beta of LinearAttention."""
-    variant, found = text.variant, ['""', '""']
+    variant, operands = text.variant, ['""', '""']
     if variant.has_decay:
         text.operand("log_alpha", "HV", "one", "one")
         text("decay_p = Reshape <allowzero = 1> (log_alpha_x, gate_flat)")
-        found[0] = "decay_p"
+        operands[0] = "decay_p"
     if variant.has_erase:
         if variant.has_beta:
             text("beta_p = Reshape <allowzero = 1> (beta_x, gate_flat)")
         else:
             text.number("beta_one", 1.0)
             text("beta_p = Expand(beta_one, gate_flat)")
-        found[1] = "beta_p"
-    while found and found[-1] == '""':
-        found.pop()
-    return found
-
-
-def write_ort(text: BodyText) -> None:
-    """Write the body that is one com.microsoft::LinearAttention."""
-    text.query_and_key()
-    _linear_attention(text, f"{MICROSOFT}.LinearAttention", ("H", "num_qk_heads"), "q_n", "k_n")
-
-
-def write_onnx(text: BodyText) -> None:
-    """Write the body that is one LinearAttention of ai.onnx."""
-    # ai.onnx has no value heads that share a key head: q and k are repeated.
-    text.query_and_key()
-    text.repeat_heads()
-    _linear_attention(text, "LinearAttention", ("HV", "num_v_heads"), "q_r", "k_r")
+        operands[1] = "beta_p"
+    while operands and operands[-1] == '""':
+        operands.pop()
+    return operands

@@ -6,7 +6,7 @@ import onnx
 
 from gdn_ops.call.numerics import L2NORM_EPSILON
 from gdn_ops.export.node.schema import SEQUENCE
-from gdn_ops.export.node.variants import Variant
+from gdn_ops.export.node.variant import Variant
 
 
 class BodyText:

@@ -1,1 +1,1 @@
-"""Describe our ONNX nodes, and make and change models that hold them."""
+"""Describe our ONNX nodes: their operators, their attributes, and the uses of an operator."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import onnx
 from onnx.defs import OpSchema
 
+from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import OpSpec, TensorArg, printed_shape
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 from gdn_ops.spec.rules import FLOAT_DTYPES
@@ -141,3 +142,20 @@ def _attributes(spec: OpSpec) -> list[OpSchema.Attribute]:
             "qk_l2norm", types.INT, f"1 to {meanings['qk_l2norm']}, else 0", required=True
         ),
     ]
+
+
+def check_dtypes(label: str, dtype: str, state_dtype: str) -> None:
+    """Check the dtypes of a node.
+
+    Raises:
+        SpecError: one is unknown, or only one of them is float64.
+    """
+    for name, value in (("dtype", dtype), ("state_dtype", state_dtype)):
+        if value not in ELEMENT_TYPES:
+            raise SpecError(
+                f"{label}: {name} is {value!r}, should be one of {', '.join(ELEMENT_TYPES)}"
+            )
+    if (dtype == "float64") != (state_dtype == "float64"):
+        raise SpecError(
+            f"{label}: q is {dtype} and the state {state_dtype}, should both be float64 or neither"
+        )

@@ -11,8 +11,10 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
-from gdn_ops.export.node.model import nodes_of, opset_of, states_of
-from gdn_ops.export.node.opsets import with_body
+from gdn_ops.export.model.conversion import with_body
+from gdn_ops.export.model.nodes import nodes_of
+from gdn_ops.export.model.opsets import opset_of
+from gdn_ops.export.model.states import states_of
 from gdn_ops.export.runtime.buffers import Buffer, Port, Results, ports_of
 from gdn_ops.export.runtime.sessions import CUSTOM, choose_body, open_session
 from gdn_ops.spec.errors import SpecError, SpecTypeError
@@ -34,7 +36,7 @@ class DecodeSession:
 
     Attributes:
         batch: the number of rows.
-        body: what runs: "standard", "ort", "onnx", or "custom" for the kernel of a library.
+        body: what runs: the name of a body, or "custom" for the kernel of a library.
         inputs, outputs: names of what `step` takes and returns, in order.
     """
 
@@ -72,13 +74,15 @@ class DecodeSession:
         model, folder = _loaded(model_or_path)
         self.batch = batch
         has_library = custom_op_library is not None
-        self.body = choose_body(nodes_of(model), body, has_library, opset_of(model))
-        if self.body == "onnx" and batch == 0:
+        chosen = choose_body(nodes_of(model), body, has_library, opset_of(model))
+        if chosen is not None and batch < chosen.min_rows:
             raise SpecError(
-                "DecodeSession: batch is 0, should be at least 1 for body 'onnx', whose operator "
-                "onnxruntime does not run on no rows; take body='standard'"
+                f"DecodeSession: batch is {batch}, should be at least {chosen.min_rows} for body "
+                f"{chosen.name!r}, whose operator onnxruntime does not run on no rows; take "
+                f"body='standard'"
             )
-        model = with_body(model, None if self.body == CUSTOM else self.body, "DecodeSession")
+        self.body = CUSTOM if chosen is None else chosen.name
+        model = with_body(model, None if chosen is None else chosen.name, "DecodeSession")
         self._ort = open_session(model, folder, threads, custom_op_library)
         inputs, outputs = ports_of(self._ort, batch)
         states = states_of(model)

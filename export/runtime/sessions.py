@@ -13,15 +13,13 @@ from typing import Any
 import onnx
 from onnx import ModelProto, TensorProto, helper
 
-from gdn_ops.export.node.model import Node, bodies_of, ir_version, opset_of, without_overloads
-from gdn_ops.export.node.single import make_decode_model
-from gdn_ops.export.node.variants import (
-    BODIES,
-    DEFAULT_OPSET,
-    ONNX_OPSET,
-    ONNX_RELEASE,
-    STANDARD_OPSET,
-)
+from gdn_ops.export.bodies.body import DEFAULT_OPSET, MIN_OPSET, Body
+from gdn_ops.export.bodies.standard import STANDARD
+from gdn_ops.export.bodies.table import BODIES
+from gdn_ops.export.model.functions import bodies_of, without_overloads
+from gdn_ops.export.model.nodes import Node
+from gdn_ops.export.model.opsets import ir_version, opset_of
+from gdn_ops.export.model.single import make_decode_model
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
 
 logger = logging.getLogger("gdn_ops")
@@ -42,12 +40,7 @@ _OPSETS = {
 }
 """The oldest onnxruntime that takes models of an opset, measured; 1.20 takes 21 and older."""
 
-_NEEDS = {
-    "ort": "com.microsoft::LinearAttention, which onnxruntime has from 1.25 on",
-    "onnx": f"models of opset {ONNX_OPSET}, for which onnx should be {ONNX_RELEASE} or newer and "
-    f"onnxruntime {_OPSETS[ONNX_OPSET]} or newer",
-}
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def onnxruntime() -> ModuleType:
@@ -74,32 +67,34 @@ def available_bodies() -> tuple[str, ...]:
     Raises:
         ModuleNotFoundError: onnxruntime is not installed.
     """
-    return _available_bodies(os.environ.get(_RELEASED_ONLY))
+    released_only = os.environ.get(_RELEASED_ONLY)
+    return tuple(body.name for body in BODIES.values() if _loads(body, released_only))
 
 
 @functools.cache
-def _available_bodies(released_only: str | None) -> tuple[str, ...]:
-    """Return the bodies that load; onnxruntime reads the environment variable at every load."""
-    return tuple(body for body in BODIES if _loads(body))
+def _loads(body: Body, released_only: str | None) -> bool:
+    """Return whether a model with a body loads.
 
-
-# Let a test forget what was found.
-available_bodies.cache_clear = _available_bodies.cache_clear  # type: ignore[attr-defined]
-
-
-def _loads(body: str) -> bool:
-    if body == "onnx" and onnx.defs.onnx_opset_version() < ONNX_OPSET:
-        logger.debug("onnx %s does not write body %r", onnx.__version__, body)
+    Args:
+        body: the body.
+        released_only: the environment variable that onnxruntime reads at every load.
+    """
+    if onnx.defs.onnx_opset_version() < body.min_opset:
+        logger.debug("onnx %s does not write body %r", onnx.__version__, body.name)
         return False
     model = make_decode_model(
         num_qk_heads=1,
         num_v_heads=1,
         head_k_dim=1,
         head_v_dim=1,
-        opset=ONNX_OPSET if body == "onnx" else DEFAULT_OPSET,
-        body=body,
+        opset=body.opset,
+        body=body.name,
     )
     return _is_taken(model)
+
+
+# Let a test forget what was found.
+available_bodies.cache_clear = _loads.cache_clear  # type: ignore[attr-defined]
 
 
 def _is_taken(model: ModelProto) -> bool:
@@ -120,7 +115,7 @@ def _newest_taken(opset: int) -> int | None:
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", [x], [y])
     newest = None
-    for tried in range(STANDARD_OPSET, opset + 1):
+    for tried in range(MIN_OPSET, opset + 1):
         imports = [helper.make_opsetid("", tried)]
         model = helper.make_model(graph, opset_imports=imports, ir_version=ir_version(imports))
         if not _is_taken(model):
@@ -133,12 +128,14 @@ def _session(model: bytes, options: Any) -> Any:
     return onnxruntime().InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def choose_body(nodes: list[Node], body: str, has_library: bool, opset: int = DEFAULT_OPSET) -> str:
-    """Return the body that a session runs.
+def choose_body(
+    nodes: list[Node], body: str, has_library: bool, opset: int = DEFAULT_OPSET
+) -> Body | None:
+    """Return the body that a session runs, None for the kernel of a custom-op library.
 
     Args:
         nodes: of the model.
-        body: as the user asked for it: "auto", "standard", "ort", "onnx" or "custom".
+        body: as the user asked for it: "auto", "custom" or the name of a body.
         has_library: whether a custom-op library brings the kernel.
         opset: of ai.onnx in the model.
 
@@ -154,41 +151,47 @@ def choose_body(nodes: list[Node], body: str, has_library: bool, opset: int = DE
                 f"DecodeSession: body is {body!r}, should be 'auto' or 'custom' with a "
                 f"custom_op_library, whose kernel runs whatever the function body is"
             )
-        return CUSTOM
+        return None
     if body == CUSTOM:
         raise SpecError(
             "DecodeSession: custom_op_library is None, should be the path of a library for body "
             "'custom'"
         )
-    if body != "auto":
-        if body not in available_bodies():
-            is_taken = _newest_taken(opset) == opset
-            export = "" if is_taken else f"export with opset={DEFAULT_OPSET} and "
-            raise SpecError(f"DecodeSession: {why_not(body)}; {export}take body='standard'")
-        return body
-    if any(node.variant.compute == "double" or node.scale == 0 for node in nodes):
-        return "standard"
-    if "ort" in available_bodies():
-        return "ort"
-    _tell_once(
-        f"onnxruntime {onnxruntime().__version__} does not have {_NEEDS['ort']}: the slower body "
-        f"'standard' runs"
-    )
-    return "standard"
+    if body == "auto":
+        return _fastest_body(nodes)
+    if body not in available_bodies():
+        is_taken = _newest_taken(opset) == opset
+        export = "" if is_taken else f"export with opset={DEFAULT_OPSET} and "
+        raise SpecError(f"DecodeSession: {why_not(body)}; {export}take body='standard'")
+    return BODIES[body]
 
 
-def why_not(body: str) -> str:
+def _fastest_body(nodes: list[Node]) -> Body:
+    """Return the first preferred body that runs and can do what the nodes ask for."""
+    for body in BODIES.values():
+        if not body.is_preferred or any(body.refuses(n.variant, n.scale) for n in nodes):
+            continue
+        if body.name in available_bodies():
+            return body
+        _warn_once(
+            f"onnxruntime {onnxruntime().__version__} does not have {body.needs}: the slower body "
+            f"'standard' runs"
+        )
+    return STANDARD
+
+
+def why_not(name: str) -> str:
     """Return a text: what a body needs, and which installed packages are too old for it."""
-    beside = f"onnx {onnx.__version__} and " if body == "onnx" else ""
+    body = BODIES[name]
+    beside = f"onnx {onnx.__version__} and " if body.oldest_onnx else ""
     return (
-        f"body {body!r} needs {_NEEDS[body]}; this is {beside}onnxruntime "
-        f"{onnxruntime().__version__}"
+        f"body {name!r} needs {body.needs}; this is {beside}onnxruntime {onnxruntime().__version__}"
     )
 
 
-def _tell_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
         logger.warning(message)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,15 @@ from onnx import ModelProto
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from gdn_ops.export.node.model import NoNodeError, check_model, nodes_of, set_body
-from gdn_ops.export.node.naming import Names, name_values
-from gdn_ops.export.node.opsets import with_opset
+from gdn_ops.export.bodies.body import DEFAULT_OPSET, MIN_OPSET
+from gdn_ops.export.bodies.table import BODIES, check_opset, find_body
+from gdn_ops.export.model.conversion import with_opset
+from gdn_ops.export.model.functions import set_body
+from gdn_ops.export.model.naming import Names, name_values
+from gdn_ops.export.model.nodes import NoNodeError, nodes_of
+from gdn_ops.export.model.opsets import check_model
+from gdn_ops.export.model.single import BATCH, TOKENS
 from gdn_ops.export.node.schema import SEQUENCE, STEP, Operator
-from gdn_ops.export.node.single import BATCH, TOKENS
-from gdn_ops.export.node.variants import (
-    BODIES,
-    DEFAULT_OPSET,
-    ONNX_OPSET,
-    STANDARD_OPSET,
-    check_opset,
-)
 from gdn_ops.export.torch_exporter.translation import translation_table
 from gdn_ops.spec.errors import SpecError
 
@@ -34,8 +31,6 @@ TORCH_OPSET = 25
 
 _INLINE_BYTES = 1 << 30
 """Weights above this size are written into a file beside the model."""
-
-Shapes = Callable[[Tensor], dict[int, Any] | None]
 
 
 def export_decode(
@@ -73,17 +68,8 @@ def export_decode(
         SpecError: the module or an argument cannot be exported; the text says the cure.
         ModuleNotFoundError: onnxscript is not installed.
     """
-    tensors = _tensors("export_decode", args)
-    batch = torch.export.Dim(BATCH) if dynamic_batch else None
-    rows = tensors[0].shape[0]
-
-    def shapes(x: Tensor) -> dict[int, Any] | None:
-        return {0: batch} if batch is not None and x.dim() and x.shape[0] == rows else None
-
-    if dynamic_batch:
-        args = _with_two_rows(args, rows)
-        rows = max(rows, 2)
-    return _export("export_decode", STEP, module, args, shapes, path, opset, body, names)
+    export = _Export("export_decode", STEP, opset, body, names)
+    return export.run(module, args, dynamic_batch, path)
 
 
 def export_prefill(
@@ -112,43 +98,123 @@ def export_prefill(
         SpecError: the module or an argument cannot be exported; the text says the cure.
         ModuleNotFoundError: onnxscript is not installed.
     """
-    label = "export_prefill"
-    tensors = _tensors(label, args)
-    if tensors[0].dim() < 2 or tensors[0].shape[1] < 2:
-        raise SpecError(
-            f"{label}: the first tensor of args has shape {tuple(tensors[0].shape)}, should be "
-            f"(B, T, ...) with at least two tokens"
-        )
-    batch = torch.export.Dim(BATCH) if dynamic_batch else None
-    tokens = torch.export.Dim(TOKENS)
-    rows, length = tensors[0].shape[:2]
-    if dynamic_batch:
-        args = _with_two_rows(args, rows)
-        rows = max(rows, 2)
+    export = _Export("export_prefill", SEQUENCE, opset, body, names)
+    return export.run(module, args, dynamic_batch, path)
 
-    def shapes(x: Tensor) -> dict[int, Any] | None:
-        if not x.dim() or x.shape[0] != rows:
+
+@dataclass(frozen=True)
+class _Export:
+    """Run an export.
+
+    Attributes:
+        label: of the public function, for errors.
+        operator: that the module should call.
+        opset: of ai.onnx.
+        body: of the nodes.
+        names: given by the user, or None.
+    """
+
+    label: str
+    operator: Operator
+    opset: int
+    body: str | None
+    names: Names | None
+
+    def run(
+        self,
+        module: torch.nn.Module,
+        args: tuple[Any, ...],
+        dynamic_batch: bool,
+        path: str | os.PathLike[str] | None,
+    ) -> ModelProto:
+        """Export a module, and write the model if there is a path."""
+        first = self._first_tensor(args)
+        rows, length = first.shape[0], self._length(first)
+        self._check_options()
+        if dynamic_batch and rows < 2:
+            # torch.export takes a size of 0 or 1 to be fixed.
+            args, rows = _with_two_rows(args, rows), 2
+        sizes = {0: torch.export.Dim(BATCH)} if dynamic_batch else {}
+        tokens = torch.export.Dim(TOKENS)
+
+        def dynamic_sizes(x: Any) -> dict[int, Any] | None:
+            if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != rows:
+                return None
+            is_long = length is not None and x.dim() > 1 and x.shape[1] == length
+            return sizes | ({1: tokens} if is_long else {}) or None
+
+        dynamic = pytree.tree_map(dynamic_sizes, args)
+        model = _run_torch(module, args, dynamic, min(self.opset, TORCH_OPSET))
+        self._check_nodes(model)
+        if self.opset > TORCH_OPSET:
+            cure = f"export with opset={DEFAULT_OPSET}"
+            model = with_opset(model, self.opset, self.label, cure)
+        name_values(self.label, model, self.names)
+        model = set_body(model, self.body)
+        if path is None:
+            check_model(model)
+        else:
+            _write(model, Path(path))
+        return model
+
+    def _first_tensor(self, args: Any) -> Tensor:
+        """Return the tensor whose first size is the batch."""
+        if not isinstance(args, tuple):
+            kind = type(args).__name__
+            raise SpecError(f"{self.label}: args has type {kind}, should be a tuple")
+        tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+        if not tensors or not tensors[0].dim():
+            raise SpecError(
+                f"{self.label}: args hold no tensor with a batch, should hold at least one"
+            )
+        return tensors[0]
+
+    def _length(self, first: Tensor) -> int | None:
+        """Return the number of tokens that the first tensor has, None for a step."""
+        if self.operator is STEP:
             return None
-        found = {0: batch} if batch is not None else {}
-        return found | ({1: tokens} if x.dim() > 1 and x.shape[1] == length else {})
+        if first.dim() < 2 or first.shape[1] < 2:
+            raise SpecError(
+                f"{self.label}: the first tensor of args has shape {tuple(first.shape)}, should "
+                f"be (B, T, ...) with at least two tokens"
+            )
+        return first.shape[1]
 
-    return _export(label, SEQUENCE, module, args, shapes, path, opset, body, names)
+    def _check_options(self) -> None:
+        """Check the opset and the body, before torch runs."""
+        label, opset, body = self.label, self.opset, find_body(self.label, self.body)
+        beyond = [other for other in BODIES.values() if other.min_opset > TORCH_OPSET]
+        if not (MIN_OPSET <= opset <= TORCH_OPSET or any(opset >= b.min_opset for b in beyond)):
+            others = "".join(f", or {b.min_opset} for body {b.name!r}" for b in beyond)
+            raise SpecError(
+                f"{label}: opset is {opset}, should be {MIN_OPSET} to {TORCH_OPSET}{others}"
+            )
+        if body is not None and opset < body.min_opset:
+            raise SpecError(
+                f"{label}: opset is {opset}, should be {body.min_opset} for body {body.name!r}; "
+                f"or take body='standard'"
+            )
+        check_opset(label, opset, self.body)
 
-
-def _tensors(label: str, args: Any) -> list[Tensor]:
-    """Return the tensors among the arguments."""
-    if not isinstance(args, tuple):
-        raise SpecError(f"{label}: args has type {type(args).__name__}, should be a tuple")
-    found = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
-    if not found or not found[0].dim():
-        raise SpecError(f"{label}: args hold no tensor with a batch, should hold at least one")
-    return found
+    def _check_nodes(self, model: ModelProto) -> None:
+        """Check that the module called the op of the operator."""
+        expected = f"{self.label}: the module calls no {self.operator.spec.name}, should call it"
+        try:
+            operators = {node.variant.operator for node in nodes_of(model)}
+        except NoNodeError:
+            raise SpecError(
+                f"{expected}; pass the module itself: a program that torch.export made before "
+                f"holds the step in pieces"
+            ) from None
+        if self.operator not in operators:
+            raise SpecError(
+                f"{expected}: there are only nodes {', '.join(map(str, operators))}; the other "
+                f"exporter is for them"
+            )
 
 
 def _with_two_rows(args: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
-    """Repeat a batch of one: torch.export takes a size of 0 or 1 to be fixed."""
-    if rows >= 2:
-        return args
+    """Return arguments of two rows, given those of one or none."""
 
     def repeat(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != rows:
@@ -158,71 +224,13 @@ def _with_two_rows(args: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
     return pytree.tree_map(repeat, args)  # type: ignore[no-any-return]
 
 
-def _check_options(label: str, opset: int, body: str | None) -> None:
-    if body is not None and body not in BODIES:
-        known = ", ".join(BODIES)
-        raise SpecError(f"{label}: body is {body!r}, should be one of {known}, or None for none")
-    if not (STANDARD_OPSET <= opset <= TORCH_OPSET or opset >= ONNX_OPSET):
-        raise SpecError(
-            f"{label}: opset is {opset}, should be {STANDARD_OPSET} to {TORCH_OPSET}, or "
-            f"{ONNX_OPSET} for body 'onnx'"
-        )
-    if body == "onnx" and opset < ONNX_OPSET:
-        raise SpecError(
-            f"{label}: opset is {opset}, should be {ONNX_OPSET} for body 'onnx'; or take "
-            f"body='standard'"
-        )
-    check_opset(label, opset, body)
-
-
-def _export(
-    label: str,
-    operator: Operator,
-    module: torch.nn.Module,
-    args: tuple[Any, ...],
-    shapes: Shapes,
-    path: str | os.PathLike[str] | None,
-    opset: int,
-    body: str | None,
-    names: Names | None,
-) -> ModelProto:
-    _check_options(label, opset, body)
-    model = _run_torch(module, args, shapes, min(opset, TORCH_OPSET))
-    found = {node.variant.operator for node in _nodes(label, operator, model)}
-    if operator not in found:
-        raise SpecError(
-            f"{label}: the module calls no {operator.spec.name}, should call it: there are only "
-            f"nodes {', '.join(map(str, found))}; the other exporter is for them"
-        )
-    if opset > TORCH_OPSET:
-        model = with_opset(model, opset, label, f"export with opset={DEFAULT_OPSET}")
-    name_values(label, model, names)
-    model = set_body(model, body)
-    if path is None:
-        check_model(model)
-    else:
-        _write(model, Path(path))
-    return model
-
-
-def _nodes(label: str, operator: Operator, model: ModelProto) -> Sequence[Any]:
-    try:
-        return nodes_of(model)
-    except NoNodeError:
-        raise SpecError(
-            f"{label}: the module calls no {operator.spec.name}, should call it; pass the module "
-            f"itself: a program that torch.export made before holds the step in pieces"
-        ) from None
-
-
 def _run_torch(
-    module: torch.nn.Module, args: tuple[Any, ...], shapes: Shapes, opset: int
+    module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any, opset: int
 ) -> ModelProto:
     """Run torch.onnx.export; raise an error of ours inside it as it is."""
     table = translation_table()
     # torch merges two arguments that are one tensor, as the zeros of two layers may be.
     args = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
-    dynamic = pytree.tree_map(lambda x: shapes(x) if isinstance(x, Tensor) else None, args)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # torch warns of its own internals.
@@ -233,7 +241,7 @@ def _run_torch(
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,
-                dynamic_shapes=dynamic,
+                dynamic_shapes=dynamic_shapes,
                 custom_translation_table=table,
             )
     except Exception as error:

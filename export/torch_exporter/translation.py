@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from onnx import TensorProto
 
-from gdn_ops.export.node.model import check_heads
+from gdn_ops.export.node.attributes import Attributes, HeadSizes
 from gdn_ops.export.node.schema import (
     DOMAIN,
     ELEMENT_TYPES,
@@ -18,9 +17,9 @@ from gdn_ops.export.node.schema import (
     STEP,
     VERSION,
     Operator,
+    check_dtypes,
     op_schema,
 )
-from gdn_ops.export.node.single import check_dtypes
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.torch_ops import onnx_export
 
@@ -79,9 +78,9 @@ def _step(
             f"{label}: state is None, should be a tensor in an export to ONNX: what a decode step "
             f"remembers is an input and an output of the graph"
         )
-    check_dtypes(label, _dtype_name(q), _dtype_name(state))
-    attributes = _attributes(label, q, v, rule, scale, qk_l2norm)
-    return _call(STEP, (q, k, v, alpha, beta, log_alpha), state, attributes)
+    tensors = _Tensors(q, k, v, alpha, beta, log_alpha)
+    attributes = tensors.attributes(label, STEP, rule, scale, qk_l2norm)
+    return tensors.call(STEP, tensors.checked_state(label, state), attributes)
 
 
 def _sequence(
@@ -113,9 +112,10 @@ def _sequence(
         )
     from onnxscript import opset18 as op
 
-    attributes = _attributes(label, q, v, rule, scale, qk_l2norm)
-    gates = alpha, beta, log_alpha
-    results = _call(SEQUENCE, (q, k, v, *gates), _wide_state(q, v, initial_state), attributes)
+    tensors = _Tensors(q, k, v, alpha, beta, log_alpha)
+    attributes = tensors.attributes(label, SEQUENCE, rule, scale, qk_l2norm)
+    state = tensors.zero_state() if initial_state is None else tensors.widen(initial_state)
+    results = tensors.call(SEQUENCE, state, attributes)
     # torch wants a value for every output, and drops this one.
     return *results, op.SequenceEmpty()
 
@@ -142,11 +142,10 @@ def _steps(
         raise SpecError(f"{label}: return_states is True, should be False in an export to ONNX")
     from onnxscript import opset18 as op
 
-    attributes = _attributes(label, q, v, rule, scale, qk_l2norm)
-    if state is not None:
-        check_dtypes(label, _dtype_name(q), _dtype_name(state))
-    start = _wide_state(q, v, None) if state is None else state
-    o, new_state = _call(SEQUENCE, (q, k, v, alpha, beta, log_alpha), start, attributes)
+    tensors = _Tensors(q, k, v, alpha, beta, log_alpha)
+    attributes = tensors.attributes(label, SEQUENCE, rule, scale, qk_l2norm)
+    start = tensors.zero_state() if state is None else tensors.checked_state(label, state)
+    o, new_state = tensors.call(SEQUENCE, start, attributes)
     return o, new_state, op.Constant(value_floats=[])
 
 
@@ -158,61 +157,66 @@ def _refuse_pool(label: str, state_indices: Any) -> None:
         )
 
 
-def _attributes(
-    label: str, q: Any, v: Any, rule: str, scale: float | None, qk_l2norm: bool
-) -> dict[str, Any]:
-    """Return the attributes of a node, the scale resolved."""
-    names = {"H": q.shape[-2], "K": q.shape[-1], "HV": v.shape[-2], "V": v.shape[-1]}
-    for name, size in names.items():
-        if not isinstance(size, int):
-            raise SpecError(
-                f"{label}: {name} is symbolic ({size}), should be fixed in an export to ONNX: "
-                f"leave it out of dynamic_shapes"
-            )
-    check_heads(label, names["H"], names["HV"])
-    found = float(names["K"]) ** -0.5 if scale is None else float(scale)
-    if not math.isfinite(found):
-        raise SpecError(f"{label}: scale is {found}, should be a finite number")
-    return {
-        "num_qk_heads": names["H"],
-        "num_v_heads": names["HV"],
-        "scale": found,
-        "rule": rule,
-        "qk_l2norm": int(qk_l2norm),
-    }
+class _Tensors(NamedTuple):
+    """Hold the tensors of a call besides its state, as values of the graph; None if not given."""
 
+    q: Any
+    k: Any
+    v: Any
+    alpha: Any
+    beta: Any
+    log_alpha: Any
 
-def _compute_type(x: Any) -> int:
-    """Return the element type to compute in: double for double, else float."""
-    return int(TensorProto.DOUBLE if int(x.dtype) == TensorProto.DOUBLE else TensorProto.FLOAT)
+    def attributes(
+        self, label: str, operator: Operator, rule: str, scale: float | None, qk_l2norm: bool
+    ) -> Attributes:
+        """Return the attributes of a node, the scale resolved."""
+        q, v = self.q.shape, self.v.shape
+        for name, size in (("H", q[-2]), ("K", q[-1]), ("HV", v[-2]), ("V", v[-1])):
+            if not isinstance(size, int):
+                raise SpecError(
+                    f"{label}: {name} is symbolic ({size}), should be fixed in an export to ONNX: "
+                    f"leave it out of dynamic_shapes"
+                )
+        sizes = HeadSizes(q[-2], v[-2], q[-1], v[-1])
+        return sizes.attributes(label, operator, rule, scale, qk_l2norm)
 
+    @property
+    def compute_type(self) -> int:
+        """Return the element type to compute in: double for double, else float."""
+        is_double = int(self.q.dtype) == TensorProto.DOUBLE
+        return int(TensorProto.DOUBLE if is_double else TensorProto.FLOAT)
 
-def _wide_state(q: Any, v: Any, state: Any) -> Any:
-    """Return the state that a sequence starts from, in the type of its final state."""
-    from onnxscript import opset18 as op
+    def checked_state(self, label: str, state: Any) -> Any:
+        """Return a state, if a node can have it beside q."""
+        check_dtypes(label, _dtype_name(self.q), _dtype_name(state))
+        return state
 
-    to = _compute_type(q)
-    if state is not None:
-        return state if int(state.dtype) == to else op.Cast(state, to=to)
-    sizes = op.Constant(value_ints=[v.shape[-2], q.shape[-1], v.shape[-1]])
-    shape = op.Concat(op.Shape(q, start=0, end=1), sizes, axis=0)
-    return op.Expand(op.Cast(op.Constant(value_float=0.0), to=to), shape)
+    def widen(self, x: Any) -> Any:
+        """Return a value in the compute type, None for None."""
+        from onnxscript import opset18 as op
 
+        is_wide = x is None or int(x.dtype) == self.compute_type
+        return x if is_wide else op.Cast(x, to=self.compute_type)
 
-def _call(
-    operator: Operator, tensors: tuple[Any, ...], state: Any, attributes: dict[str, Any]
-) -> Any:
-    """Write a node, with its gates in the compute type and the decay as its logarithm."""
-    from onnxscript import opset18 as op
+    def zero_state(self) -> Any:
+        """Return the state that a sequence starts from when none is given."""
+        from onnxscript import opset18 as op
 
-    q, k, v, alpha, beta, log_alpha = tensors
-    to = _compute_type(q)
+        sizes = op.Constant(value_ints=[self.v.shape[-2], self.q.shape[-1], self.v.shape[-1]])
+        shape = op.Concat(op.Shape(self.q, start=0, end=1), sizes, axis=0)
+        return op.Expand(op.Cast(op.Constant(value_float=0.0), to=self.compute_type), shape)
 
-    def gate(x: Any) -> Any:
-        return x if x is None or int(x.dtype) == to else op.Cast(x, to=to)
+    def call(self, operator: Operator, state: Any, attributes: Attributes) -> Any:
+        """Write a node, with its gates in the compute type and the decay as its logarithm."""
+        from onnxscript import opset18 as op
 
-    logarithm = gate(log_alpha) if alpha is None else op.Log(gate(alpha))
-    return _node(operator)(q, k, v, logarithm, gate(beta), state, **attributes)
+        log_alpha = self.widen(self.log_alpha)
+        if self.alpha is not None:
+            log_alpha = op.Log(self.widen(self.alpha))
+        beta = self.widen(self.beta)
+        write = _node(operator)
+        return write(self.q, self.k, self.v, log_alpha, beta, state, **attributes.as_onnx())
 
 
 def _dtype_name(x: Any) -> str:

@@ -28,7 +28,7 @@ from gdn_ops.bench.rows import Result
 from gdn_ops.bench.turns import Timing, interleave
 from gdn_ops.bench.verify import Check, RefusedError
 from gdn_ops.export import DecodeSession, available_bodies, make_decode_model, set_body
-from gdn_ops.export.runtime.judge import compare
+from gdn_ops.export.runtime.comparison import compare
 from gdn_ops.export.runtime.sessions import open_session, why_not
 from gdn_ops.spec.language import Sizes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,7 +14,9 @@ from gdn_ops.bench.inputs import Setting
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
 
 if TYPE_CHECKING:
-    from gdn_ops.export.runtime.judge import Comparison
+    from onnx import ModelProto
+
+    from gdn_ops.export.runtime.comparison import Comparison
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
@@ -39,7 +41,7 @@ def export(
         str | None, typer.Option(help="Of the state; float32 without, float64 for float64.")
     ] = None,
     opset: Annotated[
-        int | None, typer.Option(help="Of ai.onnx; 27 without for body onnx, 21 for the others.")
+        int | None, typer.Option(help="Of ai.onnx; 21 without, or the oldest that the body has.")
     ] = None,
     body: Annotated[str, typer.Option(help='standard, ort, onnx, or "none".')] = "standard",
     prefill: Annotated[bool, typer.Option("--prefill", help="Read T tokens, not one.")] = False,
@@ -52,41 +54,39 @@ def export(
             return
         if heads is None or key_dim is None or out is None:
             _fail("export needs --heads, --key-dim and --out, or --inspect FILE")
-        options = {
-            "num_qk_heads": heads,
-            "num_v_heads": value_heads or heads,
-            "head_k_dim": key_dim,
-            "head_v_dim": value_dim or key_dim,
-            "dtype": dtype,
-            "state_dtype": state_dtype,
-            "rule": rule,
-            "scale": scale,
-            "qk_l2norm": qk_l2norm,
-            "opset": opset,
-            "body": None if body == "none" else body,
-        }
-        comparisons = _write(options, prefill, out, console)
+        from gdn_ops.export import make_decode_model, make_prefill_model
+        from gdn_ops.export.bodies.body import DEFAULT_OPSET
+        from gdn_ops.export.bodies.table import BODIES
+
+        if opset is None:
+            opset = BODIES[body].opset if body in BODIES else DEFAULT_OPSET
+        model = (make_prefill_model if prefill else make_decode_model)(
+            num_qk_heads=heads,
+            num_v_heads=value_heads or heads,
+            head_k_dim=key_dim,
+            head_v_dim=value_dim or key_dim,
+            dtype=dtype,
+            state_dtype=state_dtype,
+            rule=rule,
+            scale=scale,
+            qk_l2norm=qk_l2norm,
+            opset=opset,
+            body=None if body == "none" else body,
+        )
+        _write(model, out, console)
+        comparisons = _run_bodies(out, console)
     except (SpecError, BackendUnsupportedError, ModuleNotFoundError) as error:
         _fail(str(error))
     if not all(c.passed for c in comparisons):
         _fail("the numbers are wrong", 1)
 
 
-def _write(
-    options: dict[str, Any], prefill: bool, path: Path, console: Console
-) -> list[Comparison]:
-    """Write and check a model; run every body that onnxruntime has and the model allows."""
+def _write(model: ModelProto, path: Path, console: Console) -> None:
+    """Check a model and write it."""
     import onnx
 
-    from gdn_ops.export import available_bodies, make_decode_model, make_prefill_model
-    from gdn_ops.export.node.model import check_model
-    from gdn_ops.export.node.variants import DEFAULT_OPSET, ONNX_OPSET
-    from gdn_ops.export.runtime.judge import compare
-    from gdn_ops.export.runtime.sessions import why_not
+    from gdn_ops.export.model.opsets import check_model
 
-    if options["opset"] is None:
-        options["opset"] = ONNX_OPSET if options["body"] == "onnx" else DEFAULT_OPSET
-    model = (make_prefill_model if prefill else make_decode_model)(**options)
     check_model(model)
     onnx.save(model, path)
     console.print(
@@ -95,22 +95,33 @@ def _write(
         highlight=False,
         soft_wrap=True,
     )
-    found, written = [], options["body"]
-    if written is not None and written not in available_bodies():
-        console.print(f"left out: {why_not(written)}", markup=False, highlight=False)
+
+
+def _run_bodies(path: Path, console: Console) -> list[Comparison]:
+    """Run a model with every body that onnxruntime has and the model allows."""
+    import onnx
+
+    from gdn_ops.export import available_bodies, bodies_of
+    from gdn_ops.export.runtime.comparison import compare
+    from gdn_ops.export.runtime.sessions import why_not
+
+    model, comparisons = onnx.load(path), []
+    for body in bodies_of(model):
+        if body not in available_bodies():
+            console.print(f"left out: {why_not(body)}", markup=False, highlight=False)
     for body in available_bodies():
         try:
-            found.append(compare(onnx.load(path), body))
+            comparisons.append(compare(model, body))
         except SpecError as error:
             console.print(f"left out: body {body}: {error}", markup=False, highlight=False)
     table = Table("body", "error of o", "allowed", "error of state", "allowed", "")
-    for c in found:
+    for c in comparisons:
         verdict = "[green]pass[/green]" if c.passed else "[red]FAIL[/red]"
         numbers = (c.o, c.allowed_o, c.state, c.allowed_state)
         table.add_row(c.body, *(f"{number:.2g}" for number in numbers), verdict)
     console.print("against the definition in float64, over 64 tokens:")
     console.print(table)
-    return found
+    return comparisons
 
 
 def _inspect(path: Path, console: Console) -> None:

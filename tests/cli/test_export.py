@@ -22,7 +22,7 @@ from gdn_ops.bench.inputs import Setting  # noqa: E402
 from gdn_ops.bench.rows import Result  # noqa: E402
 from gdn_ops.bench.verify import RefusedError  # noqa: E402
 from gdn_ops.cli import commands  # noqa: E402
-from gdn_ops.export.runtime import judge, sessions  # noqa: E402
+from gdn_ops.export.runtime import comparison, sessions  # noqa: E402
 from onnx_needs import (  # noqa: E402
     needs_onnx_body,
     needs_ort_body,
@@ -148,13 +148,13 @@ def test_a_wrong_command_ends_with_two_and_the_reason(
 
 def break_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every session return an o that is off by one part in a thousand."""
-    right = judge._decode
+    right = comparison._decode
 
     def wrong(*arguments: Any) -> Any:
         o, state = right(*arguments)
         return o * np.float32(1.001), state
 
-    monkeypatch.setattr(judge, "_decode", wrong)
+    monkeypatch.setattr(comparison, "_decode", wrong)
 
 
 def test_wrong_numbers_end_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_bench_decode_is_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_the_form_without_guards_computes_the_same() -> None:
     sizes = {"num_qk_heads": 2, "num_v_heads": 2, "head_k_dim": 8, "head_v_dim": 8}
     model = export.make_decode_model(**sizes, body="ort")
-    feeds = judge._draw(model, 1, 1)
+    feeds = comparison._draw(model, 1, 1)
     state = feeds.pop("state").numpy()
     arrays = {name: x.squeeze(1).numpy() for name, x in feeds.items()}
     arrays["past_key_values.0.recurrent_state"] = state

@@ -23,8 +23,8 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 import gdn_ops  # noqa: E402
 from gdn_ops import export  # noqa: E402
-from gdn_ops.export.node.model import check_model  # noqa: E402
-from gdn_ops.export.runtime.judge import compare  # noqa: E402
+from gdn_ops.export.model.opsets import check_model  # noqa: E402
+from gdn_ops.export.runtime.comparison import compare  # noqa: E402
 from gdn_ops.export.runtime.sessions import why_not  # noqa: E402
 from onnx_needs import (  # noqa: E402
     ALL_BODIES,

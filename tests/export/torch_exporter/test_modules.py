@@ -18,8 +18,8 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 import gdn_ops  # noqa: E402
 from gdn_ops import export  # noqa: E402
-from gdn_ops.export.node.model import check_model  # noqa: E402
-from gdn_ops.export.node.opsets import with_body  # noqa: E402
+from gdn_ops.export.model.conversion import with_body  # noqa: E402
+from gdn_ops.export.model.opsets import check_model  # noqa: E402
 from gdn_ops.export.torch_exporter import exporter  # noqa: E402
 from onnx_layers import (  # noqa: E402
     CHANNELS,

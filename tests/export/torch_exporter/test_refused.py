@@ -19,7 +19,7 @@ pytest.importorskip("onnxscript")
 
 import gdn_ops  # noqa: E402
 from gdn_ops import export  # noqa: E402
-from gdn_ops.export.node import naming  # noqa: E402
+from gdn_ops.export.model import naming  # noqa: E402
 from gdn_ops.export.torch_exporter import translation  # noqa: E402
 from gdn_ops.torch_ops import onnx_export  # noqa: E402
 from onnx_layers import (  # noqa: E402

@@ -13,8 +13,10 @@ import onnx.inliner
 import onnx.version_converter
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-from gdn_ops.export.node.model import ir_version, nodes_of, opset_of, set_body
-from gdn_ops.export.node.variants import ONNX_OPSET, check_body
+from gdn_ops.export.bodies.table import BODIES
+from gdn_ops.export.model.functions import set_body
+from gdn_ops.export.model.nodes import nodes_of
+from gdn_ops.export.model.opsets import ir_version, opset_of
 from gdn_ops.spec.errors import SpecError
 
 _SMALL_BYTES = 1024
@@ -35,13 +37,13 @@ def with_body(model: ModelProto, body: str | None, label: str) -> ModelProto:
     Raises:
         SpecError: the body cannot do what a node asks for, or the model cannot be converted.
     """
-    if body == "onnx" and opset_of(model) < ONNX_OPSET:
+    chosen = BODIES.get(body or "")
+    if chosen is not None and opset_of(model) < chosen.min_opset:
         # What no opset mends is said first.
         for node in nodes_of(model):
-            check_body(body, node.variant, ONNX_OPSET, node.scale)
-        model = with_opset(
-            model, ONNX_OPSET, label, f"export it with opset={ONNX_OPSET}, or take body='standard'"
-        )
+            chosen.check(node.variant, chosen.min_opset, node.scale)
+        cure = f"export it with opset={chosen.min_opset}, or take body='standard'"
+        model = with_opset(model, chosen.min_opset, label, cure)
     return set_body(model, body)
 
 

@@ -1,60 +1,10 @@
-"""Write the function bodies of the operators, for runtimes without a kernel of their own.
-
-    standard   ai.onnx alone, opset 18 or newer: the recurrence as in docs/math.md §2
-    ort        one com.microsoft::LinearAttention: onnxruntime 1.25 or newer
-    onnx       one ai.onnx LinearAttention: opset 27 or newer, experimental
-
-A body is text, written for the opset of the model that it goes into, because a function may not
-import another one. It is *guarded*: every operand is reshaped to a shape that is read from the
-state, so a batch that does not match is an error and never a silent broadcast. All reads of the
-state happen before the one write of the new state, which makes it safe to bind both to one buffer.
-
-A function has no way to ask for its rule or for what is missing, so each combination that a
-model uses is a function of its own, told apart by its overload.
-"""
+"""Write body "standard": the recurrence as in docs/math.md §2, of operators of ai.onnx alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import onnx
-import onnx.parser
-
-from gdn_ops.export.bodies.linear_attention import MICROSOFT, write_onnx, write_ort
+from gdn_ops.export.bodies.body import MIN_OPSET, Body
 from gdn_ops.export.bodies.text import BodyText
-from gdn_ops.export.node.schema import ATTRIBUTES, DOMAIN, INPUTS, OUTPUTS
-from gdn_ops.export.node.variants import BODIES, Variant, check_body
-
-
-def decode_function(body: str, variant: Variant, opset: int) -> onnx.FunctionProto:
-    """Return the ONNX function of one variant.
-
-    Args:
-        body: "standard", "ort" or "onnx".
-        variant: what it is written for.
-        opset: of ai.onnx in the model that it goes into.
-
-    Raises:
-        SpecError: the body is unknown or cannot do what the variant asks for.
-    """
-    check_body(body, variant, opset, 1.0)
-    text = BodyText(variant)
-    _WRITERS[body](text)
-    imports = f'"": {opset}' + (f', "{MICROSOFT}": 1' if body == "ort" else "")
-    lines = "\n".join(f"  {line}" for line in text.lines)
-    function = onnx.parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: [{imports}]>\n'
-        f"{variant.operator.name} <{', '.join(ATTRIBUTES)}> ({', '.join(INPUTS)}) "
-        f"=> ({', '.join(OUTPUTS)})\n{{\n{lines}\n}}"
-    )
-    function.doc_string = f"{variant.operator}, {variant.rule}: body {body}"
-    return function
-
-
-def body_of(function: onnx.FunctionProto) -> str:
-    """Return the name of a function's body, "other" if it is none of ours."""
-    name = function.doc_string.rpartition("body ")[2]
-    return name if name in BODIES else "other"
+from gdn_ops.export.node.variant import Variant
 
 
 def _token(
@@ -105,7 +55,7 @@ def _operands(text: BodyText) -> None:
         text.operand("beta", "HV", "one", "one")
 
 
-def _standard(text: BodyText) -> None:
+def _write(text: BodyText) -> None:
     _operands(text)
     states = text.states()
     if text.sequence:
@@ -149,8 +99,11 @@ def _scan(text: BodyText, states: tuple[str, str]) -> None:
     text("o_tokens = Transpose <perm = [1, 0, 2, 3, 4]> (o_own)")
 
 
-_WRITERS: dict[str, Callable[[BodyText], None]] = {
-    "standard": _standard,
-    "ort": write_ort,
-    "onnx": write_onnx,
-}
+STANDARD = Body(
+    name="standard",
+    min_opset=MIN_OPSET,
+    write=_write,
+    what=f"operators of ai.onnx alone, opset {MIN_OPSET} or newer",
+    where="everywhere; what an export writes. The only one with float64",
+    needs="onnxruntime 1.20 or newer",
+)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
-from gdn_ops.export.node.model import nodes_of, states_of, write_states
-from gdn_ops.export.node.single import recurrent_names
+from gdn_ops.export.model.nodes import nodes_of
+from gdn_ops.export.model.states import recurrent_names, states_of, write_states
 from gdn_ops.spec.errors import SpecError
 
 Names = tuple[Sequence[str | None], Sequence[str | None]]

@@ -10,10 +10,10 @@ import torch
 from onnx import ModelProto, TensorProto
 from torch import Tensor
 
-from gdn_ops.export.node.model import Node, nodes_of
-from gdn_ops.export.node.opsets import with_body
+from gdn_ops.export.model.conversion import with_body
+from gdn_ops.export.model.nodes import Node, nodes_of
+from gdn_ops.export.model.states import recurrent_names
 from gdn_ops.export.node.schema import ELEMENT_TYPES, SEQUENCE
-from gdn_ops.export.node.single import recurrent_names
 from gdn_ops.export.runtime.buffers import Buffer, Port, numpy_dtype
 from gdn_ops.export.runtime.decode_session import DecodeSession
 from gdn_ops.export.runtime.sessions import open_session
@@ -58,7 +58,7 @@ def compare(
 
     Args:
         model: the model.
-        body: that is run; for "onnx" a model of an older opset is converted in memory.
+        body: that is run; a model of an opset too old for it is converted in memory.
         batch: rows.
         tokens: tokens of each row.
         custom_op_library: for body "custom".
@@ -72,7 +72,7 @@ def compare(
         found = _decode(model, body, inputs, custom_op_library)
     errors = [_relative(x, y) for x, y in zip(found, exact, strict=True)]
     # In float64 the definition is no better than a body: it sums over K in another order.
-    same = inputs["q"].shape[-1] if node.variant.compute == "double" else 0
+    same = inputs["q"].shape[-1] if node.variant.is_double else 0
     allowed = [
         2 * _relative(_as_array(x), y) + (BAND + same) * torch.finfo(x.dtype).eps / 2
         for x, y in zip(own, exact, strict=True)

@@ -15,8 +15,8 @@ ort = pytest.importorskip("onnxruntime")
 
 import gdn_ops  # noqa: E402
 from gdn_ops import export  # noqa: E402
-from gdn_ops.export.node import opsets  # noqa: E402
-from gdn_ops.export.node.model import check_model  # noqa: E402
+from gdn_ops.export.model import conversion  # noqa: E402
+from gdn_ops.export.model.opsets import check_model  # noqa: E402
 from onnx_needs import at_opset, needs_onnx_body, needs_written, takes_opset, tells_overloads_apart  # noqa: E402
 from onnx_steps import RULES, Step, assert_right, in_session  # noqa: E402
 
@@ -96,7 +96,7 @@ def test_a_conversion_changes_no_node_that_is_the_same_in_both_opsets() -> None:
     )
     model.metadata_props.add(key="licence", value="MIT")
     model.doc_string, model.graph.doc_string = "a model", "a graph"
-    converted = opsets.with_opset(model, 27, "label", "cure")
+    converted = conversion.with_opset(model, 27, "label", "cure")
     assert {o.domain: o.version for o in converted.opset_import} == {"": 27, "gdn_ops": 1}
     expected = export.set_body(model, None)
     expected.opset_import[0].version = 27

@@ -1,0 +1,122 @@
+"""List the function bodies, find one by its name, and write its function.
+
+A body is text, written for the opset of the model that it goes into, because a function may not
+import another one. It is *guarded*: every operand is reshaped to a shape that is read from the
+state, so a batch that does not match is an error and never a silent broadcast. All reads of the
+state happen before the one write of the new state, which makes it safe to bind both to one buffer.
+
+A function has no way to ask for its rule or for what is missing, so each combination that a
+model uses is a function of its own, told apart by its overload.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.parser
+
+from gdn_ops.export.bodies.ai_onnx import ONNX
+from gdn_ops.export.bodies.body import MIN_OPSET, Body
+from gdn_ops.export.bodies.ort import ORT
+from gdn_ops.export.bodies.standard import STANDARD
+from gdn_ops.export.bodies.text import BodyText
+from gdn_ops.export.node.schema import ATTRIBUTES, DOMAIN, INPUTS, OUTPUTS
+from gdn_ops.export.node.variant import Variant
+from gdn_ops.spec.errors import SpecError
+
+BODIES = {body.name: body for body in (STANDARD, ORT, ONNX)}
+"""Every body by its name."""
+
+
+def find_body(label: str, name: str | None) -> Body | None:
+    """Return a body by its name, None for no function.
+
+    Raises:
+        SpecError: the name is unknown.
+    """
+    if name is None:
+        return None
+    if name not in BODIES:
+        known = ", ".join(BODIES)
+        raise SpecError(f"{label}: body is {name!r}, should be one of {known}, or None for none")
+    return BODIES[name]
+
+
+def check_body(name: str | None, variant: Variant, opset: int, scale: float) -> Body | None:
+    """Return a body by its name, if it can do what a node asks for.
+
+    Raises:
+        SpecError: the body is unknown or cannot.
+    """
+    node = str(variant.operator)
+    body = find_body(node, name)
+    if opset < MIN_OPSET:
+        raise SpecError(
+            f"{node}: the model has opset {opset}, should have {MIN_OPSET} or newer; "
+            f"export it with opset={MIN_OPSET} or convert it with onnx.version_converter"
+        )
+    if body is not None:
+        body.check(variant, opset, scale)
+    return body
+
+
+def check_opset(label: str, opset: int, name: str | None) -> None:
+    """Check that the installed onnx knows an opset.
+
+    Args:
+        label: of the caller, for errors.
+        opset: of ai.onnx.
+        name: of the body that the model is to have.
+
+    Raises:
+        SpecError: it is too old; the text says which one there is.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    if opset <= newest:
+        return
+    body, cure = BODIES.get(name or ""), ""
+    if body is not None and newest < body.min_opset:
+        cure = f"; body {name!r} needs onnx {body.oldest_onnx} or newer: take body='standard'"
+    raise SpecError(
+        f"{label}: opset is {opset}, should be at most {newest}, the newest that the installed "
+        f"onnx {onnx.__version__} knows{cure}"
+    )
+
+
+def decode_function(body: str, variant: Variant, opset: int) -> onnx.FunctionProto:
+    """Return the ONNX function of one variant.
+
+    Args:
+        body: its name, a key of `BODIES`.
+        variant: what it is written for.
+        opset: of ai.onnx in the model that it goes into.
+
+    Raises:
+        SpecError: the body is unknown or cannot do what the variant asks for.
+    """
+    chosen = check_body(body, variant, opset, 1.0)
+    assert chosen is not None
+    text = BodyText(variant)
+    chosen.write(text)
+    imports = "".join(f', "{domain}": {version}' for domain, version in chosen.imports)
+    lines = "\n".join(f"  {line}" for line in text.lines)
+    function = onnx.parser.parse_function(
+        f'<domain: "{DOMAIN}", opset_import: ["": {opset}{imports}]>\n'
+        f"{variant.operator.name} <{', '.join(ATTRIBUTES)}> ({', '.join(INPUTS)}) "
+        f"=> ({', '.join(OUTPUTS)})\n{{\n{lines}\n}}"
+    )
+    function.doc_string = f"{variant.operator}, {variant.rule}: body {body}"
+    return function
+
+
+def body_of(function: onnx.FunctionProto) -> str:
+    """Return the name of a function's body, "other" if it is none of ours."""
+    name = function.doc_string.rpartition("body ")[2]
+    return name if name in BODIES else "other"
+
+
+def bodies_table() -> str:
+    """Return the bodies as a Markdown table."""
+    rows = ["| body | what it is | where to use it |", "|---|---|---|"]
+    rows += [f"| `{body.name}` | {body.what} | {body.where} |" for body in BODIES.values()]
+    kernel = "where a custom-op library registers `gdn_ops::GatedDeltaStep`"
+    return "\n".join([*rows, f"| `None` | no function | {kernel} |"])

@@ -1,0 +1,1 @@
+"""Read, make and change models that hold our nodes."""

@@ -1,0 +1,96 @@
+"""Hold the attributes of a node, and settle what a call leaves open."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from onnx import NodeProto, helper
+
+from gdn_ops.export.node.schema import ATTRIBUTES, Operator
+from gdn_ops.spec.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """Hold the attributes of a node; all are always written.
+
+    Attributes:
+        num_qk_heads, num_v_heads: H and HV, a multiple of H.
+        scale: the factor on q.
+        rule: the member of the family.
+        qk_l2norm: whether q and k are normalised.
+    """
+
+    num_qk_heads: int
+    num_v_heads: int
+    scale: float
+    rule: str
+    qk_l2norm: bool
+
+    @classmethod
+    def read(cls, label: str, proto: NodeProto) -> Attributes:
+        """Return the attributes of a node in a model.
+
+        Raises:
+            SpecError: one is missing.
+        """
+        found = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
+        missing = [name for name in ATTRIBUTES if name not in found]
+        if missing:
+            raise SpecError(f"{label}: attribute {missing[0]} is missing, should be written")
+        values = {name: found[name] for name in ATTRIBUTES}
+        return cls(
+            **values | {"rule": values["rule"].decode(), "qk_l2norm": bool(values["qk_l2norm"])}
+        )
+
+    def as_onnx(self) -> dict[str, Any]:
+        """Return the attributes as ONNX writes them: it has no booleans."""
+        return asdict(self) | {"qk_l2norm": int(self.qk_l2norm)}
+
+    def check(self, label: str, operator: Operator) -> None:
+        """Check that value heads can share key heads, and that the rule is known.
+
+        Raises:
+            SpecError: there is no head, num_v_heads is no multiple of num_qk_heads, or the rule
+                is none of the operator's.
+        """
+        keys, values = self.num_qk_heads, self.num_v_heads
+        if keys < 1:
+            raise SpecError(f"{label}: num_qk_heads is {keys}, should be at least 1")
+        if values < 1 or values % keys:
+            raise SpecError(
+                f"{label}: num_v_heads is {values}, should be a multiple of num_qk_heads={keys}"
+            )
+        if self.rule not in operator.spec.rule:
+            known = ", ".join(operator.spec.rule)
+            raise SpecError(f"{label}: rule is {self.rule!r}, should be one of {known}")
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """Hold the numbers of heads H and HV, and their widths K and V."""
+
+    num_qk_heads: int
+    num_v_heads: int
+    head_k_dim: int
+    head_v_dim: int
+
+    def attributes(
+        self, label: str, operator: Operator, rule: str, scale: float | None, qk_l2norm: bool
+    ) -> Attributes:
+        """Return the checked attributes of a node with these sizes; scale None is K ** -0.5.
+
+        Raises:
+            SpecError: a size, the rule or the scale is not allowed.
+        """
+        for name in ("head_k_dim", "head_v_dim"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{label}: {name} is {getattr(self, name)}, should be at least 1")
+        factor = float(self.head_k_dim**-0.5 if scale is None else scale)
+        found = Attributes(self.num_qk_heads, self.num_v_heads, factor, rule, qk_l2norm)
+        found.check(label, operator)
+        if not math.isfinite(factor):
+            raise SpecError(f"{label}: scale is {scale}, should be a finite number")
+        return found
