@@ -51,16 +51,14 @@ class Operator:
     Attributes:
         name: its op type.
         spec: the spec of its op.
-        state_argument: what the spec calls the state that is read.
     """
 
     name: str
     spec: OpSpec
-    state_argument: str
 
     def argument(self, name: str) -> TensorArg:
-        """Return the argument of the spec that corresponds to an input."""
-        return self.spec.tensor[self.state_argument if name == "state" else name]
+        """Return the argument of the spec that is an input of the operator."""
+        return next(arg for arg in self.spec.tensors if arg.field == name)
 
     def axes(self, name: str) -> tuple[str, ...]:
         """Return the axes of an input or output."""
@@ -72,8 +70,8 @@ class Operator:
         return f"{DOMAIN}::{self.name}"
 
 
-STEP = Operator("GatedDeltaStep", GATED_DELTA_STEP, "state")
-SEQUENCE = Operator("GatedDelta", GATED_DELTA, "initial_state")
+STEP = Operator("GatedDeltaStep", GATED_DELTA_STEP)
+SEQUENCE = Operator("GatedDelta", GATED_DELTA)
 OPERATORS = {operator.name: operator for operator in (STEP, SEQUENCE)}
 
 

@@ -10,7 +10,7 @@ how to work, `cu_seqlens_cpu` and `chunk_indices`, are accepted and not needed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,23 @@ class _Gates(NamedTuple):
     dt_bias: Tensor | None
     use_beta_sigmoid_in_kernel: bool
     allow_neg_eigval: bool
+
+
+class _States(NamedTuple):
+    """Hold the state before the first token, and how the last one is returned."""
+
+    initial: Tensor | None
+    is_returned: bool
+    is_v_first: bool
+
+
+class _Options(NamedTuple):
+    """Hold what is passed on under the names of `gated_delta`."""
+
+    scale: float | None
+    qk_l2norm: bool
+    cu_seqlens: Tensor | None
+    chunk_size: int | None = None
 
 
 def chunk_gated_delta_rule(
@@ -82,31 +99,14 @@ def chunk_gated_delta_rule(
         SpecError: an argument breaks the spec of gdn_ops, or is not supported.
     """
     name = "chunk_gated_delta_rule"
-    if cp_context is not None:
-        raise SpecError(
-            f"{name}: cp_context is given, should be None: context parallelism over devices is "
-            f"not supported"
-        )
-    gates = _Gates(
-        kwargs.pop("use_gate_in_kernel", False),
-        kwargs.pop("A_log", None),
-        kwargs.pop("dt_bias", None),
-        use_beta_sigmoid_in_kernel,
-        allow_neg_eigval,
-    )
+    _refuse(name, {"cp_context": cp_context}, "context parallelism over devices is not supported")
     chunk_size = kwargs.pop("chunk_size", None)
-    return _sequence(
-        name,
-        (q, k, v, g, beta),
-        gates,
-        state_v_first=_v_first(name, state_v_first, kwargs),
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        scale=scale,
-        qk_l2norm=use_qk_l2norm_in_kernel,
-        cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size,
-    )
+    keys = ("use_gate_in_kernel", "A_log", "dt_bias")
+    in_kernel, A_log, dt_bias = [kwargs.pop(key, None) for key in keys]
+    gates = _Gates(in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    states = _States(initial_state, output_final_state, _v_first(name, state_v_first, kwargs))
+    options = _Options(scale, use_qk_l2norm_in_kernel, cu_seqlens, chunk_size)
+    return _sequence(name, (q, k, v, g, beta), gates, states, options)
 
 
 def fused_recurrent_gated_delta_rule(
@@ -149,29 +149,26 @@ def fused_recurrent_gated_delta_rule(
         SpecError: an argument breaks the spec of gdn_ops, or is not supported.
     """
     name = "fused_recurrent_gated_delta_rule"
-    for other, value in (("gk", gk), ("gv", gv)):
-        if value is not None:
-            raise SpecError(
-                f"{name}: {other} is given, should be None: a decay per channel is not supported; "
-                f"g is one decay per head"
-            )
-    gates = _Gates(use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    return _sequence(
+    _refuse(
         name,
-        (q, k, v, g, beta),
-        gates,
-        state_v_first=_v_first(name, state_v_first, kwargs),
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        scale=scale,
-        qk_l2norm=use_qk_l2norm_in_kernel,
-        cu_seqlens=cu_seqlens,
-        chunk_size=None,
+        {"gk": gk, "gv": gv},
+        "a decay per channel is not supported; g is one decay per head",
     )
+    gates = _Gates(use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    states = _States(initial_state, output_final_state, _v_first(name, state_v_first, kwargs))
+    options = _Options(scale, use_qk_l2norm_in_kernel, cu_seqlens)
+    return _sequence(name, (q, k, v, g, beta), gates, states, options)
 
 
 chunk_gdn = chunk_gated_delta_rule
 fused_recurrent_gdn = fused_recurrent_gated_delta_rule
+
+
+def _refuse(name: str, given: Mapping[str, Any], why: str) -> None:
+    """Refuse arguments that are not supported, where they are given."""
+    for argument, value in given.items():
+        if value is not None:
+            raise SpecError(f"{name}: {argument} is given, should be None: {why}")
 
 
 def _v_first(name: str, state_v_first: bool, kwargs: dict[str, Any]) -> bool:
@@ -197,38 +194,37 @@ def _sequence(
     name: str,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     gates: _Gates,
-    *,
-    state_v_first: bool,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    **options: Any,
+    states: _States,
+    options: _Options,
 ) -> tuple[Tensor, Tensor | None]:
+    """Run a call of either function, whose states may be V-first."""
     q, k, v, g, beta = tensors
     log_alpha, beta = _log_alpha(name, g, gates), _beta(name, beta, gates)
     arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": beta}
-    options["rule"] = "delta" if log_alpha is None else "gated_delta"
-    state = initial_state
-    if state is not None and state_v_first:
+    shared: dict[str, Any] = {"scale": options.scale, "qk_l2norm": options.qk_l2norm}
+    shared["rule"] = "delta" if log_alpha is None else "gated_delta"
+    state, cu_seqlens = states.initial, options.cu_seqlens
+    if state is not None and states.is_v_first:
         state = state.mT.contiguous()
     elif state is not None and q.dim() == v.dim() == 4:
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_state(name, "initial_state", state, (rows, v.shape[2], q.shape[3], v.shape[3]))
+    is_token = q.dim() == 4 and q.shape[1] == 1
+    is_step = is_token and cu_seqlens is None and options.chunk_size is None
     try:
-        if q.dim() == 4 and q.shape[1] == 1 and cu_seqlens is None and chunk_size is None:
+        if is_step:
             token = {n: None if x is None else x.squeeze(1) for n, x in arguments.items()}
-            o, final = _STEP(**token, state=state, **options)
+            o, final = _STEP(**token, state=state, **shared)
             o = o.unsqueeze(1)
         else:
-            options |= {"cu_seqlens": cu_seqlens, "chunk_size": chunk_size, "return_state": True}
-            o, final = _SEQUENCE(**arguments, initial_state=state, **options)
+            shared |= {"cu_seqlens": cu_seqlens, "chunk_size": options.chunk_size}
+            o, final = _SEQUENCE(**arguments, initial_state=state, return_state=True, **shared)
     except SpecError as error:
         _explain(name, g, gates, error)
         raise
-    if not output_final_state:
+    if not states.is_returned:
         return o, None
-    return o, final.mT.contiguous() if state_v_first else final
+    return o, final.mT.contiguous() if states.is_v_first else final
 
 
 def _log_alpha(name: str, g: Tensor | None, gates: _Gates) -> Tensor | None:
