@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner, Result
 
 import gdn_ops
@@ -25,8 +23,7 @@ from gdn_ops.cli import commands
 from gdn_ops.dispatch import registry
 from gdn_ops.environment import certificate, provenance
 from gdn_ops.environment.certificate import Certificate, issue, record, standing
-from gdn_ops.testing import conformance, oracle
-from gdn_ops.testing.example import Example
+from gdn_ops.testing import conformance
 
 SOURCE = """
 import torch
@@ -392,64 +389,3 @@ def test_every_backend_that_emulates_says_that_it_brings_kernels() -> None:
         backend = registry.get_backend(name)
         if isinstance(backend, Backend) and backend.limits.emulated_devices:
             assert backend.kernels, f"{name} emulates, so its class should say kernels = True"
-
-
-# A check on another device than the CPU.
-
-
-class Elsewhere(FakeTensorMode):
-    """Tensors without values on a device that is not there; mixing devices raises."""
-
-    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "item"):
-            return {torch.bool: False, torch.int64: 0}.get(args[0].dtype, 0.0)
-        if name == "equal":
-            return True
-        return super().dispatch(func, types, args, kwargs or {})
-
-
-PACKED = Example(rule="delta", H=2, R=2, T=5, initial_state=True, strided=True, lengths=(2, 0, 3))
-EXAMPLES = (
-    Example(H=2, R=2, T=5, initial_state=True, keys="parallel", gate="extreme"),
-    Example(T=4, log_gate=True, dtype="float64", keys="repeated"),
-)
-
-
-def test_the_kit_keeps_every_tensor_on_the_device_under_test() -> None:
-    backend = registry.get_backend("torch")
-    assert isinstance(backend, Backend)
-    # Laws of decoding look at the values of slots, which tensors without values do not have.
-    laws = [s for s in conformance.subjects(backend) if not dict(s.options).get("decode")]
-    subjects = [s for s in laws if "second" not in s.name]
-    pairs = [(subject, PACKED) for subject in subjects] + [(subjects[0], e) for e in EXAMPLES]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for subject, example in pairs:
-            oracle.judgement.cache_clear()
-            with Elsewhere(allow_non_fake_inputs=True):
-                subject.judge("torch", replace(example, device="lazy"))
-    oracle.judgement.cache_clear()
-
-
-def test_a_failure_on_a_device_is_repeated_by_code_that_names_it() -> None:
-    subject = conformance.subjects(registry.get_backend("torch"))[0]  # type: ignore[arg-type]
-    assert "device" not in subject.code("torch", Example(T=3))
-    code = subject.code("torch", Example(T=3, device="cuda"))
-    assert code.splitlines()[-1] == "print(judge(Example(T=3, device='cuda'), 'torch'))"
-
-
-def test_a_check_on_a_device_makes_every_example_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-
-    def look(backend: str, example: Example) -> oracle.Verdict:
-        seen.append(example.device)
-        with Elsewhere(allow_non_fake_inputs=True):
-            assert {x.device.type for x in example.cotangents()} == {"lazy"}
-        return oracle.Verdict(2.0, "o", 2.0, 1.0)
-
-    subject = conformance.Subject("looks", look)
-    monkeypatch.setattr(conformance, "subjects", lambda backend: (subject,))
-    report = conformance.check("torch", 0.0, seed=0, device="lazy")
-    assert seen and set(seen) == {"lazy"}
-    assert report.rows[0].failure is not None and "device='lazy'" in report.rows[0].failure
