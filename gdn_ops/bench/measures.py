@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gdn_ops.bench.child import child_environment
-from gdn_ops.bench.device import Run, find_device
+from gdn_ops.bench.device import Peak, Run, find_device
 from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.inputs import Inputs, Setting, make_inputs, make_output_gradient
-from gdn_ops.bench.memory import measure_peak
 from gdn_ops.bench.peers import Contender, our_contender
-from gdn_ops.bench.rows import Row, timed_row
+from gdn_ops.bench.rows import Result, Row, timed_row
 from gdn_ops.bench.turns import interleave
 from gdn_ops.bench.verify import RefusedError
 from gdn_ops.call.bind import arguments_of, bind
@@ -62,30 +61,35 @@ def sequence_rows(
 
 
 def memory_rows(
-    case: Case, contenders: Sequence[Contender], s: Setting
-) -> tuple[list[Row], list[tuple[str, str, str]]]:
-    """Measure the peak memory of forward and backward, each contender in its own process."""
+    case: str,
+    names: Sequence[str],
+    peer: str | None,
+    measure: Callable[[str], Peak | str],
+    result: Result,
+) -> None:
+    """Measure peak memory, each contender in its own process; add rows, or why there is none.
+
+    Args:
+        case: its name.
+        names: of the contenders.
+        peer: the contender that the ratios are to; there are none without it.
+        measure: returns the peak of the contender of a name, or why its process failed.
+        result: gets a row for each peak.
+    """
     peaks: dict[str, float] = {}
-    skipped = []
-    for c in contenders:
-        peak = measure_peak(c.name, case.sizes, s)
+    for name in names:
+        peak = measure(name)
         if isinstance(peak, str):
-            skipped.append(("memory", c.name, peak))
+            result.skipped.append(("memory", name, peak))
             continue
-        peaks[c.name] = peak.bytes / 2**20
+        peaks[name] = peak.bytes / 2**20
         if not peak.exact:
-            skipped.append(("memory", c.name, "the high-water mark was not reset: a lower bound"))
-    peer = next((c.name for c in contenders if c.is_peer and peaks.get(c.name)), None)
-    return peak_rows(case.name, peaks, peer), skipped
-
-
-def peak_rows(case: str, peaks: dict[str, float], peer: str | None) -> list[Row]:
-    """Return the rows of peaks in MiB, by name, with their ratios to a peer's."""
-    rows = []
+            reason = "the high-water mark was not reset: a lower bound"
+            result.skipped.append(("memory", name, reason))
+    own = peaks.get(peer) if peer is not None else None
     for name, mib in peaks.items():
-        ratio = mib / peaks[peer] if peer is not None else None
-        rows.append(Row("memory", case, name, "MiB", mib, mib, 1, ratio, peer))
-    return rows
+        ratio, against = (mib / own, peer) if own else (None, None)
+        result.rows.append(Row("memory", case, name, "MiB", mib, mib, 1, ratio, against))
 
 
 def overhead_row(name: str, s: Setting) -> Row:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from gdn_ops.bench import report, suite
 from gdn_ops.bench.child import answer, ask
-from gdn_ops.bench.device import find_device
+from gdn_ops.bench.device import Peak, find_device
 from gdn_ops.bench.inputs import Setting
-from gdn_ops.bench.measures import peak_rows
+from gdn_ops.bench.measures import memory_rows
 from gdn_ops.bench.report import Log
 from gdn_ops.bench.rows import Result, Row, Target, timed_row, with_target
 from gdn_ops.bench.turns import Timing, interleave
@@ -183,7 +183,8 @@ def run(backends: Sequence[str], setting: Setting, log: Log, shape: Shape | None
     log("prefill and decode")
     result.rows += _serving_rows(names, setting, shape, result)
     log("memory of a training step")
-    result.rows += _memory_rows(names, shape, result)
+    measure = functools.partial(_peak, shape=shape)
+    memory_rows(shape.case, names, PEER, measure, result)
     result.rows = [with_target(row, TARGETS) for row in result.rows]
     return result
 
@@ -261,15 +262,10 @@ def _timed_rows(what: str, case: str, timing: dict[str, Timing]) -> list[Row]:
     ]
 
 
-def _memory_rows(names: Sequence[str], shape: Shape, result: Result) -> list[Row]:
-    peaks: dict[str, float] = {}
-    for name in names:
-        found = _child({"what": "memory", "name": name}, shape)
-        if isinstance(found, str):
-            result.skipped.append(("memory", name, found))
-        else:
-            peaks[name] = found["bytes"] / 2**20
-    return peak_rows(shape.case, peaks, PEER) if PEER in peaks else []
+def _peak(name: str, shape: Shape) -> Peak | str:
+    """Return the peak memory of a training step, or why its process failed."""
+    found = _child({"what": "memory", "name": name}, shape)
+    return found if isinstance(found, str) else Peak(**found)
 
 
 def _child(order: dict[str, Any], shape: Shape) -> Any:

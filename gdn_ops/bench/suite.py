@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gdn_ops.bench import measures
 from gdn_ops.bench.floors import measure_rates
 from gdn_ops.bench.inputs import Inputs, Setting, find_case, make_inputs
+from gdn_ops.bench.memory import measure_peak
 from gdn_ops.bench.peers import Contender, check_peers, find_contender
 from gdn_ops.bench.report import Log
 from gdn_ops.bench.rows import TARGETS, Result, describe_system, with_target
@@ -137,9 +139,10 @@ class _Suite:
         # get the pages that the next fresh result needs.
         for case in plan.memory_cases if "memory" in plan.what else ():
             self.log(f"memory, {case.name}")
-            rows, skipped = measures.memory_rows(case, contenders, s)
-            result.rows += rows
-            result.skipped += skipped
+            names = [c.name for c in contenders]
+            peer = next((c.name for c in contenders if c.is_peer), None)
+            measure = functools.partial(measure_peak, sizes=case.sizes, setting=s)
+            measures.memory_rows(case.name, names, peer, measure, result)
         if s.has_targets:
             result.rows = [with_target(row, TARGETS) for row in result.rows]
         return result

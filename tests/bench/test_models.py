@@ -100,7 +100,7 @@ def test_what_it_does_not_measure_is_refused() -> None:
 @needs_qwen3_5
 def test_the_result_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "Shape", lambda: TINY)
-    monkeypatch.setattr(models, "_memory_rows", lambda names, shape, result: [])
+    monkeypatch.setattr(models, "_peak", lambda name, shape: "not measured here")
     models.show_run(("torch",), ONCE, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "models-cpu-float32.json").read_text())
     assert {row["what"] for row in written["rows"]} == {"prefill", "training step", "decode"}

@@ -223,21 +223,16 @@ def test_a_measuring_process_that_fails_is_a_reason() -> None:
     assert "unknown backend 'nobody'" in reason
 
 
-def test_memory_rows_are_ratios_to_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    peaks = {"peer": 4 << 20, "torch": 1 << 20}
-
-    def fake(name: str, *_: object) -> object:
-        return Peak(peaks[name], 0, True) if name in peaks else "it broke"
-
-    monkeypatch.setattr(measures, "measure_peak", fake)
-    run = working().sequence
-    contenders = [Contender("peer", run, is_peer=True), Contender("torch", run)]
-    found, skipped = measures.memory_rows(TINY, [*contenders, Contender("x", run)], Setting())
-    assert [(row.comparator, row.median, row.ratio) for row in found] == [
+def test_memory_rows_are_ratios_to_the_peer() -> None:
+    peaks = {"peer": Peak(4 << 20, 0, True), "torch": Peak(1 << 20, 0, True)}
+    result = rows.Result({})
+    names = ("peer", "torch", "x")
+    measures.memory_rows("tiny", names, "peer", lambda n: peaks.get(n, "it broke"), result)
+    assert [(row.comparator, row.median, row.ratio) for row in result.rows] == [
         ("peer", 4.0, 1.0),
         ("torch", 1.0, 0.25),
     ]
-    assert skipped == [("memory", "x", "it broke")]
+    assert result.skipped == [("memory", "x", "it broke")]
 
 
 def test_inputs_have_the_shapes_of_the_case() -> None:
