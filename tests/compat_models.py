@@ -1,19 +1,18 @@
-"""Make tiny random models of every family, and stand-ins for modeling modules."""
+"""Make tiny random models of every family."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from gdn_ops import gated_delta
+from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.set_verbosity_error()
@@ -180,86 +179,21 @@ def run(model: Any, ids: Tensor, **options: Any) -> Tensor:
         return model(ids, **options).logits
 
 
-# Stand-ins for modeling modules: what they compute is right, and `ran` tells that they did.
+def module_of(family: str) -> types.ModuleType:
+    """Return the modeling module of a family."""
+    return sys.modules[type(model(family)).__module__]
 
 
-def _recurrence(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Any, has_state: bool, l2: bool
-) -> tuple[Tensor, Tensor | None]:
-    options = {"qk_l2norm": l2, "initial_state": state, "return_state": True, "backend": "naive"}
-    o, final = gated_delta(q, k, v, log_alpha=g, beta=beta, **options)
-    return o, final if has_state else None
+def originals(family: str) -> dict[str, Any]:
+    """Return every object of a family's module and of its classes that a patch may replace."""
+    module = module_of(family)
+    classes = [x for x in vars(module).values() if isinstance(x, type)]
+    own = [cls for cls in classes if cls.__module__ == module.__name__]
+    found = {f"{cls.__name__}.{n}": x for cls in own for n, x in vars(cls).items() if n[:2] != "__"}
+    return found | {name: x for name, x in vars(module).items() if callable(x)}
 
 
-def stand_in(name: str, *, holds: bool) -> types.ModuleType:
-    """Return a module with both functions and a layer that looks them up, or holds them."""
-    module = types.ModuleType(name)
-    ran: list[str] = []
-
-    def torch_chunk_gated_delta_rule(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        chunk_size: int = 64,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-        use_qk_l2norm_in_kernel: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        ran.append("chunk")
-        rest = (initial_state, output_final_state, use_qk_l2norm_in_kernel)
-        return _recurrence(query, key, value, g, beta, *rest)
-
-    def torch_recurrent_gated_delta_rule(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        initial_state: Tensor | None,
-        output_final_state: bool,
-        use_qk_l2norm_in_kernel: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        ran.append("recurrent")
-        rest = (initial_state, output_final_state, use_qk_l2norm_in_kernel)
-        return _recurrence(query, key, value, g, beta, *rest)
-
-    def run_layer(self: Any, x: Tensor, chunk: Any, recurrent: Any) -> Tensor:
-        gate = -x[..., 0].abs()
-        if x.shape[1] > 1:
-            return chunk(x, x, x, g=gate, beta=-gate)[0]
-        return recurrent(x, x, x, g=gate, beta=-gate, initial_state=None, output_final_state=True)[
-            0
-        ]
-
-    class Holding(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer_idx = 0
-            self.chunk_gated_delta_rule = module.torch_chunk_gated_delta_rule
-            self.recurrent_gated_delta_rule = module.torch_recurrent_gated_delta_rule
-
-        def forward(
-            self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Any = None
-        ) -> Tensor:
-            functions = self.chunk_gated_delta_rule, self.recurrent_gated_delta_rule
-            return run_layer(self, hidden_states, *functions)
-
-    class Looking(nn.Module):
-        def forward(
-            self, hidden_states: Tensor, cache: Any = None, attention_mask: Any = None, **kw: Any
-        ) -> Tensor:
-            functions = module.torch_chunk_gated_delta_rule, module.torch_recurrent_gated_delta_rule
-            return run_layer(self, hidden_states, *functions)
-
-    layer = Holding if holds else Looking
-    layer.__module__, layer.__name__ = name, "Layer"
-    vars(module).update(
-        Layer=layer,
-        ran=ran,
-        torch_chunk_gated_delta_rule=torch_chunk_gated_delta_rule,
-        torch_recurrent_gated_delta_rule=torch_recurrent_gated_delta_rule,
-    )
-    return module
+def has_convolutions(family: str) -> None:
+    """Skip where layers do not call a function for their convolution."""
+    if not callable(getattr(module_of(family), "causal_conv1d_fn", None)):
+        pytest.skip("layers of this transformers do not call a function causal_conv1d_fn")

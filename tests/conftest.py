@@ -13,6 +13,8 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 from torch import Tensor
 
 from fences import fenced
+from gdn_ops.dispatch import registry
+from gdn_ops.dispatch.backend import is_missing
 
 # Drawing tensors is slow by hypothesis' measure, and the first call of a backend may compile.
 _SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large)
@@ -89,3 +91,15 @@ def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(compile_backend.Compile, "compiler", "aot_eager")
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def registry_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what a test does to the registry, and let every choice be new to the log."""
+    registry.known_backends()
+    for name in ("_backends", "_instances"):
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    monkeypatch.setattr(registry, "_logged", set())
+    monkeypatch.setattr(registry, "_default", "auto")
+    yield
+    is_missing.cache_clear()

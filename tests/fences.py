@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,3 +21,17 @@ def fences(x: Tensor) -> Tensor:
     """Return what lies on both sides of a fenced tensor."""
     storage = x.new_empty(0).set_(x.untyped_storage())
     return torch.cat((storage[:FENCE], storage[-FENCE:]))
+
+
+def all_fenced(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments whose numbers lie between fences of NaN."""
+    return {
+        name: fenced(x, float("nan")) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
+
+
+def assert_untouched(tensors: list[Tensor]) -> None:
+    """Assert that nothing was written over fences of 7."""
+    for x in tensors:
+        assert bool((fences(x) == 7.0).all()), tuple(x.shape)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import message_of
 from gdn_ops.aot import sass
 from gdn_ops.aot.gpu_limits import BUDGETS, Product, refusal, with_failures
 from gdn_ops.aot.results import CompiledKernel
@@ -57,9 +58,7 @@ def test_a_tool_is_looked_for_where_the_caller_says_then_in_the_toolkit_then_on_
 
 
 def test_a_tool_that_nothing_has_is_an_error_that_says_what_brings_it() -> None:
-    with pytest.raises(FileNotFoundError) as error:
-        find_tool("cuobjdumb")
-    assert str(error.value) == (
+    assert message_of(FileNotFoundError, find_tool, "cuobjdumb") == (
         "cuobjdumb was not found on PATH, in CUDA_HOME, in /usr/local/cuda nor in a wheel: the "
         "package triton brings it (pip install 'gdn_ops[triton]'), and so does a CUDA toolkit"
     )

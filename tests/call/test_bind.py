@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,68 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import gdn_ops
-from gdn_ops import (
-    BackendUnsupportedError,
-    SpecError,
-    SpecTypeError,
-    gated_delta,
-    gated_delta_step,
-    gated_delta_steps,
-)
+from gdn_ops import SpecError, SpecTypeError, gated_delta, gated_delta_step, gated_delta_steps
+from good_calls import HV, B, K, T, V, draft, ints, packed, pooled, sequence, token, zeros
+from processes import printed
 
-B, T, H, HV, K, V = 2, 8, 4, 8, 16, 6
-BACKENDS = ("naive", "torch")
 RULES = ("gated_delta", "delta", "gated", "linear")
-
-
-def sequence(b: int = B, t: int = T, h: int = H, hv: int = HV, **changes: Any) -> dict[str, Any]:
-    """Return the arguments of a good `gated_delta` call, with changes."""
-    generator = torch.Generator().manual_seed(0)
-    arguments = {
-        "q": torch.randn(b, t, h, K, generator=generator),
-        "k": torch.nn.functional.normalize(torch.randn(b, t, h, K, generator=generator), dim=-1),
-        "v": torch.randn(b, t, hv, V, generator=generator),
-        "alpha": torch.rand(b, t, hv, generator=generator),
-        "beta": torch.rand(b, t, hv, generator=generator),
-    }
-    return {**arguments, **changes}
-
-
-def token(hv: int = HV, **changes: Any) -> dict[str, Any]:
-    """Return the arguments of a good `gated_delta_step` call, with changes."""
-    arguments = {name: x[:, 0] for name, x in sequence(hv=hv).items()}
-    return {**arguments, "state": torch.zeros(B, hv, K, V), **changes}
-
-
-def packed(cu_seqlens: Any, b: int = 1, **changes: Any) -> dict[str, Any]:
-    return sequence(b=b, cu_seqlens=cu_seqlens, **changes)
-
-
-def pooled(*slots: int, p: int = 5, **changes: Any) -> dict[str, Any]:
-    """Return the arguments of a good `gated_delta_step` call on a pool, with changes."""
-    return token(**{"state": torch.zeros(p, HV, K, V), "state_indices": ints(*slots), **changes})
-
-
-def draft(**changes: Any) -> dict[str, Any]:
-    """Return the arguments of a good `gated_delta_steps` call, with changes."""
-    return sequence(**{"state": torch.zeros(B, HV, K, V), **changes})
 
 
 def error_of(function: Callable[..., Any], arguments: dict[str, Any]) -> SpecError:
     with pytest.raises(SpecError) as caught:
         function(**arguments)
     return caught.value
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def zeros(*shape: int, **options: Any) -> Tensor:
-    return torch.zeros(*shape, **options)
 
 
 FLOATS = "float64, float32, bfloat16, float16"
@@ -225,6 +173,12 @@ BAD_STEPS = {
 }
 
 
+def several(call: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `gated_delta_steps` that are those of a step, for one token."""
+    tokens = ("q", "k", "v", "alpha", "beta")
+    return {name: x.unsqueeze(1) if name in tokens else x for name, x in call.items()}
+
+
 ONE_HEAD = torch.zeros(5, 1, K, V)
 BAD_POOLS = {
     "state is None, should be a torch.Tensor: state_indices are slots of it": pooled(
@@ -285,22 +239,20 @@ BAD_DRAFTS = {
 }
 
 
-@pytest.mark.parametrize("message", BAD_POOLS)
-def test_a_bad_call_on_a_pool_says_what_is_wrong(message: str) -> None:
-    error = error_of(gated_delta_step, BAD_POOLS[message])
-    assert str(error) == f"gated_delta_step: {message}"
+BAD_CALLS = [
+    *(("gated_delta", message, call) for message, call in BAD_SEQUENCES.items()),
+    *(("gated_delta_step", message, call) for message, call in BAD_STEPS.items()),
+    *(("gated_delta_step", message, call) for message, call in BAD_POOLS.items()),
+    *(("gated_delta_steps", message, call) for message, call in BAD_DRAFTS.items()),
     # A few steps say the same of their pool.
-    several = {
-        n: x.unsqueeze(1) if n in ("q", "k", "v", "alpha", "beta") else x
-        for n, x in BAD_POOLS[message].items()
-    }
-    assert str(error_of(gated_delta_steps, several)) == f"gated_delta_steps: {message}"
+    *(("gated_delta_steps", message, several(call)) for message, call in BAD_POOLS.items()),
+]
 
 
-@pytest.mark.parametrize("message", BAD_DRAFTS)
-def test_a_bad_call_of_a_few_steps_says_what_is_wrong(message: str) -> None:
-    error = error_of(gated_delta_steps, BAD_DRAFTS[message])
-    assert str(error) == f"gated_delta_steps: {message}"
+@pytest.mark.parametrize(("op", "message", "call"), BAD_CALLS)
+def test_a_bad_call_says_what_is_wrong(op: str, message: str, call: dict[str, Any]) -> None:
+    error = error_of(getattr(gdn_ops, op), call)
+    assert str(error) == f"{op}: {message}"
     assert isinstance(error, ValueError) and not isinstance(error, TypeError)
 
 
@@ -309,20 +261,6 @@ def test_what_needs_a_gradient_decodes_without_one_under_no_grad() -> None:
         o, _ = gated_delta_step(**pooled(0, 1, v=zeros(2, 8, 6, requires_grad=True)))
         several, _ = gated_delta_steps(**draft(beta=zeros(2, 8, 8, requires_grad=True)))
     assert not o.requires_grad and not several.requires_grad
-
-
-@pytest.mark.parametrize("message", BAD_SEQUENCES)
-def test_a_bad_sequence_call_says_what_is_wrong(message: str) -> None:
-    error = error_of(gated_delta, BAD_SEQUENCES[message])
-    assert str(error) == f"gated_delta: {message}"
-    assert isinstance(error, ValueError) and not isinstance(error, TypeError)
-
-
-@pytest.mark.parametrize("message", BAD_STEPS)
-def test_a_bad_step_call_says_what_is_wrong(message: str) -> None:
-    error = error_of(gated_delta_step, BAD_STEPS[message])
-    assert str(error) == f"gated_delta_step: {message}"
-    assert isinstance(error, ValueError) and not isinstance(error, TypeError)
 
 
 @pytest.mark.parametrize(
@@ -492,132 +430,7 @@ def test_16_bit_beta_and_log_alpha_do_not_warn() -> None:
     assert o.isfinite().all()
 
 
-# NaN in, NaN out.
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["q", "k", "v", "alpha", "beta", "log_alpha", "initial_state"])
-def test_nan_in_gives_nan_out(backend: str, name: str) -> None:
-    arguments = sequence(t=40, initial_state=zeros(B, HV, K, V), backend=backend)
-    if name == "log_alpha":
-        arguments["log_alpha"] = arguments.pop("alpha").log()
-    poisoned = arguments[name].clone()
-    place = (0, 0, 0) if name == "initial_state" else (0, 3, 0)
-    poisoned[place] = math.nan
-    arguments[name] = poisoned
-    o = gated_delta(**arguments)
-    assert o[0, 3, 0].isnan().any(), "the poisoned head says so"
-    assert o[1].isfinite().all(), "the other row is not poisoned"
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["q", "k", "v", "alpha", "beta", "state"])
-def test_nan_in_gives_nan_out_of_a_step(backend: str, name: str) -> None:
-    arguments = token(backend=backend)
-    arguments[name] = arguments[name].clone()
-    arguments[name][0, 0] = math.nan
-    o, _ = gated_delta_step(**arguments)
-    assert o[0, 0].isnan().any()
-    assert o[1].isfinite().all()
-
-
-# Legal edges: docs/math.md §6 and the recurrence say what they return.
-
-
-def ones_like_memory(n: int) -> Tensor:
-    return torch.arange(n * HV * K * V, dtype=torch.float32).view(n, HV, K, V)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_tokens_return_the_initial_state_as_a_copy(backend: str) -> None:
-    start = ones_like_memory(B)
-    o, state = gated_delta(**sequence(t=0, initial_state=start, return_state=True, backend=backend))
-    assert o.shape == (B, 0, HV, V)
-    assert torch.equal(state, start)
-    assert state.data_ptr() != start.data_ptr()
-    _, state = gated_delta(**sequence(t=0, return_state=True, backend=backend))
-    assert torch.equal(state, zeros(B, HV, K, V))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_rows_return_no_rows(backend: str) -> None:
-    o, state = gated_delta(**sequence(b=0, return_state=True, backend=backend))
-    assert o.shape == (0, T, HV, V)
-    assert state.shape == (0, HV, K, V)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_sequences_return_no_states(backend: str) -> None:
-    o, state = gated_delta(**packed(ints(0), t=0, return_state=True, backend=backend))
-    assert o.shape == (1, 0, HV, V)
-    assert state.shape == (0, HV, K, V)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_an_empty_sequence_returns_its_initial_state(backend: str, dtype: torch.dtype) -> None:
-    start = ones_like_memory(4)
-    boundaries = ints(0, 0, 5, 5, T).to(dtype)
-    arguments = packed(boundaries, initial_state=start, return_state=True, backend=backend)
-    o, state = gated_delta(**arguments)
-    assert torch.equal(state[0], start[0]) and torch.equal(state[2], start[2])
-    del arguments["cu_seqlens"]
-    for n, tokens in ((1, slice(0, 5)), (3, slice(5, T))):
-        alone = {
-            name: x[:, tokens] if name in ("q", "k", "v", "alpha", "beta") else x
-            for name, x in arguments.items()
-        }
-        alone["initial_state"] = start[n : n + 1]
-        o_alone, state_alone = gated_delta(**alone)
-        torch.testing.assert_close(o[:, tokens], o_alone)
-        torch.testing.assert_close(state[n : n + 1], state_alone)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("edge", [{"t": 0}, {"b": 0}])
-def test_empty_axes_have_empty_or_zero_gradients(backend: str, edge: dict[str, int]) -> None:
-    arguments = sequence(**edge)
-    inputs = [x.requires_grad_() for x in arguments.values()]
-    o, state = gated_delta(**arguments, return_state=True, backend=backend)
-    gradients = torch.autograd.grad(
-        o.sum() + state.sum(), inputs, allow_unused=True, materialize_grads=True
-    )
-    for x, gradient in zip(inputs, gradients, strict=True):
-        assert gradient.shape == x.shape
-        assert not gradient.any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_chunk_may_be_longer_than_the_sequence(backend: str) -> None:
-    arguments = sequence(backend=backend)
-    torch.testing.assert_close(gated_delta(**arguments, chunk_size=256), gated_delta(**arguments))
-
-
-def test_a_chunk_too_long_for_the_torch_backend_is_a_reason() -> None:
-    with pytest.raises(BackendUnsupportedError, match=r"chunk_size=257 \(supported: 1 to 256\)"):
-        gated_delta(**sequence(backend="torch"), chunk_size=257)
-
-
-def test_inplace_updates_the_state_and_returns_it() -> None:
-    arguments = token(state=ones_like_memory(B) / 1000)
-    before = arguments["state"].clone()
-    expected_o, expected = gated_delta_step(**arguments)
-    assert torch.equal(arguments["state"], before), "not in place: the state is kept"
-    o, state = gated_delta_step(**arguments, inplace=True)
-    assert state is arguments["state"]
-    torch.testing.assert_close((o, state), (expected_o, expected))
-
-
 def test_values_are_checked_on_every_device_only_when_asked_for() -> None:
     code = "from gdn_ops.call.bind import CHECK_VALUES_EVERYWHERE; print(CHECK_VALUES_EVERYWHERE)"
-    printed = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "GDN_OPS_CHECK": setting},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for setting in ("", "values")
-    ]
-    assert printed == ["False", "True"]
+    found = [printed(code, GDN_OPS_CHECK=setting) for setting in ("", "values")]
+    assert found == ["False", "True"]

@@ -20,7 +20,7 @@ from gdn_ops.bench.verify import RefusedError
 from gdn_ops.cli import commands
 from gdn_ops.dispatch import explain, registry
 from gdn_ops.environment import versions
-from paths import ROOT
+from processes import python
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +35,7 @@ def run(*arguments: str) -> Result:
 
 def process(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
     start = ["-c", code] if code is not None else ["-m", "gdn_ops"]
-    command = [sys.executable, *start, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return python(*start, *arguments)
 
 
 def test_python_dash_m_ends_with_the_exit_code() -> None:

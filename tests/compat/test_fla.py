@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import gdn_ops.compat.fla as fla_ops
+from errors import message_of
 from gdn_ops import SpecError, gated_delta
 from gdn_ops.compat.fla import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from gdn_ops.compat.states import LAYOUTS, gate_from, gate_to, state_from, state_to
@@ -255,9 +256,7 @@ CHUNK, RECURRENT = (function.__name__ for function in BOTH)
 def test_what_is_not_supported_raises_by_name(
     function: Any, more: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(SpecError) as error:
-        function(**{**inputs(), **more})
-    assert str(error.value) == message
+    assert message_of(SpecError, function, **{**inputs(), **more}) == message
 
 
 # Layouts of states and gates.
@@ -334,6 +333,4 @@ def test_the_names_mean_what_the_libraries_do() -> None:
     ],
 )
 def test_a_wrong_layout_or_gate_is_refused(call: Any, message: str) -> None:
-    with pytest.raises(SpecError) as error:
-        call()
-    assert str(error.value) == message
+    assert message_of(SpecError, call) == message

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +23,7 @@ from gdn_ops.dispatch import registry
 from gdn_ops.environment import certificate, provenance
 from gdn_ops.environment.certificate import Certificate, issue, record, standing
 from gdn_ops.testing import conformance
+from processes import printed
 
 SOURCE = """
 import torch
@@ -44,14 +44,12 @@ class Kernel(Naive):
 
 
 @pytest.fixture(autouse=True)
-def nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Start without certificates and memories; undo what is done to the registry."""
+def nothing_known(
+    registry_as_found: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """Start without certificates and memories."""
     monkeypatch.setenv("GDN_OPS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(certificate, "_reasons", {})
-    registry.known_backends()
-    for name in ("_backends", "_instances"):
-        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
-    monkeypatch.setattr(registry, "_logged", set())
     yield tmp_path
     sys.modules.pop("kernel_backend", None)
 
@@ -350,14 +348,7 @@ def test_the_reasons_for_a_gpu_are_these(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_environment_asks_for_certificates() -> None:
     code = "from gdn_ops.environment import certificate; print(certificate.REQUIRED)"
     for value, answer in (("1", "True"), ("", "False")):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "GDN_OPS_REQUIRE_CERTIFIED": value},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stdout.strip() == answer
+        assert printed(code, GDN_OPS_REQUIRE_CERTIFIED=value) == answer
 
 
 def test_the_file_is_read_once_per_process(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from errors import message_of
 from gdn_ops import SpecError
 from gdn_ops.nn import PAPER, GatedDeltaNet, HybridLM, SlidingWindowAttention
 from gdn_ops.nn.attention import rotate
@@ -361,6 +362,4 @@ LETTERS = (
     ],
 )
 def test_what_does_not_fit_is_refused(action: Any, message: str) -> None:
-    with pytest.raises(SpecError) as error:
-        action()
-    assert str(error.value) == message
+    assert message_of(SpecError, action) == message

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from errors import message_of
 from gdn_ops import SpecError
 from gdn_ops.nn import GatedDeltaNet, GatedRMSNorm, ShortConvolution, State, gate
 from nn_layers import OPTIONS, WIDTH, make
@@ -315,9 +316,7 @@ def states(**changed: Any) -> State:
     ],
 )
 def test_what_does_not_fit_is_refused(action: Any, message: str) -> None:
-    with pytest.raises(SpecError) as error:
-        action()
-    assert str(error.value) == f"GatedDeltaNet: {message}"
+    assert message_of(SpecError, action) == f"GatedDeltaNet: {message}"
 
 
 @pytest.mark.parametrize(
@@ -334,6 +333,4 @@ def test_what_does_not_fit_is_refused(action: Any, message: str) -> None:
     ],
 )
 def test_an_unknown_activation_is_refused(action: Any, message: str) -> None:
-    with pytest.raises(SpecError) as error:
-        action()
-    assert str(error.value) == message
+    assert message_of(SpecError, action) == message

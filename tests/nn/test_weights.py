@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compat_models import FAMILIES, model
+from errors import message_of
 from gdn_ops import SpecError
 from gdn_ops.nn import GatedDeltaNet, from_fla, from_transformers
 
@@ -139,6 +140,4 @@ def test_an_fla_layer_without_convolution_keeps_its_shape() -> None:
     ],
 )
 def test_another_layer_is_refused(action: Any, message: str) -> None:
-    with pytest.raises(SpecError) as error:
-        action()
-    assert str(error.value) == message
+    assert message_of(SpecError, action) == message

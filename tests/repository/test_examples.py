@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from errors import message_of
 from paths import ROOT
 
 MODULES = ("laws", "memory", "niah", "plots", "points", "tasks", "train_lm")
@@ -289,17 +290,18 @@ def test_a_checkpoint_is_not_overwritten_by_a_new_training(
 ) -> None:
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"precious")
-    with pytest.raises(SystemExit) as stop:
-        examples["train_lm"].main([text, *TINY, "--out", str(tmp_path)])
-    assert str(stop.value) == (
-        f"{path} exists; --resume goes on from it, another --out starts anew"
-    )
+    assert message_of(
+        SystemExit, examples["train_lm"].main, [text, *TINY, "--out", str(tmp_path)]
+    ) == (f"{path} exists; --resume goes on from it, another --out starts anew")
     assert path.read_bytes() == b"precious"
 
 
 def test_a_text_that_is_too_short_is_refused(examples: Any, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("too short", encoding="utf-8")
-    with pytest.raises(SystemExit) as stop:
-        examples["train_lm"].main([str(path), *TINY, "--out", str(tmp_path / "lm")])
-    assert str(stop.value) == "the text has 9 bytes, should have at least 260 for --length 24"
+    assert (
+        message_of(
+            SystemExit, examples["train_lm"].main, [str(path), *TINY, "--out", str(tmp_path / "lm")]
+        )
+        == "the text has 9 bytes, should have at least 260 for --length 24"
+    )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 
 import pytest
 
 import gdn_ops
 from paths import ROOT
+from processes import printed
 
 OPTIONAL = (
     *("triton", "tilelang", "onnx", "onnxruntime", "onnxscript"),
@@ -38,17 +38,8 @@ PUBLIC = {
 }
 
 
-def fresh(code: str) -> str:
-    """Run code in a fresh process and return what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_forward_and_backward_work_with_every_optional_package_blocked() -> None:
-    printed = fresh(
+    found = printed(
         BLOCK
         + """
 import torch
@@ -65,14 +56,14 @@ assert all("is not installed" in status for status in missing.values()), missing
 """
     )
     # The same key three times: each write replaces the last, and each read returns it.
-    assert printed.splitlines() == [
+    assert found.splitlines() == [
         "[1.0, 1.0, 1.0, 1.0, 1.0, 1.0] [1.0, 1.0]",
         "[1.0, 1.0]",
     ]
 
 
 def test_import_loads_nothing_that_torch_has_not_loaded() -> None:
-    printed = fresh(
+    found = printed(
         f"""
 import sys
 import torch
@@ -84,7 +75,7 @@ print([name for name in {OPTIONAL!r} if name in sys.modules])
 print([name for name in sys.modules if name.startswith("gdn_ops.backends.")])
 """
     )
-    new, optional, backends = map(ast.literal_eval, printed.splitlines())
+    new, optional, backends = map(ast.literal_eval, found.splitlines())
     heavy = [name for name in new if name.partition(".")[0] not in sys.stdlib_module_names]
     assert heavy == [], "import gdn_ops loads more than torch; torch._dynamo alone takes a second"
     assert optional == []
@@ -92,7 +83,7 @@ print([name for name in sys.modules if name.startswith("gdn_ops.backends.")])
 
 
 def test_a_step_compiles_as_the_first_call_of_a_process() -> None:
-    printed = fresh(
+    found = printed(
         """
 import torch
 import gdn_ops
@@ -104,7 +95,7 @@ torch.testing.assert_close((o, new), expected)
 print(o.isfinite().all().item())
 """  # noqa: E501
     )
-    assert printed == "True\n"
+    assert found == "True"
 
 
 @pytest.mark.parametrize(
@@ -161,4 +152,4 @@ def test_every_public_module_is_imported_in_both_forms() -> None:
         for parent, _, child in (name.rpartition(".") for name in nested)
     )
     for text in (first, second):
-        fresh(f"import warnings; warnings.simplefilter('ignore')\n{text}")
+        printed(f"import warnings; warnings.simplefilter('ignore')\n{text}")

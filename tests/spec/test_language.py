@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
+from changed_specs import with_arg, with_output
+from errors import message_of
 from gdn_ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, Limits, SpecError
 from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch.registry import get_backend, reasons
@@ -25,19 +26,6 @@ from gdn_ops.spec.language import (
     shapes,
 )
 from gdn_ops.spec.rules import Rule
-
-
-def with_arg(name: str, /, **changes: Any) -> OpSpec:
-    """Return GATED_DELTA with one argument changed."""
-    args = (replace(arg, **changes) if arg.name == name else arg for arg in GATED_DELTA.args)
-    return replace(GATED_DELTA, args=tuple(args))
-
-
-def with_output(**changes: Any) -> OpSpec:
-    """Return GATED_DELTA with its final state changed."""
-    o, state = GATED_DELTA.outputs
-    return replace(GATED_DELTA, outputs=(o, replace(state, **changes)))
-
 
 # A value that makes no sense cannot be built.
 
@@ -111,53 +99,42 @@ X = TensorArg("x", shapes("B"), "a tensor")
     ],
 )
 def test_a_senseless_value_is_refused(build: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        build()
-    assert str(caught.value) == message
+    assert message_of(ValueError, build) == message
 
 
 # Values print themselves.
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (Axis("T", "tokens"), "T"),
-        (Interval(0.0, 1.0), "[0, 1]"),
-        (Interval(float("-inf"), 0.5), "[-inf, 0.5]"),
-        (X, "x (B,)"),
-        (GATED_DELTA.tensor["q"], "q (B, T, H, K)"),
-        (GATED_DELTA.tensor["beta"], "beta (B, T, HV) in [0, 2] optional"),
-        (GATED_DELTA.tensor["log_alpha"], "log_alpha (B, T, HV) in [-inf, 0] optional"),
-        (GATED_DELTA.tensor["cu_seqlens"], "cu_seqlens (N+1,) optional"),
-        (GATED_DELTA_STEP.tensor["state"], "state (B, HV, K, V) optional"),
-        (GATED_DELTA_STEP.tensor["state_indices"], "state_indices (B,) optional"),
-        (GATED_DELTA.attrs[0], "rule='gated_delta'"),
-        (GATED_DELTA.outputs[1], "final_state (N, HV, K, V)"),
-        (GATED_DELTA.rule["gated"], "gated"),
-        (GATED_DELTA.constraints[0], "HV is a multiple of H"),
-        (GATED_DELTA.case["tiny"], "tiny: B=2 T=100 H/HV=2/4 K=32 V=48"),
-        (
-            GATED_DELTA,
-            "gated_delta(q, k, v, alpha=None, beta=None, *, log_alpha=None, rule='gated_delta', "
-            "scale=None, qk_l2norm=False, initial_state=None, return_state=False, "
-            "cu_seqlens=None, chunk_size=None, backend='auto') "
-            "-> o (B, T, HV, V), final_state (N, HV, K, V)",
-        ),
-        (
-            GATED_DELTA_STEP,
-            "gated_delta_step(q, k, v, alpha=None, beta=None, state=None, *, log_alpha=None, "
-            "rule='gated_delta', scale=None, qk_l2norm=False, state_indices=None, inplace=False, "
-            "backend='auto') -> o (B, HV, V), new_state (B, HV, K, V)",
-        ),
-        (
-            GATED_DELTA_STEPS,
-            "gated_delta_steps(q, k, v, alpha=None, beta=None, state=None, *, log_alpha=None, "
-            "rule='gated_delta', scale=None, qk_l2norm=False, state_indices=None, inplace=False, "
-            "return_states=False, backend='auto') -> o (B, T, HV, V), new_state (B, HV, K, V), "
-            "states (B, T, HV, K, V)",
-        ),
-    ],
+    ("text", "value"),
+    {
+        "T": Axis("T", "tokens"),
+        "[0, 1]": Interval(0.0, 1.0),
+        "[-inf, 0.5]": Interval(float("-inf"), 0.5),
+        "x (B,)": X,
+        "q (B, T, H, K)": GATED_DELTA.tensor["q"],
+        "beta (B, T, HV) in [0, 2] optional": GATED_DELTA.tensor["beta"],
+        "log_alpha (B, T, HV) in [-inf, 0] optional": GATED_DELTA.tensor["log_alpha"],
+        "cu_seqlens (N+1,) optional": GATED_DELTA.tensor["cu_seqlens"],
+        "state (B, HV, K, V) optional": GATED_DELTA_STEP.tensor["state"],
+        "state_indices (B,) optional": GATED_DELTA_STEP.tensor["state_indices"],
+        "rule='gated_delta'": GATED_DELTA.attrs[0],
+        "final_state (N, HV, K, V)": GATED_DELTA.outputs[1],
+        "gated": GATED_DELTA.rule["gated"],
+        "HV is a multiple of H": GATED_DELTA.constraints[0],
+        "tiny: B=2 T=100 H/HV=2/4 K=32 V=48": GATED_DELTA.case["tiny"],
+        "gated_delta(q, k, v, alpha=None, beta=None, *, log_alpha=None, rule='gated_delta', "
+        "scale=None, qk_l2norm=False, initial_state=None, return_state=False, "
+        "cu_seqlens=None, chunk_size=None, backend='auto') "
+        "-> o (B, T, HV, V), final_state (N, HV, K, V)": GATED_DELTA,
+        "gated_delta_step(q, k, v, alpha=None, beta=None, state=None, *, log_alpha=None, "
+        "rule='gated_delta', scale=None, qk_l2norm=False, state_indices=None, inplace=False, "
+        "backend='auto') -> o (B, HV, V), new_state (B, HV, K, V)": GATED_DELTA_STEP,
+        "gated_delta_steps(q, k, v, alpha=None, beta=None, state=None, *, log_alpha=None, "
+        "rule='gated_delta', scale=None, qk_l2norm=False, state_indices=None, inplace=False, "
+        "return_states=False, backend='auto') -> o (B, T, HV, V), new_state (B, HV, K, V), "
+        "states (B, T, HV, K, V)": GATED_DELTA_STEPS,
+    }.items(),
 )
 def test_a_value_prints_itself(value: object, text: str) -> None:
     assert str(value) == text

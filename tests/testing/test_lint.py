@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 import gdn_ops
+from changed_specs import with_arg, with_output
 from gdn_ops import GATED_DELTA
 from gdn_ops.spec import docs
 from gdn_ops.spec.language import OpSpec, shapes
@@ -34,12 +34,6 @@ def test_signature_schema_docstring_and_page_say_what_the_spec_says(spec: OpSpec
     assert lint_of(spec, docs.page) == []
 
 
-def with_arg(name: str, /, **changes: Any) -> OpSpec:
-    """Return GATED_DELTA with one argument changed."""
-    args = (replace(arg, **changes) if arg.name == name else arg for arg in GATED_DELTA.args)
-    return replace(GATED_DELTA, args=tuple(args))
-
-
 def without_arg(name: str) -> OpSpec:
     return replace(GATED_DELTA, args=tuple(a for a in GATED_DELTA.args if a.name != name))
 
@@ -48,11 +42,6 @@ def swapped(i: int, j: int) -> OpSpec:
     args = list(GATED_DELTA.args)
     args[i], args[j] = args[j], args[i]
     return replace(GATED_DELTA, args=tuple(args))
-
-
-def with_output(**changes: Any) -> OpSpec:
-    o, state = GATED_DELTA.outputs
-    return replace(GATED_DELTA, outputs=(o, replace(state, **changes)))
 
 
 FIRST, FINAL_STATE = GATED_DELTA.outputs

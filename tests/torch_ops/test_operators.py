@@ -12,6 +12,7 @@ import gdn_ops
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 from gdn_ops.testing import Example
 from gdn_ops.torch_ops import operators
+from graphs import compiled, nodes
 
 
 def _values(example: Example, spec: Any = GATED_DELTA, **changes: Any) -> list[Any]:
@@ -95,49 +96,31 @@ def _layer_inputs(tokens: int = 20, batch: int = 2) -> list[Tensor]:
     return [arguments[name] for name in ("q", "k", "v", "alpha", "beta")]
 
 
-@pytest.mark.parametrize("backend", ["auto", "naive", "torch"])
-def test_a_full_graph_compiles_forward_and_backward(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "compiler"),
+    [("auto", "aot_eager"), ("naive", "aot_eager"), ("torch", "aot_eager"), ("torch", "inductor")],
+)
+def test_a_full_graph_compiles_forward_and_backward(backend: str, compiler: str) -> None:
     layer, inputs = Layer(backend), _layer_inputs()
     expected = layer(*inputs)
     expected.sum().backward()
     gradient = layer.weight.grad
     layer.weight.grad = None
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    actual = compiled(*inputs)
-    actual.sum().backward()
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(layer.weight.grad, gradient)
-
-
-def test_a_full_graph_compiles_with_inductor() -> None:
-    layer, inputs = Layer("torch"), _layer_inputs()
-    expected = layer(*inputs)
-    expected.sum().backward()
-    gradient = layer.weight.grad
-    layer.weight.grad = None
-    actual = torch.compile(layer, fullgraph=True)(*inputs)
+    actual = torch.compile(layer, fullgraph=True, backend=compiler)(*inputs)
     actual.sum().backward()
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(layer.weight.grad, gradient)
 
 
 def test_a_graph_holds_one_opaque_node_whatever_the_length() -> None:
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(Layer("torch"), fullgraph=True, backend=keep, dynamic=True)
+    layer, graphs = compiled(Layer("torch"), dynamic=True)
     with torch.no_grad():
         for tokens in (20, 50, 131):
             torch.testing.assert_close(
-                compiled(*_layer_inputs(tokens)), Layer("torch")(*_layer_inputs(tokens))
+                layer(*_layer_inputs(tokens)), Layer("torch")(*_layer_inputs(tokens))
             )
     assert len(graphs) == 1, f"got {len(graphs)} graphs, but should be 1 for every length"
-    nodes = [n for n in graphs[0].graph.nodes if "gdn_ops" in str(n.target)]
-    assert len(nodes) == 1
+    assert len(nodes(graphs)) == 1
 
 
 def test_export_keeps_batch_and_length_dynamic() -> None:
@@ -162,41 +145,22 @@ def test_a_bad_call_is_refused_while_tracing() -> None:
 
 
 def test_a_compiled_step_through_torch_is_traced_through() -> None:
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    def decode(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return gdn_ops.gated_delta_step(*values)
-
     values = _step_values()[:6]
-    torch._dynamo.reset()
-    o, state = torch.compile(decode, fullgraph=True, backend=keep)(*values)
-    expected = decode(*values)
-    torch.testing.assert_close((o, state), expected)
-    assert not [n for n in graphs[0].graph.nodes if "gdn_ops" in str(n.target)]
+    decode, graphs = compiled(gdn_ops.gated_delta_step)
+    torch.testing.assert_close(decode(*values), gdn_ops.gated_delta_step(*values))
+    assert graphs and not nodes(graphs)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_compiled_step_of_another_backend_is_one_opaque_node(inplace: bool) -> None:
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
     def decode(*values: Tensor) -> tuple[Tensor, Tensor]:
         return gdn_ops.gated_delta_step(*values, backend="naive", inplace=inplace)
 
     values = _step_values()[:6]
     expected = gdn_ops.gated_delta_step(*values, backend="naive")
-    torch._dynamo.reset()
-    actual = torch.compile(decode, fullgraph=True, backend=keep)(*values)
-    torch.testing.assert_close(actual, expected)
-    nodes = [str(n.target) for n in graphs[0].graph.nodes if "gdn_ops" in str(n.target)]
-    assert len(nodes) == 1
+    function, graphs = compiled(decode)
+    torch.testing.assert_close(function(*values), expected)
+    assert len(nodes(graphs)) == 1
     if inplace:
         torch.testing.assert_close(values[5], expected[1])
 

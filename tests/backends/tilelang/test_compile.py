@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from errors import message_of
+
 tilelang = pytest.importorskip("tilelang")
 
+from ahead_of_time import ahead, check_judgement, failures, sequence  # noqa: E402
 from gdn_ops import GATED_DELTA, GATED_DELTA_STEP  # noqa: E402
 from gdn_ops.aot import sampling  # noqa: E402
 from gdn_ops.aot.gpu_limits import AllowedSpills  # noqa: E402
-from gdn_ops.aot.results import CompiledKernel, Sample  # noqa: E402
+from gdn_ops.aot.results import CompiledKernel  # noqa: E402
 from gdn_ops.backends.tilelang.aot import cubin  # noqa: E402
 from gdn_ops.backends.tilelang.aot.compiler import Job, compile_ahead, compile_jobs  # noqa: E402
 from gdn_ops.backends.tilelang.aot.cubin import compile_kernel  # noqa: E402
@@ -26,7 +28,6 @@ from gdn_ops.backends.tilelang.host.launcher import launch  # noqa: E402
 from gdn_ops.call.bind import Call  # noqa: E402
 from gdn_ops.cli.commands import app  # noqa: E402
 from gdn_ops.dispatch.backend import Backend, Forward  # noqa: E402
-from gdn_ops.dispatch.registry import get_backend  # noqa: E402
 from gdn_ops.kernel_support.launches import Launch  # noqa: E402
 from gdn_ops.spec.ops import OPS  # noqa: E402
 from gdn_ops.spec.rules import Limits  # noqa: E402
@@ -212,9 +213,7 @@ def test_a_missing_nvcc_is_an_error_that_says_what_brings_it(
         lambda: compile_kernel(kernels.product, TILE, "sm_90a"),
         lambda: list(compile_ahead(Normalising(), "sm_90a", [])),
     ):
-        with pytest.raises(FileNotFoundError) as error:
-            compiling()
-        assert str(error.value) == text
+        assert message_of(FileNotFoundError, compiling) == text
 
 
 # Results are kept.
@@ -278,11 +277,6 @@ class Normalising(Backend):
         return Forward(o, torch.empty_like(o))
 
 
-def sequence(**choice: Any) -> Sample:
-    case = GATED_DELTA.case[sampling.REFERENCE]
-    return next(sampling._of(GATED_DELTA, case, str(choice), choice))
-
-
 def test_a_kernel_that_is_launched_alike_is_compiled_once() -> None:
     odd, even, other = sequence(T=4095), sequence(), sequence(dtype="float32")
     # (1, 2**20, 32, 128): 2**32 elements, to which offsets of 64 bits are the same code.
@@ -304,13 +298,7 @@ def test_a_kernel_of_a_reference_is_judged_as_one_whoever_launches_it_first() ->
             launch(kernels.normalise, constants, call.tokens.v, call.tokens.v)
             return Forward(call.tokens.v, call.tokens.v)
 
-    varied, reference = sequence(T=1024), sequence()
-    assert reference.is_reference and not varied.is_reference
-    (row,) = compile_ahead(Spilling(), "sm_80", [varied])
-    assert row.spills > 0 and row.failures == ()
-    (row,) = compile_ahead(Spilling(), "sm_80", [varied, reference])
-    assert row.sample == varied.label
-    assert row.failures == (f"spills are {row.spills}, should be none",)
+    check_judgement(compile_ahead, Spilling(), "sm_80")
 
 
 def test_offsets_take_64_bits_where_sizes_are_not_known() -> None:
@@ -323,22 +311,12 @@ def test_offsets_take_64_bits_where_sizes_are_not_known() -> None:
 # The backend itself.
 
 
-def failures(rows: Iterator[CompiledKernel]) -> list[str]:
-    return [f"{row.kernel} ({row.sample}): {text}" for row in rows for text in row.failures]
-
-
-def ahead(target: str, samples: Iterator[Sample]) -> Iterator[CompiledKernel]:
-    backend = get_backend("tilelang")
-    assert isinstance(backend, Backend) and target in backend.targets
-    return backend.compile_ahead(target, samples)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("target", GPUS)
 def test_the_kernels_of_a_reference_are_fit_for(target: str) -> None:
     cases = [GATED_DELTA.case[sampling.REFERENCE], GATED_DELTA_STEP.case["qwen-16-32-step-b1"]]
-    rows = list(ahead(target, sampling.samples(cases)))
-    assert failures(iter(rows)) == []
+    rows = list(ahead("tilelang", target, sampling.samples(cases)))
+    assert failures(rows) == []
     # Two launches forward and two more for segments, at most five more backward, and the step.
     names = [row.kernel for row in rows]
     assert {"solve", "walk", "tokens"} < set(names) and len(names) <= 4 + 5 + 1, names
@@ -349,7 +327,7 @@ def test_the_kernels_of_a_reference_are_fit_for(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_everything_the_api_allows_is_fit_for(target: str) -> None:
     cases = [case for op in OPS for case in op.cases]
-    assert failures(ahead(target, sampling.samples(cases, everything=True))) == []
+    assert failures(ahead("tilelang", target, sampling.samples(cases, everything=True))) == []
 
 
 @pytest.mark.parametrize(

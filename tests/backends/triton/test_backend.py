@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,13 +11,26 @@ import torch
 from torch import Tensor
 
 import gdn_ops
-from fences import fenced, fences
+from errors import message_of
+from fences import all_fenced, assert_untouched, fenced
 from gdn_ops.dispatch.registry import get_backend
 from gdn_ops.kernel_support.tuning import Row
-from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.testing import Example
 from gdn_ops.testing.example import run
 from gdn_ops.testing.oracle import judge, judgement
+from kernel_backends import (
+    SIZES,
+    check_absence,
+    check_emulation,
+    check_reason,
+    check_saved,
+    forbid_copies,
+    launched,
+    linear_arguments,
+    meta_call,
+    row_of,
+)
+from processes import python
 
 pytest.importorskip("triton")
 
@@ -112,13 +121,8 @@ def test_boundaries_may_lie_apart() -> None:
         ((12, 0), "sm_80"),
     ],
 )
-def test_every_gpu_gets_a_row_that_it_can_run(
-    capability: tuple[int, int], row: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    configs._target_of.cache_clear()
-    assert configs.target(torch.device("cuda", 0)) == row
-    configs._target_of.cache_clear()
+def test_every_gpu_gets_a_row_that_it_can_run(capability: tuple[int, int], row: str) -> None:
+    assert row_of(configs, capability) == row
 
 
 def test_float32_means_float32() -> None:
@@ -155,10 +159,7 @@ MEMORY_CASES = [
 def test_no_kernel_touches_memory_that_is_not_its_own(
     example: Example, allocated: list[Tensor]
 ) -> None:
-    arguments = {
-        name: fenced(x, float("nan")) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in example.arguments().items()
-    }
+    arguments = all_fenced(example.arguments())
     allocated.clear()
     cotangents = tuple(fenced(x, float("nan")) for x in example.cotangents())
     allocated.clear()
@@ -166,14 +167,12 @@ def test_no_kernel_touches_memory_that_is_not_its_own(
     for name, x in found.items():
         assert not bool(x.isnan().any()), name
     assert allocated
-    for x in allocated:
-        assert bool((fences(x) == 7.0).all()), tuple(x.shape)
+    assert_untouched(allocated)
     with torch.no_grad():
         allocated.clear()
         o, state = gdn_ops.gated_delta(**arguments, return_state=True, backend="triton")
         assert not bool(o.isnan().any() | state.isnan().any())
-        for x in allocated:
-            assert bool((fences(x) == 7.0).all()), tuple(x.shape)
+        assert_untouched(allocated)
 
 
 def test_a_strided_view_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,45 +183,16 @@ def test_a_strided_view_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -
     gate = torch.rand(B, T, H)
     options: dict[str, Any] = {"alpha": gate, "qk_l2norm": True, "backend": "triton"}
     expected = gdn_ops.gated_delta(q.clone(), k.clone(), v.clone(), **options)
-
-    def no_copy(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert self.is_contiguous(), "a copy is made"
-        return self
-
-    monkeypatch.setattr(Tensor, "contiguous", no_copy)
+    forbid_copies(monkeypatch)
     assert torch.equal(gdn_ops.gated_delta(q, k, v, **options), expected)
 
 
 # Launches and bytes, from what a call on the meta device would launch.
 
 
-def _launches(call: Callable[[], object]) -> list[str]:
-    with recording("sm_90") as launches:
-        call()
-    return [launch.kernel.__name__ for launch in launches]
-
-
-def _meta_call(gradients: bool, **sizes: int) -> Any:
-    from gdn_ops.call.bind import arguments_of, bind
-
-    B, T, H, HV, K, V = (sizes[x] for x in ("B", "T", "H", "HV", "K", "V"))
-    meta: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
-    arguments: dict[str, Any] = {
-        "q": torch.empty(B, T, H, K, **meta, requires_grad=gradients),
-        "k": torch.empty(B, T, H, K, **meta),
-        "v": torch.empty(B, T, HV, V, **meta),
-        "beta": torch.empty(B, T, HV, device="meta"),
-        "log_alpha": torch.empty(B, T, HV, device="meta"),
-    }
-    return bind(GATED_DELTA, arguments_of(GATED_DELTA, arguments), check_values=False)
-
-
-SIZES = {"B": 1, "T": 8192, "H": 16, "HV": 64, "K": 128, "V": 128}
-
-
 def test_forward_takes_three_launches_and_backward_five() -> None:
     triton = backend.Triton()
-    call = _meta_call(True, **SIZES)
+    call = meta_call(True, **SIZES)
     with torch.no_grad(), recording("sm_90") as launches:
         out = triton.forward(call)
         forward = [launch.kernel.__name__ for launch in launches]
@@ -240,12 +210,12 @@ def test_forward_takes_three_launches_and_backward_five() -> None:
 
 def test_a_short_call_without_gradients_takes_one_launch() -> None:
     triton = backend.Triton()
-    call = _meta_call(False, **(SIZES | {"T": configs.MOST_STEPS}))
-    assert _launches(lambda: triton.forward(call)) == ["tokens"]
+    call = meta_call(False, **(SIZES | {"T": configs.MOST_STEPS}))
+    assert launched("sm_90", lambda: triton.forward(call)) == ["tokens"]
 
 
 def test_the_forward_moves_at_most_1_4_gigabytes_at_8192_tokens() -> None:
-    call = _meta_call(False, **SIZES)
+    call = meta_call(False, **SIZES)
     moved = forward_bytes(call, make_plan(call))
     assert sum(moved.values()) <= 1.4e9
     # Counted from the launches themselves: every tensor that a launch is given, once. `output`
@@ -262,22 +232,10 @@ def test_the_forward_moves_at_most_1_4_gigabytes_at_8192_tokens() -> None:
 
 
 def test_saved_tensors_are_as_the_tracer_was_told() -> None:
-    triton = backend.Triton()
-    call = _meta_call(True, **SIZES)
-    with torch.no_grad(), recording("sm_90"):
-        saved = triton.forward(call).saved
-    told = triton.saved_like(call)
-    assert [(x.shape, x.dtype) for x in saved] == [(x.shape, x.dtype) for x in told]
+    check_saved(backend.Triton(), meta_call(True, **SIZES), "sm_90")
 
 
 # Bad input.
-
-
-def _arguments(**changes: Any) -> dict[str, Any]:
-    K = changes.pop("K", 16)
-    dtype = changes.pop("dtype", torch.float32)
-    q = torch.randn(1, 4, 2, K).to(dtype)
-    return {"q": q, "k": q, "v": q, "rule": "linear", **changes}
 
 
 @pytest.mark.parametrize(
@@ -289,15 +247,7 @@ def _arguments(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_what_it_cannot_run_is_a_reason(changes: dict[str, Any], reason: str) -> None:
-    arguments = _arguments(**changes)
-    with pytest.raises(gdn_ops.BackendUnsupportedError) as error:
-        gdn_ops.gated_delta(**arguments, backend="triton")
-    lines = str(error.value).splitlines()
-    assert lines[0] == "backend 'triton' cannot run gated_delta on these inputs"
-    assert lines[2] == f"  triton: {reason}"
-    assert lines[3] == '  try backend="torch"'
-    rows = dict(gdn_ops.explain(**arguments, backend="triton").reasons)
-    assert "; ".join(rows["triton"]) == reason
+    check_reason("triton", linear_arguments(**changes), reason)
 
 
 @pytest.fixture
@@ -315,7 +265,7 @@ def fresh_reasons() -> Iterator[None]:
 def test_a_triton_out_of_range_is_a_reason(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend.importlib.metadata, "version", lambda name: version)
     with pytest.raises(gdn_ops.BackendUnsupportedError) as error:
-        gdn_ops.gated_delta(**_arguments(), backend="triton")
+        gdn_ops.gated_delta(**linear_arguments(), backend="triton")
     assert f"  triton: triton {version} is installed (supported: 3.6 to 3.9)" in str(error.value)
 
 
@@ -327,56 +277,29 @@ def test_no_c_compiler_is_a_reason_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert backend.compiler_reasons() == expected
     triton = get_backend("triton")
     assert not isinstance(triton, str)
-    call = _meta_call(False, **SIZES)
+    call = meta_call(False, **SIZES)
     monkeypatch.setattr(type(call), "device", property(lambda self: torch.device("cuda")))
     assert triton.reasons(call) == list(expected)
 
 
 def test_tensors_on_two_devices_are_refused() -> None:
-    arguments = _arguments() | {"v": torch.empty(1, 4, 2, 16, device="meta")}
-    with pytest.raises(gdn_ops.SpecError) as error:
-        gdn_ops.gated_delta(**arguments, backend="triton")
-    assert str(error.value) == "gated_delta: v is on meta, should be on cpu, the device of q"
+    v = torch.empty(1, 4, 2, 16, device="meta")
+    text = message_of(
+        gdn_ops.SpecError, gdn_ops.gated_delta, **linear_arguments(v=v), backend="triton"
+    )
+    assert text == "gated_delta: v is on meta, should be on cpu, the device of q"
 
 
 def test_cpu_tensors_are_emulated_with_one_warning() -> None:
-    from gdn_ops.dispatch import registry
-
-    registry._logged.discard(("emulation", "triton", "cpu"))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        gdn_ops.gated_delta(**_arguments(), backend="triton")
-        gdn_ops.gated_delta(**_arguments(), backend="triton")
-    assert [str(w.message) for w in caught] == [
-        "backend 'triton' emulates its kernels on cpu tensors: for checking, not for speed"
-    ]
-    assert gdn_ops.explain(**_arguments()).backend == "torch"
+    check_emulation("triton")
 
 
 def test_without_triton_the_backend_is_not_installed() -> None:
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import importlib.util as u; find = u.find_spec\n"
-        "u.find_spec = lambda n, *a: None if n == 'triton' else find(n, *a)\n"
-        "import gdn_ops\n"
-        "print([b.status for b in gdn_ops.list_backends() if b.name == 'triton'][0])\n"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert found.stdout.strip() == "package 'triton' is not installed"
+    check_absence("triton")
 
 
 def test_an_unknown_choice_of_products_is_refused() -> None:
-    environment = os.environ | {"GDN_OPS_TRITON_FLOAT32": "tf32"}
-    found = subprocess.run(
-        [sys.executable, "-c", "import gdn_ops.backends.triton"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-        check=False,
-    )
+    found = python("-c", "import gdn_ops.backends.triton", GDN_OPS_TRITON_FLOAT32="tf32")
     assert found.stderr.strip().splitlines()[-1] == (
         "ValueError: GDN_OPS_TRITON_FLOAT32 is 'tf32', should be one of tf32x3, ieee"
     )

@@ -15,10 +15,11 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.driver import DriverBase  # noqa: E402
 
+from ahead_of_time import ahead, check_judgement, failures, sequence  # noqa: E402
 from gdn_ops import GATED_DELTA, GATED_DELTA_STEP  # noqa: E402
 from gdn_ops.aot import sampling  # noqa: E402
 from gdn_ops.aot.gpu_limits import BUDGETS, AllowedSpills, Product  # noqa: E402
-from gdn_ops.aot.results import CompiledKernel, Sample  # noqa: E402
+from gdn_ops.aot.results import CompiledKernel  # noqa: E402
 from gdn_ops.aot.sass import Usage  # noqa: E402
 from gdn_ops.backends.triton.aot.compiler import (  # noqa: E402
     TARGETS,
@@ -30,7 +31,6 @@ from gdn_ops.backends.triton.aot.usage import amd_usage, products  # noqa: E402
 from gdn_ops.backends.triton.host.launcher import launch  # noqa: E402
 from gdn_ops.call.bind import Call  # noqa: E402
 from gdn_ops.dispatch.backend import Backend, Forward  # noqa: E402
-from gdn_ops.dispatch.registry import get_backend  # noqa: E402
 from gdn_ops.kernel_support.launches import recording  # noqa: E402
 from gdn_ops.spec.ops import GATED_DELTA_STEPS, OPS  # noqa: E402
 from gdn_ops.spec.rules import Limits  # noqa: E402
@@ -220,11 +220,6 @@ class Gathering(Backend):
         return Forward(o, torch.empty((s.N, s.HV, s.K, s.V), device=call.device))
 
 
-def sequence(**choice: Any) -> Sample:
-    case = GATED_DELTA.case[sampling.REFERENCE]
-    return next(sampling._of(GATED_DELTA, case, str(choice), choice))
-
-
 def test_a_kernel_that_is_launched_alike_is_compiled_once() -> None:
     odd, even, again = sequence(T=4095), sequence(), sequence(T=2048)
     excluded = [sequence(dtype="float16"), sequence(K=64)]
@@ -243,13 +238,7 @@ def test_a_kernel_of_a_reference_is_judged_as_one_whoever_launches_it_first() ->
             launch(bad.normalise, (1,), x, x, 128, 128, num_warps=1, enable_fp_fusion=True)
             return Forward(x, x)
 
-    varied, reference = sequence(T=1024), sequence()
-    assert reference.is_reference and not varied.is_reference
-    (row,) = compile_ahead(Spilling(), "sm_90", [varied])
-    assert row.spills > 0 and row.failures == ()
-    (row,) = compile_ahead(Spilling(), "sm_90", [varied, reference])
-    assert row.sample == varied.label
-    assert row.failures == (f"spills are {row.spills}, should be none",)
+    check_judgement(compile_ahead, Spilling(), "sm_90")
 
 
 def test_sources_are_translated_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,16 +292,6 @@ def test_products_are_read_from_the_representation_of_a_kernel() -> None:
 # The backend itself.
 
 
-def failures(rows: Iterator[CompiledKernel]) -> list[str]:
-    return [f"{row.kernel} ({row.sample}): {text}" for row in rows for text in row.failures]
-
-
-def ahead(target: str, samples: Iterator[Sample]) -> Iterator[CompiledKernel]:
-    backend = get_backend("triton")
-    assert isinstance(backend, Backend) and target in backend.targets
-    return backend.compile_ahead(target, samples)
-
-
 DEFAULTS = [
     # One of every class of widths and of dtypes that has a configuration of its own.
     *(GATED_DELTA.case[name] for name in (sampling.REFERENCE, "tiny", "paper-400m-2048")),
@@ -323,8 +302,8 @@ DEFAULTS = [
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_default_configuration_is_fit_for(target: str) -> None:
-    rows = list(ahead(target, sampling.samples(DEFAULTS)))
-    assert failures(iter(rows)) == []
+    rows = list(ahead("triton", target, sampling.samples(DEFAULTS)))
+    assert failures(rows) == []
     reference = {row.kernel for row in rows if row.sample.startswith(sampling.REFERENCE)}
     # Three launches forward, at most five more backward.
     assert 3 < len(reference) <= 3 + 5, reference
@@ -335,4 +314,4 @@ def test_every_default_configuration_is_fit_for(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_everything_the_api_allows_is_fit_for(target: str) -> None:
     cases = [case for op in OPS for case in op.cases]
-    assert failures(ahead(target, sampling.samples(cases, everything=True))) == []
+    assert failures(ahead("triton", target, sampling.samples(cases, everything=True))) == []

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from gdn_ops import gated_delta_step
 from gdn_ops.spec.ops import RULES
 from paths import ORT_LIBRARY
 
@@ -22,9 +19,10 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("gdn_ops.export.node.schema")
 
-from onnx import TensorProto, helper  # noqa: E402
+from onnx import helper  # noqa: E402
 
 from gdn_ops.export.node.schema import DOMAIN, ELEMENT_TYPES, INPUTS, OUTPUTS, STEP  # noqa: E402
+from onnx_native import DTYPES, Node, session_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not ORT_LIBRARY.exists(),
@@ -32,129 +30,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 HEADS = ((1, 1), (2, 2), (2, 4), (2, 6))
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-# Half a unit in the last place, twice where a result may fall on the other side of a tie.
-ROUNDING = {"float64": 0.0, "float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11}
-ARITHMETIC = {"float64": 1e-14}
-
-
-class Node:
-    """A model of one node, and how to run it.
-
-    Every input and output of the model is float64; casts give the node the types it is to have,
-    so that numpy never meets a bfloat16.
-    """
-
-    def __init__(
-        self,
-        heads: tuple[int, int] = (2, 4),
-        *,
-        types: str | Mapping[str, str] = "float32",
-        threads: int = 1,
-        functions: Sequence[Any] = (),
-        without: Sequence[str] = (),
-        **attributes: Any,
-    ) -> None:
-        self.attributes = {
-            "num_qk_heads": heads[0],
-            "num_v_heads": heads[1],
-            "scale": 0.3,
-            "rule": "gated_delta",
-            "qk_l2norm": 0,
-        } | attributes
-        if self.attributes["rule"] in ("delta", "linear") and "log_alpha" not in attributes:
-            without = (*without, "log_alpha")
-        given = self.attributes.pop("log_alpha", None)
-        self.inputs = tuple(name for name in INPUTS if name not in without or given == name)
-        names = (*INPUTS, *OUTPUTS)
-        self.types = dict.fromkeys(names, types) if isinstance(types, str) else dict(types)
-        self.session = _session(self.model(functions), threads)
-
-    def model(self, functions: Sequence[Any]) -> Any:
-        written = {key: value for key, value in self.attributes.items() if value is not None}
-        nodes = [
-            helper.make_node("Cast", [f"{name}_64"], [name], to=self.element_type(name))
-            for name in self.inputs
-        ]
-        given = [name if name in self.inputs else "" for name in INPUTS]
-        nodes.append(helper.make_node(STEP.name, given, OUTPUTS, domain=DOMAIN, **written))
-        nodes += [
-            helper.make_node("Cast", [name], [f"{name}_64"], to=TensorProto.DOUBLE)
-            for name in OUTPUTS
-        ]
-        # Without shapes: what is wrong with them, the library is to say.
-        inputs, outputs = (
-            [
-                helper.make_tensor_value_info(f"{name}_64", TensorProto.DOUBLE, None)
-                for name in names
-            ]
-            for names in (self.inputs, OUTPUTS)
-        )
-        graph = helper.make_graph(nodes, "step", inputs, outputs)
-        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-        return helper.make_model(
-            graph, opset_imports=opsets, functions=list(functions), ir_version=10
-        )
-
-    def element_type(self, name: str) -> int:
-        return ELEMENT_TYPES.get(self.types[name], TensorProto.INT64)
-
-    def __call__(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
-        feeds = {f"{name}_64": tensors[name].double().numpy() for name in self.inputs}
-        o, state = self.session.run(None, feeds)
-        return torch.from_numpy(o), torch.from_numpy(state)
-
-    def draw(self, B: int = 3, K: int = 24, V: int = 40, seed: int = 0) -> dict[str, Tensor]:
-        """Return inputs, in float64, of values that the node's types have."""
-        random = torch.Generator().manual_seed(seed)
-        H, HV = self.attributes["num_qk_heads"], self.attributes["num_v_heads"]
-        shapes = {"q": (B, H, K), "k": (B, H, K), "v": (B, HV, V), "state": (B, HV, K, V)}
-        tensors = {
-            name: torch.randn(shape, generator=random, dtype=torch.float64)
-            for name, shape in shapes.items()
-        }
-        tensors["k"] = tensors["k"] / tensors["k"].norm(dim=-1, keepdim=True)
-        tensors["log_alpha"] = -torch.rand((B, HV), generator=random, dtype=torch.float64)
-        tensors["beta"] = 2 * torch.rand((B, HV), generator=random, dtype=torch.float64)
-        return {name: tensors[name].to(DTYPES[self.types[name]]).double() for name in self.inputs}
-
-    def expected(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what naive says, in float64."""
-        return gated_delta_step(
-            **tensors,
-            rule=self.attributes["rule"],
-            # As float32 has it: so it stands in the file.
-            scale=float(np.float32(self.attributes["scale"])),
-            qk_l2norm=bool(self.attributes["qk_l2norm"]),
-            backend="naive",
-        )
-
-    def check(self, **tensors: Tensor) -> None:
-        """Assert that the node gives what naive gives, as nearly as its types allow."""
-        arithmetic = ARITHMETIC.get(self.types["state"], 1e-6)
-        pairs = zip(OUTPUTS, self(**tensors), self.expected(**tensors), strict=True)
-        for name, found, expected in pairs:
-            assert found.shape == expected.shape
-            if not expected.numel():
-                continue
-            # float32 cannot hold what a float64 state gives.
-            rounding = 2**-24 if self.types[name] == "float32" else ROUNDING[self.types[name]]
-            error = ((found - expected).abs().max() / expected.abs().max()).item()
-            assert error <= arithmetic + rounding, f"{name} is off by {error:.1e}"
-
-
-def _session(model: Any, threads: int = 1) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Errors are the subject of these tests, not a thing to print.
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(ORT_LIBRARY))
-    return ort.InferenceSession(model.SerializeToString(), options)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -386,7 +261,7 @@ def _bare_session(types: str, nodes: int = 1, threads: int = 1) -> Any:
     )
     graph = helper.make_graph(steps, "steps", inputs, outputs)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-    return _session(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
+    return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
 
 
 @pytest.mark.parametrize("types", ["float32", "float16"])
@@ -434,183 +309,3 @@ def test_the_library_wins_over_a_function_in_the_file() -> None:
     )
     node = Node(functions=[function])
     node.check(**node.draw())
-
-
-def _refusal(error: BaseException) -> str:
-    """Return what the library said, of what onnxruntime made of it."""
-    return "gdn_ops::GatedDeltaStep: " + str(error).partition("gdn_ops::GatedDeltaStep: ")[2]
-
-
-SHAPES = {
-    "q": (3, 2, 24),
-    "k": (3, 2, 24),
-    "v": (3, 4, 40),
-    "log_alpha": (3, 4),
-    "beta": (3, 4),
-    "state": (3, 4, 24, 40),
-}
-
-
-@pytest.mark.parametrize(
-    ("wrong", "text"),
-    [
-        (
-            {"q": (3, 24)},
-            "q has shape (3, 24), should be (B, H, K): 3 dimensions, not 2",
-        ),
-        (
-            {"q": (3,)},
-            "q has shape (3,), should be (B, H, K): 3 dimensions, not 1",
-        ),
-        (
-            {"log_alpha": ()},
-            "log_alpha has shape (), should be (B, HV): 2 dimensions, not 0",
-        ),
-        (
-            {"q": (3, 4, 24)},
-            "q has shape (3, 4, 24), should be (B, H, K) = (3, 2, 24); H is fixed by num_qk_heads",
-        ),
-        (
-            {"k": (1, 2, 8)},
-            "k has shape (1, 2, 8), should be (B, H, K) = (3, 2, 24); "
-            "B is fixed by q, K is fixed by q",
-        ),
-        (
-            {"v": (3, 2, 40)},
-            "v has shape (3, 2, 40), should be (B, HV, V) = (3, 4, 40); HV is fixed by num_v_heads",
-        ),
-        (
-            {"log_alpha": (1, 4)},
-            "log_alpha has shape (1, 4), should be (B, HV) = (3, 4); B is fixed by q",
-        ),
-        (
-            {"log_alpha": (3, 1)},
-            "log_alpha has shape (3, 1), should be (B, HV) = (3, 4); HV is fixed by num_v_heads",
-        ),
-        (
-            {"beta": (2, 4)},
-            "beta has shape (2, 4), should be (B, HV) = (3, 4); B is fixed by q",
-        ),
-        (
-            {"state": (1, 4, 24, 40)},
-            "state has shape (1, 4, 24, 40), should be (B, HV, K, V) = (3, 4, 24, 40); "
-            "B is fixed by q",
-        ),
-        (
-            {"state": (3, 4, 40, 24)},
-            "state has shape (3, 4, 40, 24), should be (B, HV, K, V) = (3, 4, 24, 40); "
-            "K is fixed by q, V is fixed by v",
-        ),
-        (
-            {"q": (3, 2, 0), "k": (3, 2, 0), "state": (3, 4, 0, 40)},
-            "q has K=0, should be at least 1",
-        ),
-        (
-            {"v": (3, 4, 0), "state": (3, 4, 24, 0)},
-            "v has V=0, should be at least 1",
-        ),
-    ],
-)
-def test_a_wrong_shape_is_refused(wrong: dict[str, tuple[int, ...]], text: str) -> None:
-    node = Node()
-    tensors = {name: torch.zeros(shape) for name, shape in (SHAPES | wrong).items()}
-    with pytest.raises(Exception, match="GatedDeltaStep") as caught:
-        node(**tensors)
-    assert _refusal(caught.value) == f"gdn_ops::GatedDeltaStep: {text}"
-    # And nothing of the mistake stays behind.
-    node.check(**node.draw())
-
-
-@pytest.mark.parametrize(
-    ("attributes", "text"),
-    [
-        ({"num_qk_heads": 0}, "num_qk_heads is 0, should be at least 1"),
-        ({"num_qk_heads": None}, "num_qk_heads is missing, should be an integer attribute"),
-        ({"num_qk_heads": 2.0}, "num_qk_heads is missing, should be an integer attribute"),
-        ({"num_v_heads": 3}, "num_v_heads is 3, should be a multiple of num_qk_heads=2"),
-        ({"num_v_heads": 0}, "num_v_heads is 0, should be a multiple of num_qk_heads=2"),
-        ({"num_v_heads": None}, "num_v_heads is missing, should be an integer attribute"),
-        ({"scale": None}, "scale is missing, should be a float attribute"),
-        ({"scale": float("inf")}, "scale is inf, should be a finite number"),
-        ({"scale": float("nan")}, "scale is nan, should be a finite number"),
-        ({"qk_l2norm": 2}, "qk_l2norm is 2, should be 0 or 1"),
-        ({"qk_l2norm": None}, "qk_l2norm is missing, should be an integer attribute"),
-        (
-            {"rule": "gated_dleta"},
-            "rule is 'gated_dleta', should be one of gated_delta, delta, gated, linear",
-        ),
-        ({"rule": None}, "rule is missing, should be one of gated_delta, delta, gated, linear"),
-        (
-            {"without": ["log_alpha"], "rule": "gated"},
-            "log_alpha is missing, should be an input: rule 'gated' has a decay",
-        ),
-        (
-            {"log_alpha": "log_alpha", "rule": "delta"},
-            "log_alpha is given, should be absent: rule 'delta' has no decay",
-        ),
-    ],
-)
-def test_a_wrong_attribute_is_refused_when_the_file_is_loaded(
-    attributes: dict[str, Any], text: str
-) -> None:
-    with pytest.raises(Exception, match="GatedDeltaStep") as caught:
-        Node(**attributes)
-    assert _refusal(caught.value) == f"gdn_ops::GatedDeltaStep: {text}"
-
-
-@pytest.mark.parametrize(
-    ("types", "text"),
-    [
-        ({"k": "float16"}, "k has dtype float16, should be float32, the dtype of q"),
-        ({"v": "float64"}, "v has dtype float64, should be float32, the dtype of q"),
-        ({"k": "int64"}, "k has dtype int64, should be float32, the dtype of q"),
-        (
-            {"beta": "bfloat16"},
-            "beta has dtype bfloat16, should be float32, the dtype of log_alpha",
-        ),
-        (
-            {"log_alpha": "int64"},
-            "log_alpha has dtype int64, should be one of float32, float16, bfloat16, float64",
-        ),
-    ],
-)
-def test_a_wrong_type_is_refused_when_the_file_is_loaded(types: dict[str, str], text: str) -> None:
-    with pytest.raises(Exception, match="GatedDeltaStep") as caught:
-        Node(types=dict.fromkeys((*INPUTS, *OUTPUTS), "float32") | types)
-    assert _refusal(caught.value) == f"gdn_ops::GatedDeltaStep: {text}"
-
-
-def test_an_onnxruntime_that_is_too_old_is_refused() -> None:
-    # What the library sees of an onnxruntime: a function that gives tables of functions by
-    # their number, and its version. The first entry of a table makes a status.
-    said: list[tuple[int, bytes]] = []
-    asked: list[int] = []
-
-    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
-    def create_status(code: int, message: bytes) -> int:
-        said.append((code, message))
-        return 1
-
-    table = (ctypes.c_void_p * 1)(ctypes.cast(create_status, ctypes.c_void_p))
-
-    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
-    def get_api(version: int) -> int | None:
-        asked.append(version)
-        return ctypes.addressof(table) if version <= 17 else None
-
-    version = ctypes.create_string_buffer(b"1.17.3")
-    get_version = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(version))
-    base = (ctypes.c_void_p * 2)(
-        ctypes.cast(get_api, ctypes.c_void_p), ctypes.cast(get_version, ctypes.c_void_p)
-    )
-    register = ctypes.CDLL(str(ORT_LIBRARY)).RegisterCustomOps
-    register.argtypes, register.restype = (ctypes.c_void_p, ctypes.c_void_p), ctypes.c_void_p
-    assert register(None, ctypes.addressof(base)) == 1
-    assert asked == [18, 1]
-    assert said == [
-        (
-            1,
-            b"gdn_ops: onnxruntime is 1.17.3, should be 1.18 or newer for the custom-op library; "
-            b"without it the function in the file runs",
-        )
-    ]

@@ -1,0 +1,178 @@
+"""What a GPU would not do, or not so, is refused on CPU tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from errors import message_of
+
+pytest.importorskip("tilelang")
+
+from gdn_ops.backends.tilelang.emulation.language import CPU
+from gdn_ops.backends.tilelang.host.launcher import launch
+from tilelang_kernels import wrong
+from tilelang_kernels.launching import needs_compiler, traced
+
+MATRIX = {"name": "gemm", "scopes": "ssf", "options": ()}
+
+
+@pytest.mark.parametrize(
+    ("text", "constants"),
+    {
+        "T.gemm: {a} is (32, 16) and {b} is (16, 8), should be (M, K) and (K, N) for {c} of "
+        "(M, N) = (16, 8)": {
+            "shapes": ((32, 16), (16, 8), (16, 8)),
+            "dtypes": ("float16", "float16", "float32"),
+        },
+        "T.gemm: M, N, K are 16, 8, 8, should be multiples of 16, 8 and 16": {
+            "shapes": ((16, 8), (8, 8), (16, 8)),
+            "dtypes": ("float16", "float16", "float32"),
+        },
+        "T.gemm: {a} is float32 and {b} is float32, should both be bfloat16 or both float16; "
+        "a GPU rounds float32 to TF32": {
+            "shapes": ((16, 16), (16, 8), (16, 8)),
+            "dtypes": ("float32",) * 3,
+        },
+        "T.gemm: {a} is float16 and {b} is bfloat16, should both be bfloat16 or both float16; "
+        "a GPU rounds float32 to TF32": {
+            "shapes": ((16, 16), (16, 8), (16, 8)),
+            "dtypes": ("float16", "bfloat16", "float32"),
+        },
+        "T.gemm: {c} is bfloat16, should be float32": {
+            "shapes": ((16, 16), (16, 8), (16, 8)),
+            "dtypes": ("bfloat16",) * 3,
+        },
+        "T.gemm: {b} is in local.fragment memory, should be in shared": {
+            "shapes": ((16, 16), (16, 8), (16, 8)),
+            "dtypes": ("float16", "float16", "float32"),
+            "scopes": "sff",
+        },
+        "T.gemm: {c} is in shared memory, should be in local.fragment": {
+            "shapes": ((16, 16), (16, 8), (16, 8)),
+            "dtypes": ("float16", "float16", "float32"),
+            "scopes": "sss",
+        },
+        "T.gemm: {a} has shape (16,), should be a matrix of a size that is a constant": {
+            "shapes": ((16,), (16, 8), (16, 8)),
+            "dtypes": ("float16", "float16", "float32"),
+        },
+        "T.copy: {a} gives (16, 8) elements and {b} takes (8, 16), should be the same but for "
+        "axes of 1": {
+            "name": "copy",
+            "shapes": ((16, 8), (8, 16)),
+            "scopes": "sf",
+            "dtypes": ("float16", "float32"),
+        },
+        "T.reduce_sum: {b} is float32 [8], should be float32 [16, 1], with or without the 1": {
+            "name": "reduce_sum",
+            "shapes": ((16, 8), (8,)),
+            "scopes": "ff",
+            "dtypes": ("float32", "float32"),
+        },
+        "T.reduce_max: {b} is float16 [16], should be float32 [16, 1], with or without the 1": {
+            "name": "reduce_max",
+            "shapes": ((16, 8), (16,)),
+            "scopes": "ff",
+            "dtypes": ("float32", "float16"),
+        },
+        "T.cumsum: {b} has shape [8, 16], should be [16, 8]": {
+            "name": "cumsum",
+            "shapes": ((16, 8), (8, 16)),
+            "scopes": "ff",
+            "dtypes": ("float32", "float32"),
+        },
+    }.items(),
+)
+def test_a_tile_operation_that_a_gpu_has_not_is_refused(
+    constants: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ValueError) as raised:
+        traced(wrong.tile_operation, **{**MATRIX, **constants})
+    found = str(raised.value)
+    for name in "abc":
+        text = text.replace(f"{{{name}}}", "a tile")
+    assert found == text
+
+
+def test_iterations_that_write_one_element_race() -> None:
+    assert message_of(ValueError, traced, wrong.one_for_all) == (
+        "iterations of T.Parallel race: those over j write the same element of total"
+    )
+
+
+def test_an_iteration_that_reads_what_another_writes_races() -> None:
+    assert message_of(ValueError, traced, wrong.neighbour) == (
+        "iterations of T.Parallel race: one writes tile[i], another reads tile[i - 1]"
+    )
+
+
+def test_a_product_inside_of_a_parallel_loop_is_refused() -> None:
+    assert (
+        message_of(ValueError, traced, wrong.nested)
+        == "a tile operation is inside of T.Parallel, should be outside"
+    )
+
+
+@needs_compiler
+def test_what_only_looks_like_a_race_is_none() -> None:
+    x = torch.randint(0, 9, (8, 16), generator=torch.Generator().manual_seed(6)).float()
+    expected = x.cumsum(1)
+    expected[:, 8:] = expected[:, :8] + expected[:, 15:]
+    launch(wrong.orderly, {}, x)
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("atomic_add", "Persistent", "alloc_barrier", "get_thread_binding", "shfl_down", "view"),
+        *("call_extern", "gemm_sp", "import_source", "tma_copy", "wgmma_gemm", "any_of", "print"),
+    ],
+)
+def test_a_name_without_an_emulation_says_so(name: str) -> None:
+    assert (
+        message_of(NotImplementedError, traced, wrong.named, name=name)
+        == f"T.{name} has no emulation on CPU tensors"
+    )
+
+
+def test_a_name_that_tilelang_does_not_have_is_no_attribute() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'gem'"):
+        CPU.gem  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["annotate_layout", "use_swizzle", "sync_threads", "set_max_nreg"])
+def test_a_hint_does_nothing(name: str) -> None:
+    assert "gdn_ops_call" in traced(wrong.named, name=name).text
+
+
+@pytest.mark.parametrize("threads", [0, 48, 2048])
+def test_a_number_of_threads_that_no_gpu_has_is_refused(threads: int) -> None:
+    assert message_of(ValueError, traced, wrong.threads, threads=threads) == (
+        f"T.Kernel: threads={threads}, should be a multiple of 32 up to 1024"
+    )
+
+
+def test_operations_and_views_without_an_emulation_are_refused() -> None:
+    assert (
+        message_of(NotImplementedError, traced, wrong.clamped)
+        == "tl.clamp has no emulation on CPU tensors"
+    )
+    assert (
+        message_of(NotImplementedError, traced, wrong.viewed)
+        == "square, a view of a tile, has no emulation on CPU tensors"
+    )
+
+
+def test_dtypes_without_an_emulation_are_refused() -> None:
+    assert (
+        message_of(NotImplementedError, traced, wrong.low_number)
+        == "parameter y of bfloat16 has no emulation on CPU tensors"
+    )
+    assert (
+        message_of(NotImplementedError, traced, wrong.tile_of, dtype="float8_e4m3fn")
+        == "tile tile of float8_e4m3fn has no emulation on CPU tensors"
+    )

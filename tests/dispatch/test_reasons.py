@@ -1,0 +1,134 @@
+"""A limit that a call exceeds is a reason, and reasons are the text that users read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from constant_backends import arguments, bound, bound_step, make_backend, step_arguments
+from errors import message_of
+from gdn_ops import BackendUnsupportedError, gated_delta, gated_delta_step, register_backend
+from gdn_ops.call.bind import Call
+from gdn_ops.dispatch import registry
+
+pytestmark = pytest.mark.usefixtures("registry_as_found")
+
+
+@pytest.mark.parametrize(
+    ("limits", "call", "reason"),
+    [
+        ({"devices": ("cuda",)}, {}, "device cpu (supported: cuda)"),
+        ({"devices": ("cuda", "xpu")}, {}, "device cpu (supported: cuda, xpu)"),
+        ({"dtypes": ("bfloat16",)}, {}, "dtype float32 (supported: bfloat16)"),
+        (
+            {"state_dtypes": ("float32", "float64")},
+            {"initial_state": torch.zeros(1, 4, 8, 6, dtype=torch.bfloat16)},
+            "state dtype bfloat16 (supported: float32, float64)",
+        ),
+        ({"rules": ("delta", "linear")}, {}, "rule gated_delta (supported: delta, linear)"),
+        (
+            {"ops": ("gated_delta_step",)},
+            {},
+            "op gated_delta (supported: gated_delta_step)",
+        ),
+        (
+            {"grad": False},
+            {"v": torch.zeros(1, 4, 4, 6, requires_grad=True)},
+            "gradients needed (supported: forward only)",
+        ),
+        ({"varlen": False}, {"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens is not supported"),
+        (
+            {"chunk_sizes": (32, 64)},
+            {"chunk_size": 16},
+            "chunk_size=16 (supported: 32, 64)",
+        ),
+    ],
+)
+def test_a_limit_becomes_one_reason(
+    limits: dict[str, Any], call: dict[str, Any], reason: str
+) -> None:
+    assert registry.reasons(make_backend("fake", **limits)(), bound(**call)) == [reason]
+    assert registry.reasons(make_backend("fake")(), bound(**call)) == []
+
+
+def test_head_dims_become_a_reason_for_each_axis() -> None:
+    def of(**limits: Any) -> list[str]:
+        return registry.reasons(make_backend("fake", **limits)(), bound())
+
+    assert of(head_dims=(64, 128)) == ["K=8 (supported: 64, 128)", "V=6 (supported: 64, 128)"]
+    assert of(head_dims=range(8, 257)) == ["V=6 (supported: 8 to 256)"]
+    assert of(head_dim_multiple=4) == ["V=6 (supported: multiples of 4)"]
+    assert of(head_dims=(6, 8), head_dim_multiple=2) == []
+
+
+def test_all_reasons_are_given_and_those_of_the_backend_come_last() -> None:
+    class Picky(make_backend("picky", dtypes=("float16",), grad=False)):  # type: ignore[misc]
+        def reasons(self, call: Call) -> list[str]:
+            return [f"T={call.sizes.T} is not my day"]
+
+    assert registry.reasons(Picky(), bound(q=arguments()["q"].requires_grad_())) == [
+        "dtype float32 (supported: float16)",
+        "gradients needed (supported: forward only)",
+        "T=4 is not my day",
+    ]
+
+
+def test_a_step_has_reasons_of_its_own() -> None:
+    limits = {"ops": ("gated_delta",), "state_dtypes": ("float32",)}
+    call = bound_step(state=torch.zeros(1, 4, 8, 6, dtype=torch.float16))
+    assert registry.reasons(make_backend("fake", **limits)(), call) == [
+        "op gated_delta_step (supported: gated_delta)",
+        "state dtype float16 (supported: float32)",
+    ]
+
+
+def test_a_pinned_backend_that_cannot_run_raises_and_never_falls_back() -> None:
+    register_backend(make_backend("narrow", dtypes=("float16",), head_dims=(128,)))
+    assert message_of(BackendUnsupportedError, gated_delta, **arguments(), backend="narrow") == (
+        "backend 'narrow' cannot run gated_delta on these inputs\n"
+        "  q float32 (1, 4, 2, 8) cpu, v (1, 4, 4, 6), rule gated_delta\n"
+        "  narrow: dtype float32 (supported: float16); K=8 (supported: 128); V=6 (supported: 128)\n"
+        '  try backend="torch"'
+    )
+    assert message_of(
+        BackendUnsupportedError,
+        gated_delta_step,
+        **step_arguments(rule="linear", alpha=None),
+        backend="narrow",
+    ) == (
+        "backend 'narrow' cannot run gated_delta_step on these inputs\n"
+        "  q float32 (1, 2, 8) cpu, v (1, 4, 6), rule linear\n"
+        "  narrow: dtype float32 (supported: float16); K=8 (supported: 128); V=6 (supported: 128)\n"
+        '  try backend="torch"'
+    )
+
+
+def test_auto_without_any_that_can_gives_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.AUTO_ORDER, "cpu", ("narrow", "plain"))
+    register_backend(make_backend("narrow", head_dims=(128,)))
+    register_backend(make_backend("plain", varlen=False, grad=False))
+    packed = arguments(
+        v=torch.zeros(1, 4, 4, 6, requires_grad=True), cu_seqlens=torch.tensor([0, 1, 4])
+    )
+    assert message_of(BackendUnsupportedError, gated_delta, **packed) == (
+        "no backend can run gated_delta on these inputs\n"
+        "  q float32 (1, 4, 2, 8) cpu, v (1, 4, 4, 6), rule gated_delta, "
+        "cu_seqlens of 2 sequences, gradients needed\n"
+        "  narrow: K=8 (supported: 128); V=6 (supported: 128)\n"
+        "  plain: gradients needed (supported: forward only); cu_seqlens is not supported\n"
+        f'  try backend="{registry.known_backends()[2]}"'
+    )
+    assert registry.known_backends()[2] in ("compile", "naive")
+
+
+def test_without_a_cure_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_backends", {})
+    monkeypatch.setattr(registry, "_instances", {})
+    monkeypatch.setitem(registry.AUTO_ORDER, "cpu", ("narrow", "plain"))
+    register_backend(make_backend("narrow", head_dims=(128,)))
+    register_backend(make_backend("plain", dtypes=("float16",)))
+    with pytest.raises(BackendUnsupportedError) as caught:
+        gated_delta(**arguments())
+    assert str(caught.value).splitlines()[-1] == "  no other backend can run it either"

@@ -1,0 +1,17 @@
+"""Read what an error says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+def message_of(
+    error: type[BaseException], call: Callable[..., Any], /, *arguments: Any, **options: Any
+) -> str:
+    """Make a call that should raise an error, and return the error's text."""
+    with pytest.raises(error) as caught:
+        call(*arguments, **options)
+    return str(caught.value)

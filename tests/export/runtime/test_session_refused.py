@@ -1,0 +1,301 @@
+"""A session takes the body that it can run, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from errors import message_of
+from paths import ORT_LIBRARY
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+import gdn_ops  # noqa: E402
+from gdn_ops import export  # noqa: E402
+from gdn_ops.export.runtime import sessions  # noqa: E402
+from onnx_needs import needs_ort_body  # noqa: E402
+from onnx_steps import STATE, Step, assert_right, feed, in_session  # noqa: E402
+
+STEP_SESSION = Step(B=3, tokens=1)
+
+
+@pytest.fixture(scope="module")
+def session() -> export.DecodeSession:
+    return export.DecodeSession(STEP_SESSION.model("standard"), batch=3, body="standard")
+
+
+def zeros(*shape: int, dtype: Any = np.float32) -> Any:
+    return np.zeros(shape, dtype)
+
+
+WRONG_INPUTS = [
+    (
+        {"q": zeros(3, 8)},
+        "q has shape (3, 8), should be (batch, 2, 8) = (3, 2, 8): 3 dimensions, not 2",
+    ),
+    (
+        {"q": zeros(3, 4, 8)},
+        "q has shape (3, 4, 8), should be (batch, 2, 8) = (3, 2, 8)",
+    ),
+    (
+        {"k": zeros(3, 2, 16)},
+        "k has shape (3, 2, 16), should be (batch, 2, 8) = (3, 2, 8)",
+    ),
+    (
+        {"v": zeros(3, 4, 8)},
+        "v has shape (3, 4, 8), should be (batch, 4, 6) = (3, 4, 6)",
+    ),
+    (
+        {"beta": zeros(1, 4)},
+        "beta has shape (1, 4), should be (batch, 4) = (3, 4); the batch is fixed when a "
+        "DecodeSession is made",
+    ),
+    (
+        {"v": zeros(3, 4, 6, dtype=np.float64)},
+        "v has dtype float64, should be float32",
+    ),
+    (
+        {"log_alpha": [[0.0] * 4] * 3},
+        "log_alpha has type list, should be a numpy.ndarray",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "text"), WRONG_INPUTS)
+def test_a_wrong_input_is_refused_before_onnxruntime_runs(
+    wrong: dict[str, Any], text: str, session: export.DecodeSession
+) -> None:
+    (token,), state = STEP_SESSION.draw()
+    session.state = state.numpy()
+    assert (
+        message_of(gdn_ops.SpecError, session.step, **{**feed(token), **wrong})
+        == f"DecodeSession.step: {text}"
+    )
+    assert np.array_equal(session.state[STATE], state.numpy())
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "text"),
+    [
+        ((), {"q": 0}, "k is missing, should be given: the inputs are q, k, v, log_alpha, beta"),
+        ((0,), {"q": 0}, "q is given twice, should be given once"),
+        ((), {"alpha": 0}, "alpha is given, should be one of q, k, v, log_alpha, beta"),
+        ((0,) * 6, {}, "6 inputs are given, should be 5: q, k, v, log_alpha, beta"),
+    ],
+)
+def test_inputs_that_are_missing_or_too_many_are_named(
+    args: tuple[int, ...], kwargs: dict[str, int], text: str, session: export.DecodeSession
+) -> None:
+    assert (
+        message_of(gdn_ops.SpecTypeError, session.step, *args, **kwargs)
+        == f"DecodeSession.step: {text}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    {
+        f"{STATE} has shape (3, 4, 6, 8), should be (batch, 4, 8, 6) = (3, 4, 8, 6); K comes "
+        f"before V in a state": zeros(3, 4, 6, 8),
+        f"{STATE} has shape (1, 4, 8, 6), should be (batch, 4, 8, 6) = (3, 4, 8, 6); the batch "
+        f"is fixed when a DecodeSession is made": zeros(1, 4, 8, 6),
+        f"{STATE} has dtype float16, should be float32": {
+            STATE: zeros(3, 4, 8, 6, dtype=np.float16)
+        },
+        f"state is given, should be one of {STATE}": {"state": zeros(3, 4, 8, 6)},
+    }.items(),
+)
+def test_a_wrong_state_is_refused(state: Any, text: str, session: export.DecodeSession) -> None:
+    with pytest.raises(gdn_ops.SpecError) as caught:
+        session.state = state
+    assert str(caught.value) == f"DecodeSession.state: {text}"
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    {
+        "batch is -1, should be at least 0": {"batch": -1},
+        "batch has type float, should be an integer": {"batch": 2.0},
+        "threads is 0, should be at least 1": {"threads": 0},
+        "body is 'fast', should be one of auto, standard, ort, onnx, custom": {"body": "fast"},
+        "custom_op_library is None, should be the path of a library for body 'custom'": {
+            "body": "custom"
+        },
+        "body is 'standard', should be 'auto' or 'custom' with a custom_op_library, whose "
+        "kernel runs whatever the function body is": {
+            "body": "standard",
+            "custom_op_library": "lib.so",
+        },
+        "custom_op_library is 'no-such.so', should be an existing shared library": {
+            "custom_op_library": "no-such.so"
+        },
+        "model_or_path is 'no-such.onnx', should be an existing file": {
+            "model_or_path": "no-such.onnx"
+        },
+        "model_or_path has type int, should be a path or an onnx.ModelProto": {"model_or_path": 3},
+    }.items(),
+)
+def test_a_wrong_argument_of_a_session_is_refused(options: dict[str, Any], text: str) -> None:
+    arguments = {"model_or_path": STEP_SESSION.model("standard"), "batch": 3, **options}
+    assert (
+        message_of(
+            gdn_ops.SpecError, export.DecodeSession, arguments.pop("model_or_path"), **arguments
+        )
+        == f"DecodeSession: {text}"
+    )
+
+
+needs_library = pytest.mark.skipif(
+    not ORT_LIBRARY.exists(), reason="native/build/libgdn_ops_ort.so is not built: make native"
+)
+
+
+@needs_library
+@pytest.mark.parametrize("body", ["standard", None])
+def test_the_kernel_of_a_library_runs_whatever_body_the_file_has(body: str | None) -> None:
+    step = Step(qk_l2norm=True)
+    run = in_session(step.model(body), "custom", custom_op_library=ORT_LIBRARY)
+    assert_right(step, *step.draw(), run)
+    session = export.DecodeSession(step.model(body), batch=2, custom_op_library=ORT_LIBRARY)
+    assert session.body == "custom"
+
+
+def test_a_library_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "library.so"
+    path.write_bytes(b"no library")
+    with pytest.raises(gdn_ops.SpecError, match=r"library.so' cannot be loaded by onnxruntime"):
+        export.DecodeSession(STEP_SESSION.model(None), batch=3, custom_op_library=path)
+
+
+def test_a_prompt_is_no_model_for_a_session() -> None:
+    model = export.make_prefill_model(**STEP_SESSION.options())
+    assert message_of(gdn_ops.SpecError, export.DecodeSession, model, batch=3) == (
+        "DecodeSession: the model has the sizes batch, sequence, should have one, the batch "
+        "(sequence: q has it in axis 1); a prompt runs in an onnxruntime.InferenceSession"
+    )
+
+
+def test_a_model_without_states_is_none_for_a_session() -> None:
+    model = STEP_SESSION.model("standard")
+    del model.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.node):
+        value.name = value.name.replace("past_key_values.0.", "before_").replace("present.0", "now")
+    node = model.graph.node[0]
+    node.input[:] = [x.name for x in model.graph.input]
+    node.output[:] = [x.name for x in model.graph.output]
+    assert message_of(gdn_ops.SpecError, export.DecodeSession, model, batch=3) == (
+        "DecodeSession: the model has no state input and output, should have some: name them "
+        "past_key_values.{i}.recurrent_state and present.{i}.recurrent_state"
+    )
+
+
+@needs_ort_body
+def test_auto_takes_the_ort_body_where_it_can() -> None:
+    for step, body in (
+        (Step(), "ort"),
+        (Step(dtype="float64", state_dtype="float64"), "standard"),
+        (Step(scale=0.0), "standard"),
+    ):
+        session = export.DecodeSession(step.model("standard"), batch=2)
+        assert session.body == body
+        assert export.DecodeSession(step.model(None), batch=2).body == body
+
+
+@pytest.fixture
+def old_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make onnxruntime 1.24 of the installed one: without LinearAttention."""
+    monkeypatch.setattr(sessions, "available_bodies", lambda: ("standard",))
+    monkeypatch.setattr(sessions, "_warned", set())
+    monkeypatch.setattr(ort, "__version__", "1.24.4")
+
+
+def test_auto_on_an_old_onnxruntime_takes_the_standard_body_and_says_so_once(
+    old_onnxruntime: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="gdn_ops"):
+        sessions = [export.DecodeSession(Step().model("ort"), batch=2) for _ in range(2)]
+    assert [session.body for session in sessions] == ["standard", "standard"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "onnxruntime 1.24.4 does not have com.microsoft::LinearAttention, which onnxruntime has "
+        "from 1.25 on: the slower body 'standard' runs"
+    ]
+
+
+def test_the_ort_body_on_an_old_onnxruntime_names_the_cure(old_onnxruntime: None) -> None:
+    assert message_of(
+        gdn_ops.SpecError, export.DecodeSession, Step().model("standard"), batch=2, body="ort"
+    ) == (
+        "DecodeSession: body 'ort' needs com.microsoft::LinearAttention, which onnxruntime has "
+        "from 1.25 on; this is onnxruntime 1.24.4; take body='standard'"
+    )
+
+
+def test_the_onnx_body_on_an_old_onnxruntime_names_what_it_needs(old_onnxruntime: None) -> None:
+    assert message_of(
+        gdn_ops.SpecError, export.DecodeSession, Step().model("standard"), batch=2, body="onnx"
+    ) == (
+        "DecodeSession: body 'onnx' needs models of opset 27, for which onnx should be 1.22 or "
+        "newer and onnxruntime 1.32 (1.28 where ALLOW_RELEASED_ONNX_OPSET_ONLY=0 is set in the "
+        f"environment) or newer; this is onnx {onnx.__version__} and onnxruntime 1.24.4; take "
+        "body='standard'"
+    )
+
+
+def test_an_old_onnx_writes_no_onnx_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx.defs, "onnx_opset_version", lambda: 23)
+    monkeypatch.setattr(onnx, "__version__", "1.18.0")
+    export.available_bodies.cache_clear()
+    try:
+        assert "onnx" not in export.available_bodies()
+        assert export.DecodeSession(Step().model("standard"), batch=2).body != "onnx"
+        with pytest.raises(gdn_ops.SpecError, match=r"needs models .* this is onnx 1\.18\.0 and"):
+            export.DecodeSession(Step().model("standard"), batch=2, body="onnx")
+    finally:
+        export.available_bodies.cache_clear()
+    assert message_of(gdn_ops.SpecError, Step().model, "onnx") == (
+        "gdn_ops::GatedDeltaStep: opset is 27, should be at most 23, the newest that the installed "
+        "onnx 1.18.0 knows; body 'onnx' needs onnx 1.22 or newer: take body='standard'"
+    )
+
+
+def test_auto_never_takes_the_onnx_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "available_bodies", lambda: ("standard", "onnx"))
+    assert export.DecodeSession(Step().model("standard"), batch=2).body == "standard"
+
+
+@pytest.mark.parametrize("body", ["auto", "standard", "onnx"])
+def test_a_model_too_new_for_onnxruntime_names_its_opset_and_the_cure(body: str) -> None:
+    model = Step().model("standard")
+    model.opset_import[0].version = 99
+    with pytest.raises((gdn_ops.SpecError, gdn_ops.BackendUnsupportedError)) as caught:
+        export.DecodeSession(model, batch=2, body=body)
+    if "onnx" in export.available_bodies() or body != "onnx":
+        assert re.search(
+            rf"onnxruntime {re.escape(ort.__version__)} does not take the model: .*; body '\w+' in "
+            r"a model of opset 99 needs onnxruntime of a later year, this one takes opset \d+ and "
+            r"older: export with opset=21$",
+            str(caught.value),
+            re.DOTALL,
+        )
+    else:
+        assert str(caught.value).endswith("; export with opset=21 and take body='standard'")
+
+
+def test_without_onnxruntime_a_session_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert message_of(
+        ModuleNotFoundError,
+        export.DecodeSession,
+        Step().model("standard"),
+        batch=2,
+        body="standard",
+    ) == ("DecodeSession needs onnxruntime: pip install 'gdn_ops[onnx]'")

@@ -1,0 +1,28 @@
+"""Compile a function, and look at the graphs that torch.compile makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def compiled(
+    function: Callable[..., Any], **options: Any
+) -> tuple[Callable[..., Any], list[torch.fx.GraphModule]]:
+    """Return a function as one graph, and the list that keeps the graphs."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=keep, **options), graphs
+
+
+def nodes(graphs: list[torch.fx.GraphModule]) -> list[str]:
+    """Return the operators of this package in graphs."""
+    found = [str(n.target) for g in graphs for n in g.graph.nodes]
+    return [name for name in found if "gdn_ops" in name]

@@ -1,0 +1,146 @@
+"""Run one node with the custom-op library of native/, and judge it by naive in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gdn_ops import gated_delta_step
+from paths import ORT_LIBRARY
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("gdn_ops.export.node.schema")
+
+from onnx import TensorProto, helper  # noqa: E402
+
+from gdn_ops.export.node.schema import DOMAIN, ELEMENT_TYPES, INPUTS, OUTPUTS, STEP  # noqa: E402
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# Half a unit in the last place, twice where a result may fall on the other side of a tie.
+ROUNDING = {"float64": 0.0, "float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11}
+ARITHMETIC = {"float64": 1e-14}
+
+
+class Node:
+    """A model of one node, and how to run it.
+
+    Every input and output of the model is float64; casts give the node the types it is to have,
+    so that numpy never meets a bfloat16.
+    """
+
+    def __init__(
+        self,
+        heads: tuple[int, int] = (2, 4),
+        *,
+        types: str | Mapping[str, str] = "float32",
+        threads: int = 1,
+        functions: Sequence[Any] = (),
+        without: Sequence[str] = (),
+        **attributes: Any,
+    ) -> None:
+        self.attributes = {
+            "num_qk_heads": heads[0],
+            "num_v_heads": heads[1],
+            "scale": 0.3,
+            "rule": "gated_delta",
+            "qk_l2norm": 0,
+        } | attributes
+        if self.attributes["rule"] in ("delta", "linear") and "log_alpha" not in attributes:
+            without = (*without, "log_alpha")
+        given = self.attributes.pop("log_alpha", None)
+        self.inputs = tuple(name for name in INPUTS if name not in without or given == name)
+        names = (*INPUTS, *OUTPUTS)
+        self.types = dict.fromkeys(names, types) if isinstance(types, str) else dict(types)
+        self.session = session_of(self.model(functions), threads)
+
+    def model(self, functions: Sequence[Any]) -> Any:
+        written = {key: value for key, value in self.attributes.items() if value is not None}
+        nodes = [
+            helper.make_node("Cast", [f"{name}_64"], [name], to=self.element_type(name))
+            for name in self.inputs
+        ]
+        given = [name if name in self.inputs else "" for name in INPUTS]
+        nodes.append(helper.make_node(STEP.name, given, OUTPUTS, domain=DOMAIN, **written))
+        nodes += [
+            helper.make_node("Cast", [name], [f"{name}_64"], to=TensorProto.DOUBLE)
+            for name in OUTPUTS
+        ]
+        # Without shapes: what is wrong with them, the library is to say.
+        inputs, outputs = (
+            [
+                helper.make_tensor_value_info(f"{name}_64", TensorProto.DOUBLE, None)
+                for name in names
+            ]
+            for names in (self.inputs, OUTPUTS)
+        )
+        graph = helper.make_graph(nodes, "step", inputs, outputs)
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+        return helper.make_model(
+            graph, opset_imports=opsets, functions=list(functions), ir_version=10
+        )
+
+    def element_type(self, name: str) -> int:
+        return ELEMENT_TYPES.get(self.types[name], TensorProto.INT64)
+
+    def __call__(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        feeds = {f"{name}_64": tensors[name].double().numpy() for name in self.inputs}
+        o, state = self.session.run(None, feeds)
+        return torch.from_numpy(o), torch.from_numpy(state)
+
+    def draw(self, B: int = 3, K: int = 24, V: int = 40, seed: int = 0) -> dict[str, Tensor]:
+        """Return inputs, in float64, of values that the node's types have."""
+        random = torch.Generator().manual_seed(seed)
+        H, HV = self.attributes["num_qk_heads"], self.attributes["num_v_heads"]
+        shapes = {"q": (B, H, K), "k": (B, H, K), "v": (B, HV, V), "state": (B, HV, K, V)}
+        tensors = {
+            name: torch.randn(shape, generator=random, dtype=torch.float64)
+            for name, shape in shapes.items()
+        }
+        tensors["k"] = tensors["k"] / tensors["k"].norm(dim=-1, keepdim=True)
+        tensors["log_alpha"] = -torch.rand((B, HV), generator=random, dtype=torch.float64)
+        tensors["beta"] = 2 * torch.rand((B, HV), generator=random, dtype=torch.float64)
+        return {name: tensors[name].to(DTYPES[self.types[name]]).double() for name in self.inputs}
+
+    def expected(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what naive says, in float64."""
+        return gated_delta_step(
+            **tensors,
+            rule=self.attributes["rule"],
+            # As float32 has it: so it stands in the file.
+            scale=float(np.float32(self.attributes["scale"])),
+            qk_l2norm=bool(self.attributes["qk_l2norm"]),
+            backend="naive",
+        )
+
+    def check(self, **tensors: Tensor) -> None:
+        """Assert that the node gives what naive gives, as nearly as its types allow."""
+        arithmetic = ARITHMETIC.get(self.types["state"], 1e-6)
+        pairs = zip(OUTPUTS, self(**tensors), self.expected(**tensors), strict=True)
+        for name, found, expected in pairs:
+            assert found.shape == expected.shape
+            if not expected.numel():
+                continue
+            # float32 cannot hold what a float64 state gives.
+            rounding = 2**-24 if self.types[name] == "float32" else ROUNDING[self.types[name]]
+            error = ((found - expected).abs().max() / expected.abs().max()).item()
+            assert error <= arithmetic + rounding, f"{name} is off by {error:.1e}"
+
+
+def session_of(model: Any, threads: int = 1) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Errors are the subject of these tests, not a thing to print.
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(ORT_LIBRARY))
+    return ort.InferenceSession(model.SerializeToString(), options)
