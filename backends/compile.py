@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -17,18 +18,18 @@ import torch
 from torch import Tensor
 
 from gdn_ops.backends.torch import Torch
-from gdn_ops.backends.torch.chunkwise import Scratch, Segment, advance_segment, forward_segment
-from gdn_ops.backends.torch.gradients import SegmentGrads, backward_segment
-from gdn_ops.backends.torch.one_token import StepOptions, advance_token, decode_one
-from gdn_ops.backends.torch.walk import Engine
+from gdn_ops.backends.torch.chunk_backward import SegmentGrads, backward_segment
+from gdn_ops.backends.torch.chunk_forward import Segment, advance_segment, forward_segment
+from gdn_ops.backends.torch.decode import StepOptions, advance_token, decode_one
+from gdn_ops.backends.torch.segments import SegmentPlan
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.decode_fallbacks import one_by_one
 
 logger = logging.getLogger("gdn_ops")
 
-CHUNK_SIZE = {"cpu": 32, "*": 64}
-"""Tokens per chunk. cpu: measured on two AVX-512 cores at K=V=128, H/HV=16/32,
-T=2048, where 32 and 64 are about equal; others: not measured."""
+CHUNKING = {"cpu": (32, 1), "*": (64, 1)}
+"""(tokens per chunk, chunks per segment, which is always 1). cpu: measured on two AVX-512 cores
+at K=V=128, H/HV=16/32, T=2048, where 32 and 64 are about equal; others: not measured."""
 
 
 class Compile(Torch):
@@ -38,14 +39,15 @@ class Compile(Torch):
     traceable_step = False
     compiler: ClassVar[str] = "inductor"
 
-    def engine(self, call: Call) -> Engine:
+    chunking = CHUNKING
+    chunks_to_try = (1,)
+
+    def plan(self, call: Call) -> SegmentPlan:
         if torch.is_grad_enabled():
-            # Second derivatives differentiate the plain functions.
-            return super().engine(call)
-        default = CHUNK_SIZE.get(call.device.type, CHUNK_SIZE["*"])
-        return Engine(
-            chunk_size=call.chunk_size or default,
-            chunks=1,
+            # Second derivatives differentiate the plain functions, in the segments of those.
+            return Torch().plan(call)
+        return replace(
+            super().plan(call),
             pad_segments=True,
             forward=_forward,
             advance=_advance,
@@ -122,41 +124,33 @@ def _timed(function: Callable[..., Any], name: str, shapes: tuple[Any, ...]) -> 
     return run
 
 
-def _forward_chunk(x: Segment, state: Tensor, out: Tensor, scale: float, has_erase: bool) -> None:
-    """Run one chunk; write the output into `out` (rows, H, R, C, V) and update the state."""
-    (output,), new = forward_segment(x, state, scale, has_erase)
-    out.copy_(output.unflatten(0, out.shape[:2]))
-    state.copy_(new)
+def _forward_chunk(x: Segment, state: Tensor, out: Tensor, scale: float, has_erase: bool) -> Tensor:
+    """Run one chunk; write its output into `out` (rows, H, R, C, V) and return the new state."""
+    return forward_segment(x, state, scale, has_erase, (out,))
 
 
 def _forward(
-    x: Segment, state: Tensor, scale: float, has_erase: bool, scratch: Scratch, out: list[Tensor]
-) -> tuple[list[Tensor], Tensor]:
+    x: Segment, state: Tensor, scale: float, has_erase: bool, out: Sequence[Tensor]
+) -> Tensor:
     (view,) = out
     whole = view
     if view.shape[3] < x.tokens():
         # The last chunk is padded; a shorter output would be a shape class of its own.
         whole = view.new_empty(*view.shape[:3], x.tokens(), view.shape[4])
     function = _compiled(_forward_chunk, (scale, has_erase), (*x, state, whole))
-    function(x, state, whole, scale, has_erase)
+    state = function(x, state, whole, scale, has_erase)
     if whole is not view:
         view.copy_(whole[..., : view.shape[3], :])
-    return [view], state
+    return state
 
 
-def _advance(x: Segment, state: Tensor, scale: float, has_erase: bool, scratch: Scratch) -> Tensor:
+def _advance(x: Segment, state: Tensor, scale: float, has_erase: bool) -> Tensor:
     function = _compiled(advance_segment, (scale, has_erase), (*x, state))
     return function(x, state, scale, has_erase)  # type: ignore[no-any-return]
 
 
 def _backward(
-    x: Segment,
-    state: Tensor,
-    d_o: Tensor,
-    d_state: Tensor,
-    scale: float,
-    has_erase: bool,
-    scratch: Scratch,
+    x: Segment, state: Tensor, d_o: Tensor, d_state: Tensor, scale: float, has_erase: bool
 ) -> SegmentGrads:
     function = _compiled(backward_segment, (scale, has_erase), (*x, state, d_o, d_state))
     return function(x, state, d_o, d_state, scale, has_erase)  # type: ignore[no-any-return]

@@ -7,13 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.backends.torch.gradients import SegmentGrads
-from gdn_ops.backends.torch.walk import (
-    Engine,
-    Operands,
-    Piece,
+from gdn_ops.backends.torch.chunk_backward import SegmentGrads
+from gdn_ops.backends.torch.segments import (
+    SegmentLoader,
+    SegmentPlan,
+    TokenSpan,
     pack_state,
-    pieces,
     sequences,
     unpack_state,
 )
@@ -23,88 +22,84 @@ from gdn_ops.dispatch.registry import Forward, Grads
 from gdn_ops.kernel_support.host_memory import empty, settle_allocator
 
 
-def run_forward(call: Call, engine: Engine) -> Forward:
+def run_forward(call: Call, plan: SegmentPlan) -> Forward:
     """Run `gated_delta`; save the states that `run_backward` starts from."""
     s = call.sizes
     settle_allocator()
-    operands = Operands(call, engine.chunk_size)
+    loader = SegmentLoader(call, plan.chunk_size)
     o = empty(call.tokens.v.shape, call.tokens.v.dtype, call.device)
-    final = torch.empty(s.N, s.HV, s.K, s.V, dtype=operands.dtype, device=call.device)
-    kept = None
+    final = torch.empty(s.N, s.HV, s.K, s.V, dtype=loader.dtype, device=call.device)
+    saved = None
     if call.needs_grad:
-        kept = empty(engine.checkpoint_shape(call), operands.dtype, call.device)
-    every, slot = engine.checkpoint_every(s.T), 0
+        saved = empty(plan.shape_of_states(call), loader.dtype, call.device)
+    segments_per_state, saved_states = plan.segments_per_state(s.T), 0
     for states, start, stop in sequences(call):
-        state = operands.initial_state(states)
-        for j, piece in enumerate(pieces(engine, start, stop)):
-            if kept is not None and j % every == 0:
-                kept[slot] = state
-                slot += 1
-            _, state = engine.forward(
-                operands.segment(piece),
-                state,
-                call.scale,
-                call.rule.has_erase,
-                operands.scratch,
-                operands.output_views(o, piece),
-            )
+        state = loader.initial_state(states)
+        for j, span in enumerate(plan.spans(start, stop)):
+            if saved is not None and j % segments_per_state == 0:
+                saved[saved_states] = state
+                saved_states += 1
+            x, out = loader.segment(span), loader.output_views(o, span)
+            state = plan.forward(x, state, call.scale, call.rule.has_erase, out)
         final.unflatten(1, (s.H, s.R))[states] = unpack_state(state, s.H, s.R)
-    if kept is None:
+    if saved is None:
         return Forward(o, final)
-    kept[slot:] = 0  # the shape is an upper bound for packed sequences
-    return Forward(o, final, (kept,))
+    saved[saved_states:] = 0  # the shape is an upper bound for packed sequences
+    return Forward(o, final, (saved,))
 
 
 def run_backward(
-    call: Call, engine: Engine, kept: Tensor | None, d_o: Tensor, d_state: Tensor
+    call: Call, plan: SegmentPlan, saved: Tensor | None, d_o: Tensor, d_state: Tensor
 ) -> Grads:
     """Return the gradients of `gated_delta`.
 
     Args:
         call: the call.
-        engine: as in the forward.
-        kept: the states that the forward saved, or None to form every state anew; then every
+        plan: as in the forward.
+        saved: the states that the forward saved, or None to form every state anew; then every
             result is a differentiable function of the inputs.
         d_o: (B, T, HV, V).
         d_state: (N, HV, K, V).
     """
     s = call.sizes
-    operands, into = Operands(call, engine.chunk_size), _Gradients.empty(call)
-    every, slot = engine.checkpoint_every(s.T), 0
+    loader, into = SegmentLoader(call, plan.chunk_size), _Gradients.empty(call)
+    segments_per_state, earlier_states = plan.segments_per_state(s.T), 0
     for states, start, stop in sequences(call):
-        cut = pieces(engine, start, stop)
-        d_packed = pack_state(d_state[states].to(operands.dtype), s.H)
-        block = max(1, len(cut)) if kept is None else every
-        starts = range(0, len(cut), block)
+        spans = plan.spans(start, stop)
+        d_packed = pack_state(d_state[states].to(loader.dtype), s.H)
+        block = max(1, len(spans)) if saved is None else segments_per_state
+        starts = range(0, len(spans), block)
         for j in reversed(starts):
-            at = slot + j // block
-            first = operands.initial_state(states) if kept is None else kept[at]
-            some = cut[j : j + block]
-            d_packed = _backward_block(operands, engine, some, first, d_o, d_packed, into)
-        slot += len(starts)
+            if saved is None:
+                first = loader.initial_state(states)
+            else:
+                first = saved[earlier_states + j // block]
+            some = spans[j : j + block]
+            d_packed = _backward_block(loader, plan, some, first, d_o, d_packed, into)
+        earlier_states += len(starts)
         into.state.unflatten(1, (s.H, s.R))[states] = unpack_state(d_packed, s.H, s.R)
-    return into.finished(call, operands.gate)
+    return into.finished(call, loader.gate)
 
 
 def _backward_block(
-    operands: Operands,
-    engine: Engine,
-    block: list[Piece],
+    loader: SegmentLoader,
+    plan: SegmentPlan,
+    block: list[TokenSpan],
     state: Tensor,
     d_o: Tensor,
     d_state: Tensor,
     into: _Gradients,
 ) -> Tensor:
-    """Walk back over the segments of one checkpoint; return the state's gradient at its start."""
-    options = operands.call.scale, operands.call.rule.has_erase, operands.scratch
+    """Walk back over the segments after a kept state; return its gradient."""
+    options = loader.call.scale, loader.call.rule.has_erase
     states = [state]
-    for piece in block[:-1]:
-        states.append(engine.advance(operands.segment(piece), states[-1], *options))
-    for piece, start in zip(reversed(block), reversed(states), strict=True):
-        x, d_piece = operands.segment(piece), operands.gradients(d_o, piece)
-        found = engine.backward(x, start, d_piece, d_state, *options)
-        into.store(operands, piece, found)
-        d_state = found.state
+    for span in block[:-1]:
+        states.append(plan.advance(loader.segment(span), states[-1], *options))
+    for span, start in zip(reversed(block), reversed(states), strict=True):
+        d_span = loader.values(d_o, span).contiguous()
+        grads = plan.backward(loader.segment(span), start, d_span, d_state, *options)
+        into.store(loader, span, grads)
+        d_state = grads.state
     return d_state
 
 
@@ -130,16 +125,18 @@ class _Gradients(NamedTuple):
             empty((s.N, s.HV, s.K, s.V), dtype, device),
         )
 
-    def store(self, operands: Operands, piece: Piece, found: SegmentGrads) -> None:
+    def store(self, loader: SegmentLoader, span: TokenSpan, grads: SegmentGrads) -> None:
         """Store the gradients of one segment."""
-        call, d_q, d_k = operands.call, found.q, found.k
+        call, d_q, d_k = loader.call, grads.q, grads.k
         if call.qk_l2norm:
-            d_q = l2norm_backward(operands.keys(call.tokens.q, piece), d_q)
-            d_k = l2norm_backward(operands.keys(call.tokens.k, piece), d_k)
-        for into, x in ((self.q, d_q), (self.k, d_k), (self.v, found.v), (self.beta, found.beta)):
-            operands.store(into, piece, x)
-        if found.log_decay is not None:
-            operands.store(self.log_decay, piece, found.log_decay)
+            d_q = l2norm_backward(loader.keys(call.tokens.q, span), d_q)
+            d_k = l2norm_backward(loader.keys(call.tokens.k, span), d_k)
+        loader.store(self.q, span, d_q.unsqueeze(2))
+        loader.store(self.k, span, d_k.unsqueeze(2))
+        loader.store(self.v, span, grads.v)
+        loader.store(self.beta, span, grads.beta)
+        if grads.log_decay is not None:
+            loader.store(self.log_decay, span, grads.log_decay)
 
     def finished(self, call: Call, gate: LogGate | None) -> Grads:
         """Return the gradients in the dtypes of the arguments."""

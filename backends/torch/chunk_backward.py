@@ -1,0 +1,282 @@
+"""Compute the gradients of docs/math.md §5 over one segment, in the shapes of `chunk_forward`.
+
+Two passes in sequence, forward for S and U, backward for dS and dRHS, and then everything
+else for all chunks of the segment at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gdn_ops.backends.torch.chunk_forward import (
+    Decay,
+    Segment,
+    SegmentTerms,
+    add_product_,
+    bmm,
+    decay_factors,
+    decay_state,
+    next_state,
+    packed,
+    per_head,
+    read_state,
+    segment_terms,
+)
+
+
+class SegmentGrads(NamedTuple):
+    """Hold the gradients of a segment, in the shapes of `Segment`, and of the state at its start.
+
+    Attributes:
+        log_decay: d log α where α > 0 (and dα where α = 0, if `zeros` was given).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    log_decay: Tensor | None
+    state: Tensor
+
+
+class ForwardValues(NamedTuple):
+    """Hold what the forward pass leaves of every chunk.
+
+    Attributes:
+        states: S at the chunk starts, (n, G, K, R V).
+        QKS, error, U: of `ChunkRead`, for all n chunks.
+    """
+
+    states: Tensor
+    QKS: Tensor
+    error: Tensor
+    U: Tensor
+
+
+class ReverseValues(NamedTuple):
+    """Hold what the reverse pass leaves of every chunk.
+
+    Attributes:
+        d_states: dS at the chunk ends, (n, G, K, R V).
+        d_rhs: dRHS, (n, G, R, C, V).
+        KdS: K dS_C, packed, (n, G, C, R V).
+        d_QKS: the gradient of [Q; K] S: s diag(b) dO above −diag(βb) dRHS, packed,
+            (n, G, 2 C, R V); without erase only the first half.
+        d_state: the gradient of the state at the segment's start.
+    """
+
+    d_states: Tensor
+    d_rhs: Tensor
+    KdS: Tensor
+    d_QKS: Tensor
+    d_state: Tensor
+
+
+class PairGrads(NamedTuple):
+    """Hold the gradients of what is formed of pairs of tokens, (n, G, R, C, C).
+
+    Attributes:
+        dP_D: dP ⊙ D, here without s.
+        dA_D: dA ⊙ D, or None without erase.
+        E: the gradient of D, before any mask and without s in dP.
+    """
+
+    dP_D: Tensor
+    dA_D: Tensor | None
+    E: Tensor
+
+
+class GateEdges(NamedTuple):
+    """Hold the column `start`, the row C and the corner of E (§5), before any decay factor."""
+
+    start: Tensor
+    end: Tensor
+    corner: Tensor
+
+
+def backward_segment(
+    x: Segment, state: Tensor, d_o: Tensor, d_state: Tensor, scale: float, has_erase: bool
+) -> SegmentGrads:
+    """Return the gradients of a segment.
+
+    Args:
+        x: its operands.
+        state: (G, K, R V) at its start.
+        d_o: (n, G, R, C, V).
+        d_state: (G, K, R V), the gradient of the state at its end.
+        scale: s.
+        has_erase: whether the rule has an error term.
+    """
+    terms = segment_terms(x, scale, has_erase)
+    forward = _forward_values(x, terms, state)
+    reverse = _reverse_values(x, terms, d_o, d_state, scale)
+    pairs = _pair_gradients(x, terms, forward, reverse, d_o)
+    dQ, dK = _query_and_key_gradients(x, terms, forward, reverse, pairs, scale)
+    # §5 dV = diag(β) dRHS                              [C, V]
+    dV = reverse.d_rhs * x.beta.unsqueeze(-1)
+    # §5 dβ = rowsum(dRHS ⊙ (V − diag(b) K S)) + rowsum(dA ⊙ K Kᵀ ⊙ D)    [C]
+    d_beta = _rowsum(reverse.d_rhs, forward.error)
+    if pairs.dA_D is not None and terms.KK is not None:
+        d_beta = d_beta + _rowsum(pairs.dA_D, terms.KK)
+    d_log = None
+    if terms.decay is not None:
+        edges = _gate_edges(terms, forward, reverse, d_o, dV, scale)
+        d_log = _gate_gradient(x, terms.decay, pairs.E, edges)
+    return SegmentGrads(dQ, dK, dV, d_beta, d_log, reverse.d_state)
+
+
+def _forward_values(x: Segment, terms: SegmentTerms, state: Tensor) -> ForwardValues:
+    """Run the chunks in sequence for S and U."""
+    states, reads = [state], [read_state(x, terms, 0, state)]
+    for i in range(1, x.v.shape[0]):
+        states.append(next_state(x, terms, i - 1, reads[-1].U, states[-1]))
+        reads.append(read_state(x, terms, i, states[-1]))
+    return ForwardValues(
+        torch.stack(states),
+        torch.stack([read.QKS for read in reads]),
+        x.v if terms.T is None else torch.stack([read.error for read in reads]),
+        torch.stack([read.U for read in reads]),
+    )
+
+
+def _reverse_values(
+    x: Segment, terms: SegmentTerms, d_o: Tensor, d_state: Tensor, scale: float
+) -> ReverseValues:
+    """Run the chunks in reverse for dS and dRHS."""
+    heads, decay = x.v.shape[2], terms.decay
+    d_states, d_rhs, KdS, d_QKS = [], [], [], []
+    PdO = bmm(terms.P.mT, d_o.flatten(1, 2)).view(d_o.shape)
+    for i in reversed(range(x.v.shape[0])):
+        d_states.append(d_state)
+        # §5 dU = s Pᵀ dO + diag(d) K dS_C              [C, V]
+        KdS.append(torch.bmm(x.k()[i], d_state))
+        dU = per_head(KdS[-1], heads)
+        if decay is None:
+            dU = PdO[i] + dU
+        else:
+            dU = torch.addcmul(PdO[i], dU, decay.d[i].unsqueeze(-1))
+        # §5 dRHS = Tᵀ dU                               [C, V]
+        if terms.T is not None:
+            dU = torch.bmm(terms.T[i].mT, dU.flatten(0, 1)).view(dU.shape)
+        d_rhs.append(dU)
+        d_QKS.append(_read_gradient(x, terms, i, d_o[i], d_rhs[-1], scale))
+        # §5 dS_0 = b_C dS_C + s (diag(b) Q)ᵀ dO − (diag(βb) K)ᵀ dRHS   [K, R V]
+        qk = x.qk[i, :, : d_QKS[-1].shape[1]]
+        b_C = None if decay is None else decay.b_C[i]
+        d_state = add_product_(decay_state(b_C, d_state), qk.mT, d_QKS[-1])
+    return ReverseValues(
+        torch.stack(d_states[::-1]),
+        torch.stack(d_rhs[::-1]),
+        torch.stack(KdS[::-1]),
+        torch.stack(d_QKS[::-1]),
+        d_state,
+    )
+
+
+def _read_gradient(
+    x: Segment, terms: SegmentTerms, i: int, d_o: Tensor, d_rhs: Tensor, scale: float
+) -> Tensor:
+    """Return the gradient of [Q; K] S of chunk i, see `ReverseValues.d_QKS`."""
+    b = torch.ones_like(x.beta[i]) if terms.decay is None else terms.decay.b[i]
+    d_QS = d_o * (b * scale).unsqueeze(-1)
+    if terms.T is None:
+        return packed(d_QS)
+    d_KS = d_rhs * (x.beta[i] * -b).unsqueeze(-1)
+    return torch.cat((d_QS.transpose(1, 2), d_KS.transpose(1, 2)), 1).flatten(-2)
+
+
+def _pair_gradients(
+    x: Segment, terms: SegmentTerms, forward: ForwardValues, reverse: ReverseValues, d_o: Tensor
+) -> PairGrads:
+    """Form the gradients of P, A and D for all chunks."""
+    # §5 dP = s lower(dO Uᵀ), here without s and mask   [C, C]
+    dP = bmm(d_o, forward.U.mT)
+    # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ              [C, C]
+    E = dP * terms.QK
+    if terms.KK is None:
+        return PairGrads(dP * terms.D, None, E)
+    # §5 dA = −strict_lower(dRHS Uᵀ)                    [C, C]
+    dA = bmm(reverse.d_rhs, forward.U.mT).tril_(-1).neg_()
+    E = torch.addcmul(E, dA * x.beta.unsqueeze(-1), terms.KK)
+    return PairGrads(dP * terms.D, dA * terms.D, E)
+
+
+def _query_and_key_gradients(
+    x: Segment,
+    terms: SegmentTerms,
+    forward: ForwardValues,
+    reverse: ReverseValues,
+    pairs: PairGrads,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return dQ and dK, (n, G, C, K)."""
+    C = x.tokens()
+    # s diag(b) dO Sᵀ above −diag(βb) dRHS Sᵀ           [2 C, K]
+    of_reads = bmm(reverse.d_QKS, forward.states.mT)
+    # §5 dQ = (dP ⊙ D) K + s diag(b) dO Sᵀ              [C, K]
+    dP_D = pairs.dP_D.sum(2) * scale
+    dQ = add_product_(of_reads[..., :C, :], dP_D, x.k())
+    # §5 dK = (dP ⊙ D)ᵀ Q + diag(d) U dS_Cᵀ − diag(βb) dRHS Sᵀ + M K + Mᵀ K   [C, K]
+    dK = torch.zeros_like(dQ) if pairs.dA_D is None else of_reads[..., C:, :]
+    dK = add_product_(dK, dP_D.mT, x.q())
+    U = forward.U if terms.decay is None else forward.U * terms.decay.d.unsqueeze(-1)
+    dK = add_product_(dK, packed(U), reverse.d_states.mT)
+    if pairs.dA_D is not None:
+        # §5 M = diag(β) dA ⊙ D                         [C, C]
+        M = (pairs.dA_D * x.beta.unsqueeze(-1)).sum(2)
+        dK = add_product_(dK, M + M.mT, x.k())
+    return dQ, dK
+
+
+def _rowsum(a: Tensor, b: Tensor) -> Tensor:
+    """Return rowsum(a ⊙ b), over the last axis."""
+    return (a * b).sum(-1)
+
+
+def _gate_edges(
+    terms: SegmentTerms,
+    forward: ForwardValues,
+    reverse: ReverseValues,
+    d_o: Tensor,
+    dV: Tensor,
+    scale: float,
+) -> GateEdges:
+    """Form the column `start`, the row C and the corner of E for all chunks."""
+    R, C, V = dV.shape[2:]
+    # §5 E_i,start = s rowsum(dO ⊙ Q S)_i − β_i rowsum(dRHS ⊙ K S)_i      [C]
+    start = _rowsum(d_o, per_head(forward.QKS[..., :C, :], R)) * scale
+    if terms.T is not None:
+        start = start - _rowsum(dV, per_head(forward.QKS[..., C:, :], R))
+    # §5 E_C,j = rowsum((K dS_C) ⊙ U)_j,  E_C,start = ⟨dS_C, S⟩           [C], []
+    end = _rowsum(forward.U, per_head(reverse.KdS, R))
+    inner = reverse.d_states * forward.states
+    return GateEdges(start, end, inner.unflatten(-1, (R, V)).sum((-3, -1)))
+
+
+def _gate_gradient(x: Segment, decay: Decay, E: Tensor, edges: GateEdges) -> Tensor:
+    """Return d log α, and dα where α = 0, (n, G, R, C)."""
+    d_log = _straddling(E, edges, decay)
+    across_zeros = None if x.zeros is None else decay_factors(x, crossings=1)
+    if x.zeros is None or across_zeros is None:
+        return d_log
+    # §5 at α_t = 0, the same sum over the pairs with one zero between them
+    before = functional.pad(x.zeros[..., :-1], (1, 0))
+    return torch.where(x.zeros > before, _straddling(E, edges, across_zeros), d_log)
+
+
+def _straddling(E: Tensor, edges: GateEdges, decay: Decay) -> Tensor:
+    """Return d log α_t of §5: the sum of X = E ⊙ D over the pairs i ≥ t > j, (n, G, R, C).
+
+    Only straddling pairs are added, none is subtracted, so that a tiny α keeps its relative
+    precision: every term holds α_t as a factor.
+    """
+    ones = torch.ones(E.shape[-2:], dtype=E.dtype, device=E.device)
+    # Σ_{i≥t} X_ij by a product with ones, then Σ_{j<t}            [C, C] -> [C]
+    inner = _rowsum(bmm(ones.triu().expand(E.shape), E * decay.D), ones.tril(-1))
+    from_start = (edges.start * decay.b).flip(-1).cumsum(-1).flip(-1)
+    to_end = functional.pad((edges.end * decay.d)[..., :-1].cumsum(-1), (1, 0))
+    return inner + from_start + to_end + (edges.corner * decay.b_C).unsqueeze(-1)
