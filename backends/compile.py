@@ -126,7 +126,7 @@ def _timed(function: Callable[..., Any], name: str, shapes: tuple[Any, ...]) -> 
 
 def _forward_chunk(x: Segment, state: Tensor, out: Tensor, scale: float, has_erase: bool) -> Tensor:
     """Run one chunk; write its output into `out` (rows, H, R, C, V) and return the new state."""
-    return forward_segment(x, state, scale, has_erase, (out,))
+    return forward_segment(x, state, scale, has_erase, (out,), inplace=False)
 
 
 def _forward(

@@ -47,14 +47,14 @@ class ForwardValues(NamedTuple):
     """Hold what the forward pass leaves of every chunk.
 
     Attributes:
+        error, U, QKS: of `ChunkRead`, for all n chunks.
         states: S at the chunk starts, (n, G, K, R V).
-        QKS, error, U: of `ChunkRead`, for all n chunks.
     """
 
-    states: Tensor
-    QKS: Tensor
     error: Tensor
+    states: Tensor
     U: Tensor
+    QKS: Tensor
 
 
 class ReverseValues(NamedTuple):
@@ -74,20 +74,6 @@ class ReverseValues(NamedTuple):
     KdS: Tensor
     d_QKS: Tensor
     d_state: Tensor
-
-
-class PairGrads(NamedTuple):
-    """Hold the gradients of what is formed of pairs of tokens, (n, G, R, C, C).
-
-    Attributes:
-        dP_D: dP ⊙ D, here without s.
-        dA_D: dA ⊙ D, or None without erase.
-        E: the gradient of D, before any mask and without s in dP.
-    """
-
-    dP_D: Tensor
-    dA_D: Tensor | None
-    E: Tensor
 
 
 class GateEdges(NamedTuple):
@@ -114,18 +100,29 @@ def backward_segment(
     terms = segment_terms(x, scale, has_erase)
     forward = _forward_values(x, terms, state)
     reverse = _reverse_values(x, terms, d_o, d_state, scale)
-    pairs = _pair_gradients(x, terms, forward, reverse, d_o)
-    dQ, dK = _query_and_key_gradients(x, terms, forward, reverse, pairs, scale)
+    beta = x.beta.unsqueeze(-1)
+    # §5 dP = s lower(dO Uᵀ), here without s and mask   [C, C]
+    dP = bmm(d_o, forward.U.mT)
     # §5 dV = diag(β) dRHS                              [C, V]
-    dV = reverse.d_rhs * x.beta.unsqueeze(-1)
+    dV = reverse.d_rhs * beta
     # §5 dβ = rowsum(dRHS ⊙ (V − diag(b) K S)) + rowsum(dA ⊙ K Kᵀ ⊙ D)    [C]
     d_beta = _rowsum(reverse.d_rhs, forward.error)
-    if pairs.dA_D is not None and terms.KK is not None:
-        d_beta = d_beta + _rowsum(pairs.dA_D, terms.KK)
+    dQ, dK = _gradients_of_reads_and_writes(x, terms, forward, reverse, dP, scale)
+    # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ              [C, C]
+    E = dP * terms.QK
+    if terms.KK is not None:
+        # §5 dA = −strict_lower(dRHS Uᵀ)                [C, C]
+        dA = bmm(reverse.d_rhs, forward.U.mT).tril_(-1).neg_()
+        dA_D = dA * terms.D
+        d_beta = d_beta + _rowsum(dA_D, terms.KK)
+        # §5 dK gets M K + Mᵀ K, with M = diag(β) dA ⊙ D                  [C, K]
+        M = (dA_D * beta).sum(2)
+        dK = add_product_(dK, M + M.mT, x.k())
+        E = torch.addcmul(E, dA * beta, terms.KK)
     d_log = None
     if terms.decay is not None:
         edges = _gate_edges(terms, forward, reverse, d_o, dV, scale)
-        d_log = _gate_gradient(x, terms.decay, pairs.E, edges)
+        d_log = _gate_gradient(x, terms.decay, E, edges)
     return SegmentGrads(dQ, dK, dV, d_beta, d_log, reverse.d_state)
 
 
@@ -136,10 +133,10 @@ def _forward_values(x: Segment, terms: SegmentTerms, state: Tensor) -> ForwardVa
         states.append(next_state(x, terms, i - 1, reads[-1].U, states[-1]))
         reads.append(read_state(x, terms, i, states[-1]))
     return ForwardValues(
-        torch.stack(states),
-        torch.stack([read.QKS for read in reads]),
         x.v if terms.T is None else torch.stack([read.error for read in reads]),
+        torch.stack(states),
         torch.stack([read.U for read in reads]),
+        torch.stack([read.QKS for read in reads]),
     )
 
 
@@ -181,55 +178,34 @@ def _read_gradient(
     x: Segment, terms: SegmentTerms, i: int, d_o: Tensor, d_rhs: Tensor, scale: float
 ) -> Tensor:
     """Return the gradient of [Q; K] S of chunk i, see `ReverseValues.d_QKS`."""
-    b = torch.ones_like(x.beta[i]) if terms.decay is None else terms.decay.b[i]
-    d_QS = d_o * (b * scale).unsqueeze(-1)
+    b = torch.ones_like(x.beta) if terms.decay is None else terms.decay.b
+    d_QS = d_o * (b[i] * scale).unsqueeze(-1)
     if terms.T is None:
         return packed(d_QS)
-    d_KS = d_rhs * (x.beta[i] * -b).unsqueeze(-1)
+    d_KS = d_rhs * (x.beta[i] * -b[i]).unsqueeze(-1)
     return torch.cat((d_QS.transpose(1, 2), d_KS.transpose(1, 2)), 1).flatten(-2)
 
 
-def _pair_gradients(
-    x: Segment, terms: SegmentTerms, forward: ForwardValues, reverse: ReverseValues, d_o: Tensor
-) -> PairGrads:
-    """Form the gradients of P, A and D for all chunks."""
-    # §5 dP = s lower(dO Uᵀ), here without s and mask   [C, C]
-    dP = bmm(d_o, forward.U.mT)
-    # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ              [C, C]
-    E = dP * terms.QK
-    if terms.KK is None:
-        return PairGrads(dP * terms.D, None, E)
-    # §5 dA = −strict_lower(dRHS Uᵀ)                    [C, C]
-    dA = bmm(reverse.d_rhs, forward.U.mT).tril_(-1).neg_()
-    E = torch.addcmul(E, dA * x.beta.unsqueeze(-1), terms.KK)
-    return PairGrads(dP * terms.D, dA * terms.D, E)
-
-
-def _query_and_key_gradients(
+def _gradients_of_reads_and_writes(
     x: Segment,
     terms: SegmentTerms,
     forward: ForwardValues,
     reverse: ReverseValues,
-    pairs: PairGrads,
+    dP: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return dQ and dK, (n, G, C, K)."""
+    """Return dQ, and dK but for M K + Mᵀ K, (n, G, C, K)."""
     C = x.tokens()
+    dP_D = (dP * terms.D).sum(2) * scale
     # s diag(b) dO Sᵀ above −diag(βb) dRHS Sᵀ           [2 C, K]
     of_reads = bmm(reverse.d_QKS, forward.states.mT)
     # §5 dQ = (dP ⊙ D) K + s diag(b) dO Sᵀ              [C, K]
-    dP_D = pairs.dP_D.sum(2) * scale
     dQ = add_product_(of_reads[..., :C, :], dP_D, x.k())
-    # §5 dK = (dP ⊙ D)ᵀ Q + diag(d) U dS_Cᵀ − diag(βb) dRHS Sᵀ + M K + Mᵀ K   [C, K]
-    dK = torch.zeros_like(dQ) if pairs.dA_D is None else of_reads[..., C:, :]
-    dK = add_product_(dK, dP_D.mT, x.q())
+    # §5 dK = (dP ⊙ D)ᵀ Q + diag(d) U dS_Cᵀ − diag(βb) dRHS Sᵀ + ...      [C, K]
+    dK = torch.zeros_like(dQ) if terms.T is None else of_reads[..., C:, :]
     U = forward.U if terms.decay is None else forward.U * terms.decay.d.unsqueeze(-1)
-    dK = add_product_(dK, packed(U), reverse.d_states.mT)
-    if pairs.dA_D is not None:
-        # §5 M = diag(β) dA ⊙ D                         [C, C]
-        M = (pairs.dA_D * x.beta.unsqueeze(-1)).sum(2)
-        dK = add_product_(dK, M + M.mT, x.k())
-    return dQ, dK
+    dK = add_product_(dK, dP_D.mT, x.q())
+    return dQ, add_product_(dK, packed(U), reverse.d_states.mT)
 
 
 def _rowsum(a: Tensor, b: Tensor) -> Tensor:

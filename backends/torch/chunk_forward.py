@@ -9,9 +9,9 @@ V for every product with the state, so that q and k are never repeated.
     v, U      (n, G, R, C, V)     b, d, beta   (n, G, R, C)
     S, dS     (G, K, R V)         G_cum, z     (n, G, R, C)
 
-Everything is in the compute dtype except G_cum. All functions are pure: autograd sees through
-them, which is what second derivatives use, and torch.compile can fuse them. What they overwrite
-they have made themselves.
+Everything is in the compute dtype except G_cum. Autograd sees through all functions, which is what
+second derivatives use, and torch.compile can fuse them. They overwrite what they have made
+themselves and, where they are told so (`inplace`), the state.
 """
 
 from __future__ import annotations
@@ -131,12 +131,16 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(*operands).view(total.shape)
 
 
-def decay_state(b_C: Tensor | None, state: Tensor) -> Tensor:
-    """Return b_C S, (G, K, R V), in a new tensor."""
+def decay_state(b_C: Tensor | None, state: Tensor, inplace: bool = False) -> Tensor:
+    """Return b_C S, (G, K, R V), in a new tensor or, if `inplace`, in S itself."""
     if b_C is None:
-        return state.clone()
+        return state if inplace else state.clone()
     split: Tensor = state.unflatten(-1, (b_C.shape[-1], -1))
-    return (split * b_C[:, None, :, None]).flatten(-2)
+    factor = b_C[:, None, :, None]
+    if not inplace:
+        return (split * factor).flatten(-2)
+    split.mul_(factor)
+    return state
 
 
 def decay_factors(x: Segment, crossings: int = 0) -> Decay | None:
@@ -148,6 +152,7 @@ def decay_factors(x: Segment, crossings: int = 0) -> Decay | None:
     if G is None:
         return None
     dtype = x.qk.dtype
+    D = (G.unsqueeze(-1) - G.unsqueeze(-2)).to(dtype)
     b, d = G.to(dtype).exp(), (G[..., -1:] - G).to(dtype).exp()
     b_C = b[..., -1]
     dropped = ~_causal(x)
@@ -157,7 +162,6 @@ def decay_factors(x: Segment, crossings: int = 0) -> Decay | None:
         d = d * (z[..., -1:] - z == crossings)
         b_C = b_C * (z[..., -1] == crossings)
     # §4 D_ij = exp(G_i − G_j) [z_i = z_j],  i ≥ j      [C, C]
-    D = (G.unsqueeze(-1) - G.unsqueeze(-2)).to(dtype)
     return Decay(D.masked_fill_(dropped, -torch.inf).exp_(), b, d, b_C)
 
 
@@ -216,17 +220,24 @@ def chunk_output(terms: SegmentTerms, i: int, read: ChunkRead, scale: float) -> 
     return PU.addcmul_(QS, terms.decay.b[i].unsqueeze(-1), value=scale)
 
 
-def next_state(x: Segment, terms: SegmentTerms, i: int, U: Tensor, state: Tensor) -> Tensor:
-    """Return the state after chunk i, in a new tensor."""
+def next_state(
+    x: Segment, terms: SegmentTerms, i: int, U: Tensor, state: Tensor, inplace: bool = False
+) -> Tensor:
+    """Return the state after chunk i, in a new tensor or, if `inplace`, in that before it."""
     # §3 S_C = b_C S + (diag(d) K)ᵀ U                   [K, R V]
     if terms.decay is None:
-        return add_product_(decay_state(None, state), x.k()[i].mT, packed(U))
+        return add_product_(decay_state(None, state, inplace), x.k()[i].mT, packed(U))
     dU = packed(U * terms.decay.d[i].unsqueeze(-1))
-    return add_product_(decay_state(terms.decay.b_C[i], state), x.k()[i].mT, dU)
+    return add_product_(decay_state(terms.decay.b_C[i], state, inplace), x.k()[i].mT, dU)
 
 
 def forward_segment(
-    x: Segment, state: Tensor, scale: float, has_erase: bool, out: Sequence[Tensor]
+    x: Segment,
+    state: Tensor,
+    scale: float,
+    has_erase: bool,
+    out: Sequence[Tensor],
+    inplace: bool = True,
 ) -> Tensor:
     """Write the outputs of the chunks, and return the state after them.
 
@@ -237,13 +248,14 @@ def forward_segment(
         has_erase: whether the rule has an error term.
         out: where to write the output of every chunk, (rows, H, R, c, V) with rows H = G and
             c <= C: what is beyond c is padding.
+        inplace: whether the state is overwritten.
     """
     terms = segment_terms(x, scale, has_erase)
     for i, into in enumerate(out):
         read = read_state(x, terms, i, state)
         o = chunk_output(terms, i, read, scale)
         into.copy_(o.unflatten(0, into.shape[:2])[..., : into.shape[3], :])
-        state = next_state(x, terms, i, read.U, state)
+        state = next_state(x, terms, i, read.U, state, inplace)
     return state
 
 

@@ -165,9 +165,9 @@ class SegmentLoader:
         return [chunk.permute(0, 2, 3, 1, 4) for chunk in tokens.split(self.chunk_size, 1)]
 
     def initial_state(self, states: slice) -> Tensor:
-        """Return the packed state that the sequences `states` start from."""
+        """Return the packed state that the sequences `states` start from, in memory of its own."""
         s, state = self.call.sizes, self.call.state
         if state is not None:
-            return pack_state(state[states].to(self.dtype), s.H)
+            return pack_state(state[states].to(self.dtype, copy=True), s.H)
         shape = ((states.stop - states.start) * s.H, s.K, s.R * s.V)
         return torch.zeros(shape, dtype=self.dtype, device=self.call.device)

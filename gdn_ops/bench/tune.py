@@ -1,11 +1,10 @@
 """Measure a backend's configurations and print rows to paste into its table.
 
 A backend takes part through `tunables(call)` and `using(config)` (`Tunable`); str() of a
-configuration is the row to paste. One that exposes `engine(call)` instead, a dataclass with the
-fields `chunk_size` and `chunks`, is tried with every pair of CHUNK_SIZES and CHUNKS. Every
-candidate is checked first; one that fails is a line with its error. Steps are timed for cases of
-one token, forward and forward with backward for the others. On a GPU the time is that of the
-device's work, replayed from a graph where it can be captured.
+configuration is the row to paste. Every candidate is checked first; one that fails is a line with
+its error. Steps are timed for cases of one token, forward and forward with backward for the
+others. On a GPU the time is that of the device's work, replayed from a graph where it can be
+captured.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,9 +40,6 @@ from gdn_ops.spec.language import Case, OpSpec
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 from gdn_ops.torch_ops import eager
 
-CHUNK_SIZES = (16, 32, 64)
-CHUNKS = (1, 2, 4, 8)
-
 AS_IT_IS = "as it is"
 """Name of the candidate that leaves the choice to the backend."""
 
@@ -54,27 +49,14 @@ class Candidate:
     """Hold one configuration of a backend to try.
 
     Attributes:
-        name: as printed.
-        row: to paste into the backend's table.
+        name: the row to paste into the backend's table, or AS_IT_IS.
         backend: that runs.
         context: in which it runs with this configuration.
     """
 
     name: str
-    row: str
     backend: Backend
     context: Callable[[], AbstractContextManager[object]] = nullcontext
-
-
-def _variant(backend: Backend, chunk_size: int, chunks: int) -> Backend:
-    """Return a copy of a backend whose engine cuts calls by `chunk_size` and `chunks`."""
-    kind: Any = type(backend)
-
-    def engine(self: Any, call: Call) -> Any:
-        return replace(kind.engine(self, call), chunk_size=chunk_size, chunks=chunks)
-
-    found: Backend = type(kind.__name__, (kind,), {"engine": engine})()
-    return found
 
 
 def candidates(backend: Backend, call: Call) -> list[Candidate]:
@@ -83,16 +65,10 @@ def candidates(backend: Backend, call: Call) -> list[Candidate]:
     Raises:
         ValueError: the backend exposes none.
     """
-    configs = backend.tunables(call) if isinstance(backend, Tunable) else ()
-    if isinstance(backend, Tunable) and configs:
-        rows = {str(c): functools.partial(backend.using, c) for c in configs}
-        own = [Candidate(row, row, backend, context) for row, context in rows.items()]
-        return [Candidate(AS_IT_IS, "", backend), *own]
-    if not hasattr(backend, "engine") or call.op is not GATED_DELTA:
-        raise ValueError(f"backend {backend.name!r} exposes no configurations to tune")
-    pairs = [(size, chunks) for size in CHUNK_SIZES for chunks in CHUNKS]
-    kind = call.device.type
-    return [Candidate(str(p), f'"{kind}": {p},', _variant(backend, *p)) for p in pairs]
+    if isinstance(backend, Tunable) and (configs := backend.tunables(call)):
+        own = [Candidate(str(c), backend, functools.partial(backend.using, c)) for c in configs]
+        return [Candidate(AS_IT_IS, backend), *own]
+    raise ValueError(f"backend {backend.name!r} exposes no configurations to tune")
 
 
 def _bound(spec: OpSpec, **given: object) -> Call:
@@ -131,7 +107,7 @@ def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
             own = [row for row in times if row != AS_IT_IS]
             if own:
                 best = min(own, key=lambda row: times[row].median)
-                yield f"fastest {what}: {found[best][0].row}"
+                yield f"fastest {what}: {best}"
 
 
 Actions = dict[str, tuple[Candidate, Run]]

@@ -17,7 +17,7 @@ from gdn_ops.bench import measures, peers, report, rows, suite
 from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.inputs import Inputs, Setting, find_case, make_inputs
 from gdn_ops.bench.peers import Contender, Prepared, find_contender, our_contender
-from gdn_ops.bench.tune import tune
+from gdn_ops.bench.tune import AS_IT_IS, tune
 from gdn_ops.bench.verify import RefusedError, verify
 
 TINY = find_case("tiny")
@@ -142,14 +142,17 @@ def test_a_family_name_means_its_shortest_sequence() -> None:
 def test_tuning_checks_every_candidate_and_prints_a_row_to_paste(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gdn_ops.bench.tune.CHUNK_SIZES", (16, 32))
-    monkeypatch.setattr("gdn_ops.bench.tune.CHUNKS", (1,))
+    monkeypatch.setattr("gdn_ops.backends.torch.Torch.chunk_sizes_to_try", (16, 32))
+    monkeypatch.setattr("gdn_ops.backends.torch.Torch.chunks_to_try", (1,))
     lines = list(tune("torch", ["tiny"], Setting(repeats=1)))
     assert lines[0].startswith("tiny: B=2 T=100")
-    for what, rows_ in (("forward", lines[1:4]), ("forward+backward", lines[4:7])):
-        assert [line.partition(" ms  ")[2] for line in rows_[:2]] == ["(16, 1)", "(32, 1)"]
-        times = {float(line.split()[1]): line.partition(" ms  ")[2] for line in rows_[:2]}
-        assert rows_[2] == f'fastest {what}: "cpu": {times[min(times)]},'
-    assert len(lines) == 7
+    for what, rows_ in (("forward", lines[1:5]), ("forward+backward", lines[5:9])):
+        rows = [line.partition(" ms  ")[2] for line in rows_[:3]]
+        assert rows == [AS_IT_IS, '"cpu": (16, 1),', '"cpu": (32, 1),']
+        times = {
+            float(line.split()[1]): row for line, row in zip(rows_[1:3], rows[1:], strict=True)
+        }
+        assert rows_[3] == f"fastest {what}: {times[min(times)]}"
+    assert len(lines) == 9
     with pytest.raises(ValueError, match="'naive' exposes no configurations"):
         list(tune("naive", ["tiny"], Setting()))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from torch import Tensor
 
 import gdn_ops
@@ -18,7 +19,9 @@ from gdn_ops.bench import turns
 from gdn_ops.bench.inputs import Setting, find_case
 from gdn_ops.bench.tune import AS_IT_IS, tune
 from gdn_ops.bench.verify import RefusedError
+from gdn_ops.call.bind import arguments_of, bind
 from gdn_ops.dispatch import registry
+from gdn_ops.spec.ops import GATED_DELTA
 
 ONCE = Setting(repeats=1)
 SHORT = {"tiny": 12}
@@ -151,9 +154,33 @@ def test_an_emulation_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_backend_without_configurations_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'naive' exposes no configurations to tune"):
         list(tune("naive", ["tiny"], ONCE))
-    # The engine that torch exposes is that of sequences.
+    # What torch offers is the chunking of sequences.
     with pytest.raises(ValueError, match="'torch' exposes no configurations to tune"):
         list(tune("torch", ["tiny-step"], ONCE))
     monkeypatch.setattr(tuning.registry, "get_backend", lambda name: "package 'x' is missing")
     with pytest.raises(ValueError, match="'tunable' is not available: package 'x' is missing"):
         list(tune("tunable", ["tiny"], ONCE))
+
+
+@pytest.mark.parametrize("name, chunks", [("torch", [1, 2, 4, 8]), ("compile", [1])])
+def test_torch_runs_with_the_chunking_that_is_tried(name: str, chunks: list[int]) -> None:
+    backend = registry.get_backend(name)
+    assert isinstance(backend, Torch) and isinstance(backend, tuning.Tunable)
+    q = torch.randn(1, 3, 1, 4)
+    given = {"q": q, "k": q, "v": q, "alpha": torch.ones(1, 3, 1)}
+    call = bind(GATED_DELTA, arguments_of(GATED_DELTA, given))
+
+    def cut() -> tuple[int, int]:
+        return (plan := backend.plan(call)).chunk_size, plan.chunks
+
+    with torch.no_grad():
+        before, tried = cut(), []
+        for config in backend.tunables(call):
+            with backend.using(config):
+                tried.append(cut())
+            assert str(config) == f'"cpu": {tried[-1]},'
+            assert cut() == before
+        assert tried == [(size, n) for size in (16, 32, 64) for n in chunks]
+    text = "config is int, should be one of `tunables`"
+    with pytest.raises(TypeError, match=text), backend.using(32):
+        pass
