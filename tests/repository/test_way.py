@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gdn_ops
-from gdn_ops.backends.torch import chunkwise
+from gdn_ops.backends.torch import chunk_forward
 from gdn_ops.testing.example import Example
 
 PACKAGE = Path(gdn_ops.__file__).parent
@@ -31,7 +31,7 @@ def is_first_equation(backend: str, code: CodeType) -> bool:
     """Return whether a function computes docs/math.md §3: a kernel, or the segments of torch."""
     if backend == "triton":
         return "/triton/kernels/" in code.co_filename
-    return code is chunkwise.forward_segment.__code__
+    return code is chunk_forward.forward_segment.__code__
 
 
 def is_ours(code: CodeType) -> bool:
