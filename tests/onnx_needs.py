@@ -14,6 +14,10 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from gdn_ops import export
+from gdn_ops.export.bodies import table as export_bodies
+from gdn_ops.export.bodies.body import DEFAULT_OPSET
+from gdn_ops.export.node.schema import STEP
+from gdn_ops.export.node.variant import Variant
 from gdn_ops.export.runtime.sessions import why_not
 
 
@@ -104,11 +108,22 @@ def needs_body(body: str) -> pytest.MarkDecorator:
 needs_ort_body, needs_onnx_body = needs_body("ort"), needs_body("onnx")
 BODIES = ("standard", pytest.param("ort", marks=needs_ort_body))
 ALL_BODIES = (*BODIES, pytest.param("onnx", marks=needs_onnx_body))
+WRITTEN_ONNX_BODY = pytest.param("onnx", marks=needs_written(27))
+"""Of a test that writes the body and leaves onnxruntime out."""
 
 
 def opset_for(body: str | None) -> int:
     """Return an opset that a body can have."""
-    return 27 if body == "onnx" else 21
+    return DEFAULT_OPSET if body is None else export_bodies.BODIES[body].opset
+
+
+def skip_without(body: str, state_dtype: str) -> None:
+    """Skip a test of a body on a dtype of the state that it refuses."""
+    is_double = state_dtype == "float64"
+    variant = Variant(STEP, "gated_delta", False, True, "double" if is_double else "float")
+    reason = export_bodies.BODIES[body].refuses(variant, 1.0)
+    if reason:
+        pytest.skip(reason)
 
 
 def at_opset(*values: object, opset: int, body: str = "standard", is_run: bool = True) -> object:

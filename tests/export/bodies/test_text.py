@@ -1,0 +1,96 @@
+"""The text of a body guards shapes, is safe in place, and never copies a state."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+
+from gdn_ops import export  # noqa: E402
+from onnx_needs import BODIES, WRITTEN_ONNX_BODY, opset_for  # noqa: E402
+from onnx_steps import RULES, STATE, Step, feed, to_numpy  # noqa: E402
+
+
+def wrong_batches() -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return (rule, input, shape with batch 1) of steps whose other inputs have batch 3."""
+    shapes = {"q": (2, 8), "k": (2, 8), "v": (4, 6), "log_alpha": (4,), "beta": (4,)}
+    return [
+        (rule, name, (1, *rest))
+        for rule in RULES
+        for name, rest in {**shapes, STATE: (4, 8, 6)}.items()
+        if name != "log_alpha" or Step(rule).has_decay
+    ]
+
+
+@pytest.mark.parametrize(("rule", "name", "shape"), wrong_batches())
+@pytest.mark.parametrize("body", BODIES)
+def test_onnxruntime_refuses_one_row_where_there_are_three(
+    body: str, rule: str, name: str, shape: tuple[int, ...]
+) -> None:
+    step = Step(rule, B=3, tokens=1)
+    (token,), state = step.draw()
+    feeds = {**feed(token), STATE: to_numpy(state)}
+    model = step.model(body)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    engine = ort.InferenceSession(model.SerializeToString(), options)
+    assert engine.run(None, feeds)[0].shape == (3, 4, 6)
+    with pytest.raises(Exception, match=r"reshape|Reshape|dimension|shape"):
+        engine.run(None, feeds | {name: np.zeros(shape, np.float32)})
+    if body == "standard":
+        with pytest.raises(Exception, match="reshape"):
+            ReferenceEvaluator(model).run(None, feeds | {name: np.zeros(shape, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("q", (3, 4, 8)), ("k", (3, 2, 16)), ("v", (3, 2, 6)), (STATE, (3, 4, 6, 8)), ("beta", (3,))],
+)
+@pytest.mark.parametrize("body", BODIES)
+def test_onnxruntime_refuses_other_heads_and_widths(
+    body: str, name: str, shape: tuple[int, ...]
+) -> None:
+    step = Step(B=3, tokens=1)
+    (token,), state = step.draw()
+    engine = ort.InferenceSession(step.model(body).SerializeToString())
+    feeds = {**feed(token), STATE: to_numpy(state), name: np.zeros(shape, np.float32)}
+    with pytest.raises(Exception, match=r"Got invalid dimensions|Invalid rank"):
+        engine.run(None, feeds)
+
+
+def test_the_new_state_is_written_after_all_reads_of_the_old_one() -> None:
+    """This makes one buffer for both safe."""
+    for rule, body in itertools.product(RULES, ("standard", "ort")):
+        model = Step(rule).model(body)
+        nodes = [n for n in model.functions[0].node if n.op_type != "Shape"]
+        made_by = {name: i for i, node in enumerate(nodes) for name in node.output}
+        writer = made_by["new_state"]
+        ancestors, waiting = {writer}, [writer]
+        while waiting:
+            for name in nodes[waiting.pop()].input:
+                if name in made_by and made_by[name] not in ancestors:
+                    ancestors.add(made_by[name])
+                    waiting.append(made_by[name])
+        readers = {
+            i
+            for i, node in enumerate(nodes)
+            if "state" in node.input and node.op_type != "CastLike"
+        }
+        assert readers and readers <= ancestors, (rule, body)
+
+
+@pytest.mark.parametrize("body", ["standard", "ort", WRITTEN_ONNX_BODY])
+def test_a_float32_state_is_never_copied_by_a_cast(body: str) -> None:
+    for make in (export.make_decode_model, export.make_prefill_model):
+        for state_dtype, casts in (("float32", []), ("float16", ["Cast", "CastLike"])):
+            options = Step(state_dtype=state_dtype).options()
+            model = make(**options, body=body, opset=opset_for(body))
+            nodes = model.functions[0].node
+            found = [n.op_type for n in nodes if "state" in n.input and "Cast" in n.op_type]
+            assert found == casts
