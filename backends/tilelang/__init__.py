@@ -1,8 +1,8 @@
 """Run the chunkwise form as TileLang kernels, on NVIDIA GPUs.
 
-    solve, walk                  two launches forward, and two more for segments (`forward`)
-    walk, reverse, gradients     backward (`backward`)
-    tokens                       one for a token, or a few (`decode`)
+    solve, states                              two launches forward, two more for segments
+    states, state_gradients, token_gradients   three backward, five with segments
+    tokens                                     one for a token, or a few (`decode`)
 
 Launch configurations are data (`table`), chosen by `config`. On CPU tensors the same kernels are
 compiled as C++ and run for checking (`emulation`); without a GPU they are compiled for one (`aot`).
@@ -13,8 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
@@ -23,10 +22,8 @@ from gdn_ops.backends.tilelang.host import config as configs
 from gdn_ops.backends.tilelang.host import table, toolchain
 from gdn_ops.backends.tilelang.host.plan import Saved, empty_saved, make_plan
 from gdn_ops.call.bind import Call
-from gdn_ops.dispatch.backend import gradients_without_tokens, without_tokens
-from gdn_ops.dispatch.registry import Backend, Forward, Grads
-from gdn_ops.kernel_support.tuning import Row
-from gdn_ops.spec.ops import GATED_DELTA
+from gdn_ops.dispatch.registry import Forward, Grads
+from gdn_ops.kernel_support.backend import KernelBackend
 from gdn_ops.spec.rules import Limits
 
 
@@ -48,14 +45,14 @@ def _version_of(compiler: str) -> str:
     return (lines[-1] if "nvcc" in compiler else lines[0]) if lines else "unknown"
 
 
-class TileLang(Backend):
+class TileLang(KernelBackend):
     """Run chunkwise kernels that write the output during the state walk and save T."""
 
     name = "tilelang"
-    kernels = True
     requires = ("tilelang",)
     distribution = "tilelang"
     targets = configs.TARGETS
+    tables = configs.tables
     limits = Limits(
         devices=("cuda",),
         emulated_devices=("cpu",),
@@ -82,53 +79,27 @@ class TileLang(Backend):
     def saved_like(self, call: Call) -> tuple[Tensor, ...]:
         return tuple(empty_saved(make_plan(call), call.device))
 
-    def forward(self, call: Call) -> Forward:
-        if not call.has_tokens:
-            return without_tokens(call, self.saved_like(call) if call.needs_grad else ())
-        s = call.sizes
-        is_packed = call.cu_seqlens is not None
-        if s.T <= configs.MOST_STEPS and not (call.needs_grad or is_packed or call.chunk_size):
-            return Forward(*self.decode_many(call)[:2])
+    def run_forward(self, call: Call) -> Forward:
         from gdn_ops.backends.tilelang.host.forward import forward
 
         return forward(call, make_plan(call))
 
-    def backward(
-        self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
+    def run_backward(
+        self, call: Call, saved: tuple[Tensor, ...], d_o: Tensor, d_state: Tensor
     ) -> Grads:
-        if not call.has_tokens:
-            return gradients_without_tokens(call, d_state)
-        if saved is None:
-            raise RuntimeError("gradients of gradients were asked for, which limits exclude")
         from gdn_ops.backends.tilelang.host.backward import backward
 
         return backward(call, make_plan(call), Saved(*saved), d_o, d_state)
-
-    def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
-        return self.decode_many(call)[:2]
 
     def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         from gdn_ops.backends.tilelang.host import decode
 
         return decode.run(call)
 
-    def tunables(self, call: Call) -> Sequence[Row]:
-        K, device = call.sizes.K, call.device
-        if call.op is GATED_DELTA:
-            key = configs.sequence_key(device, call.tokens.q.dtype, K)
-            return configs.neighbours(Row(key, configs.choose(device, call.tokens.q.dtype, K)))
-        key_of_step = configs.step_key(device, K)
-        return configs.neighbours(Row(key_of_step, configs.choose_step(device, K)))
-
-    def using(self, config: object) -> AbstractContextManager[object]:
-        if not isinstance(config, Row):
-            raise TypeError(f"config is {type(config).__name__}, should be one of `tunables`")
-        return configs.using(config)
-
     def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
         from gdn_ops.backends.tilelang.aot import compiler
 
-        return compiler.compile_ahead(self, target, samples, table.GRANTED)
+        return compiler.compile_ahead(self, target, samples, table.ALLOWED_SPILLS)
 
 
 BACKEND = TileLang

@@ -1,7 +1,7 @@
 """Run the chunkwise form as Triton kernels, on NVIDIA and AMD GPUs.
 
-    prepare, states, output                     three launches forward (`forward`)
-    states, reads_back, state_gradients,
+    solve, states, output                     three launches forward (`forward`)
+    states, local_gradients, state_gradients,
     pair_gradients, token_gradients             five backward (`backward`)
     tokens                                      one for a token, or a few (`decode`)
 
@@ -16,22 +16,19 @@ import importlib.metadata
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
 from gdn_ops.aot.results import CompiledKernel, Sample
 from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host import decode
-from gdn_ops.backends.triton.host.backward import backward as run_backward
-from gdn_ops.backends.triton.host.forward import forward as run_forward
+from gdn_ops.backends.triton.host.backward import backward
+from gdn_ops.backends.triton.host.forward import forward
 from gdn_ops.backends.triton.host.plan import Saved, empty_saved, make_plan
 from gdn_ops.call.bind import Call
-from gdn_ops.dispatch.backend import gradients_without_tokens, without_tokens
-from gdn_ops.dispatch.registry import Backend, Forward, Grads
-from gdn_ops.kernel_support.tuning import Row
-from gdn_ops.spec.ops import GATED_DELTA
+from gdn_ops.dispatch.registry import Forward, Grads
+from gdn_ops.kernel_support.backend import KernelBackend
 from gdn_ops.spec.rules import Limits
 
 OLDEST, NEWEST = (3, 6), (3, 9)
@@ -57,14 +54,14 @@ def compiler_reasons() -> tuple[str, ...]:
     return ("no C compiler, which Triton launches with: install gcc or clang, or set CC",)
 
 
-class Triton(Backend):
+class Triton(KernelBackend):
     """Run chunkwise kernels that save T and recompute the rest in the backward."""
 
     name = "triton"
-    kernels = True
     requires = ("triton",)
     distribution = "triton"
     targets = configs.TARGETS
+    tables = configs.tables
     limits = Limits(
         devices=("cuda",),
         emulated_devices=("cpu",),
@@ -85,42 +82,16 @@ class Triton(Backend):
     def saved_like(self, call: Call) -> tuple[Tensor, ...]:
         return tuple(empty_saved(make_plan(call), call.device))
 
-    def forward(self, call: Call) -> Forward:
-        if not call.has_tokens:
-            return without_tokens(call, self.saved_like(call) if call.needs_grad else ())
-        s = call.sizes
-        is_packed = call.cu_seqlens is not None
-        if s.T <= configs.MOST_STEPS and not (call.needs_grad or is_packed or call.chunk_size):
-            return Forward(*decode.run(call)[:2])
-        return run_forward(call, make_plan(call))
+    def run_forward(self, call: Call) -> Forward:
+        return forward(call, make_plan(call))
 
-    def backward(
-        self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
+    def run_backward(
+        self, call: Call, saved: tuple[Tensor, ...], d_o: Tensor, d_state: Tensor
     ) -> Grads:
-        if not call.has_tokens:
-            return gradients_without_tokens(call, d_state)
-        if saved is None:
-            raise RuntimeError("gradients of gradients were asked for, which limits exclude")
-        return run_backward(call, make_plan(call), Saved(*saved), d_o, d_state)
-
-    def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
-        return decode.run(call)[:2]
+        return backward(call, make_plan(call), Saved(*saved), d_o, d_state)
 
     def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         return decode.run(call)
-
-    def tunables(self, call: Call) -> Sequence[Row]:
-        K, V, device = call.sizes.K, call.sizes.V, call.device
-        if call.op is GATED_DELTA:
-            key = configs.sequence_key(device, call.tokens.q.dtype, K, V)
-            return configs.neighbours(Row(key, configs.choose(device, call.tokens.q.dtype, K, V)))
-        key_of_step = configs.step_key(device, K, V)
-        return configs.neighbours(Row(key_of_step, configs.choose_step(device, K, V)))
-
-    def using(self, config: object) -> AbstractContextManager[object]:
-        if not isinstance(config, Row):
-            raise TypeError(f"config is {type(config).__name__}, should be one of `tunables`")
-        return configs.using(config)
 
     def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
         from gdn_ops.backends.triton.aot import compiler

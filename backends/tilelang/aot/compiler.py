@@ -14,40 +14,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gdn_ops.aot.gpu_limits import AllowedSpills, Product, with_failures
+from gdn_ops.aot.jobs import Job, compile_many, find_jobs
 from gdn_ops.aot.results import CompiledKernel, Sample
-from gdn_ops.aot.sampling import reasons_against, run
 from gdn_ops.backends.tilelang.aot import cubin
 from gdn_ops.backends.tilelang.host.launcher import trace
 from gdn_ops.dispatch.backend import Backend
-from gdn_ops.kernel_support.launches import Launch, recording
-
-
-class Job(NamedTuple):
-    """Describe one kernel to compile.
-
-    Attributes:
-        sample: label of the first sample that launches it.
-        is_reference: whether a reference launches it.
-        launch: the launch.
-    """
-
-    sample: str
-    is_reference: bool
-    launch: Launch
+from gdn_ops.kernel_support.launches import Launch
 
 
 def compile_ahead(
-    backend: Backend, target: str, samples: Iterable[Sample], granted: AllowedSpills | None = None
+    backend: Backend, target: str, samples: Iterable[Sample], allowed: AllowedSpills | None = None
 ) -> Iterator[CompiledKernel]:
     """Compile the kernels that a backend launches for samples, each distinct one once.
 
@@ -55,7 +39,7 @@ def compile_ahead(
         backend: one whose kernels are launched by `launcher.launch`.
         target: one of `config.TARGETS`.
         samples: calls on meta tensors; those that its limits exclude are left out.
-        granted: spills that a reference may have.
+        allowed: spills that a reference may have.
 
     Yields:
         The kernels, in the order of their launches.
@@ -65,32 +49,22 @@ def compile_ahead(
         FileNotFoundError: there is no nvcc, or no cuobjdump.
     """
     cubin.check(target)
-    found: dict[Any, Job] = {}
-    for sample in samples:
-        if reasons_against(backend, sample):
-            continue
-        with recording(target) as launches:
-            run(backend, sample)
-        for launch in launches:
-            key = (launch.kernel, *sorted(launch.kwargs.items()))
-            job = found.setdefault(key, Job(sample.label, sample.is_reference, launch))
-            if sample.is_reference and not job.is_reference:
-                found[key] = job._replace(is_reference=True)
-    yield from compile_jobs(found.values(), target, granted)
+    yield from compile_jobs(find_jobs(backend, target, samples, _specialised), target, allowed)
+
+
+def _specialised(launch: Launch, sample: Sample) -> tuple[Any, Job]:
+    """Return the key of a launch, the same for the same code, and the job that compiles it."""
+    key = (launch.kernel, *sorted(launch.kwargs.items()))
+    return key, Job(sample.label, sample.is_reference, launch)
 
 
 def compile_jobs(
-    jobs: Iterable[Job], target: str, granted: AllowedSpills | None = None
+    jobs: Iterable[Job], target: str, allowed: AllowedSpills | None = None
 ) -> Iterator[CompiledKernel]:
-    """Compile kernels, as many at a time as there are cores.
-
-    Kernels are traced one after the other. TileLang's passes release the GIL, and nvcc is a
-    process of its own.
-    """
-    traced = [(job, _traced(job.launch)) for job in jobs]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = functools.partial(compile_job, target=target, granted=granted or {})
-        yield from pool.map(lambda pair: work(*pair), traced)
+    """Compile kernels. They are traced one after the other: only what follows needs no GIL."""
+    traced = [job._replace(source=_traced(job.launch)) for job in jobs]
+    work = functools.partial(compile_job, target=target, allowed=allowed or {})
+    yield from compile_many(traced, work)
 
 
 def _traced(launch: Launch) -> Any:
@@ -101,10 +75,10 @@ def _traced(launch: Launch) -> Any:
         return error
 
 
-def compile_job(job: Job, traced: Any, target: str, granted: AllowedSpills) -> CompiledKernel:
+def compile_job(job: Job, target: str, allowed: AllowedSpills) -> CompiledKernel:
     """Compile one kernel and check its code; a failure to compile is a result too."""
     start = time.perf_counter()
-    kernel = job.launch.kernel
+    kernel, traced = job.launch.kernel, job.source
     result = functools.partial(
         CompiledKernel, kernel.__name__, job.sample, target, job.launch.kwargs
     )
@@ -122,7 +96,7 @@ def compile_job(job: Job, traced: Any, target: str, granted: AllowedSpills) -> C
         seconds=time.perf_counter() - start,
     )
     products = cubin.products(traced)
-    row = with_failures(row, products, job.is_reference, granted)
+    row = with_failures(row, products, job.is_reference, allowed)
     more = (*_rounded(products), *(found.remarks if job.is_reference else ()))
     return replace(row, failures=(*row.failures, *more))
 

@@ -1,22 +1,21 @@
 """Choose the configuration of a call by rule from the rows of `table`, with no tuning at run time.
 
-`gdn-ops bench --tune tilelang` measures the `neighbours` of a row and prints rows to paste.
+`gdn-ops bench --tune tilelang` measures the neighbours of a row and prints rows to paste.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from dataclasses import replace
 from typing import Final
 
 import torch
 
 from gdn_ops.backends.tilelang.host import table
-from gdn_ops.backends.tilelang.host.shapes import Config, StepConfig, Tiles
+from gdn_ops.backends.tilelang.host.shapes import Config, StepConfig
 from gdn_ops.call.bind import Call
 from gdn_ops.kernel_support.launches import recorded_target
-from gdn_ops.kernel_support.tuning import Override, Row
+from gdn_ops.kernel_support.tuning import Tables
 from gdn_ops.spec.language import Sizes
 from gdn_ops.spec.ops import GATED_DELTA
 
@@ -26,10 +25,7 @@ TARGETS: Final = ("sm_90a", "sm_80", "sm_100a", "sm_120a")
 CHUNKS: Final = (32, 64)
 """Chunk sizes that the kernels have: four warps do not share a product of 16 by 16."""
 
-MOST_STEPS: Final = 8
-"""Tokens per row up to which a call without gradients takes the decode kernel."""
-
-KERNELS: Final = ("solve", "walk", "reverse", "gradients")
+KERNELS: Final = ("solve", "states", "state_gradients", "token_gradients")
 
 ONE_SEGMENT: Final = 2**30
 """Tokens of a segment where a sequence is not cut: more than fit, and in 32 bits."""
@@ -46,9 +42,6 @@ NARROWEST: Final = 32
 
 EMULATED_PROCESSORS: Final = 132
 """Streaming multiprocessors of an H100 or H200, which an emulation stands for."""
-
-_override = Override()
-using = _override.using
 
 
 def width_class(K: int) -> int:
@@ -68,34 +61,23 @@ def _target_of(index: int) -> str:
     return {9: "sm_90a", 10: "sm_100a"}.get(capability[0], "sm_120a")
 
 
-def target(device: torch.device) -> str:
-    """Return the device class that launches on a device are configured for."""
-    recorded = recorded_target()
-    if recorded is not None:
-        return recorded
+_TILES = {"BV": (32, 64, 128), "threads": (128, 256), "stages": (1, 2, 3)}
+
+tables: Final = Tables(
+    table.SEQUENCE,
+    table.STEP,
+    target_of=_target_of,
     # An emulation runs what a Hopper GPU would.
-    return _target_of(device.index or 0) if device.type == "cuda" else "sm_90a"
-
-
-def sequence_key(device: torch.device, dtype: torch.dtype, K: int) -> tuple[str, int, str]:
-    """Return the key of the row for a call of the sequence op."""
-    kind = "float32" if dtype == torch.float32 else "low"
-    return target(device), width_class(K), kind
-
-
-def step_key(device: torch.device, K: int) -> tuple[str, int]:
-    """Return the key of the row for a call of a decode op."""
-    return target(device), width_class(K)
-
-
-def choose(device: torch.device, dtype: torch.dtype, K: int) -> Config:
-    """Return the configuration of a call of the sequence op."""
-    return _override.choose(table.SEQUENCE, sequence_key(device, dtype, K))
-
-
-def choose_step(device: torch.device, K: int) -> StepConfig:
-    """Return the configuration of a call of a decode op."""
-    return _override.choose(table.STEP, step_key(device, K))
+    emulated="sm_90a",
+    width_of=lambda K, V: width_class(K),
+    choices=(
+        {"BV": (8, 16, 32), "threads": (32, 64)},
+        {"C": CHUNKS},
+        {k: _TILES if k != "solve" else _TILES | {"BV": ()} for k in KERNELS},
+    ),
+    # Longer chunks than those of a row may not fit the shared memory.
+    allows=lambda own, other: isinstance(own, StepConfig) or other.C <= own.C,
+)
 
 
 def shape_reasons(call: Call) -> list[str]:
@@ -103,7 +85,7 @@ def shape_reasons(call: Call) -> list[str]:
     K, is_sequence = call.sizes.K, call.op is GATED_DELTA
     if not is_sequence or (call.device.type == "cuda" and not torch.cuda.is_available()):
         return []
-    key = sequence_key(call.device, call.tokens.q.dtype, K)
+    key = tables.sequence_key(call.device, call.tokens.q.dtype, K, call.sizes.V)
     what = f"{str(call.tokens.q.dtype).removeprefix('torch.')} with K={K} on {key[0]}"
     row = table.SEQUENCE.get(key)
     if row is None:
@@ -147,7 +129,7 @@ def segment_chunks(device: torch.device, s: Sizes, C: int, config: Config) -> in
     """
     if config.segment is not None:
         return config.segment
-    programs = s.N * s.HV * -(-s.V // columns(device, s, config.walk.BV))
+    programs = s.N * s.HV * -(-s.V // columns(device, s, config.states.BV))
     chunks = -(-s.B * s.T // (max(s.N, 1) * C))
     found = processors(device)
     if not _cuts or chunks < LEAST_CHUNKS or 2 * programs >= found:
@@ -163,22 +145,3 @@ def _read_choice() -> bool:
 
 
 _cuts = _read_choice()
-
-
-def neighbours(row: Row) -> tuple[Row, ...]:
-    """Return a row, and after it the rows that differ from it in a single choice."""
-    found = [row.config]
-    if isinstance(row.config, StepConfig):
-        step = row.config
-        found += [replace(step, BV=BV) for BV in (8, 16, 32)]
-        found += [replace(step, threads=threads) for threads in (32, 64)]
-    else:
-        config = row.config
-        found += [replace(config, C=C) for C in CHUNKS if config.C >= C]
-        for kernel in KERNELS:
-            own: Tiles = getattr(config, kernel)
-            tiles = [replace(own, BV=BV) for BV in (32, 64, 128) if kernel != "solve"]
-            tiles += [replace(own, threads=threads) for threads in (128, 256)]
-            tiles += [replace(own, stages=stages) for stages in (1, 2, 3)]
-            found += [replace(config, **{kernel: t}) for t in tiles]
-    return tuple(Row(row.key, config) for config in dict.fromkeys(found))

@@ -60,7 +60,7 @@ def _launch(
     q, k, v = tokens
     B, T, HV, V = v.shape
     K, R, state = q.shape[-1], HV // q.shape[2], call.state
-    config = configs.choose_step(call.device, K)
+    config = configs.tables.choose_step(call.device, K, V)
     unit = UNIT if state is None or _is_wide(state) else 1
     gate, beta = gate_of(call), dense(call.tokens.beta)
     nothing = absent(torch.float32, call.device)

@@ -28,10 +28,10 @@ class Plan:
         C: tokens per chunk.
         BK: rows of a tile that holds K: a multiple of 64, which a warp group multiplies.
         L: chunks per segment.
-        slots: how many chunks the tensors kept per chunk have room for.
-        places: how many segments the tensors kept per segment have room for.
+        chunk_slots: how many chunks the tensors kept per chunk have room for.
+        segment_slots: how many segments the tensors kept per segment have room for.
         parts: tiles that an operand of a product consists of, 1, or 3 for float32.
-        low: dtype of q, of T and of all that is kept per chunk but gates and norms.
+        low: dtype of q, of T and of all that is kept per chunk but gates and inv_norms.
         norm: whether q and k are normalised.
         is_segmented: whether a sequence may be more than one segment.
     """
@@ -42,8 +42,8 @@ class Plan:
     C: int
     BK: int
     L: int
-    slots: int
-    places: int
+    chunk_slots: int
+    segment_slots: int
     parts: int
     low: torch.dtype
     norm: bool
@@ -53,7 +53,7 @@ class Plan:
 def make_plan(call: Call) -> Plan:
     """Return the plan of a call, from its shapes and attributes alone."""
     s = call.sizes
-    config = configs.choose(call.device, call.tokens.q.dtype, s.K)
+    config: Config = configs.tables.choose(call.device, call.tokens.q.dtype, s.K, s.V)
     C, tokens = call.chunk_size or config.C, s.B * s.T
     L = configs.segment_chunks(call.device, s, C, config)
     return Plan(
@@ -63,8 +63,8 @@ def make_plan(call: Call) -> Plan:
         C=C,
         BK=-(-s.K // 64) * 64,
         L=L,
-        slots=tokens // C + s.N,
-        places=tokens // (C * L) + s.N,
+        chunk_slots=tokens // C + s.N,
+        segment_slots=tokens // (C * L) + s.N,
         parts=3 if call.tokens.q.dtype == torch.float32 else 1,
         low=call.tokens.q.dtype,
         norm=call.qk_l2norm,
@@ -76,16 +76,16 @@ class Saved(NamedTuple):
     """Hold the tensors that the forward saves for the backward.
 
     Attributes:
-        gates: (HV, slots, 4, C) float32: G as hi and lo, z, β.
-        norms: (H, slots, 2, C) float32: 1/‖q‖ and 1/‖k‖, or 1.
-        inverses: (HV, slots, C, C), empty without an error term.
-        starts: (places, HV, K, V) float32, the state at the start of every segment; empty where
-            a sequence is one.
-        maps: (places, HV, K, K) float32, M of every segment (docs/math.md §6); as empty.
+        gates: (HV, chunk_slots, 4, C) float32: G as hi and lo, z, β.
+        inv_norms: (H, chunk_slots, 2, C) float32: 1/‖q‖ and 1/‖k‖, or 1.
+        inverses: (HV, chunk_slots, C, C), empty without an error term.
+        starts: (segment_slots, HV, K, V) float32, the state at the start of every segment; empty
+            where a sequence is one.
+        maps: (segment_slots, HV, K, K) float32, M of every segment (docs/math.md §6); as empty.
     """
 
     gates: Tensor
-    norms: Tensor
+    inv_norms: Tensor
     inverses: Tensor
     starts: Tensor
     maps: Tensor
@@ -93,16 +93,18 @@ class Saved(NamedTuple):
 
 def empty_saved(plan: Plan, device: torch.device) -> Saved:
     """Allocate `Saved` for a call."""
-    s, slots, places, C = plan.sizes, plan.slots, plan.places, plan.C
-    f32 = {"dtype": torch.float32, "device": device}
-    erases, cuts = plan.rule.has_erase, plan.is_segmented
-    inverses = (s.HV, slots, C, C) if erases else (0,)
+    s, slots, C = plan.sizes, plan.chunk_slots, plan.C
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32, needed: bool = True) -> Tensor:
+        return torch.empty(shape if needed else (0,), dtype=dtype, device=device)
+
+    cuts, segments = plan.is_segmented, plan.segment_slots
     return Saved(
-        torch.empty((s.HV, slots, 4, C), **f32),  # type: ignore[call-overload]
-        torch.empty((s.H, slots, 2, C), **f32),  # type: ignore[call-overload]
-        torch.empty(inverses, dtype=plan.low, device=device),
-        torch.empty((places, s.HV, s.K, s.V) if cuts else (0,), **f32),  # type: ignore[call-overload]
-        torch.empty((places, s.HV, s.K, s.K) if cuts else (0,), **f32),  # type: ignore[call-overload]
+        empty(s.HV, slots, 4, C),
+        empty(s.H, slots, 2, C),
+        empty(s.HV, slots, C, C, dtype=plan.low, needed=plan.rule.has_erase),
+        empty(segments, s.HV, s.K, s.V, needed=cuts),
+        empty(segments, s.HV, s.K, s.K, needed=cuts),
     )
 
 
@@ -139,6 +141,26 @@ def packed(x: Tensor) -> Tensor:
     return aligned(x).view(-1, *x.shape[2:])
 
 
+class Packed(NamedTuple):
+    """Hold the tensors of a call as the kernels take them.
+
+    Attributes:
+        q, k: (B T, H, K), contiguous and aligned.
+        v: (B T, HV, V), so too.
+        cu: (N+1,) int32, the first token of every sequence and the end of the last one.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu: Tensor
+
+
+def packed_call(call: Call) -> Packed:
+    """Return the tensors of a call as the kernels take them."""
+    return Packed(packed(call.tokens.q), packed(call.tokens.k), packed(call.tokens.v), cu_of(call))
+
+
 @functools.lru_cache(maxsize=256)
 def absent(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
     """Return a placeholder for an absent tensor of a launch, never read; (1,) by default."""
@@ -170,19 +192,19 @@ def forward_bytes(call: Call, plan: Plan) -> dict[str, int]:
     head, the blocks of V); this counts what memory must deliver to each launch.
     """
     s, e = plan.sizes, plan.low.itemsize
-    tokens, rows = s.B * s.T, plan.slots * plan.C
+    tokens, rows = s.B * s.T, plan.chunk_slots * plan.C
     q = k = e * tokens * s.H * s.K
     v = o = e * tokens * s.HV * s.V
     given = 4 * tokens * s.HV * ((call.tokens.beta is not None) + plan.rule.has_decay)
-    gates, norms = 4 * 4 * s.HV * rows, 4 * 2 * s.H * rows
+    gates, inv_norms = 4 * 4 * s.HV * rows, 4 * 2 * s.H * rows
     T = e * s.HV * rows * plan.C * plan.rule.has_erase
     state = 4 * s.HV * s.K * s.V
     final, initial = s.N * state, s.N * state * (call.state is not None)
-    found = {"solve": k + q * plan.norm + given + gates + norms + T}
-    chunks = k + v + gates + norms + T
+    found = {"solve": k + q * plan.norm + given + gates + inv_norms + T}
+    chunks = k + v + gates + inv_norms + T
     if plan.is_segmented:
-        maps, starts = 4 * plan.places * s.HV * s.K * s.K, plan.places * state
+        maps, starts = 4 * plan.segment_slots * s.HV * s.K * s.K, plan.segment_slots * state
         found["map"] = chunks + maps + starts
         found["compose"] = maps + starts + initial + starts
         initial = starts
-    return found | {"walk": q + chunks + initial + o + final}
+    return found | {"states": q + chunks + initial + o + final}

@@ -29,17 +29,17 @@ class Config:
 
     Attributes:
         C: tokens per chunk.
-        solve, walk: of the forward; `solve` has no columns of V.
-        reverse, gradients: of the backward.
+        solve, states: of the forward; `solve` has no columns of V.
+        state_gradients, token_gradients: of the backward.
         segment: chunks per segment; None leaves it to the rule of `config.segment_chunks`.
         measured: where and when, or that it was not.
     """
 
     C: int
     solve: Tiles
-    walk: Tiles
-    reverse: Tiles
-    gradients: Tiles
+    states: Tiles
+    state_gradients: Tiles
+    token_gradients: Tiles
     measured: str
     segment: int | None = None
 

@@ -6,8 +6,8 @@ The tokens of a sequence are cut into chunks of C. Chunk c of sequence n has the
 
 which no other chunk has: a sequence of L tokens has at most (begin + L) // C + 1 - begin // C
 chunks, and `+ n` gives it one more. So what is kept per chunk needs no table of chunk indices and
-no look at cu_seqlens from the host. A slot may be empty. Segments of several chunks have *places*,
-by the same formula with C times their length.
+no look at cu_seqlens from the host. A slot may be empty. Segments of several chunks have
+slots too, by the same formula with C times their length.
 
 A low-precision operand of a product is one tile. A float32 operand is three bfloat16 tiles that
 add up to it, and a product is the sum of the six products that matter (to 2**-24 of it): tensor
@@ -104,6 +104,19 @@ def blocks(T: Any) -> SimpleNamespace:
                 transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=clear and index == 0,
             )  # fmt: skip
 
+    @T.macro
+    def multiply_rows(a, b, c, transpose_A, transpose_B, clear):
+        """Multiply like `multiply`, with rows spread over as many warps as possible.
+
+        That serves sums over rows that follow.
+        """
+        for index, (x, y) in [*enumerate(PAIRS[len(a)])]:
+            T.gemm(
+                a[x], b[y], c,
+                transpose_A=transpose_A, transpose_B=transpose_B,
+                policy=T.GemmWarpPolicy.FullRow, clear_accum=clear and index == 0,
+            )  # fmt: skip
+
     def decay(hi_i: Any, lo_i: Any, z_i: Any, hi_j: Any, lo_j: Any, z_j: Any, crossed: int) -> Any:
         """Return exp(G_i - G_j) where `crossed` zeros lie between, else 0 (docs/math.md §4).
 
@@ -113,6 +126,17 @@ def blocks(T: Any) -> SimpleNamespace:
         log = (hi_i - hi_j) + (lo_i - lo_j)
         return T.if_then_else(z_i - z_j == float(crossed), T.exp(T.min(log, 0.0)), 0.0)
 
+    def pair_decay(g: Any, i: Any, j: Any, crossed: int) -> Any:
+        """Return D_ij of a chunk with gates g (4, C), or D¹_ij."""
+        return decay(g[0, i], g[1, i], g[2, i], g[0, j], g[1, j], g[2, j], crossed)
+
     return SimpleNamespace(
-        operand=operand, owner=owner, put=put, value=value, multiply=multiply, decay=decay
+        operand=operand,
+        owner=owner,
+        put=put,
+        value=value,
+        multiply=multiply,
+        multiply_rows=multiply_rows,
+        decay=decay,
+        pair_decay=pair_decay,
     )

@@ -3,9 +3,10 @@
 One program per sequence, value head and block of BV columns of V. The map of a
 segment, S -> M S + R, is applied segment by segment; dS -> Mᵀ dS + R from the last to the first.
 
-    reads   M (places, HV, K, K), R (places, HV, K, V) float32; the state that a sequence starts
-            from, or the gradient of the one it ends in, (N, HV, K, V) float32
-    writes  the state at the start of every segment, or dS at its end, (places, HV, K, V) float32
+    reads   M (segment_slots, HV, K, K), R (segment_slots, HV, K, V) float32; the state that a
+            sequence starts from, or the gradient of the one it ends in, (N, HV, K, V) float32
+    writes  the state at the start of every segment, or dS at its end,
+            (segment_slots, HV, K, V) float32
 
 The products are of split float32 operands, whatever the dtype of the call: a cut costs no
 precision.
@@ -34,17 +35,17 @@ def compose(
     # Columns of M, or rows of Mᵀ, that are multiplied at a time: 96 KiB of tiles at most.
     width = 64 if BK <= 128 else 32
     b = blocks(T)
-    places, HV, N1 = (T.dynamic(x) for x in ("places", "HV", "N1"))
+    segment_slots, HV, N1 = (T.dynamic(x) for x in ("segment_slots", "HV", "N1"))
     first_N, first_HV = T.dynamic("first_N"), T.dynamic("first_HV")
     shape = (width, BK) if reverse else (BK, width)
 
     @T.prim_func
     def compose(
-        maps: T.Tensor((places, HV, K, K), F32),
-        shifts: T.Tensor((places, HV, K, V), F32),
+        maps: T.Tensor((segment_slots, HV, K, K), F32),
+        shifts: T.Tensor((segment_slots, HV, K, V), F32),
         begin_with: T.Tensor((first_N, first_HV, K, V), F32),
         cu: T.Tensor((N1,), "int32"),
-        cuts: T.Tensor((places, HV, K, V), F32),
+        cuts: T.Tensor((segment_slots, HV, K, V), F32),
         has_first: T.int32,
         L: T.int32,
         N: T.int32,
@@ -62,17 +63,17 @@ def compose(
                 if has_first != 0 and i < K and dv + j < V:
                     S[i, j] = begin_with[n, hv, i, dv + j]
             for turn in T.serial(segments):
-                place = first + (segments - 1 - turn if reverse else turn)
+                slot = first + (segments - 1 - turn if reverse else turn)
                 for i, j in T.Parallel(BK, BV):
                     if i < K and dv + j < V:
-                        cuts[place, hv, i, dv + j] = S[i, j]
+                        cuts[slot, hv, i, dv + j] = S[i, j]
                 if turn < segments - 1:
                     for i, j in T.Parallel(BK, BV):
                         b.put(S_low, i, j, S[i, j])
                     for i, j in T.Parallel(BK, BV):
                         S[i, j] = 0.0
                         if i < K and dv + j < V:
-                            S[i, j] = shifts[place, hv, i, dv + j]
+                            S[i, j] = shifts[slot, hv, i, dv + j]
                     for block in [*range(0, BK, width)]:
                         for i, j in T.Parallel(*shape):
                             row = i + block if reverse else i
@@ -80,7 +81,7 @@ def compose(
                             b.put(
                                 factor, i, j,
                                 T.if_then_else(
-                                    row < K and at < K, maps[place, hv, row, at], 0.0
+                                    row < K and at < K, maps[slot, hv, row, at], 0.0
                                 ),
                             )  # fmt: skip
                         rows = [part[block : block + width, 0:BV] for part in S_low]

@@ -14,23 +14,18 @@ state and the new state are the same memory: a thread reads each of its elements
 writes it.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.call.numerics import L2NORM_EPSILON
+from gdn_ops.backends.tilelang.kernels.blocks import L2NORM_EPSILON, LOG_ALPHA, NO_DECAY
+
+F32, I32, I64 = "float32", "int32", "int64"
 
 
 def tokens(
-    T: Any,
-    *,
-    K: int,
-    V: int,
-    BV: int,
-    low: str,
-    stored: str,
-    erase: bool,
-    UNIT: int,
+    T: Any, *, K: int, V: int, BV: int, low: str, stored: str, erase: bool, UNIT: int,
     threads: int,
-) -> Any:
+) -> Any:  # fmt: skip
     """Make the kernel. Grid (B ceil(V / BV), HV).
 
     Args:
@@ -43,158 +38,151 @@ def tokens(
         UNIT: elements that a stride of a state counts.
         threads: per program.
     """
-    f32, i32, i64 = "float32", "int32", "int64"
-    n_q, n_k, n_v, n_gate, n_beta = (T.dynamic(f"n_{i}", i64) for i in range(5))
-    n_state, n_new, n_states, n_indices = (T.dynamic(f"n_{i}", i64) for i in range(5, 9))
-    M, HV = T.dynamic("M", i64), T.dynamic("HV", i64)
-    blocks = V // BV
+    n_q, n_k, n_v, n_gate, n_beta = (T.dynamic(f"n_{i}", I64) for i in range(5))
+    n_state, n_new, n_states, n_indices = (T.dynamic(f"n_{i}", I64) for i in range(5, 9))
+    M, HV = T.dynamic("M", I64), T.dynamic("HV", I64)
+    blocks_of_V = V // BV
     padded = -(-K // threads) * threads
+    recurrence = _recurrence(T, K, BV, padded, erase)
 
     @T.prim_func
     def tokens(
-        q: T.Tensor((n_q,), low),
-        k: T.Tensor((n_k,), low),
-        v: T.Tensor((n_v,), low),
-        gate: T.Tensor((n_gate,), f32),
-        beta: T.Tensor((n_beta,), f32),
-        state: T.Tensor((n_state, UNIT), stored),
-        new_state: T.Tensor((n_new, UNIT), stored),
-        states: T.Tensor((n_states, UNIT), stored),
-        indices: T.Tensor((n_indices,), i32),
+        q: T.Tensor((n_q,), low), k: T.Tensor((n_k,), low), v: T.Tensor((n_v,), low),
+        gate: T.Tensor((n_gate,), F32), beta: T.Tensor((n_beta,), F32),
+        state: T.Tensor((n_state, UNIT), stored), new_state: T.Tensor((n_new, UNIT), stored),
+        states: T.Tensor((n_states, UNIT), stored), indices: T.Tensor((n_indices,), I32),
         o: T.Tensor((M, HV, V), low),
-        B: T.int32,
-        length: T.int32,
-        R: T.int32,
-        scale: T.float32,
-        gate_kind: T.int32,
-        has_beta: T.int32,
-        is_normed: T.int32,
-        has_state: T.int32,
-        keep: T.int32,
+        B: T.int32, length: T.int32, R: T.int32, scale: T.float32, gate_kind: T.int32,
+        has_beta: T.int32, is_normed: T.int32, has_state: T.int32, keep: T.int32,
         index_step: T.int32,
-        q_row: T.int64,
-        q_token: T.int64,
-        q_head: T.int64,
-        q_d: T.int64,
-        k_row: T.int64,
-        k_token: T.int64,
-        k_head: T.int64,
-        k_d: T.int64,
-        v_row: T.int64,
-        v_token: T.int64,
-        v_head: T.int64,
-        v_d: T.int64,
-        state_row: T.int64,
-        state_head: T.int64,
-        state_k: T.int64,
-        state_v: T.int64,
-        new_row: T.int64,
-        new_head: T.int64,
-        new_k: T.int64,
-        new_v: T.int64,
-    ):
-        with T.Kernel(B * blocks, HV, threads=threads) as (program, hv):
-            S = T.alloc_fragment((K, BV), f32)
-            x = T.alloc_fragment((K, BV), f32)
-            u = T.alloc_fragment((BV,), f32)
-            q_frag = T.alloc_fragment((padded,), f32)
-            k_frag = T.alloc_fragment((padded,), f32)
-            square = T.alloc_fragment((padded,), f32)
-            total = T.alloc_fragment((1,), f32)
-            q_shared = T.alloc_shared((padded,), f32)
-            k_shared = T.alloc_shared((padded,), f32)
+        q_row: T.int64, q_token: T.int64, q_head: T.int64, q_d: T.int64,
+        k_row: T.int64, k_token: T.int64, k_head: T.int64, k_d: T.int64,
+        v_row: T.int64, v_token: T.int64, v_head: T.int64, v_d: T.int64,
+        state_row: T.int64, state_head: T.int64, state_k: T.int64, state_v: T.int64,
+        new_row: T.int64, new_head: T.int64, new_k: T.int64, new_v: T.int64,
+    ):  # fmt: skip
+        with T.Kernel(B * blocks_of_V, HV, threads=threads) as (program, hv):
+            m = _tiles(T, K, BV, padded)
             # Variables, since an expression would be repeated wherever it is used.
-            row = T.alloc_var(i64)
-            place = T.alloc_var(i64)
-            from_q = T.alloc_var(i64)
-            from_k = T.alloc_var(i64)
-            from_v = T.alloc_var(i64)
-            cell = T.alloc_var(i64)
-            at = T.alloc_var(i64)
-            alpha = T.alloc_var(f32)
-            strength = T.alloc_var(f32)
-            first = program % blocks * BV
-            row = T.cast(program // blocks, i64)
+            row = T.alloc_var(I64)
+            place = T.alloc_var(I64)
+            from_q = T.alloc_var(I64)
+            from_k = T.alloc_var(I64)
+            from_v = T.alloc_var(I64)
+            cell = T.alloc_var(I64)
+            at = T.alloc_var(I64)
+            alpha = T.alloc_var(F32)
+            strength = T.alloc_var(F32)
+            first = program % blocks_of_V * BV
+            row = T.cast(program // blocks_of_V, I64)
             place = row
             if index_step > 0:
-                place = T.cast(indices[row * index_step], i64)
+                place = T.cast(indices[row * index_step], I64)
             from_q = row * q_row + hv // R * q_head
             from_k = row * k_row + hv // R * k_head
             from_v = row * v_row + hv * v_head + first * v_d
-            T.clear(S)
+            T.clear(m.S)
             if has_state != 0 and place >= 0:
                 cell = place * state_row + hv * state_head
                 for i, j in T.Parallel(K, BV):
-                    S[i, j] = T.cast(
-                        state[
-                            cell + i * state_k + (first + j) // UNIT * state_v, (first + j) % UNIT
-                        ],
-                        f32,
-                    )
+                    column = cell + i * state_k + (first + j) // UNIT * state_v
+                    m.S[i, j] = T.cast(state[column, (first + j) % UNIT], F32)
             for t in T.serial(length):
                 at = (row * length + t) * HV + hv
                 for i in T.Parallel(padded):
-                    q_frag[i] = T.if_then_else(
-                        i < K, T.cast(q[from_q + t * q_token + i * q_d], f32), 0.0
+                    m.q_frag[i] = T.if_then_else(
+                        i < K, T.cast(q[from_q + t * q_token + i * q_d], F32), 0.0
                     )
-                    k_frag[i] = T.if_then_else(
-                        i < K, T.cast(k[from_k + t * k_token + i * k_d], f32), 0.0
+                    m.k_frag[i] = T.if_then_else(
+                        i < K, T.cast(k[from_k + t * k_token + i * k_d], F32), 0.0
                     )
                 if is_normed != 0:
-                    for i in T.Parallel(padded):
-                        square[i] = q_frag[i] * q_frag[i]
-                    T.reduce_sum(square, total, dim=0)
-                    for i in T.Parallel(padded):
-                        q_frag[i] = q_frag[i] / T.sqrt(total[0] + L2NORM_EPSILON)
-                    for i in T.Parallel(padded):
-                        square[i] = k_frag[i] * k_frag[i]
-                    T.reduce_sum(square, total, dim=0)
-                    for i in T.Parallel(padded):
-                        k_frag[i] = k_frag[i] / T.sqrt(total[0] + L2NORM_EPSILON)
-                T.copy(q_frag, q_shared)
-                T.copy(k_frag, k_shared)
+                    recurrence.normalise(m.q_frag, m.square, m.total)
+                    recurrence.normalise(m.k_frag, m.square, m.total)
+                T.copy(m.q_frag, m.q)
+                T.copy(m.k_frag, m.k)
 
                 # §2 S' = α_t S_{t-1}                                            [K, BV]
                 alpha = 1.0
-                if gate_kind != 0:
+                if gate_kind != NO_DECAY:
                     alpha = gate[at]
-                if gate_kind == 2:
+                if gate_kind == LOG_ALPHA:
                     alpha = T.exp(alpha)
                 for i, j in T.Parallel(K, BV):
-                    S[i, j] = S[i, j] * alpha
+                    m.S[i, j] = m.S[i, j] * alpha
                 # §2 u_t = β_t (v_t − S'ᵀ k_t)                                   [BV]
-                T.clear(u)
-                if erase:
-                    for i, j in T.Parallel(K, BV):
-                        x[i, j] = S[i, j] * k_shared[i]
-                    T.reduce_sum(x, u, dim=0)
+                recurrence.read_back(m)
                 strength = 1.0
                 if has_beta != 0:
                     strength = beta[at]
                 for j in T.Parallel(BV):
-                    u[j] = strength * (T.cast(v[from_v + t * v_token + j * v_d], f32) - u[j])
+                    given = T.cast(v[from_v + t * v_token + j * v_d], F32)
+                    m.u[j] = strength * (given - m.u[j])
                 # §2 S_t = S' + k_t u_tᵀ,  o_t = s S_tᵀ q_t                      [K, BV], [BV]
-                for i, j in T.Parallel(K, BV):
-                    S[i, j] = S[i, j] + k_shared[i] * u[j]
-                for i, j in T.Parallel(K, BV):
-                    x[i, j] = S[i, j] * q_shared[i]
-                T.reduce_sum(x, u, dim=0)
+                recurrence.write_and_read(m)
 
                 for j in T.Parallel(BV):
                     o[row * length + t, hv, first + j] = T.cast(
-                        T.if_then_else(place >= 0, scale * u[j], 0.0), low
+                        T.if_then_else(place >= 0, scale * m.u[j], 0.0), low
                     )
                 if keep != 0:
                     cell = at * (K * V // UNIT)
                     for i, j in T.Parallel(K, BV):
                         states[cell + (i * V + first + j) // UNIT, (first + j) % UNIT] = T.cast(
-                            T.if_then_else(place >= 0, S[i, j], 0.0), stored
+                            T.if_then_else(place >= 0, m.S[i, j], 0.0), stored
                         )
             if place >= 0:
                 cell = place * new_row + hv * new_head
                 for i, j in T.Parallel(K, BV):
-                    new_state[
-                        cell + i * new_k + (first + j) // UNIT * new_v, (first + j) % UNIT
-                    ] = T.cast(S[i, j], stored)
+                    column = cell + i * new_k + (first + j) // UNIT * new_v
+                    new_state[column, (first + j) % UNIT] = T.cast(m.S[i, j], stored)
 
     return tokens
+
+
+def _tiles(T: Any, K: int, BV: int, padded: int) -> SimpleNamespace:
+    """Allocate the tiles of a program; those of q and k have the length of a tile of threads."""
+    return SimpleNamespace(
+        S=T.alloc_fragment((K, BV), F32),
+        x=T.alloc_fragment((K, BV), F32),
+        u=T.alloc_fragment((BV,), F32),
+        q_frag=T.alloc_fragment((padded,), F32),
+        k_frag=T.alloc_fragment((padded,), F32),
+        square=T.alloc_fragment((padded,), F32),
+        total=T.alloc_fragment((1,), F32),
+        q=T.alloc_shared((padded,), F32),
+        k=T.alloc_shared((padded,), F32),
+    )
+
+
+def _recurrence(T: Any, K: int, BV: int, padded: int, erase: bool) -> SimpleNamespace:
+    """Return the macros of the sums over K of a token."""
+
+    @T.macro
+    def normalise(x, square, total):
+        """Divide x by sqrt(sum(x²) + 1e-6)."""
+        for i in T.Parallel(padded):
+            square[i] = x[i] * x[i]
+        T.reduce_sum(square, total, dim=0)
+        for i in T.Parallel(padded):
+            x[i] = x[i] / T.sqrt(total[0] + L2NORM_EPSILON)
+
+    @T.macro
+    def read_back(m):
+        """Set u to S'ᵀ k, or to 0 for rules without an error term."""
+        T.clear(m.u)
+        if erase:
+            for i, j in T.Parallel(K, BV):
+                m.x[i, j] = m.S[i, j] * m.k[i]
+            T.reduce_sum(m.x, m.u, dim=0)
+
+    @T.macro
+    def write_and_read(m):
+        """Add k uᵀ to S, then set u to Sᵀ q."""
+        for i, j in T.Parallel(K, BV):
+            m.S[i, j] = m.S[i, j] + m.k[i] * m.u[j]
+        for i, j in T.Parallel(K, BV):
+            m.x[i, j] = m.S[i, j] * m.q[i]
+        T.reduce_sum(m.x, m.u, dim=0)
+
+    return SimpleNamespace(normalise=normalise, read_back=read_back, write_and_read=write_and_read)

@@ -10,12 +10,10 @@ A launch that is specialised like an earlier one is compiled once. What a target
 from __future__ import annotations
 
 import functools
-import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,11 +21,11 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from gdn_ops.aot.gpu_limits import AllowedSpills, with_failures
+from gdn_ops.aot.jobs import Job, compile_many, find_jobs
 from gdn_ops.aot.results import CompiledKernel, Sample
-from gdn_ops.aot.sampling import reasons_against, run
 from gdn_ops.backends.triton.aot.usage import products, usage
 from gdn_ops.dispatch.backend import Backend
-from gdn_ops.kernel_support.launches import Launch, recording
+from gdn_ops.kernel_support.launches import Launch
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -53,26 +51,8 @@ class _Source(ASTSource):  # type: ignore[misc]
             return super().make_ir(*args, **kwargs)
 
 
-class Job(NamedTuple):
-    """Describe one kernel to compile.
-
-    Attributes:
-        sample: label of the first sample that launches it.
-        is_reference: whether a reference launches it.
-        launch: the launch.
-        source: the kernel with its specialisation.
-        options: what Triton's compiler makes of the options of the launch.
-    """
-
-    sample: str
-    is_reference: bool
-    launch: Launch
-    source: Any
-    options: Any
-
-
 def compile_ahead(
-    backend: Backend, target: str, samples: Iterable[Sample], granted: AllowedSpills | None = None
+    backend: Backend, target: str, samples: Iterable[Sample], allowed: AllowedSpills | None = None
 ) -> Iterator[CompiledKernel]:
     """Compile the kernels that a backend launches for samples, each distinct one once.
 
@@ -80,23 +60,14 @@ def compile_ahead(
         backend: one whose kernels are launched by `launcher.launch`.
         target: a name in TARGETS.
         samples: calls on meta tensors; those that its limits exclude are left out.
-        granted: spills that a reference may have.
+        allowed: spills that a reference may have.
 
     Yields:
         The kernels, in the order of their launches.
     """
-    found: dict[Any, Job] = {}
-    for sample in samples:
-        if reasons_against(backend, sample):
-            continue
-        with recording(target) as launches:
-            run(backend, sample)
-        for launch in launches:
-            key, job = specialised(launch, target, sample)
-            known = found.setdefault(key, job)
-            if sample.is_reference and not known.is_reference:
-                found[key] = known._replace(is_reference=True)
-    yield from compile_jobs(found.values(), target, granted)
+    jobs = find_jobs(backend, target, samples, lambda x, sample: specialised(x, target, sample))
+    work = functools.partial(compile_job, target=target, allowed=allowed or {})
+    yield from compile_many(jobs, work)
 
 
 def specialised(launch: Launch, target: str, sample: Sample) -> tuple[Any, Job]:
@@ -122,16 +93,7 @@ def _binder(kernel: Any, target: str) -> Any:
     return create_function_from_signature(kernel.signature, kernel.params, _compiler(target))
 
 
-def compile_jobs(
-    jobs: Iterable[Job], target: str, granted: AllowedSpills | None = None
-) -> Iterator[CompiledKernel]:
-    """Compile kernels, as many at a time as there are cores: Triton's compiler needs no GIL."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = functools.partial(compile_job, target=target, granted=granted or {})
-        yield from pool.map(work, jobs)
-
-
-def compile_job(job: Job, target: str, granted: AllowedSpills) -> CompiledKernel:
+def compile_job(job: Job, target: str, allowed: AllowedSpills) -> CompiledKernel:
     """Compile one kernel and check its code; a failure to compile is a result too."""
     start = time.perf_counter()
     name = job.launch.kernel.__name__
@@ -146,7 +108,7 @@ def compile_job(job: Job, target: str, granted: AllowedSpills) -> CompiledKernel
         **usage(compiled)._asdict(),
         seconds=time.perf_counter() - start,
     )
-    return with_failures(row, products(compiled.asm["ttir"]), job.is_reference, granted)
+    return with_failures(row, products(compiled.asm["ttir"]), job.is_reference, allowed)
 
 
 def _reason(error: Exception) -> str:

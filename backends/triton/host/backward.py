@@ -1,7 +1,7 @@
 """Run the backward in five launches.
 
 states            walks forward again: U and the state at every chunk start
-reads_back        s Pᵀ dO of all chunks
+local_gradients   s Pᵀ dO of all chunks
 state_gradients   walks backward: dRHS and dS at every chunk end
 pair_gradients    the terms that are quadratic in the chunk
 token_gradients   the gradients
@@ -19,7 +19,7 @@ from gdn_ops.backends.triton.host.forward import bounds_of, common, gate_of, opt
 from gdn_ops.backends.triton.host.launcher import launch
 from gdn_ops.backends.triton.host.plan import Plan, Saved, readable, strides
 from gdn_ops.backends.triton.host.shapes import Tiles
-from gdn_ops.backends.triton.kernels import gradients, reverse
+from gdn_ops.backends.triton.kernels import pair_gradients, state_gradients, token_gradients
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Grads
 
@@ -60,11 +60,11 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
     d_beta = None if beta is None else torch.empty(beta.shape, dtype=beta.dtype, device=beta.device)
     tiles = plan.config.token_gradients
     launch(
-        gradients.token_gradients, (plan.slots, s.H),
-        q, k, v, gate, d_o, saved.gates, saved.norms, u, d_rhs, states, d_states, d_qk, d_kk,
+        token_gradients.token_gradients, (plan.chunk_slots, s.H),
+        q, k, v, gate, d_o, saved.gates, saved.inv_norms, u, d_rhs, states, d_states, d_qk, d_kk,
         sums[2:], sums[0], sums[1], d_q, d_k, d_v, d_gate, d_beta,
         bounds_of(call), float(call.scale),
-        s.N, s.T, plan.slots, *strides(q), *strides(k), *strides(v), *strides(d_o),
+        s.N, s.T, plan.chunk_slots, *strides(q), *strides(k), *strides(v), *strides(d_o),
         **given.constants, HAS_BETA=beta is not None, ERASE=plan.rule.has_erase,
         PARTS=len(sums) - 2, RELOAD=plan.config.reload, BV=_width(tiles, s.V), **options(tiles),
     )  # fmt: skip
@@ -83,27 +83,27 @@ def _walk_back(given: _Given, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the walk backward.
 
     Returns:
-        dRHS (HV, slots, C, V), dS at every chunk end (HV, slots, K, V), and the gradient of the
-        initial state (N, HV, K, V) float32.
+        dRHS (HV, chunk_slots, C, V), dS at every chunk end (HV, chunk_slots, K, V), and the
+        gradient of the initial state (N, HV, K, V) float32.
     """
     call, plan, saved, q, k, _, d_o, constants = given
     s, device, low = plan.sizes, call.device, plan.low
     cu, scale = bounds_of(call), float(call.scale)
-    shared = (plan.slots, *strides(q), *strides(k), *strides(d_o))
-    d_rhs = torch.empty((s.HV, plan.slots, plan.C, s.V), dtype=low, device=device)
-    tiles = plan.config.reads_back
+    shared = (plan.chunk_slots, *strides(q), *strides(k), *strides(d_o))
+    d_rhs = torch.empty((s.HV, plan.chunk_slots, plan.C, s.V), dtype=low, device=device)
+    tiles = plan.config.local_gradients
     BV = _width(tiles, s.V)
     launch(
-        reverse.reads_back, (plan.slots, -(-s.V // BV), s.H),
-        q, k, d_o, saved.gates, saved.norms, d_rhs, cu, scale,
+        state_gradients.local_gradients, (plan.chunk_slots, -(-s.V // BV), s.H),
+        q, k, d_o, saved.gates, saved.inv_norms, d_rhs, cu, scale,
         s.N, s.T, *shared, **constants, BV=BV, **options(tiles),
     )  # fmt: skip
-    d_states = torch.empty((s.HV, plan.slots, s.K, s.V), dtype=low, device=device)
+    d_states = torch.empty((s.HV, plan.chunk_slots, s.K, s.V), dtype=low, device=device)
     d_initial = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
     tiles = plan.config.state_gradients
     BV = _width(tiles, s.V)
     launch(
-        reverse.state_gradients, (s.N * s.HV, -(-s.V // BV)),
+        state_gradients.state_gradients, (s.N * s.HV, -(-s.V // BV)),
         q, k, d_o, *saved, d_final, d_rhs, d_states, d_initial, cu, scale,
         s.T, *shared, **constants, ERASE=plan.rule.has_erase, BV=BV, **options(tiles),
     )  # fmt: skip
@@ -114,24 +114,24 @@ def _pair_gradients(given: _Given, u: Tensor, d_rhs: Tensor) -> tuple[Tensor, Te
     """Launch the kernel of the terms that are quadratic in the chunk.
 
     Returns:
-        d(q kᵀ) and d(k kᵀ), (H, slots, C, C), the latter empty without an error term; and
-        (parts + 2, HV, slots, C) float32: the sums for β, room for those of chunk starts, and
+        d(q kᵀ) and d(k kᵀ), (H, chunk_slots, C, C), the latter empty without an error term; and
+        (parts + 2, HV, chunk_slots, C) float32: the sums for β, room for those of chunk starts, and
         the parts of the sums for the gate.
     """
     call, plan, saved, q, k, v, d_o, constants = given
     s, erase, tiles = plan.sizes, plan.rule.has_erase, plan.config.pair_gradients
-    squares = (s.H, plan.slots, plan.C, plan.C)
+    squares = (s.H, plan.chunk_slots, plan.C, plan.C)
     d_qk = torch.empty(squares, dtype=plan.low, device=call.device)
     d_kk = torch.empty(squares if erase else (0,), dtype=plan.low, device=call.device)
     rows = min(plan.config.pair_rows, plan.C)
     parts = plan.C // rows
-    shape = (parts + 2, s.HV, plan.slots, plan.C)
+    shape = (parts + 2, s.HV, plan.chunk_slots, plan.C)
     sums = torch.empty(shape, dtype=torch.float32, device=call.device)
     launch(
-        gradients.pair_gradients, (plan.slots, s.H, parts),
-        q, k, v, d_o, saved.gates, saved.norms, u, d_rhs, d_qk, d_kk, sums[2:], sums[0],
+        pair_gradients.pair_gradients, (plan.chunk_slots, s.H, parts),
+        q, k, v, d_o, saved.gates, saved.inv_norms, u, d_rhs, d_qk, d_kk, sums[2:], sums[0],
         bounds_of(call), float(call.scale),
-        s.N, s.T, plan.slots, *strides(q), *strides(k), *strides(v), *strides(d_o),
+        s.N, s.T, plan.chunk_slots, *strides(q), *strides(k), *strides(v), *strides(d_o),
         **constants, ERASE=erase, ROWS=rows, BV=_width(tiles, s.V), **options(tiles),
     )  # fmt: skip
     return d_qk, d_kk, sums

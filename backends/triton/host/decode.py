@@ -45,7 +45,7 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         states = torch.empty((B, T, HV, K, V), dtype=stored, device=call.device)
     beta = None if call.tokens.beta is None else call.tokens.beta.contiguous()
     indices = None if call.state_indices is None else call.state_indices.contiguous()
-    config = configs.choose_step(call.device, K, V)
+    config = configs.tables.choose_step(call.device, K, V)
     BV = min(config.BV, power_of_two(V))
     launch(
         step.tokens, (B * HV, -(-V // BV)),

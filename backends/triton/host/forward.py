@@ -1,7 +1,7 @@
 """Run the forward in three launches.
 
-    prepare   per chunk and key head       gates, T = (I + A)⁻¹
-    states    per sequence, head, V block  the serial walk: U, kept states, final state
+    solve     per chunk and key head       gates, T = (I + A)⁻¹
+    states    per sequence, head, V block  the serial walk: U, the states it keeps, final state
     output    per chunk, fully parallel    o
 
 For bfloat16 and float16 the operands of products are rounded to that dtype; gates, sums, the solve
@@ -20,7 +20,7 @@ from gdn_ops.backends.triton.host.config import power_of_two
 from gdn_ops.backends.triton.host.launcher import launch
 from gdn_ops.backends.triton.host.plan import Plan, Saved, empty_saved, readable, strides
 from gdn_ops.backends.triton.host.shapes import Tiles
-from gdn_ops.backends.triton.kernels import output, prepare, states
+from gdn_ops.backends.triton.kernels import output, solve, states
 from gdn_ops.backends.triton.kernels.blocks import ALPHA, LOG_ALPHA, NO_DECAY
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Forward
@@ -69,42 +69,42 @@ def bounds_of(call: Call) -> Tensor | None:
     return None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
 
 
-def run_prepare(call: Call, plan: Plan, k: Tensor) -> Saved:
+def run_solve(call: Call, plan: Plan, k: Tensor) -> Saved:
     """Launch the kernel that forms the gates and T of all chunks."""
     s, saved = plan.sizes, empty_saved(plan, call.device)
     beta = None if call.tokens.beta is None else call.tokens.beta.contiguous()
     constants = common(call, plan)
     launch(
-        prepare.prepare, (plan.slots, s.H),
+        solve.solve, (plan.chunk_slots, s.H),
         k, gate_of(call), beta, *saved, bounds_of(call),
-        s.N, s.T, plan.slots, *strides(k), **constants,
+        s.N, s.T, plan.chunk_slots, *strides(k), **constants,
         HAS_BETA=beta is not None, ERASE=plan.rule.has_erase,
-        SOLVE_PRECISION=constants["PRECISION"], **options(plan.config.prepare),
+        SOLVE_PRECISION=constants["PRECISION"], **options(plan.config.solve),
     )  # fmt: skip
     return saved
 
 
 def run_states(
-    call: Call, plan: Plan, k: Tensor, v: Tensor, saved: Saved, every: int
+    call: Call, plan: Plan, k: Tensor, v: Tensor, saved: Saved, chunks_per_state: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the walk over the chunks; return U, the kept states and the final state."""
     s, device = plan.sizes, call.device
-    places = plan.slots if every == 1 else plan.places
-    rows = (s.HV, plan.slots, plan.C, s.V) if plan.rule.has_erase else (0,)
+    state_slots = plan.chunk_slots if chunks_per_state == 1 else plan.state_slots
+    rows = (s.HV, plan.chunk_slots, plan.C, s.V) if plan.rule.has_erase else (0,)
     u = torch.empty(rows, dtype=plan.low, device=device)
-    kept = torch.empty((s.HV, places, s.K, s.V), dtype=plan.low, device=device)
+    chunk_states = torch.empty((s.HV, state_slots, s.K, s.V), dtype=plan.low, device=device)
     final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
     initial = None if call.state is None else call.state.contiguous()
     tiles = plan.config.states
     BV = min(tiles.BV, power_of_two(s.V))
     launch(
         states.states, (s.N * s.HV, -(-s.V // BV)),
-        k, v, *saved, initial, u, kept, final, bounds_of(call),
-        s.T, plan.slots, places, *strides(k), *strides(v), **common(call, plan),
-        V=s.V, BV=BV, EVERY=every, ERASE=plan.rule.has_erase,
+        k, v, *saved, initial, u, chunk_states, final, bounds_of(call),
+        s.T, plan.chunk_slots, state_slots, *strides(k), *strides(v), **common(call, plan),
+        V=s.V, BV=BV, CHUNKS_PER_STATE=chunks_per_state, ERASE=plan.rule.has_erase,
         HAS_INITIAL=initial is not None, **options(tiles),
     )  # fmt: skip
-    return u, kept, final
+    return u, chunk_states, final
 
 
 def forward(call: Call, plan: Plan) -> Forward:
@@ -115,16 +115,17 @@ def forward(call: Call, plan: Plan) -> Forward:
     """
     s = plan.sizes
     q, k, v = readable(call.tokens.q), readable(call.tokens.k), readable(call.tokens.v)
-    saved = run_prepare(call, plan, k)
-    u, kept, final = run_states(call, plan, k, v, saved, plan.config.every)
+    saved = run_solve(call, plan, k)
+    u, chunk_states, final = run_states(call, plan, k, v, saved, plan.config.chunks_per_state)
     o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.tokens.v.dtype, device=call.device)
-    tiles, every = plan.config.output, plan.config.every
+    tiles, chunks_per_state = plan.config.output, plan.config.chunks_per_state
     BV = min(tiles.BV, power_of_two(s.V))
     launch(
-        output.output, (plan.places, -(-s.V // BV), s.H if every == 1 else s.HV),
-        q, k, v, saved.gates, saved.norms, u, kept, o, bounds_of(call), float(call.scale),
-        s.N, s.T, plan.slots, plan.places, *strides(q), *strides(k), *strides(v),
-        **common(call, plan), V=s.V, BV=BV, EVERY=every, ERASE=plan.rule.has_erase,
-        **options(tiles),
+        output.output, (plan.state_slots, -(-s.V // BV), s.H if chunks_per_state == 1 else s.HV),
+        q, k, v, saved.gates, saved.inv_norms, u, chunk_states, o, bounds_of(call),
+        float(call.scale),
+        s.N, s.T, plan.chunk_slots, plan.state_slots, *strides(q), *strides(k), *strides(v),
+        **common(call, plan), V=s.V, BV=BV, CHUNKS_PER_STATE=chunks_per_state,
+        ERASE=plan.rule.has_erase, **options(tiles),
     )  # fmt: skip
     return Forward(o, final, tuple(saved) if call.needs_grad else ())

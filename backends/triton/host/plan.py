@@ -24,8 +24,8 @@ class Plan:
         rule: its rule.
         config: its configuration.
         C: tokens per chunk.
-        slots: how many chunks the tensors kept per chunk have room for.
-        places: how many states are kept, one per `every` chunks.
+        chunk_slots: how many chunks the tensors kept per chunk have room for.
+        state_slots: how many states are kept, one per `chunks_per_state` chunks.
         low: dtype of operands of products: that of q.
         norm: whether q and k are normalised.
         varlen: whether sequences are packed.
@@ -35,8 +35,8 @@ class Plan:
     rule: Rule
     config: Config
     C: int
-    slots: int
-    places: int
+    chunk_slots: int
+    state_slots: int
     low: torch.dtype
     norm: bool
     varlen: bool
@@ -45,36 +45,43 @@ class Plan:
 def make_plan(call: Call) -> Plan:
     """Return the plan of a call, from its shapes and attributes alone."""
     s = call.sizes
-    config = configs.choose(call.device, call.tokens.q.dtype, s.K, s.V)
+    config: Config = configs.tables.choose(call.device, call.tokens.q.dtype, s.K, s.V)
     C = call.chunk_size or config.C
     varlen = call.cu_seqlens is not None
 
-    def places(tokens: int) -> int:
+    def slots(tokens: int) -> int:
         return s.T // tokens + s.N if varlen else s.N * -(-s.T // tokens)
 
     return Plan(
-        s, call.rule, config, C, places(C), places(C * config.every), call.tokens.q.dtype,
-        call.qk_l2norm, varlen,
-    )  # fmt: skip
+        sizes=s,
+        rule=call.rule,
+        config=config,
+        C=C,
+        chunk_slots=slots(C),
+        state_slots=slots(C * config.chunks_per_state),
+        low=call.tokens.q.dtype,
+        norm=call.qk_l2norm,
+        varlen=varlen,
+    )
 
 
 class Saved(NamedTuple):
     """Hold the tensors that the first launch saves for the backward.
 
     Attributes:
-        gates: (4, HV, slots, C) float32: G as hi and lo, z, β.
-        norms: (H, slots, C) float32, empty without qk_l2norm.
-        inverses: (HV, slots, C, C), empty without an error term.
+        gates: (4, HV, chunk_slots, C) float32: G as hi and lo, z, β.
+        inv_norms: (H, chunk_slots, C) float32, empty without qk_l2norm.
+        inverses: (HV, chunk_slots, C, C), empty without an error term.
     """
 
     gates: Tensor
-    norms: Tensor
+    inv_norms: Tensor
     inverses: Tensor
 
 
 def empty_saved(plan: Plan, device: torch.device) -> Saved:
     """Allocate `Saved` for a call."""
-    s, slots, C = plan.sizes, plan.slots, plan.C
+    s, slots, C = plan.sizes, plan.chunk_slots, plan.C
     return Saved(
         torch.empty((4, s.HV, slots, C), dtype=torch.float32, device=device),
         torch.empty((s.H, slots, C) if plan.norm else (0,), dtype=torch.float32, device=device),
@@ -101,20 +108,20 @@ def forward_bytes(call: Call, plan: Plan) -> dict[str, int]:
     head, the two halves of V); this counts what memory must deliver to each launch.
     """
     s, e = plan.sizes, plan.low.itemsize
-    tokens, rows = s.B * s.T, plan.slots * plan.C
+    tokens, rows = s.B * s.T, plan.chunk_slots * plan.C
     q = k = e * tokens * s.H * s.K
     v = o = e * tokens * s.HV * s.V
     gates = 4 * 4 * s.HV * rows
-    norms = 4 * s.H * rows * plan.norm
+    inv_norms = 4 * s.H * rows * plan.norm
     T = e * s.HV * rows * plan.C * plan.rule.has_erase
     u = e * s.HV * rows * s.V * plan.rule.has_erase
-    kept = e * s.HV * plan.places * s.K * s.V
+    kept = e * s.HV * plan.state_slots * s.K * s.V
     states = 4 * s.N * s.HV * s.K * s.V * (1 if call.state is None else 2)
     needs_k = plan.rule.has_erase or plan.norm
     given = 4 * tokens * s.HV * ((call.tokens.beta is not None) + plan.rule.has_decay)
     values = 0 if plan.rule.has_erase else v
     return {
-        "prepare": k * needs_k + given + gates + norms + T,
-        "states": k + v + gates + norms + T + u + kept + states,
-        "output": q + k + gates + norms + u + values + kept + o,
+        "solve": k * needs_k + given + gates + inv_norms + T,
+        "states": k + v + gates + inv_norms + T + u + kept + states,
+        "output": q + k + gates + inv_norms + u + values + kept + o,
     }

@@ -29,26 +29,26 @@ class Config:
 
     Attributes:
         C: tokens per chunk.
-        every: chunks per kept state in the forward.
-        prepare, states, output: of the forward; `prepare` has no columns of V.
-        reads_back, state_gradients, pair_gradients, token_gradients: of the backward.
+        solve, states, output: of the forward; `solve` has no columns of V.
+        local_gradients, state_gradients, pair_gradients, token_gradients: of the backward.
         pair_rows: rows of the squares that a program of `pair_gradients` has.
         reload: whether `token_gradients` reads k again instead of holding it in registers.
         measured: where and when, or that it was not.
+        chunks_per_state: chunks per kept state in the forward.
     """
 
     C: int
-    every: int
-    prepare: Tiles
+    solve: Tiles
     states: Tiles
     output: Tiles
-    reads_back: Tiles
+    local_gradients: Tiles
     state_gradients: Tiles
     pair_gradients: Tiles
     token_gradients: Tiles
     pair_rows: int
     reload: bool
     measured: str
+    chunks_per_state: int = 1
 
 
 @dataclass(frozen=True)

@@ -90,30 +90,30 @@ def rows(x, row, batch_stride, first, token_stride, head, head_stride, i, d):
 
 
 @triton.jit
-def kept_rows(x, head, slot, i, d, slots, C: tl.constexpr, D: tl.constexpr):
-    """Return the pointers to rows i, columns d of a tensor kept per chunk, (heads, slots, C, D)."""
-    start = (tl.cast(head, tl.int64) * slots + slot) * (C * D)
+def chunk_rows(x, head, slot, i, d, chunk_slots, C: tl.constexpr, D: tl.constexpr):
+    """Return the pointers to rows i, columns d of a tensor (heads, chunk_slots, C, D)."""
+    start = (tl.cast(head, tl.int64) * chunk_slots + slot) * (C * D)
     return x + start + i[:, None] * D + d[None, :]
 
 
 @triton.jit
-def kept_row(x, head, slot, i, slots, C: tl.constexpr):
-    """Return the pointers to entries i of a tensor kept per chunk, (heads, slots, C)."""
-    return x + (tl.cast(head, tl.int64) * slots + slot) * C + i
+def chunk_row(x, head, slot, i, chunk_slots, C: tl.constexpr):
+    """Return the pointers to entries i of a tensor (heads, chunk_slots, C)."""
+    return x + (tl.cast(head, tl.int64) * chunk_slots + slot) * C + i
 
 
 @triton.jit
-def read_gates(gates, hv, slot, i, HV, slots, C: tl.constexpr):
-    """Return hi, lo, z of a chunk, float32 (C,), from (4, HV, slots, C)."""
-    at = kept_row(gates, hv, slot, i, slots, C)
-    plane = tl.cast(HV, tl.int64) * slots * C
+def read_gates(gates, hv, slot, i, HV, chunk_slots, C: tl.constexpr):
+    """Return hi, lo, z of a chunk, float32 (C,), from (4, HV, chunk_slots, C)."""
+    at = chunk_row(gates, hv, slot, i, chunk_slots, C)
+    plane = tl.cast(HV, tl.int64) * chunk_slots * C
     return tl.load(at), tl.load(at + plane), tl.load(at + 2 * plane)
 
 
 @triton.jit
-def read_beta(gates, hv, slot, i, HV, slots, C: tl.constexpr):
+def read_beta(gates, hv, slot, i, HV, chunk_slots, C: tl.constexpr):
     """Return β of a chunk, float32 (C,), 0 for padding."""
-    return tl.load(kept_row(gates, 3 * HV + hv, slot, i, slots, C))
+    return tl.load(chunk_row(gates, 3 * HV + hv, slot, i, chunk_slots, C))
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def halves(m, n: tl.constexpr, b: tl.constexpr):
 
 
 SINGLES_SPILL = tl.constexpr(version_key(triton.__version__) < version_key("3.9"))
-"""Say that a batch of one must be multiplied in two dimensions: as a batch it makes `prepare` spill
+"""Say that a batch of one must be multiplied in two dimensions: as a batch it makes `solve` spill
 18 to 34 registers on sm_90 before Triton 3.9. From 3.9 on two dimensions cost 57 registers more."""
 
 

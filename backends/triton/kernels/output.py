@@ -1,11 +1,11 @@
-"""Compute the output of every chunk, all in parallel: the third launch.
+"""Compute the output of every chunk, all in parallel: the third launch. FLA's is `chunk_fwd_o`.
 
-One program per EVERY chunks, block of BV columns of V and, with EVERY = 1, key head: Q Kᵀ is then
-formed once for its R value heads. With EVERY > 1 a program has one value head and carries the
-state over the chunks between two kept ones.
+One program per CHUNKS_PER_STATE chunks, block of BV columns of V and, where that is 1, key head:
+Q Kᵀ is then formed once for its R value heads. Where it is more, a program has one value head and
+carries the state over the chunks between two kept ones.
 
-    reads   q, k (B, T, H, K); gates, norms; U (HV, slots, C, V), or v without an error term;
-            states (HV, places, K, V)
+    reads   q, k (B, T, H, K); gates, inv_norms; U (HV, chunk_slots, C, V), or v without an error
+            term; states (HV, state_slots, K, V)
     writes  o (B, T, HV, V)
 """
 
@@ -16,10 +16,10 @@ import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import (
     NO_DECAY,
+    chunk_row,
+    chunk_rows,
     decay,
     inverse_norm,
-    kept_row,
-    kept_rows,
     owner,
     read_beta,
     read_gates,
@@ -31,35 +31,38 @@ from gdn_ops.backends.triton.kernels.states import chunk_decay
 
 @triton.jit
 def written(
-    u, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv, valid, in_v, HV, slots,
-    V: tl.constexpr, C: tl.constexpr, ERASE: tl.constexpr,
+    u, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv, valid, in_v, HV,
+    chunk_slots, V: tl.constexpr, C: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
     """Return U of a chunk (C, BV): kept, or diag(β) V for rules without an error term."""
     if ERASE:
-        from_u = kept_rows(u, hv, slot, i, dv, slots, C, V)
+        from_u = chunk_rows(u, hv, slot, i, dv, chunk_slots, C, V)
         return tl.load(from_u, mask=in_v[None, :], other=0.0)
     from_v = rows(v, row, v_batch, first, v_token, hv, v_head, i, dv)
     values = tl.load(from_v, mask=valid[:, None] & in_v[None, :], other=0.0)
-    beta = read_beta(gates, hv, slot, i, HV, slots, C)
+    beta = read_beta(gates, hv, slot, i, HV, chunk_slots, C)
     return (values.to(tl.float32) * beta[:, None]).to(values.dtype)
 
 
 @triton.jit
 def output(
-    q, k, v, gates, norms, u, kept, o, cu_seqlens, scale,
-    N, T, slots, places, q_batch, q_token, q_head, k_batch, k_token, k_head,
+    q, k, v, gates, inv_norms, u, states, o, cu_seqlens, scale,
+    N, T, chunk_slots, state_slots, q_batch, q_token, q_head, k_batch, k_token, k_head,
     v_batch, v_token, v_head,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, EVERY: tl.constexpr, GATE: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, CHUNKS_PER_STATE: tl.constexpr, GATE: tl.constexpr,
     ERASE: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute the output, see the module. Grid (places, ceil(V / BV), H if EVERY == 1 else H R)."""
+    """Compute the output, see the module.
+
+    Grid (state_slots, ceil(V / BV), H if CHUNKS_PER_STATE == 1 else H R).
+    """
     HV: tl.constexpr = H * R
-    HEADS: tl.constexpr = R if EVERY == 1 else 1
-    place = tl.program_id(0)
-    n, group = owner(place, cu_seqlens, N, T, C * EVERY, VARLEN)
+    HEADS: tl.constexpr = R if CHUNKS_PER_STATE == 1 else 1
+    state_slot = tl.program_id(0)
+    n, group = owner(state_slot, cu_seqlens, N, T, C * CHUNKS_PER_STATE, VARLEN)
     row, begin, length, first_slot = sequence(n, cu_seqlens, T, C, VARLEN)
-    rest = length - group * EVERY * C
+    rest = length - group * CHUNKS_PER_STATE * C
     if rest <= 0:
         return
     hv_0 = tl.program_id(2) * HEADS
@@ -69,11 +72,11 @@ def output(
     in_k, in_v = dk < K, dv < V
     in_state = in_k[:, None] & in_v[None, :]
     causal = i[:, None] >= i[None, :]
-    if EVERY > 1:
-        from_kept = kept_rows(kept, hv_0, place, dk, dv, places, K, V)
-        S = tl.load(from_kept, mask=in_state, other=0.0).to(tl.float32)
-    for step in range(tl.minimum(EVERY, tl.cdiv(rest, C))):
-        chunk = group * EVERY + step
+    if CHUNKS_PER_STATE > 1:
+        from_states = chunk_rows(states, hv_0, state_slot, dk, dv, state_slots, K, V)
+        S = tl.load(from_states, mask=in_state, other=0.0).to(tl.float32)
+    for step in range(tl.minimum(CHUNKS_PER_STATE, tl.cdiv(rest, C))):
+        chunk = group * CHUNKS_PER_STATE + step
         slot = first_slot + chunk
         valid = chunk * C + i < length
         first = begin + chunk * C
@@ -86,27 +89,27 @@ def output(
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         factor = tl.full([C], scale, tl.float32)
         if NORM:
-            norm = tl.load(kept_row(norms, h, slot, i, slots, C))
-            qk *= norm[None, :]
+            inv_norm = tl.load(chunk_row(inv_norms, h, slot, i, chunk_slots, C))
+            qk *= inv_norm[None, :]
             factor *= inverse_norm(q_tile)
         qk = tl.where(causal, qk, 0.0)
         for r in range(HEADS):
             hv = hv_0 + r
-            if EVERY == 1:
-                from_kept = kept_rows(kept, hv, place, dk, dv, places, K, V)
-                S_low = tl.load(from_kept, mask=in_state, other=0.0)
+            if CHUNKS_PER_STATE == 1:
+                from_states = chunk_rows(states, hv, state_slot, dk, dv, state_slots, K, V)
+                S_low = tl.load(from_states, mask=in_state, other=0.0)
             else:
                 S_low = S.to(q_tile.dtype)
             U = written(
                 u, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv, valid, in_v,
-                HV, slots, V, C, ERASE,
+                HV, chunk_slots, V, C, ERASE,
             )  # fmt: skip
             # §3 O = s (diag(b) Q S + lower(Q Kᵀ ⊙ D) U)                         [C, BV]
             x = tl.dot(q_tile, S_low, input_precision=PRECISION)
             P = qk
             if GATE != NO_DECAY:
-                hi, lo, z = read_gates(gates, hv, slot, i, HV, slots, C)
-                b, d, b_C = chunk_decay(gates, hv, slot, i, HV, slots, C, 0)
+                hi, lo, z = read_gates(gates, hv, slot, i, HV, chunk_slots, C)
+                b, d, b_C = chunk_decay(gates, hv, slot, i, HV, chunk_slots, C, 0)
                 x *= b[:, None]
                 P = qk * decay(
                     hi[:, None], lo[:, None], z[:, None], hi[None, :], lo[None, :], z[None, :], 0
@@ -115,11 +118,11 @@ def output(
             x *= factor[:, None]
             to_o = rows(o, row * T, HV * V, first, HV * V, hv, V, i, dv)
             tl.store(to_o, x.to(o.dtype.element_ty), mask=valid[:, None] & in_v[None, :])
-            if EVERY > 1:
+            if CHUNKS_PER_STATE > 1:
                 # §3 S_C = b_C S + (diag(d) K)ᵀ U                                [BK, BV]
                 weighted = U.to(tl.float32)
                 if NORM:
-                    weighted *= norm[:, None]
+                    weighted *= inv_norm[:, None]
                 if GATE != NO_DECAY:
                     weighted *= d[:, None]
                     S *= b_C

@@ -21,8 +21,8 @@ from kernel_backends import meta_call
 pytest.importorskip("tilelang")
 
 from gdn_ops.backends import tilelang as backend
-from gdn_ops.backends.tilelang.host import backward, forward, table
 from gdn_ops.backends.tilelang.host import config as configs
+from gdn_ops.backends.tilelang.host import plan, table
 from gdn_ops.backends.tilelang.host.shapes import Tiles
 
 pytestmark = [
@@ -44,8 +44,8 @@ PACKED = Example(
 
 def _using(example: Example, **changes: Any) -> AbstractContextManager[None]:
     """Return a context in which a row with changes is what the calls of an example get."""
-    key = configs.sequence_key(CPU, getattr(torch, example.dtype), example.K)
-    return configs.using(Row(key, dataclasses.replace(table.SEQUENCE[key], **changes)))
+    key = configs.tables.sequence_key(CPU, getattr(torch, example.dtype), example.K, example.V)
+    return configs.tables.using(Row(key, dataclasses.replace(table.SEQUENCE[key], **changes)))
 
 
 def _same(found: Results, expected: Results) -> None:
@@ -88,8 +88,14 @@ def test_segments_are_float32_in_a_float32_call() -> None:
 
 
 CHOICES: dict[str, dict[str, Any]] = {
-    "narrow blocks of V": {"reverse": Tiles(16, 128, 0), "gradients": Tiles(16, 128, 0)},
-    "wide blocks of V": {"reverse": Tiles(128, 256, 1), "gradients": Tiles(128, 256, 2)},
+    "narrow blocks of V": {
+        "state_gradients": Tiles(16, 128, 0),
+        "token_gradients": Tiles(16, 128, 0),
+    },
+    "wide blocks of V": {
+        "state_gradients": Tiles(128, 256, 1),
+        "token_gradients": Tiles(128, 256, 2),
+    },
     "short chunks": {"C": 32},
 }
 
@@ -104,7 +110,7 @@ def test_no_configuration_changes_the_gradients(choice: str) -> None:
 
 def test_a_column_of_v_does_not_depend_on_the_block_that_it_is_in() -> None:
     expected = PACKED.run("tilelang")
-    with _using(PACKED, reverse=Tiles(16, 128, 0)):
+    with _using(PACKED, state_gradients=Tiles(16, 128, 0)):
         _same(PACKED.run("tilelang"), expected)
 
 
@@ -229,8 +235,7 @@ def test_tokens_of_no_sequence_are_not_written(
     # What a program writes past the end of its sequence, the next one's program would hide.
     end = LENGTHS[0]
     boundaries = torch.tensor([0, end], dtype=torch.int32)
-    for module in (forward, backward):
-        monkeypatch.setattr(module, "cu_of", lambda call: boundaries)
+    monkeypatch.setattr(plan, "cu_of", lambda call: boundaries)
     with _using(PACKED, segment=segment):
         found = run(PACKED.arguments(), "tilelang", PACKED.cotangents())
     for name in ("o", "d_q", "d_k", "d_v", "d_alpha", "d_beta"):
@@ -250,15 +255,15 @@ def test_backward_takes_three_launches_and_five_with_segments(segment: int | Non
     call = meta_call(True, B=1, T=512, H=2, HV=4, K=128, V=128)
     key = ("sm_90a", 128, "low")
     row = Row(key, dataclasses.replace(table.SEQUENCE[key], segment=segment))
-    with torch.no_grad(), recording("sm_90a") as launches, configs.using(row):
+    with torch.no_grad(), recording("sm_90a") as launches, configs.tables.using(row):
         out = tilelang.forward(call)
         before = len(launches)
         grads = tilelang.backward(
             call, out.saved, torch.empty_like(out.o), torch.empty_like(out.final_state)
         )
     names = [launch.kernel.__name__ for launch in launches[before:]]
-    between = [] if segment is None else ["reverse", "compose"]
-    assert names == ["walk", *between, "reverse", "gradients"]
+    between = [] if segment is None else ["state_gradients", "compose"]
+    assert names == ["states", *between, "state_gradients", "token_gradients"]
     modes = [launch.kwargs.get("mode") for launch in launches[before:]]
     assert modes == ["states", *(["shift", None] if between else []), "gradients", None]
     assert grads.q is not None and grads.q.shape == call.tokens.q.shape and grads.state is None

@@ -45,13 +45,13 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def compiled(
-    target: str, kernel: Any, *args: Any, granted: AllowedSpills | None = None, **kwargs: Any
+    target: str, kernel: Any, *args: Any, allowed: AllowedSpills | None = None, **kwargs: Any
 ) -> CompiledKernel:
     """Compile one launch as if the reference made it."""
     with recording(target) as launches:
         launch(kernel, (1,), *args, enable_fp_fusion=True, **kwargs)
     _, job = specialised(launches[0], target, REFERENCE)
-    return compile_job(job, target, granted or {})
+    return compile_job(job, target, allowed or {})
 
 
 def product(target: str, m: int, n: int, k: int, **options: Any) -> CompiledKernel:
@@ -71,10 +71,10 @@ def test_more_shared_memory_than_a_program_has_is_a_failure() -> None:
 
 
 def normalise(
-    target: str, m: int, n: int, warps: int, granted: AllowedSpills | None = None
+    target: str, m: int, n: int, warps: int, allowed: AllowedSpills | None = None
 ) -> CompiledKernel:
     x = meta(m, n, dtype=torch.float32)
-    return compiled(target, bad.normalise, x, x, m, n, num_warps=warps, granted=granted)
+    return compiled(target, bad.normalise, x, x, m, n, num_warps=warps, allowed=allowed)
 
 
 @pytest.mark.parametrize(("target", "rows"), [("sm_90", 128), ("gfx942", 256)])
@@ -87,8 +87,8 @@ def test_spills_are_a_failure_of_a_reference_unless_they_are_granted(
     assert row.failures == (f"spills are {row.spills}, should be none",)
     assert row.note == ""
     key, why = ("normalise", target), "all of x is needed twice"
-    granted = normalise(target, rows, 128, 1, {key: (row.spills, why)})
-    assert granted.failures == () and granted.note == why
+    allowed = normalise(target, rows, 128, 1, {key: (row.spills, why)})
+    assert allowed.failures == () and allowed.note == why
     refused = normalise(target, rows, 128, 1, {key: (row.spills - 1, why)})
     text = f"spills are {row.spills}, should be at most {row.spills - 1}"
     assert refused.failures == (text,) and refused.note == ""

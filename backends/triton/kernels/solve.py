@@ -1,11 +1,12 @@
 """Compute the gates of every chunk and, with an error term, T = (I + A)⁻¹: the first launch.
 
-One program per chunk and key head. K Kᵀ is formed once and serves the R value heads.
+One program per chunk and key head. K Kᵀ is formed once and serves the R value heads. FLA's names
+are `chunk_local_cumsum` and `chunk_gated_delta_rule_fwd_kkt_solve`.
 
     reads   k (B, T, H, K); α or log α, β (B, T, HV)
-    writes  gates (4, HV, slots, C) float32: G as hi and lo, z, β       (docs/math.md §4)
-            norms (H, slots, C) float32: 1/‖k‖, only with qk_l2norm
-            T (HV, slots, C, C) in the dtype of k                       (docs/math.md §3)
+    writes  gates (4, HV, chunk_slots, C) float32: G as hi and lo, z, β       (docs/math.md §4)
+            inv_norms (H, chunk_slots, C) float32: 1/‖k‖, only with qk_l2norm
+            T (HV, chunk_slots, C, C) in the dtype of k                       (docs/math.md §3)
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from gdn_ops.backends.triton.kernels.blocks import (
     LOG_FLOOR,
     NO_DECAY,
     SMALLEST_NORMAL,
+    chunk_row,
+    chunk_rows,
     decay,
     inverse_norm,
-    kept_row,
-    kept_rows,
     owner,
     rows,
     sequence,
@@ -50,14 +51,14 @@ def log_sums(gate, valid, GATE: tl.constexpr):
 
 
 @triton.jit
-def prepare(
-    k, gate, beta, gates, norms, inverses, cu_seqlens,
-    N, T, slots, k_batch, k_token, k_head,
+def solve(
+    k, gate, beta, gates, inv_norms, inverses, cu_seqlens,
+    N, T, chunk_slots, k_batch, k_token, k_head,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr,
     VARLEN: tl.constexpr, PRECISION: tl.constexpr, SOLVE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute gates, norms and T, see the module. Grid (slots, H)."""
+    """Compute gates, inv_norms and T, see the module. Grid (chunk_slots, H)."""
     HV: tl.constexpr = H * R
     slot, h = tl.program_id(0), tl.program_id(1)
     n, chunk = owner(slot, cu_seqlens, N, T, C, VARLEN)
@@ -72,20 +73,20 @@ def prepare(
         from_k = rows(k, row, k_batch, first, k_token, h, k_head, i, d)
         k_tile = tl.load(from_k, mask=valid[:, None] & (d < K)[None, :], other=0.0)
     if NORM:
-        norm = inverse_norm(k_tile)
-        tl.store(kept_row(norms, h, slot, i, slots, C), norm)
+        inv_norm = inverse_norm(k_tile)
+        tl.store(chunk_row(inv_norms, h, slot, i, chunk_slots, C), inv_norm)
     if ERASE:
         # K Kᵀ, once for the R value heads                                       [C, C]
         kk = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
         if NORM:
-            kk *= norm[:, None] * norm[None, :]
+            kk *= inv_norm[:, None] * inv_norm[None, :]
         kk = tl.where(i[:, None] > i[None, :], kk, 0.0)
     # Hoisting what the heads share out of the loop would spill registers.
     for r in tl.range(0, R, disable_licm=True):
         hv = h * R + r
         at = (row * T + first) * HV + hv
-        plane = tl.cast(HV, tl.int64) * slots * C
-        to = kept_row(gates, hv, slot, i, slots, C)
+        plane = tl.cast(HV, tl.int64) * chunk_slots * C
+        to = chunk_row(gates, hv, slot, i, chunk_slots, C)
         if HAS_BETA:
             b = tl.load(beta + at + i * HV, mask=valid, other=0.0).to(tl.float32)
         else:
@@ -105,5 +106,5 @@ def prepare(
                     hi[:, None], lo[:, None], z[:, None], hi[None, :], lo[None, :], z[None, :], 0
                 )
             x = unit_lower_inverse(a, C, SOLVE_PRECISION)
-            to_T = kept_rows(inverses, hv, slot, i, i, slots, C, C)
+            to_T = chunk_rows(inverses, hv, slot, i, i, chunk_slots, C, C)
             tl.store(to_T, x.to(inverses.dtype.element_ty))

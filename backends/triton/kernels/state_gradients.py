@@ -1,11 +1,12 @@
 """Walk dS, the gradient of the state, back over the chunks; form s Pᵀ dO ahead of the walk.
 
-`reads_back` gives s Pᵀ dO for all chunks at once. `state_gradients` then walks the chunks of a
-sequence backwards with dS, (K, BV) float32, in registers.
+`local_gradients` gives s Pᵀ dO for all chunks at once. `state_gradients` then walks the chunks of a
+sequence backwards with dS, (K, BV) float32, in registers. FLA's names are `chunk_bwd_dv_local` and
+`chunk_gated_delta_rule_bwd_dhu`.
 
-    reads   q, k, dO (B, T, ., .); gates, norms, T; dS of the final state (N, HV, K, V)
-    writes  dRHS (HV, slots, C, V) over s Pᵀ dO, in the dtype of v
-            dS at every chunk's end (HV, slots, K, V), in the dtype of v
+    reads   q, k, dO (B, T, ., .); gates, inv_norms, T; dS of the final state (N, HV, K, V)
+    writes  dRHS (HV, chunk_slots, C, V) over s Pᵀ dO, in the dtype of v
+            dS at every chunk's end (HV, chunk_slots, K, V), in the dtype of v
             dS of the initial state (N, HV, K, V) float32
 """
 
@@ -16,10 +17,10 @@ import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import (
     NO_DECAY,
+    chunk_row,
+    chunk_rows,
     decay,
     inverse_norm,
-    kept_row,
-    kept_rows,
     owner,
     read_beta,
     read_gates,
@@ -30,14 +31,14 @@ from gdn_ops.backends.triton.kernels.states import chunk_decay
 
 
 @triton.jit
-def reads_back(
-    q, k, d_o, gates, norms, d_rhs, cu_seqlens, scale,
-    N, T, slots, q_batch, q_token, q_head, k_batch, k_token, k_head, o_batch, o_token, o_head,
+def local_gradients(
+    q, k, d_o, gates, inv_norms, d_rhs, cu_seqlens, scale,
+    N, T, chunk_slots, q_batch, q_token, q_head, k_batch, k_token, k_head, o_batch, o_token, o_head,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr,
     VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Form s Pᵀ dO. Grid (slots, ceil(V / BV), H)."""
+    """Form s Pᵀ dO. Grid (chunk_slots, ceil(V / BV), H)."""
     HV: tl.constexpr = H * R
     slot, h = tl.program_id(0), tl.program_id(2)
     n, chunk = owner(slot, cu_seqlens, N, T, C, VARLEN)
@@ -57,14 +58,14 @@ def reads_back(
     # K Qᵀ = (Q Kᵀ)ᵀ, formed as such: no product is transposed                  [C, C]
     kq = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
     if NORM:
-        norm = tl.load(kept_row(norms, h, slot, i, slots, C))
-        kq *= norm[:, None] * inverse_norm(q_tile)[None, :]
+        inv_norm = tl.load(chunk_row(inv_norms, h, slot, i, chunk_slots, C))
+        kq *= inv_norm[:, None] * inverse_norm(q_tile)[None, :]
     kq = tl.where(i[:, None] <= i[None, :], kq, 0.0)
     for r in range(R):
         hv = h * R + r
         P = kq
         if GATE != NO_DECAY:
-            hi, lo, z = read_gates(gates, hv, slot, i, HV, slots, C)
+            hi, lo, z = read_gates(gates, hv, slot, i, HV, chunk_slots, C)
             P = kq * decay(
                 hi[None, :], lo[None, :], z[None, :], hi[:, None], lo[:, None], z[:, None], 0
             )
@@ -72,14 +73,14 @@ def reads_back(
         g = tl.load(from_o, mask=valid[:, None] & in_v[None, :], other=0.0)
         # §5 the first part of dU = s Pᵀ dO + diag(d) K dS_C                     [C, BV]
         x = tl.dot(P.to(g.dtype), g, input_precision=PRECISION)
-        to_rhs = kept_rows(d_rhs, hv, slot, i, dv, slots, C, V)
+        to_rhs = chunk_rows(d_rhs, hv, slot, i, dv, chunk_slots, C, V)
         tl.store(to_rhs, x.to(d_rhs.dtype.element_ty), mask=in_v[None, :])
 
 
 @triton.jit
 def state_gradients(
-    q, k, d_o, gates, norms, inverses, d_final, d_rhs, d_states, d_initial, cu_seqlens, scale,
-    T, slots, q_batch, q_token, q_head, k_batch, k_token, k_head, o_batch, o_token, o_head,
+    q, k, d_o, gates, inv_norms, inverses, d_final, d_rhs, d_states, d_initial, cu_seqlens, scale,
+    T, chunk_slots, q_batch, q_token, q_head, k_batch, k_token, k_head, o_batch, o_token, o_head,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, ERASE: tl.constexpr,
     NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -100,7 +101,7 @@ def state_gradients(
     for step in range(chunks):
         chunk = chunks - 1 - step
         slot = first_slot + chunk
-        to_states = kept_rows(d_states, hv, slot, dk, dv, slots, K, V)
+        to_states = chunk_rows(d_states, hv, slot, dk, dv, chunk_slots, K, V)
         tl.store(to_states, dS.to(d_states.dtype.element_ty), mask=in_state)
         valid = chunk * C + i < length
         first = begin + chunk * C
@@ -111,21 +112,21 @@ def state_gradients(
         k_tile = tl.load(from_k, mask=in_rows, other=0.0)
         from_o = rows(d_o, row, o_batch, first, o_token, hv, o_head, i, dv)
         g = tl.load(from_o, mask=valid[:, None] & in_v[None, :], other=0.0).to(tl.float32) * scale
-        at_rhs = kept_rows(d_rhs, hv, slot, i, dv, slots, C, V)
+        at_rhs = chunk_rows(d_rhs, hv, slot, i, dv, chunk_slots, C, V)
         # §5 dU = s Pᵀ dO + diag(d) K dS_C                                       [C, BV]
         dU = tl.dot(k_tile, dS.to(k_tile.dtype), input_precision=PRECISION)
         if NORM:
-            norm = tl.load(kept_row(norms, h, slot, i, slots, C))
-            dU *= norm[:, None]
+            inv_norm = tl.load(chunk_row(inv_norms, h, slot, i, chunk_slots, C))
+            dU *= inv_norm[:, None]
             g *= inverse_norm(q_tile)[:, None]
         if GATE != NO_DECAY:
-            b, d, b_C = chunk_decay(gates, hv, slot, i, HV, slots, C, 0)
+            b, d, b_C = chunk_decay(gates, hv, slot, i, HV, chunk_slots, C, 0)
             dU *= d[:, None]
             g *= b[:, None]
         dU += tl.load(at_rhs, mask=in_v[None, :], other=0.0).to(tl.float32)
         if ERASE:
             # §5 dRHS = Tᵀ dU                                                    [C, BV]
-            x = tl.load(kept_rows(inverses, hv, slot, i, i, slots, C, C))
+            x = tl.load(chunk_rows(inverses, hv, slot, i, i, chunk_slots, C, C))
             dU = tl.dot(tl.trans(x), dU.to(x.dtype), input_precision=PRECISION)
         tl.store(at_rhs, dU.to(d_rhs.dtype.element_ty), mask=in_v[None, :])
         # §5 dS_0 = b_C dS_C + s (diag(b) Q)ᵀ dO − (diag(βb) K)ᵀ dRHS            [BK, BV]
@@ -133,9 +134,9 @@ def state_gradients(
             dS *= b_C
         dS += tl.dot(tl.trans(q_tile), g.to(q_tile.dtype), input_precision=PRECISION)
         if ERASE:
-            dU *= read_beta(gates, hv, slot, i, HV, slots, C)[:, None]
+            dU *= read_beta(gates, hv, slot, i, HV, chunk_slots, C)[:, None]
             if NORM:
-                dU *= norm[:, None]
+                dU *= inv_norm[:, None]
             if GATE != NO_DECAY:
                 dU *= b[:, None]
             dU = (-dU).to(k_tile.dtype)

@@ -1,0 +1,85 @@
+"""Define the macros that fill the tiles of a chunk, shared by the walks and the gradients."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from gdn_ops.backends.tilelang.kernels.blocks import blocks, parts_of
+
+
+def chunk_tiles(T: Any, C: int, dtype: str, bulk: bool) -> SimpleNamespace:
+    """Return the macros.
+
+    Args:
+        T: the language.
+        C: tokens per chunk.
+        dtype: of the tensors.
+        bulk: whether tiles are copied whole (by the copy engine that Hopper and later GPUs have)
+            and cleared where a sequence ends, or read element by element as far as it goes.
+    """
+    b = blocks(T)
+    is_split = parts_of(dtype) > 1
+
+    @T.macro
+    def load(x, first, head, column, width, rest, tile):
+        """Copy C rows of x (M, heads, D) into a tile."""
+        if bulk:
+            T.copy(x[first : first + C, head, column : column + width], tile)
+        else:
+            for i, j in T.Parallel(C, width):
+                tile[i, j] = T.if_then_else(
+                    i < rest and column + j < x.shape[2],
+                    x[first + i, head, column + j],
+                    T.cast(0.0, dtype),
+                )
+
+    @T.macro
+    def load_operand(x, first, head, column, width, rest, parts):
+        """Copy C rows of x (M, heads, D) into an operand."""
+        if is_split:
+            for i, j in T.Parallel(C, width):
+                found = T.if_then_else(
+                    i < rest and column + j < x.shape[2], x[first + i, head, column + j], 0.0
+                )
+                b.put(parts, i, j, found)
+        else:
+            load(x, first, head, column, width, rest, parts[0])
+
+    @T.macro
+    def load_inverse(inverses, hv, slot, parts):
+        """Copy T of a chunk into an operand."""
+        if is_split:
+            for i, j in T.Parallel(C, C):
+                b.put(parts, i, j, inverses[hv, slot, i, j])
+        else:
+            T.copy(inverses[hv, slot, 0:C, 0:C], parts[0])
+
+    @T.macro
+    def clear_tail(tile, rest, width):
+        """Zero the rows that belong to no token of this sequence, whatever is in them."""
+        for i, j in T.Parallel(C, width):
+            tile[i, j] = T.if_then_else(i < rest, tile[i, j], T.cast(0.0, tile.dtype))
+
+    @T.macro
+    def lower(x, parts, height, width):
+        """Round a fragment to an operand."""
+        if is_split:
+            for i, j in T.Parallel(height, width):
+                b.put(parts, i, j, x[i, j])
+        else:
+            T.copy(x, parts[0])
+
+    @T.macro
+    def chunk_decay(g, from_start, to_end):
+        """Set b and d of a chunk (docs/math.md §3), (C,); b_C is the last b."""
+        for i in T.Parallel(C):
+            from_start[i] = b.decay(g[0, i], g[1, i], g[2, i], 0.0, 0.0, 0.0, 0)
+            to_end[i] = b.decay(g[0, C - 1], g[1, C - 1], g[2, C - 1], g[0, i], g[1, i], g[2, i], 0)
+
+    return SimpleNamespace(
+        load=load,
+        load_operand=load_operand,
+        load_inverse=load_inverse,
+        clear_tail=clear_tail,
+        lower=lower,
+        chunk_decay=chunk_decay,
+    )

@@ -1,0 +1,214 @@
+"""Walk dS, the gradient of the state, back over the chunks of a segment.
+
+One program per segment, value head and block of BV columns of V; the gradient with respect to the
+state, dS (BK, BV) float32, stays in registers. Three products per chunk depend on it in turn:
+K dS, Tᵀ dU and Kᵀ dRHS. FLA's name for the walk is `chunk_gated_delta_rule_bwd_dhu`.
+
+    reads   q, k (M, H, K), dO (M, HV, V); gates, inv_norms, T; dS where segments end
+            (segment_slots, HV, K, V) float32
+    writes  gradients   dRHS (HV, chunk_slots, C, V), dS at every chunk's end
+                        (HV, chunk_slots, K, V), dtype of q; dS of the initial states
+                        (N, HV, K, V) float32
+            shift       what a segment adds to the dS that it passes on (docs/math.md §6),
+                        dS -> Mᵀ dS + R': R' (segment_slots, HV, K, V) float32, walked from dS = 0
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+from gdn_ops.backends.tilelang.kernels.blocks import blocks, fitting, parts_of
+from gdn_ops.backends.tilelang.kernels.chunk_tiles import chunk_tiles
+
+F32 = "float32"
+MODES = ("gradients", "shift")
+PLAIN = {"disable_tma": True}
+"""Options of a store by threads: the copy engine's store of a whole tile would be waited for."""
+
+
+def state_gradients(
+    T: Any, *, K: int, BK: int, V: int, BV: int, C: int, dtype: str, erase: bool, mode: str,
+    threads: int, stages: int, bulk: bool = True,
+) -> Any:  # fmt: skip
+    """Make the kernel. Grid (segment_slots ceil(V / BV), HV).
+
+    Args:
+        T: the language.
+        K, BK: width of a key, and of the tile that holds it.
+        V, BV: width of a value, and of the block that a program has.
+        C: tokens per chunk.
+        dtype: of q, k, dO and of what is kept.
+        erase: whether the rule has an error term.
+        mode: one of MODES.
+        threads: per program, at most.
+        stages: of the software pipeline; 0 for none.
+        bulk: as in `chunk_tiles`.
+    """
+    is_split, is_shift, columns = parts_of(dtype) > 1, mode == "shift", -(-V // BV)
+    b, chunk_of = blocks(T), chunk_tiles(T, C, dtype, bulk and not is_split)
+    M, H, HV, N1 = (T.dynamic(x) for x in ("M", "H", "HV", "N1"))
+    chunk_slots, segment_slots = T.dynamic("chunk_slots"), T.dynamic("segment_slots")
+    T_HV, T_slots, kept_HV, kept_slots = (
+        T.dynamic(x) for x in ("T_HV", "T_slots", "kept_HV", "kept_slots")
+    )
+    out_slots, ends_HV = T.dynamic("out_slots"), T.dynamic("ends_HV")
+    threads, stages = fitting(threads, stages, C, BV)
+    step = _steps(T, BK, BV, C, dtype, erase)
+
+    @T.prim_func
+    def state_gradients(
+        q: T.Tensor((M, H, K), dtype),
+        k: T.Tensor((M, H, K), dtype),
+        d_o: T.Tensor((M, HV, V), dtype),
+        gates: T.Tensor((HV, chunk_slots, 4, C), F32),
+        inv_norms: T.Tensor((H, chunk_slots, 2, C), F32),
+        inverses: T.Tensor((T_HV, T_slots, C, C), dtype),
+        d_ends: T.Tensor((segment_slots, ends_HV, K, V), F32),
+        cu: T.Tensor((N1,), "int32"),
+        d_rhs: T.Tensor((kept_HV, kept_slots, C, V), dtype),
+        d_states: T.Tensor((kept_HV, kept_slots, K, V), dtype),
+        d_starts: T.Tensor((out_slots, HV, K, V), F32),
+        scale: T.float32,
+        L: T.int32,
+        grid: T.int32,
+    ):
+        with T.Kernel(columns * grid, HV, threads=threads) as (program, hv):
+            m = _tiles(T, BK, BV, C, dtype)
+            slot_of_segment = program // columns
+            n = T.alloc_var("int32")
+            h = T.alloc_var("int32")
+            segment = T.alloc_var("int32")
+            chunks = T.alloc_var("int32")
+            last_slot = T.alloc_var("int32")
+            last_first = T.alloc_var("int32")
+            last_rest = T.alloc_var("int32")
+
+            n = b.owner(cu, N1 - 1, C * L, slot_of_segment)
+            h = hv // (HV // H)
+            segment = slot_of_segment - (cu[n] // (C * L) + n)
+            chunks = T.max(T.min(T.ceildiv(cu[n + 1] - cu[n], C) - segment * L, L), 0)
+            last_slot = cu[n] // C + n + segment * L + chunks - 1
+            last_first = cu[n] + (segment * L + chunks - 1) * C
+            last_rest = cu[n + 1] - last_first
+            dv = program % columns * BV
+            if is_shift:
+                T.clear(m.dS)
+            else:
+                T.copy(d_ends[slot_of_segment, hv, 0:BK, dv : dv + BV], m.dS)
+            for turn in T.Pipelined(chunks, num_stages=stages):
+                slot = last_slot - turn
+                first = last_first - turn * C
+                rest = last_rest + turn * C
+                chunk_of.load_operand(k, first, h, 0, BK, rest, m.k)
+                chunk_of.load_operand(q, first, h, 0, BK, rest, m.q)
+                chunk_of.load_operand(d_o, first, hv, dv, BV, rest, m.d_o)
+                T.copy(gates[hv, slot, 0:4, 0:C], m.g)
+                T.copy(inv_norms[h, slot, 0:2, 0:C], m.inv_norm)
+                if erase:
+                    chunk_of.load_inverse(inverses, hv, slot, m.x)
+                if bulk and not is_split and rest < C:
+                    chunk_of.clear_tail(m.k[0], rest, BK)
+                    chunk_of.clear_tail(m.q[0], rest, BK)
+                    chunk_of.clear_tail(m.d_o[0], rest, BV)
+                # §3 b, d; b_C is the last b                                     [C], [C]
+                chunk_of.chunk_decay(m.g, m.from_start, m.to_end)
+                # §5 s Pᵀ = s (K Qᵀ) ⊙ Dᵀ                                        [C, C]
+                step.form_P(m, scale)
+                chunk_of.lower(m.dS, m.dS_low, BK, BV)
+                if not is_shift:
+                    T.copy(
+                        m.dS if is_split else m.dS_low[0],
+                        d_states[hv, slot, 0:BK, dv : dv + BV],
+                        annotations=PLAIN,
+                    )
+                # §5 dU = s Pᵀ dO + diag(d) K dS_C                               [C, BV]
+                step.form_dU(m)
+                # §5 dRHS = Tᵀ dU                                                [C, BV]
+                step.form_dRHS(m)
+                if not is_shift:
+                    if not is_split:
+                        chunk_of.lower(m.dR, m.low, C, BV)
+                    T.copy(
+                        m.dR if is_split else m.low[0],
+                        d_rhs[hv, slot, 0:C, dv : dv + BV],
+                        annotations=PLAIN,
+                    )
+                # §5 dS_0 = b_C dS_C + s (diag(b) Q)ᵀ dO − (diag(βb) K)ᵀ dRHS    [BK, BV]
+                step.go_back(m, scale)
+            if segment == 0 or (is_shift and chunks > 0):
+                to = slot_of_segment if is_shift else n
+                for i, j in T.Parallel(BK, BV):
+                    if i < K and dv + j < V:
+                        d_starts[to, hv, i, dv + j] = m.dS[i, j]
+
+    return state_gradients
+
+
+def _tiles(T: Any, BK: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
+    """Allocate the tiles of a program: operands and vectors shared, sums in registers."""
+    b = blocks(T)
+    return SimpleNamespace(
+        q=b.operand((C, BK), dtype),
+        k=b.operand((C, BK), dtype),
+        d_o=b.operand((C, BV), dtype),
+        x=b.operand((C, C), dtype),
+        g=T.alloc_shared((4, C), F32),
+        inv_norm=T.alloc_shared((2, C), F32),
+        from_start=T.alloc_shared((C,), F32),
+        to_end=T.alloc_shared((C,), F32),
+        dS=T.alloc_fragment((BK, BV), F32),
+        dS_low=b.operand((BK, BV), dtype),
+        kq=T.alloc_fragment((C, C), F32),
+        P=b.operand((C, C), dtype),
+        dU=T.alloc_fragment((C, BV), F32),
+        dR=T.alloc_fragment((C, BV), F32),
+        low=b.operand((C, BV), dtype),
+    )
+
+
+def _steps(T: Any, BK: int, BV: int, C: int, dtype: str, erase: bool) -> SimpleNamespace:
+    """Return the macros of a chunk: from dS at its end to dS at its start."""
+    b, chunk_of = blocks(T), chunk_tiles(T, C, dtype, True)
+
+    @T.macro
+    def form_P(m, scale):
+        """Set P to s Pᵀ, formed as such: no product is transposed."""
+        b.multiply(m.k, m.q, m.kq, False, True, True)
+        for i, j in T.Parallel(C, C):
+            D = b.pair_decay(m.g, j, i, 0)
+            scaled = m.kq[i, j] * (m.inv_norm[1, i] * m.inv_norm[0, j] * scale) * D
+            m.kq[i, j] = T.if_then_else(i <= j, scaled, 0.0)
+        chunk_of.lower(m.kq, m.P, C, C)
+
+    @T.macro
+    def form_dU(m):
+        """Set dU from dS and dO."""
+        b.multiply(m.k, m.dS_low, m.dU, False, False, True)
+        for i, j in T.Parallel(C, BV):
+            m.dU[i, j] = m.dU[i, j] * (m.to_end[i] * m.inv_norm[1, i])
+        b.multiply(m.P, m.d_o, m.dU, False, False, False)
+
+    @T.macro
+    def form_dRHS(m):
+        """Set dRHS to Tᵀ dU, or to dU for rules without an error term."""
+        if erase:
+            chunk_of.lower(m.dU, m.low, C, BV)
+            b.multiply(m.x, m.low, m.dR, True, False, True)
+        else:
+            T.copy(m.dU, m.dR)
+
+    @T.macro
+    def go_back(m, scale):
+        """Carry dS to the start of the chunk."""
+        for i, j in T.Parallel(BK, BV):
+            m.dS[i, j] = m.dS[i, j] * m.from_start[C - 1]
+        for i, j in T.Parallel(C, BV):
+            m.dU[i, j] = b.value(m.d_o, i, j) * (m.from_start[i] * m.inv_norm[0, i] * scale)
+        chunk_of.lower(m.dU, m.low, C, BV)
+        b.multiply(m.q, m.low, m.dS, True, False, False)
+        if erase:
+            for i, j in T.Parallel(C, BV):
+                m.dR[i, j] = -m.dR[i, j] * (m.g[3, i] * m.from_start[i] * m.inv_norm[1, i])
+            chunk_of.lower(m.dR, m.low, C, BV)
+            b.multiply(m.k, m.low, m.dS, True, False, False)
+
+    return SimpleNamespace(form_P=form_P, form_dU=form_dU, form_dRHS=form_dRHS, go_back=go_back)

@@ -1,0 +1,297 @@
+"""Walk the state over the chunks of a segment and write the output: the second launch.
+
+One program per segment, value head and block of BV columns of V; the state, (BK, BV) float32, stays
+in registers. Three products per chunk depend on it in turn: K S, T E and Kᵀ U. FLA's name for the
+walk is `chunk_gated_delta_rule_fwd_h`, and for the output `chunk_fwd_o`.
+
+    reads   q, k (M, H, K), v (M, HV, V); gates, inv_norms, T; the states that segments start from
+    writes  output   o (M, HV, V); the final states (N, HV, K, V) float32
+            states   S at every chunk start (HV, chunk_slots, K, V), U (HV, chunk_slots, C, V),
+                     dtype of q
+            map      M (segment_slots, HV, K, K), R (segment_slots, HV, K, V) float32: what a
+                     segment does to the state it starts from, S -> M S + R (docs/math.md §6)
+
+M and R are walked like a state: R from 0, and M from the identity with no values.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+from gdn_ops.backends.tilelang.kernels.blocks import blocks, parts_of
+from gdn_ops.backends.tilelang.kernels.chunk_tiles import chunk_tiles
+
+F32 = "float32"
+MODES = ("output", "states", "map")
+
+
+def states(
+    T: Any, *, K: int, BK: int, V: int, BV: int, C: int, dtype: str, erase: bool, mode: str,
+    threads: int, stages: int, bulk: bool = True,
+) -> Any:  # fmt: skip
+    """Make the kernel. Grid (ceil(V / BV), segment_slots, HV); a map has ceil(K / BV) blocks more.
+
+    Args:
+        T: the language.
+        K, BK: width of a key, and of the tile that holds it.
+        V, BV: width of a value, and of the block that a program has.
+        C: tokens per chunk.
+        dtype: of q, k, v and of what is kept.
+        erase: whether the rule has an error term.
+        mode: one of MODES.
+        threads: per program.
+        stages: of the software pipeline; 0 for none.
+        bulk: as in `chunk_tiles`.
+    """
+    b, chunk_of = blocks(T), chunk_tiles(T, C, dtype, bulk)
+    M, H, HV, N, N1, segments = (T.dynamic(x) for x in ("M", "H", "HV", "N", "N1", "segments"))
+    chunk_slots, segment_slots = T.dynamic("chunk_slots"), T.dynamic("segment_slots")
+    T_HV, T_slots, u_HV, u_slots = (T.dynamic(f"{x}_{y}") for x in "Tu" for y in ("HV", "slots"))
+    states_HV, states_slots, o_M, o_HV, starts_HV = (
+        T.dynamic(x) for x in ("states_HV", "states_slots", "o_M", "o_HV", "starts_HV")
+    )
+    final_HV, map_slots, map_HV = (T.dynamic(x) for x in ("final_HV", "map_slots", "map_HV"))
+    is_split, has_output, is_map = parts_of(dtype) > 1, mode == "output", mode == "map"
+    columns = -(-V // BV)
+    all_columns = columns + (-(-K // BV) if is_map else 0)
+    update = _updates(T, BK, BV, C, erase, columns, is_map)
+    output = _outputs(T, V, BV, C, dtype)
+    store = _stores(T, K, BK, V, BV, C, dtype, columns)
+
+    @T.prim_func
+    def states(
+        q: T.Tensor((M, H, K), dtype),
+        k: T.Tensor((M, H, K), dtype),
+        v: T.Tensor((M, HV, V), dtype),
+        gates: T.Tensor((HV, chunk_slots, 4, C), F32),
+        inv_norms: T.Tensor((H, chunk_slots, 2, C), F32),
+        inverses: T.Tensor((T_HV, T_slots, C, C), dtype),
+        starts: T.Tensor((segment_slots, starts_HV, K, V), F32),
+        cu: T.Tensor((N1,), "int32"),
+        o: T.Tensor((o_M, o_HV, V), dtype),
+        final: T.Tensor((N, final_HV, K, V), F32),
+        chunk_states: T.Tensor((states_HV, states_slots, K, V), dtype),
+        u: T.Tensor((u_HV, u_slots, C, V), dtype),
+        maps: T.Tensor((map_slots, map_HV, K, K), F32),
+        shifts: T.Tensor((segments, map_HV, K, V), F32),
+        scale: T.float32,
+        has_start: T.int32,
+        L: T.int32,
+        grid: T.int32,
+    ):
+        with T.Kernel(all_columns, grid, HV, threads=threads) as (column, slot_of_segment, hv):
+            m = _tiles(T, BK, BV, C, dtype)
+            R = HV // H
+            h = hv // R
+            n = b.owner(cu, N1 - 1, C * L, slot_of_segment)
+            begin = cu[n]
+            length = cu[n + 1] - begin
+            segment = slot_of_segment - (begin // (C * L) + n)
+            first_chunk = segment * L
+            chunks = T.max(T.min(T.ceildiv(length, C) - first_chunk, L), 0)
+            first_slot = begin // C + n + first_chunk
+            dv = column * BV
+            is_own = segment == 0 or chunks > 0
+            if is_map:
+                update.start_map(m.S, column)
+            elif has_start != 0:
+                T.copy(starts[slot_of_segment, hv, 0:BK, dv : dv + BV], m.S)
+            else:
+                T.clear(m.S)
+            for chunk in T.Pipelined(chunks, num_stages=stages):
+                slot = first_slot + chunk
+                first = begin + (first_chunk + chunk) * C
+                rest = length - (first_chunk + chunk) * C
+                chunk_of.load_operand(k, first, h, 0, BK, rest, m.k)
+                chunk_of.load(v, first, hv, dv, BV, rest, m.v)
+                T.copy(gates[hv, slot, 0:4, 0:C], m.g)
+                T.copy(inv_norms[h, slot, 0:2, 0:C], m.inv_norm)
+                if erase:
+                    chunk_of.load_inverse(inverses, hv, slot, m.x)
+                if has_output:
+                    chunk_of.load_operand(q, first, h, 0, BK, rest, m.q)
+                if bulk and rest < C:
+                    if not is_split:
+                        chunk_of.clear_tail(m.k[0], rest, BK)
+                    chunk_of.clear_tail(m.v, rest, BV)
+                # §3 b, d, b_C                                                   [C], [C], 1
+                chunk_of.chunk_decay(m.g, m.from_start, m.to_end)
+                update.whole_decay(m)
+                update.lower_state(m)
+                if mode == "states":
+                    store.state(m.S, chunk_states, hv, slot, dv)
+                # §3 E = V − diag(b) K S,  U = T diag(β) E                       [C, BV]
+                update.form_U(m, column)
+                if mode == "states" and erase:
+                    store.update(m.U, u, hv, slot, dv)
+                # §3 S_C = b_C S + (diag(d) K)ᵀ U                                [BK, BV]
+                update.advance(m)
+                if has_output:
+                    # §3 O = s (diag(b) Q S + lower(Q Kᵀ ⊙ D) U)                 [C, BV]
+                    output.form(m, rest, scale)
+                    output.store(m.out_tile, o, first, hv, dv, rest)
+            if has_output and is_own and (first_chunk + L) * C >= length:
+                store.final(m.S, final, n, hv, dv)
+            if is_map and is_own:
+                store.maps(m.S, maps, shifts, slot_of_segment, hv, column)
+
+    return states
+
+
+def _tiles(T: Any, BK: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
+    """Allocate the tiles of a program: operands and vectors shared, sums in registers."""
+    b = blocks(T)
+    return SimpleNamespace(
+        q=b.operand((C, BK), dtype),
+        k=b.operand((C, BK), dtype),
+        v=T.alloc_shared((C, BV), dtype),
+        x=b.operand((C, C), dtype),
+        g=T.alloc_shared((4, C), F32),
+        inv_norm=T.alloc_shared((2, C), F32),
+        from_start=T.alloc_shared((C,), F32),
+        to_end=T.alloc_shared((C,), F32),
+        over=T.alloc_shared((1,), F32),
+        S=T.alloc_fragment((BK, BV), F32),
+        S_low=b.operand((BK, BV), dtype),
+        E=b.operand((C, BV), dtype),
+        U_low=b.operand((C, BV), dtype),
+        weighted=b.operand((C, BV), dtype),
+        P=b.operand((C, C), dtype),
+        read=T.alloc_fragment((C, BV), F32),
+        U=T.alloc_fragment((C, BV), F32),
+        out=T.alloc_fragment((C, BV), F32),
+        qk=T.alloc_fragment((C, C), F32),
+        out_tile=T.alloc_shared((C, BV), dtype),
+    )
+
+
+def _updates(
+    T: Any, BK: int, BV: int, C: int, erase: bool, columns: int, is_map: bool
+) -> SimpleNamespace:
+    """Return the macros of the state: from S at the start of a chunk to S at its end."""
+    b = blocks(T)
+
+    def value(m: Any, i: Any, j: Any, column: Any) -> Any:
+        """Return element (i, j) of V, 0 in the columns of a map."""
+        found = T.cast(m.v[i, j], F32)
+        return T.if_then_else(column < columns, found, 0.0) if is_map else found
+
+    @T.macro
+    def start_map(S, column):
+        """Set S to 0 in the columns of R, and to its part of the identity in those of M."""
+        dk = (column - columns) * BV
+        for i, j in T.Parallel(BK, BV):
+            S[i, j] = T.if_then_else(column >= columns and i == dk + j, 1.0, 0.0)
+
+    @T.macro
+    def whole_decay(m):
+        """Set b_C, the decay over the whole chunk."""
+        for i in T.Parallel(1):
+            m.over[i] = b.decay(m.g[0, C - 1], m.g[1, C - 1], m.g[2, C - 1], 0.0, 0.0, 0.0, 0)
+
+    @T.macro
+    def lower_state(m):
+        """Round S to an operand."""
+        for i, j in T.Parallel(BK, BV):
+            b.put(m.S_low, i, j, m.S[i, j])
+
+    @T.macro
+    def form_U(m, column):
+        """Set U to T diag(β) E, or to diag(β) V for rules without an error term."""
+        if erase:
+            b.multiply(m.k, m.S_low, m.read, False, False, True)
+            for i, j in T.Parallel(C, BV):
+                x = value(m, i, j, column) - m.read[i, j] * (m.from_start[i] * m.inv_norm[1, i])
+                b.put(m.E, i, j, x * m.g[3, i])
+            b.multiply(m.x, m.E, m.U, False, False, True)
+        else:
+            for i, j in T.Parallel(C, BV):
+                m.U[i, j] = value(m, i, j, column) * m.g[3, i]
+
+    @T.macro
+    def advance(m):
+        """Carry S to the end of the chunk."""
+        for i, j in T.Parallel(C, BV):
+            b.put(m.weighted, i, j, m.U[i, j] * (m.to_end[i] * m.inv_norm[1, i]))
+        for i, j in T.Parallel(BK, BV):
+            m.S[i, j] = m.S[i, j] * m.over[0]
+        b.multiply(m.k, m.weighted, m.S, True, False, False)
+
+    return SimpleNamespace(
+        start_map=start_map,
+        whole_decay=whole_decay,
+        lower_state=lower_state,
+        form_U=form_U,
+        advance=advance,
+    )
+
+
+def _outputs(T: Any, V: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
+    """Return the macros of the output of a chunk."""
+    b = blocks(T)
+
+    @T.macro
+    def form(m, rest, scale):
+        """Set the tile of o from S at the chunk's start, which is still in S_low, and U."""
+        for i, j in T.Parallel(C, BV):
+            b.put(m.U_low, i, j, m.U[i, j])
+        b.multiply(m.q, m.k, m.qk, False, True, True)
+        for i, j in T.Parallel(C, C):
+            D = b.pair_decay(m.g, i, j, 0)
+            scaled = m.qk[i, j] * (m.inv_norm[0, i] * m.inv_norm[1, j]) * D
+            b.put(m.P, i, j, T.if_then_else(i >= j and i < rest, scaled, 0.0))
+        b.multiply(m.q, m.S_low, m.out, False, False, True)
+        for i, j in T.Parallel(C, BV):
+            m.out[i, j] = m.out[i, j] * (m.from_start[i] * m.inv_norm[0, i])
+        b.multiply(m.P, m.U_low, m.out, False, False, False)
+        for i, j in T.Parallel(C, BV):
+            m.out_tile[i, j] = T.cast(m.out[i, j] * scale, dtype)
+
+    @T.macro
+    def store(tile, o, first, hv, dv, rest):
+        """Store the rows of o that are tokens."""
+        if rest >= C:
+            T.copy(tile, o[first : first + C, hv, dv : dv + BV])
+        else:
+            for i, j in T.Parallel(C, BV):
+                if i < rest and dv + j < V:
+                    o[first + i, hv, dv + j] = tile[i, j]
+
+    return SimpleNamespace(form=form, store=store)
+
+
+def _stores(
+    T: Any, K: int, BK: int, V: int, BV: int, C: int, dtype: str, columns: int
+) -> SimpleNamespace:
+    """Return the macros that store states and updates, as far as K and V go."""
+
+    @T.macro
+    def state(S, to, hv, slot, dv):
+        """Store S of a chunk, rounded."""
+        for i, j in T.Parallel(BK, BV):
+            if i < K and dv + j < V:
+                to[hv, slot, i, dv + j] = T.cast(S[i, j], dtype)
+
+    @T.macro
+    def update(U, to, hv, slot, dv):
+        """Store U of a chunk, rounded."""
+        for i, j in T.Parallel(C, BV):
+            if dv + j < V:
+                to[hv, slot, i, dv + j] = T.cast(U[i, j], dtype)
+
+    @T.macro
+    def final(S, to, n, hv, dv):
+        """Store the final state of a sequence."""
+        for i, j in T.Parallel(BK, BV):
+            if i < K and dv + j < V:
+                to[n, hv, i, dv + j] = S[i, j]
+
+    @T.macro
+    def maps(S, to_maps, to_shifts, slot_of_segment, hv, column):
+        """Store the block of R, or of M, that a program has walked."""
+        for i, j in T.Parallel(BK, BV):
+            if column < columns and i < K and column * BV + j < V:
+                to_shifts[slot_of_segment, hv, i, column * BV + j] = S[i, j]
+            if column >= columns and i < K and (column - columns) * BV + j < K:
+                to_maps[slot_of_segment, hv, i, (column - columns) * BV + j] = S[i, j]
+
+    return SimpleNamespace(state=state, update=update, final=final, maps=maps)
