@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import ClassVar, Final
+from dataclasses import replace
+from typing import Any, ClassVar, Final
 
+import torch
 from torch import Tensor
 
 from gdn_ops.call.bind import Call
@@ -16,10 +19,115 @@ from gdn_ops.dispatch.backend import (
     gradients_without_tokens,
     without_tokens,
 )
-from gdn_ops.kernel_support.tuning import Row, Tables
+from gdn_ops.kernel_support.launches import recorded_target
+from gdn_ops.kernel_support.tuning import Row
+from gdn_ops.spec.ops import GATED_DELTA
 
 MOST_STEPS: Final = 8
 """Tokens per row up to which a call without gradients takes the decode kernel."""
+
+
+Choices = Mapping[str, Sequence[Any]]
+"""Field of a configuration -> the values to try."""
+
+
+class Tables:
+    """Choose configurations from a backend's tables, or from one row instead of theirs.
+
+    Keys are (device class, width class, dtype class) for the sequence op, and (device class, width
+    class) for decoding. The dtype class is "float32", or "low" for bfloat16 and float16.
+
+    Args:
+        sequence, step: the tables.
+        target_of: returns the device class of a CUDA device, by its index.
+        emulated: the device class that an emulation stands for.
+        width_of: returns the width class of K and V.
+        choices: what `neighbours` tries: for a row of `step`, for one of `sequence`, and for each
+            kernel's tiles in one of `sequence`.
+        allows: returns whether a configuration may be replaced by another.
+    """
+
+    def __init__(
+        self,
+        sequence: Mapping[tuple[str, int, str], Any],
+        step: Mapping[tuple[str, int], Any],
+        *,
+        target_of: Callable[[int], str],
+        emulated: str,
+        width_of: Callable[[int, int], int],
+        choices: tuple[Choices, Choices, Mapping[str, Choices]],
+        allows: Callable[[Any, Any], bool] = lambda own, other: True,
+    ) -> None:
+        self.sequence, self.step = sequence, step
+        self._target_of, self._emulated, self._width_of = target_of, emulated, width_of
+        self._choices, self._allows = choices, allows
+        self._override: Row | None = None
+
+    def target(self, device: torch.device) -> str:
+        """Return the device class that launches on a device are configured for."""
+        recorded = recorded_target()
+        if recorded is not None:
+            return recorded
+        return self._target_of(device.index or 0) if device.type == "cuda" else self._emulated
+
+    def sequence_key(
+        self, device: torch.device, dtype: torch.dtype, K: int, V: int
+    ) -> tuple[str, int, str]:
+        """Return the key of the row for a call of the sequence op."""
+        kind = "float32" if dtype == torch.float32 else "low"
+        return self.target(device), self._width_of(K, V), kind
+
+    def step_key(self, device: torch.device, K: int, V: int) -> tuple[str, int]:
+        """Return the key of the row for a call of a decode op."""
+        return self.target(device), self._width_of(K, V)
+
+    def choose(self, device: torch.device, dtype: torch.dtype, K: int, V: int) -> Any:
+        """Return the configuration of a call of the sequence op."""
+        return self._row(self.sequence, self.sequence_key(device, dtype, K, V)).config
+
+    def choose_step(self, device: torch.device, K: int, V: int) -> Any:
+        """Return the configuration of a call of a decode op."""
+        return self._row(self.step, self.step_key(device, K, V)).config
+
+    def row(self, call: Call) -> Row:
+        """Return the row of a call of any op."""
+        s, device = call.sizes, call.device
+        if call.op is GATED_DELTA:
+            key = self.sequence_key(device, call.tokens.q.dtype, s.K, s.V)
+            return self._row(self.sequence, key)
+        return self._row(self.step, self.step_key(device, s.K, s.V))
+
+    def _row(self, table: Mapping[Any, Any], key: tuple[Any, ...]) -> Row:
+        if self._override is not None and self._override.key == key:
+            return self._override
+        return Row(key, table[key])
+
+    @contextlib.contextmanager
+    def using(self, row: Row) -> Iterator[None]:
+        """Run with a row instead of the table's, on every thread."""
+        previous, self._override = self._override, row
+        try:
+            yield
+        finally:
+            self._override = previous
+
+    def neighbours(self, row: Row) -> tuple[Row, ...]:
+        """Return a row, and after it the rows that differ from it in a single choice."""
+        step, sequence, kernels = self._choices
+        if len(row.key) == 2:
+            found = _varied(row.config, step)
+        else:
+            found = _varied(row.config, sequence)
+            for kernel, choices in kernels.items():
+                tiles = _varied(getattr(row.config, kernel), choices)
+                found += [replace(row.config, **{kernel: t}) for t in tiles]
+        found = [config for config in found if self._allows(row.config, config)]
+        return tuple(Row(row.key, config) for config in dict.fromkeys([row.config, *found]))
+
+
+def _varied(config: Any, choices: Choices) -> list[Any]:
+    """Return a dataclass with one field after the other set to each of its choices."""
+    return [replace(config, **{k: v}) for k, values in choices.items() for v in values]
 
 
 class KernelBackend(Backend):

@@ -14,8 +14,8 @@ import torch
 from gdn_ops.backends.tilelang.host import table
 from gdn_ops.backends.tilelang.host.shapes import Config, StepConfig
 from gdn_ops.call.bind import Call
+from gdn_ops.kernel_support.backend import Tables
 from gdn_ops.kernel_support.launches import recorded_target
-from gdn_ops.kernel_support.tuning import Tables
 from gdn_ops.spec.language import Sizes
 from gdn_ops.spec.ops import GATED_DELTA
 

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from gdn_ops.backends.triton.host import table
-from gdn_ops.kernel_support.tuning import Tables
+from gdn_ops.kernel_support.backend import Tables
 
 TARGETS: Final = table.TARGETS
 
