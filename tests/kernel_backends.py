@@ -68,7 +68,7 @@ def row_of(configs: Any, capability: tuple[int, int]) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         configs._target_of.cache_clear()
-        found = configs.target(torch.device("cuda", 0))
+        found = configs.tables.target(torch.device("cuda", 0))
     configs._target_of.cache_clear()
     return found
 

@@ -213,7 +213,7 @@ def test_neighbours_differ_in_one_choice_and_begin_with_the_row() -> None:
     for key in (("sm_90a", 128, "low"), ("sm_90a", 128)):
         config = table.SEQUENCE[key] if len(key) == 3 else table.STEP[key]
         own = Row(key, config)
-        rows = configs.neighbours(own)
+        rows = configs.tables.neighbours(own)
         assert rows[0] == own
         for row in rows[1:]:
             changed = [

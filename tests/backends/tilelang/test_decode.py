@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gdn_ops
+from gdn_ops.kernel_support.backend import MOST_STEPS
 from gdn_ops.kernel_support.tuning import Row
 from gdn_ops.testing import Example
 from gdn_ops.testing.decode_laws import (
@@ -137,14 +138,14 @@ def test_without_tokens_the_state_is_as_it_was(B: int, T: int) -> None:
 def test_no_block_of_columns_changes_what_is_decoded(BV: int) -> None:
     # 48 columns are no multiple of 32.
     example = dataclasses.replace(DECODING, K=32, V=48)
-    row = Row(configs.step_key(CPU, 32), StepConfig(BV=BV, threads=32, measured=""))
-    with configs.using(row):
+    row = Row(configs.tables.step_key(CPU, 32, 32), StepConfig(BV=BV, threads=32, measured=""))
+    with configs.tables.using(row):
         verdict = steps_equal_one_step_after_another("tilelang", example)
     assert verdict.passed, verdict
 
 
 def test_a_short_call_without_gradients_takes_one_launch() -> None:
-    call = meta_call(**(SIZES | {"T": configs.MOST_STEPS}))
+    call = meta_call(**(SIZES | {"T": MOST_STEPS}))
     assert launched("sm_90a", lambda: backend.TileLang().forward(call)) == ["tokens"]
-    verdict = judge(Example(T=configs.MOST_STEPS, K=16, V=16), "tilelang", gradients=False)
+    verdict = judge(Example(T=MOST_STEPS, K=16, V=16), "tilelang", gradients=False)
     assert verdict.passed, verdict

@@ -34,9 +34,9 @@ CPU = torch.device("cpu")
 
 def test_forward_takes_two_launches_and_four_with_segments() -> None:
     tilelang = backend.TileLang()
-    assert launched("sm_90a", lambda: tilelang.forward(meta_call(**SIZES))) == ["solve", "walk"]
+    assert launched("sm_90a", lambda: tilelang.forward(meta_call(**SIZES))) == ["solve", "states"]
     cut = meta_call(**(SIZES | {"H": 2, "HV": 8, "T": 32768}))
-    names = ["solve", "walk", "compose", "walk"]
+    names = ["solve", "states", "compose", "states"]
     assert launched("sm_90a", lambda: tilelang.forward(cut)) == names
 
 
@@ -72,16 +72,16 @@ def test_saved_tensors_are_as_the_tracer_was_told(changes: dict[str, Any]) -> No
     check_saved(backend.TileLang(), meta_call(True, **(SIZES | changes)), "sm_90a")
 
 
-def test_slots_and_places_are_enough_for_any_lengths() -> None:
+def test_slots_of_chunks_and_segments_are_enough_for_any_lengths() -> None:
     lengths = (0, 17, 64, 1, 200, 63, 0)
     sizes = {"B": 1, "T": sum(lengths), "H": 1, "HV": 1, "K": 16, "V": 16, "N": len(lengths)}
     for C, L in ((32, 1), (32, 2), (64, 4)):
         call = meta_call(**sizes, chunk_size=C)
-        key = configs.sequence_key(CPU, torch.bfloat16, 16)
+        key = configs.tables.sequence_key(CPU, torch.bfloat16, 16, 16)
         row = Row(key, dataclasses.replace(table.SEQUENCE[key], segment=L))
-        with configs.using(row):
+        with configs.tables.using(row):
             found = make_plan(call)
-        for tokens, room in ((C, found.slots), (C * L, found.places)):
+        for tokens, room in ((C, found.chunk_slots), (C * L, found.segment_slots)):
             taken: list[int] = []
             begin = 0
             for n, length in enumerate(lengths):
@@ -128,7 +128,7 @@ def test_v_is_split_where_there_would_be_fewer_programs_than_processors() -> Non
 
 def test_a_sequence_is_cut_where_most_of_the_gpu_would_idle() -> None:
     # 132 multiprocessors; blocks of V of a quarter of 128 columns; chunks of 64 tokens.
-    assert table.SEQUENCE["sm_90a", 128, "low"].walk.BV == 64
+    assert table.SEQUENCE["sm_90a", 128, "low"].states.BV == 64
     assert _segments() is None
     assert _segments(HV=17, H=17) is None, "68 programs: not more than half of it idles"
     assert _segments(HV=16, H=16) == 64, "64 programs: 128 chunks in two segments"
@@ -146,7 +146,7 @@ def test_segments_can_be_switched_off_and_chosen(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(configs, "_cuts", False)
     assert _segments(HV=4, H=4) is None
     key = ("sm_90a", 128, "low")
-    with configs.using(Row(key, dataclasses.replace(table.SEQUENCE[key], segment=3))):
+    with configs.tables.using(Row(key, dataclasses.replace(table.SEQUENCE[key], segment=3))):
         assert _segments() == 3
 
 

@@ -14,6 +14,7 @@ import gdn_ops
 from errors import message_of
 from fences import all_fenced, assert_untouched, fenced
 from gdn_ops.dispatch.registry import get_backend
+from gdn_ops.kernel_support.backend import MOST_STEPS
 from gdn_ops.kernel_support.tuning import Row
 from gdn_ops.testing import Example
 from gdn_ops.testing.example import run
@@ -67,14 +68,14 @@ def test_wide_heads_off_powers_of_two_are_the_definition(K: int, V: int) -> None
 
 
 CHOICES: dict[str, dict[str, Any]] = {
-    "every two chunks": {"every": 2, "C": 16},
-    "every four chunks": {"every": 4, "C": 16},
+    "every two chunks": {"chunks_per_state": 2, "C": 16},
+    "every four chunks": {"chunks_per_state": 4, "C": 16},
     "half squares": {"pair_rows": 32},
     "whole squares": {"pair_rows": 64},
     "k held": {"reload": False},
     "k read again": {"reload": True},
     "narrow tiles": {
-        name: Tiles(16, 4, 1) for name in configs.KERNELS if name not in ("prepare", "measured")
+        name: Tiles(16, 4, 1) for name in configs.KERNELS if name not in ("solve", "measured")
     },
 }
 
@@ -86,10 +87,10 @@ def test_no_configuration_changes_the_function(
 ) -> None:
     tokens = AWKWARD.T if lengths is None else sum(lengths)
     example = dataclasses.replace(AWKWARD, dtype="bfloat16", lengths=lengths, T=tokens)
-    key = configs.sequence_key(torch.device("cpu"), torch.bfloat16, example.K, example.V)
+    key = configs.tables.sequence_key(torch.device("cpu"), torch.bfloat16, example.K, example.V)
     row = Row(key, dataclasses.replace(table.SEQUENCE[key], **CHOICES[choice]))
     judgement(example)
-    with configs.using(row):
+    with configs.tables.using(row):
         verdict = judge(example, "triton")
     assert verdict.passed, verdict
 
@@ -198,10 +199,10 @@ def test_forward_takes_three_launches_and_backward_five() -> None:
         forward = [launch.kernel.__name__ for launch in launches]
         triton.backward(call, out.saved, torch.empty_like(out.o), torch.empty_like(out.final_state))
     names = [launch.kernel.__name__ for launch in launches]
-    assert forward == ["prepare", "states", "output"]
+    assert forward == ["solve", "states", "output"]
     assert names[3:] == [
         "states",
-        "reads_back",
+        "local_gradients",
         "state_gradients",
         "pair_gradients",
         "token_gradients",
@@ -210,7 +211,7 @@ def test_forward_takes_three_launches_and_backward_five() -> None:
 
 def test_a_short_call_without_gradients_takes_one_launch() -> None:
     triton = backend.Triton()
-    call = meta_call(False, **(SIZES | {"T": configs.MOST_STEPS}))
+    call = meta_call(False, **(SIZES | {"T": MOST_STEPS}))
     assert launched("sm_90", lambda: triton.forward(call)) == ["tokens"]
 
 
@@ -325,7 +326,7 @@ def test_every_row_names_its_kernels_and_is_source_text() -> None:
 def test_neighbours_differ_in_one_choice_and_begin_with_the_row() -> None:
     key = ("sm_90", 128, "low")
     own = Row(key, table.SEQUENCE[key])
-    rows = configs.neighbours(own)
+    rows = configs.tables.neighbours(own)
     assert rows[0] == own
     for row in rows[1:]:
         changed = [
