@@ -207,10 +207,8 @@ def bind(spec: OpSpec, arguments: Arguments, *, check_values: bool = True) -> Ca
             _checked[key] = checked
     if check_values and (tokens.q.device.type == "cpu" or CHECK_VALUES_EVERYWHERE):
         _check_values(spec, arguments, checked.sizes)
-    needs_grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad
-        for x in (*tokens, arguments.state, arguments.cu_seqlens, arguments.state_indices)
-    )
+    given = (*tokens, arguments.state, arguments.cu_seqlens, arguments.state_indices)
+    needs_grad = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in given])
     if needs_grad:
         check_gradients(spec, arguments)
     return Call(
@@ -240,34 +238,29 @@ _checked: dict[tuple[Any, ...], Structure] = {}
 
 def _structure(spec: OpSpec, arguments: Arguments) -> tuple[Any, ...] | None:
     """Return a key for all of a call but tensor values, or None for an unusual argument type."""
-    parts: list[Any] = [spec.name]
-    add = parts.append
-    x: Any
-    for x in (*arguments.tokens, *arguments[1:]):
-        kind = type(x)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            add(x.shape)
-            add(x.dtype)
-            add(x.device)
-            add(x.layout)
-        elif x is None:
-            add(x)
-        elif kind in _PLAIN_TYPES:
-            # 1, 1.0 and True are equal keys, but only one of them is a fine bool.
-            add(kind)
-            add(x)
+    tokens, state, cu_seqlens, state_indices, *attributes = arguments
+    kinds = tuple(map(type, attributes))
+    if not _PLAIN_TYPES.issuperset(kinds):
+        return None
+    # 1, 1.0 and True are equal, but only one of them is a fine bool.
+    parts: list[Any] = [spec.name, kinds, *attributes]
+    for x in (*tokens, state, cu_seqlens, state_indices):
+        if x is None:
+            parts.append(None)
+        elif type(x) is Tensor or type(x) is torch.nn.Parameter:
+            parts += (x.shape, x.dtype, x.device, x.layout)
         else:
             return None
     return tuple(parts)
 
 
-_PLAIN_TYPES = frozenset((bool, int, float, str))
+_PLAIN_TYPES = frozenset((bool, int, float, str, type(None)))
 
 
 def _check_values(spec: OpSpec, arguments: Arguments, sizes: Sizes) -> None:
     """Check domains, sequence boundaries and slots. NaN passes: NaN in, NaN out."""
     for arg, domain in spec.bounded:
-        value = arguments.value(arg.field)
+        value = getattr(arguments.tokens, arg.name)
         if value is None or value.numel() == 0:
             continue
         smallest, largest = torch.aminmax(value.detach() if value.requires_grad else value)

@@ -24,7 +24,8 @@ _DTYPES = {
     name: getattr(torch, name)
     for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32")
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""The names of the dtypes that specs know."""
 
 
 class Structure(NamedTuple):
@@ -211,7 +212,7 @@ def _check_tensors(spec: OpSpec, arguments: Arguments) -> Sizes:
 
 
 def _check_dtype(spec: OpSpec, arg: TensorArg, value: Tensor, arguments: Arguments) -> None:
-    name = _DTYPE_NAMES.get(value.dtype)
+    name = DTYPE_NAMES.get(value.dtype)
     if name not in arg.dtypes:
         allowed = ", ".join(arg.dtypes)
         fail(spec, f"{arg.name} has dtype {dtype_name(value.dtype)}, should be one of {allowed}")

@@ -187,12 +187,12 @@ def load(source: str) -> type[Backend] | str:
             raise
         return f"package {package!r} is not installed"
     if attribute:
-        found: Any = getattr(module, attribute)
+        cls: Any = getattr(module, attribute)
     else:
-        found = module.BACKEND
-    if not (isinstance(found, type) and issubclass(found, Backend)):
+        cls = module.BACKEND
+    if not (isinstance(cls, type) and issubclass(cls, Backend)):
         raise TypeError(f"{source} is not a subclass of gdn_ops.Backend")
-    return found
+    return cls
 
 
 _MOVED_MEMBERS = {

@@ -19,6 +19,7 @@ from types import TracebackType
 import torch
 
 from gdn_ops.call.bind import Call
+from gdn_ops.call.structure import DTYPE_NAMES
 from gdn_ops.dispatch.backend import Backend as Backend
 from gdn_ops.dispatch.backend import Forward as Forward
 from gdn_ops.dispatch.backend import Grads as Grads
@@ -149,48 +150,51 @@ def reasons_under_auto(backend: Backend, call: Call) -> list[str]:
     device = call.device.type
     if device in backend.limits.emulated_devices:
         return [f"emulates on {device}, for checking only: pin it by name"]
-    found = reasons(backend, call)
-    found += [reason for veto in vetoes if (reason := veto(backend, call)) is not None]
-    return found
+    against = reasons(backend, call)
+    against += [reason for veto in vetoes if (reason := veto(backend, call)) is not None]
+    return against
 
 
 def _limit_reasons(limits: Limits, call: Call, on_any_device: bool) -> list[str]:
     """Return the reasons against a call that follow from a backend's limits."""
-    found: list[str] = []
+    against: list[str] = []
     device = call.device.type
     if call.op.name not in limits.ops:
-        found.append(f"op {call.op.name} (supported: {', '.join(limits.ops)})")
+        against.append(f"op {call.op.name} (supported: {', '.join(limits.ops)})")
     is_free = on_any_device or "*" in limits.devices
     if not is_free and device not in limits.devices + limits.emulated_devices:
-        found.append(f"device {device} (supported: {', '.join(limits.devices)})")
-    dtype = str(call.tokens.q.dtype).removeprefix("torch.")
+        against.append(f"device {device} (supported: {', '.join(limits.devices)})")
+    dtype = DTYPE_NAMES[call.tokens.q.dtype]
     if dtype not in limits.dtypes:
-        found.append(f"dtype {dtype} (supported: {', '.join(limits.dtypes)})")
+        against.append(f"dtype {dtype} (supported: {', '.join(limits.dtypes)})")
     if call.state is not None:
-        state_dtype = str(call.state.dtype).removeprefix("torch.")
+        state_dtype = DTYPE_NAMES[call.state.dtype]
         if state_dtype not in limits.state_dtypes:
             supported = ", ".join(limits.state_dtypes)
-            found.append(f"state dtype {state_dtype} (supported: {supported})")
-    found += _head_dim_reasons(limits, call)
+            against.append(f"state dtype {state_dtype} (supported: {supported})")
+    against += _head_dim_reasons(limits, call)
     if call.rule.name not in limits.rules:
-        found.append(f"rule {call.rule} (supported: {', '.join(limits.rules)})")
-    allowed = (limits.decays, limits.erases, limits.writes)
-    for gate, width, widths in zip(call.widths._fields, call.widths, allowed, strict=True):
-        if width not in widths:
-            found.append(f"{width} {gate} (supported: {', '.join(widths)})")
+        against.append(f"rule {call.rule} (supported: {', '.join(limits.rules)})")
+    decay, erase, write = call.widths
+    if decay not in limits.decays:
+        against.append(f"{decay} decay (supported: {', '.join(limits.decays)})")
+    if erase not in limits.erases:
+        against.append(f"{erase} erase (supported: {', '.join(limits.erases)})")
+    if write not in limits.writes:
+        against.append(f"{write} write (supported: {', '.join(limits.writes)})")
     if call.needs_grad and not limits.grad:
-        found.append("gradients needed (supported: forward only)")
+        against.append("gradients needed (supported: forward only)")
     if call.cu_seqlens is not None and not limits.varlen:
-        found.append("cu_seqlens is not supported")
+        against.append("cu_seqlens is not supported")
     sizes = limits.chunk_sizes
     if sizes is not None and call.chunk_size is not None and call.chunk_size not in sizes:
-        found.append(f"chunk_size={call.chunk_size} (supported: {listed(sizes)})")
+        against.append(f"chunk_size={call.chunk_size} (supported: {listed(sizes)})")
     if limits.min_capability and device == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(call.device)
         if capability < limits.min_capability:
             have, need = ("".join(map(str, c)) for c in (capability, limits.min_capability))
-            found.append(f"device sm{have} (needs sm{need} or newer)")
-    return found
+            against.append(f"device sm{have} (needs sm{need} or newer)")
+    return against
 
 
 def listed(allowed: range | tuple[int, ...]) -> str:
@@ -202,14 +206,14 @@ def listed(allowed: range | tuple[int, ...]) -> str:
 
 
 def _head_dim_reasons(limits: Limits, call: Call) -> list[str]:
-    found = []
+    against = []
     for axis, size in (("K", call.sizes.K), ("V", call.sizes.V)):
         allowed = limits.head_dims
         if allowed is not None and size not in allowed:
-            found.append(f"{axis}={size} (supported: {listed(allowed)})")
+            against.append(f"{axis}={size} (supported: {listed(allowed)})")
         elif size % limits.head_dim_multiple:
-            found.append(f"{axis}={size} (supported: multiples of {limits.head_dim_multiple})")
-    return found
+            against.append(f"{axis}={size} (supported: multiples of {limits.head_dim_multiple})")
+    return against
 
 
 def select(call: Call, name: str = "auto") -> Backend:

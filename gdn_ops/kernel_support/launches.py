@@ -48,13 +48,13 @@ def note(launch: Launch) -> None:
     Raises:
         ValueError: outside of `recording`, where nothing could run it.
     """
-    found = _recording.get()
-    if found is None:
+    current = _recording.get()
+    if current is None:
         raise ValueError(
             f"{launch.kernel.__name__}: the first tensor is on the meta device, should be on cuda "
             f"or cpu"
         )
-    found.launches.append(launch)
+    current.launches.append(launch)
 
 
 @contextlib.contextmanager
@@ -80,5 +80,5 @@ def recorded_target() -> str | None:
 
     Code that chooses by the device of a tensor asks this first: the meta device is no GPU.
     """
-    found = _recording.get()
-    return None if found is None else found.target
+    current = _recording.get()
+    return None if current is None else current.target

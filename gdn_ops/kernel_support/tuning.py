@@ -40,6 +40,6 @@ class Row:
     config: Any
 
     def __str__(self) -> str:
-        found = [(f, getattr(self.config, f.name)) for f in fields(self.config)]
-        text = ", ".join(f"{f.name}={value!r}" for f, value in found if value != f.default)
+        values = [(f, getattr(self.config, f.name)) for f in fields(self.config)]
+        text = ", ".join(f"{f.name}={value!r}" for f, value in values if value != f.default)
         return f"{self.key!r}: {type(self.config).__name__}({text}),"

@@ -69,11 +69,8 @@ class Shape:
 
 def shapes(*texts: str) -> tuple[Shape, ...]:
     """Return shapes written as text: "B T HV", "P HV K V with state_indices"."""
-    found = []
-    for text in texts:
-        axes, _, given = text.partition(" with ")
-        found.append(Shape(tuple(axes.split()), given or None))
-    return tuple(found)
+    parts = (text.partition(" with ") for text in texts)
+    return tuple(Shape(tuple(axes.split()), given or None) for axes, _, given in parts)
 
 
 @dataclass(frozen=True)
