@@ -72,10 +72,10 @@ def gated_delta(
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    tokens = Tokens(q, k, v, alpha, log_alpha, beta)
+    tokens, start = eager.autocast(Tokens(q, k, v, alpha, log_alpha, beta), initial_state)
     arguments = Arguments(
         tokens,
-        initial_state,
+        start,
         cu_seqlens,
         rule=rule,
         scale=scale,
@@ -84,7 +84,6 @@ def gated_delta(
         return_state=return_state,
         backend=registry.resolve(backend),
     )
-    arguments = eager.autocast(arguments)
     if eager.is_traced(q):
         o, state = tracing.traced_sequence(arguments)
     else:
@@ -109,10 +108,10 @@ def gated_delta_step(
     inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    tokens = Tokens(q, k, v, alpha, log_alpha, beta)
+    tokens, start = eager.autocast(Tokens(q, k, v, alpha, log_alpha, beta), state)
     arguments = Arguments(
         tokens,
-        state,
+        start,
         state_indices=state_indices,
         rule=rule,
         scale=scale,
@@ -120,7 +119,6 @@ def gated_delta_step(
         inplace=inplace,
         backend=registry.resolve(backend),
     )
-    arguments = eager.autocast(arguments)
     if eager.is_traced(q):
         return tracing.traced_step(arguments)
     call = bind(GATED_DELTA_STEP, arguments)
@@ -180,10 +178,10 @@ def gated_delta_steps(
     return_states: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-    tokens = Tokens(q, k, v, alpha, log_alpha, beta)
+    tokens, start = eager.autocast(Tokens(q, k, v, alpha, log_alpha, beta), state)
     arguments = Arguments(
         tokens,
-        state,
+        start,
         state_indices=state_indices,
         rule=rule,
         scale=scale,
@@ -192,7 +190,6 @@ def gated_delta_steps(
         return_states=return_states,
         backend=registry.resolve(backend),
     )
-    arguments = eager.autocast(arguments)
     states: Tensor | None
     if eager.is_traced(q):
         o, new_state, states = tracing.traced_steps(arguments)
@@ -232,7 +229,9 @@ def explain(*args: Any, op: str | Callable[..., Any] = "gated_delta", **kwargs: 
     except TypeError as error:
         raise TypeError(f"explain: {name}: {error}; op= says which op is called") from None
     arguments = arguments_of(spec, named)
-    arguments = eager.autocast(arguments._replace(backend=registry.resolve(arguments.backend)))
+    tokens, start = eager.autocast(arguments.tokens, arguments.state)
+    backend = registry.resolve(arguments.backend)
+    arguments = arguments._replace(tokens=tokens, state=start, backend=backend)
     return explain_call(bind(spec, arguments), arguments.backend)
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.call.numerics import compute_dtype
 from gdn_ops.call.structure import Structure, check_gradients, check_structure, fail, is_narrow
 from gdn_ops.call.structure import dtype_name as dtype_name
 from gdn_ops.spec.language import Interval, OpSpec, Sizes
@@ -101,6 +100,7 @@ class Call:
         rule: the member of the family.
         widths: how its gates act: by a number per head, per channel, or not at all.
         scale: the factor on q, resolved.
+        compute_dtype: the dtype of gates, solve and state.
         qk_l2norm: whether q and k are still to be normalised.
         chunk_size: as given; None leaves it to the backend.
         return_state: whether the caller wants the final state.
@@ -120,6 +120,7 @@ class Call:
     rule: Rule
     widths: Widths
     scale: float
+    compute_dtype: torch.dtype
     qk_l2norm: bool
     chunk_size: int | None
     return_state: bool
@@ -130,11 +131,6 @@ class Call:
     state: Tensor | None
     cu_seqlens: Tensor | None
     state_indices: Tensor | None
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Return the dtype of gates, solve and state."""
-        return compute_dtype(self.tokens.q.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -217,6 +213,7 @@ def bind(spec: OpSpec, arguments: Arguments, *, check_values: bool = True) -> Ca
         rule=checked.rule,
         widths=checked.widths,
         scale=checked.scale,
+        compute_dtype=checked.compute_dtype,
         qk_l2norm=arguments.qk_l2norm,
         chunk_size=arguments.chunk_size,
         return_state=arguments.return_state,

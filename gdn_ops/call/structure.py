@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from gdn_ops.call.numerics import compute_dtype
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.language import Attr, OpSpec, Sizes, TensorArg, printed_shape
 from gdn_ops.spec.rules import Rule, Width, Widths
@@ -35,6 +36,7 @@ class Structure(NamedTuple):
     rule: Rule
     widths: Widths
     scale: float
+    compute_dtype: torch.dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -58,7 +60,8 @@ def check_structure(spec: OpSpec, arguments: Arguments) -> Structure:
         _check_state_is_free(spec, arguments)
     scale = arguments.scale
     scale = _default_scale(sizes.K) if scale is None else float(scale)
-    return Structure(sizes, rule, _widths(spec, rule, arguments), scale)
+    wide = compute_dtype(arguments.tokens.q.dtype)
+    return Structure(sizes, rule, _widths(spec, rule, arguments), scale, wide)
 
 
 def _check_state_is_free(spec: OpSpec, arguments: Arguments) -> None:

@@ -139,7 +139,10 @@ def reasons(backend: Backend, call: Call, *, on_any_device: bool = False) -> lis
         call: the bound call.
         on_any_device: leave out that its tensors are on another device than it needs.
     """
-    return _limit_reasons(backend.limits, call, on_any_device) + backend.reasons(call)
+    against = _limit_reasons(backend.limits, call, on_any_device)
+    if type(backend).reasons is not Backend.reasons:
+        against += backend.reasons(call)
+    return against
 
 
 def reasons_under_auto(backend: Backend, call: Call) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -29,6 +29,8 @@ class Rule:
         decays: the decays it takes: ("none",) if it reads no alpha, which is then 1.
         erases: the erase strengths it takes: ("none",) if e is 0, whatever beta is.
         writes: the write strengths it takes. It is beta, and 1 where that is not given.
+        has_decay: whether alpha is read.
+        has_erase: whether there is an error term.
         known_as: names in the literature.
     """
 
@@ -38,19 +40,14 @@ class Rule:
     erases: tuple[Width, ...] = ("scalar",)
     writes: tuple[Width, ...] = ("scalar",)
 
+    has_decay: bool = field(init=False, repr=False)
+    has_erase: bool = field(init=False, repr=False)
+
     def __post_init__(self) -> None:
         for widths in (self.decays, self.erases, self.writes):
             require(bool(widths) and set(widths) <= set(WIDTHS), f"{self.name} takes {widths}")
-
-    @property
-    def has_decay(self) -> bool:
-        """Return whether alpha is read."""
-        return self.decays != ("none",)
-
-    @property
-    def has_erase(self) -> bool:
-        """Return whether there is an error term."""
-        return self.erases != ("none",)
+        object.__setattr__(self, "has_decay", self.decays != ("none",))
+        object.__setattr__(self, "has_erase", self.erases != ("none",))
 
     def __str__(self) -> str:
         return self.name

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_ops.call.bind import Arguments, Call, Tokens
+from gdn_ops.call.bind import Call, Tokens
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.decode_fallbacks import through_rows
 from gdn_ops.spec.ops import GATED_DELTA
@@ -37,16 +37,15 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def autocast(arguments: Arguments) -> Arguments:
+def autocast(tokens: Tokens, state: Tensor | None) -> tuple[Tokens, Tensor | None]:
     """Cast, if autocast is on, q, k, v to its dtype and narrow gates and states to float32."""
-    tokens = arguments.tokens
-    if not isinstance(tokens.q, Tensor) or not is_autocast_on(tokens.q.device.type):
-        return arguments
-    low = torch.get_autocast_dtype(tokens.q.device.type)
-    q, k, v = (_to_low(x, low) for x in tokens[:3])
-    alpha, log_alpha, beta, state = (_widened(x) for x in (*tokens[3:], arguments.state))
-    tokens = Tokens(q, k, v, alpha, log_alpha, beta)
-    return arguments._replace(tokens=tokens, state=state)
+    q, k, v, alpha, log_alpha, beta = tokens
+    if not isinstance(q, Tensor) or not is_autocast_on(q.device.type):
+        return tokens, state
+    low = torch.get_autocast_dtype(q.device.type)
+    q, k, v = _to_low(q, low), _to_low(k, low), _to_low(v, low)
+    tokens = Tokens(q, k, v, _widened(alpha), _widened(log_alpha), _widened(beta))
+    return tokens, _widened(state)
 
 
 def _to_low(x: Any, low: torch.dtype) -> Any:

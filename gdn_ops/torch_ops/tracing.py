@@ -59,7 +59,7 @@ def _schema_values(spec: OpSpec, arguments: Arguments) -> list[Any]:
 
 
 def _needs_grad(arguments: Arguments) -> bool:
-    tensors = (*arguments.tokens, *arguments[1:4])
+    tensors = (*arguments.tokens, arguments.state)
     return torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in tensors
     )
