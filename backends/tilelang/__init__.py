@@ -20,7 +20,7 @@ from torch import Tensor
 from gdn_ops.aot.results import CompiledKernel, Sample
 from gdn_ops.backends.tilelang.host import config as configs
 from gdn_ops.backends.tilelang.host import table, toolchain
-from gdn_ops.backends.tilelang.host.plan import Saved, empty_saved, make_plan
+from gdn_ops.backends.tilelang.host.plan import Plan, Saved, empty_saved, make_plan
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Forward, Grads
 from gdn_ops.kernel_support.backend import KernelBackend
@@ -64,8 +64,12 @@ class TileLang(KernelBackend):
         pools=True,
     )
 
+    tool_reasons = staticmethod(tool_reasons)
+    make_plan = staticmethod(make_plan)
+    empty_saved = staticmethod(empty_saved)
+
     def reasons(self, call: Call) -> list[str]:
-        return [*tool_reasons(call.device.type), *configs.shape_reasons(call)]
+        return [*super().reasons(call), *configs.shape_reasons(call)]
 
     @classmethod
     def tools(cls, device: str) -> dict[str, str]:
@@ -76,20 +80,21 @@ class TileLang(KernelBackend):
             "compiler": "none" if compiler is None else _version_of(str(compiler)),
         }
 
-    def saved_like(self, call: Call) -> tuple[Tensor, ...]:
-        return tuple(empty_saved(make_plan(call), call.device))
+    # Imported when they run: the kernels need TileLang.
 
-    def run_forward(self, call: Call) -> Forward:
+    @staticmethod
+    def run_forward(call: Call, plan: Plan) -> Forward:
         from gdn_ops.backends.tilelang.host.forward import forward
 
-        return forward(call, make_plan(call))
+        return forward(call, plan)
 
+    @staticmethod
     def run_backward(
-        self, call: Call, saved: tuple[Tensor, ...], d_o: Tensor, d_state: Tensor
+        call: Call, plan: Plan, saved: tuple[Tensor, ...], d_o: Tensor, d_state: Tensor
     ) -> Grads:
         from gdn_ops.backends.tilelang.host.backward import backward
 
-        return backward(call, make_plan(call), Saved(*saved), d_o, d_state)
+        return backward(call, plan, Saved(*saved), d_o, d_state)
 
     def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         from gdn_ops.backends.tilelang.host import decode

@@ -62,8 +62,8 @@ class SegmentPlan:
         s = call.sizes
         stride = self.chunk_size * self.chunks * self.segments_per_state(s.T)
         if call.cu_seqlens is not None:
-            return s.T // stride + s.N, s.H, s.K, s.R * s.V
-        return -(-s.T // stride), s.B * s.H, s.K, s.R * s.V
+            return s.T // stride + s.N, s.H, s.K, s.HV // s.H * s.V
+        return -(-s.T // stride), s.B * s.H, s.K, s.HV // s.H * s.V
 
     def spans(self, start: int, stop: int) -> list[TokenSpan]:
         """Cut the tokens start..stop into segments."""
@@ -169,5 +169,5 @@ class SegmentLoader:
         s, state = self.call.sizes, self.call.state
         if state is not None:
             return pack_state(state[states].to(self.dtype, copy=True), s.H)
-        shape = ((states.stop - states.start) * s.H, s.K, s.R * s.V)
+        shape = ((states.stop - states.start) * s.H, s.K, s.HV // s.H * s.V)
         return torch.zeros(shape, dtype=self.dtype, device=self.call.device)

@@ -25,9 +25,8 @@ from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host import decode
 from gdn_ops.backends.triton.host.backward import backward
 from gdn_ops.backends.triton.host.forward import forward
-from gdn_ops.backends.triton.host.plan import Saved, empty_saved, make_plan
+from gdn_ops.backends.triton.host.plan import empty_saved, make_plan
 from gdn_ops.call.bind import Call
-from gdn_ops.dispatch.registry import Forward, Grads
 from gdn_ops.kernel_support.backend import KernelBackend
 from gdn_ops.spec.rules import Limits
 
@@ -47,11 +46,13 @@ def version_reasons() -> tuple[str, ...]:
 
 
 @functools.cache
-def compiler_reasons() -> tuple[str, ...]:
-    """Return why Triton could not build the code that launches kernels: a missing C compiler."""
-    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
-        return ()
-    return ("no C compiler, which Triton launches with: install gcc or clang, or set CC",)
+def tool_reasons(device: str) -> tuple[str, ...]:
+    """Return why kernels cannot be built for a device type: a wrong Triton, no C compiler."""
+    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if device != "cuda" or has_compiler:
+        return version_reasons()
+    lacking = "no C compiler, which Triton launches with: install gcc or clang, or set CC"
+    return (*version_reasons(), lacking)
 
 
 class Triton(KernelBackend):
@@ -73,22 +74,11 @@ class Triton(KernelBackend):
         pools=True,
     )
 
-    def reasons(self, call: Call) -> list[str]:
-        found = [*version_reasons()]
-        if call.device.type == "cuda":
-            found += compiler_reasons()
-        return found
-
-    def saved_like(self, call: Call) -> tuple[Tensor, ...]:
-        return tuple(empty_saved(make_plan(call), call.device))
-
-    def run_forward(self, call: Call) -> Forward:
-        return forward(call, make_plan(call))
-
-    def run_backward(
-        self, call: Call, saved: tuple[Tensor, ...], d_o: Tensor, d_state: Tensor
-    ) -> Grads:
-        return backward(call, make_plan(call), Saved(*saved), d_o, d_state)
+    tool_reasons = staticmethod(tool_reasons)
+    make_plan = staticmethod(make_plan)
+    empty_saved = staticmethod(empty_saved)
+    run_forward = staticmethod(forward)
+    run_backward = staticmethod(backward)
 
     def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         return decode.run(call)

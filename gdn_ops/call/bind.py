@@ -1,7 +1,7 @@
 """Bind arguments to a `Call`: the only place where a call is checked and made canonical.
 
 The checks are derived from the op's spec. Those of shapes, dtypes and attributes stand in
-`structure`, and are made once for every combination of them; those of values stand here.
+`structure`, and are made once for every combination of them; those of every call stand here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.call.structure import Structure, check_gradients, check_structure, fail, is_narrow
+from gdn_ops.call.structure import Structure, check_structure, fail, is_narrow
 from gdn_ops.call.structure import dtype_name as dtype_name
 from gdn_ops.spec.language import Interval, OpSpec, Sizes
 from gdn_ops.spec.rules import Rule, Widths
@@ -252,6 +252,26 @@ def _structure(spec: OpSpec, arguments: Arguments) -> tuple[Any, ...] | None:
 
 
 _PLAIN_TYPES = frozenset((bool, int, float, str, type(None)))
+
+
+def check_gradients(spec: OpSpec, arguments: Arguments) -> None:
+    """Check that a call that needs gradients can have them."""
+    if arguments.inplace:
+        fail(spec, "inplace is True, should be False: gradients are needed")
+    if arguments.state_indices is not None:
+        fail(
+            spec,
+            "state_indices is for decoding: it is given, should be None where gradients are "
+            "needed; decode under torch.no_grad()",
+        )
+    for arg in spec.tensors:
+        x = arguments.value(arg.field)
+        if x is not None and x.requires_grad and not arg.differentiable:
+            fail(
+                spec,
+                f"{arg.name} requires a gradient, should not: {spec.name} is for decoding, under "
+                f"torch.no_grad(); gated_delta has gradients",
+            )
 
 
 def _check_values(spec: OpSpec, arguments: Arguments, sizes: Sizes) -> None:

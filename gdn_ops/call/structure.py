@@ -73,26 +73,6 @@ def _check_state_is_free(spec: OpSpec, arguments: Arguments) -> None:
         fail(spec, f"{should}: state_indices are slots of it")
 
 
-def check_gradients(spec: OpSpec, arguments: Arguments) -> None:
-    """Check that a call that needs gradients can have them."""
-    if arguments.inplace:
-        fail(spec, "inplace is True, should be False: gradients are needed")
-    if arguments.state_indices is not None:
-        fail(
-            spec,
-            "state_indices is for decoding: it is given, should be None where gradients are "
-            "needed; decode under torch.no_grad()",
-        )
-    for arg in spec.tensors:
-        x = arguments.value(arg.field)
-        if x is not None and x.requires_grad and not arg.differentiable:
-            fail(
-                spec,
-                f"{arg.name} requires a gradient, should not: {spec.name} is for decoding, under "
-                f"torch.no_grad(); gated_delta has gradients",
-            )
-
-
 def _default_scale(key_width: int) -> float:
     return float(key_width) ** -0.5 if key_width else 1.0
 

@@ -65,7 +65,7 @@ class Tables:
 
     def target(self, device: torch.device) -> str:
         """Return the device class that launches on a device are configured for."""
-        recorded = recorded_target()
+        recorded = recorded_target() if device.type == "meta" else None
         if recorded is not None:
             return recorded
         return self._target_of(device.index or 0) if device.type == "cuda" else self._emulated
@@ -135,20 +135,27 @@ class KernelBackend(Backend):
 
     Attributes:
         tables: the configurations of its kernels.
+        make_plan: returns the plan of a call of `gated_delta`, from its shapes and attributes.
+        empty_saved: allocates what the forward of a plan saves for the backward.
+        tool_reasons: returns why kernels cannot be built for a device type, whatever the call.
+        run_forward: runs a call of `gated_delta` that has tokens, given its plan.
+        run_backward: returns its gradients, given the plan, the saved tensors, d_o and d_state.
     """
 
     kernels = True
     tables: ClassVar[Tables]
 
-    def run_forward(self, call: Call) -> Forward:
-        """Run a call of `gated_delta` that has tokens."""
-        raise NotImplementedError
+    make_plan: ClassVar[Callable[..., Any]]
+    empty_saved: ClassVar[Callable[..., tuple[Tensor, ...]]]
+    tool_reasons: ClassVar[Callable[..., tuple[str, ...]]]
+    run_forward: ClassVar[Callable[..., Forward]]
+    run_backward: ClassVar[Callable[..., Grads]]
 
-    def run_backward(
-        self, call: Call, saved: tuple[Tensor, ...], d_o: Tensor, d_state: Tensor
-    ) -> Grads:
-        """Return the gradients of a call of `gated_delta` that has tokens."""
-        raise NotImplementedError
+    def reasons(self, call: Call) -> list[str]:
+        return [*self.tool_reasons(call.device.type)]
+
+    def saved_like(self, call: Call) -> tuple[Tensor, ...]:
+        return self.empty_saved(self.make_plan(call), call.device)
 
     def forward(self, call: Call) -> Forward:
         if not call.has_tokens:
@@ -156,7 +163,7 @@ class KernelBackend(Backend):
         is_planned = call.needs_grad or call.cu_seqlens is not None or call.chunk_size
         if call.sizes.T <= MOST_STEPS and not is_planned:
             return Forward(*self.decode_many(call)[:2])
-        return self.run_forward(call)
+        return self.run_forward(call, self.make_plan(call))
 
     def backward(
         self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
@@ -165,7 +172,7 @@ class KernelBackend(Backend):
             return gradients_without_tokens(call, d_state)
         if saved is None:
             raise RuntimeError("gradients of gradients were asked for, which limits exclude")
-        return self.run_backward(call, saved, d_o, d_state)
+        return self.run_backward(call, self.make_plan(call), saved, d_o, d_state)
 
     def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         return self.decode_many(call)[:2]

@@ -7,6 +7,7 @@ so that a fact about the op stands in one place.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,6 +91,7 @@ class TensorArg:
         gate: whether it is a gate, that is, read in the compute dtype whatever it is stored in.
         stands_for: what the library calls it where ops name it differently: "state" for every
             argument that is the state before the first token; None for its own name.
+        field: that name, under which a call of any op holds it.
     """
 
     name: str
@@ -102,8 +104,10 @@ class TensorArg:
     same_dtype_as: str | None = None
     gate: bool = False
     stands_for: str | None = None
+    field: str = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "field", self.stands_for or self.name)
         require(self.name.isidentifier(), f"argument name {self.name!r} is not an identifier")
         require(bool(self.shapes), f"{self.name} allows no shape")
         for shape in self.shapes:
@@ -122,11 +126,6 @@ class TensorArg:
     def shape(self) -> str:
         """Return its usual shape as text: `(B, T, H, K)`, `(N+1,)`."""
         return printed_shape(self.axes)
-
-    @property
-    def field(self) -> str:
-        """Return the name under which a call of any op holds it."""
-        return self.stands_for or self.name
 
     def __str__(self) -> str:
         domain = f" in {self.domain}" if self.domain else ""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_ops.call.bind import Arguments, bind
-from gdn_ops.call.structure import check_gradients, is_narrow
+from gdn_ops.call.bind import Arguments, bind, check_gradients
+from gdn_ops.call.structure import is_narrow
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.spec.language import OpSpec

@@ -37,7 +37,9 @@ class _Given(NamedTuple):
     constants: dict[str, Any]
 
 
-def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor) -> Grads:
+def backward(
+    call: Call, plan: Plan, saved: tuple[Tensor, ...], d_o: Tensor, d_final: Tensor
+) -> Grads:
     """Return the gradients of a call.
 
     Args:
@@ -49,8 +51,9 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
     """
     s = plan.sizes
     q, k, v, d_o = (readable(x) for x in (*call.tokens[:3], d_o))
-    given = _Given(call, plan, saved, q, k, v, d_o, common(call, plan) | {"V": s.V})
-    u, states, _ = run_states(call, plan, k, v, saved, 1)
+    kept = Saved(*saved)
+    given = _Given(call, plan, kept, q, k, v, d_o, common(call, plan) | {"V": s.V})
+    u, states, _ = run_states(call, plan, k, v, kept, 1)
     d_rhs, d_states, d_initial = _walk_back(given, d_final.contiguous())
     d_qk, d_kk, sums = _pair_gradients(given, u, d_rhs)
 
@@ -61,7 +64,7 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
     tiles = plan.config.token_gradients
     launch(
         token_gradients.token_gradients, (plan.chunk_slots, s.H),
-        q, k, v, gate, d_o, saved.gates, saved.inv_norms, u, d_rhs, states, d_states, d_qk, d_kk,
+        q, k, v, gate, d_o, kept.gates, kept.inv_norms, u, d_rhs, states, d_states, d_qk, d_kk,
         sums[2:], sums[0], sums[1], d_q, d_k, d_v, d_gate, d_beta,
         bounds_of(call), float(call.scale),
         s.N, s.T, plan.chunk_slots, *strides(q), *strides(k), *strides(v), *strides(d_o),

@@ -33,6 +33,7 @@ KERNELS: Final = (
 )
 
 
+@functools.cache
 def power_of_two(n: int) -> int:
     """Return the smallest power of two that is at least n and 16."""
     return max(16, 1 << (n - 1).bit_length())
@@ -50,6 +51,11 @@ def _target_of(index: int) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
+@functools.cache
+def _width_class(K: int, V: int) -> int:
+    return max(64, power_of_two(max(K, V)))
+
+
 _TILES = {"BV": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}
 
 tables: Final = Tables(
@@ -58,7 +64,7 @@ tables: Final = Tables(
     target_of=_target_of,
     # An emulation runs what a Hopper GPU would.
     emulated="sm_90",
-    width_of=lambda K, V: max(64, power_of_two(max(K, V))),
+    width_of=_width_class,
     choices=(
         {"BV": (8, 16, 32, 64), "warps": (1, 2, 4, 8)},
         {
@@ -72,15 +78,6 @@ tables: Final = Tables(
 )
 
 
-def products(device: torch.device) -> str:
-    """Return how float32 products are formed: tf32x3 on NVIDIA, ieee on AMD and by choice.
-
-    `tf32x3` sums three TF32 products of the operands' high and low parts, on tensor cores; `ieee`
-    multiplies in float32. GDN_OPS_TRITON_FLOAT32 chooses for NVIDIA, and is read at import.
-    """
-    return "ieee" if tables.target(device).startswith("gfx") else _chosen_products
-
-
 def _read_choice() -> str:
     found = os.environ.get("GDN_OPS_TRITON_FLOAT32", "") or FLOAT32_PRODUCTS[0]
     if found not in FLOAT32_PRODUCTS:
@@ -90,4 +87,9 @@ def _read_choice() -> str:
     return found
 
 
-_chosen_products = _read_choice()
+float32_products = _read_choice()
+"""How float32 products are formed on NVIDIA; on AMD it is "ieee".
+
+`tf32x3` sums three TF32 products of the operands' high and low parts, on tensor cores; `ieee`
+multiplies in float32. GDN_OPS_TRITON_FLOAT32 chooses, and is read at import.
+"""

@@ -5,7 +5,7 @@
     output    per chunk, fully parallel    o
 
 For bfloat16 and float16 the operands of products are rounded to that dtype; gates, sums, the solve
-and the state are float32. For float32 every product is float32 (`config.products`).
+and the state are float32. For float32 every product is float32 (`config.float32_products`).
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ def gate_kind(call: Call) -> int:
 def common(call: Call, plan: Plan) -> dict[str, Any]:
     """Return the compile-time constants that all kernels share."""
     s = plan.sizes
+    is_amd = configs.tables.target(call.device).startswith("gfx")
     return {
         "H": s.H,
-        "R": s.R,
+        "R": s.HV // s.H,
         "K": s.K,
         "C": plan.C,
         "BK": power_of_two(s.K),
         "GATE": gate_kind(call),
         "NORM": plan.norm,
         "VARLEN": plan.varlen,
-        "PRECISION": configs.products(call.device),
+        "PRECISION": "ieee" if is_amd else configs.float32_products,
     }
 
 

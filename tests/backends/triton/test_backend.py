@@ -133,7 +133,7 @@ def test_float32_means_float32() -> None:
     for name, x in found.items():
         error = (x.double() - reference[name]).norm() / reference[name].norm()
         assert error < 1e-6, name
-    assert configs.products(torch.device("cpu")) == "tf32x3"
+    assert configs.float32_products == "tf32x3"
 
 
 def test_the_same_call_gives_the_same_bits() -> None:
@@ -253,7 +253,7 @@ def test_what_it_cannot_run_is_a_reason(changes: dict[str, Any], reason: str) ->
 
 @pytest.fixture
 def fresh_reasons() -> Iterator[None]:
-    caches = (backend.version_reasons, backend.compiler_reasons)
+    caches = (backend.version_reasons, backend.tool_reasons)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -275,7 +275,7 @@ def test_no_c_compiler_is_a_reason_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(backend.shutil, "which", lambda name: None)
     expected = ("no C compiler, which Triton launches with: install gcc or clang, or set CC",)
-    assert backend.compiler_reasons() == expected
+    assert backend.tool_reasons("cuda") == expected
     triton = get_backend("triton")
     assert not isinstance(triton, str)
     call = meta_call(False, **SIZES)
@@ -307,7 +307,7 @@ def test_an_unknown_choice_of_products_is_refused() -> None:
 
 
 def test_ieee_products_are_the_definition_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "_chosen_products", "ieee")
+    monkeypatch.setattr(configs, "float32_products", "ieee")
     verdict = judge(AWKWARD, "triton")
     assert verdict.passed, verdict
 
