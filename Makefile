@@ -3,7 +3,6 @@
 #
 #   make demo                 show what the op does, on a real text
 #   make test                 static checks and all tests
-#   make coverage             the tests, and which lines they run
 #   make fuzz SECONDS=600     random calls against every backend
 #   make lock                 refresh constraints.txt and show what changed
 #   make versions             the tests with other versions of torch, transformers, onnx, ...
@@ -22,6 +21,8 @@ VENV ?= .venv
 SECONDS ?= 600
 # Processes that tests run in; on small tensors a second thread only waits for the first.
 WORKERS ?= 2
+# What is reported of the lines that tests run; `make test COVERAGE=` is a quarter faster.
+COVERAGE ?= --cov --cov-report=term
 BENCH ?=
 ORT_INCLUDE ?=
 # Cells of `make versions`, names or patterns; how many run at once, by cores and memory without;
@@ -36,7 +37,7 @@ CONSTRAINTS := $(VENV)/constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv lock test check static pytest coverage versions demo fuzz bench docs native wheel clean distclean
+.PHONY: venv lock test check static pytest versions demo fuzz bench docs native wheel clean distclean
 
 venv: $(STAMP)
 
@@ -64,12 +65,7 @@ static: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 
 pytest: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
-
-# Not in `make test`: before Python 3.12 every call is traced, of torch's code too, whatever sources
-# are left out. tests/call/test_bind.py then took 26 s of CPU time in place of 20.
-coverage: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(COVERAGE)
 
 versions: $(STAMP)
 	$(BIN)/python tests/versions $(foreach cell,$(CELL),'$(cell)') \

@@ -153,6 +153,35 @@ def test_a_command_is_a_module_and_a_line(house: Path) -> None:
     assert "Greet." in python(house, "-m", "gdn_ops", "--help")
 
 
+CLIENT = '''
+"""Run the delta rule of a library whose heads stand before its tokens."""
+
+from gdn_ops.ops import gated_delta
+
+
+def delta_rule(queries, keys, values, strengths):
+    """Return o (B, HV, T, V), given (B, H, T, K), (B, HV, T, V) and (B, HV, T)."""
+    q, k, v, beta = (x.transpose(1, 2) for x in (queries, keys, values, strengths))
+    return gated_delta(q, k, v, beta=beta, rule="delta").transpose(1, 2)
+'''
+
+USE = """
+import torch
+from gdn_ops.compat.heads_first import delta_rule
+
+q, k, v, beta = torch.randn(1, 2, 3, 4), torch.eye(4)[None, None, :3].repeat(1, 2, 1, 1), \\
+    torch.randn(1, 2, 3, 5), torch.ones(1, 2, 3)
+# Of orthonormal keys, each recalls its value exactly.
+print(torch.equal(delta_rule(k * 2, k, v, beta), v))
+"""
+
+
+def test_a_module_in_compat_is_a_client(house: Path) -> None:
+    path = house / "gdn_ops" / "compat" / "heads_first.py"
+    path.write_text(CLIENT, encoding="utf-8")
+    assert python(house, "-c", USE) == "True\n"
+
+
 # A law.
 
 
