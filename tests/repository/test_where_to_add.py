@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from gdn_ops import Backend, Limits, register_backend
+from gdn_ops import Backend, Forward, Limits, register_backend
 from gdn_ops.backends.naive import Naive
+from gdn_ops.call.bind import Call
 from gdn_ops.dispatch import registry
 from gdn_ops.testing import conformance
 from gdn_ops.testing.compiled import COMPILED, per_shape, per_width
@@ -85,6 +86,7 @@ def test_a_file_in_backends_is_a_backend(house: Path) -> None:
 FACTS = """
 import gdn_ops
 from gdn_ops.backends.naive import Naive
+from gdn_ops.call.bind import Call
 from gdn_ops.spec import docs
 from gdn_ops.spec.ops import OPS
 from gdn_ops.testing import Example, lint, mutants
@@ -239,9 +241,29 @@ def test_of_a_backend_that_compiles_few_calls_are_drawn(monkeypatch: pytest.Monk
 # A class for the base class as it was.
 
 
-@pytest.mark.parametrize("member", ["compiles_per_shape", "compiles_per_width"])
-def test_a_class_for_an_older_base_class_is_told_what_moved(member: str) -> None:
+@pytest.mark.parametrize(
+    ("member", "now"),
+    [
+        ("compiles_per_shape", "a row of gdn_ops.testing.compiled.COMPILED"),
+        ("compiles_per_width", "a row of gdn_ops.testing.compiled.COMPILED"),
+        ("step", "named decode_one"),
+        ("steps", "named decode_many"),
+    ],
+)
+def test_a_class_for_an_older_base_class_is_told_what_moved(member: str, now: str) -> None:
     old = type("Old", (Naive,), {"name": "old", member: True, "__module__": "old_package"})
-    text = f"^old_package.Old.{member} is now a row of gdn_ops.testing.compiled.COMPILED$"
-    with pytest.raises(TypeError, match=text):
+    with pytest.raises(TypeError, match=f"^old_package.Old.{member} is now {now}$"):
         register_backend(old)
+
+
+def test_a_backend_that_looks_for_a_tensor_where_it_was_is_told_where_it_is() -> None:
+    class Old(Naive):
+        name = "old"
+
+        def forward(self, call: Call) -> Forward:
+            return Forward(call.q, call.state)
+
+    register_backend(Old)
+    message = "^Call has no attribute 'q': it is call.tokens.q$"
+    with pytest.raises(AttributeError, match=message):
+        Example(T=3).run("old", gradients=False)
