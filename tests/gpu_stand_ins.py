@@ -8,6 +8,7 @@ wrongly gets wrong numbers or a TypeError.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -20,10 +21,9 @@ from torch import Tensor
 
 import gdn_ops
 from gdn_ops.bench.device import Peak, Run
-from gdn_ops.bench.gpu.device import Facts
 from gdn_ops.bench.gpu.rows import GpuRow
 from gdn_ops.bench.inputs import Inputs
-from gdn_ops.bench.peers import Contender, Prepared, our_contender
+from gdn_ops.bench.peers import Contender, Prepared, find_contender
 
 FORWARD = GpuRow("forward", (1, 2), (20,), dims=(8, 4), dtype="float32")
 PACKED = GpuRow("forward", (1, 2), (9, 4, 7), packed=True, dims=(8, 4), dtype="float32")
@@ -40,7 +40,7 @@ class FakeDevice:
 
     def __init__(self, name: str = "NVIDIA H200", l2: int = 0) -> None:
         self.torch_device = "cpu"
-        self.facts = Facts(name, "sm90", 1 << 30, l2, "1.2.3")
+        self.name, self.l2 = name, l2
         self.now = 0.0
         self.captured: list[int] = []
         self.refuses_capture = False
@@ -79,10 +79,10 @@ class FakeDevice:
         pass
 
 
-def ours() -> Contender:
-    """Return the torch backend."""
-    found = our_contender("torch")
-    assert isinstance(found, Contender)
+def contender(name: str = "torch") -> Contender:
+    """Return a backend or a peer that is there."""
+    found = find_contender(name)
+    assert isinstance(found, Contender), found
     return found
 
 
@@ -120,227 +120,139 @@ def stand_in(
 
         return Prepared(run, read)
 
-    right = ours()
+    right = contender()
     return Contender(
         name, lambda x: slow(right.sequence, x), lambda x: slow(right.step, x), "1.0", is_peer=True
     )
 
 
-# fla
+def takes(signature: str) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
+    """Give a function of named arguments the signature of the real one."""
+    real = inspect.signature(eval(f"lambda {signature}: None"))
+
+    def decorate(function: Callable[[Any], Any]) -> Callable[..., Any]:
+        def peer(*arguments: object, **named: object) -> Any:
+            bound = real.bind(*arguments, **named)
+            bound.apply_defaults()
+            return function(types.SimpleNamespace(**bound.arguments))
+
+        peer.__signature__ = real  # type: ignore[attr-defined]
+        return peer
+
+    return decorate
 
 
-def fla_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_indices: Tensor | None = None,
-    cp_context: object = None,
-    **kwargs: object,
-) -> tuple[Tensor, Tensor | None]:
-    assert not (use_beta_sigmoid_in_kernel or allow_neg_eigval or state_v_first or kwargs)
-    o, state = gdn_ops.gated_delta(
-        q,
-        k,
-        v,
-        beta=beta,
-        log_alpha=g,
-        scale=scale,
-        qk_l2norm=use_qk_l2norm_in_kernel,
-        initial_state=initial_state,
-        return_state=True,
-        cu_seqlens=cu_seqlens,
-        backend="naive",
+def define(*qkv: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+    return gdn_ops.gated_delta(*qkv, **given, return_state=True, backend="naive")
+
+
+@takes(
+    "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,"
+    "use_qk_l2norm_in_kernel=False, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False,"
+    "state_v_first=False, cu_seqlens=None, cu_seqlens_cpu=None, chunk_indices=None,"
+    "cp_context=None, **kwargs"
+)
+def fla_chunk(x: Any) -> tuple[Tensor, Tensor | None]:
+    assert not (x.use_beta_sigmoid_in_kernel or x.allow_neg_eigval or x.state_v_first or x.kwargs)
+    o, state = define(
+        *(x.q, x.k, x.v),
+        beta=x.beta,
+        log_alpha=x.g,
+        scale=x.scale,
+        qk_l2norm=x.use_qk_l2norm_in_kernel,
+        initial_state=x.initial_state,
+        cu_seqlens=x.cu_seqlens,
     )
-    return o, state if output_final_state else None
+    return o, state if x.output_final_state else None
 
 
-def fla_recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    gk: Tensor | None = None,
-    gv: Tensor | None = None,
-    beta: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, Tensor | None]:
-    assert g is not None and beta is not None and initial_state is not None
-    assert gk is None and gv is None and not use_gate_in_kernel and not kwargs
-    return fla_chunk(
-        q, k, v, g, beta, scale, initial_state.float(), output_final_state, use_qk_l2norm_in_kernel
-    )
+@takes(
+    "q, k, v, g=None, gk=None, gv=None, beta=None, scale=None, initial_state=None,"
+    "output_final_state=False, use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False,"
+    "A_log=None, dt_bias=None, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False,"
+    "state_v_first=False, cu_seqlens=None, **kwargs"
+)
+def fla_recurrent(x: Any) -> Any:
+    assert x.g is not None and x.beta is not None and x.initial_state is not None
+    assert x.gk is None and x.gv is None and not x.use_gate_in_kernel and not x.kwargs
+    given = (x.scale, x.initial_state.float(), x.output_final_state, x.use_qk_l2norm_in_kernel)
+    return fla_chunk(x.q, x.k, x.v, x.g, x.beta, *given)
 
 
-# flash_qla
+@takes(
+    "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,"
+    "use_qk_l2norm_in_kernel=False, cu_seqlens=None, head_first=False, state_v_first=False,"
+    "auto_cp=True, enable_fwd_cp_cache=True, cp_context=None, force_intra_cp=False"
+)
+def flash_qla_chunk(x: Any) -> Any:
+    assert not (x.head_first or x.state_v_first)
+    given = (x.scale, x.initial_state, x.output_final_state, x.use_qk_l2norm_in_kernel)
+    return fla_chunk(x.q, x.k, x.v, x.g, x.beta, *given, cu_seqlens=x.cu_seqlens)
 
 
-def flash_qla_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: Tensor | None = None,
-    head_first: bool = False,
-    state_v_first: bool = False,
-    auto_cp: bool = True,
-    enable_fwd_cp_cache: bool = True,
-    cp_context: object = None,
-    force_intra_cp: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    assert not (head_first or state_v_first)
-    return fla_chunk(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale,
-        initial_state,
-        output_final_state,
-        use_qk_l2norm_in_kernel,
-        cu_seqlens=cu_seqlens,
-    )
-
-
-# flashinfer
-
-
-def flashinfer_prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    beta: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    use_qk_l2norm_in_kernel: bool = False,
-    output: Tensor | None = None,
-    output_state: Tensor | None = None,
-    state_checkpoints: Tensor | None = None,
-    checkpoint_cu_starts: Tensor | None = None,
-    checkpoint_every_n_tokens: int = 0,
-    use_cp: str | bool = "auto",
-    state_indices: Tensor | None = None,
-    _cp_chunk_len: int | None = None,
-    backend: str = "auto",
-    max_seqlen: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    assert q.dim() == 3 and cu_seqlens is not None and output_final_state
-    assert g is not None and g.dtype == torch.float32 and g.min() >= 0, "g is linear alpha here"
-    assert beta is not None and initial_state is not None
-    assert all(x.is_contiguous() for x in (q, k, v, g, beta, initial_state))
-    o, state = gdn_ops.gated_delta(
-        *(x.unsqueeze(0) for x in (q, k, v)),
-        alpha=g.unsqueeze(0),
-        beta=beta.unsqueeze(0),
-        scale=scale,
-        qk_l2norm=use_qk_l2norm_in_kernel,
-        initial_state=initial_state.transpose(-1, -2),
-        return_state=True,
-        cu_seqlens=cu_seqlens,
-        backend="naive",
+@takes(
+    "q, k, v, g=None, beta=None, scale=None, initial_state=None, output_final_state=False,"
+    "cu_seqlens=None, use_qk_l2norm_in_kernel=False, output=None, output_state=None,"
+    "state_checkpoints=None, checkpoint_cu_starts=None, checkpoint_every_n_tokens=0,"
+    "use_cp='auto', state_indices=None, _cp_chunk_len=None, backend='auto', max_seqlen=None"
+)
+def flashinfer_prefill(x: Any) -> tuple[Tensor, Tensor]:
+    assert x.q.dim() == 3 and x.cu_seqlens is not None and x.output_final_state
+    assert x.g.dtype == torch.float32 and x.g.min() >= 0, "g is linear alpha here"
+    assert all(y.is_contiguous() for y in (x.q, x.k, x.v, x.g, x.beta, x.initial_state))
+    o, state = define(
+        *(y.unsqueeze(0) for y in (x.q, x.k, x.v)),
+        alpha=x.g.unsqueeze(0),
+        beta=x.beta.unsqueeze(0),
+        scale=x.scale,
+        qk_l2norm=x.use_qk_l2norm_in_kernel,
+        initial_state=x.initial_state.transpose(-1, -2),
+        cu_seqlens=x.cu_seqlens,
     )
     return o.squeeze(0), state.transpose(-1, -2).contiguous()
 
 
-def flashinfer_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    A_log: Tensor,
-    a: Tensor,
-    dt_bias: Tensor,
-    b: Tensor,
-    scale: float | None = None,
-    output: Tensor | None = None,
-    use_qk_l2norm: bool = True,
-    initial_state: Tensor | None = None,
-    initial_state_indices: Tensor | None = None,
-    output_state_indices: Tensor | None = None,
-    intermediate_states_buffer: Tensor | None = None,
-    disable_state_update: bool = False,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    assert (initial_state is None) == (initial_state_indices is None)
-    pool = state if initial_state is None else initial_state
-    assert pool is not None and q.dim() == 4 and q.shape[1] == 1
-    if initial_state_indices is not None:
-        assert torch.equal(initial_state_indices, torch.arange(q.shape[0]))
+@takes(
+    "q, k, v, state, A_log, a, dt_bias, b, scale=None, output=None, use_qk_l2norm=True,"
+    "initial_state=None, initial_state_indices=None, output_state_indices=None,"
+    "intermediate_states_buffer=None, disable_state_update=False, backend='auto'"
+)
+def flashinfer_decode(x: Any) -> tuple[Tensor, Tensor]:
+    assert (x.initial_state is None) == (x.initial_state_indices is None)
+    pool = x.state if x.initial_state is None else x.initial_state
+    assert pool is not None and x.q.dim() == 4 and x.q.shape[1] == 1
+    if x.initial_state_indices is not None:
+        assert torch.equal(x.initial_state_indices, torch.arange(x.q.shape[0]))
         assert pool.dtype == torch.bfloat16
-    log_alpha = -A_log.exp() * torch.nn.functional.softplus(a.float() + dt_bias)
-    o, new = gdn_ops.gated_delta(
-        q,
-        k,
-        v,
-        beta=torch.sigmoid(b.float()),
-        log_alpha=log_alpha,
-        scale=scale,
-        qk_l2norm=use_qk_l2norm,
+    o, new = define(
+        *(x.q, x.k, x.v),
+        beta=torch.sigmoid(x.b.float()),
+        log_alpha=-x.A_log.exp() * torch.nn.functional.softplus(x.a.float() + x.dt_bias),
+        scale=x.scale,
+        qk_l2norm=x.use_qk_l2norm,
         initial_state=pool.float().transpose(-1, -2),
-        return_state=True,
-        backend="naive",
     )
     pool.copy_(new.transpose(-1, -2))
     return o, pool
 
 
-def module(patch: pytest.MonkeyPatch, name: str, **content: object) -> None:
-    """Put a module into sys.modules, with the packages above it."""
-    parts = name.split(".")
-    for i in range(1, len(parts)):
-        above = ".".join(parts[:i])
-        if above not in sys.modules:
-            patch.setitem(sys.modules, above, types.ModuleType(above))
-    found = sys.modules.get(name) or types.ModuleType(name)
-    for key, value in content.items():
-        setattr(found, key, value)
-    patch.setitem(sys.modules, name, found)
+MODULES: dict[str, dict[str, object]] = {
+    "fla": {"__version__": "0.6.0"},
+    "fla.ops": {},
+    "fla.ops.gated_delta_rule": {
+        "chunk_gated_delta_rule": fla_chunk,
+        "fused_recurrent_gated_delta_rule": fla_recurrent,
+    },
+    "flash_qla": {"__version__": "0.1.3", "chunk_gated_delta_rule": flash_qla_chunk},
+    "flashinfer": {"__version__": "0.7.2"},
+    "flashinfer.gdn_prefill": {"chunk_gated_delta_rule": flashinfer_prefill},
+    "flashinfer.gdn_decode": {"gated_delta_rule_decode_pretranspose": flashinfer_decode},
+}
 
 
 def install_peers(patch: pytest.MonkeyPatch) -> None:
     """Install the stand-ins of all peers."""
-    module(patch, "fla", __version__="0.6.0")
-    module(
-        patch,
-        "fla.ops.gated_delta_rule",
-        chunk_gated_delta_rule=fla_chunk,
-        fused_recurrent_gated_delta_rule=fla_recurrent,
-    )
-    module(patch, "flash_qla", chunk_gated_delta_rule=flash_qla_chunk, __version__="0.1.3")
-    module(patch, "flashinfer", __version__="0.7.2")
-    module(patch, "flashinfer.gdn_prefill", chunk_gated_delta_rule=flashinfer_prefill)
-    module(
-        patch,
-        "flashinfer.gdn_decode",
-        gated_delta_rule_decode_pretranspose=flashinfer_decode,
-    )
+    for name, content in MODULES.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        patch.setitem(sys.modules, name, module)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -82,11 +83,7 @@ class Worker:
         self._lines.put(None)
 
     def ask(self, order: dict[str, Any], seconds: float | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the events of an order.
-
-        Args:
-            order: what to do, as plain data.
-            seconds: after which the process is ended; None for no limit.
+        """Yield the events of an order, plain data; after `seconds` the process is ended.
 
         Raises:
             StoppedError: the process ended before the order was done.
@@ -137,42 +134,36 @@ class Worker:
                     stream.close()
 
 
-def ask(module: str, order: dict[str, Any]) -> Any:
-    """Have one order carried out by `python -m module` with as many threads as this process.
-
-    Args:
-        module: its name; it calls `answer`.
-        order: its argument.
+def call(function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function of a module in a process of its own, with as many threads as this one.
 
     Returns:
-        The answer, or a text that says why there is none; an answer is never a text.
+        The value, or a text that says why there is none; a value is never a text.
     """
-    worker = Worker((sys.executable, "-m", module))
+    worker = Worker((sys.executable, "-m", "gdn_ops.bench.child"))
+    order = pickle.dumps((function, arguments, torch.get_num_threads())).hex()
     try:
-        (event,) = worker.ask(order | {"threads": torch.get_num_threads()})
-        return event["answer"]
+        (event,) = worker.ask({"call": order})
+        return pickle.loads(bytes.fromhex(event["value"]))
     except StoppedError as error:
         return f"the measuring process ended with {error.code}: {error.last_line}"
     finally:
         worker.close()
 
 
-def answer(function: Callable[[dict[str, Any]], Any]) -> None:
-    """Answer the orders of `ask` in the child process by the value of a function."""
+def _answer(emit: Emit) -> Callable[[dict[str, Any]], None]:
+    """Return what carries out the order of `call` in the child process."""
 
-    def carry_out(order: dict[str, Any], emit: Emit) -> None:
-        torch.set_num_threads(order.pop("threads"))
-        emit({"answer": function(order)})
+    def carry_out(order: dict[str, Any]) -> None:
+        function, arguments, threads = pickle.loads(bytes.fromhex(order["call"]))
+        torch.set_num_threads(threads)
+        emit({"value": pickle.dumps(function(*arguments)).hex()})
 
-    carry_out_orders(lambda emit: lambda order: carry_out(order, emit))
+    return carry_out
 
 
 def carry_out_orders(start: Callable[[Emit], Callable[[dict[str, Any]], None]]) -> None:
-    """Carry out the orders on stdin, in the child process, until it ends.
-
-    Args:
-        start: from a function that emits events to one that carries out an order.
-    """
+    """Carry out the orders on stdin, in the child process, until it ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     # What is printed here must not be taken for an event.
     os.dup2(2, 1)
@@ -184,3 +175,7 @@ def carry_out_orders(start: Callable[[Emit], Callable[[dict[str, Any]], None]]) 
     for line in sys.stdin:
         carry_out(json.loads(line))
         emit({"done": True})
+
+
+if __name__ == "__main__":
+    carry_out_orders(_answer)

@@ -8,6 +8,7 @@ of its own. Every body is compared with the definition before it is timed.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -66,11 +67,7 @@ GatedDeltaStep <num_qk_heads, num_v_heads, scale, rule, qk_l2norm>
 
 
 class _Clock:
-    """Wrap an onnxruntime session and keep the duration of its last run.
-
-    Attributes:
-        seconds: duration of that run.
-    """
+    """Wrap an onnxruntime session and keep the duration of its last run, in seconds."""
 
     def __init__(self, session: Any) -> None:
         self.seconds, self._session = 0.0, session
@@ -79,7 +76,7 @@ class _Clock:
         return getattr(self._session, name)
 
     def run_with_iobinding(self, binding: Any) -> None:
-        """Run the session and keep the duration."""
+        """Run the session on what is bound."""
         start = time.perf_counter()
         self._session.run_with_iobinding(binding)
         self.seconds = time.perf_counter() - start
@@ -90,8 +87,6 @@ class Way:
     """Hold one way to run a decode step.
 
     Attributes:
-        name: as shown.
-        step: runs it once.
         added: of every step, the seconds outside of onnxruntime's run; None if not known.
     """
 
@@ -150,14 +145,14 @@ def _own_ways(model: ModelProto, batch: int, feeds: list[Array], library: str | 
     for body in _bodies():
         if body != "ort":
             session = _session(model, batch, feeds, body)
-            ways.append(Way(f"{body} in place", _calls(session, feeds)))
+            ways.append(Way(f"{body} in place", functools.partial(session.step, *feeds)))
             session = _session(model, batch, feeds, body)
             ways.append(Way(f"{body} in place, bare", _Bare(session).step))
         session = _session(model, batch, feeds, body, in_place=False)
         ways.append(Way(f"{body} two buffers", _Bare(session).step))
     if library is not None:
         session = _session(model, batch, feeds, "custom", custom_op_library=library)
-        ways.append(Way("custom in place", _calls(session, feeds)))
+        ways.append(Way("custom in place", functools.partial(session.step, *feeds)))
     return ways
 
 
@@ -202,7 +197,7 @@ def _torch_ways(x: Inputs, state: torch.Tensor) -> list[Way]:
     """Return the steps of torch and compile, each with new states and in place."""
     alpha = x.log_alpha.exp()
 
-    def way(name: str, backend: str, inplace: bool) -> Way:
+    def way(backend: str, inplace: bool) -> Way:
         kept = state.clone()
 
         def step() -> object:
@@ -212,18 +207,9 @@ def _torch_ways(x: Inputs, state: torch.Tensor) -> list[Way]:
             )
             return o
 
-        return Way(name, step)
+        return Way(f"{backend} in place" if inplace else backend, step)
 
-    return [
-        way("torch", "torch", False),
-        way("torch in place", "torch", True),
-        way("compile", "compile", False),
-        way("compile in place", "compile", True),
-    ]
-
-
-def _calls(session: DecodeSession, feeds: list[Array]) -> Callable[[], object]:
-    return lambda: session.step(*feeds)
+    return [way(backend, inplace) for backend in ("torch", "compile") for inplace in (False, True)]
 
 
 def _floor(state: Array) -> Way:
@@ -238,13 +224,8 @@ def _check(model: ModelProto, case: str, batch: int, library: str | None) -> lis
     """
     checks = []
     for body in (*_bodies(), *(["custom"] if library is not None else [])):
-        found = compare(
-            model,
-            body,
-            batch=batch,
-            tokens=2,
-            custom_op_library=library if body == "custom" else None,
-        )
+        path = library if body == "custom" else None
+        found = compare(model, body, batch=batch, tokens=2, custom_op_library=path)
         pairs = (("o", found.o, found.allowed_o), ("state", found.state, found.allowed_state))
         checks += [Check(body, case, what, error, allowed) for what, error, allowed in pairs]
     for check in checks:
@@ -307,14 +288,10 @@ def run(
     shapes: tuple[tuple[int, int], ...] = SHAPES,
     width: int = WIDTH,
 ) -> Result:
-    """Measure every shape with one thread.
+    """Measure every shape, (batch rows, heads) with K = V = width, with one thread.
 
-    Args:
-        setting: the number of rounds; it is float32 on the CPU here.
-        library: path of a custom-op library, or None.
-        log: told in one line what starts now.
-        shapes: (batch rows, heads).
-        width: K = V.
+    A custom-op library is given by its path. The setting is for its rounds: it is float32 on the
+    CPU here.
 
     Raises:
         RefusedError: a body computes something else.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from gdn_ops.bench.rows import Row, timed_row
 from gdn_ops.bench.turns import Timing
@@ -13,24 +14,12 @@ def decode_rows(
 ) -> list[Row]:
     """Return the rows of the times, and of the ratios and differences that have a target.
 
-    Args:
-        case: as shown.
-        mib: size of the state.
-        timing: of the ways, by name.
-        added: seconds of step() outside of the run of onnxruntime, by the name of the way.
+    The state has `mib` MiB; `added` is, by way, what step() adds to the run of onnxruntime.
     """
     floor = timing["floor"].median
+    against: dict[str, Any] = {"against": "floor", "floor": floor * 1e6}
     rows = [
-        timed_row(
-            "decode",
-            case,
-            name,
-            "us",
-            t,
-            ratio=floor / t.median,
-            against="floor",
-            floor=floor * 1e6,
-        )
+        timed_row("decode", case, name, "us", t, ratio=floor / t.median, **against)
         for name, t in timing.items()
     ]
     if "ort in place" not in timing:

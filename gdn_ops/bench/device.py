@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -37,22 +36,7 @@ class Peak:
     exact: bool
 
 
-class Device(Protocol):
-    """Describe what every measurement needs of a device."""
-
-    torch_device: str
-
-    def clock(self) -> float:
-        """Return the time in seconds; monotonic."""
-
-    def synchronize(self) -> None:
-        """Wait for all work queued on the device."""
-
-    def peak(self, run: Run) -> Peak:
-        """Return the peak memory of a run."""
-
-
-class Host:
+class Device:
     """Measure on the CPU, and on devices that queue nothing."""
 
     def __init__(self, torch_device: str = "cpu") -> None:
@@ -61,9 +45,10 @@ class Host:
     clock = staticmethod(time.perf_counter)
 
     def synchronize(self) -> None:
-        pass
+        """Wait for all work queued on the device."""
 
     def peak(self, run: Run) -> Peak:
+        """Return the peak memory of a run."""
         _return_free_memory()
         exact = _reset_high_water()
         baseline = _status_bytes("VmRSS") or _high_water()
@@ -71,13 +56,8 @@ class Host:
         return Peak(max(0, _high_water() - baseline), baseline, exact)
 
 
-class TorchCuda:
+class TorchCuda(Device):
     """Measure on a CUDA or ROCm device through torch."""
-
-    def __init__(self, torch_device: str = "cuda") -> None:
-        self.torch_device = torch_device
-
-    clock = staticmethod(time.perf_counter)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
@@ -96,7 +76,7 @@ class TorchCuda:
 @functools.cache
 def find_device(name: str) -> Device:
     """Return the probes of a torch device."""
-    return TorchCuda(name) if name.startswith("cuda") else Host(name)
+    return TorchCuda(name) if name.startswith("cuda") else Device(name)
 
 
 def _status_bytes(field: str) -> int | None:

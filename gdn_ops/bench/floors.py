@@ -35,13 +35,7 @@ class Rates:
     cached_bytes: float
 
     def floor(self, spec: OpSpec, sizes: Sizes, element: int) -> float:
-        """Return the least seconds that a forward can take by the cost model, at these rates.
-
-        Args:
-            spec: the op.
-            sizes: the axes.
-            element: bytes per element of q, k and v.
-        """
+        """Return the least seconds of a forward by the cost model, q, k, v of `element` bytes."""
         compute = spec.cost.flops(sizes, CHUNK) / self.flops
         moved = spec.cost.bytes(sizes, element)
         return max(compute, moved / (self.cached_bytes if moved < CACHED else self.bytes))

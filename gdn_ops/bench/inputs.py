@@ -27,13 +27,7 @@ OPERANDS = ("q", "k", "v", "log_alpha", "beta", "state")
 
 @dataclass(frozen=True)
 class Setting:
-    """Hold the setting of a run: dtype, device and repeats.
-
-    Attributes:
-        dtype: name of the dtype of q, k and v.
-        device: torch device.
-        repeats: interleaved rounds of the long measurements.
-    """
+    """Hold the setting of a run: dtype of q, k and v, torch device, rounds of long measurements."""
 
     dtype: str = "float32"
     device: str = "cpu"
@@ -155,14 +149,7 @@ def find_case(name: str, tokens: int | None = None) -> Case:
 
 
 def make_inputs(s: Sizes, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
-    """Draw the operands of a case: normal q and v, unit keys, log_alpha in (-0.1, 0].
-
-    Args:
-        s: the axes.
-        dtype: of q, k and v.
-        device: where they are made.
-        seed: of the draw.
-    """
+    """Draw a case: normal q and v of a dtype, unit keys, float32 log_alpha in (-0.1, 0]."""
     draw, tokens = _Drawing(device, seed), (s.B, s.T)
     q = draw.normal(*tokens, s.H, s.K)
     k = functional.normalize(draw.normal(*tokens, s.H, s.K), dim=-1)
@@ -185,14 +172,7 @@ def make_output_gradient(s: Sizes, dtype: torch.dtype, device: str = "cpu") -> T
 def make_kernel_inputs(
     s: Sizes, dtype: torch.dtype, device: str, lengths: Sequence[int] | None = None
 ) -> Inputs:
-    """Draw sequences with an initial state.
-
-    Args:
-        s: the axes.
-        dtype: of q, k and v.
-        device: where they are made.
-        lengths: of sequences that are packed along T; None for rows of a batch.
-    """
+    """Draw sequences with an initial state, packed along T if their lengths are given."""
     draw, tokens = _Drawing(device, 0), (s.B, s.T)
     q, k, v, state = _draw_operands(draw, s, tokens)
     log_alpha = functional.logsigmoid(draw.normal(*tokens, s.HV)) / 16

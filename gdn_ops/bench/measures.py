@@ -1,4 +1,8 @@
-"""Measure time, memory, overhead and import, one function each; every function returns rows."""
+"""Measure time, memory, scaling, overhead and import, one function each.
+
+Memory and scaling are measured in processes of their own: a high-water mark cannot be lowered
+everywhere, and how cheap fresh memory pages are depends on what a process did before.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,17 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from gdn_ops.bench.child import child_environment
-from gdn_ops.bench.device import Peak, Run, find_device
+from gdn_ops.bench.child import call, child_environment
+from gdn_ops.bench.device import Peak, find_device
 from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.inputs import Inputs, Setting, make_inputs, make_output_gradient
-from gdn_ops.bench.peers import Contender, our_contender
+from gdn_ops.bench.peers import Contender, find_contender, our_contender
 from gdn_ops.bench.rows import Result, Row, timed_row
-from gdn_ops.bench.turns import interleave
+from gdn_ops.bench.turns import Timing, interleave
 from gdn_ops.bench.verify import RefusedError
 from gdn_ops.call.bind import arguments_of, bind
 from gdn_ops.dispatch import registry
@@ -25,6 +30,7 @@ from gdn_ops.spec.ops import GATED_DELTA
 IMPORT_REPEATS = 5
 OVERHEAD_REPEATS = 2000
 OVERHEAD_TOKENS = 8
+WARMUP_TOKENS = 512
 
 _IMPORTS = (
     "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); "
@@ -37,16 +43,8 @@ def sequence_rows(
 ) -> list[Row]:
     """Time the forward, or forward and backward, of all contenders in turns."""
     d_o = make_output_gradient(case.sizes, s.torch_dtype, s.device)
-
-    def action(c: Contender) -> Run:
-        if what == "forward":
-            return c.sequence(x).run
-        leaves = x.with_grad()
-        call, operands = c.sequence(leaves), leaves.operands()
-        return lambda: torch.autograd.grad(call.results()[0], operands, d_o)
-
     with torch.set_grad_enabled(what != "forward"):
-        actions = {c.name: action(c) for c in contenders}
+        actions = {c.name: c.run(what, x, d_o) for c in contenders}
         timing = interleave(actions, s.repeats, device=find_device(s.device))
     peer = next((c.name for c in contenders if c.is_peer), None)
     floor = None
@@ -67,14 +65,9 @@ def memory_rows(
     measure: Callable[[str], Peak | str],
     result: Result,
 ) -> None:
-    """Measure peak memory, each contender in its own process; add rows, or why there is none.
+    """Add rows of the peak memory that `measure` finds, with ratios to a peer, to a result.
 
-    Args:
-        case: its name.
-        names: of the contenders.
-        peer: the contender that the ratios are to; there are none without it.
-        measure: returns the peak of the contender of a name, or why its process failed.
-        result: gets a row for each peak.
+    Where `measure` returns a text, why a process failed, it is noted among what was left out.
     """
     peaks: dict[str, float] = {}
     for name in names:
@@ -92,6 +85,63 @@ def memory_rows(
         result.rows.append(Row("memory", case, name, "MiB", mib, mib, 1, ratio, against))
 
 
+def measure_peak(name: str, sizes: Sizes, s: Setting) -> Peak | str:
+    """Return the peak memory of a contender's forward and backward, or why its process failed."""
+    peak: Peak | str = call(_peak, name, sizes, s)
+    return peak
+
+
+def _available(name: str) -> Contender:
+    """Return a contender in a process of its own, which ends with the reason if there is none."""
+    found = find_contender(name)
+    if isinstance(found, str):
+        raise SystemExit(found)
+    return found
+
+
+def _peak(name: str, sizes: Sizes, s: Setting) -> Peak:
+    """Run on a short prefix, so that libraries are loaded and code is compiled; then in full."""
+    c = _available(name)
+    for size in (replace(sizes, T=min(sizes.T, WARMUP_TOKENS)), sizes):
+        x = make_inputs(size, s.torch_dtype, s.device)
+        d_o = make_output_gradient(size, s.torch_dtype, s.device)
+        peak = find_device(s.device).peak(c.run("forward+backward", x, d_o))
+    return peak
+
+
+def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row | str:
+    """Compare the time of a forward `times` as long with `times` the time of the short forward.
+
+    Returns:
+        The row, or why the process failed.
+    """
+    long = replace(case.sizes, T=case.sizes.T * times)
+    timing = call(_time_forwards, name, {"short": case.sizes, "long": long}, s)
+    if isinstance(timing, str):
+        return timing
+    longer, shorter = timing["long"], timing["short"]
+    return Row(
+        "scaling",
+        case.name,
+        name,
+        "x",
+        longer.median / shorter.median / times,
+        longer.best / shorter.best / times,
+        s.repeats,
+        against=f"T={long.T} over {times} times T={case.sizes.T}",
+    )
+
+
+def _time_forwards(name: str, sizes: dict[str, Sizes], s: Setting) -> dict[str, Timing]:
+    c = _available(name)
+    runs = {
+        what: c.sequence(make_inputs(size, s.torch_dtype, s.device)).run
+        for what, size in sizes.items()
+    }
+    with torch.no_grad():
+        return interleave(runs, s.repeats, device=find_device(s.device))
+
+
 def overhead_row(name: str, s: Setting) -> Row:
     """Measure the microseconds per call that `gated_delta` adds to the backend's own function."""
     sizes = Sizes(B=1, T=OVERHEAD_TOKENS, H=1, HV=1, K=16, V=16, N=1)
@@ -100,14 +150,14 @@ def overhead_row(name: str, s: Setting) -> Row:
     if isinstance(ours, str):
         raise RefusedError(f"backend {name!r} is not available: {ours}")
     public = ours.sequence(x).run
-    call = bind(GATED_DELTA, arguments_of(GATED_DELTA, x.named()))
-    backend = registry.select(call, name)
+    bound = bind(GATED_DELTA, arguments_of(GATED_DELTA, x.named()))
+    backend = registry.select(bound, name)
     with torch.no_grad():
-        if not torch.equal(public(), backend.forward(call).o):
+        if not torch.equal(public(), backend.forward(bound).o):
             raise RefusedError(f"gated_delta and backend {name!r} called directly differ")
         actions: dict[str, Callable[[], object]] = {
             "public": public,
-            "backend": lambda: backend.forward(call),
+            "backend": lambda: backend.forward(bound),
         }
         timing = interleave(
             actions, OVERHEAD_REPEATS, warmups=20, device=find_device(s.device), collect=False

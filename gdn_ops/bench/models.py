@@ -4,8 +4,7 @@ One random Qwen3.5 in float32: hidden 1024, four layers of which three are linea
 key heads and 32 value heads of 128. Both ways run the same model object in the same process,
 after their logits and loss were compared. Prefill and decode take turns in a process that does
 nothing else, as one that serves: after a training step the C library's heap behaves differently.
-Peak memory is measured in a process of its own for each way. Such a process is this file, run as
-`python -m gdn_ops.bench.models`.
+Peak memory is measured in a process of its own for each way.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.bench import report, suite
-from gdn_ops.bench.child import answer, ask
+from gdn_ops.bench.child import call
 from gdn_ops.bench.device import Peak, find_device
 from gdn_ops.bench.inputs import Setting
 from gdn_ops.bench.measures import memory_rows
@@ -159,12 +158,6 @@ class Decoder:
 def run(backends: Sequence[str], setting: Setting, log: Log, shape: Shape | None = None) -> Result:
     """Compare the model under every backend with transformers' own, then measure.
 
-    Args:
-        backends: of gdn_ops.
-        setting: the number of rounds.
-        log: told what starts now, four times.
-        shape: the model.
-
     Raises:
         RefusedError: a backend computes another model; nothing was timed.
         ValueError: a backend is unknown, transformers not usable, or the setting not float32
@@ -208,21 +201,16 @@ def _serving_rows(
     names: Sequence[str], setting: Setting, shape: Shape, result: Result
 ) -> list[Row]:
     """Return the rows of prefill and decode, timed in a process of their own."""
-    order = {"what": "serving", "names": list(names), "repeats": setting.repeats}
-    found = _child(order, shape)
+    found = call(_serve, names, setting.repeats, shape)
     if isinstance(found, str):
         result.skipped += [(what, "all", found) for what in ("prefill", "decode")]
         return []
-    rows = []
-    for what, samples in found.items():
-        timing = {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
-        rows += _timed_rows(what, shape.case, timing)
-    return rows
+    return [row for what, timing in found.items() for row in _timed_rows(what, shape.case, timing)]
 
 
-def _serve(order: dict[str, Any], shape: Shape) -> dict[str, dict[str, tuple[float, ...]]]:
-    """Time prefill and decode; return the seconds by measurement and by comparator."""
-    model, ids, names = build(shape), prompt(shape), order["names"]
+def _serve(names: Sequence[str], repeats: int, shape: Shape) -> dict[str, dict[str, Timing]]:
+    """Time prefill and decode; return the timing by measurement and by comparator."""
+    model, ids = build(shape), prompt(shape)
     found = {}
     for what in ("prefill", "decode"):
         actions = {}
@@ -232,9 +220,7 @@ def _serve(order: dict[str, Any], shape: Shape) -> dict[str, dict[str, tuple[flo
             else:
                 decoder: Any = _under(name, Decoder, model, ids[:, : min(128, shape.tokens)])
                 actions[name] = functools.partial(_under, name, decoder.run)
-        rounds = order["repeats"] * (DECODES if what == "decode" else 1)
-        timing = interleave(actions, rounds)
-        found[what] = {name: t.samples for name, t in timing.items()}
+        found[what] = interleave(actions, repeats * (DECODES if what == "decode" else 1))
     return found
 
 
@@ -264,13 +250,16 @@ def _timed_rows(what: str, case: str, timing: dict[str, Timing]) -> list[Row]:
 
 def _peak(name: str, shape: Shape) -> Peak | str:
     """Return the peak memory of a training step, or why its process failed."""
-    found = _child({"what": "memory", "name": name}, shape)
-    return found if isinstance(found, str) else Peak(**found)
+    peak: Peak | str = call(_weigh, name, shape)
+    return peak
 
 
-def _child(order: dict[str, Any], shape: Shape) -> Any:
-    """Run an order in a process of its own; return its answer, or why it failed."""
-    return ask("gdn_ops.bench.models", order | {"shape": asdict(shape)})
+def _weigh(name: str, shape: Shape) -> Peak:
+    """Return the peak memory of one training step, after one on a few tokens."""
+    model, ids = build(shape), prompt(shape)
+    with way(name):
+        training_step(model, ids[:, : min(256, shape.tokens)])
+        return find_device("cpu").peak(lambda: training_step(model, ids))
 
 
 def show_run(backends: Sequence[str], setting: Setting, out: Path | None, log: Log = print) -> None:
@@ -282,20 +271,3 @@ def show_run(backends: Sequence[str], setting: Setting, out: Path | None, log: L
     result = run(backends, setting, log)
     path = out and out / f"models-{setting.device}-{setting.dtype}.json"
     report.publish(result, path, log)
-
-
-def _weigh(order: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    """Return the peak memory of one training step, after one on a few tokens."""
-    model, ids = build(shape), prompt(shape)
-    with way(order["name"]):
-        training_step(model, ids[:, : min(256, shape.tokens)])
-        return asdict(find_device("cpu").peak(lambda: training_step(model, ids)))
-
-
-def _measure(order: dict[str, Any]) -> dict[str, Any]:
-    run_order = _serve if order["what"] == "serving" else _weigh
-    return run_order(order, Shape(**order["shape"]))
-
-
-if __name__ == "__main__":
-    answer(_measure)

@@ -23,13 +23,10 @@ import torch
 from torch import Tensor
 
 from gdn_ops import ops
+from gdn_ops.bench.device import Run
 from gdn_ops.bench.inputs import Inputs
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import installed_version
-
-
-def _as_it_is(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return result
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Prepared:
     """
 
     run: Callable[[], Any]
-    read: Callable[[Any], tuple[Tensor, ...]] = _as_it_is
+    read: Callable[[Any], tuple[Tensor, ...]] = tuple
 
     def results(self) -> tuple[Tensor, ...]:
         """Run once and read the result."""
@@ -84,6 +81,14 @@ class Contender:
     def output(self, x: Inputs) -> Tensor:
         """Return o of a sequence."""
         return self.sequence(x).results()[0]
+
+    def run(self, what: str, x: Inputs, d_o: Tensor) -> Run:
+        """Return a sequence to time: "forward", or forward and backward of o's gradient d_o."""
+        if what == "forward":
+            return self.sequence(x).run
+        leaves = x.with_grad()
+        ready, operands = self.sequence(leaves), leaves.operands()
+        return lambda: torch.autograd.grad(ready.results()[0], operands, d_o)
 
     def reasons(self, x: Inputs, what: str) -> list[str]:
         """Return why it cannot run inputs, as far as is known without running it."""
@@ -307,16 +312,10 @@ def find_contender(name: str) -> Contender | str:
     peer = PEERS[name]
     try:
         return peer.load()
-    except ImportError as error:
-        if peer.absent is not None:
+    # Peers ask for the device, for a compiler, for a version while they are imported.
+    except Exception as error:
+        if isinstance(error, ImportError) and peer.absent is not None:
             return f"{peer.absent}: {error}"
         if isinstance(error, ModuleNotFoundError):
             return f"package {error.name!r} is not installed"
-        return _cannot_import(error)
-    # Peers ask for the device, for a compiler, for a version while they are imported.
-    except Exception as error:
-        return _cannot_import(error)
-
-
-def _cannot_import(error: Exception) -> str:
-    return f"cannot be imported: {type(error).__name__}: {error}"
+        return f"cannot be imported: {type(error).__name__}: {error}"

@@ -19,14 +19,7 @@ _TIMED = ("forward", "forward+backward", "memory", "step")
 
 @dataclass(frozen=True)
 class Bar:
-    """Hold one bar of a plot.
-
-    Attributes:
-        name: of the implementation; equal names have one colour.
-        value: its length.
-        text: at its end.
-        published: whether somebody else measured it, elsewhere.
-    """
+    """Hold one bar of a plot, with a text at its end; equal names have one colour."""
 
     name: str
     value: float
@@ -54,12 +47,7 @@ def _whole(value: float | None) -> str:
 
 
 def table(head: Sequence[str], sections: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> str:
-    """Return a table in plain text.
-
-    Args:
-        head: titles of the columns.
-        sections: (heading, rows of cells); a row may end early.
-    """
+    """Return a table in plain text; a section is (heading, rows of cells, which may end early)."""
     rows = [head, *(cells for _, found in sections for cells in found)]
     widths = [max(len(r[i]) for r in rows if len(r) > i) for i in range(len(head))]
 

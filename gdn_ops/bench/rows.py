@@ -54,14 +54,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Target:
-    """Hold a number that a row is meant to reach.
+    """Hold a number that a row is meant to reach, and its text.
 
     Attributes:
-        what, case, comparator: the row that it is for.
-        bound: the number.
         at_least: whether more is better.
         of_ratio: whether it bounds the row's ratio, else its median.
-        text: as shown.
     """
 
     what: str
@@ -107,15 +104,7 @@ def with_target(row: Row, targets: Sequence[Target]) -> Row:
 def timed_row(
     what: str, case: str, comparator: str, unit: str, timing: Timing, per: int = 1, **other: Any
 ) -> Row:
-    """Return the row of a timing.
-
-    Args:
-        what, case, comparator: as in Row.
-        unit: ms, us or s.
-        timing: the samples.
-        per: what a sample is divided by.
-        other: further fields of Row.
-    """
+    """Return the row of a timing in ms, us or s, its samples divided by `per`."""
     times = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit] / per
     median, best = timing.median * times, timing.best * times
     return Row(what, case, comparator, unit, median, best, len(timing.samples), **other)

@@ -6,6 +6,7 @@ updates the state and returns o (B, HV, V). `gated_delta_step` is compared with 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -136,30 +137,19 @@ def _timed_steps(x: Inputs, case: Case, steps: dict[str, Step], s: Setting) -> d
     exact = define_step(replace(x, state=start))
     states = {name: start.clone() for name in steps}
     for name, step in steps.items():
-        _compare(name, (step(states[name]), states[name]), exact, s)
-
-    def action(name: str) -> Callable[[], object]:
-        return lambda: steps[name](states[name])
-
-    actions = {name: action(name) for name in steps}
+        check_step(name, (step(states[name]), states[name]), exact, s)
+    actions = {name: functools.partial(step, states[name]) for name, step in steps.items()}
     return interleave(actions, REPEATS, warmups=10, device=find_device(s.device), collect=False)
 
 
 def check_step(
-    name: str, x: Inputs, start: Tensor, found: tuple[Tensor, Tensor], s: Setting
-) -> None:
-    """Refuse a step whose results, (o, new state), are not those of the definition.
-
-    Raises:
-        RefusedError: they are not.
-    """
-    _compare(name, found, define_step(replace(x, state=start)), s)
-
-
-def _compare(
     name: str, found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], s: Setting
 ) -> None:
-    """Refuse results of a step that are off by more than a few roundings of a sum over K."""
+    """Refuse results of a step, (o, state), that are off by more than roundings of a sum over K.
+
+    Raises:
+        RefusedError: they are.
+    """
     band = 4 * ROUNDING_BAND * torch.finfo(s.torch_dtype).eps
     for what, x, e in zip(("o", "state"), found, exact, strict=True):
         axes = tuple(axis for axis in range(e.dim()) if axis != 1)

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 
 from gdn_ops.bench import measures
 from gdn_ops.bench.floors import measure_rates
-from gdn_ops.bench.inputs import Inputs, Setting, find_case, make_inputs
-from gdn_ops.bench.memory import measure_peak
+from gdn_ops.bench.inputs import Setting, find_case, make_inputs
 from gdn_ops.bench.peers import Contender, check_peers, find_contender
 from gdn_ops.bench.report import Log
 from gdn_ops.bench.rows import TARGETS, Result, describe_system, with_target
-from gdn_ops.bench.scaling import scaling_row
 from gdn_ops.bench.steps import step_rows
 from gdn_ops.bench.verify import verify
 from gdn_ops.dispatch import registry
@@ -36,9 +34,6 @@ class Plan:
         cases: sequence cases for forward, forward+backward and scaling.
         memory_cases: sequence cases for memory.
         step_cases: step cases.
-        backends: names of this library's backends.
-        peers: names of other implementations.
-        setting: dtype, device, repeats.
     """
 
     what: tuple[str, ...] = WHAT
@@ -103,9 +98,7 @@ def system(setting: Setting) -> dict[str, object]:
 def run(plan: Plan, log: Log = lambda text: None) -> Result:
     """Check the contenders of a plan, then take its measurements.
 
-    Args:
-        plan: what to measure.
-        log: told in one line what starts now, `plan.count()` times.
+    `log` is told in one line what starts now, `plan.count()` times.
 
     Raises:
         RefusedError: a contender's numbers are wrong; nothing was timed on that case.
@@ -141,7 +134,7 @@ class _Suite:
             self.log(f"memory, {case.name}")
             names = [c.name for c in contenders]
             peer = next((c.name for c in contenders if c.is_peer), None)
-            measure = functools.partial(measure_peak, sizes=case.sizes, setting=s)
+            measure = functools.partial(measures.measure_peak, sizes=case.sizes, s=s)
             measures.memory_rows(case.name, names, peer, measure, result)
         if s.has_targets:
             result.rows = [with_target(row, TARGETS) for row in result.rows]
@@ -149,25 +142,9 @@ class _Suite:
 
     def _contenders(self) -> list[Contender]:
         """Return the contenders that can run here, peers first, and note why the rest cannot."""
-        found = []
-        for name in (*self.plan.peers, *self.plan.backends):
-            c = find_contender(name)
-            if isinstance(c, str):
-                self.result.skipped.append(("all", name, c))
-            else:
-                found.append(c)
-        return found
-
-    def _runnable(self, contenders: list[Contender], case: Case, x: Inputs) -> list[Contender]:
-        """Return the contenders that can run these operands, and note why the others cannot."""
-        found = []
-        for c in contenders:
-            reasons = c.reasons(x, "forward")
-            if reasons:
-                self.result.skipped.append((case.name, c.name, "; ".join(reasons)))
-            else:
-                found.append(c)
-        return found
+        found = {name: find_contender(name) for name in (*self.plan.peers, *self.plan.backends)}
+        self.result.skipped += [("all", n, why) for n, why in found.items() if isinstance(why, str)]
+        return [c for c in found.values() if not isinstance(c, str)]
 
     def _sequences(self, case: Case, contenders: list[Contender]) -> None:
         """Check the contenders on a case, then time them."""
@@ -177,7 +154,10 @@ class _Suite:
         s, gradients = self.plan.setting, "forward+backward" in wanted
         x = make_inputs(case.sizes, s.torch_dtype, s.device)
         self.log(f"conformance, {case.name}")
-        contenders = self._runnable(contenders, case, x.with_grad() if gradients else x)
+        asked = x.with_grad() if gradients else x
+        reasons = {c.name: "; ".join(c.reasons(asked, "forward")) for c in contenders}
+        self.result.skipped += [(case.name, name, why) for name, why in reasons.items() if why]
+        contenders = [c for c in contenders if not reasons[c.name]]
         if contenders:
             self.result.checks += verify(contenders, case, x, gradients=gradients)
         for what in wanted:
@@ -195,7 +175,7 @@ class _Suite:
         for case in plan.cases if "scaling" in plan.what else ():
             self.log(f"scaling, {case.name}")
             for name in names:
-                row = scaling_row(case, SCALING_TIMES, name, s)
+                row = measures.scaling_row(case, SCALING_TIMES, name, s)
                 if isinstance(row, str):
                     self.result.skipped.append(("scaling", name, row))
                 else:

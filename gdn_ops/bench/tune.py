@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from gdn_ops.bench.device import Run, find_device
 from gdn_ops.bench.gpu.device import Cuda
@@ -31,7 +30,7 @@ from gdn_ops.bench.inputs import (
 from gdn_ops.bench.peers import Contender, Prepared
 from gdn_ops.bench.steps import check_step
 from gdn_ops.bench.turns import Timing, interleave, sample_in_turns
-from gdn_ops.bench.verify import verify
+from gdn_ops.bench.verify import define_step, verify
 from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
@@ -44,47 +43,40 @@ AS_IT_IS = "as it is"
 """Name of the candidate that leaves the choice to the backend."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Hold one configuration of a backend to try.
+def candidates(backend: Backend, call: Call) -> list[Contender]:
+    """Return the configurations to try on a call, each a contender in the context of its own.
 
-    Attributes:
-        name: the row to paste into the backend's table, or AS_IT_IS.
-        backend: that runs.
-        context: in which it runs with this configuration.
-    """
-
-    name: str
-    backend: Backend
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
-
-
-def candidates(backend: Backend, call: Call) -> list[Candidate]:
-    """Return the configurations to try on a call.
+    Its name is the row to paste into the backend's table, or AS_IT_IS.
 
     Raises:
         ValueError: the backend exposes none.
     """
-    if isinstance(backend, Tunable) and (configs := backend.tunables(call)):
-        own = [Candidate(str(c), backend, functools.partial(backend.using, c)) for c in configs]
-        return [Candidate(AS_IT_IS, backend), *own]
-    raise ValueError(f"backend {backend.name!r} exposes no configurations to tune")
+    if not (isinstance(backend, Tunable) and (configs := backend.tunables(call))):
+        raise ValueError(f"backend {backend.name!r} exposes no configurations to tune")
+
+    def sequence(x: Inputs) -> Prepared:
+        return Prepared(lambda: eager.run_sequence(backend, _bound(GATED_DELTA, x))[:1])
+
+    def step(x: Inputs) -> Prepared:
+        in_place = _bound(GATED_DELTA_STEP, x, inplace=True)
+        return Prepared(lambda: eager.run_step(backend, in_place))
+
+    own = [
+        Contender(str(c), sequence, step, context=functools.partial(backend.using, c))
+        for c in configs
+    ]
+    return [Contender(AS_IT_IS, sequence, step), *own]
 
 
-def _bound(spec: OpSpec, **given: object) -> Call:
-    return bind(spec, arguments_of(spec, given))
+def _bound(spec: OpSpec, x: Inputs, **given: object) -> Call:
+    return bind(spec, arguments_of(spec, {**x.named(), **given}))
 
 
 def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
     """Measure every candidate configuration of a backend, in turns.
 
-    Args:
-        name: of the backend.
-        cases: names; qwen-16-32-2048 if there are none.
-        setting: dtype, device, repeats.
-
     Yields:
-        Lines to print: a row per candidate, then the row to paste.
+        Lines to print for each case, or qwen-16-32-2048: a row per candidate, then that to paste.
 
     Raises:
         ValueError: the backend cannot be tuned, or only emulates on the device.
@@ -110,7 +102,7 @@ def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
                 yield f"fastest {what}: {best}"
 
 
-Actions = dict[str, tuple[Candidate, Run]]
+Actions = dict[str, tuple[Contender, Run]]
 Found = Iterator[tuple[str, Actions, dict[str, str]]]
 
 
@@ -118,76 +110,49 @@ def _sequence_actions(backend: Backend, case: Case, setting: Setting) -> Found:
     """Check the candidates for a forward, then for forward and backward; yield those that pass."""
     x = make_inputs(case.sizes, setting.torch_dtype, setting.device)
     d_o = make_output_gradient(case.sizes, setting.torch_dtype, setting.device)
-    leaves = x.with_grad()
 
-    def contender(c: Candidate) -> Contender:
-        def sequence(given: Inputs) -> Prepared:
-            def run() -> tuple[Tensor, ...]:
-                return eager.run_sequence(c.backend, _bound(GATED_DELTA, **given.named()))[:1]
+    def call(c: Contender) -> None:
+        c.output(x)
 
-            return Prepared(run)
-
-        return Contender(c.name, sequence, context=c.context)
-
-    def forward(c: Contender) -> Run:
-        return c.sequence(x).run
-
-    def both(c: Contender) -> Run:
-        call, operands = c.sequence(leaves), leaves.operands()
-        return lambda: torch.autograd.grad(call.results()[0], operands, d_o)
-
-    for what, operands, make in (("forward", x, forward), ("forward+backward", leaves, both)):
-        if what != "forward" and not backend.limits.grad:
+    for what, operands in (("forward", x), ("forward+backward", x.with_grad())):
+        gradients = what != "forward"
+        if gradients and not backend.limits.grad:
             continue
-        space = candidates(backend, _bound(GATED_DELTA, **operands.named()))
-        named = {c.name: contender(c) for c in space}
-        passed, failed = _passed(list(named.values()), case, x, what != "forward")
-        yield what, {c.name: (c, make(named[c.name])) for c in space if c.name in passed}, failed
+        space = candidates(backend, _bound(GATED_DELTA, operands))
+        called, failed = _call(space, call)
+        found = [c for c in space if c.name in called]
+        if found:
+            verify(found, case, x, gradients=gradients)
+        yield what, {c.name: (c, c.run(what, x, d_o)) for c in found}, failed
 
 
-def _passed(
-    contenders: list[Contender], case: Case, x: Inputs, gradients: bool
-) -> tuple[set[str], dict[str, str]]:
-    """Return the names of the contenders that run, after verifying them, and others' errors."""
-    failed: dict[str, str] = {}
-    runs = []
-    for c in contenders:
+def _call(
+    space: list[Contender], call: Callable[[Contender], Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Call a function of every candidate in its context; return the values, and the errors."""
+    values, failed = {}, {}
+    for c in space:
         try:
             # A configuration that does not compile is no reason to stop.
             with c.context():
-                c.output(x)
-            runs.append(c)
+                values[c.name] = call(c)
         except Exception as error:
             failed[c.name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    if runs:
-        verify(runs, case, x, gradients=gradients)
-    return {c.name for c in runs}, failed
+    return values, failed
 
 
 def _step_actions(backend: Backend, case: Case, setting: Setting) -> Found:
     """Check the candidates for a step; yield those that pass."""
-    x = make_step_inputs(case.sizes, setting.torch_dtype, setting.device)
     s = case.sizes
     start = torch.randn(s.B, s.HV, s.K, s.V, device=setting.device)
-
-    def action(c: Candidate, state: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-        call = _bound(GATED_DELTA_STEP, **x.named(), state=state, inplace=True)
-        return lambda: eager.run_step(c.backend, call)
-
-    space = candidates(backend, _bound(GATED_DELTA_STEP, **x.named(), state=start, inplace=True))
-    found: Actions = {}
-    failed: dict[str, str] = {}
-    for c in space:
-        run = action(c, start.clone())
-        try:
-            with c.context():
-                result = run()
-        except Exception as error:
-            failed[c.name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        check_step(c.name, x, start, result, setting)
-        found[c.name] = (c, run)
-    yield "step", found, failed
+    x = replace(make_step_inputs(s, setting.torch_dtype, setting.device), state=start)
+    exact = define_step(x)
+    space = candidates(backend, _bound(GATED_DELTA_STEP, x, inplace=True))
+    runs = {c.name: c.step(replace(x, state=start.clone())).run for c in space}
+    results, failed = _call(space, lambda c: runs[c.name]())
+    for name, result in results.items():
+        check_step(name, result, exact, setting)
+    yield "step", {c.name: (c, runs[c.name]) for c in space if c.name in results}, failed
 
 
 def _time(actions: Actions, setting: Setting) -> dict[str, Timing]:
@@ -202,7 +167,7 @@ def _time(actions: Actions, setting: Setting) -> dict[str, Timing]:
     return {name: Timing(tuple(found)) for name, found in samples.items()}
 
 
-def _within(c: Candidate, run: Run) -> Run:
+def _within(c: Contender, run: Run) -> Run:
     def wrapped() -> object:
         with c.context():
             return run()
@@ -210,7 +175,7 @@ def _within(c: Candidate, run: Run) -> Run:
     return wrapped
 
 
-def _captured(c: Candidate, run: Run, device: Cuda) -> Callable[[], float]:
+def _captured(c: Contender, run: Run, device: Cuda) -> Callable[[], float]:
     """Return a function that times the device's work of a run."""
     with c.context():
         for _ in range(WARMUPS):

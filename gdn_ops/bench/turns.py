@@ -40,12 +40,7 @@ class Timing:
 def take_turns(
     samplers: Mapping[str, Callable[[], Sample]], rounds: Iterable[int]
 ) -> dict[str, list[Sample]]:
-    """Call samplers in turns and return what they measured, by name.
-
-    Args:
-        samplers: functions that measure once, by name.
-        rounds: numbers of the rounds; each is drawn just before its round.
-    """
+    """Call samplers in turns, a round for each number when it is drawn; return all samples."""
     names = list(samplers)
     found: dict[str, list[Sample]] = {name: [] for name in names}
     for i in rounds if names else ():
@@ -63,17 +58,10 @@ def interleave(
     device: Device | None = None,
     collect: bool = True,
 ) -> dict[str, Timing]:
-    """Time whole actions in turns by the wall clock.
+    """Time whole actions in turns by the wall clock, after rounds that do not count.
 
-    Args:
-        actions: by name; results are dropped.
-        repeats: rounds that count.
-        warmups: rounds before them that do not.
-        device: that the actions compute on; the CPU if None.
-        collect: whether to collect garbage before each round; not for microseconds.
-
-    Returns:
-        Timing by name.
+    Their device is the CPU if it is None. Garbage is collected before each round unless `collect`
+    is false, for microseconds.
     """
     on = find_device("cpu") if device is None else device
 
@@ -102,13 +90,7 @@ def interleave(
 def sample_in_turns(
     samplers: Mapping[str, Callable[[], Sample]], seconds: float, clock: Callable[[], float]
 ) -> dict[str, list[Sample]]:
-    """Call samplers in turns for a time.
-
-    Args:
-        samplers: functions that measure once, by name.
-        seconds: no round is added after this time, once there are ROUNDS[0].
-        clock: seconds; monotonic.
-    """
+    """Call samplers in turns; no round is added after `seconds`, once there are ROUNDS[0]."""
     fewest, most = ROUNDS
     end = clock() + seconds
 

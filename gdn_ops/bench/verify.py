@@ -36,15 +36,7 @@ class RefusedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Check:
-    """Hold the check of one contender against the definition, on one case.
-
-    Attributes:
-        comparator: its name.
-        case: name of the case.
-        what: the output or gradient with the largest error / allowance.
-        error: its relative error.
-        allowance: what is allowed.
-    """
+    """Hold the relative error of the contender's worst output or gradient, and what is allowed."""
 
     comparator: str
     case: str
@@ -222,13 +214,7 @@ class _Definition:
 def verify(
     contenders: Sequence[Contender], case: Case, x: Inputs, *, gradients: bool
 ) -> list[Check]:
-    """Check every contender on the operands of a case.
-
-    Args:
-        contenders: what will be measured.
-        case: the case.
-        x: its operands.
-        gradients: whether gradients are measured too.
+    """Check every contender on the operands of a case, and their gradients if wanted.
 
     Returns:
         A check per contender, the one that used most of its allowance.

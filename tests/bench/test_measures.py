@@ -11,69 +11,47 @@ from torch import Tensor
 
 from gdn_ops import GATED_DELTA
 from gdn_ops.bench import measures, rows, steps, suite
-from gdn_ops.bench.device import Host, Peak
+from gdn_ops.bench.device import Peak, Run
 from gdn_ops.bench.floors import CHUNK, Rates
-from gdn_ops.bench.inputs import Inputs, Setting, find_case, make_inputs
-from gdn_ops.bench.memory import measure_peak
-from gdn_ops.bench.peers import Contender, Prepared, our_contender
-from gdn_ops.bench.scaling import scaling_row
+from gdn_ops.bench.inputs import Setting, find_case, make_inputs
+from gdn_ops.bench.measures import measure_peak, scaling_row
 from gdn_ops.bench.turns import Timing, interleave
 from gdn_ops.bench.verify import RefusedError, verify
+from gpu_stand_ins import FakeDevice, contender, stand_in
 
 TINY = find_case("tiny")
 RATES = Rates(1e11, 1e10, 1e10)
 
 
-class Clock(Host):
-    """A device whose seconds pass only when somebody works."""
+def test_actions_take_turns_and_medians_leave_the_warm_up_out() -> None:
+    device, log = FakeDevice(), []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
+    def works(name: str, *durations: float) -> Run:
+        left = list(durations)
 
-    def clock(self) -> float:  # type: ignore[override]
-        return self.now
-
-    def works(self, log: list[str], name: str, durations: list[float]) -> Callable[[], None]:
         def work() -> None:
             log.append(name)
-            self.now += durations.pop(0)
+            device.now += left.pop(0)
 
         return work
 
-
-def working(name: str = "torch") -> Contender:
-    found = our_contender(name)
-    assert isinstance(found, Contender)
-    return found
-
-
-def wrong(change: Callable[[Tensor], Tensor]) -> Contender:
-    right = working()
-    return Contender("wrong", lambda x: Prepared(lambda: (change(right.output(x)),)))
-
-
-def test_actions_take_turns_and_every_round_starts_with_another() -> None:
-    log: list[str] = []
-    clock = Clock()
-    actions = {name: clock.works(log, name, [1.0] * 4) for name in "abc"}
-    interleave(actions, 3, warmups=1, device=clock)
-    assert "".join(log) == "abcbcacababc"
-
-
-def test_medians_leave_the_warm_up_out() -> None:
-    clock = Clock()
     actions = {
-        "slow": clock.works([], "slow", [100.0, 5.0, 3.0, 4.0]),
-        "fast": clock.works([], "fast", [0.0, 1.0, 9.0, 2.0]),
+        "a": works("a", 100.0, 5.0, 3.0, 4.0),
+        "b": works("b", 0.0, 1.0, 9.0, 2.0),
+        "c": works("c", 1.0, 1.0, 1.0, 1.0),
     }
-    timing = interleave(actions, 3, warmups=1, device=clock)
-    assert timing["slow"] == Timing((5.0, 3.0, 4.0))
-    assert (timing["slow"].median, timing["slow"].best) == (4.0, 3.0)
-    assert (timing["fast"].median, timing["fast"].best) == (2.0, 1.0)
+    timing = interleave(actions, 3, warmups=1, device=device)
+    assert "".join(log) == "abcbcacababc"
+    assert timing["a"] == Timing((5.0, 3.0, 4.0))
+    assert (timing["a"].median, timing["a"].best) == (4.0, 3.0)
+    assert (timing["b"].median, timing["b"].best) == (2.0, 1.0)
 
 
-def test_benchmark_inputs_are_in_the_domains_of_the_spec() -> None:
+def test_benchmark_inputs_have_the_shapes_of_the_case_and_are_in_the_domains_of_the_spec() -> None:
+    x = make_inputs(TINY.sizes, torch.bfloat16)
+    assert x.q.shape == (2, 100, 2, 32)
+    assert x.v.shape == (2, 100, 4, 48)
+    assert (x.v.dtype, x.beta.dtype) == (torch.bfloat16, torch.float32)
     x = make_inputs(TINY.sizes, torch.float32)
     torch.testing.assert_close(x.k.norm(dim=-1), torch.ones(x.k.shape[:-1]))
     assert -0.1 < x.log_alpha.min() < x.log_alpha.max() <= 0
@@ -82,7 +60,7 @@ def test_benchmark_inputs_are_in_the_domains_of_the_spec() -> None:
 
 def test_right_contenders_pass_and_their_gradients_are_checked_too() -> None:
     x = make_inputs(TINY.sizes, torch.float32)
-    checks = verify([working(), working("naive")], TINY, x, gradients=True)
+    checks = verify([contender(), contender("naive")], TINY, x, gradients=True)
     assert [check.passed for check in checks] == [True, True]
     assert all(check.error > 0 for check in checks)
 
@@ -117,13 +95,14 @@ def _late_head(o: Tensor) -> Tensor:
 def test_a_wrong_contender_is_refused(change: Callable[[Tensor], Tensor], what: str) -> None:
     x = make_inputs(TINY.sizes, torch.float32)
     with pytest.raises(RefusedError, match=f"no times are shown.*wrong on tiny: {what}"):
-        verify([working(), wrong(change)], TINY, x, gradients=True)
+        wrong = stand_in("wrong", FakeDevice(), change=change)
+        verify([contender(), wrong], TINY, x, gradients=True)
 
 
 def test_rows_hold_the_ratio_of_medians_to_the_peer_and_the_floor() -> None:
     x = make_inputs(TINY.sizes, torch.float32)
-    peer = Contender("peer", working("naive").sequence, is_peer=True)
-    found = measures.sequence_rows("forward", TINY, x, [peer, working()], Setting(repeats=2), RATES)
+    both = [stand_in("peer", FakeDevice()), contender()]
+    found = measures.sequence_rows("forward", TINY, x, both, Setting(repeats=2), RATES)
     assert [row.comparator for row in found] == ["peer", "torch"]
     assert found[0].ratio == 1.0
     assert found[1].ratio == pytest.approx(found[0].median / found[1].median)
@@ -199,12 +178,19 @@ def test_scaling_overhead_and_import_give_a_row_each(monkeypatch: pytest.MonkeyP
     assert measures.import_row().median > 0
 
 
-def test_a_process_that_fails_is_a_reason() -> None:
-    found = scaling_row(TINY, 2, "no such backend", Setting(repeats=1))
-    assert isinstance(found, str)
-    assert found.startswith(
-        "the measuring process ended with 1: gdn_ops.spec.errors.SpecError: unknown"
-    )
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda: scaling_row(TINY, 2, "nobody", Setting(repeats=1)),
+        lambda: measure_peak("nobody", TINY.sizes, Setting()),
+    ],
+    ids=("scaling", "memory"),
+)
+def test_a_measuring_process_that_fails_is_a_reason(measure: Callable[[], object]) -> None:
+    reason = measure()
+    assert isinstance(reason, str)
+    error = "gdn_ops.spec.errors.SpecError: unknown backend 'nobody'"
+    assert reason.startswith(f"the measuring process ended with 1: {error}")
 
 
 def test_peak_memory_grows_with_the_sequence() -> None:
@@ -217,12 +203,6 @@ def test_peak_memory_grows_with_the_sequence() -> None:
     assert peak.baseline > 10_000_000
 
 
-def test_a_measuring_process_that_fails_is_a_reason() -> None:
-    reason = measure_peak("nobody", TINY.sizes, Setting())
-    assert isinstance(reason, str)
-    assert "unknown backend 'nobody'" in reason
-
-
 def test_memory_rows_are_ratios_to_the_peer() -> None:
     peaks = {"peer": Peak(4 << 20, 0, True), "torch": Peak(1 << 20, 0, True)}
     result = rows.Result({})
@@ -233,11 +213,3 @@ def test_memory_rows_are_ratios_to_the_peer() -> None:
         ("torch", 1.0, 0.25),
     ]
     assert result.skipped == [("memory", "x", "it broke")]
-
-
-def test_inputs_have_the_shapes_of_the_case() -> None:
-    x = make_inputs(TINY.sizes, torch.bfloat16)
-    assert isinstance(x, Inputs)
-    assert x.q.shape == (2, 100, 2, 32)
-    assert x.v.shape == (2, 100, 4, 48)
-    assert (x.v.dtype, x.beta.dtype) == (torch.bfloat16, torch.float32)

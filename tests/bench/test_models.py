@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -37,16 +38,10 @@ ONCE = Setting("float32", "cpu", 1)
 def test_a_tiny_model_is_compared_timed_and_weighed() -> None:
     told: list[str] = []
     result = models.run(("torch",), ONCE, told.append, TINY)
-    assert told == [
-        "logits and loss",
-        "training step",
-        "prefill and decode",
-        "memory of a training step",
-    ]
-    assert [check.what for check in result.checks] == [
-        "logits against transformers",
-        "loss against transformers",
-    ]
+    parts = ["logits and loss", "training step", "prefill and decode", "memory of a training step"]
+    assert told == parts
+    compared = ["logits against transformers", "loss against transformers"]
+    assert [check.what for check in result.checks] == compared
     assert all(check.passed for check in result.checks)
     rows = {(row.what, row.comparator): row for row in result.rows}
     whats = ("prefill", "training step", "decode", "memory")
@@ -64,12 +59,8 @@ def test_the_model_of_the_full_size_has_targets() -> None:
     case = models.Shape().case
     bare = [Row(t.what, case, "torch", "ms", 10.0, 9.0, 3, 1.5) for t in models.TARGETS]
     rows = [with_target(row, models.TARGETS) for row in bare]
-    assert [(row.what, row.reached) for row in rows] == [
-        ("prefill", True),
-        ("training step", False),
-        ("decode", True),
-        ("memory", False),
-    ]
+    reached = {"prefill": True, "training step": False, "decode": True, "memory": False}
+    assert {row.what: row.reached for row in rows} == reached
     naive = dataclasses.replace(bare[0], comparator="naive")
     assert with_target(naive, models.TARGETS).target is None
 
@@ -99,7 +90,7 @@ def test_what_it_does_not_measure_is_refused() -> None:
 
 @needs_qwen3_5
 def test_the_result_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "Shape", lambda: TINY)
+    monkeypatch.setattr(models, "run", functools.partial(models.run, shape=TINY))
     monkeypatch.setattr(models, "_peak", lambda name, shape: "not measured here")
     models.show_run(("torch",), ONCE, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "models-cpu-float32.json").read_text())

@@ -15,10 +15,10 @@ from torch import Tensor
 from gdn_ops import SpecError
 from gdn_ops.bench import measures, peers, report, rows, suite
 from gdn_ops.bench.floors import Rates
-from gdn_ops.bench.inputs import Inputs, Setting, find_case, make_inputs
-from gdn_ops.bench.peers import Contender, Prepared, find_contender, our_contender
-from gdn_ops.bench.tune import AS_IT_IS, tune
+from gdn_ops.bench.inputs import Setting, find_case, make_inputs
+from gdn_ops.bench.peers import find_contender
 from gdn_ops.bench.verify import RefusedError, verify
+from gpu_stand_ins import FakeDevice, contender, stand_in
 
 TINY = find_case("tiny")
 
@@ -29,15 +29,10 @@ def given_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "measure_rates", lambda *_: Rates(1e11, 1e10, 1e10))
 
 
-def peer(change: Callable[[Tensor], Tensor]) -> peers.Peer:
-    right = our_contender("naive")
-    assert isinstance(right, Contender)
-
-    def sequence(x: Inputs) -> Prepared:
-        return Prepared(lambda: (change(right.output(x)),))
-
-    found = Contender("transformers", sequence, is_peer=True)
-    return peers.Peer(lambda: found, ("*",))
+def put_peer(patch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    """Put a stand-in, whose results are changed, in the place of transformers."""
+    found = stand_in("transformers", FakeDevice(), change=change)
+    patch.setitem(peers.PEERS, "transformers", peers.Peer(lambda: found, ("*",)))
 
 
 def test_an_absent_peer_is_a_reason_and_its_rows_are_left_out(
@@ -58,21 +53,16 @@ def _tiny_plan(what: tuple[str, ...], peer_names: tuple[str, ...]) -> suite.Plan
     return suite.make_plan(["tiny"], what, ["torch"], peer_names, Setting(repeats=1))
 
 
-@pytest.fixture
-def fake_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(peers.PEERS, "transformers", peer(lambda o: o))
-
-
-def test_a_run_becomes_json_a_plot_and_a_table(fake_peer: None, tmp_path: Path) -> None:
+def test_a_run_becomes_json_a_plot_and_a_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    put_peer(monkeypatch, lambda o: o)
     told: list[str] = []
     plan = _tiny_plan(("forward", "forward+backward"), ("transformers",))
     result = suite.run(plan, told.append)
     assert len(told) == plan.count()
     written = report.write(result, tmp_path / "results")
-    assert [path.name for path in written if isinstance(path, Path)] == [
-        "cpu-float32.json",
-        "cpu-float32.png",
-    ]
+    assert written == [tmp_path / "results" / f"cpu-float32.{end}" for end in ("json", "png")]
     data = json.loads((tmp_path / "results" / "cpu-float32.json").read_text())
     assert data["schema"] == rows.SCHEMA
     assert {"date", "device", "dtype", "devices", "threads", "versions"} <= set(data["system"])
@@ -81,10 +71,7 @@ def test_a_run_becomes_json_a_plot_and_a_table(fake_peer: None, tmp_path: Path) 
     fields = {field.name for field in dataclasses.fields(rows.Row)}
     assert all(set(row) == fields for row in data["rows"])
     assert [(row["what"], row["comparator"]) for row in data["rows"]] == [
-        ("forward", "transformers"),
-        ("forward", "torch"),
-        ("forward+backward", "transformers"),
-        ("forward+backward", "torch"),
+        (what, name) for what in plan.what for name in ("transformers", "torch")
     ]
     lines = report.text(result).splitlines()
     at = lines.index("forward+backward, tiny")
@@ -92,10 +79,8 @@ def test_a_run_becomes_json_a_plot_and_a_table(fake_peer: None, tmp_path: Path) 
     assert (tmp_path / "results" / "cpu-float32.png").read_bytes()[1:4] == b"PNG"
 
 
-def test_a_run_with_a_wrong_contender_times_nothing(
-    fake_peer: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(peers.PEERS, "transformers", peer(lambda o: -o))
+def test_a_run_with_a_wrong_contender_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_peer(monkeypatch, lambda o: -o)
     timed: list[str] = []
     monkeypatch.setattr(measures, "sequence_rows", lambda what, *_: timed.append(what))
     with pytest.raises(RefusedError, match=r"transformers on tiny: o.* off by 2,"):
@@ -116,10 +101,8 @@ def test_a_backend_that_cannot_run_the_case_is_left_out_with_its_reason(
 
 def test_transformers_computes_the_same_function() -> None:
     pytest.importorskip("transformers")
-    found = find_contender("transformers")
-    assert isinstance(found, Contender), found
     x = make_inputs(TINY.sizes, torch.float32)
-    verify([found], TINY, x, gradients=True)
+    verify([contender("transformers")], TINY, x, gradients=True)
 
 
 def test_unknown_names_list_the_known_ones() -> None:
@@ -137,22 +120,3 @@ def test_a_family_name_means_its_shortest_sequence() -> None:
     assert find_case("qwen-16-32").name == "qwen-16-32-2048"
     assert find_case("qwen-16-32", 300).name == "qwen-16-32-300"
     assert find_case("qwen-16-32", 300).sizes.T == 300
-
-
-def test_tuning_checks_every_candidate_and_prints_a_row_to_paste(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("gdn_ops.backends.torch.Torch.chunk_sizes_to_try", (16, 32))
-    monkeypatch.setattr("gdn_ops.backends.torch.Torch.chunks_to_try", (1,))
-    lines = list(tune("torch", ["tiny"], Setting(repeats=1)))
-    assert lines[0].startswith("tiny: B=2 T=100")
-    for what, rows_ in (("forward", lines[1:5]), ("forward+backward", lines[5:9])):
-        rows = [line.partition(" ms  ")[2] for line in rows_[:3]]
-        assert rows == [AS_IT_IS, '"cpu": (16, 1),', '"cpu": (32, 1),']
-        times = {
-            float(line.split()[1]): row for line, row in zip(rows_[1:3], rows[1:], strict=True)
-        }
-        assert rows_[3] == f"fastest {what}: {times[min(times)]}"
-    assert len(lines) == 9
-    with pytest.raises(ValueError, match="'naive' exposes no configurations"):
-        list(tune("naive", ["tiny"], Setting()))

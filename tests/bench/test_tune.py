@@ -36,12 +36,13 @@ class Config:
 
 
 class Tunable(Torch):
-    """The torch backend with configurations that change nothing but a log."""
+    """The torch backend with configurations that change a log, and one that is wrong if asked."""
 
     name = "tunable"
     log: ClassVar[list[tuple[str, int]]] = []
     current: ClassVar[int] = 0
     offered: ClassVar[tuple[int, ...]] = (1, 2)
+    wrong: ClassVar[int | None] = None
 
     def tunables(self, call: Any) -> Sequence[object]:
         gradients = (Config(8),) if call.needs_grad else ()
@@ -60,7 +61,8 @@ class Tunable(Torch):
         if self.current == 3:
             raise RuntimeError("out of resource: shared memory\nRequired: 300000")
         self.log.append(("forward", self.current))
-        return super().forward(call)
+        out = super().forward(call)
+        return out._replace(o=self.changed(out.o))
 
     def backward(self, call: Any, *arguments: Any) -> gdn_ops.Grads:
         self.log.append(("backward", self.current))
@@ -68,7 +70,11 @@ class Tunable(Torch):
 
     def decode_one(self, call: Any) -> tuple[Tensor, Tensor]:
         self.log.append(("step", self.current))
-        return super().decode_one(call)
+        o, state = super().decode_one(call)
+        return self.changed(o), state
+
+    def changed(self, o: Tensor) -> Tensor:
+        return o * 1.01 if self.current == self.wrong else o
 
 
 @pytest.fixture(autouse=True)
@@ -128,18 +134,7 @@ def test_a_configuration_that_fails_is_a_line_and_not_the_end(
 def test_a_configuration_that_computes_something_else_is_refused(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, right_step = Tunable.forward, Tunable.decode_one
-
-    def wrong(self: Tunable, call: Any) -> gdn_ops.Forward:
-        out = right(self, call)
-        return out._replace(o=out.o * 1.01) if self.current == 2 else out
-
-    def wrong_step(self: Tunable, call: Any) -> tuple[Tensor, Tensor]:
-        o, state = right_step(self, call)
-        return (o * 1.01 if self.current == 2 else o), state
-
-    monkeypatch.setattr(Tunable, "forward", wrong)
-    monkeypatch.setattr(Tunable, "decode_one", wrong_step)
+    monkeypatch.setattr(Tunable, "wrong", 2)
     with pytest.raises(RefusedError, match=r"Config\(tiles=2\),.* off by 0.01, above"):
         list(tune("tunable", [case], ONCE))
 

@@ -32,12 +32,7 @@ PEERS = peers_on("cuda")
 
 
 def make_plan(backends: Sequence[str], peers: Sequence[str], seconds: float) -> Plan:
-    """Turn the names of backends and peers into a plan.
-
-    Args:
-        backends: names; if empty, all that "auto" tries on CUDA, without the definition.
-        peers: names.
-        seconds: time for everything.
+    """Turn names into a plan; without backends, all that "auto" tries on CUDA but the definition.
 
     Raises:
         ValueError: a name is unknown.

@@ -67,11 +67,7 @@ def short_check(
 ) -> Iterator[Conformance]:
     """Judge the calls that a backend can run; yield the result so far after each of them.
 
-    Args:
-        name: of the backend.
-        device: torch device.
-        seconds: no call is begun after this time.
-        clock: seconds; monotonic.
+    No call but the first is begun after `seconds`.
     """
     instance = registry.get_backend(name)
     if isinstance(instance, str):

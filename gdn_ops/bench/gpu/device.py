@@ -1,6 +1,6 @@
-"""Wrap the GPU that `bench gpu` measures: its facts and datasheet rates, graphs and events.
+"""Wrap the GPU that `bench gpu` measures: its datasheet rates, graphs and events.
 
-Everything that touches a GPU is here, behind a protocol, so that the rest is tested without one.
+Everything that touches a GPU is here, so that the rest is tested without one.
 """
 
 from __future__ import annotations
@@ -8,34 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from gdn_ops.bench.device import Device, Run, TorchCuda
-from gdn_ops.environment.provenance import driver_version
+from gdn_ops.bench.device import Run, TorchCuda
 
 LEAD_CYCLES = 200_000
 """Cycles that the device is kept busy before a timed run: about a tenth of a millisecond."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Hold the facts of a device: name, capability, memory, cache and driver.
-
-    Attributes:
-        name: as the driver tells it.
-        capability: "sm90", "gfx942".
-        memory: bytes.
-        l2: bytes of its last-level cache.
-        driver: version, or None.
-    """
-
-    name: str
-    capability: str
-    memory: int
-    l2: int
-    driver: str | None
 
 
 @dataclass(frozen=True)
@@ -72,42 +51,28 @@ def find_peaks(name: str) -> Peaks | None:
     return next((peaks for part, peaks in PEAKS if part in name), None)
 
 
-class Gpu(Device, Protocol):
-    """Describe what `bench gpu` needs of a device besides."""
-
-    facts: Facts
-
-    def working(self) -> AbstractContextManager[object]:
-        """Return a context on whose stream all work runs, also the work that is captured later."""
-
-    def graph(self, runs: Sequence[Run]) -> Callable[[], float]:
-        """Capture runs in order into one graph; return a function that replays and times it."""
-
-    def events(self, runs: Sequence[Run]) -> Callable[[], float]:
-        """Return a function that runs all runs back to back and times the device's work."""
-
-    def forget(self) -> None:
-        """Give free cached memory back to the device."""
-
-
 class Cuda(TorchCuda):
-    """Capture and time the work of a CUDA or ROCm device."""
+    """Capture and time the work of a CUDA or ROCm device.
+
+    Attributes:
+        name: as the driver tells it.
+        l2: bytes of its last-level cache.
+    """
 
     def __init__(self, index: int = 0) -> None:
         super().__init__(f"cuda:{index}")
         torch.cuda.set_device(index)
         p = torch.cuda.get_device_properties(index)
-        arch = getattr(p, "gcnArchName", "").partition(":")[0]
-        capability = arch if torch.version.hip else f"sm{p.major}{p.minor}"
-        l2 = int(getattr(p, "L2_cache_size", 0))
-        self.facts = Facts(p.name, capability, p.total_memory, l2, driver_version())
+        self.name, self.l2 = str(p.name), int(getattr(p, "L2_cache_size", 0))
         # Neither kernels nor backward nodes of the default stream can be captured.
         self._stream = torch.cuda.Stream(index)
 
     def working(self) -> AbstractContextManager[object]:
+        """Return a context on whose stream all work runs, also the work that is captured later."""
         return torch.cuda.stream(self._stream)
 
     def graph(self, runs: Sequence[Run]) -> Callable[[], float]:
+        """Capture runs in order into one graph; return a function that replays and times it."""
         self._look_for_waits(runs[0])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
@@ -125,6 +90,8 @@ class Cuda(TorchCuda):
             torch.cuda.set_sync_debug_mode(before)
 
     def events(self, runs: Sequence[Run]) -> Callable[[], float]:
+        """Return a function that runs all runs back to back and times the device's work."""
+
         def all_runs() -> None:
             for run in runs:
                 run()
@@ -146,4 +113,5 @@ class Cuda(TorchCuda):
         return timed
 
     def forget(self) -> None:
+        """Give free cached memory back to the device."""
         torch.cuda.empty_cache()

@@ -57,11 +57,7 @@ def exact_forward(
 ) -> list[Part]:
     """Walk the tokens that fit into a time; return o, and the final states of complete sequences.
 
-    Args:
-        x: the operands.
-        seconds: for all of it; at least PACE_TOKENS are walked.
-        clock: seconds; monotonic.
-        finish: waits for the device.
+    At least PACE_TOKENS are walked; `finish` waits for the device.
     """
     parts: list[Part] = []
     start = clock()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gdn_ops.bench.child import Emit
 from gdn_ops.bench.device import Run
-from gdn_ops.bench.gpu.device import Gpu
+from gdn_ops.bench.gpu.device import Cuda
 from gdn_ops.bench.gpu.errors import exact_backward, exact_forward, exact_step, worst_error
 from gdn_ops.bench.gpu.result import Outcome, roofline_seconds
 from gdn_ops.bench.gpu.rows import GpuRow
@@ -55,16 +55,12 @@ class _Entry:
 
 
 def measure_row(
-    row: GpuRow, contenders: Sequence[Contender], device: Gpu, seconds: float, emit: Emit
+    row: GpuRow, contenders: Sequence[Contender], device: Cuda, seconds: float, emit: Emit
 ) -> list[Outcome]:
     """Measure one row: check its contenders, then time those that are right.
 
-    Args:
-        row: the row.
-        contenders: to measure; the first ones are sure to get their turn.
-        device: to measure on.
-        seconds: no contender is begun, and no round added, after this time.
-        emit: told which contender is at work ({"at": name}), and every outcome ({"outcome": ...}).
+    No contender is begun, and no round added, after `seconds`. `emit` is told which contender is
+    at work ({"at": name}), and every outcome ({"outcome": ...}).
 
     Raises:
         BrokenDeviceError: a contender left the device unusable.
@@ -74,7 +70,7 @@ def measure_row(
         return measuring.run(contenders)
 
 
-def warm_row(row: GpuRow, c: Contender, device: Gpu) -> None:
+def warm_row(row: GpuRow, c: Contender, device: Cuda) -> None:
     """Call a contender once, so that its kernels are in its compiler's cache."""
     measuring = _Measuring(row, device, 0.0, lambda event: None)
     with device.working(), torch.no_grad():
@@ -86,7 +82,7 @@ def warm_row(row: GpuRow, c: Contender, device: Gpu) -> None:
 class _Measuring:
     """Measure one row and keep its outcomes."""
 
-    def __init__(self, row: GpuRow, device: Gpu, seconds: float, emit: Emit) -> None:
+    def __init__(self, row: GpuRow, device: Cuda, seconds: float, emit: Emit) -> None:
         self.row, self.device, self.seconds, self.emit = row, device, seconds, emit
         self.start = device.clock()
         self.outcomes: dict[str, Outcome] = {}
@@ -209,7 +205,7 @@ class _Measuring:
         state = self.inputs.state
         assert state is not None
         size = state.numel() * state.element_size()
-        copies = max(1, min(MOST_COPIES, -(-2 * self.device.facts.l2 // max(1, size))))
+        copies = max(1, min(MOST_COPIES, -(-2 * self.device.l2 // max(1, size))))
         ready = [c.step(replace(self.inputs, state=state.clone())) for _ in range(copies)]
         runs: list[Run] = [r.run for r in ready]
         results = tuple(x.clone() for x in ready[0].read(runs[0]()))
@@ -228,7 +224,7 @@ class _Measuring:
         kernel = sample_in_turns(replays, SHARE["kernel"] * seconds, clock)
         calls = {n: time_calls(e.runs, self.device) for n, e in entries.items()}
         wall = sample_in_turns(calls, SHARE["wall"] * seconds, clock)
-        floor = roofline_seconds(self.row, self.device.facts.name)
+        floor = roofline_seconds(self.row, self.device.name)
         for name, entry in entries.items():
             times = [t / entry.per_replay for t in kernel[name]]
             median = statistics.median(times)

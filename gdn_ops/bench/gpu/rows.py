@@ -24,13 +24,7 @@ PUBLISHED_ON = (
 
 @dataclass(frozen=True)
 class Published:
-    """Hold a time that somebody published for a row.
-
-    Attributes:
-        who: the implementation.
-        ms: milliseconds.
-        what: "kernel" or "wall", as in `gdn_ops.bench.gpu.result.Outcome`.
-    """
+    """Hold a time, "kernel" or "wall" as in `Outcome`, that somebody published for a row."""
 
     who: str
     ms: float
@@ -39,13 +33,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Goal:
-    """Hold a bound that one of our backends is meant to reach on an H200.
-
-    Attributes:
-        backend: its name.
-        what: "kernel" or "wall" (milliseconds), or "error".
-        at_most: the bound.
-    """
+    """Hold a bound of "kernel" or "wall" (milliseconds) or "error", for an H200."""
 
     backend: str
     what: str

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gdn_ops.bench.child import StoppedError, TimeUpError, Worker
 from gdn_ops.bench.gpu import report
@@ -34,30 +34,9 @@ MOST_STOPS = 2
 """A contender that had to be stopped so often in one direction is left out of it from then on."""
 
 
-class WorkerLike(Protocol):
-    """Describe a process that carries out orders, as `Worker` does."""
-
-    def ask(self, order: dict[str, Any], seconds: float | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the events of an order; raise StoppedError if the order is not completed."""
-
-    def close(self) -> None:
-        """End the process."""
-
-
-start_worker: Callable[[], WorkerLike] = functools.partial(Worker, COMMAND)
-
-
 @dataclass(frozen=True)
 class Plan:
-    """Hold the plan of a run: backends, peers, rows and time.
-
-    Attributes:
-        backends: names of ours.
-        peers: names of other implementations.
-        seconds: time for everything.
-        left_out: (name, reason) of ours that cannot run here.
-        rows: the rows, the most important first.
-    """
+    """Hold the plan of a run: names, time for everything, and (name, why) of what was left out."""
 
     backends: tuple[str, ...]
     peers: tuple[str, ...]
@@ -72,18 +51,12 @@ def run(
     folder: Path,
     log: Log = lambda text: None,
     *,
-    start: Callable[[], WorkerLike] = start_worker,
+    start: Callable[[], Worker] = lambda: Worker(COMMAND),
     clock: Callable[[], float] = time.monotonic,
 ) -> GpuResult:
     """Check our backends, warm contenders up, then measure rows until rows or time run out.
 
-    Args:
-        plan: what to measure.
-        circumstances: what the result says of the system; "device" is its name.
-        folder: where the result is written after every row.
-        log: told in one line what happens.
-        start: makes a worker.
-        clock: seconds; monotonic.
+    The result is written into the folder after every row; its circumstances tell the "device".
     """
     result = GpuResult(circumstances, left_out=list(plan.left_out))
     return _Bench(plan, result, folder, log, start, clock).run()
@@ -97,10 +70,10 @@ class _Bench:
     result: GpuResult
     folder: Path
     log: Log
-    start: Callable[[], WorkerLike]
+    start: Callable[[], Worker]
     clock: Callable[[], float]
     stops: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    worker: WorkerLike | None = None
+    worker: Worker | None = None
 
     def run(self) -> GpuResult:
         self.end = self.clock() + self.plan.seconds
@@ -148,17 +121,15 @@ class _Bench:
         seconds = ready - self.clock()
         # It stops by itself, between two calls, before it is stopped.
         order = {"do": "check", "backend": name, "seconds": 0.8 * seconds}
-        worker = self.start()
         try:
-            for event in worker.ask(order, seconds):
-                if "conformance" in event:
-                    found = Conformance(**event["conformance"])
+            with closing(self.start()) as worker:
+                for event in worker.ask(order, seconds):
+                    if "conformance" in event:
+                        found = Conformance(**event["conformance"])
         except StoppedError as error:
             # Too slow is not wrong, but a process that dies is.
             passed = found.passed and isinstance(error, TimeUpError)
-            return Conformance(name, passed, found.examples, found.total, found.worst, str(error))
-        finally:
-            worker.close()
+            return replace(found, passed=passed, text=str(error))
         return found
 
     def _warm(self, name: str, what: str, ready: float) -> str:
@@ -172,14 +143,13 @@ class _Bench:
                 key = (row.heads, row.dims, row.dtype, row.packed, row.state_dtype)
                 kinds.setdefault(key, row.name)
         order = {"do": "warm", "contender": name, "rows": list(kinds.values())}
-        worker, done = self.start(), 0
+        done = 0
         try:
-            for event in worker.ask(order, ready - before):
-                done += "warm" in event
+            with closing(self.start()) as worker:
+                for event in worker.ask(order, ready - before):
+                    done += "warm" in event
         except StoppedError as error:
             return f"warm-up of {name}, {what}: {done} of {len(kinds)} kinds, {error}"
-        finally:
-            worker.close()
         return f"warm-up of {name}, {what}: {done} kinds in {self.clock() - before:.0f} s"
 
     def _row(self, row: GpuRow, rows_left: int) -> None:

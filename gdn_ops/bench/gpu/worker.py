@@ -12,7 +12,7 @@ from typing import Any
 
 from gdn_ops.bench.child import Emit, carry_out_orders
 from gdn_ops.bench.gpu.conformance import short_check
-from gdn_ops.bench.gpu.device import Cuda, Gpu
+from gdn_ops.bench.gpu.device import Cuda
 from gdn_ops.bench.gpu.measuring import BrokenDeviceError, measure_row, warm_row
 from gdn_ops.bench.gpu.result import Outcome
 from gdn_ops.bench.gpu.rows import GpuRow, find_row
@@ -26,7 +26,7 @@ WARM_TOKENS = 256
 class Desk:
     """Carry out orders; keep contenders from one order to the next."""
 
-    def __init__(self, device: Gpu, emit: Emit) -> None:
+    def __init__(self, device: Cuda, emit: Emit) -> None:
         self.device, self.emit = device, emit
         self.known: dict[str, Contender | str] = {}
 

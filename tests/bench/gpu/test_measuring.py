@@ -26,20 +26,28 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "ROUNDS", (2, 3))
 
 
+@pytest.fixture
+def device() -> FakeDevice:
+    return FakeDevice()
+
+
 def measure(
-    row: GpuRow, contenders: list[Contender], device: FakeDevice, seconds: float = 1000.0
-) -> tuple[dict[str, Outcome], list[dict[str, Any]]]:
-    events: list[dict[str, Any]] = []
-    found = measure_row(row, contenders, device, seconds, events.append)
-    return {o.contender: o for o in found}, events
+    device: FakeDevice, row: GpuRow, *contenders: Contender, seconds: float = 1000.0
+) -> dict[str, Outcome]:
+    found = measure_row(row, contenders, device, seconds, lambda event: None)
+    return {o.contender: o for o in found}
+
+
+def measure_one(device: FakeDevice, row: GpuRow = FORWARD, **work: Any) -> Outcome:
+    return measure(device, row, stand_in("a", device, **work))["a"]
 
 
 @pytest.mark.parametrize("row", (FORWARD, BACKWARD, STEP), ids=lambda row: row.what)
-def test_a_row_has_every_number_of_everybody(row: GpuRow) -> None:
-    device = FakeDevice()
-    found, events = measure(row, [stand_in("a", device), stand_in("b", device, 4e-3)], device)
-    for name, ms in {"a": 1.0, "b": 4.0}.items():
-        o = found[name]
+def test_a_row_has_every_number_of_everybody(row: GpuRow, device: FakeDevice) -> None:
+    events: list[dict[str, Any]] = []
+    both = [stand_in("a", device), stand_in("b", device, 4e-3)]
+    found = measure_row(row, both, device, 1000.0, events.append)
+    for o, ms in zip(found, (1.0, 4.0), strict=True):
         assert (o.status, o.kernel_by, o.samples) == ("measured", "graph", turns.ROUNDS[1])
         assert o.kernel == pytest.approx(ms)
         assert o.wall == o.host == pytest.approx(ms)
@@ -51,29 +59,24 @@ def test_a_row_has_every_number_of_everybody(row: GpuRow) -> None:
     assert [e["outcome"]["contender"] for e in events if "outcome" in e] == ["a", "b"]
 
 
-def test_the_roofline_fraction_is_the_floor_over_the_kernel_time() -> None:
-    device = FakeDevice()
-    o = measure(FORWARD, [stand_in("a", device)], device)[0]["a"]
+def test_the_roofline_fraction_is_the_floor_over_the_kernel_time(device: FakeDevice) -> None:
     floor = roofline_seconds(FORWARD, "NVIDIA H200")
     assert floor is not None
-    assert o.roofline == pytest.approx(floor / 1e-3)
-    other = FakeDevice("a card that nobody knows")
-    assert measure(FORWARD, [stand_in("a", other)], other)[0]["a"].roofline is None
+    assert measure_one(device).roofline == pytest.approx(floor / 1e-3)
+    assert measure_one(FakeDevice("a card that nobody knows")).roofline is None
 
 
-def test_contenders_take_turns_and_every_round_starts_with_another() -> None:
-    device, log = FakeDevice(), []
-    cs: list[Contender] = [stand_in(n, device, 1.0, log=log) for n in "abc"]
-    measure(FORWARD, cs, device)
+def test_contenders_take_turns_and_every_round_starts_with_another(device: FakeDevice) -> None:
+    log: list[str] = []
+    measure(device, FORWARD, *(stand_in(n, device, 1.0, log=log) for n in "abc"))
     assert "".join(log).endswith("abcbcacab" + "abcbcacab")
 
 
 def test_short_work_is_captured_several_times_and_divided(
-    monkeypatch: pytest.MonkeyPatch,
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measuring, "MOST_REPEATS", 4)
-    device = FakeDevice()
-    found, _ = measure(FORWARD, [stand_in("a", device, 5e-4), stand_in("b", device, 1e-9)], device)
+    found = measure(device, FORWARD, stand_in("a", device, 5e-4), stand_in("b", device, 1e-9))
     assert device.captured == [2, 4]
     assert found["a"].kernel == pytest.approx(0.5)
 
@@ -87,89 +90,81 @@ def test_a_step_works_on_states_that_are_larger_than_the_cache() -> None:
         assert x.state is not None
         seen.add(x.state.data_ptr())
 
-    found, _ = measure(STEP, [stand_in("a", device, before=look)], device)
+    found = measure_one(device, STEP, before=look)
     assert len(seen) == 5
     assert device.captured == [5]
-    assert found["a"].kernel == pytest.approx(1.0), "per step, not per graph"
+    assert found.kernel == pytest.approx(1.0), "per step, not per graph"
     device = FakeDevice(l2=1 << 40)
-    measure(STEP, [stand_in("a", device, 1.0)], device)
+    measure_one(device, STEP, seconds=1.0)
     assert device.captured == [measuring.MOST_COPIES]
 
 
-def test_what_cannot_be_captured_is_timed_by_events_and_says_so() -> None:
-    device = FakeDevice()
+def test_what_cannot_be_captured_is_timed_by_events_and_says_so(device: FakeDevice) -> None:
     device.refuses_capture = True
-    o = measure(FORWARD, [stand_in("a", device)], device)[0]["a"]
+    o = measure_one(device)
     assert (o.status, o.kernel_by) == ("measured", "events")
     assert o.reason == "not captured: RuntimeError: called a synchronizing CUDA operation"
     assert o.kernel == pytest.approx(1.0)
 
 
-def test_wrong_numbers_have_no_time() -> None:
-    device = FakeDevice()
+def test_wrong_numbers_have_no_time(device: FakeDevice) -> None:
     wrong = stand_in("wrong", device, change=lambda o: o * 1.1)
     nan = stand_in("nan", device, change=lambda o: o * math.nan)
-    found, _ = measure(FORWARD, [wrong, nan, stand_in("right", device)], device)
+    found = measure(device, FORWARD, wrong, nan, stand_in("right", device))
     assert found["wrong"].status == found["nan"].status == "wrong"
     assert found["wrong"].kernel is None
     assert found["wrong"].reason == "o is off by 0.1, more than 0.01: no time is shown"
     assert found["right"].status == "measured"
 
 
-def test_an_exception_is_a_row_with_its_text_and_not_the_end() -> None:
+def test_an_exception_is_a_row_with_its_text_and_not_the_end(device: FakeDevice) -> None:
     def fail(x: Inputs) -> None:
         raise NotImplementedError("Triton 3.6 on Hopper\ngets the backward wrong")
 
-    device = FakeDevice()
     fla = stand_in("fla", device, before=fail)
-    found, _ = measure(FORWARD, [fla, stand_in("b", device)], device)
+    found = measure(device, FORWARD, fla, stand_in("b", device))
     assert found["fla"].status == "failed"
     assert found["fla"].reason == "NotImplementedError: Triton 3.6 on Hopper"
     assert found["b"].status == "measured"
 
 
-def test_reasons_are_told_without_running(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = FakeDevice()
+def test_reasons_are_told_without_running(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log: list[str] = []
-    reasons = ["K=8 (supported: 128)", "no step"]
-    monkeypatch.setattr(Contender, "reasons", lambda *_: reasons)
-    c = stand_in("a", device, log=log)
-    o = measure(FORWARD, [c], device)[0]["a"]
+    monkeypatch.setattr(Contender, "reasons", lambda *_: ["K=8 (supported: 128)", "no step"])
+    o = measure_one(device, log=log)
     assert (o.status, o.reason) == ("unsupported", "K=8 (supported: 128); no step")
     assert log == []
 
 
-def test_who_comes_after_the_time_is_named() -> None:
-    device = FakeDevice()
-    cs: list[Contender] = [stand_in("slow", device, 50.0), stand_in("late", device)]
-    found, _ = measure(FORWARD, cs, device, seconds=60.0)
+def test_who_comes_after_the_time_is_named(device: FakeDevice) -> None:
+    both = (stand_in("slow", device, 50.0), stand_in("late", device))
+    found = measure(device, FORWARD, *both, seconds=60.0)
     assert found["slow"].status == "measured"
     assert found["slow"].samples == turns.ROUNDS[0]
     late = found["late"]
     assert (late.status, late.reason) == ("left out", "not measured: time")
 
 
-def test_a_broken_device_ends_the_row_with_a_name() -> None:
-    device = FakeDevice()
-
+def test_a_broken_device_ends_the_row_with_a_name(device: FakeDevice) -> None:
     def break_it(x: Inputs) -> None:
         device.is_broken = True
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     bad = stand_in("bad", device, before=break_it)
     with pytest.raises(BrokenDeviceError, match=r"^bad: RuntimeError: CUDA error: an illegal"):
-        measure(FORWARD, [stand_in("a", device), bad], device)
+        measure(device, FORWARD, stand_in("a", device), bad)
 
 
 def test_a_reference_that_does_not_fit_leaves_the_error_out(
-    monkeypatch: pytest.MonkeyPatch,
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(measuring, "exact_backward", too_large)
-    device = FakeDevice()
-    o = measure(BACKWARD_PACKED, [stand_in("a", device)], device)[0]["a"]
+    o = measure_one(device, BACKWARD_PACKED)
     assert (o.status, o.error) == ("measured", None)
     assert o.reason == "error not measured: OutOfMemoryError: CUDA out of memory"
 

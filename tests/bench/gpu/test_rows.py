@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -27,11 +26,12 @@ from gdn_ops.bench.verify import Part
 from gpu_stand_ins import (
     BACKWARD,
     FORWARD,
+    MODULES,
     NARROW_STEP,
     STEP,
     TINY,
+    contender,
     install_peers,
-    ours,
 )
 
 ALWAYS: dict[str, Any] = {"seconds": 1e6, "clock": lambda: 0.0, "finish": lambda: None}
@@ -77,11 +77,8 @@ def test_the_rows_cover_what_is_asked_for_and_the_first_ones_are_the_first_goals
         "forward 16/64 4x8192 packed",
     ]
     published = {row.name: {p.who: p.ms for p in row.published} for row in ROWS}
-    assert published["forward 2/8 T=32768"] == {
-        "flash_qla": 0.320,
-        "flashinfer": 1.655,
-        "fla": 0.902,
-    }
+    times = {"flash_qla": 0.320, "flashinfer": 1.655, "fla": 0.902}
+    assert published["forward 2/8 T=32768"] == times
     assert published["backward 16/32 8192 in 4 packed"] == {"flash_qla": 1.259, "fla": 1.467}
     assert sum(len(p) == 3 for n, p in published.items() if n.startswith("forward")) == 8
     assert sum(len(p) == 2 for n, p in published.items() if n.startswith("backward")) == 5
@@ -132,7 +129,7 @@ def test_operands_are_in_the_domains_of_the_spec(row: GpuRow) -> None:
     assert p.state is not None
     assert p.state.shape == (row.sizes.N, row.sizes.HV, row.sizes.K, row.sizes.V)
     assert row.draw("cpu").q.equal(p.q)
-    assert not ours().reasons(p, row.what)
+    assert not contender().reasons(p, row.what)
     if row.packed:
         assert p.cu_seqlens is not None
         assert tuple(b - a for a, b in pairwise(p.cu_seqlens.tolist())) == row.lengths
@@ -157,8 +154,7 @@ def test_a_peer_gets_the_same_problem(
     name: str, row: GpuRow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_peers(monkeypatch)
-    c = find_contender(name)
-    assert isinstance(c, Contender), c
+    c = contender(name)
     p = row.draw("cpu")
     reasons = c.reasons(p, row.what)
     if reasons:
@@ -175,10 +171,7 @@ def test_a_peer_gets_the_same_problem(
 def test_a_step_of_a_peer_in_place_changes_its_own_state(monkeypatch: pytest.MonkeyPatch) -> None:
     install_peers(monkeypatch)
     for name in ("fla", "flashinfer", "torch"):
-        c = find_contender(name)
-        assert isinstance(c, Contender)
-        p = STEP.draw("cpu")
-        ready = c.step(p)
+        ready = contender(name).step(STEP.draw("cpu"))
         first = [x.clone() for x in ready.results()]
         second = ready.results()
         # fla returns a new state, as it does in a server; the others go on from their last one.
@@ -187,15 +180,17 @@ def test_a_step_of_a_peer_in_place_changes_its_own_state(monkeypatch: pytest.Mon
 
 def test_the_adapters_pass_only_what_the_real_functions_take() -> None:
     """The stand-ins stand for these signatures."""
-    from gpu_stand_ins import fla_chunk, flash_qla_chunk, flashinfer_decode, flashinfer_prefill
 
-    def names(function: Callable[..., object]) -> set[str]:
-        return set(inspect.signature(function).parameters)
+    def names(module: str, function: str) -> set[str]:
+        return set(inspect.signature(MODULES[module][function]).parameters)  # type: ignore[arg-type]
 
-    assert {"g", "initial_state", "output_final_state", "cu_seqlens"} <= names(fla_chunk)
-    assert "cu_seqlens_cpu" not in names(flash_qla_chunk)
-    assert "use_qk_l2norm_in_kernel" in names(flashinfer_prefill)
-    assert "use_qk_l2norm" in names(flashinfer_decode)
+    fla = names("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
+    assert {"g", "initial_state", "output_final_state", "cu_seqlens"} <= fla
+    assert "cu_seqlens_cpu" not in names("flash_qla", "chunk_gated_delta_rule")
+    prefill = names("flashinfer.gdn_prefill", "chunk_gated_delta_rule")
+    assert "use_qk_l2norm_in_kernel" in prefill
+    decode = names("flashinfer.gdn_decode", "gated_delta_rule_decode_pretranspose")
+    assert "use_qk_l2norm" in decode
 
 
 def test_a_peer_that_is_not_there_or_cannot_be_imported_is_a_reason(
@@ -220,7 +215,7 @@ def test_a_peer_that_is_not_there_or_cannot_be_imported_is_a_reason(
 def test_a_backend_is_right_and_every_single_wrong_head_is_seen(row: GpuRow) -> None:
     p = row.draw("cpu")
     parts = exact(p, row.what)
-    results = results_of(ours(), p, row.what)
+    results = results_of(contender(), p, row.what)
     assert worst_error(parts, results)[0] < (1e-2 if row is NARROW_STEP else 1e-5)
     for part in parts:
         wrong = [x.clone() for x in results]
@@ -243,7 +238,7 @@ def test_a_definition_that_takes_too_long_walks_the_beginning() -> None:
     parts = exact_forward(p, 4.0, lambda: float(next(now)), lambda: None)
     assert [part.what for part in parts] == ["o"]
     assert parts[0].exact.shape[1] == 32
-    results = list(results_of(ours(), p, "forward"))
+    results = list(results_of(contender(), p, "forward"))
     assert worst_error(parts, results)[0] < 1e-5
     results[0][:, 40:] = 7.0
     assert worst_error(parts, results)[0] < 1e-5, "what was not walked is not judged"
@@ -258,4 +253,4 @@ def test_gradients_are_judged_in_a_window_at_the_end(monkeypatch: pytest.MonkeyP
     assert [part.what for part in parts] == ["dq", "dk", "dv", "dlog_alpha", "dbeta"]
     assert parts[0].exact.shape == (1, 6, 2, 8)
     assert parts[2].exact.shape == (1, 6, 4, 4)
-    assert worst_error(parts, results_of(ours(), p, "backward"))[0] < 1e-5
+    assert worst_error(parts, results_of(contender(), p, "backward"))[0] < 1e-5

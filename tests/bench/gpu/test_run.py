@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,6 @@ SYSTEM = {
 }
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class FakeWorker:
     """Answers orders from a script; time passes as the script says."""
 
@@ -54,18 +46,23 @@ class FakeWorker:
         self.closed = True
 
 
+@dataclass
 class Script:
     """What the workers of a run do: measure in a time, hang or die at a contender."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.workers: list[FakeWorker] = []
-        self.orders: list[tuple[dict[str, Any], float]] = []
-        self.seconds = 1.0
-        self.hangs: set[str] = set()
-        self.dies: set[str] = set()
-        self.wrong: set[str] = set()
-        self.red: set[str] = set()
+    now: float = 0.0
+    workers: list[FakeWorker] = field(default_factory=list)
+    orders: list[tuple[dict[str, Any], float]] = field(default_factory=list)
+    seconds: float = 1.0
+    hangs: set[str] = field(default_factory=set)
+    dies: set[str] = field(default_factory=set)
+    wrong: set[str] = field(default_factory=set)
+    red: set[str] = field(default_factory=set)
+    end_of_checks: StoppedError | None = None
+    end_of_timing: StoppedError | None = None
+
+    def clock(self) -> float:
+        return self.now
 
     def start(self) -> FakeWorker:
         return FakeWorker(self)
@@ -74,18 +71,23 @@ class Script:
         if order["do"] == "check":
             name = order["backend"]
             yield {"conformance": asdict(Conformance(name, name not in self.red, 3, 11, 0.5))}
+            if self.end_of_checks is not None:
+                raise self.end_of_checks
         elif order["do"] == "warm":
             yield from ({"warm": row} for row in order["rows"])
         else:
+            if self.end_of_timing is not None:
+                yield {"at": "timing"}
+                raise self.end_of_timing
             yield {"at": "reference"}
             for name in order["contenders"]:
                 yield from self._contender(name, seconds)
-            self.clock.now += self.seconds
+            self.now += self.seconds
 
     def _contender(self, name: str, seconds: float) -> Iterator[dict[str, Any]]:
         yield {"at": name}
         if name in self.hangs:
-            self.clock.now += seconds
+            self.now += seconds
             raise TimeUpError(f"stopped after {seconds:.0f} s")
         if name in self.dies:
             raise StoppedError("the process ended with signal SIGSEGV")
@@ -100,7 +102,7 @@ class Script:
 
 @pytest.fixture
 def script() -> Script:
-    return Script(Clock())
+    return Script()
 
 
 def go(script: Script, folder: Path, **changes: Any) -> tuple[GpuResult, list[str]]:
@@ -155,7 +157,7 @@ def test_the_result_is_written_after_every_row(
 def test_a_run_ends_in_its_time_and_names_what_it_left_out(script: Script, tmp_path: Path) -> None:
     script.seconds = 20.0
     result, _ = go(script, tmp_path, seconds=100.0)
-    assert script.clock.now <= 100.0 + script.seconds
+    assert script.now <= 100.0 + script.seconds
     assert all(seconds <= 100.0 for _, seconds in script.orders)
     statuses = [[o.status for o in outcomes] for _, outcomes in result.rows]
     assert statuses[:5] == [["measured"] * 3] * 5
@@ -169,13 +171,8 @@ def test_a_contender_that_hangs_costs_itself_and_is_left_out_in_the_end(
     script.hangs = {"fla"}
     result, _ = go(script, tmp_path, rows=ROWS[:5])
     # Rows 0, 1 and 4 are forwards; 2 is a backward, 3 a step.
-    assert script.rows() == [
-        (ROWS[0].name, ["triton", "torch", "fla"]),
-        (ROWS[1].name, ["triton", "torch", "fla"]),
-        (ROWS[2].name, ["triton", "torch", "fla"]),
-        (ROWS[3].name, ["triton", "torch", "fla"]),
-        (ROWS[4].name, ["triton", "torch"]),
-    ]
+    everybody = [(row.name, ["triton", "torch", "fla"]) for row in ROWS[:4]]
+    assert script.rows() == [*everybody, (ROWS[4].name, ["triton", "torch"])]
     by_row = [{o.contender: o for o in outcomes} for _, outcomes in result.rows]
     assert all(found["triton"].status == "measured" for found in by_row)
     assert by_row[0]["fla"].status == "failed"
@@ -183,7 +180,7 @@ def test_a_contender_that_hangs_costs_itself_and_is_left_out_in_the_end(
     assert by_row[1]["fla"].reason == "not measured: stopped after 45 s"
     assert by_row[4]["fla"].status == "left out"
     assert by_row[4]["fla"].reason.startswith("left out after it was stopped 2 times: stopped")
-    assert script.clock.now < schedule.SECONDS
+    assert script.now < schedule.SECONDS
 
 
 def test_a_row_is_tried_again_without_the_one_who_ended_the_process(
@@ -191,25 +188,17 @@ def test_a_row_is_tried_again_without_the_one_who_ended_the_process(
 ) -> None:
     script.dies = {"torch"}
     result, _ = go(script, tmp_path, rows=ROWS[:1])
-    assert script.rows() == [
-        (ROWS[0].name, ["triton", "torch", "fla"]),
-        (ROWS[0].name, ["fla"]),
-    ]
+    assert [names for _, names in script.rows()] == [["triton", "torch", "fla"], ["fla"]]
     outcomes = {o.contender: o for o in result.rows[0][1]}
     assert outcomes["torch"].reason == "not measured: the process ended with signal SIGSEGV"
     assert outcomes["triton"].status == outcomes["fla"].status == "measured"
 
 
-def test_a_process_that_ends_while_timing_leaves_the_row_out(tmp_path: Path) -> None:
-    class Timing(Script):
-        def answer(self, order: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
-            if order["do"] != "row":
-                yield from super().answer(order, seconds)
-                return
-            yield {"at": "timing"}
-            raise TimeUpError("stopped after 9 s")
-
-    result, _ = go(Timing(Clock()), tmp_path, rows=ROWS[:1])
+def test_a_process_that_ends_while_timing_leaves_the_row_out(
+    script: Script, tmp_path: Path
+) -> None:
+    script.end_of_timing = TimeUpError("stopped after 9 s")
+    result, _ = go(script, tmp_path, rows=ROWS[:1])
     reasons = {o.reason for o in result.rows[0][1]}
     assert reasons == {"not measured: stopped after 9 s, at timing"}
 
@@ -226,21 +215,15 @@ def test_a_wrong_backend_stops_everything(script: Script, tmp_path: Path) -> Non
     assert report.text(result).endswith("nothing was timed")
 
 
-def test_a_check_that_dies_is_red_and_one_that_is_too_slow_is_not(tmp_path: Path) -> None:
-    class Checks(Script):
-        def answer(self, order: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
-            if order["do"] == "check":
-                yield {"conformance": asdict(Conformance(order["backend"], True, 2, 11, 0.5))}
-                raise self.why
-            yield from super().answer(order, seconds)
-
-    script = Checks(Clock())
-    script.why = TimeUpError("stopped after 30 s")  # type: ignore[attr-defined]
+def test_a_check_that_dies_is_red_and_one_that_is_too_slow_is_not(
+    script: Script, tmp_path: Path
+) -> None:
+    script.end_of_checks = TimeUpError("stopped after 30 s")
     result, _ = go(script, tmp_path, rows=ROWS[:1])
     assert [(c.passed, c.examples, c.text) for c in result.conformance] == [
-        (True, 2, "stopped after 30 s")
+        (True, 3, "stopped after 30 s")
     ] * 2
-    script.why = StoppedError("the process ended with exit code 1: RuntimeError")  # type: ignore[attr-defined]
+    script.end_of_checks = StoppedError("the process ended with exit code 1: RuntimeError")
     assert go(script, tmp_path)[0].failed
 
 
@@ -270,10 +253,8 @@ def test_the_report_names_times_goals_and_what_is_not_ours(script: Script, tmp_p
     ]
     assert "not measured: the process ended with signal SIGSEGV" in first[1]
     assert first[2].split()[:3] == ["fla", "1", "0.814"]
-    assert [line.split() for line in first[3:]] == [
-        ["flash_qla", "-", "0.397"],
-        ["flashinfer", "-", "0.392"],
-    ]
+    theirs = [["flash_qla", "-", "0.397"], ["flashinfer", "-", "0.392"]]
+    assert [line.split() for line in first[3:]] == theirs
     assert "onnxruntime  -" in text and "0.0058, 0.0185 wall" in text
     assert lines[-2].startswith("theirs: published, not measured here (theirs: NVIDIA H200, CUDA")
     assert lines[-1] == "goals reached: 1 of 5, not measured: 0"
@@ -291,9 +272,8 @@ def test_the_result_becomes_json_and_a_plot(script: Script, tmp_path: Path) -> N
     assert row["name"] == "forward 16/64 T=8192"
     assert row["sizes"]["HV"] == 64
     assert row["published"][0] == {"who": "flash_qla", "ms": 0.397, "what": "kernel"}
-    assert row["goals"] == [
-        {"backend": "triton", "what": "kernel", "at_most": 0.5, "reached": False}
-    ]
+    goal = {"backend": "triton", "what": "kernel", "at_most": 0.5, "reached": False}
+    assert row["goals"] == [goal]
     assert [o["contender"] for o in row["outcomes"]] == ["triton", "torch", "fla"]
 
 
@@ -303,9 +283,8 @@ def test_without_matplotlib_there_is_a_reason_instead_of_a_plot(
     result, _ = go(script, tmp_path, rows=ROWS[:1])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert report.write(result, tmp_path)[1] == (
-        "no plot: package 'matplotlib.figure' is not installed"
-    )
+    _, reason = report.write(result, tmp_path)
+    assert reason == "no plot: package 'matplotlib.figure' is not installed"
 
 
 def test_results_go_into_the_checkout_or_the_current_folder(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,12 +38,16 @@ for line in sys.stdin:
 """
 
 
+def running(code: str) -> contextlib.closing[Worker]:
+    return contextlib.closing(Worker([sys.executable, "-c", code]))
+
+
 def test_a_worker_answers_order_after_order() -> None:
-    worker = Worker([sys.executable, "-c", TALKS])
-    for order in ({"do": "a"}, {"do": "b"}):
-        assert list(worker.ask(order, 30.0)) == [{"got": order}]
-    worker.close()
-    worker.close()
+    with running(TALKS) as worker:
+        for order in ({"do": "a"}, {"do": "b"}):
+            assert list(worker.ask(order, 30.0)) == [{"got": order}]
+        # Closing it twice is once too often, and no error.
+        worker.close()
 
 
 @pytest.mark.parametrize(
@@ -53,14 +59,11 @@ def test_a_worker_answers_order_after_order() -> None:
     ],
 )
 def test_a_worker_that_hangs_or_dies_is_an_error_that_says_how(do: str, why: str) -> None:
-    worker = Worker([sys.executable, "-c", TALKS])
     before, events = time.monotonic(), []
-    with pytest.raises(StoppedError, match=f"^{why}$"):
-        for event in worker.ask({"do": do}, 2.0 if do == "hang" else 30.0):
-            events.append(event)
+    with running(TALKS) as worker, pytest.raises(StoppedError, match=f"^{why}$"):
+        events.extend(worker.ask({"do": do}, 2.0 if do == "hang" else 30.0))
     assert events == [{"got": {"do": do}}]
     assert time.monotonic() - before < 30
-    worker.close()
 
 
 def test_a_worker_keeps_fla_from_handing_its_calls_to_flash_qla() -> None:
@@ -69,9 +72,8 @@ import json, os
 print(json.dumps({"value": os.environ["FLA_FLASH_QLA"]}))
 print(json.dumps({"done": True}))
 """
-    worker = Worker([sys.executable, "-c", code])
-    assert list(worker.ask({}, 30.0)) == [{"value": "0"}]
-    worker.close()
+    with running(code) as worker:
+        assert list(worker.ask({}, 30.0)) == [{"value": "0"}]
 
 
 def desk(monkeypatch: pytest.MonkeyPatch) -> tuple[Desk, list[dict[str, Any]]]:
@@ -130,18 +132,11 @@ def test_a_worker_tells_who_broke_the_device_and_ends(monkeypatch: pytest.Monkey
 def test_an_order_is_done_when_it_is_carried_out(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(child.os, "dup2", lambda *_: None)
-    monkeypatch.setattr(child.os, "fdopen", lambda *_, **__: Answers(told))
+    monkeypatch.setattr(child.os, "fdopen", lambda *_, **__: SimpleNamespace(write=told.append))
     monkeypatch.setattr(sys, "stdin", io.StringIO('{"do": 1}\n{"do": 2}\n'))
     carry_out_orders(lambda emit: lambda order: emit({"got": order["do"]}))
-    assert [json.loads(line) for line in told] == [
-        *({"got": 1}, {"done": True}),
-        *({"got": 2}, {"done": True}),
-    ]
-
-
-class Answers:
-    def __init__(self, told: list[str]) -> None:
-        self.write = told.append
+    done = {"done": True}
+    assert [json.loads(line) for line in told] == [{"got": 1}, done, {"got": 2}, done]
 
 
 REAL = f"""
@@ -165,8 +160,7 @@ child.carry_out_orders(worker.start)
 
 
 def test_what_a_contender_prints_is_not_taken_for_an_event() -> None:
-    worker = Worker([sys.executable, "-c", REAL])
     order = {"do": "row", "row": FORWARD.name, "contenders": ["loud"], "seconds": 100.0}
-    events = list(worker.ask(order, 100.0))
-    worker.close()
+    with running(REAL) as worker:
+        events = list(worker.ask(order, 100.0))
     assert [e["outcome"]["status"] for e in events if "outcome" in e] == ["measured"]
