@@ -50,6 +50,7 @@ class FakeWorker:
 class Script:
     """What the workers of a run do: measure in a time, hang or die at a contender."""
 
+    folder: Path
     now: float = 0.0
     workers: list[FakeWorker] = field(default_factory=list)
     orders: list[tuple[dict[str, Any], float]] = field(default_factory=list)
@@ -96,26 +97,24 @@ class Script:
         outcome = Outcome(name, "1", is_peer, status, kernel=1.0, wall=2.0, host=1.5, error=1e-3)
         yield {"outcome": asdict(outcome)}
 
+    def go(self, **changes: Any) -> tuple[GpuResult, list[str]]:
+        """Run a plan of three contenders; return its result, and what was told."""
+        told: list[str] = []
+        plan = Plan(("triton", "torch"), ("fla",), **changes)
+        result = run(plan, SYSTEM, self.folder, told.append, start=self.start, clock=self.clock)
+        return result, told
+
     def rows(self) -> list[tuple[str, list[str]]]:
         return [(o["row"], o["contenders"]) for o, _ in self.orders if o["do"] == "row"]
 
 
 @pytest.fixture
-def script() -> Script:
-    return Script()
+def script(tmp_path: Path) -> Script:
+    return Script(tmp_path)
 
 
-def go(script: Script, folder: Path, **changes: Any) -> tuple[GpuResult, list[str]]:
-    told: list[str] = []
-    plan = Plan(("triton", "torch"), ("fla",), **changes)
-    result = run(plan, SYSTEM, folder, told.append, start=script.start, clock=script.clock)
-    return result, told
-
-
-def test_every_row_is_measured_in_its_order_and_every_process_ended(
-    script: Script, tmp_path: Path
-) -> None:
-    result, told = go(script, tmp_path)
+def test_every_row_is_measured_in_its_order_and_every_process_ended(script: Script) -> None:
+    result, told = script.go()
     everybody = ["triton", "torch", "fla"]
     assert script.rows() == [(row.name, everybody) for row in ROWS]
     assert [row for row, _ in result.rows] == list(ROWS)
@@ -125,8 +124,8 @@ def test_every_row_is_measured_in_its_order_and_every_process_ended(
     assert told[-1] == f"{ROWS[-1].name}: triton 1 ms, torch 1 ms, fla 1 ms"
 
 
-def test_everybody_compiles_for_every_kind_of_row_before(script: Script, tmp_path: Path) -> None:
-    go(script, tmp_path)
+def test_everybody_compiles_for_every_kind_of_row_before(script: Script) -> None:
+    script.go()
     warmed: dict[str, list[str]] = {"triton": [], "torch": [], "fla": []}
     for order, _ in script.orders:
         if order["do"] == "warm":
@@ -149,14 +148,14 @@ def test_the_result_is_written_after_every_row(
         return line(*arguments)
 
     monkeypatch.setattr(report, "line", spy)
-    go(script, tmp_path, rows=ROWS[:4])
+    script.go(rows=ROWS[:4])
     assert written == [1, 2, 3, 4]
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_run_ends_in_its_time_and_names_what_it_left_out(script: Script, tmp_path: Path) -> None:
+def test_a_run_ends_in_its_time_and_names_what_it_left_out(script: Script) -> None:
     script.seconds = 20.0
-    result, _ = go(script, tmp_path, seconds=100.0)
+    result, _ = script.go(seconds=100.0)
     assert script.now <= 100.0 + script.seconds
     assert all(seconds <= 100.0 for _, seconds in script.orders)
     statuses = [[o.status for o in outcomes] for _, outcomes in result.rows]
@@ -165,11 +164,9 @@ def test_a_run_ends_in_its_time_and_names_what_it_left_out(script: Script, tmp_p
     assert {o.reason for _, outcomes in result.rows[5:] for o in outcomes} == {"not measured: time"}
 
 
-def test_a_contender_that_hangs_costs_itself_and_is_left_out_in_the_end(
-    script: Script, tmp_path: Path
-) -> None:
+def test_a_contender_that_hangs_costs_itself_and_is_left_out_in_the_end(script: Script) -> None:
     script.hangs = {"fla"}
-    result, _ = go(script, tmp_path, rows=ROWS[:5])
+    result, _ = script.go(rows=ROWS[:5])
     # Rows 0, 1 and 4 are forwards; 2 is a backward, 3 a step.
     everybody = [(row.name, ["triton", "torch", "fla"]) for row in ROWS[:4]]
     assert script.rows() == [*everybody, (ROWS[4].name, ["triton", "torch"])]
@@ -183,29 +180,25 @@ def test_a_contender_that_hangs_costs_itself_and_is_left_out_in_the_end(
     assert script.now < schedule.SECONDS
 
 
-def test_a_row_is_tried_again_without_the_one_who_ended_the_process(
-    script: Script, tmp_path: Path
-) -> None:
+def test_a_row_is_tried_again_without_the_one_who_ended_the_process(script: Script) -> None:
     script.dies = {"torch"}
-    result, _ = go(script, tmp_path, rows=ROWS[:1])
+    result, _ = script.go(rows=ROWS[:1])
     assert [names for _, names in script.rows()] == [["triton", "torch", "fla"], ["fla"]]
     outcomes = {o.contender: o for o in result.rows[0][1]}
     assert outcomes["torch"].reason == "not measured: the process ended with signal SIGSEGV"
     assert outcomes["triton"].status == outcomes["fla"].status == "measured"
 
 
-def test_a_process_that_ends_while_timing_leaves_the_row_out(
-    script: Script, tmp_path: Path
-) -> None:
+def test_a_process_that_ends_while_timing_leaves_the_row_out(script: Script) -> None:
     script.end_of_timing = TimeUpError("stopped after 9 s")
-    result, _ = go(script, tmp_path, rows=ROWS[:1])
+    result, _ = script.go(rows=ROWS[:1])
     reasons = {o.reason for o in result.rows[0][1]}
     assert reasons == {"not measured: stopped after 9 s, at timing"}
 
 
 def test_a_wrong_backend_stops_everything(script: Script, tmp_path: Path) -> None:
     script.red = {"triton"}
-    result, told = go(script, tmp_path)
+    result, told = script.go()
     assert result.failed
     assert result.rows == [] and script.rows() == []
     assert told[-1] == "a backend is wrong: nothing is timed"
@@ -215,33 +208,29 @@ def test_a_wrong_backend_stops_everything(script: Script, tmp_path: Path) -> Non
     assert report.text(result).endswith("nothing was timed")
 
 
-def test_a_check_that_dies_is_red_and_one_that_is_too_slow_is_not(
-    script: Script, tmp_path: Path
-) -> None:
+def test_a_check_that_dies_is_red_and_one_that_is_too_slow_is_not(script: Script) -> None:
     script.end_of_checks = TimeUpError("stopped after 30 s")
-    result, _ = go(script, tmp_path, rows=ROWS[:1])
+    result, _ = script.go(rows=ROWS[:1])
     assert [(c.passed, c.examples, c.text) for c in result.conformance] == [
         (True, 3, "stopped after 30 s")
     ] * 2
     script.end_of_checks = StoppedError("the process ended with exit code 1: RuntimeError")
-    assert go(script, tmp_path)[0].failed
+    assert script.go()[0].failed
 
 
-def test_a_wrong_row_of_ours_fails_the_run_and_of_a_peer_does_not(
-    script: Script, tmp_path: Path
-) -> None:
+def test_a_wrong_row_of_ours_fails_the_run_and_of_a_peer_does_not(script: Script) -> None:
     script.wrong = {"fla"}
-    assert not go(script, tmp_path, rows=ROWS[:1])[0].failed
+    assert not script.go(rows=ROWS[:1])[0].failed
     script.wrong = {"triton"}
-    assert go(script, tmp_path, rows=ROWS[:2])[0].failed
+    assert script.go(rows=ROWS[:2])[0].failed
 
 
 # The report.
 
 
-def test_the_report_names_times_goals_and_what_is_not_ours(script: Script, tmp_path: Path) -> None:
+def test_the_report_names_times_goals_and_what_is_not_ours(script: Script) -> None:
     script.dies = {"torch"}
-    result, _ = go(script, tmp_path, rows=ROWS[:4])
+    result, _ = script.go(rows=ROWS[:4])
     text = report.text(result)
     lines = text.splitlines()
     assert lines[0] == "NVIDIA H200, driver 580.1, torch 2.13.0, 2026-11-21"
@@ -261,7 +250,7 @@ def test_the_report_names_times_goals_and_what_is_not_ours(script: Script, tmp_p
 
 
 def test_the_result_becomes_json_and_a_plot(script: Script, tmp_path: Path) -> None:
-    result, _ = go(script, tmp_path, rows=ROWS[:4])
+    result, _ = script.go(rows=ROWS[:4])
     written = report.write(result, tmp_path)
     assert written == [tmp_path / "gpu-nvidia-h200.json", tmp_path / "gpu-nvidia-h200.png"]
     assert (tmp_path / "gpu-nvidia-h200.png").read_bytes()[1:4] == b"PNG"
@@ -280,7 +269,7 @@ def test_the_result_becomes_json_and_a_plot(script: Script, tmp_path: Path) -> N
 def test_without_matplotlib_there_is_a_reason_instead_of_a_plot(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result, _ = go(script, tmp_path, rows=ROWS[:1])
+    result, _ = script.go(rows=ROWS[:1])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     _, reason = report.write(result, tmp_path)
