@@ -11,17 +11,11 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from versions import report
-from versions.cells import UnknownCellError, select
-from versions.run import Matrix, Result, default_jobs, log_of
+from versions.cells import UnknownCellError, in_order, select
+from versions.run import Result, default_jobs, log_of, run_cells
 
 STATES = {"passed": "passed", "failed": "RED", "not run": "NOT RUN"}
 FAILURES_SHOWN = 3
-
-
-def duration(seconds: float) -> str:
-    """Return a time in minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:2} s" if minutes else f"{rest} s"
 
 
 def line(place: str, result: Result) -> str:
@@ -31,32 +25,30 @@ def line(place: str, result: Result) -> str:
         counts = f"{len(result.failures)} failed, {counts}"
     if result.state == "not run":
         counts = "no fault of gdn_ops" if result.excused else "counts as failed"
-    versions = report.versions_text(result) or "-"
-    lines = [
-        f"{place} {STATES[result.state]:<7} {result.cell:<18} {versions:<44} {counts}, "
-        f"{duration(result.seconds)}"
-    ]
+    minutes, seconds = divmod(round(result.seconds), 60)
+    time = f"{minutes} min {seconds:2} s" if minutes else f"{seconds} s"
+    state = STATES[result.state]
+    lines = [f"{place} {state:<7} {result.cell:<18} {result.ran_with:<44} {counts}, {time}"]
     if result.state != "passed":
-        lines += [f"    {text}" for text in [result.reason] if text]
-        lines += [f"    {name}" for name in result.failures[:FAILURES_SHOWN]]
+        lines += [result.reason] if result.reason else []
+        lines += result.failures[:FAILURES_SHOWN]
         left = len(result.failures) - FAILURES_SHOWN
-        lines += [f"    and {left} more"] if left > 0 else []
-        lines += [f"    log: {log_of(result.cell)}"]
-    return "\n".join(lines)
+        lines += [f"and {left} more"] if left > 0 else []
+        lines += [f"log: {log_of(result.cell)}"]
+    return "\n    ".join(lines)
 
 
 def summary(results: list[Result]) -> str:
     """Return the table at the end, in the order of the table of cells."""
-    order = list(report.sorted_names(result.cell for result in results))
-    ordered = sorted(results, key=lambda result: order.index(result.cell))
-    head = f"{'':<7} {'cell':<18} {'passed':>7} {'skipped':>8} {'failed':>7}  ran with"
-    rows = [
-        f"{STATES[result.state]:<7} {result.cell:<18} {result.passed:>7} {result.skipped:>8} "
-        f"{len(result.failures):>7}  {report.versions_text(result) or '-'}"
-        for result in ordered
-    ]
+    by_name = {result.cell: result for result in results}
+    rows = [("", "cell", "passed", "skipped", "failed", "ran with")]
+    for name in in_order(by_name):
+        r = by_name[name]
+        counts = (r.passed, r.skipped, len(r.failures))
+        rows.append((STATES[r.state], name, *map(str, counts), r.ran_with))
+    lines = [f"{s:<7} {c:<18} {p:>7} {k:>8} {f:>7}  {v}" for s, c, p, k, f, v in rows]
     green = sum(result.is_green for result in results)
-    return "\n".join(["", head, *rows, "", f"{green} of {len(results)} cells are green"])
+    return "\n".join(["", *lines, "", f"{green} of {len(results)} cells are green"])
 
 
 def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
@@ -87,11 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     # A time limit from outside ends this as Ctrl-C does, with all that was started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    matrix = Matrix(asked.jobs or default_jobs(), asked.minutes * 60)
-    print(f"{len(cells)} cells, {matrix.jobs} at once", flush=True)
+    jobs = asked.jobs or default_jobs()
+    print(f"{len(cells)} cells, {jobs} at once", flush=True)
     results: list[Result] = []
     try:
-        for result in matrix.run(cells):
+        for result in run_cells(cells, jobs, asked.minutes * 60):
             results.append(result)
             print(line(f"[{len(results):>2}/{len(cells)}]", result), flush=True)
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 try:
@@ -42,30 +42,24 @@ def installed_requirements(name: str) -> list[str]:
         return []
 
 
-def _applies(requirement: Requirement, extras: Iterable[str]) -> bool:
-    marker = requirement.marker
-    return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
-
-
 def refused(
     lock: dict[str, str], requires: Callable[[str], list[str]] = installed_requirements
 ) -> set[str]:
     """Return the names whose locked version is not allowed by torch or by what it requires."""
     found: set[str] = set()
-    seen: set[tuple[str, frozenset[str]]] = set()
     waiting = [("torch", frozenset[str]())]
-    while waiting:
-        name, extras = waiting.pop()
-        if (name, extras) in seen:
-            continue
-        seen.add((name, extras))
+    # The list grows while it is read.
+    for name, extras in waiting:
         for requirement in map(Requirement, requires(name)):
-            if _applies(requirement, extras):
-                needed = canonicalize_name(requirement.name)
-                version = lock.get(needed)
-                if version and not requirement.specifier.contains(version, prereleases=True):
-                    found.add(needed)
-                waiting.append((needed, frozenset(requirement.extras)))
+            marker = requirement.marker
+            if marker and not any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+                continue
+            needed = canonicalize_name(requirement.name)
+            version = lock.get(needed)
+            if version and not requirement.specifier.contains(version, prereleases=True):
+                found.add(needed)
+            if (key := (needed, frozenset(requirement.extras))) not in waiting:
+                waiting.append(key)
     return found
 
 

@@ -7,80 +7,51 @@ another. A cell of another Python gets a whole environment, made by `make venv`.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-from versions.cells import ROOT, Cell
-from versions.process import NotRunError
+from packaging.utils import canonicalize_name
+
+from versions.cells import ROOT, Cell, NotRunError
+from versions.lock import resolve
 
 FOLDER = ROOT / ".versions"
-MARKER = ".installed.json"
-OLDEST_MINOR = 11
 
 Runner = Callable[[list[str], dict[str, str]], None]
 """Runs a command with additions to the environment; raises NotRunError when it fails."""
 
 
-@dataclass(frozen=True)
-class Installed:
-    """Say how a cell is run: its interpreter, what comes first on its path, what pip chose."""
-
-    python: str
-    path: Path | None = None
-    versions: tuple[tuple[str, str], ...] = ()
+def environment() -> list[str]:
+    """Return the Python that runs this, and every package that is installed for it."""
+    found = {f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}
+    return [platform.python_version(), *sorted(found)]
 
 
-def environment_hash() -> str:
-    """Return a hash of every package that is installed where this runs, and of the Python."""
-    found = {(d.name, d.version) for d in importlib.metadata.distributions()}
-    text = json.dumps([platform.python_version(), *sorted(found)])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def resolve(cell: Cell, run: Runner) -> dict[str, str]:
-    """Return what pip would install for a cell into the locked environment, by name."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        options = ["--dry-run", "--quiet", "--report", str(report)]
-        options += [] if cell.group.deps else ["--no-deps"]
-        options += ["--upgrade"] if cell.version == "newest" else []
-        run([sys.executable, "-m", "pip", "install", *options, *cell.requirements], {})
-        found = json.loads(report.read_text(encoding="utf-8"))["install"]
-    return {normalized(entry["metadata"]["name"]): entry["metadata"]["version"] for entry in found}
-
-
-def normalized(name: str) -> str:
-    """Return the name of a package as the lock spells it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def install(cell: Cell, run: Runner) -> Installed:
-    """Install what a cell needs, unless it is there, and return how it is run."""
-    if cell.group.package == "python":
-        return install_python(cell.version, run)
+def install(cell: Cell, run: Runner) -> dict[str, str]:
+    """Install what a cell needs unless it is there; return its versions by name."""
     if not cell.requirements:
-        return Installed(sys.executable)
+        return {}
     folder = FOLDER / cell.name
-    marker = folder / MARKER
-    asked = {"requirements": list(cell.requirements), "environment": environment_hash()}
+    marker = folder / ".installed.json"
+    asked = {"requirements": list(cell.requirements), "environment": environment()}
     there = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {}
-    if cell.version == "newest" or any(there.get(key) != value for key, value in asked.items()):
-        versions = resolve(cell, run)
-        if there != {**asked, "versions": versions}:
+    if cell.version == "newest" or there != {**there, **asked}:
+        options = [] if cell.deps else ["--no-deps"]
+        options += ["--upgrade"] if cell.version == "newest" else []
+        found = resolve(*options, *cell.requirements, run=lambda command: run(command, {}))
+        versions = {canonicalize_name(entry["name"]): entry["version"] for entry in found}
+        wanted = {**asked, "versions": versions}
+        if there != wanted:
             fill(folder, versions, run)
-            there = {**asked, "versions": versions}
-            marker.write_text(json.dumps(there, indent=1), encoding="utf-8")
-    return Installed(sys.executable, folder, tuple(there["versions"].items()))
+            marker.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+            there = wanted
+    return there["versions"]
 
 
 def fill(folder: Path, versions: dict[str, str], run: Runner) -> None:
@@ -93,41 +64,39 @@ def fill(folder: Path, versions: dict[str, str], run: Runner) -> None:
         run([sys.executable, "-m", "pip", "install", *options, *pins], {})
 
 
-def install_python(version: str, run: Runner) -> Installed:
-    """Return the environment of a Python: this one, or one that `make venv` makes of the lock."""
+def interpreter(cell: Cell, run: Runner) -> str:
+    """Return the Python that runs a cell: this one, or of a venv that `make venv` makes.
+
+    Raises:
+        NotRunError: there is no such Python.
+    """
+    if cell.package != "python":
+        return sys.executable
     here = sys.version_info[:2]
-    found = find_pythons()
-    if version == "newest":
-        newer = {minor: python for minor, python in found.items() if minor > here}
-        if not newer:
-            raise NotRunError(f"no Python newer than {'.'.join(map(str, here))}", excused=True)
-        wanted = max(newer)
-    else:
-        wanted = tuple(map(int, version.split(".")[:2]))
-    if wanted == here:
-        return Installed(sys.executable)
+    found = {**find_pythons(), here: sys.executable}
+    wanted = max(found)
+    if cell.version != "newest":
+        wanted = tuple(map(int, cell.version.split(".")[:2]))
+    elif wanted == here:
+        raise NotRunError(f"no Python newer than {here[0]}.{here[1]}", excused=True)
     if wanted not in found:
-        raise NotRunError(f"no Python {version}")
+        raise NotRunError(f"no Python {cell.version}")
+    if wanted == here:
+        return sys.executable
     folder = FOLDER / f"python-{'.'.join(map(str, wanted))}"
     command = ["make", "--no-print-directory", "venv", f"VENV={folder}", f"PYTHON={found[wanted]}"]
     run(command, {"MAKEFLAGS": ""})
-    return Installed(str(folder / "bin" / "python"))
-
-
-def _candidates() -> Iterable[Path]:
-    """Yield interpreters on the PATH, then those of pyenv."""
-    for folder in os.environ.get("PATH", "").split(os.pathsep):
-        yield from Path(folder).glob("python3.[0-9][0-9]")
-    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    yield from pyenv.glob("versions/*/bin/python3.[0-9][0-9]")
+    return str(folder / "bin" / "python")
 
 
 def find_pythons() -> dict[tuple[int, ...], str]:
-    """Return an interpreter for each Python that is there, from 3.11 on, by its version."""
+    """Return an interpreter for each Python from 3.11 on, of the PATH or of pyenv, by version."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     found: dict[tuple[int, ...], str] = {}
-    for path in _candidates():
-        minor = int(path.name.removeprefix("python3."))
-        # pyenv's shims are there for versions that it then refuses to run.
-        if minor >= OLDEST_MINOR and path.parent.name != "shims":
-            found.setdefault((3, minor), str(path))
+    for folder in (*map(Path, os.get_exec_path()), *pyenv.glob("versions/*/bin")):
+        for path in folder.glob("python3.[0-9][0-9]"):
+            minor = int(path.name.removeprefix("python3."))
+            # pyenv's shims are there for versions that it then refuses to run.
+            if minor >= 11 and folder.name != "shims":
+                found.setdefault((3, minor), str(path))
     return found

@@ -8,25 +8,29 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from versions.cells import ROOT
 from versions.constrain import Requirement, Version, canonicalize_name, read_lock, write_lock
 
-ROOT = Path(__file__).resolve().parents[2]
 PROJECT = (".[dev]", "setuptools", "wheel")
 """What is locked: everything for tests, documentation and demo, and what builds the wheel."""
 
 
-def resolve(*arguments: str) -> list[dict[str, Any]]:
-    """Return the metadata of what pip would install where nothing is installed yet."""
+def run_pip(command: list[str]) -> None:
+    """Run pip; end with a message where it fails."""
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise SystemExit("lock: pip found no set of versions; nothing was changed")
+
+
+def resolve(*arguments: str, run: Callable[[list[str]], None] = run_pip) -> list[dict[str, Any]]:
+    """Return the metadata of what `pip install` with these arguments would install."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        options = ("--dry-run", "--quiet", "--ignore-installed", "--report", str(report))
-        command = [sys.executable, "-m", "pip", "install", *options, *arguments]
-        if subprocess.run(command, cwd=ROOT).returncode:
-            raise SystemExit("lock: pip found no set of versions; nothing was changed")
+        options = ("--dry-run", "--quiet", "--report", str(report))
+        run([sys.executable, "-m", "pip", "install", *options, *arguments])
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
     return [entry["metadata"] for entry in found]
 
@@ -59,24 +63,20 @@ def versions_of(packages: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 def changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """Return a line for each name that is added, removed or has another version."""
-    lines = []
-    for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
-        if before is None:
-            lines.append(f"+ {name} {after}")
-        elif after is None:
-            lines.append(f"- {name} {before}")
-        elif before != after:
-            lines.append(f"  {name} {before} -> {after}")
-    return lines
+    lines = {name: f"+ {name} {new[name]}" for name in new.keys() - old.keys()}
+    lines |= {name: f"- {name} {old[name]}" for name in old.keys() - new.keys()}
+    for name in new.keys() & old.keys():
+        if old[name] != new[name]:
+            lines[name] = f"  {name} {old[name]} -> {new[name]}"
+    return [lines[name] for name in sorted(lines)]
 
 
 def main(lock: Path, torch: str) -> None:
     """Resolve everything anew, show what changes, and only then write the lock."""
-    found = resolve("--no-deps", *shlex.split(torch))
+    found = resolve("--ignore-installed", "--no-deps", *shlex.split(torch))
     with tempfile.TemporaryDirectory() as folder:
         wheel = stand_in(found[0], Path(folder))
-        new = versions_of(resolve(str(wheel), *PROJECT))
+        new = versions_of(resolve("--ignore-installed", str(wheel), *PROJECT))
     old = read_lock(lock.read_text(encoding="utf-8")) if lock.exists() else {}
     lines = changes(old, new)
     print("\n".join(lines) or "nothing changed")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from versions.cells import CELLS, ROOT
+from versions.cells import ROOT, in_order
 from versions.run import Result
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -47,38 +47,16 @@ cannot be installed: then do not rely on that version, and read the log that the
 def read_results(path: Path | None = None) -> dict[str, Result]:
     """Return the last recorded result of every cell by name."""
     path = path or RESULTS
-    if not path.exists():
-        return {}
-    recorded = json.loads(path.read_text(encoding="utf-8"))
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return {name: Result(name, **fields) for name, fields in recorded.items()}
 
 
 def results_text(results: dict[str, Result]) -> str:
     """Return the file of results: what is worth keeping of each, in the order of the table."""
-    kept = {}
-    for name in sorted_names(results):
-        fields = dataclasses.asdict(results[name])
-        kept[name] = {k: v for k, v in fields.items() if k not in ("cell", "seconds")}
+    kept = {name: dataclasses.asdict(results[name]) for name in in_order(results)}
+    for fields in kept.values():
+        del fields["cell"], fields["seconds"]
     return json.dumps(kept, indent=1) + "\n"
-
-
-def sorted_names(cells: Iterable[str]) -> list[str]:
-    """Return names of cells as the table has them, those of no table after them."""
-    names = [cell.name for cell in CELLS]
-    return sorted(cells, key=lambda c: (names.index(c) if c in names else len(names), c))
-
-
-def package_of(cell: str) -> str:
-    """Return the package that a cell is about."""
-    return cell.rpartition("-")[0]
-
-
-def version_of(result: Result) -> str:
-    """Return the version that a cell is about; of Python without the last number."""
-    package = package_of(result.cell)
-    version = result.versions.get(package, "")
-    parts = 2 if package == "python" else None
-    return ".".join(version.partition("+")[0].split(".")[:parts])
 
 
 def tested_ranges(results: Iterable[Result]) -> dict[str, list[str]]:
@@ -86,7 +64,10 @@ def tested_ranges(results: Iterable[Result]) -> dict[str, list[str]]:
     found = defaultdict(list)
     for result in results:
         if result.state == "passed":
-            found[package_of(result.cell)].append(version_of(result))
+            version = result.versions[result.package].partition("+")[0]
+            if result.package == "python":
+                version = version.rpartition(".")[0]
+            found[result.package].append(version)
     return {
         name: [min(versions, key=Version), max(versions, key=Version)]
         for name, versions in sorted(found.items())
@@ -100,63 +81,50 @@ def data_text(results: dict[str, Result]) -> str:
     return json.dumps({"date": date, "packages": ranges}, indent=1) + "\n"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    texts = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in texts)
-
-
 def page_text(results: dict[str, Result]) -> str:
     """Return docs/versions.md."""
-    ordered = [results[name] for name in sorted_names(results)]
-    ranges = tested_ranges(ordered)
-    packages = dict.fromkeys(package_of(result.cell) for result in ordered)
-    rows = []
-    for package in packages:
-        low, high = ranges.get(package, ["none", "none"])
-        bad = [r for r in ordered if package_of(r.cell) == package and r.state != "passed"]
-        rows.append([package, low, high, ", ".join(f"`{r.cell}`" for r in bad) or "none"])
-    head = ["package", "oldest that passes", "newest that passes", "cells that do not pass"]
-    date = max((result.date for result in ordered), default="never")
-    parts = [INTRO.format(date=date, table=table(head, rows))]
-    for package, group in itertools.groupby(ordered, key=lambda r: package_of(r.cell)):
+    packages = defaultdict(list)
+    for name in in_order(results):
+        packages[results[name].package].append(results[name])
+    ranges = tested_ranges(results.values())
+    rows, parts = [], []
+    for package, group in packages.items():
+        bad = ", ".join(f"`{result.cell}`" for result in group if result.state != "passed")
+        rows.append([package, *ranges.get(package, ["none", "none"]), bad or "none"])
         parts.append(f"## {package}\n")
-        for tests, same in itertools.groupby(group, key=lambda r: tuple(r.tests)):
-            parts += _section(tests, list(same))
-    return "\n".join(parts)
+        for tests, same in itertools.groupby(group, key=lambda result: result.tests):
+            parts.append(f"Tests: {', '.join(f'`{name}`' for name in tests)}.\n")
+            parts += tables(list(same))
+    head = ["package", "oldest that passes", "newest that passes", "cells that do not pass"]
+    date = max((result.date for result in results.values()), default="never")
+    return "\n".join([INTRO.format(date=date, table=table(head, rows)), *parts])
 
 
-def _section(tests: tuple[str, ...], results: list[Result]) -> list[str]:
-    """Return the part of the page on cells that ran the same tests."""
+def tables(results: list[Result]) -> list[str]:
+    """Return the table of cells that ran the same tests, and that of what they skipped, if any."""
     head = ["cell", "ran with", "passed", "skipped", "result", "date"]
     rows = [
-        [
-            f"`{result.cell}`",
-            versions_text(result) or "-",
-            str(result.passed),
-            str(result.skipped),
-            outcome(result),
-            result.date,
-        ]
-        for result in results
+        [f"`{r.cell}`", r.ran_with, str(r.passed), str(r.skipped), outcome(r), r.date]
+        for r in results
     ]
-    parts = [f"Tests: {', '.join(f'`{name}`' for name in tests)}.\n", table(head, rows) + "\n"]
-    skips = _skip_rows(results)
-    return [*parts, table(["skipped because", "tests", "in"], skips) + "\n"] if skips else parts
-
-
-def _skip_rows(results: list[Result]) -> list[list[str]]:
-    """Return the reasons of skips, each count with the cells that have it."""
     ran = [result for result in results if result.state != "not run"]
     cells = defaultdict(list)
     for result in ran:
         for reason, count in result.skips.items():
             cells[reason, count].append(f"`{result.cell}`")
-    return [
+    skips = [
         [reason, str(count), "all" if len(names) == len(ran) else ", ".join(names)]
         for (reason, count), names in sorted(cells.items())
     ]
+    found = [(head, rows), (["skipped because", "tests", "in"], skips)]
+    return [table(head, rows) + "\n" for head, rows in found if rows]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    texts = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in texts)
 
 
 def outcome(result: Result) -> str:
@@ -169,16 +137,8 @@ def outcome(result: Result) -> str:
     return f"failed: `{result.failures[0]}`{more}"
 
 
-def versions_text(result: Result) -> str:
-    """Return the versions that a cell ran with, its own package first."""
-    own = package_of(result.cell)
-    names = sorted(result.versions, key=lambda name: (name != own, name))
-    return ", ".join(f"{name} {result.versions[name]}" for name in names)
-
-
 def record(results: Iterable[Result]) -> None:
     """Put results in the place of older ones of the same cells, and write all three files."""
     kept = read_results() | {result.cell: result for result in results}
-    RESULTS.write_text(results_text(kept), encoding="utf-8")
-    PAGE.write_text(page_text(kept), encoding="utf-8")
-    DATA.write_text(data_text(kept), encoding="utf-8")
+    for path, text in ((RESULTS, results_text), (PAGE, page_text), (DATA, data_text)):
+        path.write_text(text(kept), encoding="utf-8")

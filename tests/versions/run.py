@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from versions.cells import ROOT, Cell, lowest
-from versions.install import FOLDER, Installed, install
-from versions.process import CellFailedError, NotRunError, Processes
+from versions.cells import ROOT, Cell, CellFailedError, NotRunError, lowest
+from versions.install import FOLDER, install, interpreter
 
 LOGS = FOLDER / "logs"
 MEMORY_OF_A_CELL = 4 << 30
-MODULES = ("torch", "triton", "onnx", "onnxruntime", "transformers")
-SHOWN = ("huggingface-hub", "tokenizers", "onnxscript")
+SHOWN = (
+    *("huggingface-hub", "tokenizers", "onnxscript"),
+    *("torch", "triton", "onnx", "onnxruntime", "transformers"),
+)
 """What is shown, beside the package itself, where a cell has another than the lock."""
 
 PROBE = f"""
 import importlib, importlib.metadata, json, platform, sys
 found = {{"python": platform.python_version()}}
-for name in {SHOWN!r} + {MODULES!r}:
+for name in {SHOWN!r}:
     try:
         found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -68,34 +73,204 @@ class Result:
         """Return how many tests were skipped."""
         return sum(self.skips.values())
 
+    @property
+    def package(self) -> str:
+        """Return the package that the cell is about."""
+        return self.cell.rpartition("-")[0]
 
-def test_arguments(cell: Cell, tests: Path = ROOT / "tests") -> list[str]:
+    @property
+    def ran_with(self) -> str:
+        """Return the versions that it ran with, its own package first; "-" where none is known."""
+        names = sorted(self.versions, key=lambda name: (name != self.package, name))
+        return ", ".join(f"{name} {self.versions[name]}" for name in names) or "-"
+
+
+def default_jobs() -> int:
+    """Return how many cells run at once: by cores, and by memory."""
+    return max(1, min(os.cpu_count() or 1, available_memory() // MEMORY_OF_A_CELL))
+
+
+def available_memory() -> int:
+    """Return the memory that is free for processes, in bytes; 0 where it is not known."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text()):
+            return int(found[1]) << 10
+    return 0
+
+
+def run_cells(cells: Sequence[Cell], jobs: int, seconds: float) -> Iterator[Result]:
+    """Yield the results of cells as they end; what still runs ends with the iterator.
+
+    Args:
+        cells: what to run.
+        jobs: how many run at once.
+        seconds: the time limit of each command of a cell.
+    """
+    LOGS.mkdir(parents=True, exist_ok=True)
+    ended = threading.Event()
+    environment = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(run_cell, cell, environment, seconds, ended) for cell in cells]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            ended.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def run_cell(
+    cell: Cell, environment: dict[str, str], seconds: float, ended: threading.Event
+) -> Result:
+    """Install and run one cell; nothing that goes wrong with it is raised."""
+    start, log = time.monotonic(), log_of(cell.name)
+    log.write_bytes(b"")
+    run = functools.partial(run_command, log=log, seconds=seconds, ended=ended)
+    result = Result(cell.name, "not run", datetime.date.today().isoformat())
+    result.tests = list(cell.tests)
+    try:
+        run_tests(cell, environment, run, result)
+    except NotRunError as error:
+        result.reason, result.excused = str(error), error.excused
+    except CellFailedError as error:
+        result.state, result.reason = "failed", str(error)
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def run_tests(
+    cell: Cell,
+    environment: dict[str, str],
+    run: Callable[[list[str], dict[str, str]], int],
+    result: Result,
+) -> None:
+    """Install a cell, run its tests, and put into its result what they found."""
+    log = log_of(cell.name)
+
+    def run_installer(command: list[str], environment: dict[str, str]) -> None:
+        if run(command, environment):
+            raise NotRunError(f"cannot be installed: {last_line(log)}")
+
+    arguments = test_arguments(cell)
+    versions = install(cell, run_installer)
+    python = interpreter(cell, run_installer)
+    path = {"PYTHONPATH": str(FOLDER / cell.name)} if versions else {}
+    result.versions = probe(cell, python, versions, path)
+    report = log.with_suffix(".xml")
+    report.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gdn_ops-") as folder:
+        # In a worker, so that a crash of the interpreter is one failed test and not the end.
+        options = ["-n", "1", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        options += [f"--basetemp={folder}/tests"]
+        code = run(
+            [python, "-m", "pytest", *options, *arguments],
+            {**environment, **path, "GDN_OPS_CACHE": f"{folder}/cache"},
+        )
+    ending = f"pytest ended with {code}: {last_line(log)}"
+    if not report.exists():
+        raise CellFailedError(ending)
+    result.passed, result.failures, result.skips = read_junit(report)
+    is_passed = code == 0 and result.passed > 0
+    result.state = "passed" if is_passed else "failed"
+    result.reason = "" if is_passed or result.failures else ending
+
+
+def run_command(
+    command: list[str],
+    environment: dict[str, str],
+    log: Path,
+    seconds: float,
+    ended: threading.Event,
+) -> int:
+    """Run a command in the repository, append what it prints to a log, return its exit code.
+
+    However it ends, its children end with it.
+
+    Raises:
+        CellFailedError: it took longer than `seconds`.
+        NotRunError: `ended` was set meanwhile or before.
+    """
+    if ended.is_set():
+        raise NotRunError("interrupted")
+    deadline = time.monotonic() + seconds
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        while process.poll() is None:
+            if ended.wait(0.1):
+                raise NotRunError("interrupted")
+            if time.monotonic() > deadline:
+                raise CellFailedError(f"took longer than {seconds / 60:.0f} min")
+        return process.returncode
+    finally:
+        # Also what the command left running, such as workers of a compiler.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_arguments(cell: Cell) -> list[str]:
     """Return pytest's arguments for the tests of a cell; a pattern that matches none is an error.
 
     Raises:
         CellFailedError: the table names a test that is not there.
     """
-    found = []
-    for pattern in cell.group.tests:
-        if "::" in pattern:
-            matching = [str(tests / pattern)]
-        else:
-            matching = sorted(map(str, tests.glob(pattern)))
+    tests, found = ROOT / "tests", []
+    for pattern in cell.tests:
+        matching = [tests / pattern] if "::" in pattern else sorted(tests.glob(pattern))
         if not matching:
             raise CellFailedError(f"no test file is called {pattern}")
-        found += matching
-    keyword = ["-k", cell.group.keyword] if cell.group.keyword else []
-    return [*dict.fromkeys(found), *keyword]
+        found += map(str, matching)
+    return [*dict.fromkeys(found), *(["-k", cell.keyword] if cell.keyword else [])]
 
 
-def skip_reason(element: ElementTree.Element) -> str:
-    """Return why a test was skipped, without the path that pytest adds for a whole file."""
-    text = element.get("message") or ""
-    if text == "collection skipped":
-        found = re.search(r"Skipped: (.*?)[\"']\)?$", (element.text or "").strip(), re.DOTALL)
-        text = found[1] if found else text
-    text = text.replace(str(ROOT), ".").strip().splitlines()[0] if text.strip() else "no reason"
-    return f"expected to fail: {text}" if element.get("type") == "pytest.xfail" else text
+def probe(
+    cell: Cell, python: str, versions: dict[str, str], environment: dict[str, str]
+) -> dict[str, str]:
+    """Import the package of a cell and return the versions that run; they must be the cell's.
+
+    Args:
+        cell: the cell.
+        python: its interpreter.
+        versions: what was installed for it, by name.
+        environment: what it adds to the environment of this process.
+
+    Raises:
+        CellFailedError: it cannot be imported, or is another version than the cell's.
+    """
+    done = subprocess.run(
+        [python, "-c", PROBE, "torch" if cell.package == "python" else cell.package],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        raise CellFailedError(f"cannot be imported: {lines[-1].replace(str(ROOT), '.')}")
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    check_versions(cell, versions, found)
+    shown = {cell.package, *(versions.keys() & set(SHOWN))}
+    return {name: version for name, version in found.items() if name in shown}
+
+
+def check_versions(cell: Cell, versions: dict[str, str], found: dict[str, str]) -> None:
+    """Raise CellFailedError unless the versions that were found are those of the cell."""
+    wanted = lowest(cell.package) if cell.version == "lowest" else cell.version
+    version = found[cell.package]
+    if wanted[0].isdigit() and not f"{version}.".startswith(f"{wanted}."):
+        raise CellFailedError(f"{cell.package} {version} would run, should be {wanted}")
+    for name, should_be in versions.items():
+        if found.get(name, should_be) != should_be:
+            raise CellFailedError(f"{name} {found[name]} would run, should be {should_be}")
 
 
 def read_junit(path: Path) -> tuple[int, list[str], dict[str, int]]:
@@ -112,118 +287,14 @@ def read_junit(path: Path) -> tuple[int, list[str], dict[str, int]]:
     return passed, failures, dict(sorted(skips.items()))
 
 
-def available_memory() -> int:
-    """Return the memory that is free for processes, in bytes; 0 where it is not known."""
-    meminfo = Path("/proc/meminfo")
-    text = meminfo.read_text() if meminfo.is_file() else ""
-    found = re.search(r"MemAvailable: +(\d+) kB", text)
-    return int(found[1]) << 10 if found else 0
-
-
-def default_jobs() -> int:
-    """Return how many cells run at once: by cores, and by memory."""
-    return max(1, min(os.cpu_count() or 1, available_memory() // MEMORY_OF_A_CELL))
-
-
-class Matrix:
-    """Run cells, at most `jobs` at once, each within a time limit."""
-
-    def __init__(self, jobs: int, seconds: float) -> None:
-        self.jobs, self.seconds = jobs, seconds
-        self.processes = Processes()
-
-    def run(self, cells: Sequence[Cell]) -> Iterator[Result]:
-        """Yield the results of cells as they end; what still runs ends with the iterator."""
-        LOGS.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(self.jobs) as pool:
-            futures: list[Future[Result]] = [pool.submit(self.run_cell, cell) for cell in cells]
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-            finally:
-                self.processes.end()
-                pool.shutdown(cancel_futures=True)
-
-    def run_cell(self, cell: Cell) -> Result:
-        """Install and run one cell; nothing that goes wrong with it is raised."""
-        start, log = time.monotonic(), log_of(cell.name)
-        log.write_bytes(b"")
-        result = Result(cell.name, "not run", datetime.date.today().isoformat())
-        result.tests = list(cell.group.tests)
-        try:
-            self._run_tests(cell, log, result)
-        except NotRunError as error:
-            result.reason, result.excused = str(error), error.excused
-        except CellFailedError as error:
-            result.state, result.reason = "failed", str(error)
-        result.seconds = time.monotonic() - start
-        return result
-
-    def _run_tests(self, cell: Cell, log: Path, result: Result) -> None:
-        arguments = test_arguments(cell)
-        installed = install(cell, self._installer(log))
-        path = {"PYTHONPATH": str(installed.path)} if installed.path else {}
-        result.versions = probe(cell, installed, path)
-        report = log.with_suffix(".xml")
-        report.unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory(prefix="gdn_ops-") as folder:
-            # In a worker, so that a crash of the interpreter is one failed test and not the end.
-            options = ["-n", "1", "-p", "no:cacheprovider", f"--junitxml={report}"]
-            options += [f"--basetemp={folder}/tests"]
-            environment = {**path, "GDN_OPS_CACHE": f"{folder}/cache"}
-            if self.jobs > 1:
-                environment["OMP_NUM_THREADS"] = "1"
-            command = [installed.python, "-m", "pytest", *options, *arguments]
-            code = self.processes.run(command, log, environment, self.seconds)
-        if not report.exists():
-            raise CellFailedError(f"pytest ended with {code}: {last_line(log)}")
-        result.passed, result.failures, result.skips = read_junit(report)
-        is_passed = code == 0 and result.passed > 0
-        result.state = "passed" if is_passed else "failed"
-        if not is_passed and not result.failures:
-            result.reason = f"pytest ended with {code}: {last_line(log)}"
-
-    def _installer(self, log: Path) -> Callable[[list[str], dict[str, str]], None]:
-        def run(command: list[str], environment: dict[str, str]) -> None:
-            if self.processes.run(command, log, environment, self.seconds):
-                raise NotRunError(f"cannot be installed: {last_line(log)}")
-
-        return run
-
-
-def probe(cell: Cell, installed: Installed, path: dict[str, str]) -> dict[str, str]:
-    """Import the package of a cell and return the versions that run; they must be the cell's.
-
-    Raises:
-        CellFailedError: it cannot be imported, or is another version than the cell's.
-    """
-    package = cell.group.package
-    modules = [package] if package != "python" else ["torch"]
-    done = subprocess.run(
-        [installed.python, "-c", PROBE, *modules],
-        cwd=ROOT,
-        env={**os.environ, **path},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no output"]
-        raise CellFailedError(f"cannot be imported: {lines[-1].replace(str(ROOT), '.')}")
-    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    check_versions(cell, installed, found)
-    changed = {name for name, _ in installed.versions} & {*SHOWN, *MODULES}
-    return {name: version for name, version in found.items() if name in {package, *changed}}
-
-
-def check_versions(cell: Cell, installed: Installed, found: dict[str, str]) -> None:
-    """Raise CellFailedError unless the versions that were found are those of the cell."""
-    wanted = lowest(cell.group.package) if cell.version == "lowest" else cell.version
-    version = found[cell.group.package]
-    if wanted[0].isdigit() and not f"{version}.".startswith(f"{wanted}."):
-        raise CellFailedError(f"{cell.group.package} {version} would run, should be {wanted}")
-    for name, should_be in installed.versions:
-        if found.get(name, should_be) != should_be:
-            raise CellFailedError(f"{name} {found[name]} would run, should be {should_be}")
+def skip_reason(element: ElementTree.Element) -> str:
+    """Return why a test was skipped, without the path that pytest adds for a whole file."""
+    text = element.get("message") or ""
+    if text == "collection skipped":
+        found = re.search(r"Skipped: (.*?)[\"']\)?$", (element.text or "").strip(), re.DOTALL)
+        text = found[1] if found else text
+    text = text.replace(str(ROOT), ".").strip().splitlines()[0] if text.strip() else "no reason"
+    return f"expected to fail: {text}" if element.get("type") == "pytest.xfail" else text
 
 
 def log_of(cell: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,30 +11,27 @@ from typing import Any
 import pytest
 
 from versions import constrain, lock
-from versions.cells import ROOT
+from versions.cells import ROOT, declared
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCK = constrain.read_lock((ROOT / "constraints.txt").read_text())
+TEXT = (ROOT / "constraints.txt").read_text()
+LOCK = constrain.read_lock(TEXT)
 
 
 def test_the_lock_is_sorted_lines_of_name_and_version() -> None:
-    text = (ROOT / "constraints.txt").read_text()
-    for line in text.splitlines():
+    for line in TEXT.splitlines():
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*==[0-9][0-9a-z.]*", line), line
-    assert constrain.write_lock(LOCK) == text
+    assert constrain.write_lock(LOCK) == TEXT
 
 
 def test_the_lock_has_every_package_that_an_extra_names() -> None:
-    extras = PROJECT["optional-dependencies"]
-    texts = [*PROJECT["dependencies"], *(t for texts in extras.values() for t in texts)]
-    names = {re.split(r"[\[<>=; ]", text)[0] for text in texts} - {"gdn_ops"}
+    names = {re.split(r"[\[<>=; ]", text)[0] for text in declared()} - {"gdn_ops"}
     assert {"torch", "ruff", "mypy", "import-linter", "setuptools", "wheel"} <= names
     assert sorted(names - set(LOCK)) == []
 
 
 def test_every_locked_version_is_in_the_range_of_pyproject() -> None:
     packaging = pytest.importorskip("packaging.requirements")
-    for text in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]):
+    for text in declared():
         requirement = packaging.Requirement(text)
         if requirement.name != "gdn_ops":
             assert requirement.specifier.contains(LOCK[requirement.name]), text
@@ -146,6 +142,6 @@ def test_a_refreshed_lock_is_written_whole(
     monkeypatch.setattr(lock, "resolve", resolve)
     lock.main(path, "torch==2.14.1 --index-url here")
     assert path.read_text() == "numpy==2\ntorch==2.14.1\n"
-    assert asked[0] == ("--no-deps", "torch==2.14.1", "--index-url", "here")
-    assert asked[1][1:] == lock.PROJECT
+    assert asked[0] == ("--ignore-installed", "--no-deps", "torch==2.14.1", "--index-url", "here")
+    assert asked[1][0] == "--ignore-installed" and asked[1][2:] == lock.PROJECT
     assert capsys.readouterr().out.startswith("  numpy 1 -> 2\n  torch 2.13.0 -> 2.14.1\n")

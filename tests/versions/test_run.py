@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from threading import Event, Timer
 from typing import Any
 
 import pytest
 
 from versions import __main__ as command
 from versions import report, run
-from versions.cells import Cell, Group, select
-from versions.install import Installed
-from versions.process import CellFailedError, NotRunError, Processes
-from versions.run import Matrix, Result
+from versions.cells import CELLS, Cell, CellFailedError, NotRunError
+from versions.run import Result
 
 JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.test_a" name="test_one"/>
@@ -31,18 +32,15 @@ JUNIT = """<testsuites><testsuite>
 ('/somewhere/tests/test_b.py', 12, "Skipped: could not import 'triton'")</skipped></testcase>
 </testsuite></testsuites>"""
 
-SMALL = Group("numpy", ("1.0",), ("test_small.py",))
 
-
-def small(version: str = "1.0") -> Cell:
-    return Cell(SMALL, version)
+SMALL = Cell("numpy", ("test_small.py",), version="1.0")
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for logs, and tests that take no time."""
     monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
-    monkeypatch.setattr(run, "install", lambda cell, runner: Installed(sys.executable))
+    monkeypatch.setattr(run, "install", lambda cell, runner: {})
     monkeypatch.setattr(run, "probe", lambda *_: {"numpy": "1.0.1"})
     monkeypatch.setattr(run, "test_arguments", lambda _: [str(tmp_path / "test_small.py")])
     return tmp_path
@@ -51,7 +49,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def one(place: Path, source: str, seconds: float = 120) -> Result:
     """Run one cell whose only test file is this."""
     (place / "test_small.py").write_text(source)
-    (result,) = Matrix(1, seconds).run([small()])
+    (result,) = run.run_cells([SMALL], 1, seconds)
     return result
 
 
@@ -72,35 +70,34 @@ def test_junit_is_counted_with_the_reasons_of_skips(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "found", "message"),
     [
-        ("1.0", "1.0.1", None),
-        ("1.0", "1.0", None),
-        ("1.0", "1.01", "numpy 1.01 would run, should be 1.0"),
-        ("newest", "3.0", None),
+        ("1.0", {"numpy": "1.0.1"}, None),
+        ("1.0", {"numpy": "1.0"}, None),
+        ("1.0", {"numpy": "1.01"}, "numpy 1.01 would run, should be 1.0"),
+        ("newest", {"numpy": "3.0"}, None),
+        (
+            "1.0",
+            {"numpy": "1.0", "tokenizers": "0.23.3"},
+            "tokenizers 0.23.3 would run, should be 0.22.2",
+        ),
     ],
 )
-def test_a_cell_runs_its_own_version_or_fails(
-    version: str, found: str, message: str | None
+def test_a_cell_runs_its_own_version_and_what_was_installed_or_fails(
+    version: str, found: dict[str, str], message: str | None
 ) -> None:
-    if message is None:
-        run.check_versions(small(version), Installed("python"), {"numpy": found})
-        return
-    with pytest.raises(CellFailedError, match=message):
-        run.check_versions(small(version), Installed("python"), {"numpy": found})
-
-
-def test_another_version_than_was_installed_fails() -> None:
-    installed = Installed("python", None, (("tokenizers", "0.22.2"), ("regex", "1")))
-    found = {"numpy": "1.0", "tokenizers": "0.23.3"}
-    with pytest.raises(CellFailedError, match=r"tokenizers 0\.23\.3 would run, should be 0\.22\.2"):
-        run.check_versions(small(), installed, found)
+    said = None
+    try:
+        installed = {"tokenizers": "0.22.2", "regex": "1"}
+        run.check_versions(replace(SMALL, version=version), installed, found)
+    except CellFailedError as error:
+        said = str(error)
+    assert said == message
 
 
 def test_a_module_that_is_not_what_its_metadata_say_fails(tmp_path: Path) -> None:
     (tmp_path / "onnx.py").write_text("__version__ = '0.0.1'\n")
-    (cell,) = select(["onnx-newest"])
     path = {"PYTHONPATH": str(tmp_path)}
     with pytest.raises(CellFailedError, match=r"onnx 0\.0\.1 is imported, .* is installed"):
-        run.probe(cell, Installed(sys.executable), path)
+        run.probe(CELLS["onnx-newest"], sys.executable, {}, path)
 
 
 def test_a_green_cell_counts_what_ran(place: Path) -> None:
@@ -114,55 +111,48 @@ def test_a_green_cell_counts_what_ran(place: Path) -> None:
     assert result.is_green and result.versions == {"numpy": "1.0.1"}
 
 
-def test_a_crash_of_the_interpreter_is_one_failed_test(place: Path) -> None:
-    result = one(
-        place,
-        "import os\ndef test_one(): pass\ndef test_two(): os.abort()\ndef test_three(): pass\n",
-    )
-    assert (result.state, result.passed) == ("failed", 2)
-    assert [name.rpartition("::")[2] for name in result.failures] == ["test_two"]
-
-
 @pytest.mark.parametrize(
-    ("source", "reason"),
+    ("source", "passed", "failed", "reason"),
     [
-        ("def test_one(): raise ValueError('no')\n", ""),
-        ("import pytest\npytest.skip('nothing here', allow_module_level=True)\n", "ended with"),
-        ("import nothing_of_this_name\n", ""),
+        # A crash of the interpreter is one failed test.
+        (
+            "import os\ndef test_one(): pass\ndef test_two(): os.abort()\ndef test_three(): pass\n",
+            *(2, ["test_two"], ""),
+        ),
+        ("def test_one(): raise ValueError('no')\n", 0, ["test_one"], ""),
+        (
+            "import pytest\npytest.skip('nothing here', allow_module_level=True)\n",
+            *(0, [], "pytest ended with .+"),
+        ),
+        ("import nothing_of_this_name\n", 0, ["test_small"], ""),
+        ("import time\ndef test_one(): time.sleep(600)\n", 0, [], r"took longer than \d+ min"),
     ],
 )
-def test_what_does_not_pass_is_red(place: Path, source: str, reason: str) -> None:
-    result = one(place, source)
-    assert (result.state, result.passed, result.is_green) == ("failed", 0, False)
-    assert reason in result.reason
-    assert result.failures or result.reason
-
-
-def test_a_cell_that_takes_too_long_is_ended_and_red(place: Path) -> None:
-    result = one(place, "import time\ndef test_one(): time.sleep(600)\n", seconds=2)
-    assert result.state == "failed"
-    assert result.reason.startswith("took longer than")
+def test_what_does_not_pass_is_red(
+    place: Path, source: str, passed: int, failed: list[str], reason: str
+) -> None:
+    result = one(place, source, seconds=2 if "sleep" in source else 120)
+    assert (result.state, result.passed, result.is_green) == ("failed", passed, False)
+    assert [re.split("::|[.]", name)[-1] for name in result.failures] == failed
+    assert re.fullmatch(reason, result.reason)
 
 
 def test_a_cell_that_cannot_be_installed_says_pip_s_error(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(cell: Cell, runner: Any) -> Installed:
-        code = "print('ERROR: No matching distribution'); print('bye'); raise SystemExit(1)"
-        runner([sys.executable, "-c", code], {})
-        raise AssertionError("not reached")
-
-    monkeypatch.setattr(run, "install", failing)
+    code = "print('ERROR: No matching distribution'); print('bye'); raise SystemExit(1)"
+    pip = [sys.executable, "-c", code]
+    monkeypatch.setattr(run, "install", lambda cell, runner: runner(pip, {}))
     result = one(place, "")
     assert (result.state, result.is_green) == ("not run", False)
     assert result.reason == "cannot be installed: ERROR: No matching distribution"
 
 
 def test_a_missing_newer_python_is_no_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(cell: Cell, runner: Any) -> Installed:
+    def missing(*_: Any) -> str:
         raise NotRunError("no Python newer than 3.11", excused=True)
 
-    monkeypatch.setattr(run, "install", missing)
+    monkeypatch.setattr(run, "interpreter", missing)
     result = one(place, "")
     assert (result.state, result.is_green) == ("not run", True)
 
@@ -171,7 +161,7 @@ def test_ending_ends_children_of_children_too(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     script = f"sleep 600 & echo $! > {pid}; wait"
     with pytest.raises(CellFailedError):
-        Processes().run(["sh", "-c", script], tmp_path / "log", {}, 1)
+        run.run_command(["sh", "-c", script], {}, tmp_path / "log", 1, Event())
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         state = subprocess.run(
@@ -184,11 +174,16 @@ def test_ending_ends_children_of_children_too(tmp_path: Path) -> None:
     raise AssertionError("a child of the command still runs")
 
 
-def test_nothing_starts_after_the_end(tmp_path: Path) -> None:
-    processes = Processes()
-    processes.end()
+def test_nothing_starts_or_goes_on_after_the_end(tmp_path: Path) -> None:
+    ended, touched = Event(), tmp_path / "touched"
+    ended.set()
     with pytest.raises(NotRunError, match="interrupted"):
-        processes.run(["true"], tmp_path / "log", {}, 1)
+        run.run_command(["touch", str(touched)], {}, tmp_path / "log", 1, ended)
+    assert not touched.exists()
+    ended.clear()
+    Timer(0.5, ended.set).start()
+    with pytest.raises(NotRunError, match="interrupted"):
+        run.run_command(["sleep", "600"], {}, tmp_path / "log", 600, ended)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +206,7 @@ def test_the_exit_code_and_the_lines_say_what_happened(
     result = Result("triton-3.6", state, "2026-11-28", {"triton": "3.6.0"}, [], 7, failures)
     result.seconds = 130.2
     recorded: list[Result] = []
-    monkeypatch.setattr(command.Matrix, "run", lambda self, cells: iter([result]))
+    monkeypatch.setattr(command, "run_cells", lambda *_: iter([result]))
     monkeypatch.setattr(report, "record", recorded.extend)
     assert command.main(["triton-3.6"]) == code
     out = capsys.readouterr().out
