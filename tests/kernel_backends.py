@@ -1,9 +1,11 @@
-"""Check what backends of kernels have in common, and make calls for them."""
+"""Make calls for backends of kernels, and read what they launch, refuse and are made of."""
 
 from __future__ import annotations
 
-import warnings
+import dataclasses
+import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -13,12 +15,25 @@ from torch import Tensor
 import gdn_ops
 from gdn_ops import Backend
 from gdn_ops.call.bind import Call, arguments_of, bind
-from gdn_ops.dispatch import registry
+from gdn_ops.dispatch.registry import get_backend
 from gdn_ops.kernel_support.launches import recording
+from gdn_ops.kernel_support.tuning import Row
 from gdn_ops.spec.ops import GATED_DELTA
-from processes import printed
+from gdn_ops.testing import Example
+from gdn_ops.testing.oracle import judge
 
 SIZES = {"B": 1, "T": 8192, "H": 16, "HV": 64, "K": 128, "V": 128}
+
+AWKWARD = Example(
+    T=70, R=2, K=24, V=40, gate="extreme", beta="wide", initial_state=True, qk_l2norm=True, seed=3
+)
+"""Two chunks of 64, head dims off powers of two, zeros in the gate."""
+
+PACKED = Example(
+    T=300, lengths=(70, 0, 1, 165, 64, 0), H=2, R=2, K=48, V=80, dtype="bfloat16", gate="extreme",
+    beta="wide", initial_state=True, seed=5,
+)  # fmt: skip
+"""Sequences of two chunks, none, one token, three chunks, one that is full, none."""
 
 
 def meta_call(gradients: bool = False, **options: Any) -> Call:
@@ -63,14 +78,17 @@ def forbid_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "contiguous", no_copy)
 
 
-def row_of(configs: Any, capability: tuple[int, int]) -> str:
-    """Return the row of configurations that a GPU of a compute capability gets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-        configs._target_of.cache_clear()
-        found = configs.tables.target(torch.device("cuda", 0))
-    configs._target_of.cache_clear()
-    return found
+def assert_same_bits(found: Tensor, expected: Tensor) -> None:
+    """Compare every bit, but for what kind of NaN a NaN is."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    number = ~expected.isnan()
+    assert torch.equal(found[number].signbit(), expected[number].signbit())
+
+
+def check_definition(backend: str, example: Example) -> None:
+    """Assert that a backend computes the definition, and its gradients."""
+    verdict = judge(example, backend)
+    assert verdict.passed, verdict
 
 
 def check_reason(backend: str, arguments: dict[str, Any], reason: str) -> None:
@@ -79,6 +97,9 @@ def check_reason(backend: str, arguments: dict[str, Any], reason: str) -> None:
         gdn_ops.gated_delta(**arguments, backend=backend)
     lines = str(error.value).splitlines()
     assert lines[0] == f"backend '{backend}' cannot run gated_delta on these inputs"
+    K, dtype = arguments["q"].shape[-1], str(arguments["q"].dtype).removeprefix("torch.")
+    given = f"  q {dtype} (1, 4, 2, {K}) cpu, v (1, 4, 2, {K}), rule linear"
+    assert lines[1].startswith(given)
     assert lines[2] == f"  {backend}: {reason}"
     assert lines[3] == '  try backend="torch"'
     found = gdn_ops.explain(**arguments, backend=backend)
@@ -86,40 +107,23 @@ def check_reason(backend: str, arguments: dict[str, Any], reason: str) -> None:
     assert [backend, reason] in [line.split(maxsplit=1) for line in str(found).splitlines()]
 
 
-def check_saved(backend: Backend, call: Call, target: str) -> None:
-    """Assert that what a forward saves is what the tracer was told."""
-    with torch.no_grad(), recording(target):
-        saved = backend.forward(call).saved
-    told = backend.saved_like(call)
-    assert [(x.shape, x.dtype) for x in saved] == [(x.shape, x.dtype) for x in told]
+def reasons_on_a_gpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return what a backend has against a call that says it is on a GPU."""
+    call = meta_call(**SIZES)
+    monkeypatch.setattr(type(call), "device", property(lambda self: torch.device("cuda")))
+    found = get_backend(backend)
+    assert isinstance(found, Backend)
+    return found.reasons(call)
 
 
-def check_emulation(backend: str) -> None:
-    """Assert that a backend emulates on the CPU with one warning, and only if it is asked to."""
-    registry._logged.discard(("emulation", backend, "cpu"))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        gdn_ops.gated_delta(**linear_arguments(), backend=backend)
-        gdn_ops.gated_delta(**linear_arguments(), backend=backend)
-    assert [str(w.message) for w in caught] == [
-        f"backend '{backend}' emulates its kernels on cpu tensors: for checking, not for speed"
-    ]
-    assert gdn_ops.explain(**linear_arguments()).backend == "torch"
+def part(backend: str, module: str) -> Any:
+    """Return a module of a backend."""
+    return importlib.import_module(f"gdn_ops.backends.{backend}.{module}")
 
 
-def check_absence(package: str) -> None:
-    """Assert that the backend of a package that is not there says so, in a list and in an error."""
-    code = (
-        f"import sys; sys.modules[{package!r}] = None\n"
-        "import importlib.util as u; find = u.find_spec\n"
-        f"u.find_spec = lambda n, *a: None if n == {package!r} else find(n, *a)\n"
-        "import gdn_ops, torch\n"
-        f"print([b.status for b in gdn_ops.list_backends() if b.name == {package!r}][0])\n"
-        "q = torch.ones(1, 4, 2, 16)\n"
-        f"try: gdn_ops.gated_delta(q, q, q, rule='linear', backend={package!r})\n"
-        "except gdn_ops.BackendUnsupportedError as error: print(str(error).splitlines()[2])\n"
-    )
-    assert printed(code).splitlines() == [
-        f"package {package!r} is not installed",
-        f"  {package}: package {package!r} is not installed",
-    ]
+def using(backend: str, example: Example, **changes: Any) -> AbstractContextManager[None]:
+    """Return a context in which a row with changes is what the calls of an example get."""
+    tables, rows = part(backend, "host.config").tables, part(backend, "host.table").SEQUENCE
+    dtype = getattr(torch, example.dtype)
+    key = tables.sequence_key(torch.device("cpu"), dtype, example.K, example.V)
+    return tables.using(Row(key, dataclasses.replace(rows[key], **changes)))  # type: ignore[no-any-return]

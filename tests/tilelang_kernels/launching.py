@@ -28,6 +28,12 @@ def run(constants: dict[str, Any] = CONSTANTS, scale: float = 3.0) -> None:
     assert torch.equal(y, scale * x)
 
 
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing be compiled in memory."""
+    monkeypatch.setattr(launcher, "_launched", {})
+    monkeypatch.setattr(launcher, "_built", {})
+
+
 def traced(make: Any, **constants: Any) -> Any:
     """Return the C++ of a kernel: what can be refused has been refused."""
     return program(launcher.trace(make, constants, CPU))

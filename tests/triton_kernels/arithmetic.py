@@ -25,10 +25,6 @@ def binary(X_, Y_, Z_, N: tl.constexpr, OP: tl.constexpr):
         z = x / y
     elif OP == "neg":
         z = -x
-    elif OP == "maximum":
-        z = tl.maximum(x, y)
-    elif OP == "minimum":
-        z = tl.minimum(x, y)
     elif OP == "clamp":
         z = tl.clamp(x, -tl.abs(y), tl.abs(y))
     elif OP == "lt":
@@ -46,7 +42,7 @@ def binary(X_, Y_, Z_, N: tl.constexpr, OP: tl.constexpr):
     elif OP == "floordiv":
         z = x // y
     else:
-        tl.static_assert(False, "unknown operation")
+        z = getattr(tl, OP)(x, y)
     tl.store(Z_ + i, z)
 
 
@@ -60,24 +56,10 @@ def scaled(X_, Y_, scale, N: tl.constexpr):
 def unary_float32(X_, Y_, N: tl.constexpr, OP: tl.constexpr):
     i = tl.arange(0, N)
     x = tl.load(X_ + i)
-    if OP == "exp":
-        y = tl.exp(x)
-    elif OP == "exp2":
-        y = tl.exp2(x)
-    elif OP == "log":
-        y = tl.log(x)
-    elif OP == "sqrt":
-        y = tl.sqrt(x)
-    elif OP == "rsqrt":
-        y = tl.math.rsqrt(x)
-    elif OP == "sigmoid":
-        y = tl.sigmoid(x)
-    elif OP == "softmax":
-        y = tl.softmax(x)
-    elif OP == "method":
+    if OP == "method":
         y = tl.exp(x).sum(axis=0) + x.sigmoid()
     else:
-        tl.static_assert(False, "unknown operation")
+        y = getattr(tl, OP)(x)
     tl.store(Y_ + i, y)
 
 
@@ -86,22 +68,12 @@ def reduction(X_, Y_, Z_, M: tl.constexpr, N: tl.constexpr, OP: tl.constexpr, AX
     i = tl.arange(0, M)[:, None]
     j = tl.arange(0, N)[None, :]
     x = tl.load(X_ + i * N + j)
-    if OP == "sum":
-        y = tl.sum(x, axis=AXIS, keep_dims=True)
-    elif OP == "max":
-        y = tl.max(x, axis=AXIS, keep_dims=True)
-    elif OP == "min":
-        y = tl.min(x, axis=AXIS, keep_dims=True)
-    elif OP == "argmax":
-        y = tl.argmax(x, axis=AXIS, keep_dims=True)
-    elif OP == "cumsum":
-        y = tl.cumsum(x, axis=AXIS)
-    elif OP == "cumsum_reverse":
+    if OP == "cumsum_reverse":
         y = tl.cumsum(x, axis=AXIS, reverse=True)
-    elif OP == "cumprod":
-        y = tl.cumprod(x, axis=AXIS)
+    elif OP == "cumsum" or OP == "cumprod":
+        y = getattr(tl, OP)(x, axis=AXIS)
     else:
-        tl.static_assert(False, "unknown operation")
+        y = getattr(tl, OP)(x, axis=AXIS, keep_dims=True)
     tl.store(Y_ + i * N + j, y.broadcast_to(M, N))
     tl.store(Z_, tl.sum(x.to(tl.float32)))
 
@@ -137,10 +109,3 @@ def matmul(
         c += tl.load(C_ + m[:, None] * N + n[None, :])
     d = tl.dot(a, b.T, c, input_precision=PRECISION)
     tl.store(D_ + m[:, None] * N + n[None, :], d.to(D_.dtype.element_ty))
-
-
-@triton.jit
-def matmul_default(A_, B_, D_, N: tl.constexpr):
-    i = tl.arange(0, N)
-    o = i[:, None] * N + i[None, :]
-    tl.store(D_ + o, tl.dot(tl.load(A_ + o), tl.trans(tl.load(B_ + o))))

@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,6 @@ from gdn_ops.aot.gpu_limits import Product, refusal
 from gdn_ops.aot.sass import Usage, cubin_usage, find_tool
 from gdn_ops.backends.tilelang.host import cache, toolchain
 from gdn_ops.backends.tilelang.host.config import TARGETS
-from gdn_ops.backends.tilelang.host.launcher import trace
 
 _KEPT = 1
 """Version of cached results: changes when this file or gdn_ops.aot.sass reads something else."""
@@ -50,22 +48,6 @@ class Compiled(NamedTuple):
     stored: int
     loaded: int
     remarks: tuple[str, ...]
-
-
-def compile_kernel(make: Callable[..., Any], constants: Mapping[str, Any], target: str) -> Compiled:
-    """Compile the kernel that a factory makes, or return the cached result.
-
-    Args:
-        make: a factory `make(T, **constants)`.
-        constants: keywords of the factory.
-        target: one of TARGETS.
-
-    Raises:
-        ValueError: the target is not one of them.
-        FileNotFoundError: there is no nvcc, or no cuobjdump.
-        Exception: whatever TileLang or nvcc says against the kernel.
-    """
-    return compiled(trace(make, dict(constants)), target)
 
 
 def compiled(function: Any, target: str) -> Compiled:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,13 @@ import pytest
 
 
 @pytest.fixture
-def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing is compiled, in memory or on disk; the folder of the disk cache."""
-    from gdn_ops.backends.tilelang.host import launcher
+    from tilelang_kernels.launching import forget
 
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(launcher, "_launched", {})
-    monkeypatch.setattr(launcher, "_built", {})
-    yield tmp_path / "gdn_ops"
+    forget(monkeypatch)
+    return tmp_path / "gdn_ops"
 
 
 @pytest.fixture

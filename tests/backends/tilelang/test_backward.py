@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fences import all_fenced, assert_untouched, fenced
 from gdn_ops.kernel_support.launches import recording
 from gdn_ops.kernel_support.tuning import Row
 from gdn_ops.testing import Example
 from gdn_ops.testing.example import Results, run
-from gdn_ops.testing.oracle import judge, judgement
-from kernel_backends import meta_call
+from gdn_ops.testing.oracle import judgement
+from kernel_backends import PACKED, check_definition, meta_call, using
 
 pytest.importorskip("tilelang")
 
@@ -32,20 +30,7 @@ pytestmark = [
 
 CPU = torch.device("cpu")
 
-LENGTHS = (70, 0, 1, 165, 64, 0)
-"""Two chunks, none, one token, three chunks, one that is full, none."""
-
-PACKED = Example(
-    T=sum(LENGTHS), lengths=LENGTHS, H=2, R=2, K=48, V=80, dtype="bfloat16", gate="extreme",
-    beta="wide", initial_state=True, seed=5,
-)  # fmt: skip
-"""Head dims off the tiles, in a class that the kit draws from."""
-
-
-def _using(example: Example, **changes: Any) -> AbstractContextManager[None]:
-    """Return a context in which a row with changes is what the calls of an example get."""
-    key = configs.tables.sequence_key(CPU, getattr(torch, example.dtype), example.K, example.V)
-    return configs.tables.using(Row(key, dataclasses.replace(table.SEQUENCE[key], **changes)))
+LENGTHS = PACKED.lengths or ()
 
 
 def _same(found: Results, expected: Results) -> None:
@@ -57,60 +42,32 @@ def _same(found: Results, expected: Results) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "segment"),
+    ("changes", "choice"),
     [
-        ({}, 1),
-        ({}, 2),
-        ({"gate": "slow", "log_gate": True, "qk_l2norm": True}, 1),
-        ({"rule": "delta"}, 1),
-        ({"rule": "gated", "gate": "slow"}, 1),
-        ({"lengths": None, "B": 2, "T": 130, "initial_state": False}, 2),
+        ({}, {"segment": 1}),
+        ({}, {"segment": 2}),
+        ({"gate": "slow", "log_gate": True, "qk_l2norm": True}, {"segment": 1}),
+        ({"rule": "delta"}, {"segment": 1}),
+        ({"rule": "gated", "gate": "slow"}, {"segment": 1}),
+        ({"lengths": None, "B": 2, "T": 130, "initial_state": False}, {"segment": 2}),
+        ({}, {"state_gradients": Tiles(16, 128, 0), "token_gradients": Tiles(16, 128, 0)}),
+        ({}, {"state_gradients": Tiles(128, 256, 1), "token_gradients": Tiles(128, 256, 2)}),
+        ({}, {"C": 32}),
     ],
+    ids=repr,
 )
-def test_segments_have_the_gradients_of_the_definition(
-    changes: dict[str, Any], segment: int
+def test_no_configuration_changes_the_gradients(
+    changes: dict[str, Any], choice: dict[str, Any]
 ) -> None:
     example = dataclasses.replace(PACKED, **changes)
     judgement(example)
-    with _using(example, segment=segment):
-        verdict = judge(example, "tilelang")
-    assert verdict.passed, verdict
-
-
-def test_segments_are_float32_in_a_float32_call() -> None:
-    example = dataclasses.replace(PACKED, K=16, V=48, dtype="float32", gate="slow")
-    reference = judgement(example).reference
-    with _using(example, segment=1):
-        found = example.run("tilelang")
-    for name, x in found.items():
-        error = (x.double() - reference[name]).norm() / reference[name].norm()
-        assert error < 2e-6, name
-
-
-CHOICES: dict[str, dict[str, Any]] = {
-    "narrow blocks of V": {
-        "state_gradients": Tiles(16, 128, 0),
-        "token_gradients": Tiles(16, 128, 0),
-    },
-    "wide blocks of V": {
-        "state_gradients": Tiles(128, 256, 1),
-        "token_gradients": Tiles(128, 256, 2),
-    },
-    "short chunks": {"C": 32},
-}
-
-
-@pytest.mark.parametrize("choice", CHOICES)
-def test_no_configuration_changes_the_gradients(choice: str) -> None:
-    judgement(PACKED)
-    with _using(PACKED, **CHOICES[choice]):
-        verdict = judge(PACKED, "tilelang")
-    assert verdict.passed, verdict
+    with using("tilelang", example, **choice):
+        check_definition("tilelang", example)
 
 
 def test_a_column_of_v_does_not_depend_on_the_block_that_it_is_in() -> None:
     expected = PACKED.run("tilelang")
-    with _using(PACKED, state_gradients=Tiles(16, 128, 0)):
+    with using("tilelang", PACKED, state_gradients=Tiles(16, 128, 0)):
         _same(PACKED.run("tilelang"), expected)
 
 
@@ -125,7 +82,7 @@ def _without(x: Tensor, name: str, length: int, begin: int, n: int) -> Tensor:
 @pytest.mark.parametrize("segment", [None, 1])
 def test_a_sequence_has_the_gradients_that_it_has_alone(segment: int | None) -> None:
     arguments, cotangents = PACKED.arguments(), PACKED.cotangents()
-    with _using(PACKED, segment=segment):
+    with using("tilelang", PACKED, segment=segment):
         packed = run(arguments, "tilelang", cotangents)
         begin = 0
         for n, length in enumerate(LENGTHS):
@@ -197,37 +154,6 @@ def test_what_is_asked_of_the_past_changes_no_bit_of_the_present(at: int) -> Non
         assert not torch.equal(found[name][:, :at], expected[name][:, :at]), name
 
 
-# Memory: inputs and scratch lie between fences, and every scratch tensor starts as NaN.
-
-
-@pytest.mark.parametrize(
-    ("changes", "segment"),
-    [
-        ({}, None),
-        ({}, 1),
-        ({"rule": "linear", "qk_l2norm": True}, 1),
-        ({"K": 16, "V": 48, "dtype": "float32"}, None),
-    ],
-)
-def test_no_kernel_touches_memory_that_is_not_its_own(
-    changes: dict[str, Any], segment: int | None, allocated: list[Tensor]
-) -> None:
-    example = dataclasses.replace(PACKED, **changes)
-    arguments, (d_o, d_state) = example.arguments(), example.cotangents()
-    between = all_fenced(arguments)
-    cotangents = (fenced(d_o, float("nan")), fenced(d_state, float("nan")))
-    with _using(example, segment=segment):
-        expected = run(arguments, "tilelang", (d_o, d_state))
-        allocated.clear()
-        found = run(between, "tilelang", cotangents)
-    assert len(allocated) >= 10
-    assert_untouched(allocated)
-    # NaN from a fence, or from what nothing has written, would be in the results.
-    for name, x in found.items():
-        assert not bool(x.isnan().any()), name
-    _same(found, expected)
-
-
 @pytest.mark.parametrize("segment", [None, 1])
 def test_tokens_of_no_sequence_are_not_written(
     segment: int | None, allocated: list[Tensor], monkeypatch: pytest.MonkeyPatch
@@ -236,7 +162,7 @@ def test_tokens_of_no_sequence_are_not_written(
     end = LENGTHS[0]
     boundaries = torch.tensor([0, end], dtype=torch.int32)
     monkeypatch.setattr(plan, "cu_of", lambda call: boundaries)
-    with _using(PACKED, segment=segment):
+    with using("tilelang", PACKED, segment=segment):
         found = run(PACKED.arguments(), "tilelang", PACKED.cotangents())
     for name in ("o", "d_q", "d_k", "d_v", "d_alpha", "d_beta"):
         assert bool(found[name][:, :end].isfinite().all()), name

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from processes import python
 
 tilelang = pytest.importorskip("tilelang")
 
-from gdn_ops.backends.tilelang.host import cache, launcher  # noqa: E402
+from gdn_ops.backends.tilelang.host import cache  # noqa: E402
 from gdn_ops.backends.tilelang.host.launcher import launch  # noqa: E402
 from tilelang_kernels import tiny  # noqa: E402
-from tilelang_kernels.launching import CONSTANTS, NAME, needs_compiler, run  # noqa: E402
+from tilelang_kernels.launching import CONSTANTS, NAME, forget, needs_compiler, run  # noqa: E402
 
 # Once in memory, once on disk.
 
@@ -52,8 +53,7 @@ def test_what_is_on_disk_is_not_compiled_again(
     cold: Path, said: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run()
-    monkeypatch.setattr(launcher, "_launched", {})
-    monkeypatch.setattr(launcher, "_built", {})
+    forget(monkeypatch)
     run()
     _, line = said()
     assert re.fullmatch(rf"tilelang: {re.escape(NAME)} taken from disk in \d+\.\d\d s", line)
@@ -73,8 +73,7 @@ def test_what_is_broken_on_disk_is_compiled_again(
     (broken / file).write_text("half of it")
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(elsewhere))
     for expected in ("compiled", "taken from disk"):
-        monkeypatch.setattr(launcher, "_launched", {})
-        monkeypatch.setattr(launcher, "_built", {})
+        forget(monkeypatch)
         run()
         assert f"{NAME} {expected} in " in said()[-1]
 
@@ -207,22 +206,15 @@ def test_two_processes_may_keep_the_same_kernel(cold: Path) -> None:
 
 @needs_compiler
 def test_threads_that_want_one_kernel_compile_it_once(cold: Path, said: Any) -> None:
-    barrier, errors = threading.Barrier(4), []
+    barrier = threading.Barrier(4)
 
     def work(scale: float) -> None:
         barrier.wait()
-        try:
-            run(scale=scale)
-            run({**CONSTANTS, "N": 16}, scale=scale)
-        except BaseException as error:
-            errors.append(error)
+        run(scale=scale)
+        run({**CONSTANTS, "N": 16}, scale=scale)
 
-    threads = [threading.Thread(target=work, args=(float(i),)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, (0.0, 1.0, 2.0, 3.0)))
     assert sorted(line.partition(" compiled")[0] for line in said()) == [
         "tilelang: scaled (N=16, dtype=float32) for cpu",
         "tilelang: scaled (N=8, dtype=float32) for cpu",
@@ -245,15 +237,13 @@ def test_a_backward_pass_compiles_on_its_own_thread(cold: Path, said: Any) -> No
             launch(tiny.scaled, CONSTANTS, d_y.contiguous(), d_x, 3.0, 2)
             return d_x
 
-    def work() -> None:
+    def work() -> float:
         x = torch.ones(2, 8, requires_grad=True)
         Scaled.apply(x).sum().backward()
         assert x.grad is not None
-        seen.append(x.grad.sum().item())
+        return x.grad.sum().item()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen[1] == 48.0
-    assert seen[0] != threading.get_ident()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() == 48.0
+    assert len(seen) == 1 and seen[0] != threading.get_ident()
     assert len(said()) == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from errors import message_of
 
@@ -22,10 +22,9 @@ from gdn_ops.aot.jobs import Job  # noqa: E402
 from gdn_ops.aot.results import CompiledKernel  # noqa: E402
 from gdn_ops.backends.tilelang.aot import cubin  # noqa: E402
 from gdn_ops.backends.tilelang.aot.compiler import compile_ahead, compile_jobs  # noqa: E402
-from gdn_ops.backends.tilelang.aot.cubin import compile_kernel  # noqa: E402
 from gdn_ops.backends.tilelang.host import toolchain  # noqa: E402
 from gdn_ops.backends.tilelang.host.config import TARGETS  # noqa: E402
-from gdn_ops.backends.tilelang.host.launcher import launch  # noqa: E402
+from gdn_ops.backends.tilelang.host.launcher import launch, trace  # noqa: E402
 from gdn_ops.call.bind import Call  # noqa: E402
 from gdn_ops.cli.commands import app  # noqa: E402
 from gdn_ops.dispatch.backend import Backend, Forward  # noqa: E402
@@ -48,6 +47,11 @@ def what_is_missing() -> str:
 
 
 pytestmark = pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing())
+
+
+def compile_kernel(make: Any, constants: dict[str, Any], target: str) -> cubin.Compiled:
+    """Compile the kernel that a factory makes, or return the cached result."""
+    return cubin.compiled(trace(make, constants), target)
 
 
 def compiled(
@@ -195,14 +199,24 @@ def test_what_ptxas_says_costs_time_is_a_failure_of_a_reference(
 # Targets and tools.
 
 
-def test_plain_sm_90_is_refused_for_it_would_lose_wgmma() -> None:
-    text = "^target 'sm_90' is compiled without wgmma and its like: use sm_90a$"
-    with pytest.raises(ValueError, match=text):
-        compile_kernel(kernels.product, TILE, "sm_90")
-    with pytest.raises(ValueError, match=text):
-        list(compile_ahead(Normalising(), "sm_90", []))
-    with pytest.raises(ValueError, match=r"^unknown target 'gfx942', known: sm_"):
-        compile_kernel(kernels.product, TILE, "gfx942")
+def command(*arguments: str) -> Result:
+    """Run `gdn-ops compile` for the backend."""
+    return CliRunner().invoke(app, ["compile", "--backend", "tilelang", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("sm_90", "target 'sm_90' is compiled without wgmma and its like: use sm_90a"),
+        ("gfx942", "unknown target 'gfx942', known: sm_90a, sm_80, sm_100a, sm_120a"),
+    ],
+)
+def test_a_target_is_refused_that_is_unknown_or_would_lose_wgmma(target: str, message: str) -> None:
+    assert message_of(ValueError, compile_kernel, kernels.product, TILE, target) == message
+    assert message_of(ValueError, list, compile_ahead(Normalising(), target, [])) == message
+    result = command("--target", target)
+    assert result.exit_code == 2
+    assert result.stderr == f"gdn-ops: {message}\n"
 
 
 def test_a_missing_nvcc_is_an_error_that_says_what_brings_it(
@@ -210,11 +224,12 @@ def test_a_missing_nvcc_is_an_error_that_says_what_brings_it(
 ) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     text = f"{toolchain.NO_NVCC}; it is {str(tmp_path)!r}, which has no bin/nvcc"
-    for compiling in (
-        lambda: compile_kernel(kernels.product, TILE, "sm_90a"),
-        lambda: list(compile_ahead(Normalising(), "sm_90a", [])),
-    ):
-        assert message_of(FileNotFoundError, compiling) == text
+    target = "sm_90a"
+    assert message_of(FileNotFoundError, compile_kernel, kernels.product, TILE, target) == text
+    assert message_of(FileNotFoundError, list, compile_ahead(Normalising(), target, [])) == text
+    result = command("--target", target)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"gdn-ops: {toolchain.NO_NVCC}; it is ")
 
 
 # Results are kept.
@@ -329,28 +344,6 @@ def test_the_kernels_of_a_reference_are_fit_for(target: str) -> None:
 def test_everything_the_api_allows_is_fit_for(target: str) -> None:
     cases = [case for op in OPS for case in op.cases]
     assert failures(ahead("tilelang", target, sampling.samples(cases, everything=True))) == []
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("sm_90", "target 'sm_90' is compiled without wgmma and its like: use sm_90a"),
-        ("gfx942", "unknown target 'gfx942', known: sm_90a, sm_80, sm_100a, sm_120a"),
-    ],
-)
-def test_the_command_refuses_a_target(target: str, message: str) -> None:
-    result = CliRunner().invoke(app, ["compile", "--backend", "tilelang", "--target", target])
-    assert result.exit_code == 2
-    assert result.stderr == f"gdn-ops: {message}\n"
-
-
-def test_the_command_says_what_brings_a_missing_nvcc(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    result = CliRunner().invoke(app, ["compile", "--backend", "tilelang", "--target", "sm_90a"])
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"gdn-ops: {toolchain.NO_NVCC}; it is ")
 
 
 def test_the_command_compiles_a_named_case(tmp_path: Path) -> None:

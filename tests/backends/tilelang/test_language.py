@@ -17,6 +17,7 @@ pytest.importorskip("tilelang")
 
 from gdn_ops.backends.tilelang.emulation.rounding import nearest
 from gdn_ops.backends.tilelang.host.launcher import launch
+from kernel_backends import assert_same_bits
 from tilelang_kernels import tiles
 from tilelang_kernels.launching import needs_compiler, traced
 
@@ -49,13 +50,6 @@ def around(dtype: torch.dtype) -> Tensor:
     return torch.cat([floats, ties, subnormal, edges, -edges])
 
 
-def same(found: Tensor, expected: Tensor) -> None:
-    """Compare every bit, but for what kind of NaN a NaN is."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-    number = ~expected.isnan()
-    assert torch.equal(found[number].signbit(), expected[number].signbit())
-
-
 # Low precision.
 
 
@@ -65,8 +59,8 @@ def test_a_store_to_a_low_tile_rounds_as_torch_does(dtype: torch.dtype) -> None:
     x = around(dtype)
     low, back = torch.full_like(x, 5, dtype=dtype), torch.full_like(x, 5)
     launch(tiles.rounds, {"dtype": name_of(dtype)}, x, low, back)
-    same(low, x.to(dtype))
-    same(back, x.to(dtype).float())
+    assert_same_bits(low, x.to(dtype))
+    assert_same_bits(back, x.to(dtype).float())
     assert int(low.isnan().sum()) == int(x.isnan().sum()) > 0
     assert int(low.isinf().sum()) > int(x.isinf().sum())
     assert int(((low != 0) & (low.abs() < torch.finfo(dtype).tiny)).sum()) > 100
@@ -90,9 +84,9 @@ def test_arithmetic_in_a_low_dtype_rounds_after_every_operation(dtype: torch.dty
     expected += [torch.from_numpy(numpy.sqrt(a.abs().float().numpy())).to(dtype)]
     expected += [(a.float() * 3).to(dtype) - a]
     for found, should_be in zip(low, expected, strict=True):
-        same(found, should_be)
-    same(wide[0], a.float() * b.float())
-    same(wide[1], (a * b).float())
+        assert_same_bits(found, should_be)
+    assert_same_bits(wide[0], a.float() * b.float())
+    assert_same_bits(wide[1], (a * b).float())
     finite = wide.isfinite().all(0)
     assert (wide[0] != wide[1])[finite].float().mean() > 0.5
 
@@ -102,7 +96,7 @@ def test_a_constant_of_a_low_dtype_is_the_nearest(dtype: torch.dtype) -> None:
     x = around(dtype)
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(2))[:20_000]]
     found = torch.tensor([nearest(value, name_of(dtype)) for value in x.tolist()])
-    same(found, x.to(dtype).float())
+    assert_same_bits(found, x.to(dtype).float())
     assert nearest(1e300, name_of(dtype)) == float("inf")
     assert nearest(-1e300, name_of(dtype)) == float("-inf")
 
@@ -113,7 +107,7 @@ def test_a_constant_keeps_every_digit(dtype: torch.dtype) -> None:
     given = (0.1, -1 / 3, 1e-30, 1.25, -0.0, 2.0**-149, 12345.6789, math.inf, -math.inf, math.nan)
     x = torch.zeros(len(given) + 1, dtype=dtype)
     launch(tiles.constants, {"values": given, "dtype": name_of(dtype)}, x)
-    same(x, torch.tensor([*given, -math.inf], dtype=torch.float64).to(dtype))
+    assert_same_bits(x, torch.tensor([*given, -math.inf], dtype=torch.float64).to(dtype))
 
 
 # Tile operations.

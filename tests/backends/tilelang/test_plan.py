@@ -15,8 +15,7 @@ from gdn_ops.kernel_support.tuning import Row
 from gdn_ops.spec.language import Sizes
 from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.testing import Example
-from kernel_backends import SIZES, check_saved, launched, meta_call
-from processes import python
+from kernel_backends import SIZES, launched, meta_call
 
 pytest.importorskip("tilelang")
 
@@ -65,11 +64,6 @@ def test_bytes_are_those_of_the_tensors_that_launches_are_given(changes: dict[st
             # A map does not depend on the queries.
             tensors = tensors[1:]
         assert sum(x.numel() * x.element_size() for x in tensors) == bytes_, name
-
-
-@pytest.mark.parametrize("changes", [{}, {"rule": "linear", "log_alpha": None}, {"H": 2, "HV": 8}])
-def test_saved_tensors_are_as_the_tracer_was_told(changes: dict[str, Any]) -> None:
-    check_saved(backend.TileLang(), meta_call(True, **(SIZES | changes)), "sm_90a")
 
 
 def test_slots_of_chunks_and_segments_are_enough_for_any_lengths() -> None:
@@ -148,10 +142,3 @@ def test_segments_can_be_switched_off_and_chosen(monkeypatch: pytest.MonkeyPatch
     key = ("sm_90a", 128, "low")
     with configs.tables.using(Row(key, dataclasses.replace(table.SEQUENCE[key], segment=3))):
         assert _segments() == 3
-
-
-def test_an_unknown_choice_of_segments_is_refused() -> None:
-    found = python("-c", "import gdn_ops.backends.tilelang", GDN_OPS_TILELANG_SEGMENTS="no")
-    assert found.stderr.strip().splitlines()[-1] == (
-        "ValueError: GDN_OPS_TILELANG_SEGMENTS is 'no', should be one of on, off"
-    )

@@ -6,14 +6,13 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-
-from triton.backends.driver import DriverBase  # noqa: E402
 
 from ahead_of_time import ahead, check_judgement, failures, sequence  # noqa: E402
 from gdn_ops import GATED_DELTA, GATED_DELTA_STEP  # noqa: E402
@@ -134,61 +133,33 @@ def test_what_does_not_compile_is_a_failure_though_it_runs_in_an_emulation() -> 
 # The specialisation is that of a launch.
 
 
-class StubDriver(DriverBase):
-    """Enough of a driver for Triton's own warm-up: one GPU that cannot launch."""
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return False
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
-
-
 @contextmanager
 def driver_for(target: str) -> Iterator[None]:
-    config = triton.runtime.driver
-    before = config._active
-    config.set_active(StubDriver(TARGETS[target]))
-    try:
+    """Give Triton's own warm-up enough of a driver: one GPU that cannot launch."""
+    driver = SimpleNamespace(
+        get_current_target=lambda: TARGETS[target],
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.runtime.driver, "_active", driver)
         yield
-    finally:
-        config._active = before
-        bad.gather.device_caches.clear()
+    bad.gather.device_caches.clear()
 
 
 GATHERS = {
-    "aligned": lambda: (meta(64), meta(64), None, 64, 32, 0.5),
-    "a view that is not aligned": lambda: (meta(64)[1:], meta(64), None, 64, 32, 0.5),
-    "odd": lambda: (meta(64), meta(64), meta(64), 63, 7, 0.5),
-    "one": lambda: (meta(64), meta(64), None, 64, 1, 1.0),
-    "wide": lambda: (meta(64), meta(2**31), None, 2**40, 1, 1.0),
+    "aligned": (meta(64), meta(64), None, 64, 32, 0.5),
+    "a view that is not aligned": (meta(64)[1:], meta(64), None, 64, 32, 0.5),
+    "odd": (meta(64), meta(64), meta(64), 63, 7, 0.5),
+    "one": (meta(64), meta(64), None, 64, 1, 1.0),
+    "wide": (meta(64), meta(2**31), None, 2**40, 1, 1.0),
 }
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_specialisation_is_the_one_that_a_launch_makes(target: str) -> None:
     hashes = {}
-    for name, make in GATHERS.items():
-        args = make()
+    for name, args in GATHERS.items():
         with recording(target) as launches:
             launch(bad.gather, (1,), *args, N=64, num_warps=2, enable_fp_fusion=True)
         _, job = specialised(launches[0], target, REFERENCE)

@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gdn_ops.backends.triton.host.launcher import launch
+from kernel_backends import assert_same_bits
 from triton_kernels import arithmetic
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,13 +30,6 @@ def patterns(n: int, dtype: torch.dtype) -> Tensor:
     return torch.where(x.isnan(), float("nan"), x)
 
 
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    """Compare every bit, but for what kind of NaN a NaN is."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-    nan = expected.isnan() if expected.is_floating_point() else expected == expected + 1
-    assert torch.equal(found.signbit()[~nan], expected.signbit()[~nan])
-
-
 # Rounding and arithmetic.
 
 
@@ -45,7 +39,7 @@ def test_a_cast_rounds_to_nearest_even(source: torch.dtype, target: torch.dtype)
     x = patterns(4096, source)
     y = torch.full((4096,), 7.0, dtype=target)
     launch(arithmetic.cast, (1,), x, y, N=4096)
-    assert_same(y, x.to(target))
+    assert_same_bits(y, x.to(target))
 
 
 def test_halves_round_to_the_even_bfloat16() -> None:
@@ -66,7 +60,7 @@ def test_a_cast_of_integers_and_booleans(source: torch.dtype) -> None:
     for target in (*FLOATS, torch.int32, torch.uint8):
         y = torch.zeros(64, dtype=target)
         launch(arithmetic.cast, (1,), x, y, N=64)
-        assert_same(y, x.to(target))
+        assert_same_bits(y, x.to(target))
 
 
 BINARY: dict[str, Any] = {
@@ -189,7 +183,7 @@ def test_an_extreme_ignores_nan_unless_there_is_nothing_else(dtype: torch.dtype)
     for operation, expected in (("max", (3.0, nan)), ("min", (1.0, nan)), ("argmax", (2, 0))):
         y = torch.empty(2, 16, dtype=torch.int32 if operation == "argmax" else dtype)
         launch(arithmetic.reduction, (1,), x, y, torch.empty(1), M=2, N=16, OP=operation, AXIS=1)
-        assert_same(y, torch.tensor(expected).to(y.dtype)[:, None].broadcast_to(2, 16))
+        assert_same_bits(y, torch.tensor(expected).to(y.dtype)[:, None].broadcast_to(2, 16))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -216,7 +210,7 @@ def test_a_product_accumulates_in_float32(dtype: torch.dtype) -> None:
     for out in (d, rounded):
         launch(arithmetic.matmul, (1,), a, b, c, out, 16, 32, 256, PRECISION="ieee")
     assert (d - exact).abs().max() < 1e-6 * (a.double().abs() @ b.double().abs().T).max()
-    assert_same(rounded, d.to(dtype))
+    assert_same_bits(rounded, d.to(dtype))
 
 
 def test_tf32_rounds_its_operands_and_three_of_them_give_float32_back() -> None:
@@ -224,21 +218,14 @@ def test_tf32_rounds_its_operands_and_three_of_them_give_float32_back() -> None:
     a, b, d = torch.randn(32, 64), torch.randn(32, 64), torch.empty(32, 32)
     exact = a.double() @ b.double().T
     error = {}
-    for precision in ("ieee", "tf32", "tf32x3"):
+    for precision in ("ieee", "tf32", "tf32x3", None):
         launch(arithmetic.matmul, (1,), a, b, None, d, 32, 32, 64, PRECISION=precision)
         error[precision] = ((d - exact).norm() / exact.norm()).item()
     assert error["ieee"] < 3e-7
     assert error["tf32x3"] < 3e-7
     # Each operand has a relative error of at most 2^-11.
     assert 5e-5 < error["tf32"] < 2**-10
-
-
-def test_a_product_that_names_no_precision_is_tf32_as_on_a_gpu() -> None:
-    torch.manual_seed(0)
-    a, b, d = torch.randn(16, 16), torch.randn(16, 16), torch.empty(16, 16)
-    launch(arithmetic.matmul_default, (1,), a, b, d, N=16)
-    exact = a.double() @ b.double().T
-    assert 5e-5 < (d - exact).norm() / exact.norm() < 2**-10
+    assert error[None] == error["tf32"], "a GPU takes it where no precision is named"
 
 
 def test_infinities_pass_through_every_precision() -> None:
