@@ -90,7 +90,12 @@ PACKAGES = (
         keyword="not test_conformance or torch or compile or naive",
     ),
     # A torch may pin another Triton, so nothing else is asked to fit.
-    Cell("triton", ("backends/triton/test_*.py",), deps=False),
+    Cell(
+        "triton",
+        ("backends/triton/test_*.py", "backends/test_kernels.py"),
+        keyword="not tilelang",
+        deps=False,
+    ),
     # Not what is compiled for GPUs and what only takes longer to be as sure: `make test` runs all.
     Cell(
         "python",
@@ -101,7 +106,7 @@ PACKAGES = (
             *("repository/test_imports.py", "repository/test_package.py", "spec/test_*.py"),
             *("testing/test_lint.py", "torch_ops/test_*.py", "versions/test_*.py"),
             *("backends/tilelang/test_language*.py", "backends/triton/test_backend.py"),
-            "backends/triton/test_interpret*.py",
+            *("backends/triton/test_interpret*.py", "backends/test_kernels.py"),
         ),
     ),
 )

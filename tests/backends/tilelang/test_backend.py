@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from gdn_ops.kernel_support.launches import recording
-from kernel_backends import SIZES, check_reason, linear_arguments, meta_call, reasons_on_a_gpu
+from kernel_backends import SIZES, check_reason, linear_arguments, meta_call
 from processes import printed
 
 pytest.importorskip("tilelang")
@@ -20,13 +18,6 @@ from gdn_ops.backends.tilelang.host import table, toolchain
 pytestmark = pytest.mark.filterwarnings("ignore:backend 'tilelang' emulates")
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def fresh_reasons() -> Iterator[None]:
-    backend.tool_reasons.cache_clear()
-    yield
-    backend.tool_reasons.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_reasons")
@@ -58,26 +49,6 @@ def test_another_version_is_a_reason(
         lambda name: version if name == package else real(name),
     )
     check_reason("tilelang", linear_arguments(), f"{package} is {version}, {reason}")
-
-
-@pytest.mark.usefixtures("fresh_reasons")
-def test_no_cpp_compiler_is_a_reason_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
-    reason = "no C++ compiler, which emulation needs: install g++, or set CXX"
-    check_reason("tilelang", linear_arguments(), reason)
-
-
-@pytest.mark.usefixtures("fresh_reasons")
-def test_no_nvcc_is_a_reason_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(toolchain, "_packaged", lambda: None)
-    monkeypatch.setattr(toolchain, "_program", lambda home: None)
-    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
-    assert reasons_on_a_gpu("tilelang", monkeypatch) == [
-        "no nvcc, which TileLang compiles with: pip install 'tilelang[nvcc]', or set CUDA_HOME"
-    ]
 
 
 def test_explaining_a_call_does_not_load_tilelang() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from kernel_backends import check_reason, linear_arguments, reasons_on_a_gpu
+
 tilelang = pytest.importorskip("tilelang")
 
 from gdn_ops.backends.tilelang.host import toolchain  # noqa: E402
@@ -51,6 +53,17 @@ def test_a_cpp_compiler_is_what_cxx_names_or_the_first_on_the_path(
     ]
     monkeypatch.setenv("CXX", "clang++")
     assert toolchain.compiler() == str(other)
+
+
+@pytest.mark.usefixtures("no_tools", "fresh_reasons")
+def test_missing_compilers_are_reasons_on_a_cpu_and_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reason = "no C++ compiler, which emulation needs: install g++, or set CXX"
+    check_reason("tilelang", linear_arguments(), reason)
+    assert reasons_on_a_gpu("tilelang", monkeypatch) == [
+        "no nvcc, which TileLang compiles with: pip install 'tilelang[nvcc]', or set CUDA_HOME"
+    ]
 
 
 def test_nvcc_is_looked_for_where_tilelang_looks(
