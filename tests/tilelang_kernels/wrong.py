@@ -99,26 +99,15 @@ def orderly(T: Any) -> Any:
     return orderly
 
 
-def named(T: Any, *, name: str) -> Any:
-    """Ask the language for a name."""
+def named(T: Any, *, name: str, threads: int = 32) -> Any:
+    """Ask the language for a name, in a program of so many threads."""
 
     @T.prim_func
     def named(x: T.Tensor((1,), "float32")):
-        with T.Kernel(1, threads=32):
+        with T.Kernel(1, threads=threads):
             getattr(T, name)(x)
 
     return named
-
-
-def threads(T: Any, *, threads: int) -> Any:
-    """So many threads."""
-
-    @T.prim_func
-    def kernel(x: T.Tensor((1,), "float32")):
-        with T.Kernel(1, threads=threads):
-            x[0] = 1.0
-
-    return kernel
 
 
 def low_number(T: Any) -> Any:

@@ -150,6 +150,5 @@ def test_a_hint_does_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("threads", [0, 48, 2048])
 def test_a_number_of_threads_that_no_gpu_has_is_refused(threads: int) -> None:
-    assert message_of(ValueError, traced, wrong.threads, threads=threads) == (
-        f"T.Kernel: threads={threads}, should be a multiple of 32 up to 1024"
-    )
+    found = message_of(ValueError, traced, wrong.named, name="sync_threads", threads=threads)
+    assert found == f"T.Kernel: threads={threads}, should be a multiple of 32 up to 1024"
