@@ -69,46 +69,34 @@ class Cell:
 
 
 PAGE = "repository/test_docs.py::test_a_page_prints_what_it_shows[docs/{}.md]"
-ONNX_TESTS = (
-    *("export/**/test_*.py", "cli/test_export.py", "nn/test_export.py", PAGE.format("onnx")),
+ONNX_TESTS = ("export/**/test_*.py", "cli/test_export.py", "nn/test_export.py")
+ONNX_TESTS += (PAGE.format("onnx"),)
+TRANSFORMERS_TESTS = ("compat/transformers/test_*.py", "bench/test_models.py")
+TRANSFORMERS_TESTS += (PAGE.format("transformers"),)
+TORCH_TESTS = (
+    *("torch_ops/test_*.py", "call/test_*.py", "dispatch/test_*.py", "nn/test_*.py"),
+    *("export/torch_exporter/test_modules.py", "testing/test_conformance.py"),
 )
-
+TRITON_TESTS = ("backends/triton/test_*.py", "backends/test_kernels.py")
+# Not what is compiled for GPUs and what only takes longer to be as sure: `make test` runs all.
+PYTHON_TESTS = (
+    *("bench/test_models.py", "call/test_*.py", "cli/test_*.py", "compat/**/test_*.py"),
+    *("demo/test_*.py", "dispatch/test_*.py", "environment/test_*.py", "export/**/test_*.py"),
+    *("nn/test_*.py", "repository/test_docs.py", "repository/test_imports.py"),
+    *("repository/test_package.py", "spec/test_*.py", "testing/test_lint.py"),
+    *("torch_ops/test_*.py", "versions/test_*.py", "backends/tilelang/test_language*.py"),
+    *("backends/triton/test_backend.py", "backends/triton/test_interpret*.py"),
+    "backends/test_kernels.py",
+)
 PACKAGES = (
-    Cell(
-        "transformers",
-        ("compat/transformers/test_*.py", "bench/test_models.py", PAGE.format("transformers")),
-    ),
+    Cell("transformers", TRANSFORMERS_TESTS),
     Cell("onnxruntime", ONNX_TESTS),
     Cell("onnx", ONNX_TESTS, beside=("onnxscript",)),
-    Cell(
-        "torch",
-        (
-            *("torch_ops/test_*.py", "call/test_*.py", "dispatch/test_*.py", "nn/test_*.py"),
-            *("export/torch_exporter/test_modules.py", "testing/test_conformance.py"),
-        ),
-        # Of the kit only what is made of torch.
-        keyword="not test_conformance or torch or compile or naive",
-    ),
+    # Of the kit only what is made of torch.
+    Cell("torch", TORCH_TESTS, keyword="not test_conformance or torch or compile or naive"),
     # A torch may pin another Triton, so nothing else is asked to fit.
-    Cell(
-        "triton",
-        ("backends/triton/test_*.py", "backends/test_kernels.py"),
-        keyword="not tilelang",
-        deps=False,
-    ),
-    # Not what is compiled for GPUs and what only takes longer to be as sure: `make test` runs all.
-    Cell(
-        "python",
-        (
-            *("bench/test_models.py", "call/test_*.py", "cli/test_*.py", "compat/**/test_*.py"),
-            *("demo/test_*.py", "dispatch/test_*.py", "environment/test_*.py"),
-            *("export/**/test_*.py", "nn/test_*.py", "repository/test_docs.py"),
-            *("repository/test_imports.py", "repository/test_package.py", "spec/test_*.py"),
-            *("testing/test_lint.py", "torch_ops/test_*.py", "versions/test_*.py"),
-            *("backends/tilelang/test_language*.py", "backends/triton/test_backend.py"),
-            *("backends/triton/test_interpret*.py", "backends/test_kernels.py"),
-        ),
-    ),
+    Cell("triton", TRITON_TESTS, keyword="not tilelang", deps=False),
+    Cell("python", PYTHON_TESTS),
 )
 VERSIONS = {
     "transformers": "4.57 5.0 5.4 5.8 5.12 5.13 5.14 5.15 5.16 5.20 5.23 5.24 newest",

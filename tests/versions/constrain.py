@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 try:
@@ -25,8 +24,7 @@ except ModuleNotFoundError:
 
 def read_lock(text: str) -> dict[str, str]:
     """Return the versions of a lock by name."""
-    pairs = (line.partition("==") for line in text.splitlines())
-    return {name: version for name, _, version in pairs}
+    return dict(line.split("==") for line in text.splitlines())
 
 
 def write_lock(versions: dict[str, str]) -> str:
@@ -34,23 +32,17 @@ def write_lock(versions: dict[str, str]) -> str:
     return "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()))
 
 
-def installed_requirements(name: str) -> list[str]:
-    """Return what an installed package requires; nothing for one that is not installed."""
-    try:
-        return importlib.metadata.requires(name) or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
-
-
-def refused(
-    lock: dict[str, str], requires: Callable[[str], list[str]] = installed_requirements
-) -> set[str]:
+def refused(lock: dict[str, str]) -> set[str]:
     """Return the names whose locked version is not allowed by torch or by what it requires."""
     found: set[str] = set()
     waiting = [("torch", frozenset[str]())]
     # The list grows while it is read.
     for name, extras in waiting:
-        for requirement in map(Requirement, requires(name)):
+        try:
+            requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for requirement in map(Requirement, requirements):
             marker = requirement.marker
             if marker and not any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
                 continue

@@ -48,20 +48,15 @@ def install(cell: Cell, run: Runner) -> dict[str, str]:
         versions = {canonicalize_name(entry["name"]): entry["version"] for entry in found}
         wanted = {**asked, "versions": versions}
         if there != wanted:
-            fill(folder, versions, run)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            if versions:
+                pins = [f"{name}=={version}" for name, version in versions.items()]
+                options = ["--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
+                run([sys.executable, "-m", "pip", "install", *options, *pins], {})
             marker.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
             there = wanted
     return there["versions"]
-
-
-def fill(folder: Path, versions: dict[str, str], run: Runner) -> None:
-    """Install exactly these versions into an empty folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    if versions:
-        pins = [f"{name}=={version}" for name, version in versions.items()]
-        options = ["--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
-        run([sys.executable, "-m", "pip", "install", *options, *pins], {})
 
 
 def interpreter(cell: Cell, run: Runner) -> str:

@@ -31,19 +31,14 @@ SHOWN = (
 )
 """What is shown, beside the package itself, where a cell has another than the lock."""
 
-PROBE = f"""
+PROBE = """
 import importlib, importlib.metadata, json, platform, sys
-found = {{"python": platform.python_version()}}
-for name in {SHOWN!r}:
-    try:
-        found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        pass
-for name in sys.argv[1:]:
-    imported = importlib.import_module(name).__version__
-    if imported.partition("+")[0] != found[name].partition("+")[0]:
-        sys.exit(f"{{name}} {{imported}} is imported, {{found[name]}} is installed")
-print(json.dumps(found))
+module, *names = sys.argv[1:]
+found = {name: importlib.metadata.version(name) for name in {module, *names}}
+imported = importlib.import_module(module).__version__
+if imported.partition("+")[0] != found[module].partition("+")[0]:
+    sys.exit(f"{module} {imported} is imported, {found[module]} is installed")
+print(json.dumps({"python": platform.python_version(), **found}))
 """
 
 
@@ -246,8 +241,10 @@ def probe(
     Raises:
         CellFailedError: it cannot be imported, or is another version than the cell's.
     """
+    module = "torch" if cell.package == "python" else cell.package
+    shown = sorted({cell.package, *(versions.keys() & set(SHOWN))})
     done = subprocess.run(
-        [python, "-c", PROBE, "torch" if cell.package == "python" else cell.package],
+        [python, "-c", PROBE, module, *(name for name in shown if name != "python")],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -258,8 +255,7 @@ def probe(
         raise CellFailedError(f"cannot be imported: {lines[-1].replace(str(ROOT), '.')}")
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     check_versions(cell, versions, found)
-    shown = {cell.package, *(versions.keys() & set(SHOWN))}
-    return {name: version for name, version in found.items() if name in shown}
+    return {name: found[name] for name in shown}
 
 
 def check_versions(cell: Cell, versions: dict[str, str], found: dict[str, str]) -> None:

@@ -54,15 +54,18 @@ REQUIRES = {
 }
 
 
-def test_lines_that_torch_does_not_allow_are_left_out() -> None:
+def test_lines_that_torch_does_not_allow_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     locked = {
         **{"torch": "2.13.0", "filelock": "4.3.1", "sympy": "1.14.0", "mpmath": "1.4.1"},
         **{"triton": "3.9.0", "nvidia-cuda-runtime": "13.5.37", "nvidia-nvvm": "13.5.37"},
         **{"optree": "0.13", "colorama": "0.4.6"},
     }
-    found = constrain.refused(locked, lambda name: REQUIRES.get(name, []))
-    assert found == {"triton", "nvidia-cuda-runtime", "mpmath"}
-    assert constrain.refused(locked, lambda name: []) == set()
+    monkeypatch.setattr(constrain.importlib.metadata, "requires", REQUIRES.get)
+    assert constrain.refused(locked) == {"triton", "nvidia-cuda-runtime", "mpmath"}
+    monkeypatch.setattr(constrain.importlib.metadata, "requires", lambda name: None)
+    assert constrain.refused(locked) == set()
+    monkeypatch.undo()
+    assert constrain.refused({"not-there": "1"}) == set()
 
 
 def test_constraints_are_the_lock_without_torch_for_a_build_that_pins_nothing(
