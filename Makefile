@@ -45,7 +45,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) $(TORCH)
-	PYTHONPATH=tests $(BIN)/python -m versions.constrain $(LOCK) > $(CONSTRAINTS)
+	PYTHONPATH=tests $(BIN)/python -m versions.lock $(LOCK) > $(CONSTRAINTS)
 	$(INSTALL) --constraint $(CONSTRAINTS) setuptools wheel
 	$(INSTALL) --constraint $(CONSTRAINTS) --no-build-isolation --editable ".[dev]"
 	touch $@

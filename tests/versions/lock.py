@@ -1,7 +1,15 @@
-"""Refresh the lock and show what changed: `python -m versions.lock constraints.txt TORCH`."""
+"""Keep the lock of versions, and make constraints of it.
+
+`python -m versions.lock LOCK TORCH` resolves everything anew with this torch, writes the lock and
+shows what changed. `python -m versions.lock LOCK` prints constraints for an environment that has a
+torch: a CUDA build pins its own Triton and CUDA libraries, a CPU build pins nothing, so the lock
+holds for every build less the lines that the torch at hand does not allow. This runs where nothing
+but pip and torch may be installed, and then with the parts of pip.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shlex
 import subprocess
@@ -13,10 +21,65 @@ from pathlib import Path
 from typing import Any
 
 from versions.cells import ROOT
-from versions.constrain import Requirement, Version, canonicalize_name, read_lock, write_lock
+
+try:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    from packaging.version import Version
+except ModuleNotFoundError:
+    # Not first: before Python 3.12, setuptools cannot be imported any more where pip was.
+    from pip._vendor.packaging.requirements import Requirement
+    from pip._vendor.packaging.utils import canonicalize_name
+    from pip._vendor.packaging.version import Version
 
 PROJECT = (".[dev]", "setuptools", "wheel")
 """What is locked: everything for tests, documentation and demo, and what builds the wheel."""
+
+
+def read_lock(text: str) -> dict[str, str]:
+    """Return the versions of a lock by name."""
+    return dict(line.split("==") for line in text.splitlines())
+
+
+def write_lock(versions: dict[str, str]) -> str:
+    """Return a lock: a line `name==version` for each name, sorted."""
+    return "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()))
+
+
+def refused(lock: dict[str, str]) -> set[str]:
+    """Return the names whose locked version is not allowed by torch or by what it requires."""
+    found: set[str] = set()
+    waiting = [("torch", frozenset[str]())]
+    # The list grows while it is read.
+    for name, extras in waiting:
+        try:
+            requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for requirement in map(Requirement, requirements):
+            marker = requirement.marker
+            if marker and not any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+                continue
+            needed = canonicalize_name(requirement.name)
+            version = lock.get(needed)
+            if version and not requirement.specifier.contains(version, prereleases=True):
+                found.add(needed)
+            if (key := (needed, frozenset(requirement.extras))) not in waiting:
+                waiting.append(key)
+    return found
+
+
+def constrain(lock: Path) -> None:
+    """Print the constraints, and on stderr what they leave out."""
+    versions = read_lock(lock.read_text(encoding="utf-8"))
+    here, locked = importlib.metadata.version("torch"), versions.pop("torch")
+    if Version(here).public != locked:
+        print(f"torch {here} is installed, {lock} has {locked}", file=sys.stderr)
+    left_out = refused(versions)
+    if left_out:
+        names = ", ".join(sorted(left_out))
+        print(f"left out of {lock}, torch {here} needs other versions: {names}", file=sys.stderr)
+    print(write_lock({n: v for n, v in versions.items() if n not in left_out}), end="")
 
 
 def run_pip(command: list[str]) -> None:
@@ -71,7 +134,7 @@ def changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
     return [lines[name] for name in sorted(lines)]
 
 
-def main(lock: Path, torch: str) -> None:
+def refresh(lock: Path, torch: str) -> None:
     """Resolve everything anew, show what changes, and only then write the lock."""
     found = resolve("--ignore-installed", "--no-deps", *shlex.split(torch))
     with tempfile.TemporaryDirectory() as folder:
@@ -87,4 +150,5 @@ def main(lock: Path, torch: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    run = refresh if sys.argv[2:] else constrain
+    run(Path(sys.argv[1]), *sys.argv[2:])

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from versions import constrain, lock
+from versions import lock
 from versions.cells import ROOT, declared
 
 TEXT = (ROOT / "constraints.txt").read_text()
-LOCK = constrain.read_lock(TEXT)
+LOCK = lock.read_lock(TEXT)
 
 
 def test_the_lock_is_sorted_lines_of_name_and_version() -> None:
     for line in TEXT.splitlines():
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*==[0-9][0-9a-z.]*", line), line
-    assert constrain.write_lock(LOCK) == TEXT
+    assert lock.write_lock(LOCK) == TEXT
 
 
 def test_the_lock_has_every_package_that_an_extra_names() -> None:
@@ -60,12 +60,12 @@ def test_lines_that_torch_does_not_allow_are_left_out(monkeypatch: pytest.Monkey
         **{"triton": "3.9.0", "nvidia-cuda-runtime": "13.5.37", "nvidia-nvvm": "13.5.37"},
         **{"optree": "0.13", "colorama": "0.4.6"},
     }
-    monkeypatch.setattr(constrain.importlib.metadata, "requires", REQUIRES.get)
-    assert constrain.refused(locked) == {"triton", "nvidia-cuda-runtime", "mpmath"}
-    monkeypatch.setattr(constrain.importlib.metadata, "requires", lambda name: None)
-    assert constrain.refused(locked) == set()
+    monkeypatch.setattr(lock.importlib.metadata, "requires", REQUIRES.get)
+    assert lock.refused(locked) == {"triton", "nvidia-cuda-runtime", "mpmath"}
+    monkeypatch.setattr(lock.importlib.metadata, "requires", lambda name: None)
+    assert lock.refused(locked) == set()
     monkeypatch.undo()
-    assert constrain.refused({"not-there": "1"}) == set()
+    assert lock.refused({"not-there": "1"}) == set()
 
 
 def test_constraints_are_the_lock_without_torch_for_a_build_that_pins_nothing(
@@ -73,13 +73,13 @@ def test_constraints_are_the_lock_without_torch_for_a_build_that_pins_nothing(
 ) -> None:
     path = tmp_path / "lock.txt"
     path.write_text("filelock==4.3.1\ntorch==2.13.0\ntriton==3.9.0\n")
-    monkeypatch.setattr(constrain.importlib.metadata, "version", lambda _: "2.13.0+cpu")
-    monkeypatch.setattr(constrain, "refused", lambda lock: set())
-    constrain.main(path)
+    monkeypatch.setattr(lock.importlib.metadata, "version", lambda _: "2.13.0+cpu")
+    monkeypatch.setattr(lock, "refused", lambda lock: set())
+    lock.constrain(path)
     assert capsys.readouterr() == ("filelock==4.3.1\ntriton==3.9.0\n", "")
-    monkeypatch.setattr(constrain.importlib.metadata, "version", lambda _: "2.14.1")
-    monkeypatch.setattr(constrain, "refused", lambda lock: {"triton"})
-    constrain.main(path)
+    monkeypatch.setattr(lock.importlib.metadata, "version", lambda _: "2.14.1")
+    monkeypatch.setattr(lock, "refused", lambda lock: {"triton"})
+    lock.constrain(path)
     out, said = capsys.readouterr()
     assert out == "filelock==4.3.1\n"
     assert said == (
@@ -125,7 +125,7 @@ def test_a_lock_that_cannot_be_resolved_stays_as_it_is(
 
     monkeypatch.setattr(lock.subprocess, "run", fail)
     with pytest.raises(SystemExit, match="nothing was changed"):
-        lock.main(path, "torch==99")
+        lock.refresh(path, "torch==99")
     assert path.read_text() == "torch==2.13.0\n"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -143,7 +143,7 @@ def test_a_refreshed_lock_is_written_whole(
         return found if "--no-deps" in arguments else [*found, {"name": "numpy", "version": "2"}]
 
     monkeypatch.setattr(lock, "resolve", resolve)
-    lock.main(path, "torch==2.14.1 --index-url here")
+    lock.refresh(path, "torch==2.14.1 --index-url here")
     assert path.read_text() == "numpy==2\ntorch==2.14.1\n"
     assert asked[0] == ("--ignore-installed", "--no-deps", "torch==2.14.1", "--index-url", "here")
     assert asked[1][0] == "--ignore-installed" and asked[1][2:] == lock.PROJECT

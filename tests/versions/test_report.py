@@ -106,7 +106,10 @@ def test_a_partial_run_replaces_its_own_row_only(
 
 # What `gdn-ops info` makes of it.
 
-RANGES = {"transformers": ("4.57.6", "5.24.0"), "torch": ("2.8.0", "2.13.0")}
+RANGES = {
+    **{"transformers": ("4.57.6", "5.24.0"), "torch": ("2.8.0", "2.13.0")},
+    "python": ("3.11", "3.13"),
+}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,10 @@ RANGES = {"transformers": ("4.57.6", "5.24.0"), "torch": ("2.8.0", "2.13.0")}
         ),
         ({"torch": "2.8.0rc1"}, ["torch 2.8.0rc1 is older than 2.8.0, the oldest that was tested"]),
         ({"torch": "2.13.0rc1"}, []),
+        # Releases of one Python count as one.
+        ({"python": "3.11.2"}, []),
+        ({"python": "3.13.9"}, []),
+        ({"python": "3.14.0rc2"}, ["python 3.14 is newer than 3.13, the newest that was tested"]),
     ],
 )
 def test_versions_outside_are_named_with_the_page(
@@ -135,15 +142,6 @@ def test_versions_outside_are_named_with_the_page(
 ) -> None:
     expected = [f"{line}: docs/versions.md" for line in lines]
     assert versions.warnings(installed, RANGES) == expected
-
-
-def test_releases_of_one_python_count_as_one() -> None:
-    ranges = {"python": ("3.11", "3.13")}
-    assert versions.warnings({"python": "3.11.2"}, ranges) == []
-    assert versions.warnings({"python": "3.13.9"}, ranges) == []
-    assert versions.warnings({"python": "3.14.0rc2"}, ranges) == [
-        "python 3.14 is newer than 3.13, the newest that was tested: docs/versions.md"
-    ]
 
 
 def test_versions_are_ordered_as_releases_are() -> None:
