@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 import gdn_ops
 from gdn_ops import SpecError, SpecTypeError, gated_delta, gated_delta_step, gated_delta_steps
-from good_calls import HV, B, K, T, V, draft, ints, packed, pooled, sequence, token, zeros
+from good_calls import HV, B, T, draft, ints, packed, pooled, sequence, token, zeros
 from processes import printed
 
 RULES = ("gated_delta", "delta", "gated", "linear")
@@ -27,35 +27,82 @@ def error_of(function: Callable[..., Any], arguments: dict[str, Any]) -> SpecErr
 
 FLOATS = "float64, float32, bfloat16, float16"
 
+
+def pool(**changes: Any) -> dict[str, Any]:
+    """Return a good step of two rows on a pool, with changes."""
+    return pooled(0, 1, **changes)
+
+
+# One argument of a good call is changed: to what, and what the text says it should be.
+
+BAD_SHAPES = [
+    (sequence, "q", (2, 8, 64), "(B, T, H, K): 4 dimensions, not 3"),
+    (sequence, "v", (), "(B, T, HV, V): 4 dimensions, not 0"),
+    (sequence, "alpha", (2, 8), "(B, T, HV): 3 dimensions, not 2"),
+    (sequence, "k", (2, 7, 4, 16), "(B, T, H, K) = (2, 8, 4, 16); T is fixed by q"),
+    (
+        sequence,
+        "k",
+        (2, 8, 2, 32),
+        "(B, T, H, K) = (2, 8, 4, 16); H is fixed by q, K is fixed by q",
+    ),
+    (sequence, "v", (1, 8, 8, 6), "(B, T, HV, V) = (2, 8, 8, 6); B is fixed by q"),
+    (sequence, "alpha", (2, 8, 4), "(B, T, HV) = (2, 8, 8); HV is fixed by v"),
+    (sequence, "beta", (2, 1, 8), "(B, T, HV) = (2, 8, 8); T is fixed by q"),
+    (
+        sequence,
+        "initial_state",
+        (2, 8, 6, 16),
+        "(N, HV, K, V) = (2, 8, 16, 6); K is fixed by q, V is fixed by v",
+    ),
+    (sequence, "initial_state", (3, 8, 16, 6), "(N, HV, K, V) = (2, 8, 16, 6); N is fixed by q"),
+    (token, "q", (2, 1, 4, 16), "(B, H, K): 3 dimensions, not 4"),
+    (token, "k", (2, 4, 8), "(B, H, K) = (2, 4, 16); K is fixed by q"),
+    (token, "v", (3, 8, 6), "(B, HV, V) = (2, 8, 6); B is fixed by q"),
+    (token, "alpha", (2, 4), "(B, HV) = (2, 8); HV is fixed by v"),
+    (
+        token,
+        "state",
+        (2, 8, 6, 16),
+        "(B, HV, K, V) = (2, 8, 16, 6); K is fixed by q, V is fixed by v",
+    ),
+    (token, "state", (8, 16, 6), "(B, HV, K, V): 4 dimensions, not 3"),
+    (pool, "state", (5, 1, 16, 6), "(P, HV, K, V) = (5, 8, 16, 6); HV is fixed by v"),
+    (pool, "state", (8, 16, 6), "(P, HV, K, V): 4 dimensions, not 3"),
+    (draft, "q", (2, 4, 16), "(B, T, H, K): 4 dimensions, not 3"),
+    (draft, "k", (2, 7, 4, 16), "(B, T, H, K) = (2, 8, 4, 16); T is fixed by q"),
+    (draft, "state", (2, 8, 8, 16, 6), "(B, HV, K, V): 4 dimensions, not 5"),
+]
+
+BAD_DTYPES = [
+    (sequence, "q", torch.int64, f"one of {FLOATS}"),
+    (sequence, "alpha", torch.bool, f"one of {FLOATS}"),
+    (sequence, "beta", torch.complex64, f"one of {FLOATS}"),
+    (sequence, "k", torch.bfloat16, "float32, the dtype of q"),
+    (sequence, "v", torch.float64, "float32, the dtype of q"),
+    (sequence, "alpha", torch.float64, "float32: q is float32"),
+    (token, "q", torch.int32, f"one of {FLOATS}"),
+    (token, "k", torch.float16, "float32, the dtype of q"),
+    (token, "beta", torch.float64, "float32: q is float32"),
+    (token, "state", torch.float64, "float32: q is float32"),
+    (pool, "state_indices", torch.float32, "one of int64, int32"),
+]
+
+LOG_SPACE = "[0, 1]; log-space gates go in log_alpha="
+BAD_VALUES = [
+    (sequence, "alpha", (-3.1, -0.2), LOG_SPACE),
+    (sequence, "alpha", (0, 1.5), "[0, 1]"),
+    (sequence, "alpha", (0.5, 1 + 2**-23), "[0, 1]"),
+    (sequence, "beta", (-0.5, 2.5), "[0, 2]"),
+    (token, "alpha", (-0.5, -0.5), LOG_SPACE),
+    (token, "beta", (3, 3), "[0, 2]"),
+    (draft, "alpha", (2, 2), "[0, 1]"),
+]
+
+ON_ANOTHER_DEVICE = [(sequence, "v"), (sequence, "beta"), (token, "state"), (pool, "state_indices")]
+
 BAD_SEQUENCES = {
-    # rank
-    "q has shape (2, 8, 64), should be (B, T, H, K): 4 dimensions, not 3": sequence(
-        q=zeros(2, 8, 64)
-    ),
-    "v has shape (), should be (B, T, HV, V): 4 dimensions, not 0": sequence(v=torch.tensor(1.0)),
-    "alpha has shape (2, 8), should be (B, T, HV): 3 dimensions, not 2": sequence(
-        alpha=zeros(2, 8)
-    ),
     "cu_seqlens has shape (1, 2), should be (N+1,): 1 dimension, not 2": packed(ints(0, T)[None]),
-    # shape
-    "k has shape (2, 7, 4, 16), should be (B, T, H, K) = (2, 8, 4, 16); T is fixed by q": sequence(
-        k=zeros(2, 7, 4, 16)
-    ),
-    "k has shape (2, 8, 2, 32), should be (B, T, H, K) = (2, 8, 4, 16); "
-    "H is fixed by q, K is fixed by q": sequence(k=zeros(2, 8, 2, 32)),
-    "v has shape (1, 8, 8, 6), should be (B, T, HV, V) = (2, 8, 8, 6); B is fixed by q": sequence(
-        v=zeros(1, 8, 8, 6)
-    ),
-    "alpha has shape (2, 8, 4), should be (B, T, HV) = (2, 8, 8); HV is fixed by v": sequence(
-        alpha=zeros(2, 8, 4)
-    ),
-    "beta has shape (2, 1, 8), should be (B, T, HV) = (2, 8, 8); T is fixed by q": sequence(
-        beta=zeros(2, 1, 8)
-    ),
-    "initial_state has shape (2, 8, 6, 16), should be (N, HV, K, V) = (2, 8, 16, 6); "
-    "K is fixed by q, V is fixed by v": sequence(initial_state=zeros(2, 8, 6, 16)),
-    "initial_state has shape (3, 8, 16, 6), should be (N, HV, K, V) = (2, 8, 16, 6); "
-    "N is fixed by q": sequence(initial_state=zeros(3, 8, 16, 6)),
     "initial_state has shape (1, 8, 16, 6), should be (N, HV, K, V) = (2, 8, 16, 6); "
     "N is fixed by cu_seqlens": packed(ints(0, 3, T), initial_state=zeros(1, 8, 16, 6)),
     "v has HV=6 value heads, should be a multiple of H=4": sequence(hv=6),
@@ -64,36 +111,15 @@ BAD_SEQUENCES = {
     "v has HV=0, should be at least 1": sequence(hv=0),
     "q has K=0, should be at least 1": sequence(q=zeros(2, 8, 4, 0), k=zeros(2, 8, 4, 0)),
     "v has V=0, should be at least 1": sequence(v=zeros(2, 8, 8, 0)),
-    # dtype
-    f"q has dtype int64, should be one of {FLOATS}": sequence(q=zeros(2, 8, 4, 16).long()),
-    f"alpha has dtype bool, should be one of {FLOATS}": sequence(alpha=zeros(2, 8, 8) > 0),
-    f"beta has dtype complex64, should be one of {FLOATS}": sequence(
-        beta=zeros(2, 8, 8, dtype=torch.complex64)
-    ),
-    "k has dtype bfloat16, should be float32, the dtype of q": sequence(
-        k=zeros(2, 8, 4, 16, dtype=torch.bfloat16)
-    ),
-    "v has dtype float64, should be float32, the dtype of q": sequence(
-        v=zeros(2, 8, 8, 6, dtype=torch.float64)
-    ),
-    "alpha has dtype float64, should be float32: q is float32": sequence(
-        alpha=zeros(2, 8, 8, dtype=torch.float64)
-    ),
     "initial_state has dtype float64, should be float32: q is float32": sequence(
         initial_state=zeros(2, 8, 16, 6, dtype=torch.float64)
     ),
     "cu_seqlens has dtype float32, should be one of int64, int32": packed(torch.tensor([0.0, T])),
-    # device and layout
-    "v is on meta, should be on cpu, the device of q": sequence(v=zeros(2, 8, 8, 6, device="meta")),
     "k is on cpu, should be on meta, the device of q": sequence(
         q=zeros(2, 8, 4, 16, device="meta")
     ),
-    "beta is on meta, should be on cpu, the device of q": sequence(
-        beta=zeros(2, 8, 8, device="meta")
-    ),
     "cu_seqlens is on meta, should be on cpu, the device of q": packed(ints(0, T).to("meta")),
     "q has layout sparse_coo, should be strided": sequence(q=zeros(2, 8, 4, 16).to_sparse()),
-    # cu_seqlens
     "cu_seqlens starts with 1, should start with 0": packed(ints(1, T)),
     "cu_seqlens ends with 7, should end with T = 8": packed(ints(0, 3, 7)),
     "cu_seqlens ends with 9, should end with T = 8": packed(ints(0, 3, 9)),
@@ -101,25 +127,12 @@ BAD_SEQUENCES = {
     "cu_seqlens decreases at index 2 (5 to 3), should be non-decreasing": packed(ints(0, 5, 3, T)),
     "cu_seqlens is empty, should be 0, ..., T": packed(ints()),
     "q has B=2 rows, should be 1 when cu_seqlens is given": packed(ints(0, T), b=2),
-    # other values
     "scale is nan, should be a finite number": sequence(scale=math.nan),
     "scale is -inf, should be a finite number": sequence(scale=-math.inf),
     "chunk_size is 0, should be a positive integer": sequence(chunk_size=0),
     "chunk_size is -64, should be a positive integer": sequence(chunk_size=-64),
     "rule is 'gated_detla', should be one of gated_delta, delta, gated, linear": sequence(
         rule="gated_detla"
-    ),
-    "alpha has values in [-3.1, -0.2], should be in [0, 1]; log-space gates go in log_alpha=": (
-        sequence(alpha=torch.linspace(-3.1, -0.2, B * T * HV).view(B, T, HV))
-    ),
-    "alpha has values in [0, 1.5], should be in [0, 1]": sequence(
-        alpha=torch.linspace(0, 1.5, B * T * HV).view(B, T, HV)
-    ),
-    "alpha has values in [0.5, 1.00000012], should be in [0, 1]": sequence(
-        alpha=torch.tensor([0.5, 1 + 2**-23]).repeat(B, T, HV // 2)
-    ),
-    "beta has values in [-0.5, 2.5], should be in [0, 2]": sequence(
-        beta=torch.linspace(-0.5, 2.5, B * T * HV).view(B, T, HV)
     ),
     "log_alpha has values in [-inf, 0.25], should be in [-inf, 0]": sequence(
         alpha=None, log_alpha=torch.tensor([-math.inf, 0.25]).repeat(B, T, HV // 2)
@@ -130,39 +143,9 @@ BAD_SEQUENCES = {
 }
 
 BAD_STEPS = {
-    "q has shape (2, 1, 4, 16), should be (B, H, K): 3 dimensions, not 4": token(
-        q=zeros(2, 1, 4, 16)
-    ),
-    "k has shape (2, 4, 8), should be (B, H, K) = (2, 4, 16); K is fixed by q": token(
-        k=zeros(2, 4, 8)
-    ),
-    "v has shape (3, 8, 6), should be (B, HV, V) = (2, 8, 6); B is fixed by q": token(
-        v=zeros(3, 8, 6)
-    ),
-    "alpha has shape (2, 4), should be (B, HV) = (2, 8); HV is fixed by v": token(
-        alpha=zeros(2, 4)
-    ),
-    "state has shape (2, 8, 6, 16), should be (B, HV, K, V) = (2, 8, 16, 6); "
-    "K is fixed by q, V is fixed by v": token(state=zeros(2, 8, 6, 16)),
-    "state has shape (8, 16, 6), should be (B, HV, K, V): 4 dimensions, not 3": token(
-        state=zeros(8, 16, 6)
-    ),
     "v has HV=6 value heads, should be a multiple of H=4": token(hv=6),
-    f"q has dtype int32, should be one of {FLOATS}": token(q=zeros(2, 4, 16).int()),
-    "k has dtype float16, should be float32, the dtype of q": token(k=zeros(2, 4, 16).half()),
-    "beta has dtype float64, should be float32: q is float32": token(beta=zeros(2, 8).double()),
-    "state has dtype float64, should be float32: q is float32": token(
-        state=zeros(2, 8, 16, 6).double()
-    ),
-    "state is on meta, should be on cpu, the device of q": token(
-        state=zeros(2, 8, 16, 6, device="meta")
-    ),
     "scale is inf, should be a finite number": token(scale=math.inf),
     "rule is 'Delta', should be one of gated_delta, delta, gated, linear": token(rule="Delta"),
-    "alpha has values in [-0.5, -0.5], should be in [0, 1]; log-space gates go in log_alpha=": (
-        token(alpha=torch.full((B, HV), -0.5))
-    ),
-    "beta has values in [3, 3], should be in [0, 2]": token(beta=torch.full((B, HV), 3.0)),
     "log_alpha has values in [0.5, 0.5], should be in [-inf, 0]; gates in [0, 1] go in alpha=": (
         token(alpha=None, log_alpha=torch.full((B, HV), 0.5))
     ),
@@ -172,18 +155,8 @@ BAD_STEPS = {
     ),
 }
 
-
-def several(call: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `gated_delta_steps` that are those of a step, for one token."""
-    tokens = ("q", "k", "v", "alpha", "beta")
-    return {name: x.unsqueeze(1) if name in tokens else x for name, x in call.items()}
-
-
-ONE_HEAD = torch.zeros(5, 1, K, V)
 BAD_POOLS = {
-    "state is None, should be a torch.Tensor: state_indices are slots of it": pooled(
-        0, 1, state=None
-    ),
+    "state is None, should be a torch.Tensor: state_indices are slots of it": pool(state=None),
     "state_indices has values in [-2, 4], should be in [-1, 4]: state has 5 slots, and -1 skips "
     "a row": pooled(-2, 4),
     "state_indices has values in [0, 5], should be in [-1, 4]: state has 5 slots, and -1 skips "
@@ -192,60 +165,75 @@ BAD_POOLS = {
     "a row": pooled(-1, 0, p=0),
     "state_indices names slot 3 twice, in rows 0 and 1, should name a slot once": pooled(3, 3),
     "state_indices has shape (3,), should be (B,) = (2,); B is fixed by q": pooled(0, 1, 2),
-    "state_indices has shape (1, 2), should be (B,): 1 dimension, not 2": pooled(
-        0, 1, state_indices=ints(0, 1)[None]
-    ),
-    "state_indices has dtype float32, should be one of int64, int32": pooled(
-        0, 1, state_indices=zeros(2)
-    ),
-    "state_indices is on meta, should be on cpu, the device of q": pooled(
-        0, 1, state_indices=ints(0, 1).to("meta")
-    ),
-    "state has shape (5, 1, 16, 6), should be (P, HV, K, V) = (5, 8, 16, 6); HV is fixed by v": (
-        pooled(0, 1, state=ONE_HEAD)
-    ),
-    "state has shape (8, 16, 6), should be (P, HV, K, V): 4 dimensions, not 3": pooled(
-        0, 1, state=zeros(8, 16, 6)
+    "state_indices has shape (1, 2), should be (B,): 1 dimension, not 2": pool(
+        state_indices=ints(0, 1)[None]
     ),
     "state has shape (5, 8, 16, 6), should be (B, HV, K, V) = (2, 8, 16, 6); B is fixed by q": (
-        pooled(0, 1, state_indices=None)
+        pool(state_indices=None)
     ),
     "state_indices is for decoding: it is given, should be None where gradients are needed; "
-    "decode under torch.no_grad()": pooled(0, 1, v=zeros(2, 8, 6, requires_grad=True)),
-    "inplace is True, should be False: gradients are needed": pooled(
-        0, 1, inplace=True, v=zeros(2, 8, 6, requires_grad=True)
+    "decode under torch.no_grad()": pool(v=zeros(2, 8, 6, requires_grad=True)),
+    "inplace is True, should be False: gradients are needed": pool(
+        inplace=True, v=zeros(2, 8, 6, requires_grad=True)
     ),
 }
 
 BAD_DRAFTS = {
-    "q has shape (2, 4, 16), should be (B, T, H, K): 4 dimensions, not 3": draft(q=zeros(2, 4, 16)),
-    "k has shape (2, 7, 4, 16), should be (B, T, H, K) = (2, 8, 4, 16); T is fixed by q": draft(
-        k=zeros(2, 7, 4, 16)
-    ),
-    "state has shape (2, 8, 8, 16, 6), should be (B, HV, K, V): 4 dimensions, not 5": draft(
-        state=zeros(2, 8, 8, 16, 6)
-    ),
-    "alpha has values in [2, 2], should be in [0, 1]": draft(alpha=torch.full((B, T, HV), 2.0)),
     "state is None, should be a torch.Tensor: inplace updates it": draft(state=None, inplace=True),
     "state_indices names slot 1 twice, in rows 0 and 1, should name a slot once": draft(
         state_indices=ints(1, 1)
     ),
-    "beta requires a gradient, should not: gated_delta_steps is for decoding, under "
-    "torch.no_grad(); gated_delta has gradients": draft(beta=zeros(2, 8, 8, requires_grad=True)),
-    "state requires a gradient, should not: gated_delta_steps is for decoding, under "
-    "torch.no_grad(); gated_delta has gradients": draft(
-        state=zeros(2, 8, 16, 6, requires_grad=True)
-    ),
+    **{
+        f"{name} requires a gradient, should not: gated_delta_steps is for decoding, under "
+        "torch.no_grad(); gated_delta has gradients": draft(**{name: value})
+        for name, value in {
+            "beta": zeros(2, 8, 8, requires_grad=True),
+            "state": zeros(2, 8, 16, 6, requires_grad=True),
+        }.items()
+    },
 }
 
 
+def bad_calls() -> Iterator[tuple[Callable[..., Any], str, dict[str, Any]]]:
+    """Yield the maker of a good call, what is wrong with a bad one, and the bad one."""
+    for make, name, shape, should in BAD_SHAPES:
+        text = f"{name} has shape {shape}, should be {should}"
+        yield make, text, make(**{name: torch.zeros(shape)})
+    for make, name, dtype, should in BAD_DTYPES:
+        text = f"{name} has dtype {str(dtype).removeprefix('torch.')}, should be {should}"
+        yield make, text, make(**{name: make()[name].to(dtype)})
+    for make, name, (low, high), should in BAD_VALUES:
+        good = make()[name]
+        text = f"{name} has values in [{low:.9g}, {high:.9g}], should be in {should}"
+        yield make, text, make(**{name: torch.linspace(low, high, good.numel()).view_as(good)})
+    for make, name in ON_ANOTHER_DEVICE:
+        text = f"{name} is on meta, should be on cpu, the device of q"
+        yield make, text, make(**{name: make()[name].to("meta")})
+    others = {sequence: BAD_SEQUENCES, token: BAD_STEPS, pool: BAD_POOLS, draft: BAD_DRAFTS}
+    for make, calls in others.items():
+        yield from ((make, text, call) for text, call in calls.items())
+
+
+def several(call: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `gated_delta_steps` that are those of a step, for one token."""
+    tokens = ("q", "k", "v", "alpha", "beta")
+    return {name: x.unsqueeze(1) if name in tokens else x for name, x in call.items()}
+
+
+OPS = {
+    sequence: "gated_delta",
+    token: "gated_delta_step",
+    pool: "gated_delta_step",
+    draft: "gated_delta_steps",
+}
 BAD_CALLS = [
-    *(("gated_delta", message, call) for message, call in BAD_SEQUENCES.items()),
-    *(("gated_delta_step", message, call) for message, call in BAD_STEPS.items()),
-    *(("gated_delta_step", message, call) for message, call in BAD_POOLS.items()),
-    *(("gated_delta_steps", message, call) for message, call in BAD_DRAFTS.items()),
+    *((OPS[make], text, call) for make, text, call in bad_calls()),
     # A few steps say the same of their pool.
-    *(("gated_delta_steps", message, several(call)) for message, call in BAD_POOLS.items()),
+    *(
+        ("gated_delta_steps", text, several(call))
+        for make, text, call in bad_calls()
+        if make is pool
+    ),
 ]
 
 
@@ -324,9 +312,8 @@ WRONG_TYPES = [
 @pytest.mark.parametrize(("op", "message", "value"), WRONG_TYPES)
 def test_a_wrong_type_is_a_type_error_and_a_value_error(op: str, message: str, value: Any) -> None:
     name = message.split()[0]
-    good = {"gated_delta": sequence, "gated_delta_step": token, "gated_delta_steps": draft}[op]()
-    function = getattr(gdn_ops, op)
-    error = error_of(function, {**good, name: value})
+    make = next(make for make, its_op in OPS.items() if its_op == op)
+    error = error_of(getattr(gdn_ops, op), make(**{name: value}))
     assert str(error) == f"{op}: {message}"
     assert isinstance(error, SpecTypeError)
     assert isinstance(error, ValueError) and isinstance(error, TypeError)
@@ -334,21 +321,17 @@ def test_a_wrong_type_is_a_type_error_and_a_value_error(op: str, message: str, v
 
 def gate_error(rule: str, has_alpha: bool, has_log_alpha: bool) -> str | None:
     """Return what should be said of gates under a rule, or None where they are right."""
-    if rule in ("gated_delta", "gated"):
-        if has_alpha and has_log_alpha:
-            return "alpha and log_alpha are both given, should be exactly one of them"
+    if rule in ("delta", "linear"):
         if not has_alpha and not has_log_alpha:
-            return (
-                "alpha and log_alpha are both missing, should be exactly one of them: "
-                f"rule {rule!r} has a decay"
-            )
+            return None
+        given = "alpha" if has_alpha else "log_alpha"
+        return f"{given} is given, should be None: rule {rule!r} has no decay"
+    if has_alpha and has_log_alpha:
+        return "alpha and log_alpha are both given, should be exactly one of them"
+    if has_alpha or has_log_alpha:
         return None
-    if not has_alpha and not has_log_alpha:
-        return None
-    return (
-        f"{'alpha' if has_alpha else 'log_alpha'} is given, should be None: "
-        f"rule {rule!r} has no decay"
-    )
+    missing = "alpha and log_alpha are both missing, should be exactly one of them"
+    return f"{missing}: rule {rule!r} has a decay"
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -397,12 +380,12 @@ def test_explain_checks_the_call_like_the_call_itself() -> None:
 # Warnings.
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name", "step"), [("bfloat16",) * 2 + (8,), ("float16",) * 2 + (11,)]
-)
-def test_a_16_bit_alpha_warns_and_names_log_alpha(dtype: str, name: str, step: int) -> None:
-    arguments = sequence()
-    rounded = arguments["alpha"].to(getattr(torch, dtype))
+@pytest.mark.parametrize(("name", "step"), [("bfloat16", 8), ("float16", 11)])
+def test_a_16_bit_alpha_warns_and_names_log_alpha(name: str, step: int) -> None:
+    dtype, arguments = getattr(torch, name), sequence()
+    below = torch.nextafter(torch.tensor(1.0, dtype=dtype), torch.tensor(0.0, dtype=dtype))
+    assert 1 - below.item() == 2.0**-step, "the warning should tell the truth"
+    rounded = arguments["alpha"].to(dtype)
     with pytest.warns(UserWarning) as caught:
         o = gated_delta(**{**arguments, "alpha": rounded})
     (warning,) = caught
@@ -412,12 +395,6 @@ def test_a_16_bit_alpha_warns_and_names_log_alpha(dtype: str, name: str, step: i
     )
     assert warning.filename == __file__, "the warning should point at the caller"
     torch.testing.assert_close(o, gated_delta(**{**arguments, "alpha": rounded.float()}))
-
-
-def test_the_warning_tells_the_truth_about_the_largest_value_below_one() -> None:
-    for dtype, step in ((torch.bfloat16, 8), (torch.float16, 11)):
-        below = torch.nextafter(torch.tensor(1.0, dtype=dtype), torch.tensor(0.0, dtype=dtype))
-        assert 1 - below.item() == 2.0**-step
 
 
 def test_16_bit_beta_and_log_alpha_do_not_warn() -> None:
