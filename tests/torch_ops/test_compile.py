@@ -22,6 +22,7 @@ from gdn_ops.backends import torch as torch_backend
 from gdn_ops.dispatch import order, registry
 from gdn_ops.spec.ops import GATED_DELTA_STEP
 from gdn_ops.torch_ops import onnx_export
+from graphs import nodes
 
 WIDTH, H, HV, K, V = 6, 2, 4, 5, 3
 
@@ -108,7 +109,7 @@ MODES = [
 
 @pytest.mark.parametrize("on", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize(("op", "training"), MODES)
-@pytest.mark.parametrize("backend", ["auto", "naive"])
+@pytest.mark.parametrize("backend", ["auto", "naive", "torch"])
 def test_a_model_is_one_graph_whatever_its_shape(
     backend: str, op: str, training: bool, on: bool
 ) -> None:
@@ -121,9 +122,12 @@ def test_a_model_is_one_graph_whatever_its_shape(
 
 
 @pytest.mark.parametrize("on", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("op", ["gated_delta", "gated_delta_step"])
-def test_inductor_trains_a_model(op: str, on: bool) -> None:
-    model = Model(op)
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [("gated_delta", "auto"), ("gated_delta", "torch"), ("gated_delta_step", "auto")],
+)
+def test_inductor_trains_a_model(op: str, backend: str, on: bool) -> None:
+    model = Model(op, backend=backend)
     values = inputs(2, 1 if op == "gated_delta_step" else 7)
     expected = results(model, *values, grad=True, on=on)
     found = results(torch.compile(model, fullgraph=True), *values, grad=True, on=on)
@@ -172,6 +176,8 @@ def test_an_export_keeps_batch_and_length_dynamic(op: str, on: bool) -> None:
         for rows, length in ((3, 33), (1, 8)):
             values = inputs(rows, length if has_length else 1)
             same([*program.module()(*values)], [*model(*values)])
+    if not on:
+        assert nodes([program]) == ([f"gdn_ops.{op}.default"] if has_length else [])
 
 
 # What a graph asks of Python.
