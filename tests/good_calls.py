@@ -26,7 +26,7 @@ def sequence(b: int = B, t: int = T, h: int = H, hv: int = HV, **changes: Any) -
 def token(hv: int = HV, **changes: Any) -> dict[str, Any]:
     """Return the arguments of a good `gated_delta_step` call, with changes."""
     arguments = {name: x[:, 0] for name, x in sequence(hv=hv).items()}
-    return {**arguments, "state": torch.zeros(B, hv, K, V), **changes}
+    return {**arguments, "state": states(B, hv), **changes}
 
 
 def packed(cu_seqlens: Any, b: int = 1, **changes: Any) -> dict[str, Any]:
@@ -35,12 +35,16 @@ def packed(cu_seqlens: Any, b: int = 1, **changes: Any) -> dict[str, Any]:
 
 def pooled(*slots: int, p: int = 5, **changes: Any) -> dict[str, Any]:
     """Return the arguments of a good `gated_delta_step` call on a pool, with changes."""
-    return token(**{"state": torch.zeros(p, HV, K, V), "state_indices": ints(*slots), **changes})
+    return token(**{"state": states(p), "state_indices": ints(*slots), **changes})
 
 
-def draft(**changes: Any) -> dict[str, Any]:
+def draft(b: int = B, t: int = T, **changes: Any) -> dict[str, Any]:
     """Return the arguments of a good `gated_delta_steps` call, with changes."""
-    return sequence(**{"state": torch.zeros(B, HV, K, V), **changes})
+    return sequence(b, t, **{"state": states(b), **changes})
+
+
+def states(rows: int, hv: int = HV) -> Tensor:
+    return torch.randn(rows, hv, K, V, generator=torch.Generator().manual_seed(1))
 
 
 def ints(*values: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,43 +10,30 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import gdn_ops
+from errors import message_of
 from gdn_ops import (
     Backend,
     BackendUnsupportedError,
     Limits,
+    SpecError,
     gated_delta,
     gated_delta_step,
     gated_delta_steps,
 )
 from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch import decode_fallbacks, registry
-from gdn_ops.dispatch.registry import register_backend, unregister_backend
+from gdn_ops.dispatch.registry import register_backend
 from gdn_ops.spec.ops import GATED_DELTA_STEP, GATED_DELTA_STEPS
 from gdn_ops.torch_ops import eager
+from good_calls import HV, B, K, T, V, draft, ints, states
 
-B, T, H, HV, K, V, P = 3, 4, 2, 4, 8, 6, 5
+P = 5
 BACKENDS = ("naive", "torch")
 
 
-def draft(t: int = T, b: int = B, **changes: Any) -> dict[str, Any]:
-    """Return the arguments of `gated_delta_steps` with a state per row, with changes."""
-    g = torch.Generator().manual_seed(0)
-    k = torch.randn(b, t, H, K, generator=g)
-    arguments = {
-        "q": torch.randn(b, t, H, K, generator=g),
-        "k": torch.nn.functional.normalize(k, dim=-1),
-        "v": torch.randn(b, t, HV, V, generator=g),
-        "alpha": torch.rand(b, t, HV, generator=g),
-        "beta": torch.rand(b, t, HV, generator=g),
-        "state": torch.randn(b, HV, K, V, generator=g),
-    }
-    return arguments | changes
-
-
 def pooled(*slots: int, p: int = P, t: int = T, **changes: Any) -> dict[str, Any]:
-    """Return the same on a pool."""
-    pool = torch.randn(p, HV, K, V, generator=torch.Generator().manual_seed(1))
-    return draft(t, len(slots), state=pool, state_indices=torch.tensor(slots).long(), **changes)
+    """Return the arguments of `gated_delta_steps` on a pool of states, with changes."""
+    return draft(len(slots), t, state=states(p), state_indices=ints(*slots), **changes)
 
 
 def token(arguments: dict[str, Any], t: int = 0) -> dict[str, Any]:
@@ -59,25 +45,7 @@ def token(arguments: dict[str, Any], t: int = 0) -> dict[str, Any]:
     }
 
 
-def as_sequence(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `gated_delta` for a draft without a pool."""
-    return {"initial_state" if n == "state" else n: x for n, x in arguments.items()}
-
-
 # What the ops compute; the conformance kit does this on random calls.
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_rejected_draft_is_rolled_back_to_the_state_after_the_accepted_tokens(
-    backend: str,
-) -> None:
-    arguments, accepted = draft(backend=backend), 2
-    _, _, states = gated_delta_steps(**arguments, return_states=True)
-    state = states[:, accepted - 1]
-    expected = arguments["state"]
-    for t in range(accepted):
-        expected = gated_delta_step(**token(arguments | {"state": expected}, t))[1]
-    torch.testing.assert_close(state, expected)
 
 
 @pytest.mark.parametrize("large", [decode_fallbacks.LARGE_STATE, 0], ids=["gathered", "by_row"])
@@ -149,7 +117,8 @@ def test_a_long_draft_through_torch_equals_a_sequence(rule: str, zeros: bool) ->
     if rule in ("delta", "linear"):
         arguments["alpha"] = None
     o, state, states = gated_delta_steps(**arguments, return_states=True, backend="torch")
-    expected = gated_delta(**as_sequence(arguments), return_state=True, backend="naive")
+    arguments["initial_state"] = arguments.pop("state")
+    expected = gated_delta(**arguments, return_state=True, backend="naive")
     torch.testing.assert_close((o, state), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(states[:, -1], state)
 
@@ -193,10 +162,8 @@ class StandIn(Backend):
 
 
 @pytest.fixture
-def stand_in() -> Iterator[type[Backend]]:
-    register_backend(StandIn)
-    yield StandIn
-    unregister_backend(StandIn.name)
+def stand_in(registry_as_found: None) -> type[Backend]:
+    return register_backend(StandIn)
 
 
 def test_a_backend_that_knows_no_pools_is_given_rows(stand_in: type[StandIn]) -> None:
@@ -208,7 +175,7 @@ def test_a_backend_that_knows_no_pools_is_given_rows(stand_in: type[StandIn]) ->
     assert len(stand_in.calls) == T + 1, "steps are one step after another by default"
     assert {(c.op, c.sizes.T, c.inplace) for c in stand_in.calls} == {(GATED_DELTA_STEP, 1, True)}
     assert all(c.state_indices is None and not c.return_states for c in stand_in.calls)
-    assert {c.state.shape for c in stand_in.calls if c.state is not None} == {(B, HV, K, V)}
+    assert {c.state.shape for c in stand_in.calls if c.state is not None} == {(3, HV, K, V)}
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -227,20 +194,16 @@ def test_a_backend_that_knows_pools_is_given_one_to_update(
     assert all(c.state_indices is None for c in stand_in.calls[1:]), "the default gathers rows"
 
 
-def test_a_backend_without_the_op_says_so() -> None:
+def test_a_backend_without_the_op_says_so(registry_as_found: None) -> None:
     class Old(StandIn):
         name = "old"
         limits = Limits(devices=("cpu",), ops=("gated_delta", "gated_delta_step"))
 
     register_backend(Old)
-    try:
-        with pytest.raises(BackendUnsupportedError) as caught:
-            gated_delta_steps(**pooled(3, -1, 1, backend="old"))
-    finally:
-        unregister_backend("old")
-    assert str(caught.value) == (
+    arguments = pooled(3, -1, 1, backend="old")
+    assert message_of(BackendUnsupportedError, gated_delta_steps, **arguments) == (
         "backend 'old' cannot run gated_delta_steps on these inputs\n"
-        "  q float32 (3, 4, 2, 8) cpu, v (3, 4, 4, 6), rule gated_delta, "
+        "  q float32 (3, 8, 4, 16) cpu, v (3, 8, 8, 6), rule gated_delta, "
         "state_indices into a pool of 5\n"
         "  old: op gated_delta_steps (supported: gated_delta, gated_delta_step)\n"
         '  try backend="torch"'
@@ -261,7 +224,10 @@ def test_large_states_on_a_cpu_are_advanced_where_they_are(
         assert slots == [pool[3].data_ptr(), pool[1].data_ptr()]
         assert {(c.sizes.B, c.sizes.N) for c in stand_in.calls} == {(1, 1)}
     else:
-        assert [x.shape for x in given if x is not None] == [(B, HV, K, V)]
+        assert [x.shape for x in given if x is not None] == [(3, HV, K, V)]
+
+
+KNOWN = "should be one of gated_delta, gated_delta_step, gated_delta_steps"
 
 
 def test_explain_is_told_the_op_by_its_function_or_its_name() -> None:
@@ -277,37 +243,28 @@ def test_explain_is_told_the_op_by_its_function_or_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "kind", "message"),
+    ("error", "text", "positional", "named"),
     [
         (
-            lambda: gdn_ops.explain(**draft()),
             TypeError,
-            "explain: gated_delta: got an unexpected keyword argument 'state'; op= says which op "
-            "is called",
+            "gated_delta: got an unexpected keyword argument 'state'; op= says which op is called",
+            (),
+            draft(),
         ),
         (
-            lambda: gdn_ops.explain(*[None] * 6),
             TypeError,
-            "explain: gated_delta: too many positional arguments; op= says which op is called",
+            "gated_delta: too many positional arguments; op= says which op is called",
+            [None] * 6,
+            {},
         ),
-        (
-            lambda: gdn_ops.explain(**draft(), op="gated_delta_stops"),
-            gdn_ops.SpecError,
-            "explain: op is 'gated_delta_stops', should be one of gated_delta, gated_delta_step, "
-            "gated_delta_steps",
-        ),
-        (
-            lambda: gdn_ops.explain(torch.relu, **draft()),
-            gdn_ops.SpecError,
-            "explain: op is 'relu', should be one of gated_delta, gated_delta_step, "
-            "gated_delta_steps",
-        ),
+        (SpecError, f"op is 'gated_delta_stops', {KNOWN}", (), draft(op="gated_delta_stops")),
+        (SpecError, f"op is 'relu', {KNOWN}", (torch.relu,), draft()),
     ],
 )
-def test_explain_guesses_no_op(call: Any, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind) as caught:
-        call()
-    assert str(caught.value) == message
+def test_explain_guesses_no_op(
+    error: type[Exception], text: str, positional: Any, named: dict[str, Any]
+) -> None:
+    assert message_of(error, gdn_ops.explain, *positional, **named) == f"explain: {text}"
 
 
 def test_nothing_waits_for_the_device_to_find_the_slots() -> None:
@@ -323,4 +280,4 @@ def test_nothing_waits_for_the_device_to_find_the_slots() -> None:
             backend = registry.get_backend(name)
             assert isinstance(backend, Backend)
             o, pool, _ = eager.decode_many(backend, call)
-            assert (o.shape, pool.shape) == ((B, T, HV, V), (P, HV, K, V))
+            assert (o.shape, pool.shape) == ((3, T, HV, V), (P, HV, K, V))
