@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import FlakyFailure
 
 import gdn_ops
-from gdn_ops.dispatch.registry import Backend, get_backend
-from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
+from gdn_ops.dispatch.registry import Backend
+from gdn_ops.spec.errors import BackendUnsupportedError
 from gdn_ops.testing.compiled import COMPILED
 from gdn_ops.testing.example import Example
 from gdn_ops.testing.laws import LAWS
 from gdn_ops.testing.oracle import Verdict, judge
-from gdn_ops.testing.runs import Check, Law
+from gdn_ops.testing.runs import Check, Law, installed
 from gdn_ops.testing.strategies import calls
 
 EXAMPLES_PER_ROUND = 10
@@ -136,9 +136,7 @@ class CheckReport:
 
 def forward_and_gradients(backend: str, example: Example) -> Verdict:
     """Judge outputs, final state and every gradient against the definition in float64."""
-    instance = get_backend(backend)
-    grad = isinstance(instance, Backend) and instance.limits.grad
-    return judge(example, backend, gradients=grad)
+    return judge(example, backend, gradients=installed(backend).limits.grad)
 
 
 def second_derivatives(backend: str, example: Example) -> Verdict:
@@ -161,23 +159,20 @@ def second_derivatives(backend: str, example: Example) -> Verdict:
     passed = torch.autograd.gradgradcheck(
         function, inputs, raise_exception=False, fast_mode=True
     ) and torch.autograd.gradcheck(function, inputs, raise_exception=False, fast_mode=True)
-    return Verdict(0.0 if passed else float("inf"), "gradgradcheck", float(not passed), 0.0)
+    return Verdict.exact(passed, "gradgradcheck")
 
 
 def subjects(backend: Backend) -> tuple[Subject, ...]:
     """Return the subjects that a backend has to pass, given its limits."""
     limits = backend.limits
     rows = [
-        Subject(
-            "outputs, states and gradients equal the definition",
-            forward_and_gradients,
-            (("varlen", False),),
-        ),
-    ]
-    if limits.varlen:
-        rows.append(
-            Subject("so they do for packed sequences", forward_and_gradients, (("varlen", True),))
+        Subject(name, forward_and_gradients, (("varlen", varlen),))
+        for name, varlen in (
+            ("outputs, states and gradients equal the definition", False),
+            ("so they do for packed sequences", True),
         )
+        if limits.varlen or not varlen
+    ]
     for law in LAWS:
         if law.concerns(limits):
             options = (("decode", True),) if law.draws_decode else ()
@@ -192,14 +187,6 @@ _TINY = (
     {"B": 1, "H": 1, "R": 2, "K": 2, "V": 3, "scale": None, "chunk_size": None},
     {"B": 2, "H": 1, "R": 1, "K": 3, "V": 2, "scale": 1.0, "chunk_size": None},
 )
-
-
-def _installed(name: str) -> Backend:
-    """Return the backend of that name; raise SpecError if it is not installed."""
-    backend = get_backend(name)
-    if isinstance(backend, str):
-        raise SpecError(f"backend {name!r}: {backend}")
-    return backend
 
 
 def run_subject(
@@ -225,7 +212,7 @@ def run_subject(
         shrink: whether to look for the smallest failing call.
         device: torch device of every tensor.
     """
-    limits, row = _installed(backend).limits, CheckRow(subject.name)
+    limits, row = installed(backend).limits, CheckRow(subject.name)
     narrowed = COMPILED[backend](limits) if backend in COMPILED else {}
 
     @settings(
@@ -275,7 +262,7 @@ def check(
     Raises:
         SpecError: no backend has that name, or it is not installed.
     """
-    everything, tell = subjects(_installed(backend)), on_progress or (lambda share, text: None)
+    everything, tell = subjects(installed(backend)), on_progress or (lambda share, text: None)
     first = int(torch.seed() % 2**31) if seed is None else seed
     start, turn = time.perf_counter(), 0
     rows = {subject.name: CheckRow(subject.name) for subject in everything}

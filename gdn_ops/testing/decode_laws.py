@@ -13,12 +13,12 @@ import gdn_ops
 from gdn_ops.call.numerics import compute_dtype
 from gdn_ops.testing.example import Example
 from gdn_ops.testing.oracle import Judgement, Verdict, judgement, judgement_of, unit_roundoff, worst
-from gdn_ops.testing.runs import compare, single, token_slice, without_sequences
+from gdn_ops.testing.runs import compare, single, token_slice
 
 
 def single_steps_equal_one_prefill(backend: str, example: Example) -> Verdict:
     """Law 3: T single steps equal one prefill."""
-    example = replace(without_sequences(example), T=min(example.T, 20))
+    example = replace(example, lengths=None, T=min(example.T, 20))
     arguments = example.arguments()
     arguments.pop("chunk_size")
     state = arguments.pop("initial_state", None)
@@ -28,8 +28,7 @@ def single_steps_equal_one_prefill(backend: str, example: Example) -> Verdict:
         state = torch.zeros(s.N, s.HV, s.K, s.V, dtype=wide, device=arguments["v"].device)
     outputs = []
     for t in range(example.T):
-        token = token_slice(arguments, slice(t, t + 1))
-        token = single(token)
+        token = single(token_slice(arguments, slice(t, t + 1)))
         o, state = gdn_ops.gated_delta_step(**token, state=state, backend=backend)
         outputs.append(o)
     o = torch.stack(outputs, 1) if outputs else torch.zeros_like(arguments["v"])
@@ -39,7 +38,7 @@ def single_steps_equal_one_prefill(backend: str, example: Example) -> Verdict:
 
 def an_in_place_step_equals_a_step(backend: str, example: Example) -> Verdict:
     """Law 3, in place: the state tensor itself is updated, to the same values."""
-    example = replace(without_sequences(example), T=1, initial_state=True)
+    example = replace(example, lengths=None, T=1, initial_state=True)
     arguments = example.arguments()
     arguments.pop("chunk_size")
     state = arguments.pop("initial_state")
@@ -47,7 +46,7 @@ def an_in_place_step_equals_a_step(backend: str, example: Example) -> Verdict:
     mine = state.clone()
     o, returned = gdn_ops.gated_delta_step(**token, state=mine, inplace=True, backend=backend)
     if returned is not mine:
-        return Verdict(float("inf"), "the returned state is not the given tensor", 1.0, 0.0)
+        return Verdict.exact(False, "the returned state is not the given tensor")
     got = {"o": o.unsqueeze(1), "final_state": mine}
     return judgement(example, False).judge(got)
 
@@ -72,7 +71,7 @@ class _Decoding:
 
     @staticmethod
     def of(example: Example) -> _Decoding:
-        example = without_sequences(example)
+        example = replace(example, lengths=None)
         tokens = example.arguments()
         tokens.pop("chunk_size")
         state = tokens.pop("initial_state", None)
@@ -128,10 +127,6 @@ class _Decoding:
         return replace(judged, allowance=allowance)
 
 
-def _wrong(what: str) -> Verdict:
-    return Verdict(float("inf"), what, 1.0, 0.0)
-
-
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 """Integer dtypes by their size in bytes."""
 
@@ -157,26 +152,25 @@ def _broken_fence(
     """
     assert call.slots is not None
     if inplace != (new is pool):
-        yield _wrong(
-            "the returned state is the given pool, and should not"
-            if new is pool
-            else "the returned state is not the given pool"
-        )
+        is_pool = "is the given pool, and should not" if new is pool else "is not the given pool"
+        yield Verdict.exact(False, f"the returned state {is_pool}")
     named = call.slots[call.live]
     others = torch.ones(pool.shape[0], dtype=torch.bool, device=pool.device)
     others[named] = False
     if not _same_bits(new[others], before[1:-1, 0][others]):
-        yield _wrong("a slot that no row names has changed")
+        yield Verdict.exact(False, "a slot that no row names has changed")
     kept = before.clone()
     if inplace:
         kept[1:-1, 0][named] = pool[named]
     if not _same_bits(kept, buffer):
-        yield _wrong("memory beside the slots has changed" if inplace else "the pool has changed")
+        yield Verdict.exact(
+            False, "memory beside the slots has changed" if inplace else "the pool has changed"
+        )
 
 
 def a_pool_equals_separate_states(backend: str, example: Example) -> Verdict:
     """Law 3, pool: rows that name slots of a pool equal rows with states; no other slot changes."""
-    example = replace(without_sequences(example), T=1, initial_state=True)
+    example = replace(example, lengths=None, T=1, initial_state=True)
     if example.slots is None:
         example = replace(example, slots=tuple(reversed(range(example.B))), pool=example.B + 1)
     call = _Decoding.of(example)
@@ -199,7 +193,7 @@ def steps_equal_one_step_after_another(backend: str, example: Example) -> Verdic
     """Law 3, a few steps: o and the state after every token equal those of single steps."""
     if example.slots is not None:
         example = replace(example, initial_state=True)
-    call = _Decoding.of(replace(without_sequences(example), T=min(example.T, 20)))
+    call = _Decoding.of(replace(example, lengths=None, T=min(example.T, 20)))
     wanted = [call.judgement(t + 1) for t in range(call.example.T)]
 
     def steps(state: Tensor | None, inplace: bool) -> tuple[Tensor, ...]:
@@ -243,12 +237,12 @@ def _verdicts(
         state = None if given is None else given.clone()
         o, new, *states = run(state, inplace)
         if inplace and new is not state:
-            yield _wrong("the returned state is not the given tensor")
+            yield Verdict.exact(False, "the returned state is not the given tensor")
         elif not (inplace or given is None or state is None or _same_bits(state, given)):
-            yield _wrong("the given state has changed")
+            yield Verdict.exact(False, "the given state has changed")
     live = call.live
     if any(bool((x[~live] != 0).any()) for x in (o, *states)):
-        yield _wrong("o or states of a skipped row are not 0")
+        yield Verdict.exact(False, "o or states of a skipped row are not 0")
     for t, judged in enumerate(wanted):
         yield judged.judge({"o": o[live, : t + 1]})
         for x in states:
@@ -257,5 +251,4 @@ def _verdicts(
         yield wanted[-1].judge({"final_state": new[live]})
     else:
         start = torch.zeros_like(new) if given is None else given
-        same = _same_bits(new[live], start[live])
-        yield Verdict(0.0 if same else float("inf"), "final_state", float(not same), 0.0)
+        yield Verdict.exact(_same_bits(new[live], start[live]), "final_state")

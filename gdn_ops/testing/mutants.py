@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from gdn_ops.call.bind import Call
-from gdn_ops.dispatch.registry import Backend, Forward, get_backend
-from gdn_ops.spec.errors import SpecError
+from gdn_ops.dispatch.registry import Backend, Forward
 from gdn_ops.spec.ops import GATED_DELTA_STEP
 from gdn_ops.testing.compiled import COMPILED
+from gdn_ops.testing.runs import installed
 from gdn_ops.torch_ops import eager
 
 Mutation = Callable[[Backend, Call], tuple[Tensor, Tensor]]
@@ -36,15 +36,13 @@ def decay_after_the_error(backend: Backend, call: Call) -> tuple[Tensor, Tensor]
 
     With beta' = beta / alpha and v' = alpha v the right rule computes just that.
     """
-    alpha = call.tokens.alpha if call.tokens.log_alpha is None else call.tokens.log_alpha.exp()
+    alpha = _decay(call)
     if alpha is None or not call.rule.has_erase:
         return eager.run_sequence(backend, call)
     alpha = alpha.clamp(min=0.05)
     beta = torch.ones_like(alpha) if call.tokens.beta is None else call.tokens.beta
     v = (call.tokens.v * alpha.unsqueeze(-1)).to(call.tokens.v.dtype)
-    return eager.run_sequence(
-        backend, replace(call, tokens=call.tokens._replace(beta=beta / alpha, v=v))
-    )
+    return eager.run_sequence(backend, _with(call, beta=beta / alpha, v=v))
 
 
 def ungated_inverse(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
@@ -57,29 +55,23 @@ def ungated_inverse(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     outputs, state = [], call.state
     for start in range(0, call.sizes.T, 16):
         part = _tokens(call, slice(start, min(start + 16, call.sizes.T)), state)
-        o, state = eager.run_sequence(
-            backend, replace(part, tokens=part.tokens._replace(v=_values_of_ungated_inverse(part)))
-        )
+        o, state = eager.run_sequence(backend, _with(part, v=_values_of_ungated_inverse(part)))
         outputs.append(o)
-    return _joined(backend, call, outputs, state)
+    if state is None or not outputs:
+        return eager.run_sequence(backend, call)
+    return torch.cat(outputs, 1), state
 
 
 def _values_of_ungated_inverse(call: Call) -> Tensor:
-    repeats = call.sizes.R
-    keys = (
-        torch.nn.functional.normalize(call.tokens.k.double(), dim=-1)
-        if call.qk_l2norm
-        else call.tokens.k
-    )
-    k = keys.double().repeat_interleave(repeats, 2).transpose(1, 2)
+    keys = call.tokens.k.double()
+    if call.qk_l2norm:
+        keys = torch.nn.functional.normalize(keys, dim=-1)
+    k = keys.repeat_interleave(call.sizes.R, 2).transpose(1, 2)
     v = call.tokens.v.double().transpose(1, 2)
-    alpha = call.tokens.alpha if call.tokens.alpha is not None else call.tokens.log_alpha.exp()  # type: ignore[union-attr]
+    alpha, beta = _decay(call), call.tokens.beta
+    assert alpha is not None
     log = alpha.double().clamp(min=1e-30).log().transpose(1, 2).cumsum(-1)
-    beta = (
-        torch.ones_like(log)
-        if call.tokens.beta is None
-        else call.tokens.beta.double().transpose(1, 2)
-    )
+    beta = torch.ones_like(log) if beta is None else beta.double().transpose(1, 2)
     D = (log.unsqueeze(-1) - log.unsqueeze(-2)).tril().exp().tril()
     A = ((k @ k.mT) * beta.unsqueeze(-1)).tril(-1)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
@@ -113,38 +105,34 @@ def one_wrong_head_of_sixteen(backend: Backend, call: Call) -> tuple[Tensor, Ten
 
 def no_gradient_at_zero(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Return 0 as the gradient of alpha where alpha is 0."""
-    if call.tokens.alpha is None:
-        return eager.run_sequence(backend, call)
-    blocked = torch.where(call.tokens.alpha == 0, call.tokens.alpha.detach(), call.tokens.alpha)
-    return eager.run_sequence(backend, replace(call, tokens=call.tokens._replace(alpha=blocked)))
+    alpha = call.tokens.alpha
+    if alpha is not None:
+        call = _with(call, alpha=torch.where(alpha == 0, alpha.detach(), alpha))
+    return eager.run_sequence(backend, call)
 
 
 def tiled_heads(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Read key head h % H for value head h, instead of h // R."""
-    repeats = call.sizes.R
-    q, k = (x.repeat(1, 1, repeats, 1) for x in (call.tokens.q, call.tokens.k))
+    q, k = (x.repeat(1, 1, call.sizes.R, 1) for x in call.tokens[:2])
     sizes = replace(call.sizes, H=call.sizes.HV)
-    return eager.run_sequence(
-        backend, replace(call, tokens=call.tokens._replace(q=q, k=k), sizes=sizes)
-    )
+    return eager.run_sequence(backend, _with(replace(call, sizes=sizes), q=q, k=k))
 
 
 def state_of_the_padded_tail(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Decay the final state through the tokens that pad the last chunk."""
     o, state = eager.run_sequence(backend, call)
-    missing = -call.sizes.T % 16
-    if not call.rule.has_decay or call.cu_seqlens is not None or not call.sizes.T:
+    missing, alpha = -call.sizes.T % 16, _decay(call)
+    if alpha is None or call.cu_seqlens is not None or not call.sizes.T:
         return o, state
-    last = call.tokens.alpha if call.tokens.alpha is not None else call.tokens.log_alpha.exp()  # type: ignore[union-attr]
-    return o, state * (last[:, -1, :, None, None].to(state.dtype) ** missing)
+    return o, state * (alpha[:, -1, :, None, None].to(state.dtype) ** missing)
 
 
 def narrow_products(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Round float32 operands to the 10 mantissa bits of TF32."""
-    if call.tokens.q.dtype != torch.float32:
-        return eager.run_sequence(backend, call)
-    q, k, v = (x + (_ten_bits(x.detach()) - x.detach()) for x in call.tokens[:3])
-    return eager.run_sequence(backend, replace(call, tokens=call.tokens._replace(q=q, k=k, v=v)))
+    if call.tokens.q.dtype == torch.float32:
+        q, k, v = (x + (_ten_bits(x.detach()) - x.detach()) for x in call.tokens[:3])
+        call = _with(call, q=q, k=k, v=v)
+    return eager.run_sequence(backend, call)
 
 
 def _ten_bits(x: Tensor) -> Tensor:
@@ -180,6 +168,16 @@ def _decoded(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | Non
     if call.op is GATED_DELTA_STEP:
         return *eager.decode_one(backend, call), None
     return eager.decode_many(backend, call)
+
+
+def _with(call: Call, **tokens: Tensor) -> Call:
+    return replace(call, tokens=call.tokens._replace(**tokens))
+
+
+def _decay(call: Call) -> Tensor | None:
+    """Return the decay of a call as it is, not as its logarithm; None where there is none."""
+    log_alpha = call.tokens.log_alpha
+    return call.tokens.alpha if log_alpha is None else log_alpha.exp()
 
 
 SEQUENCE_MUTATIONS: dict[str, Mutation] = {
@@ -218,10 +216,7 @@ def mutant(mutation: str, base: str) -> type[Backend]:
     Raises:
         SpecError: the base backend is not installed.
     """
-    found = get_backend(base)
-    if isinstance(found, str):
-        raise SpecError(f"backend {base!r}: {found}")
-    instance: Backend = found
+    instance = installed(base)
     sequence, decode = SEQUENCE_MUTATIONS.get(mutation), DECODE_MUTATIONS.get(mutation)
 
     class Mutant(Backend):
@@ -246,11 +241,3 @@ def mutant(mutation: str, base: str) -> type[Backend]:
 def _tokens(call: Call, which: slice, state: Tensor | None) -> Call:
     sizes = replace(call.sizes, T=which.stop - which.start)
     return replace(call, sizes=sizes, tokens=call.tokens.map(lambda x: x[:, which]), state=state)
-
-
-def _joined(
-    backend: Backend, call: Call, outputs: list[Tensor], state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if state is None or not outputs:
-        return eager.run_sequence(backend, call)
-    return torch.cat(outputs, 1), state

@@ -56,6 +56,11 @@ class Verdict:
     error: float
     allowed: float
 
+    @classmethod
+    def exact(cls, holds: bool, where: str) -> Verdict:
+        """Return the verdict on what holds to the last bit or not at all."""
+        return cls(0.0 if holds else float("inf"), where, float(not holds), 0.0)
+
     @property
     def passed(self) -> bool:
         """Return whether every error is within its allowance. NaN does not pass."""
@@ -121,6 +126,12 @@ def _upcast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
         for name, x in arguments.items()
     }
+
+
+def _exact(arguments: dict[str, Any], cotangents: tuple[Tensor, Tensor] | None) -> Results:
+    """Return the results of the definition in float64."""
+    wide = None if cotangents is None else (cotangents[0].double(), cotangents[1].double())
+    return run(_upcast(arguments, torch.float64), "naive", wide)
 
 
 @dataclass(frozen=True)
@@ -191,16 +202,13 @@ def judgement_of(
     arguments: dict[str, Any], cotangents: tuple[Tensor, Tensor] | None, example: Example
 ) -> Judgement:
     """Return the reference and the allowances of a call that a law made from an example."""
-    exact = None if cotangents is None else (cotangents[0].double(), cotangents[1].double())
-    reference = run(_upcast(arguments, torch.float64), "naive", exact)
+    reference = _exact(arguments, cotangents)
     runs = [run(arguments, "naive", cotangents)]
     inner = inner_product(runs[0]["final_state"].dtype, example)
     for seed in range(PERTURBATIONS):
         moved = _moved(arguments, example.seed + seed, inner)
-        if example.dtype == "float64":
-            runs.append(run(moved, "naive", cotangents))
-        else:
-            runs.append(run(_upcast(moved, torch.float32), "naive", cotangents))
+        wide = moved if example.dtype == "float64" else _upcast(moved, torch.float32)
+        runs.append(run(wide, "naive", cotangents))
     scaled = _scaled_error(arguments, cotangents, example) if example.dtype == "float64" else None
     allowance, scale = {}, {}
     for name, y in reference.items():
@@ -218,7 +226,9 @@ def judgement_of(
         rounding += _largest_log_sum(arguments) * unit_roundoff(compute_dtype(stored))
         allowance[name] = 2 * error + rounding * torch.maximum(own, typical)
         if example.dtype == "float16":
-            allowance[name] += _underflow(example) * (y.numel() / max(own.numel(), 1)) ** 0.5
+            # Operands below 2**-24 are lost. Examples are drawn in units of 1, so this is absolute.
+            lost = (example.K + CHUNK) * 2**-24
+            allowance[name] += lost * (y.numel() / max(own.numel(), 1)) ** 0.5
         if name.endswith("state"):
             before = arguments.get("initial_state")
             if name != "final_state" and cotangents is not None:
@@ -233,15 +243,6 @@ def judgement_of(
 def inner_product(stored: torch.dtype, example: Example) -> float:
     """Return n u, the a-priori bound on the error of an inner product of length n = K + C."""
     return (example.K + CHUNK) * unit_roundoff(compute_dtype(stored))
-
-
-def _underflow(example: Example) -> float:
-    """Return the absolute error of n products whose operands float16 loses, below 2**-24.
-
-    It is absolute because examples are drawn in units of 1, and a decay can make a number too
-    small for float16.
-    """
-    return (example.K + CHUNK) * 2**-24
 
 
 def _carried(arguments: dict[str, Any], example: Example) -> Tensor:
@@ -275,16 +276,15 @@ def _scaled_error(
 ) -> dict[str, Tensor]:
     """Return the error of `naive` in float32, scaled to float64 (errors are first order in u)."""
     given = None if cotangents is None else (cotangents[0].float(), cotangents[1].float())
-    exact = None if given is None else (given[0].double(), given[1].double())
     ratio = unit_roundoff(torch.float64) / unit_roundoff(torch.float32)
     largest: dict[str, Tensor] = {}
     # One number may be right by luck: look at several calls that are equally hard.
     for seed in range(-1, PERTURBATIONS):
         moved = arguments if seed < 0 else _moved(arguments, example.seed + seed, 1e-7)
         small = _upcast(moved, torch.float32)
-        found = run(small, "naive", given)
-        for name, y in run(_upcast(small, torch.float64), "naive", exact).items():
-            error = norms(found[name].double() - y, name, example) * ratio
+        results = run(small, "naive", given)
+        for name, y in _exact(small, given).items():
+            error = norms(results[name].double() - y, name, example) * ratio
             largest[name] = torch.maximum(largest.get(name, error), error)
     return largest
 

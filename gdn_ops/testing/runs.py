@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from gdn_ops.dispatch.registry import Backend, get_backend
+from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.rules import Limits
@@ -62,9 +64,12 @@ class Law:
         return self.op.name in limits.ops and has_rules and self.needs(limits)
 
 
-def without_sequences(example: Example) -> Example:
-    """Return the example as a rectangular batch."""
-    return replace(example, lengths=None) if example.lengths is not None else example
+def installed(name: str) -> Backend:
+    """Return the backend of that name; raise SpecError if it is not installed."""
+    backend = get_backend(name)
+    if isinstance(backend, str):
+        raise SpecError(f"backend {name!r}: {backend}")
+    return backend
 
 
 def token_slice(arguments: dict[str, Any], tokens: slice) -> dict[str, Any]:

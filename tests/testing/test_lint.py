@@ -44,15 +44,16 @@ def swapped(i: int, j: int) -> OpSpec:
     return replace(GATED_DELTA, args=tuple(args))
 
 
+def in_both(*findings: str) -> list[str]:
+    return [f"{where}: {text}" for where in ("signature", "schema") for text in findings]
+
+
 FIRST, FINAL_STATE = GATED_DELTA.outputs
 WRONG: dict[str, tuple[OpSpec, list[str]]] = {
     "renamed argument": (
         with_arg("alpha", name="alfa"),
         [
-            "signature: argument 'alfa' is missing",
-            "signature: argument 'alpha' is not in the spec",
-            "schema: argument 'alfa' is missing",
-            "schema: argument 'alpha' is not in the spec",
+            *in_both("argument 'alfa' is missing", "argument 'alpha' is not in the spec"),
             "documentation: argument 'alfa' is missing",
         ],
     ),
@@ -66,10 +67,7 @@ WRONG: dict[str, tuple[OpSpec, list[str]]] = {
     ),
     "dropped tensor": (
         without_arg("cu_seqlens"),
-        [
-            "signature: argument 'cu_seqlens' is not in the spec",
-            "schema: argument 'cu_seqlens' is not in the spec",
-        ],
+        in_both("argument 'cu_seqlens' is not in the spec"),
     ),
     "dropped attribute": (
         without_arg("return_state"),
@@ -138,12 +136,9 @@ WRONG: dict[str, tuple[OpSpec, list[str]]] = {
     ),
     "swapped arguments": (
         swapped(0, 1),
-        [
-            "signature: argument 'q' stands where 'k' should be",
-            "signature: argument 'k' stands where 'q' should be",
-            "schema: argument 'q' stands where 'k' should be",
-            "schema: argument 'k' stands where 'q' should be",
-        ],
+        in_both(
+            "argument 'q' stands where 'k' should be", "argument 'k' stands where 'q' should be"
+        ),
     ),
     "keyword-only too early": (
         replace(GATED_DELTA, keyword_only_from="beta"),
