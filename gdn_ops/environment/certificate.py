@@ -9,6 +9,7 @@ the very driver, packages and source it was issued for. The file is read once pe
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import tempfile
@@ -79,18 +80,19 @@ def read_certificates() -> list[Certificate]:
     """
     path = certificates_path()
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        return _ignored(path, error)
-    try:
-        data = json.loads(text)
+        data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema is {data['schema']}, should be {SCHEMA}")
         return [_checked(row) for row in data["certificates"]]
-    except (ValueError, TypeError, KeyError) as error:
-        return _ignored(path, error)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        text = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"{path} holds no certificates and is ignored ({text}); the next check replaces it",
+            stacklevel=2,
+        )
+        return []
 
 
 def _checked(row: dict[str, object]) -> Certificate:
@@ -103,15 +105,6 @@ def _checked(row: dict[str, object]) -> Certificate:
         if not isinstance(value, kinds.get(field.name, str)):  # type: ignore[arg-type]
             raise TypeError(f"{field.name} is {value!r}")
     return found
-
-
-def _ignored(path: Path, error: Exception) -> list[Certificate]:
-    text = f"{type(error).__name__}: {error}"
-    warnings.warn(
-        f"{path} holds no certificates and is ignored ({text}); the next check replaces it",
-        stacklevel=3,
-    )
-    return []
 
 
 def record(result: Certificate) -> Path:
@@ -162,7 +155,7 @@ def _write(certificates: Iterable[Certificate]) -> Path:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    _reasons.clear()
+    reason_against.cache_clear()
     return path
 
 
@@ -237,40 +230,30 @@ def _changes(then: dict[str, str], now: dict[str, str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-_reasons: dict[tuple[type[Backend], str], str | None] = {}
-
-
+@functools.cache
 def reason_against(cls: type[Backend], device: str) -> str | None:
     """Return why "auto" may not choose a backend on a torch device, or None if it may.
 
-    The answer is remembered: no call but the first reads a file.
+    The answer is remembered until a certificate is written: no call but the first reads a file.
     """
-    key = (cls, device)
-    if key not in _reasons:
-        _reasons[key] = _reason_against(cls, device)
-    return _reasons[key]
-
-
-def _reason_against(cls: type[Backend], device: str) -> str | None:
-    found, name = standing(cls, device), device_name(device)
-    if found.state == "certified":
+    now, name = standing(cls, device), device_name(device)
+    if now.state == "certified":
         return None
     packages = cls.requires or ("gdn_ops",)
     here = circumstances(cls, device)
     versions = ", ".join(f"{package} {here[package]}" for package in packages)
     cure = f"run gdn-ops check --backend {cls.name}"
-    if found.state == "failed":
-        return f"failed its check on {name} with {versions} on {found.date}: {cure}"
-    if found.state == "stale":
-        return f"its certificate for {name} is stale ({', '.join(found.changed)}): {cure}"
+    if now.state == "failed":
+        return f"failed its check on {name} with {versions} on {now.date}: {cure}"
+    if now.state == "stale":
+        return f"its certificate for {name} is stale ({', '.join(now.changed)}): {cure}"
     return f"not certified on {name} with {versions}: {cure}"
 
 
 def veto(backend: Backend, call: Call) -> str | None:
     """Return the reason against an uncertified backend, or None if it needs no certificate."""
-    if not (REQUIRED and backend.kernels):
-        return None
-    return reason_against(type(backend), str(call.device))
+    needs_one = REQUIRED and backend.kernels
+    return reason_against(type(backend), str(call.device)) if needs_one else None
 
 
 vetoes.append(veto)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def nothing_known(
 ) -> Iterator[Path]:
     """Start without certificates and memories."""
     monkeypatch.setenv("GDN_OPS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(certificate, "_reasons", {})
+    certificate.reason_against.cache_clear()
     yield tmp_path
     sys.modules.pop("kernel_backend", None)
 
@@ -65,17 +66,21 @@ def kernel(nothing_known: Path, monkeypatch: pytest.MonkeyPatch) -> type[Backend
     return cls
 
 
+@pytest.fixture
+def required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certificate, "REQUIRED", True)
+
+
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(commands.app, list(arguments), env={"COLUMNS": "240"})
 
 
-def check(*arguments: str) -> Result:
-    return run("check", "--backend", "kernel", "--seconds", "0.1", "--seed", "1", *arguments)
+def check() -> Result:
+    return run("check", "--backend", "kernel", "--seconds", "0.1", "--seed", "1")
 
 
 def passed(cls: type[Backend], **changes: Any) -> Certificate:
-    made = issue(cls, "cpu", passed=True, examples=7, seconds=1.23, seed=3)
-    return replace(made, **changes)
+    return replace(issue(cls, "cpu", passed=True, examples=7, seconds=1.23, seed=3), **changes)
 
 
 def call() -> dict[str, Any]:
@@ -137,10 +142,7 @@ def test_a_check_that_never_ends_leaves_no_certificate(
     record(other)
     record(passed(kernel))
 
-    def hang(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(conformance, "check", hang)
+    monkeypatch.setattr(conformance, "check", mock.Mock(side_effect=KeyboardInterrupt))
     assert check().exit_code != 0
     assert certificate.read_certificates() == [other]
 
@@ -167,9 +169,9 @@ def test_check_refuses_a_device_that_is_not_there() -> None:
 def test_a_certificate_is_stale_when_something_changed(kernel: type[Backend]) -> None:
     then = passed(kernel).built_with | {"torch": "2.0", "source": "0" * 16, "driver": "1.2"}
     record(passed(kernel, built_with=then, date="2026-01-02"))
-    found = standing(kernel, "cpu")
-    assert found.state == "stale"
-    assert str(found) == (
+    now = standing(kernel, "cpu")
+    assert now.state == "stale"
+    assert str(now) == (
         "stale, certified on 2026-01-02: driver 1.2 is now absent, its source changed, "
         f"torch 2.0 is now {torch.__version__}"
     )
@@ -215,18 +217,16 @@ def test_certificates_of_other_circumstances_are_kept_up_to_a_number(
 def test_the_driver_is_read_where_the_system_tells_it(
     nothing_known: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = nothing_known / "version"
-    told.write_text(
+    version = nothing_known / "version"
+    version.write_text(
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.03  Tue Mar 1 1:02:03 UTC 2026\n"
         "GCC version:  gcc version 12.2.0\n"
     )
 
-    def path(text: str) -> Path:
-        return told if text == "/proc/driver/nvidia/version" else nothing_known / "absent"
-
-    monkeypatch.setattr(provenance, "Path", path)
+    paths = {"/proc/driver/nvidia/version": version}
+    monkeypatch.setattr(provenance, "Path", lambda path: paths.get(path, nothing_known / "absent"))
     assert provenance.driver_version() == "580.159.03"
-    told.unlink()
+    version.unlink()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert provenance.driver_version() is None
 
@@ -237,22 +237,17 @@ def test_the_driver_is_read_where_the_system_tells_it(
 @pytest.mark.parametrize(
     "text",
     [
-        "no json",
-        "[]",
-        "null",
-        '{"schema": 2, "certificates": []}',
-        '{"schema": 1}',
-        '{"schema": 1, "certificates": [{"backend": "kernel"}]}',
-        '{"schema": 1, "certificates": ["kernel"]}',
-        b"\xff\xfe\x00",
+        *(b"no json", b"[]", b"null", b"\xff\xfe\x00"),
+        b'{"schema": 2, "certificates": []}',
+        b'{"schema": 1}',
+        b'{"schema": 1, "certificates": [{"backend": "kernel"}]}',
+        b'{"schema": 1, "certificates": ["kernel"]}',
     ],
 )
-def test_a_corrupted_file_is_told_ignored_and_replaced(
-    text: str | bytes, kernel: type[Backend]
-) -> None:
+def test_a_corrupted_file_is_told_ignored_and_replaced(text: bytes, kernel: type[Backend]) -> None:
     path = certificate.certificates_path()
     path.parent.mkdir()
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.write_bytes(text)
     message = re.escape(f"{path} holds no certificates and is ignored (")
     with pytest.warns(UserWarning, match=message + ".*; the next check replaces it"):
         assert certificate.read_certificates() == []
@@ -274,10 +269,7 @@ def test_a_write_that_breaks_off_leaves_the_old_file(
     path = record(passed(kernel))
     before = path.read_bytes()
 
-    def broken(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", broken)
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         record(passed(kernel, examples=99))
     assert path.read_bytes() == before
@@ -328,7 +320,7 @@ def test_the_reasons_for_a_gpu_are_these(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(module, "device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(provenance, "package_version", lambda package: "3.6.0")
     monkeypatch.setattr(provenance, "driver_version", lambda: "580.1")
-    reason = certificate._reason_against
+    reason = certificate.reason_against.__wrapped__
     cure = ": run gdn-ops check --backend triton"
     assert reason(Triton, "cuda:0") == f"not certified on NVIDIA H200 with triton 3.6.0{cure}"
     made = issue(Triton, "cuda", passed=True, examples=1, seconds=1, seed=0)
@@ -352,27 +344,20 @@ def test_the_environment_asks_for_certificates() -> None:
 
 
 def test_the_file_is_read_once_per_process(
-    kernel: type[Backend], monkeypatch: pytest.MonkeyPatch
+    kernel: type[Backend], required: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(certificate, "REQUIRED", True)
-    reads: list[int] = []
-    read = certificate.read_certificates
-    monkeypatch.setattr(certificate, "read_certificates", lambda: reads.append(1) or read())
+    read = mock.Mock(wraps=certificate.read_certificates)
+    monkeypatch.setattr(certificate, "read_certificates", read)
     for _ in range(3):
         gated_delta(**call())
-    assert reads == [1]
+    read.assert_called_once()
 
 
-def test_a_compiled_step_passes_over_it_too(
-    kernel: type[Backend], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(certificate, "REQUIRED", True)
-    q, k = torch.randn(2, 1, 1, 8)
-    v, gate, state = torch.randn(1, 2, 8), torch.rand(1, 2), torch.randn(1, 2, 8, 8)
+def test_a_compiled_step_passes_over_it_too(kernel: type[Backend], required: None) -> None:
+    token = {name: x[:, 0] for name, x in call().items()} | {"state": torch.randn(1, 2, 8, 8)}
     step = torch.compile(gdn_ops.gated_delta_step, backend="eager", fullgraph=True)
-    found = step(q, k, v, gate, gate, state)
-    expected = gdn_ops.gated_delta_step(q, k, v, gate, gate, state, backend="torch")
-    torch.testing.assert_close(found, expected)
+    expected = gdn_ops.gated_delta_step(**token, backend="torch")
+    torch.testing.assert_close(step(**token), expected)
 
 
 def test_every_backend_that_emulates_says_that_it_brings_kernels() -> None:
