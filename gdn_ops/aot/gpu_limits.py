@@ -80,39 +80,22 @@ def with_failures(
         is_reference: whether a reference sample launches it.
         granted: spills that a reference may have.
     """
-    budget = BUDGETS[row.target]
     most, reason = granted.get((row.kernel, row.target), (0, ""))
-    failures = (
-        *_shared_failures(row, budget),
-        *(_spill_failures(row, most) if is_reference else ()),
-        *_matrix_failures(row, budget, products),
-    )
+    failures = tuple(_failures(row, products, most if is_reference else row.spills))
     note = reason if row.spills and row.spills <= most else ""
     return replace(row, failures=failures, note=note)
 
 
-def _shared_failures(row: CompiledKernel, budget: Budget) -> Iterator[str]:
-    if row.shared > budget.shared:
-        yield (
-            f"shared memory is {row.shared} bytes, should be at most {budget.shared} "
-            f"on {row.target}"
-        )
-
-
-def _spill_failures(row: CompiledKernel, most: int) -> Iterator[str]:
+def _failures(row: CompiledKernel, products: Iterable[Product], most: int) -> Iterator[str]:
+    """Yield what a kernel does that its target forbids, given the most spills it may have."""
+    shared, matrix, least_rows = BUDGETS[row.target]
+    if row.shared > shared:
+        yield f"shared memory is {row.shared} bytes, should be at most {shared} on {row.target}"
     if row.spills > most:
         yield f"spills are {row.spills}, should be {f'at most {most}' if most else 'none'}"
-
-
-def _matrix_failures(
-    row: CompiledKernel, budget: Budget, products: Iterable[Product]
-) -> Iterator[str]:
-    if not budget.matrix or row.instructions.get(budget.matrix):
+    if not matrix or row.instructions.get(matrix):
         return
     for m, n, k, dtype in products:
-        if dtype in LOW and m >= budget.least_rows:
-            yield (
-                f"no {budget.matrix} on {row.target}, "
-                f"but a {dtype} product of {m} x {k} by {k} x {n}"
-            )
+        if dtype in LOW and m >= least_rows:
+            yield f"no {matrix} on {row.target}, but a {dtype} product of {m} x {k} by {k} x {n}"
             return

@@ -11,7 +11,6 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gdn_ops.aot.results import Sample
 from gdn_ops.call.bind import arguments_of, bind
@@ -71,18 +70,15 @@ def samples(cases: Sequence[Case], *, everything: bool = False) -> Iterator[Samp
         everything: also what the public API allows beside the defaults, one thing at a time.
     """
     for case in cases:
-        spec = spec_of(case)
-        yield from _of(spec, case, case.name, {})
+        yield from _of(spec_of(case), case, case.name, {})
     if everything:
-        by_name = GATED_DELTA.case
         for label, choice in SEQUENCES:
-            yield from _of(GATED_DELTA, by_name[REFERENCE], label, choice)
+            yield from _of(GATED_DELTA, GATED_DELTA.case[REFERENCE], label, choice)
         for spec in (GATED_DELTA_STEP, GATED_DELTA_STEPS):
             # The second is the first that is no smoke test.
             for label, choice in DECODING:
                 yield from _of(spec, spec.cases[1], f"{spec.name} {label}", choice)
-        states = {"return_states": True}
-        yield from _of(GATED_DELTA_STEPS, GATED_DELTA_STEPS.cases[1], "return_states", states)
+        yield from _of(spec, spec.cases[1], "return_states", {"return_states": True})
 
 
 def spec_of(case: Case) -> OpSpec:
@@ -110,9 +106,8 @@ def _arguments(spec: OpSpec, sizes: Sizes, choice: dict[str, Any]) -> dict[str, 
     given: dict[str, Any] = {attr.name: attr.default for attr in spec.attrs}
     given |= {name: choice[name] for name in given if name in choice}
     rule = spec.rule[given["rule"]]
-    low, state = getattr(torch, choice["dtype"]), choice.get("state")
-    if spec is not GATED_DELTA:
-        state = choice.get("state", torch.float32)
+    low = getattr(torch, choice["dtype"])
+    state = choice.get("state", None if spec is GATED_DELTA else torch.float32)
     gate = choice.get("gate", "alpha") if rule.has_decay else None
     pool = choice.get("pool")
     dtypes: dict[str, torch.dtype | None] = {
@@ -156,6 +151,5 @@ def run(backend: Backend, sample: Sample) -> None:
         else:
             out = backend.forward(call)
             if call.needs_grad:
-                d_o: Tensor = torch.empty_like(out.o)
-                d_state = torch.empty_like(out.final_state)
-                backend.backward(call, out.saved, d_o, d_state)
+                cotangents = torch.empty_like(out.o), torch.empty_like(out.final_state)
+                backend.backward(call, out.saved, *cotangents)

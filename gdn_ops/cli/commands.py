@@ -75,26 +75,23 @@ def info(
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    console = Console()
-    for name, version in found["versions"].items():
-        console.print(f"{name:<13} {version or 'not installed'}", highlight=False)
-    for warning in found["warnings"]:
-        console.print(f"{'warning':<13} {escape(warning)}", highlight=False, soft_wrap=True)
     threads = found["threads"]
+    facts = [(name, version or "not installed") for name, version in found["versions"].items()]
+    facts += [("warning", text) for text in found["warnings"]]
     if found["driver"] is not None:
-        console.print(f"{'driver':<13} {found['driver']}", highlight=False)
-    console.print(f"{'platform':<13} {found['platform']}", highlight=False)
-    for device in found["devices"]:
-        text = f"{device['device']:<13} {device['name']} {device['capability']}"
-        console.print(escape(text), highlight=False)
-    console.print(f"{'threads':<13} {threads['torch']} of {threads['cores']} cores\n")
+        facts.append(("driver", found["driver"]))
+    facts.append(("platform", found["platform"]))
+    facts += [(d["device"], f"{d['name']} {d['capability']}") for d in found["devices"]]
+    facts.append(("threads", f"{threads['torch']} of {threads['cores']} cores\n"))
+    console = Console()
+    for name, fact in facts:
+        text = f"{name:<13} {escape(fact)}"
+        console.print(text, highlight=False, soft_wrap=name == "warning")
     table = Table("backend", "version", "status", "can run", "check")
     certificates = {row["name"]: row["certificates"] for row in found["backends"]}
     for backend in gdn_ops.list_backends():
         limits = info_command.limits_text(backend.limits)
-        checks = "\n".join(
-            f"{device}: {text}" for device, text in certificates[backend.name].items()
-        )
+        checks = "\n".join(map(": ".join, certificates[backend.name].items()))
         cells = (backend.name, backend.version or "-", backend.status, limits, checks or "-")
         table.add_row(*map(escape, cells))
     console.print(table)
@@ -200,9 +197,8 @@ def compile_(
 ) -> None:
     """Compile kernels for GPUs that this machine need not have, and judge the code."""
     try:
-        targets = _names(target)
         passed = compile_command.run(
-            backend, targets, cases or [], everything=everything, path=path
+            backend, _names(target), cases or [], everything=everything, path=path
         )
     except (ValueError, FileNotFoundError) as error:
         _fail(str(error))

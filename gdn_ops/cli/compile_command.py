@@ -48,17 +48,17 @@ def run(
     for target in chosen:
         if target not in compiler.targets:
             raise ValueError(refusal(target, compiler.targets))
-    found_cases = find_cases(cases)
+    named = find_cases(cases)
     console = Console()
     rows: list[CompiledKernel] = []
     for target in chosen:
+        own: list[CompiledKernel] = []
         with console.status(f"compiling for {target}") as status:
-            found = []
-            for row in compiler.compile_ahead(target, samples(found_cases, everything=everything)):
-                found.append(row)
-                status.update(f"compiling for {target}: {len(found)} kernels, {row.kernel}")
-        show(found, target, console)
-        rows += found
+            for row in compiler.compile_ahead(target, samples(named, everything=everything)):
+                own.append(row)
+                status.update(f"compiling for {target}: {len(own)} kernels, {row.kernel}")
+        show(own, target, console)
+        rows += own
     if path is not None:
         path.write_text(as_json(backend, rows), encoding="utf-8")
         console.print(str(path), markup=False, highlight=False)
@@ -130,11 +130,7 @@ def as_json(backend: Backend, rows: Iterable[CompiledKernel]) -> str:
         "date": datetime.date.today().isoformat(),
         "versions": {name: installed_version(name) for name in names} | backend.tools("cuda"),
     }
-    found: list[str] = []
-    for row in rows:
-        values = asdict(row)
-        del values["seconds"]
-        found.append(json.dumps(values))
+    values = [{n: x for n, x in asdict(row).items() if n != "seconds"} for row in rows]
     # A kernel a line, so that a change of one is a change of a line.
-    kernels = ",\n  ".join(found)
+    kernels = ",\n  ".join(map(json.dumps, values))
     return f'{json.dumps(head, indent=1)[:-2]},\n "kernels": [\n  {kernels}\n ]\n}}\n'

@@ -122,12 +122,11 @@ def operands(memory: Memory, x: Tensor, resets: tuple[int, ...] = ()) -> Operand
         x: (T,) byte values.
         resets: positions of bytes before which the memory is cleared, by alpha = 0.
     """
-    heads = memory.heads
     # The empty context before the first byte is n zero bytes.
     phi = features(memory, torch.cat((x.new_zeros(1), x)))
-    alpha = torch.full((1, len(x), heads), DECAY)
+    alpha = torch.full((1, len(x), memory.heads), DECAY)
     alpha[:, list(resets)] = 0.0
-    v = memory.codes[x].unsqueeze(1).expand(-1, heads, -1)
+    v = memory.codes[x].unsqueeze(1).expand(-1, memory.heads, -1)
     return Operands(phi[None, 1:], phi[None, :-1], v[None].contiguous(), alpha)
 
 
@@ -141,14 +140,7 @@ def read_through(
     """
     alpha = given.alpha if GATED_DELTA.rule[rule].has_decay else None
     return gated_delta(
-        given.q,
-        given.k,
-        given.v,
-        alpha,
-        rule=rule,
-        scale=1.0,
-        return_state=True,
-        backend=backend,
+        given.q, given.k, given.v, alpha, rule=rule, scale=1.0, return_state=True, backend=backend
     )
 
 
@@ -184,17 +176,8 @@ def continue_text(
     for _ in range(count):
         recent = torch.cat((recent, recent.new_tensor([byte])))
         phi = features(memory, recent)
-        v = memory.codes[byte].expand(1, memory.heads, -1)
-        o, _ = gated_delta_step(
-            phi[None, -1],
-            phi[None, -2],
-            v,
-            alpha,
-            state=state,
-            scale=1.0,
-            inplace=True,
-            backend=backend,
-        )
+        token = phi[None, -1], phi[None, -2], memory.codes[byte].expand(1, memory.heads, -1), alpha
+        o, _ = gated_delta_step(*token, state=state, scale=1.0, inplace=True, backend=backend)
         recent = recent[1:]
         added.append(byte)
         outputs.append(o)
