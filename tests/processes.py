@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from paths import ROOT
 
 
-def python(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with arguments, in the repository and with more environment variables."""
+def python(
+    *arguments: object, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with arguments, in a folder and with more environment variables."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -21,8 +24,19 @@ def python(*arguments: object, **environment: str) -> subprocess.CompletedProces
     )
 
 
+def output_of(*arguments: object, cwd: Path = ROOT, **environment: str) -> str:
+    """Run Python with arguments, which should not fail, and return what it prints."""
+    done = python(*arguments, cwd=cwd, **environment)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout.rstrip()
+
+
 def printed(code: str, *arguments: object, **environment: str) -> str:
     """Run code in a fresh process, which should not fail, and return what it prints."""
-    done = python("-c", code, *arguments, **environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.rstrip()
+    return output_of("-c", code, *arguments, **environment)
+
+
+def install(target: Path, source: Path) -> None:
+    """Install a distribution into a folder, without network and without what it depends on."""
+    pip = ("-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps")
+    output_of(*pip, "--no-index", "--no-build-isolation", "--target", target, source, cwd=target)

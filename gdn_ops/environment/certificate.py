@@ -252,8 +252,9 @@ def reason_against(cls: type[Backend], device: str) -> str | None:
 
 def veto(backend: Backend, call: Call) -> str | None:
     """Return the reason against an uncertified backend, or None if it needs no certificate."""
-    needs_one = REQUIRED and backend.kernels
-    return reason_against(type(backend), str(call.device)) if needs_one else None
+    if not (REQUIRED and backend.kernels):
+        return None
+    return reason_against(type(backend), str(call.device))  # type: ignore[arg-type]
 
 
 vetoes.append(veto)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -61,16 +62,16 @@ def test_no_tokens_return_the_initial_state_as_a_copy(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_rows_return_no_rows(backend: str) -> None:
-    o, state = gated_delta(**sequence(b=0, return_state=True, backend=backend))
-    assert o.shape == (0, T, HV, V)
-    assert state.shape == (0, HV, K, V)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_sequences_return_no_states(backend: str) -> None:
-    o, state = gated_delta(**packed(ints(0), t=0, return_state=True, backend=backend))
-    assert o.shape == (1, 0, HV, V)
+@pytest.mark.parametrize(
+    ("arguments", "shape"),
+    [(sequence(b=0), (0, T, HV, V)), (packed(ints(0), t=0), (1, 0, HV, V))],
+    ids=["rows", "sequences"],
+)
+def test_no_rows_and_no_sequences_return_no_states(
+    backend: str, arguments: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    o, state = gated_delta(**arguments, return_state=True, backend=backend)
+    assert o.shape == shape
     assert state.shape == (0, HV, K, V)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -33,13 +33,8 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(commands.app, list(arguments), env={"COLUMNS": "200"})
 
 
-def process(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
-    start = ["-c", code] if code is not None else ["-m", "gdn_ops"]
-    return python(*start, *arguments)
-
-
 def test_python_dash_m_ends_with_the_exit_code() -> None:
-    done = process("check", "--backend", "nope")
+    done = python("-m", "gdn_ops", "check", "--backend", "nope")
     assert done.returncode == 2
     assert "gdn-ops: unknown backend 'nope', known: torch" in done.stderr
 
@@ -47,7 +42,7 @@ def test_python_dash_m_ends_with_the_exit_code() -> None:
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_the_extra_one_line_says_what_to_install(missing: str) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; from gdn_ops.cli import main; main()"
-    done = process(code=code)
+    done = python("-c", code)
     assert done.returncode == 2
     assert done.stderr == cli.NEEDS_EXTRA + "\n"
     assert done.stdout == ""
@@ -98,7 +93,7 @@ def test_check_passes_on_a_right_backend() -> None:
     assert re.search(r"naive: \d+ calls in \d+ s, passed", result.output)
 
 
-def test_check_prints_the_smallest_failing_call_and_exits_with_one() -> None:
+def test_check_prints_the_smallest_failing_call_and_exits_with_one(registry_as_found: None) -> None:
     from gdn_ops.backends.torch import Torch
 
     class Halved(Torch):
@@ -109,15 +104,10 @@ def test_check_prints_the_smallest_failing_call_and_exits_with_one() -> None:
             return out._replace(o=out.o / 2)
 
     gdn_ops.register_backend(Halved)
-    try:
-        result = run("check", "--backend", "halved", "--seconds", "0.1", "--seed", "1")
-    finally:
-        registry.unregister_backend("halved")
+    result = run("check", "--backend", "halved", "--seconds", "0.1", "--seed", "1")
     assert result.exit_code == 1
-    assert "FAIL" in result.output
-    assert "the smallest call that fails" in result.output
-    assert "'halved'" in result.output or '"halved"' in result.output
-    assert "halved: " in result.output and "failed" in result.output
+    for text in ("FAIL", "the smallest call that fails", "'halved'", "halved: ", "failed"):
+        assert text in result.output
 
 
 def test_check_says_why_a_backend_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,9 +126,11 @@ def test_check_without_hypothesis_says_what_to_install(monkeypatch: pytest.Monke
     assert "pip install 'gdn_ops[testing]'" in result.stderr
 
 
+BENCH = ("--backend", "torch", "--peer", "none", "--what", "forward", "--repeats", "1")
+
+
 def test_bench_writes_its_result(tmp_path: Path) -> None:
-    arguments = ("--backend", "torch", "--peer", "none", "--what", "forward", "--repeats", "1")
-    result = run("bench", "tiny", *arguments, "--out", str(tmp_path))
+    result = run("bench", "tiny", *BENCH, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "cpu-float32.json").read_text())
     assert [(row["what"], row["case"]) for row in data["rows"]] == [("forward", "tiny")]
@@ -146,12 +138,9 @@ def test_bench_writes_its_result(tmp_path: Path) -> None:
 
 
 def test_bench_refuses_wrong_numbers_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise RefusedError("no times are shown, the numbers are wrong: x")
-
-    monkeypatch.setattr(suite, "verify", refuse)
-    arguments = ("--backend", "torch", "--peer", "none", "--what", "forward", "--repeats", "1")
-    result = run("bench", "tiny", *arguments)
+    refusal = RefusedError("no times are shown, the numbers are wrong: x")
+    monkeypatch.setattr(suite, "verify", mock.Mock(side_effect=refusal))
+    result = run("bench", "tiny", *BENCH)
     assert result.exit_code == 1
     assert "no times are shown" in result.stderr
     assert "median" not in result.stdout

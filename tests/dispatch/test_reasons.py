@@ -86,23 +86,18 @@ def test_a_step_has_reasons_of_its_own() -> None:
 
 def test_a_pinned_backend_that_cannot_run_raises_and_never_falls_back() -> None:
     register_backend(make_backend("narrow", dtypes=("float16",), head_dims=(128,)))
-    assert message_of(BackendUnsupportedError, gated_delta, **arguments(), backend="narrow") == (
-        "backend 'narrow' cannot run gated_delta on these inputs\n"
-        "  q float32 (1, 4, 2, 8) cpu, v (1, 4, 4, 6), rule gated_delta\n"
-        "  narrow: dtype float32 (supported: float16); K=8 (supported: 128); V=6 (supported: 128)\n"
-        '  try backend="torch"'
-    )
-    assert message_of(
-        BackendUnsupportedError,
-        gated_delta_step,
-        **step_arguments(rule="linear", alpha=None),
-        backend="narrow",
-    ) == (
-        "backend 'narrow' cannot run gated_delta_step on these inputs\n"
-        "  q float32 (1, 2, 8) cpu, v (1, 4, 6), rule linear\n"
-        "  narrow: dtype float32 (supported: float16); K=8 (supported: 128); V=6 (supported: 128)\n"
-        '  try backend="torch"'
-    )
+    reasons = "dtype float32 (supported: float16); K=8 (supported: 128); V=6 (supported: 128)"
+    linear = step_arguments(rule="linear", alpha=None)
+    for op, call, shown in (
+        (gated_delta, arguments(), "(1, 4, 2, 8) cpu, v (1, 4, 4, 6), rule gated_delta"),
+        (gated_delta_step, linear, "(1, 2, 8) cpu, v (1, 4, 6), rule linear"),
+    ):
+        assert message_of(BackendUnsupportedError, op, **call, backend="narrow") == (
+            f"backend 'narrow' cannot run {op.__name__} on these inputs\n"
+            f"  q float32 {shown}\n"
+            f"  narrow: {reasons}\n"
+            '  try backend="torch"'
+        )
 
 
 def test_auto_without_any_that_can_gives_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,11 +119,9 @@ def test_auto_without_any_that_can_gives_every_reason(monkeypatch: pytest.Monkey
 
 
 def test_without_a_cure_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_backends", {})
-    monkeypatch.setattr(registry, "_instances", {})
+    registry._backends.clear()
     monkeypatch.setitem(registry.AUTO_ORDER, "cpu", ("narrow", "plain"))
     register_backend(make_backend("narrow", head_dims=(128,)))
     register_backend(make_backend("plain", dtypes=("float16",)))
-    with pytest.raises(BackendUnsupportedError) as caught:
-        gated_delta(**arguments())
-    assert str(caught.value).splitlines()[-1] == "  no other backend can run it either"
+    text = message_of(BackendUnsupportedError, gated_delta, **arguments())
+    assert text.splitlines()[-1] == "  no other backend can run it either"

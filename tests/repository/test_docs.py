@@ -15,6 +15,7 @@ import io
 import re
 import textwrap
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,17 +86,13 @@ def run_page(page: str, name: str) -> int:
 
 
 @pytest.fixture
-def restored(monkeypatch: pytest.MonkeyPatch) -> Any:
+def restored(registry_as_found: None) -> Iterator[None]:
     """Undo what a page may change: backends, the default backend, the logger."""
-    known, level, handlers = set(registry.known_backends()), registry.logger.level, []
-    handlers += registry.logger.handlers
-    monkeypatch.setattr(registry, "_default", "auto")
-    monkeypatch.setattr(registry, "_logged", set())
+    logger = registry.logger
+    level, handlers = logger.level, list(logger.handlers)
     yield
-    for name in set(registry.known_backends()) - known:
-        registry.unregister_backend(name)
-    registry.logger.setLevel(level)
-    registry.logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())

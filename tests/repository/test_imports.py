@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import sys
+from pathlib import Path
 
 import pytest
 
 import gdn_ops
-from paths import ROOT
+from paths import FOLDERS, ROOT
 from processes import printed
 
 OPTIONAL = (
@@ -127,13 +128,12 @@ def test_the_public_names_are_exactly_the_documented_ones() -> None:
 
 def public_modules() -> list[str]:
     """Return every module of gdn_ops whose name has no underscore, packages included."""
-    found = ["gdn_ops"]
-    for path in sorted((ROOT / "gdn_ops").glob("**/*.py")):
-        found.append(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    for folder in ("backends", "export"):
-        for path in sorted((ROOT / folder).glob("**/*.py")):
-            found.append(".".join(("gdn_ops", *path.relative_to(ROOT).with_suffix("").parts)))
-    names = {name.removesuffix(".__init__") for name in found}
+    paths = [
+        Path(package, path.relative_to(ROOT / folder))
+        for folder, package in FOLDERS.items()
+        for path in (ROOT / folder).glob("**/*.py")
+    ]
+    names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths}
     return sorted(name for name in names if "._" not in name)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import tomllib
 import zipfile
@@ -15,10 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from paths import ROOT
-
-FOLDERS = {"gdn_ops": "gdn_ops", "backends": "gdn_ops/backends", "export": "gdn_ops/export"}
-"""Each folder of the repository and where it stands in the wheel."""
+from paths import FOLDERS, ROOT, copy_package
+from processes import install, output_of
 
 SMOKE = """
 import sys
@@ -49,23 +45,9 @@ print(gdn_ops.__version__, "passes")
 """
 
 
-def run(*command: object, cwd: Path, **environment: str) -> str:
-    """Run a command and return what it prints; its stderr is the failure's text."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{command[:5]} failed:\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 def build(source: Path, out: Path, kind: str) -> Path:
     """Build a wheel or an sdist of a source tree without network; return the file."""
-    run(sys.executable, "-m", "build", "--no-isolation", kind, "--outdir", out, source, cwd=out)
+    output_of("-m", "build", "--no-isolation", kind, "--outdir", out, source, cwd=out)
     (built,) = out.iterdir()
     return built
 
@@ -96,10 +78,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "LICENSE", "README.md", "MANIFEST.in"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
-    for folder in FOLDERS:
-        ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignore)
-    return copy
+    return copy_package(copy)
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +91,9 @@ def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(source, tmp_path_factory.mktemp("sdist"), "--sdist")
 
 
-def package_files(wheel: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(wheel).items() if ".dist-info/" not in name}
-
-
 def test_the_wheel_holds_exactly_the_files_of_the_folders(wheel: Path) -> None:
-    built, expected = package_files(wheel), on_disk()
+    expected = on_disk()
+    built = {name: data for name, data in contents(wheel).items() if ".dist-info/" not in name}
     missing, extra = sorted(set(expected) - set(built)), sorted(set(built) - set(expected))
     assert not missing, f"not in the wheel (a package missing in pyproject.toml?): {missing}"
     assert not extra, f"in the wheel, but not in the folders: {extra}"
@@ -173,8 +149,8 @@ def test_all_pulls_everything_a_user_may_want_and_dev_everything_a_check_needs()
 
 def test_the_installed_wheel_runs_from_another_directory(wheel: Path, tmp_path: Path) -> None:
     target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    target.mkdir()
     elsewhere.mkdir()
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install")
-    run(*pip, "--no-deps", "--no-index", "--target", target, wheel, cwd=elsewhere)
-    printed = run(sys.executable, "-c", SMOKE, target, cwd=elsewhere, PYTHONPATH=str(target))
-    assert printed.endswith("passes\n")
+    install(target, wheel)
+    printed = output_of("-c", SMOKE, target, cwd=elsewhere, PYTHONPATH=str(target))
+    assert printed.endswith("passes")

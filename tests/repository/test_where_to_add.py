@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from gdn_ops import Backend, Forward, Limits, register_backend
+from gdn_ops import Forward, Limits, register_backend
 from gdn_ops.backends.naive import Naive
 from gdn_ops.call.bind import Call
-from gdn_ops.dispatch import registry
 from gdn_ops.testing import conformance
 from gdn_ops.testing.compiled import COMPILED, per_shape, per_width
 from gdn_ops.testing.example import Example
 from gdn_ops.testing.laws import LAWS
 from gdn_ops.testing.mutants import mutant
 from gdn_ops.testing.oracle import Verdict
-from gdn_ops.testing.runs import Law, compare, forward
-from paths import ROOT
+from gdn_ops.testing.runs import Law, compare, forward, installed
+from paths import ROOT, copy_package
+from processes import output_of
 
 
 @pytest.fixture(autouse=True)
-def added_for_a_while(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def added_for_a_while(registry_as_found: None) -> Iterator[None]:
     """Forget every backend, and every row of COMPILED, that a test adds."""
-    registry.known_backends()
-    for name in ("_backends", "_instances"):
-        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
-    before = dict(COMPILED)
-    yield
-    COMPILED.clear()
-    COMPILED.update(before)
+    with mock.patch.dict(COMPILED):
+        yield
 
 
 # In a copy of the repository.
@@ -43,11 +36,7 @@ def added_for_a_while(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package, for parts that are added by editing or adding a file."""
-    copy = tmp_path_factory.mktemp("house")
-    ignore = shutil.ignore_patterns("__pycache__")
-    for folder in ("gdn_ops", "backends", "export"):
-        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignore)
-    return copy
+    return copy_package(tmp_path_factory.mktemp("house"))
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -56,22 +45,13 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-def python(house: Path, *arguments: str) -> str:
-    """Run Python in a copy of the repository and return what it prints."""
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=house, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_a_file_in_backends_is_a_backend(house: Path) -> None:
     source = (ROOT / "tests/third_party_backend/gdn_ops_third_party.py").read_text(encoding="utf-8")
     source = source.replace('distribution = "gdn_ops_third_party"', 'distribution = "gdn_ops"')
     path = house / "backends" / "third_party.py"
     path.write_text(f"{source}\n\nBACKEND = ThirdParty\n", encoding="utf-8")
     check = ("check", "--backend", "third_party", "--seconds", "0.1", "--seed", "0")
-    printed = python(house, "-m", "gdn_ops", *check)
+    printed = output_of("-m", "gdn_ops", *check, cwd=house)
     assert "third_party: " in printed and ", passed" in printed
     edit(path, "call.scale * torch", "torch")
     code = """if True:
@@ -80,7 +60,7 @@ def test_a_file_in_backends_is_a_backend(house: Path) -> None:
         subject = subjects(get_backend("third_party"))[0]
         print(run_subject("third_party", subject, examples=20, seed=0).failure)
     """
-    assert "WRONG: o, " in python(house, "-c", code)
+    assert "WRONG: o, " in output_of("-c", code, cwd=house)
 
 
 FACTS = """
@@ -131,7 +111,7 @@ def test_a_fact_and_a_rule_of_an_op_stand_in_its_spec_alone(house: Path) -> None
         "strength = Interval(0.0, 1.0), Interval(0.0, 3.0)",
     )
     edit(spec, '    Rule("delta", ', '    Rule("renamed", "nobody"),\n    Rule("delta", ')
-    assert python(house, "-W", "ignore", "-c", FACTS).splitlines() == [
+    assert output_of("-W", "ignore", "-c", FACTS, cwd=house).splitlines() == [
         *("[]", "[]", "[]"),
         "True True",
         "  torch: rule renamed (supported: gated_delta, delta, gated, linear)",
@@ -151,8 +131,8 @@ def test_a_command_is_a_module_and_a_line(house: Path) -> None:
         "from gdn_ops.cli import hello_command\n"
         "app.command()(hello_command.hello)\n",
     )
-    assert python(house, "-m", "gdn_ops", "hello") == "hello\n"
-    assert "Greet." in python(house, "-m", "gdn_ops", "--help")
+    assert output_of("-m", "gdn_ops", "hello", cwd=house) == "hello"
+    assert "Greet." in output_of("-m", "gdn_ops", "--help", cwd=house)
 
 
 CLIENT = '''
@@ -181,7 +161,7 @@ print(torch.equal(delta_rule(k * 2, k, v, beta), v))
 def test_a_module_in_compat_is_a_client(house: Path) -> None:
     path = house / "gdn_ops" / "compat" / "heads_first.py"
     path.write_text(CLIENT, encoding="utf-8")
-    assert python(house, "-c", USE) == "True\n"
+    assert output_of("-c", USE, cwd=house) == "True"
 
 
 # A law.
@@ -202,9 +182,7 @@ def test_a_law_is_a_function_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = register_backend(mutant("dropped_scale", "naive"))
     rows = {}
     for name in ("naive", wrong.name):
-        backend = registry.get_backend(name)
-        assert isinstance(backend, Backend)
-        (subject,) = (s for s in conformance.subjects(backend) if s.law is law)
+        (subject,) = (s for s in conformance.subjects(installed(name)) if s.law is law)
         assert subject.name == "a doubled scale doubles the output"
         rows[name] = conformance.run_subject(name, subject, examples=20)
     assert rows["naive"].passed, rows["naive"].failure

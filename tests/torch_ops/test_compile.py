@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 import gdn_ops
+from errors import message_of
 from gdn_ops import Backend, Limits, SpecError
 from gdn_ops.backends import torch as torch_backend
 from gdn_ops.dispatch import order, registry
 from gdn_ops.spec.ops import GATED_DELTA_STEP
 from gdn_ops.torch_ops import onnx_export
+from good_calls import token
 from graphs import nodes
 
 WIDTH, H, HV, K, V = 6, 2, 4, 5, 3
@@ -186,20 +188,10 @@ def test_an_export_keeps_batch_and_length_dynamic(op: str, on: bool) -> None:
 def decode(**options: Any) -> Callable[..., Any]:
     """Return a compiled `gated_delta_step`, one full graph."""
 
-    def step(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return gdn_ops.gated_delta_step(*values, **options)
+    def step(**values: Any) -> tuple[Tensor, Tensor]:
+        return gdn_ops.gated_delta_step(**values, **options)
 
     return torch.compile(step, fullgraph=True, backend="eager")
-
-
-def token(**changes: Any) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    shapes = {"q": (2, H, K), "k": (2, H, K), "v": (2, HV, V), "alpha": (2, HV), "beta": (2, HV)}
-    found: dict[str, Any] = {
-        n: torch.rand(shape, generator=generator) for n, shape in shapes.items()
-    }
-    found["state"] = torch.rand(2, HV, K, V, generator=generator)
-    return [*(found | changes).values()]
 
 
 def test_a_graph_does_not_ask_which_devices_have_autocast(
@@ -209,7 +201,7 @@ def test_a_graph_does_not_ask_which_devices_have_autocast(
         raise AssertionError(f"asked for {device_type}, but Dynamo of torch 2.11 cannot trace it")
 
     monkeypatch.setattr(torch._C, "_is_autocast_available", untraceable)
-    torch.testing.assert_close(decode()(*token()), gdn_ops.gated_delta_step(*token()))
+    torch.testing.assert_close(decode()(**token()), gdn_ops.gated_delta_step(**token()))
 
 
 @pytest.mark.parametrize("op", ["gated_delta", "gated_delta_step", "gated_delta_steps"])
@@ -252,12 +244,12 @@ def test_a_backend_that_is_not_installed_is_passed_over_without_an_import_in_the
     monkeypatch.setitem(registry._backends, "needy", Needy)
     monkeypatch.setitem(registry._backends, "broken", "gdn_ops_needy_backend")
     monkeypatch.setitem(order.AUTO_ORDER, "cpu", ("needy", "broken", "torch", "naive"))
-    torch.testing.assert_close(decode()(*token()), gdn_ops.gated_delta_step(*token()))
+    torch.testing.assert_close(decode()(**token()), gdn_ops.gated_delta_step(**token()))
     assert "gdn_ops_needy_backend" not in sys.modules
 
 
 def test_a_traceable_backend_with_reasons_is_passed_over_as_it_is_without_a_graph(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, registry_as_found: None
 ) -> None:
     class Narrow(torch_backend.Torch):
         name = "narrow"
@@ -265,32 +257,27 @@ def test_a_traceable_backend_with_reasons_is_passed_over_as_it_is_without_a_grap
 
     registry.register_backend(Narrow)
     monkeypatch.setitem(order.AUTO_ORDER, "cpu", ("narrow", "naive"))
-    try:
-        torch.testing.assert_close(decode()(*token()), gdn_ops.gated_delta_step(*token()))
-        with pytest.raises(Exception, match=r"dtype float32 \(supported: bfloat16\)"):
-            decode(backend="narrow")(*token())
-    finally:
-        registry.unregister_backend("narrow")
+    torch.testing.assert_close(decode()(**token()), gdn_ops.gated_delta_step(**token()))
+    with pytest.raises(Exception, match=r"dtype float32 \(supported: bfloat16\)"):
+        decode(backend="narrow")(**token())
 
 
 def test_a_graph_warns_of_a_narrow_alpha_as_eager_does() -> None:
-    alpha = token()[3].bfloat16()
+    alpha = token()["alpha"].bfloat16()
     text = "gated_delta_step: alpha is bfloat16, which has no value between"
     with pytest.warns(UserWarning, match=text):
-        expected = gdn_ops.gated_delta_step(*token(alpha=alpha))
+        expected = gdn_ops.gated_delta_step(**token(alpha=alpha))
     with pytest.warns(UserWarning, match=text):
-        torch.testing.assert_close(decode()(*token(alpha=alpha)), expected)
+        torch.testing.assert_close(decode()(**token(alpha=alpha)), expected)
 
 
 def test_a_bad_step_is_refused_in_the_same_words() -> None:
-    bad = token(k=torch.rand(2, H, K + 1))
-    with pytest.raises(SpecError) as expected:
-        gdn_ops.gated_delta_step(*bad)
-    with pytest.raises(SpecError) as found:
-        torch.compile(gdn_ops.gated_delta_step, backend="eager")(*bad)
-    assert str(found.value) == str(expected.value)
-    assert str(found.value).startswith(f"{GATED_DELTA_STEP.name}: k has shape (2, 2, 6), should")
+    bad = token(k=torch.rand(2, 4, 17))
+    compiled = torch.compile(gdn_ops.gated_delta_step, backend="eager")
+    message = message_of(SpecError, compiled, **bad)
+    assert message == message_of(SpecError, gdn_ops.gated_delta_step, **bad)
+    assert message.startswith(f"{GATED_DELTA_STEP.name}: k has shape (2, 4, 17), should")
     with pytest.raises(SpecError, match=r"alpha is 0\.5, should be a torch\.Tensor"):
-        torch.compile(gdn_ops.gated_delta_step, backend="eager")(*token(alpha=0.5))
+        compiled(**token(alpha=0.5))
     with pytest.raises(Exception, match="SpecError"):
-        decode()(*bad)
+        decode()(**bad)
