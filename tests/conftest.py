@@ -59,20 +59,20 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def allocated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """Every tensor that a call allocates, NaN inside and a number in its fences."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     empty = torch.empty
 
     def fenced_empty(*size: Any, **options: Any) -> Tensor:
         inside = empty(*size, **options)
         if not inside.is_floating_point():
             return inside
-        found.append(fenced(inside.fill_(float("nan")), 7.0))
-        return found[-1]
+        tensors.append(fenced(inside.fill_(float("nan")), 7.0))
+        return tensors[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", fenced_empty)
         patch.setattr(torch, "empty_like", lambda x, **o: fenced_empty(x.shape, dtype=x.dtype))
-        yield found
+        yield tensors
 
 
 @pytest.fixture

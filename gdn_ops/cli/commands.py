@@ -71,24 +71,24 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show versions, devices, threads, and what every backend can run here."""
-    found = info_command.collect()
+    collected = info_command.collect()
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(collected, indent=2))
         return
-    threads = found["threads"]
-    facts = [(name, version or "not installed") for name, version in found["versions"].items()]
-    facts += [("warning", text) for text in found["warnings"]]
-    if found["driver"] is not None:
-        facts.append(("driver", found["driver"]))
-    facts.append(("platform", found["platform"]))
-    facts += [(d["device"], f"{d['name']} {d['capability']}") for d in found["devices"]]
+    threads = collected["threads"]
+    facts = [(name, version or "not installed") for name, version in collected["versions"].items()]
+    facts += [("warning", text) for text in collected["warnings"]]
+    if collected["driver"] is not None:
+        facts.append(("driver", collected["driver"]))
+    facts.append(("platform", collected["platform"]))
+    facts += [(d["device"], f"{d['name']} {d['capability']}") for d in collected["devices"]]
     facts.append(("threads", f"{threads['torch']} of {threads['cores']} cores\n"))
     console = Console()
     for name, fact in facts:
         text = f"{name:<13} {escape(fact)}"
         console.print(text, highlight=False, soft_wrap=name == "warning")
     table = Table("backend", "version", "status", "can run", "check")
-    certificates = {row["name"]: row["certificates"] for row in found["backends"]}
+    certificates = {row["name"]: row["certificates"] for row in collected["backends"]}
     for backend in gdn_ops.list_backends():
         limits = info_command.limits_text(backend.limits)
         checks = "\n".join(map(": ".join, certificates[backend.name].items()))

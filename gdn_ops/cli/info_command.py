@@ -24,10 +24,10 @@ def collect() -> dict[str, Any]:
         row = {"name": info.name, "version": info.version, "status": info.status}
         standings = _standings(info, recorded)
         backends.append({**row, "limits": limits, "certificates": standings})
-    found = versions.installed_versions()
+    installed = versions.installed_versions()
     return {
-        "versions": found,
-        "warnings": versions.warnings(found),
+        "versions": installed,
+        "warnings": versions.warnings(installed),
         "driver": driver_version(),
         "platform": platform.platform(terse=True),
         "devices": devices(),
@@ -44,14 +44,14 @@ def _standings(
     backend = registry.get_backend(info.name)
     if isinstance(backend, str):
         return {}
-    limits, found = backend.limits, {}
+    limits, standings = backend.limits, {}
     for device in devices():
         kind = device["device"].partition(":")[0]
         name, emulates = device["device"], kind in limits.emulated_devices
         if emulates or "*" in limits.devices or kind in limits.devices:
             standing = certificate.standing(type(backend), name, recorded)
-            found[f"{name} (emulated)" if emulates else name] = str(standing)
-    return found
+            standings[f"{name} (emulated)" if emulates else name] = str(standing)
+    return standings
 
 
 def _plain(limits: dict[str, Any]) -> dict[str, Any]:

@@ -105,8 +105,8 @@ def table_accuracy(x: Tensor, contexts: tuple[int, ...]) -> float:
     text, table, hits = bytes(x.tolist()), dict[bytes, int](), 0
     for t in range(len(text) - 1):
         keys = [text[t - n + 1 : t + 1] for n in sorted(contexts, reverse=True) if n <= t + 1]
-        found = next((table[key] for key in keys if key in table), -1)
-        hits += found == text[t + 1]
+        guess = next((table[key] for key in keys if key in table), -1)
+        hits += guess == text[t + 1]
         table.update((key, text[t + 1]) for key in keys)
     return hits / max(1, len(text) - 1)
 
@@ -115,11 +115,11 @@ def rule_accuracies(
     memory: Memory, x: Tensor, given: Operands, backend: str = "auto"
 ) -> list[tuple[str, float]]:
     """Return the next-byte accuracy of each rule of the family."""
-    found = []
+    accuracies = []
     for rule in RULES:
         o, _ = read_through(given, rule.name, backend)
-        found.append((rule.name, hit_rate(predict(memory, o)[0], x)))
-    return found
+        accuracies.append((rule.name, hit_rate(predict(memory, o)[0], x)))
+    return accuracies
 
 
 def boundaries(text: bytes) -> tuple[int, ...]:

@@ -94,51 +94,44 @@ def run(
             rows.append(measure.backend_row(name, given, exact))
         now("continuing the text")
         decoded = measure.decode(memory, x, count, backend)
-    found = Findings(majority, table, rules, reset, rows, decoded)
-    _print(console, memory, text, found)
-    return found
+    findings = Findings(majority, table, rules, reset, rows, decoded)
+    _print(console, memory, text, findings)
+    return findings
 
 
-def _print(console: Console, memory: Memory, text: bytes, found: Findings) -> None:
+def _print(console: Console, memory: Memory, text: bytes, findings: Findings) -> None:
     heads = ", ".join(map(str, memory.contexts))
     K, V = memory.signs.shape[-1], memory.codes.shape[-1]
     console.print(
         f"A memory of {memory.heads} heads of {K} x {V} numbers reads {len(text)} bytes once.\n"
         f"Keys: the last {heads} bytes as random signs; values: the next byte. No training.\n"
     )
-    _print_accuracy(console, found)
-    _print_reset(console, found.reset)
-    _print_backends(console, found.backends, len(text))
-    _print_decode(console, text, found.decode)
+    _print_accuracy(console, findings)
+    _print_reset(console, findings.reset)
+    _print_backends(console, findings.backends, len(text))
+    _print_decode(console, text, findings.decode)
 
 
-def _print_accuracy(console: Console, found: Findings) -> None:
+def _print_accuracy(console: Console, findings: Findings) -> None:
     table = Table("predictor", "next byte right", title="Next-byte accuracy, first reading")
-    for rule, rate in found.rules:
+    for rule, rate in findings.rules:
         table.add_row(f'rule="{rule}"', f"{rate:.1%}")
     table.add_section()
-    table.add_row("majority: always the commonest byte", f"{found.majority:.1%}")
-    table.add_row("exact table of the same contexts, last seen", f"{found.table:.1%}")
+    table.add_row("majority: always the commonest byte", f"{findings.majority:.1%}")
+    table.add_row("exact table of the same contexts, last seen", f"{findings.table:.1%}")
     console.print(table)
 
 
 def _print_reset(console: Console, reset: ResetEffect) -> None:
-    table = Table(
-        "", "memory kept", "alpha = 0 at boundaries", title="A reset at a chapter boundary"
-    )
-    table.add_row(
-        f"accuracy, {measure.AFTER} bytes after a boundary",
-        f"{reset.kept:.1%}",
-        f"{reset.cleared:.1%}",
-    )
-    table.add_row(
-        "accuracy, all other bytes", f"{reset.kept_later:.1%}", f"{reset.cleared_later:.1%}"
-    )
-    table.add_row(
-        "largest change of o if the past was another text",
-        f"{reset.leak_kept:.3g}",
-        f"{reset.leak_cleared:.3g}",
-    )
+    title = "A reset at a chapter boundary"
+    table = Table("", "memory kept", "alpha = 0 at boundaries", title=title)
+    for where, kept, cleared in (
+        (f"{measure.AFTER} bytes after a boundary", reset.kept, reset.cleared),
+        ("all other bytes", reset.kept_later, reset.cleared_later),
+    ):
+        table.add_row(f"accuracy, {where}", f"{kept:.1%}", f"{cleared:.1%}")
+    leaks = (f"{leak:.3g}" for leak in (reset.leak_kept, reset.leak_cleared))
+    table.add_row("largest change of o if the past was another text", *leaks)
     console.print(table)
     exact = "exactly nothing" if reset.leak_cleared == 0 else f"{reset.leak_cleared:.3g}"
     console.print(

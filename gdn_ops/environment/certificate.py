@@ -97,14 +97,14 @@ def read_certificates() -> list[Certificate]:
 
 def _checked(row: dict[str, object]) -> Certificate:
     """Return a row of the file as a certificate, after a check of every field's type."""
-    found = Certificate(**row)  # type: ignore[arg-type]
+    certificate = Certificate(**row)  # type: ignore[arg-type]
     kinds = {"passed": bool, "examples": int, "seconds": (int, float), "seed": int}
     kinds |= {"built_with": dict}
-    for field in fields(found):
-        value = getattr(found, field.name)
+    for field in fields(certificate):
+        value = getattr(certificate, field.name)
         if not isinstance(value, kinds.get(field.name, str)):  # type: ignore[arg-type]
             raise TypeError(f"{field.name} is {value!r}")
-    return found
+    return certificate
 
 
 def record(result: Certificate) -> Path:
@@ -134,10 +134,10 @@ def suspend(cls: type[Backend], device: str) -> None:
     Done before a check, whose result is recorded after it: a kernel that ends the process, or
     that hangs until somebody ends it, so loses its certificate.
     """
-    found = read_certificates()
+    recorded = read_certificates()
     here, name = circumstances(cls, device), device_name(device)
-    kept = [c for c in found if not (c.passed and _key(c) == (cls.name, name, here))]
-    if len(kept) < len(found):
+    kept = [c for c in recorded if not (c.passed and _key(c) == (cls.name, name, here))]
+    if len(kept) < len(recorded):
         _write(kept)
 
 
@@ -207,8 +207,8 @@ def standing(
         known: certificates, read from the file by default.
     """
     name = device_name(device)
-    found = read_certificates() if known is None else known
-    own = [c for c in found if (c.backend, c.device) == (cls.name, name)]
+    recorded = read_certificates() if known is None else known
+    own = [c for c in recorded if (c.backend, c.device) == (cls.name, name)]
     if not own:
         return Standing("none")
     here = circumstances(cls, device)
@@ -222,12 +222,12 @@ def standing(
 
 
 def _changes(then: dict[str, str], now: dict[str, str]) -> tuple[str, ...]:
-    found = []
+    changes = []
     for key in sorted(then.keys() | now.keys()):
         old, new = then.get(key, "absent"), now.get(key, "absent")
         if old != new:
-            found.append("its source changed" if key == "source" else f"{key} {old} is now {new}")
-    return tuple(found)
+            changes.append("its source changed" if key == "source" else f"{key} {old} is now {new}")
+    return tuple(changes)
 
 
 @functools.cache

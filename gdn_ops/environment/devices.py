@@ -13,14 +13,14 @@ from gdn_ops.environment.provenance import cpu_model
 def devices() -> list[dict[str, str]]:
     """Return every device torch can use: its type, name and capability."""
     capability = torch.backends.cpu.get_cpu_capability()
-    found = [{"device": "cpu", "name": cpu_model(), "capability": capability}]
+    listed = [{"device": "cpu", "name": cpu_model(), "capability": capability}]
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         name = torch.cuda.get_device_name(i)
-        found.append({"device": f"cuda:{i}", "name": name, "capability": f"sm{major}{minor}"})
+        listed.append({"device": f"cuda:{i}", "name": name, "capability": f"sm{major}{minor}"})
     if torch.backends.mps.is_available():
-        found.append({"device": "mps", "name": platform.processor(), "capability": ""})
-    return found
+        listed.append({"device": "mps", "name": platform.processor(), "capability": ""})
+    return listed
 
 
 def threads() -> dict[str, int]:

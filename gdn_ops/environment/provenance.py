@@ -39,9 +39,9 @@ def driver_version() -> str | None:
         if Path(path).is_file():
             # NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.03  Tue ...
             words = Path(path).read_text().split()
-            found = [w for w in words if w[:1].isdigit() and "." in w]
-            if found:
-                return found[0]
+            versions = [w for w in words if w[:1].isdigit() and "." in w]
+            if versions:
+                return versions[0]
     if not torch.cuda.is_available():
         return None
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -73,8 +73,8 @@ def _source_files(module: ModuleType) -> list[Path]:
         return []
     if not hasattr(top, "__path__"):
         return [Path(path)]
-    found = Path(path).parent.rglob("*")
-    return sorted(p for p in found if p.is_file() and "__pycache__" not in p.parts)
+    paths = Path(path).parent.rglob("*")
+    return sorted(p for p in paths if p.is_file() and "__pycache__" not in p.parts)
 
 
 def source_hash(cls: type[Backend]) -> str:
@@ -88,9 +88,9 @@ def source_hash(cls: type[Backend]) -> str:
         module = sys.modules.get(base.__module__)
         if module is None or base is Backend or not issubclass(base, Backend):
             continue
-        found = _source_files(module)
-        root = found[0].parent if found else None
-        files |= {p: f"{base.__module__}:{p.relative_to(root)}" for p in found if root is not None}
+        paths = _source_files(module)
+        root = paths[0].parent if paths else None
+        files |= {p: f"{base.__module__}:{p.relative_to(root)}" for p in paths if root is not None}
     for path, name in sorted(files.items(), key=lambda item: item[1]):
         digest.update(f"{name}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
@@ -99,10 +99,10 @@ def source_hash(cls: type[Backend]) -> str:
 
 def circumstances(cls: type[Backend], device: str) -> dict[str, str]:
     """Return the versions that a backend's result on a torch device depends on, by name."""
-    found = {"torch": torch.__version__, "gdn_ops": installed_version("gdn_ops") or "unknown"}
-    found |= {package: package_version(package) for package in cls.requires}
-    if cls.distribution not in found:
-        found[cls.distribution] = installed_version(cls.distribution) or "unknown"
+    versions = {"torch": torch.__version__, "gdn_ops": installed_version("gdn_ops") or "unknown"}
+    versions |= {package: package_version(package) for package in cls.requires}
+    if cls.distribution not in versions:
+        versions[cls.distribution] = installed_version(cls.distribution) or "unknown"
     if device.partition(":")[0] == "cuda":
-        found["driver"] = driver_version() or "unknown"
-    return {**found, **cls.tools(device), "source": source_hash(cls)}
+        versions["driver"] = driver_version() or "unknown"
+    return {**versions, **cls.tools(device), "source": source_hash(cls)}

@@ -59,12 +59,11 @@ def warnings(
         if name == "python":
             # Releases of one Python differ in repairs only.
             version = ".".join(version.split(".")[:2])
+        text = ""
         if version_key(version) > version_key(high):
-            lines.append(
-                f"{name} {version} is newer than {high}, the newest that was tested: {PAGE}"
-            )
+            text = f"newer than {high}, the newest"
         elif version_key(version) < version_key(low):
-            lines.append(
-                f"{name} {version} is older than {low}, the oldest that was tested: {PAGE}"
-            )
+            text = f"older than {low}, the oldest"
+        if text:
+            lines.append(f"{name} {version} is {text} that was tested: {PAGE}")
     return lines

@@ -142,13 +142,7 @@ def _broken_fence(
 ) -> Iterator[Verdict]:
     """Yield a failing verdict for each change to memory that no row names.
 
-    Args:
-        call: the call.
-        before: the buffer as it was.
-        buffer: the buffer after the call, `pool` being a part of it.
-        pool: what the call was given.
-        new: what it returned.
-        inplace: as in the call.
+    The call was given `pool`, a part of `buffer`, which was `before`; it returned `new`.
     """
     assert call.slots is not None
     if inplace != (new is pool):
@@ -219,12 +213,8 @@ def _verdicts(
 ) -> Iterator[Verdict]:
     """Run a decode op and yield the verdicts on its results and on the memory beside them.
 
-    Args:
-        call: the call.
-        wanted: what its results should be after each token.
-        run: runs the op on a state or a pool, in place or not; returns o (B, T, HV, V), the new
-            state, and perhaps the states after every token.
-        inplace: as in the call.
+    `run` takes a state or a pool, and whether to update it in place; it returns o (B, T, HV, V),
+    the new state, and perhaps the states after every token. `wanted` judges them after each.
     """
     given = call.state
     if call.slots is not None:

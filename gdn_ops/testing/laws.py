@@ -140,11 +140,11 @@ def a_full_write_is_recalled_exactly(backend: str, example: Example) -> Verdict:
     arguments["beta"] = torch.ones_like(arguments["beta"])
     arguments["q"] = arguments["k"]
     o = forward(arguments, backend)["o"]
-    judged = judgement_of(arguments, None, example)
+    judgement = judgement_of(arguments, None, example)
     # A key has norm 1 only up to its rounding: the definition says how much that changes.
-    missed = norms(judged.reference["o"] - arguments["v"].double(), "o", example)
-    allowance = {"o": judged.allowance["o"] + missed}
-    return replace(judged, reference={"o": arguments["v"]}, allowance=allowance).judge({"o": o})
+    missed = norms(judgement.reference["o"] - arguments["v"].double(), "o", example)
+    allowance = {"o": judgement.allowance["o"] + missed}
+    return replace(judgement, reference={"o": arguments["v"]}, allowance=allowance).judge({"o": o})
 
 
 def a_reflection_keeps_the_norm(backend: str, example: Example) -> Verdict:
@@ -162,15 +162,15 @@ def a_reflection_keeps_the_norm(backend: str, example: Example) -> Verdict:
     arguments["beta"] = torch.full_like(arguments["beta"], 2.0)
     arguments["v"] = torch.zeros_like(arguments["v"])
     state = forward(arguments, backend)["final_state"]
-    judged = judgement_of(arguments, None, example)
+    judgement = judgement_of(arguments, None, example)
     before, after, exact = (
         norms(x, "final_state", example)
-        for x in (arguments["initial_state"], state, judged.reference["final_state"])
+        for x in (arguments["initial_state"], state, judgement.reference["final_state"])
     )
     # A key has norm 1 only up to its rounding: the definition says how much that changes. And
     # the state is a sum of T writes, each of at most twice its norm.
     writes = 2 * example.T * inner_product(state.dtype, example) * before
-    allowed = judged.allowance["final_state"] + (exact - before).abs() + writes
+    allowed = judgement.allowance["final_state"] + (exact - before).abs() + writes
     ratio = float(((after - before).abs() / allowed).max()) if before.numel() else 0.0
     return Verdict(ratio, "norm of final_state / its allowance", ratio, 1.0)
 

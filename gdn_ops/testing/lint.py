@@ -41,8 +41,8 @@ def _check_rules(spec: OpSpec) -> list[str]:
     """Compare the rules with the choices of the argument `rule`, which offers them."""
     offered = {choice for attr in spec.attrs if attr.name == "rule" for choice in attr.choices}
     missing, unknown = set(spec.rule) - offered, offered - set(spec.rule)
-    found = [f"spec: rule {name!r} is no choice of the argument 'rule'" for name in sorted(missing)]
-    return found + [
+    texts = [f"spec: rule {name!r} is no choice of the argument 'rule'" for name in sorted(missing)]
+    return texts + [
         f"spec: the argument 'rule' offers {name!r}, which is no rule" for name in map(str, unknown)
     ]
 
@@ -176,8 +176,8 @@ def _entries(documentation: str, name: str) -> list[str]:
 
 def _choices(entries: Iterable[str]) -> set[str]:
     """Return the values offered as "One of a, b." or as a table cell of quoted words."""
-    found: set[str] = set()
+    offered: set[str] = set()
     for entry in entries:
         listed = _CHOICES.search(entry)
-        found |= set(listed[1].split(", ") if listed else re.findall(r"`(\w+)`", entry))
-    return found
+        offered |= set(listed[1].split(", ") if listed else re.findall(r"`(\w+)`", entry))
+    return offered

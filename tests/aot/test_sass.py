@@ -64,8 +64,8 @@ def test_a_tool_that_nothing_has_is_an_error_that_says_what_brings_it() -> None:
     )
 
 
-def row(target: str = "sm_90a", **found: object) -> CompiledKernel:
-    return CompiledKernel("kernel", "sample", target, **found)  # type: ignore[arg-type]
+def row(target: str = "sm_90a", **fields: object) -> CompiledKernel:
+    return CompiledKernel("kernel", "sample", target, **fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_spills_fail_a_reference_beyond_what_is_granted() -> None:
 def test_a_product_in_16_bits_with_64_rows_must_use_the_matrix_unit_of_hopper(
     target: str, product: Product, instructions: dict[str, int], failures: tuple[str, ...]
 ) -> None:
-    found = with_failures(row(target, instructions=instructions), [product], False, {})
-    assert found.failures == failures
+    judged_row = with_failures(row(target, instructions=instructions), [product], False, {})
+    assert judged_row.failures == failures
 
 
 def test_a_target_without_its_letter_is_refused_for_what_it_leaves_out() -> None:

@@ -78,10 +78,10 @@ def test_info_warns_of_a_version_that_was_never_tested(monkeypatch: pytest.Monke
 
 def test_info_as_json_has_the_limits_as_data() -> None:
     result = run("info", "--json")
-    found = json.loads(result.output)
-    assert found["versions"]["gdn_ops"] == gdn_ops.__version__
-    assert found["devices"][0]["device"] == "cpu"
-    by_name = {row["name"]: row for row in found["backends"]}
+    info = json.loads(result.output)
+    assert info["versions"]["gdn_ops"] == gdn_ops.__version__
+    assert info["devices"][0]["device"] == "cpu"
+    by_name = {row["name"]: row for row in info["backends"]}
     assert by_name["torch"]["status"] == "available"
     assert by_name["torch"]["limits"]["devices"] == ["*"]
 

@@ -117,15 +117,15 @@ def test_everything_measured_is_printed(memory: Memory, monkeypatch: pytest.Monk
     only_torch = [info for info in show.explain.list_backends() if info.name == "torch"]
     monkeypatch.setattr(show.explain, "list_backends", lambda: only_torch)
     stream = io.StringIO()
-    found = show.run(REPETITIVE, Console(file=stream, width=120), count=8, memory=memory)
+    findings = show.run(REPETITIVE, Console(file=stream, width=120), count=8, memory=memory)
     printed = stream.getvalue()
-    for rule, rate in found.rules:
+    for rule, rate in findings.rules:
         assert f'rule="{rule}"' in printed
         assert f"{rate:.1%}" in printed
-    assert f"{found.majority:.1%}" in printed
+    assert f"{findings.majority:.1%}" in printed
     assert "exactly nothing of the past is left" in printed
     assert "same next byte at 8 of 8 positions" in " ".join(printed.split())
-    assert found.decode.added.decode() in printed.replace(chr(10), " ")
+    assert findings.decode.added.decode() in printed.replace(chr(10), " ")
 
 
 def test_a_text_too_short_is_an_error() -> None:

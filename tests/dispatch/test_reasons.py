@@ -28,22 +28,14 @@ pytestmark = pytest.mark.usefixtures("registry_as_found")
             "state dtype bfloat16 (supported: float32, float64)",
         ),
         ({"rules": ("delta", "linear")}, {}, "rule gated_delta (supported: delta, linear)"),
-        (
-            {"ops": ("gated_delta_step",)},
-            {},
-            "op gated_delta (supported: gated_delta_step)",
-        ),
+        ({"ops": ("gated_delta_step",)}, {}, "op gated_delta (supported: gated_delta_step)"),
         (
             {"grad": False},
             {"v": torch.zeros(1, 4, 4, 6, requires_grad=True)},
             "gradients needed (supported: forward only)",
         ),
         ({"varlen": False}, {"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens is not supported"),
-        (
-            {"chunk_sizes": (32, 64)},
-            {"chunk_size": 16},
-            "chunk_size=16 (supported: 32, 64)",
-        ),
+        ({"chunk_sizes": (32, 64)}, {"chunk_size": 16}, "chunk_size=16 (supported: 32, 64)"),
     ],
 )
 def test_a_limit_becomes_one_reason(

@@ -45,13 +45,13 @@ class Block(NamedTuple):
 
 
 def blocks_of(page: str) -> list[Block]:
-    found = []
+    blocks = []
     for match in FENCE.finditer(page):
         _, language, info, text = match.groups()
         title = re.search(r'title="(\w+)"', info)
         line = page.count("\n", 0, match.start(4)) + 1
-        found.append(Block(line, language, title[1] if title else "", textwrap.dedent(text)))
-    return found
+        blocks.append(Block(line, language, title[1] if title else "", textwrap.dedent(text)))
+    return blocks
 
 
 def run_block(block: Block, name: str, namespace: dict[str, Any]) -> tuple[str, str]:

@@ -40,7 +40,7 @@ PUBLIC = {
 
 
 def test_forward_and_backward_work_with_every_optional_package_blocked() -> None:
-    found = printed(
+    output = printed(
         BLOCK
         + """
 import torch
@@ -57,14 +57,14 @@ assert all("is not installed" in status for status in missing.values()), missing
 """
     )
     # The same key three times: each write replaces the last, and each read returns it.
-    assert found.splitlines() == [
+    assert output.splitlines() == [
         "[1.0, 1.0, 1.0, 1.0, 1.0, 1.0] [1.0, 1.0]",
         "[1.0, 1.0]",
     ]
 
 
 def test_import_loads_nothing_that_torch_has_not_loaded() -> None:
-    found = printed(
+    output = printed(
         f"""
 import sys
 import torch
@@ -76,7 +76,7 @@ print([name for name in {OPTIONAL!r} if name in sys.modules])
 print([name for name in sys.modules if name.startswith("gdn_ops.backends.")])
 """
     )
-    new, optional, backends = map(ast.literal_eval, found.splitlines())
+    new, optional, backends = map(ast.literal_eval, output.splitlines())
     heavy = [name for name in new if name.partition(".")[0] not in sys.stdlib_module_names]
     assert heavy == [], "import gdn_ops loads more than torch; torch._dynamo alone takes a second"
     assert optional == []
@@ -84,7 +84,7 @@ print([name for name in sys.modules if name.startswith("gdn_ops.backends.")])
 
 
 def test_a_step_compiles_as_the_first_call_of_a_process() -> None:
-    found = printed(
+    output = printed(
         """
 import torch
 import gdn_ops
@@ -96,7 +96,7 @@ torch.testing.assert_close((o, new), expected)
 print(o.isfinite().all().item())
 """  # noqa: E501
     )
-    assert found == "True"
+    assert output == "True"
 
 
 @pytest.mark.parametrize(

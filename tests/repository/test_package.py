@@ -61,14 +61,14 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 def on_disk() -> dict[str, bytes]:
     """Return every file of the package's folders, by its name in the wheel."""
-    found = {}
+    files = {}
     for folder, package in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts and path.name[0] != ".":
                 name = path.relative_to(ROOT / folder).as_posix()
                 if folder != "gdn_ops" or name.partition("/")[0] not in ("backends", "export"):
-                    found[f"{package}/{name}"] = path.read_bytes()
-    return found
+                    files[f"{package}/{name}"] = path.read_bytes()
+    return files
 
 
 @pytest.fixture(scope="module")

@@ -266,11 +266,7 @@ def test_a_decay_per_channel_is_a_shape_of_alpha_and_a_reason_against_who_lacks_
     ("shape", "rule", "text"),
     [
         ((1, 5, 2, 3), "gated", ", a channel decay; rule 'gated' takes scalar decays"),
-        (
-            (1, 5, 2, 4),
-            "gated_delta",
-            ", should be (B, T, HV, K) = (1, 5, 2, 3); K is fixed by q",
-        ),
+        ((1, 5, 2, 4), "gated_delta", ", should be (B, T, HV, K) = (1, 5, 2, 3); K is fixed by q"),
         ((5, 2), "gated_delta", ", should be (B, T, HV) or (B, T, HV, K)"),
     ],
 )

@@ -180,5 +180,5 @@ def test_a_wrong_spec_is_noticed_and_the_culprit_named(
 
 
 def test_text_that_is_no_schema_is_a_finding() -> None:
-    found = lint(GATED_DELTA, gdn_ops.gated_delta, schema="q", documentation=docs.page(GATED_DELTA))
-    assert found == ["schema: 'q' is not of the form name(arguments) -> (outputs)"]
+    texts = lint(GATED_DELTA, gdn_ops.gated_delta, schema="q", documentation=docs.page(GATED_DELTA))
+    assert texts == ["schema: 'q' is not of the form name(arguments) -> (outputs)"]

@@ -37,8 +37,8 @@ def telling_subjects(planted: str) -> list[Subject]:
 
 
 def decode_subjects(planted: str) -> list[Subject]:
-    found = subjects(installed(planted))
-    return [subject for subject in found if subject.law and subject.law.draws_decode]
+    its_subjects = subjects(installed(planted))
+    return [subject for subject in its_subjects if subject.law and subject.law.draws_decode]
 
 
 def test_a_mutant_is_caught_with_the_call_that_shows_it(planted: str) -> None:

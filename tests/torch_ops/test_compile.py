@@ -78,17 +78,17 @@ def results(model: Callable[..., Any], *values: Tensor, grad: bool, on: bool) ->
     x, state = (y.clone().requires_grad_(grad) for y in values)
     with torch.set_grad_enabled(grad):
         with autocast(on):
-            found = model(x, state)
+            outputs = model(x, state)
         if grad:
             leaves = [x, state, *model.parameters()]  # type: ignore[attr-defined]
-            total = sum(y.float().square().sum() for y in found)
-            found = (*found, *torch.autograd.grad(total, leaves))
-    return [*found]
+            total = sum(y.float().square().sum() for y in outputs)
+            outputs = (*outputs, *torch.autograd.grad(total, leaves))
+    return [*outputs]
 
 
-def same(found: list[Any], expected: list[Any]) -> None:
-    assert [x.dtype for x in found] == [x.dtype for x in expected]
-    torch.testing.assert_close(found, expected)
+def same(actual: list[Any], expected: list[Any]) -> None:
+    assert [x.dtype for x in actual] == [x.dtype for x in expected]
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.fixture(autouse=True)
@@ -132,11 +132,11 @@ def test_inductor_trains_a_model(op: str, backend: str, on: bool) -> None:
     model = Model(op, backend=backend)
     values = inputs(2, 1 if op == "gated_delta_step" else 7)
     expected = results(model, *values, grad=True, on=on)
-    found = results(torch.compile(model, fullgraph=True), *values, grad=True, on=on)
+    actual = results(torch.compile(model, fullgraph=True), *values, grad=True, on=on)
     if not on:
-        same(found, expected)
+        same(actual, expected)
     # Inductor keeps values wide that eager rounds to bfloat16, by 2^-9 of each.
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         a, b = a.detach().float(), b.detach().float()
         assert a.dtype == b.dtype and float((a - b).norm()) <= 2**-7 * float(b.norm())
 
@@ -157,13 +157,13 @@ def test_autocast_may_begin_and_end_inside_a_graph(op: str) -> None:
 
     def inside(x: Tensor, state: Tensor) -> list[Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = model(x, state)
-        return [*found, *model(x, state)]
+            actual = model(x, state)
+        return [*actual, *model(x, state)]
 
     with torch.no_grad():
-        found = torch.compile(inside, fullgraph=True, backend="aot_eager")(*values)
-        same(found, inside(*values))
-    assert [x.dtype for x in found[::2]] == [torch.bfloat16, torch.float32]
+        actual = torch.compile(inside, fullgraph=True, backend="aot_eager")(*values)
+        same(actual, inside(*values))
+    assert [x.dtype for x in actual[::2]] == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("on", [False, True], ids=["plain", "autocast"])

@@ -114,8 +114,8 @@ def test_a_few_steps_are_one_node_whatever_their_number(pool: bool, inplace: boo
 def test_inductor_compiles_a_step_on_a_pool() -> None:
     values = one_token(pool=True)
     torch._dynamo.reset()
-    found = torch.compile(gated_delta_step, fullgraph=True)(**values)
-    torch.testing.assert_close(found, gated_delta_step(**values))
+    actual = torch.compile(gated_delta_step, fullgraph=True)(**values)
+    torch.testing.assert_close(actual, gated_delta_step(**values))
 
 
 def test_a_graph_that_needs_gradients_is_refused() -> None:
@@ -166,6 +166,6 @@ def test_a_new_draft_length_does_not_compile_again(monkeypatch: pytest.MonkeyPat
     gated_delta_steps(**arguments(backend="compile"))
     before = len(compile_backend._functions)
     for t in (1, 2, 7):
-        found = gated_delta_steps(**arguments(t, backend="compile"))
-        torch.testing.assert_close(found, gated_delta_steps(**arguments(t, backend="naive")))
+        actual = gated_delta_steps(**arguments(t, backend="compile"))
+        torch.testing.assert_close(actual, gated_delta_steps(**arguments(t, backend="naive")))
     assert len(compile_backend._functions) == before
