@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from gdn_ops.compat.transformers import packing
 from gdn_ops.compat.transformers.rule import ORIGINAL, original_of
-from gdn_ops.compat.transformers.signatures import definition, leading_objection
+from gdn_ops.compat.transformers.signatures import definition, mismatch_of_parameters
 from gdn_ops.compat.transformers.trial import Draw, difference, plain_torch
 from gdn_ops.nn.blocks import is_plain, wide
 from gdn_ops.nn.causal import causal_convolution
@@ -112,16 +112,16 @@ def examine_convolution(name: str, module: ModuleType) -> Function | str | None:
     original = original_of(function)
     found = definition(original, PARAMETERS[name])
     if found is None:
-        return leading_objection(name, original, PARAMETERS[name])
+        return mismatch_of_parameters(name, original, PARAMETERS[name])
     new = _REPLACEMENTS[name](original)
     setattr(new, ORIGINAL, original)
     with plain_torch():
         for example in _EXAMPLES[name]():
             # An update writes its second argument.
             results = [(f, [_copy(x) for x in example]) for f in (found, new)]
-            objection = difference(*(_run_of(f, arguments) for f, arguments in results))
-            if objection is not None:
-                return f"{name} {objection}"
+            incompatibility = difference(*(_run_of(f, arguments) for f, arguments in results))
+            if incompatibility is not None:
+                return f"{name} {incompatibility}"
     return new
 
 

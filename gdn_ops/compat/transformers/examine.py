@@ -91,11 +91,11 @@ def examine(module: ModuleType) -> Plan | list[str]:
             convolutions[name] = new
     norms = []
     for cls in norm.candidates(module):
-        objection = norm.objection_to(cls)
-        if objection is None:
+        incompatibility = norm.incompatibility_of(cls)
+        if incompatibility is None:
             norms.append(cls)
         else:
-            left.append(objection)
+            left.append(incompatibility)
     return Plan(rules, layers, convolutions, norms, left, absent)
 
 

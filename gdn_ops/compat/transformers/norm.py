@@ -71,7 +71,7 @@ def _takes_a_gate(forward: Any) -> bool:
     return found is not None and len(parameters_of(found)) == len(_PARAMETERS)
 
 
-def objection_to(cls: type[nn.Module]) -> str | None:
+def incompatibility_of(cls: type[nn.Module]) -> str | None:
     """Try to replace the forward of a class; return why it cannot be replaced, or None."""
     original = vars(cls)["forward"]
     new = gated_norm(original)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from gdn_ops.compat.transformers.discovery import CHUNK, RECURRENT
 from gdn_ops.compat.transformers.signatures import (
     definition,
     further_defaults,
-    leading_objection,
+    mismatch_of_parameters,
 )
 from gdn_ops.compat.transformers.trial import Draw, difference, difference_from, plain_torch
 
@@ -57,80 +57,31 @@ class Rule:
             backend: says which backend to run on, at every call.
             note: told the op and the backend of every call.
         """
-        run = self._caller(backend, note)
+        further, names = self.further, (*PARAMETERS[self.name], *self.further)
 
-        def chunk(
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            g: Tensor,
-            beta: Tensor,
-            chunk_size: int | None = None,
-            initial_state: Tensor | None = None,
-            output_final_state: bool = False,
-            use_qk_l2norm_in_kernel: bool = False,
-            *more: Any,
-            **options: Any,
-        ) -> tuple[Tensor, Tensor | None]:
-            state = (initial_state, output_final_state, use_qk_l2norm_in_kernel)
-            return run((query, key, value, g, beta), chunk_size, state, more, options)
-
-        def recurrent(
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            g: Tensor,
-            beta: Tensor,
-            initial_state: Tensor | None = None,
-            output_final_state: bool = False,
-            use_qk_l2norm_in_kernel: bool = False,
-            *more: Any,
-            **options: Any,
-        ) -> tuple[Tensor, Tensor | None]:
-            state = (initial_state, output_final_state, use_qk_l2norm_in_kernel)
-            return run((query, key, value, g, beta), None, state, more, options)
-
-        new = chunk if self.name == CHUNK else recurrent
-        setattr(new, ORIGINAL, self.original)
-        return new
-
-    def _caller(self, backend: Callable[[], str], note: Note) -> Function:
-        """Return the function that runs a call, given its arguments sorted by kind."""
-        further = self.further
-
-        def run(
-            tensors: tuple[Tensor, ...],
-            chunk_size: int | None,
-            state: tuple[Tensor | None, bool, bool],
-            more: tuple[Any, ...],
-            options: dict[str, Any],
-        ) -> tuple[Tensor, Tensor | None]:
-            for name, value in zip(further, more, strict=False):
-                options[name] = value
+        def replacement(*positional: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+            given = dict(zip(names, positional, strict=False)) | keywords
             for name, default in further.items():
-                if options.get(name, default) is not default:
+                if given.get(name, default) is not default:
                     note("gated_delta", LEFT)
-                    known: dict[str, Any] = dict(zip(_OPTIONS, state, strict=True))
-                    if chunk_size is not None:
-                        known["chunk_size"] = chunk_size
-                    return self.original(*tensors, **known, **options)  # type: ignore[no-any-return]
-            query = tensors[0]
-            sequences = options.get("seq_idx")
-            sequences = padding.sequences() if sequences is None else sequences
-            rows, tokens = query.shape[:2]
+                    return self.original(*positional, **keywords)  # type: ignore[no-any-return]
+            query, numbers = given["query"], given.get("seq_idx")
+            numbers = padding.sequences() if numbers is None else numbers
+            cu_seqlens = packing.boundaries(given.get("cu_seqlens"), numbers, *query.shape[:2])
             return delta_rule(
-                *tensors,
-                initial_state=state[0],
-                output_final_state=state[1],
-                use_qk_l2norm_in_kernel=state[2],
+                *(given[name] for name in _TENSORS),
+                initial_state=given.get("initial_state"),
+                output_final_state=given.get("output_final_state", False),
+                use_qk_l2norm_in_kernel=given.get("use_qk_l2norm_in_kernel", False),
                 mask=padding.mask_for(query),
-                cu_seqlens=packing.boundaries(options.get("cu_seqlens"), sequences, rows, tokens),
-                chunk_size=chunk_size,
+                cu_seqlens=cu_seqlens,
+                chunk_size=given.get("chunk_size"),
                 backend=backend(),
                 note=note,
             )
 
-        return run
+        setattr(replacement, ORIGINAL, self.original)
+        return replacement
 
 
 def original_of(function: Any) -> Any:
@@ -145,57 +96,48 @@ def examine_rule(name: str, function: Any) -> Rule | str:
     original = original_of(function)
     found = definition(original, PARAMETERS[name])
     if found is None:
-        return leading_objection(name, original, PARAMETERS[name])
+        return mismatch_of_parameters(name, original, PARAMETERS[name])
     further = further_defaults(found, (*PARAMETERS[name], *_PACKING))
     rule = Rule(name, original, found, further)
-    objection = _tried(rule)
-    return rule if objection is None else f"{name} {objection}"
+    incompatibility = _tried(rule)
+    return rule if incompatibility is None else f"{name} {incompatibility}"
 
 
 def _tried(rule: Rule) -> str | None:
     """Try the replacement on examples; return how it differs from the original, or None."""
     new = rule.replacement(lambda: "torch", lambda op, backend: None)
+    tokens = 9 if rule.name == CHUNK else 1
     with plain_torch():
-        for tensors, options in _examples(rule.name):
+        for has_state in (False, True):
+            options = _example(tokens, 2, 2, has_state)
             found = difference(
-                lambda: rule.definition(*tensors, **options),  # noqa: B023
-                lambda: new(*tensors, **options),  # noqa: B023
+                lambda: rule.definition(**options),  # noqa: B023
+                lambda: new(**options),  # noqa: B023
             )
             if found is not None:
                 return found
-        tensors, options = _grouped(rule.name)
+        options = _example(tokens, 2, 4, True)
         try:
             # Older releases repeat the key heads before the call, and cannot do this.
-            expected = rule.definition(*tensors, **options)
+            expected = rule.definition(**options)
         except Exception:
             return None
-        return difference_from(expected, lambda: new(*tensors, **options))
+        return difference_from(expected, lambda: new(**options))
 
 
-Example = tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]
-
-
-def _example(tokens: int, key_heads: int, value_heads: int, has_state: bool) -> Example:
+def _example(tokens: int, key_heads: int, value_heads: int, has_state: bool) -> dict[str, Any]:
+    """Return the arguments of a call as layers make it, without an initial state or with one."""
     draw, rows, key_width, value_width = Draw(), 2, 4, 3
     query, key = (draw.normal(rows, tokens, key_heads, key_width) for _ in range(2))
     value = draw.normal(rows, tokens, value_heads, value_width)
     state = draw.normal(rows, value_heads, key_width, value_width)
-    return (query, key, value), {
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
         "g": -2 * draw.uniform(rows, tokens, value_heads),
         "beta": draw.uniform(rows, tokens, value_heads),
         "initial_state": state if has_state else None,
         "output_final_state": True,
         "use_qk_l2norm_in_kernel": has_state,
     }
-
-
-def _examples(name: str) -> Iterator[Example]:
-    """Yield example calls as layers make them, without an initial state and with one."""
-    tokens = 9 if name == CHUNK else 1
-    for has_state in (False, True):
-        yield _example(tokens, 2, 2, has_state)
-
-
-def _grouped(name: str) -> Example:
-    """Return an example call with fewer key heads than value heads."""
-    return _example(9 if name == CHUNK else 1, 2, 4, True)

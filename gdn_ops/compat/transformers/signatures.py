@@ -70,7 +70,7 @@ def _begins_with(function: Any, leading: tuple[str, ...]) -> bool:
     return tuple(p.name for p in first if p.kind is _POSITIONAL) == leading
 
 
-def leading_objection(name: str, function: Any, leading: tuple[str, ...]) -> str:
+def mismatch_of_parameters(name: str, function: Any, leading: tuple[str, ...]) -> str:
     """Return a text that says how a function's parameters begin, and how they should."""
     shown: list[str] = []
     for candidate in layers_of(function):

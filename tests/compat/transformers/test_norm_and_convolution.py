@@ -150,7 +150,7 @@ REASONS = {
 def test_a_norm_without_an_activation_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, generator = Norm(8), torch.Generator().manual_seed(0)
     x, gate = (torch.randn(500, 8, generator=generator) for _ in range(2))
-    assert norm.objection_to(Norm) is None
+    assert norm.incompatibility_of(Norm) is None
     replacement = norm.gated_norm(Norm.forward)
     expected = layer(x, gate)
     for found in (replacement(layer, x, gate), replacement(layer, x, gate=gate)):

@@ -139,7 +139,7 @@ print([str(w.message) for w in told if "accelerate" in str(w.message)])
 print(f"transformers.models.{{name}}.modeling_{{name}}" in sys.modules, used.replaced, used.left)
 """
 
-OBJECTION = (
+INCOMPATIBILITY = (
     "torch_chunk_gated_delta_rule takes (query, key, value, g, beta, chunk_size, initial_state, "
     "output_final_state, use_qk_l2norm_in_kernel), should begin with (query, key, value, "
     "log_decay, beta)"
@@ -157,14 +157,14 @@ def test_a_module_that_is_loaded_later_and_looks_different_loads_and_is_left() -
     told, state = printed(CHANGED.format(strict=False)).splitlines()
     name = known_architectures()[0]
     assert told.startswith(f"['accelerate: transformers.models.{name}.modeling_{name} of")
-    assert f"is not as it should be: {OBJECTION}; all of it is left to transformers']" in told
-    assert state == f"True () [({name!r}, {OBJECTION!r})]"
+    assert f"is not as it should be: {INCOMPATIBILITY}; all of it is left to transformers']" in told
+    assert state == f"True () [({name!r}, {INCOMPATIBILITY!r})]"
 
 
 def test_a_strict_use_stops_the_import_of_a_module_that_looks_different() -> None:
     error, told, state = printed(CHANGED.format(strict=True)).splitlines()
     assert error.startswith("SpecError accelerate: transformers.models.")
-    assert error.endswith(f"is not as it should be: {OBJECTION}")
+    assert error.endswith(f"is not as it should be: {INCOMPATIBILITY}")
     assert (told, state) == ("[]", "False () []")
 
 
