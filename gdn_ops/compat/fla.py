@@ -10,29 +10,16 @@ how to work, `cu_seqlens_cpu` and `chunk_indices`, are accepted and not needed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gdn_ops.compat.states import check_state
+from gdn_ops.nn.gated_delta_net import run_rule
 from gdn_ops.nn.gates import gate
-from gdn_ops.ops import gated_delta, gated_delta_step
 from gdn_ops.spec.errors import SpecError, SpecTypeError
-
-_SEQUENCE: Callable[..., tuple[Tensor, Tensor]] = gated_delta
-_STEP: Callable[..., tuple[Tensor, Tensor]] = gated_delta_step
-
-
-class _Gates(NamedTuple):
-    """Hold the options of the gates, named as FLA's keywords."""
-
-    use_gate_in_kernel: bool
-    A_log: Tensor | None
-    dt_bias: Tensor | None
-    use_beta_sigmoid_in_kernel: bool
-    allow_neg_eigval: bool
 
 
 class _States(NamedTuple):
@@ -41,15 +28,6 @@ class _States(NamedTuple):
     initial: Tensor | None
     is_returned: bool
     is_v_first: bool
-
-
-class _Options(NamedTuple):
-    """Hold what is passed on under the names of `gated_delta`."""
-
-    scale: float | None
-    qk_l2norm: bool
-    cu_seqlens: Tensor | None
-    chunk_size: int | None = None
 
 
 def chunk_gated_delta_rule(
@@ -102,11 +80,17 @@ def chunk_gated_delta_rule(
     _refuse(name, {"cp_context": cp_context}, "context parallelism over devices is not supported")
     chunk_size = kwargs.pop("chunk_size", None)
     keys = ("use_gate_in_kernel", "A_log", "dt_bias")
-    in_kernel, A_log, dt_bias = [kwargs.pop(key, None) for key in keys]
-    gates = _Gates(in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    gate_options = [kwargs.pop(key, None) for key in keys]
     states = _States(initial_state, output_final_state, _v_first(name, state_v_first, kwargs))
-    options = _Options(scale, use_qk_l2norm_in_kernel, cu_seqlens, chunk_size)
-    return _sequence(name, (q, k, v, g, beta), gates, states, options)
+    tokens = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "log_alpha": _log_alpha(name, g, *gate_options),
+        "beta": _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval),
+    }
+    options = {"scale": scale, "qk_l2norm": use_qk_l2norm_in_kernel, "chunk_size": chunk_size}
+    return _run(name, tokens, states, cu_seqlens, options)
 
 
 def fused_recurrent_gated_delta_rule(
@@ -154,10 +138,16 @@ def fused_recurrent_gated_delta_rule(
         {"gk": gk, "gv": gv},
         "a decay per channel is not supported; g is one decay per head",
     )
-    gates = _Gates(use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     states = _States(initial_state, output_final_state, _v_first(name, state_v_first, kwargs))
-    options = _Options(scale, use_qk_l2norm_in_kernel, cu_seqlens)
-    return _sequence(name, (q, k, v, g, beta), gates, states, options)
+    tokens = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "log_alpha": _log_alpha(name, g, use_gate_in_kernel, A_log, dt_bias),
+        "beta": _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval),
+    }
+    options = {"scale": scale, "qk_l2norm": use_qk_l2norm_in_kernel}
+    return _run(name, tokens, states, cu_seqlens, options)
 
 
 chunk_gdn = chunk_gated_delta_rule
@@ -190,57 +180,47 @@ def _v_first(name: str, state_v_first: bool, kwargs: dict[str, Any]) -> bool:
     return state_v_first
 
 
-def _sequence(
+def _run(
     name: str,
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
-    gates: _Gates,
+    tokens: dict[str, Any],
     states: _States,
-    options: _Options,
+    cu_seqlens: Tensor | None,
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """Run a call of either function, whose states may be V-first."""
-    q, k, v, g, beta = tensors
-    log_alpha, beta = _log_alpha(name, g, gates), _beta(name, beta, gates)
-    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": beta}
-    shared: dict[str, Any] = {"scale": options.scale, "qk_l2norm": options.qk_l2norm}
-    shared["rule"] = "delta" if log_alpha is None else "gated_delta"
-    state, cu_seqlens = states.initial, options.cu_seqlens
+    q, v, log_alpha, state = tokens["q"], tokens["v"], tokens["log_alpha"], states.initial
     if state is not None and states.is_v_first:
         state = state.mT.contiguous()
     elif state is not None and q.dim() == v.dim() == 4:
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_state(name, "initial_state", state, (rows, v.shape[2], q.shape[3], v.shape[3]))
-    is_token = q.dim() == 4 and q.shape[1] == 1
-    is_step = is_token and cu_seqlens is None and options.chunk_size is None
+    rule = "delta" if log_alpha is None else "gated_delta"
     try:
-        if is_step:
-            token = {n: None if x is None else x.squeeze(1) for n, x in arguments.items()}
-            o, final = _STEP(**token, state=state, **shared)
-            o = o.unsqueeze(1)
-        else:
-            shared |= {"cu_seqlens": cu_seqlens, "chunk_size": options.chunk_size}
-            o, final = _SEQUENCE(**arguments, initial_state=state, return_state=True, **shared)
+        o, final = run_rule(tokens, state, cu_seqlens, rule=rule, **options)
     except SpecError as error:
-        _explain(name, g, gates, error)
+        _explain(name, log_alpha, error)
         raise
     if not states.is_returned:
         return o, None
     return o, final.mT.contiguous() if states.is_v_first else final
 
 
-def _log_alpha(name: str, g: Tensor | None, gates: _Gates) -> Tensor | None:
-    if not gates.use_gate_in_kernel:
+def _log_alpha(
+    name: str, g: Tensor | None, in_kernel: bool, A_log: Tensor | None, dt_bias: Tensor | None
+) -> Tensor | None:
+    if not in_kernel:
         return g
-    for argument, value in (("g", g), ("A_log", gates.A_log)):
+    for argument, value in (("g", g), ("A_log", A_log)):
         if value is None:
             raise SpecError(
                 f"{name}: {argument} is None, should be a torch.Tensor: use_gate_in_kernel is True"
             )
-    return gate(g, gates.A_log, gates.dt_bias)  # type: ignore[arg-type]
+    return gate(g, A_log, dt_bias)  # type: ignore[arg-type]
 
 
-def _beta(name: str, beta: Tensor | None, gates: _Gates) -> Tensor | None:
-    if not gates.use_beta_sigmoid_in_kernel:
-        if gates.allow_neg_eigval:
+def _beta(name: str, beta: Tensor | None, in_kernel: bool, allow_neg: bool) -> Tensor | None:
+    if not in_kernel:
+        if allow_neg:
             raise SpecError(
                 f"{name}: allow_neg_eigval is True, should be False: it takes effect with "
                 f"use_beta_sigmoid_in_kernel=True only"
@@ -251,14 +231,14 @@ def _beta(name: str, beta: Tensor | None, gates: _Gates) -> Tensor | None:
             f"{name}: beta is None, should be a torch.Tensor: use_beta_sigmoid_in_kernel is True"
         )
     strength = beta.float().sigmoid() if beta.dtype != torch.float64 else beta.sigmoid()
-    return 2.0 * strength if gates.allow_neg_eigval else strength
+    return 2.0 * strength if allow_neg else strength
 
 
-def _explain(name: str, g: Tensor | None, gates: _Gates, error: SpecError) -> None:
+def _explain(name: str, log_alpha: Tensor | None, error: SpecError) -> None:
     """Raise an error in FLA's words if g seems to be α where log α is meant."""
-    if g is None or gates.use_gate_in_kernel or g.is_meta or g.numel() == 0:
+    if log_alpha is None or log_alpha.is_meta or log_alpha.numel() == 0:
         return
-    low, high = (float(x) for x in g.detach().aminmax())
+    low, high = (float(x) for x in log_alpha.detach().aminmax())
     if high > 0:
         raise SpecError(
             f"{name}: g has values in [{low:.4g}, {high:.4g}], should be in [-inf, 0]: "

@@ -95,15 +95,12 @@ def gate_from(layout: str, gate: Tensor) -> dict[str, Tensor]:
     known = _layout("gate_from", layout)
     if gate.device.type == "cpu" and gate.numel() and not torch.compiler.is_compiling():
         low, high = (float(x) for x in gate.detach().aminmax())
-        if known.log_gate and high > 0:
+        smallest, largest = (-torch.inf, 0) if known.log_gate else (0, 1)
+        if low < smallest or high > largest:
+            meaning = "log α; α goes in alpha=" if known.log_gate else "α; log α goes in log_alpha="
             raise SpecError(
-                f"gate_from: gate has values in [{low:.4g}, {high:.4g}], should be in [-inf, 0]: "
-                f"the gate of layout {layout!r} is log α; α goes in alpha="
-            )
-        if not known.log_gate and (low < 0 or high > 1):
-            raise SpecError(
-                f"gate_from: gate has values in [{low:.4g}, {high:.4g}], should be in [0, 1]: "
-                f"the gate of layout {layout!r} is α; log α goes in log_alpha="
+                f"gate_from: gate has values in [{low:.4g}, {high:.4g}], should be in "
+                f"[{smallest}, {largest}]: the gate of layout {layout!r} is {meaning}"
             )
     return {"log_alpha" if known.log_gate else "alpha": gate}
 
@@ -152,10 +149,10 @@ def check_state(op: str, name: str, state: Tensor, shape: tuple[int, int, int, i
 
 
 def _layout(function: str, name: str) -> Layout:
-    found = LAYOUTS.get(name)
-    if found is None:
+    layout = LAYOUTS.get(name)
+    if layout is None:
         raise SpecError(f"{function}: unknown layout {name!r}, known: {', '.join(LAYOUTS)}")
-    return found
+    return layout
 
 
 def _turned(function: str, layout: str, state: Tensor) -> Tensor:

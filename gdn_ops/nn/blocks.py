@@ -56,5 +56,5 @@ def differentiable_gradients(
     """Return gradients of a function, themselves differentiable; None for those not needed."""
     wanted = [x for x, is_needed in zip(operands, needed, strict=True) if is_needed]
     y = function(*operands)
-    found = iter(torch.autograd.grad(y, wanted, d_y, create_graph=True))  # type: ignore[arg-type]
-    return [next(found) if is_needed else None for is_needed in needed]
+    gradients = iter(torch.autograd.grad(y, wanted, d_y, create_graph=True))  # type: ignore[arg-type]
+    return [next(gradients) if is_needed else None for is_needed in needed]

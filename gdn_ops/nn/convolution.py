@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
@@ -102,42 +100,22 @@ class ShortConvolution(nn.Module):
 
     def _packed(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve packed sequences as one long row, each behind its own past inputs."""
-        where = _places(cu_seqlens, x.shape[1], self.kernel_size - 1)
-        sequences = cu_seqlens.shape[0] - 1
+        reach, sequences, cuts = self.kernel_size - 1, cu_seqlens.shape[0] - 1, cu_seqlens.long()
+        token, sequence, step = (
+            torch.arange(count, device=cuts.device) for count in (x.shape[1], sequences, reach)
+        )
+        own = torch.searchsorted(cuts[1:].contiguous(), token, right=True)
+        # Indices into the row: (N, reach) of what precedes a sequence, (T,) of the tokens, and
+        # (N, reach) of the last inputs of each sequence, its past included.
+        past_slots = (cuts[:-1] + sequence * reach)[:, None] + step
+        token_slots = token + (own + 1) * reach
+        last_slots = (cuts[1:] + sequence * reach)[:, None] + step
         past = self.zero_state(sequences) if state is None else state
-        window = x.new_zeros(x.shape[1] + where.past.numel(), self.channels)
-        window = window.index_copy(0, where.past.flatten(), past.mT.to(x.dtype).flatten(0, 1))
-        window = window.index_copy(0, where.tokens, x[0])
-        y = self._convolve(window.unsqueeze(0))
-        y = y[:, where.tokens - (self.kernel_size - 1)]
-        return y, window[where.last].mT.contiguous()
+        window = x.new_zeros(x.shape[1] + past_slots.numel(), self.channels)
+        window = window.index_copy(0, past_slots.flatten(), past.mT.to(x.dtype).flatten(0, 1))
+        window = window.index_copy(0, token_slots, x[0])
+        y = self._convolve(window.unsqueeze(0))[:, token_slots - reach]
+        return y, window[last_slots].mT.contiguous()
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}, activation={self.activation!r}"
-
-
-class _Places(NamedTuple):
-    """Hold indices into a row in which every packed sequence follows its past inputs.
-
-    Attributes:
-        past: (N, reach) the inputs before each sequence.
-        tokens: (T,) the tokens.
-        last: (N, reach) the last inputs of each sequence, its past included.
-    """
-
-    past: Tensor
-    tokens: Tensor
-    last: Tensor
-
-
-def _places(cu_seqlens: Tensor, tokens: int, reach: int) -> _Places:
-    cuts = cu_seqlens.long()
-    step = torch.arange(reach, device=cuts.device)
-    sequence = torch.arange(len(cuts) - 1, device=cuts.device)
-    token = torch.arange(tokens, device=cuts.device)
-    own = torch.searchsorted(cuts[1:].contiguous(), token, right=True)
-    return _Places(
-        past=(cuts[:-1] + sequence * reach)[:, None] + step,
-        tokens=token + (own + 1) * reach,
-        last=(cuts[1:] + sequence * reach)[:, None] + step,
-    )

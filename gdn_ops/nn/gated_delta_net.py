@@ -7,6 +7,7 @@ y = W (RMSNorm(rule(q, k, v, α, β)) ⊙ SiLU(W x))
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,36 @@ from gdn_ops.nn.padding import Padding
 from gdn_ops.nn.state import State, check_state
 from gdn_ops.ops import gated_delta, gated_delta_step
 from gdn_ops.spec.ops import GATED_DELTA
+
+
+def run_rule(
+    tokens: dict[str, Tensor | None],
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run `gated_delta`, or `gated_delta_step` for one token that is neither packed nor chunked.
+
+    Args:
+        tokens: q, k, v, log_alpha and beta, each (B, T, ...) or None.
+        state: (N, HV, K, V), or None for zeros.
+        cu_seqlens, chunk_size: of `gated_delta`.
+        options: of both functions.
+
+    Returns:
+        o (B, T, HV, V) and the final state.
+    """
+    sequence: Callable[..., tuple[Tensor, Tensor]] = gated_delta
+    step: Callable[..., tuple[Tensor, Tensor]] = gated_delta_step
+    q = tokens["q"]
+    is_token = q is not None and q.dim() == 4 and q.shape[1] == 1
+    if is_token and cu_seqlens is None and chunk_size is None:
+        token = {name: None if x is None else x.squeeze(1) for name, x in tokens.items()}
+        o, final = step(**token, state=state, **options)
+        return o.unsqueeze(1), final
+    packing = {"cu_seqlens": cu_seqlens, "chunk_size": chunk_size}
+    return sequence(**tokens, initial_state=state, return_state=True, **packing, **options)
 
 
 class GatedDeltaNet(nn.Module):
@@ -168,7 +199,10 @@ class GatedDeltaNet(nn.Module):
         conv, memory = (None, None) if state is None else state
         q, k, v, conv = self._qkv(x, conv, lengths, cu_seqlens)
         log_alpha, beta = self._gates(x, padding)
-        o, memory = self._mix(q, k, v, log_alpha, beta, memory, cu_seqlens)
+        options: dict[str, Any] = {"rule": self.rule, "backend": self.backend}
+        options["qk_l2norm"] = self.qk_norm == "l2"
+        tokens = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": beta}
+        o, memory = run_rule(tokens, memory, cu_seqlens, **options)
         y = self._output(o, x)
         return (y if padding is None else padding.back(y)), State(conv, memory)
 
@@ -204,41 +238,6 @@ class GatedDeltaNet(nn.Module):
             beta = beta.masked_fill(behind, 0.0)
             log_alpha = None if log_alpha is None else log_alpha.masked_fill(behind, 0.0)
         return log_alpha, beta
-
-    def _mix(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_alpha: Tensor | None,
-        beta: Tensor,
-        memory: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run the rule; return o (B, T, HV, V) and the memory."""
-        options: dict[str, Any] = {
-            "rule": self.rule,
-            "qk_l2norm": self.qk_norm == "l2",
-            "backend": self.backend,
-        }
-        if q.shape[1] == 1 and cu_seqlens is None:
-            q_t, k_t, v_t, beta_t = (x.squeeze(1) for x in (q, k, v, beta))
-            decay = None if log_alpha is None else log_alpha.squeeze(1)
-            o, memory = gated_delta_step(
-                q_t, k_t, v_t, None, beta_t, memory, log_alpha=decay, **options
-            )
-            return o.unsqueeze(1), memory
-        return gated_delta(
-            q,
-            k,
-            v,
-            beta=beta,
-            log_alpha=log_alpha,
-            initial_state=memory,
-            return_state=True,
-            cu_seqlens=cu_seqlens,
-            **options,
-        )
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         """Normalise and gate o (B, T, HV, V), then project to (B, T, hidden_size)."""

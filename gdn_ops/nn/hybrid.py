@@ -240,7 +240,7 @@ class HybridLM(nn.Module):
             (B, T + count), the prompts and what follows.
         """
         x, state = self.hidden(tokens)
-        found = [tokens]
+        parts = [tokens]
         for place in range(count):
             logits = self.logits(x[:, -1])
             if temperature == 0:
@@ -248,10 +248,10 @@ class HybridLM(nn.Module):
             else:
                 chances = (logits.float() / temperature).softmax(-1)
                 token = torch.multinomial(chances, 1, generator=generator)
-            found.append(token)
+            parts.append(token)
             if place + 1 < count:
                 x, state = self.hidden(token, state)
-        return torch.cat(found, 1)
+        return torch.cat(parts, 1)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return optimizer groups: matrices with weight decay; norms, gates, embedding without."""

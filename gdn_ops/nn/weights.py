@@ -47,18 +47,15 @@ def from_transformers(layer: nn.Module) -> GatedDeltaNet:
         projections = _interleaved(source)
     elif hasattr(layer, "in_proj_qkv"):
         sizes = [source.key_dim, source.key_dim, source.value_dim]
-        names = ("q_proj", "k_proj", "v_proj")
-        projections = dict(zip(names, source.in_proj_qkv.weight.split(sizes), strict=True))
-        for name in ("a", "b"):
-            projections[f"{name}_proj"] = getattr(source, f"in_proj_{name}").weight
-        projections["g_proj"] = source.in_proj_z.weight
+        others = (source.in_proj_z, source.in_proj_b, source.in_proj_a)
+        projections = [*source.in_proj_qkv.weight.split(sizes), *(p.weight for p in others)]
     elif hasattr(layer, "g_proj"):
-        projections = {f"{n}_proj": getattr(source, f"{n}_proj").weight for n in "qkvabg"}
+        projections = [getattr(source, f"{name}_proj").weight for name in "qkvgba"]
     else:
         _refuse("from_transformers", layer, "Qwen3-Next, Qwen3.5 or OLMo-Hybrid")
     norm = source.norm if hasattr(layer, "norm") else source.o_norm
     output = source.out_proj if hasattr(layer, "out_proj") else source.o_proj
-    weights = {f"{name}.weight": weight for name, weight in projections.items()}
+    weights = {f"{n}_proj.weight": w for n, w in zip("qkvgba", projections, strict=True)}
     weights |= {
         "conv.weight": source.conv1d.weight.squeeze(1),
         "A_log": source.A_log,
@@ -68,18 +65,7 @@ def from_transformers(layer: nn.Module) -> GatedDeltaNet:
     }
     if source.conv1d.bias is not None:
         weights["conv.bias"] = source.conv1d.bias
-    return _filled(
-        weights,
-        source.hidden_size,
-        source.num_k_heads,
-        source.num_v_heads,
-        source.head_k_dim,
-        source.head_v_dim / source.head_k_dim,
-        short_conv=source.conv1d.kernel_size[0],
-        conv_bias=source.conv1d.bias is not None,
-        norm_eps=_epsilon(norm),
-        allow_neg_eigval=bool(getattr(source, "allow_neg_eigval", False)),
-    )
+    return _filled(source, source.num_k_heads, norm, weights)
 
 
 def from_fla(layer: nn.Module) -> GatedDeltaNet:
@@ -102,57 +88,53 @@ def from_fla(layer: nn.Module) -> GatedDeltaNet:
         names.append("g_proj")
     weights = {f"{name}.weight": getattr(source, name).weight for name in names}
     weights |= {"A_log": source.A_log, "dt_bias": source.dt_bias}
-    kernel, has_bias = 0, False
     if source.use_short_conv:
         convolutions = [getattr(source, f"{name}_conv1d") for name in "qkv"]
         weights["conv.weight"] = torch.cat([c.weight.squeeze(1) for c in convolutions])
-        kernel, has_bias = weights["conv.weight"].shape[1], convolutions[0].bias is not None
-        if has_bias:
+        if convolutions[0].bias is not None:
             weights["conv.bias"] = torch.cat([c.bias for c in convolutions])
     activation = getattr(source.o_norm, "activation", "swish")
-    return _filled(
-        weights,
-        source.hidden_size,
-        source.num_heads,
-        source.num_v_heads,
-        source.head_k_dim,
-        source.head_v_dim / source.head_k_dim,
-        short_conv=kernel,
-        conv_bias=has_bias,
-        output_gate={"swish": "silu"}.get(activation, activation) if source.use_gate else None,
-        norm_eps=_epsilon(source.o_norm),
-        allow_neg_eigval=source.allow_neg_eigval,
-    )
+    output_gate = {"swish": "silu"}.get(activation, activation) if source.use_gate else None
+    return _filled(source, source.num_heads, source.o_norm, weights, output_gate)
 
 
-def _interleaved(source: Any) -> dict[str, Tensor]:
-    """Split the interleaved projections of Qwen3-Next: per key head q, k, v and z; b and a."""
+def _interleaved(source: Any) -> list[Tensor]:
+    """Return the six projections of Qwen3-Next, interleaved by key head: q, k, v, z; b, a."""
     heads, group = source.num_k_heads, source.num_v_heads // source.num_k_heads
     values = group * source.head_v_dim
     sizes = [source.head_k_dim, source.head_k_dim, values, values]
-    found = dict(
-        zip(
-            "qkvg",
-            source.in_proj_qkvz.weight.unflatten(0, (heads, -1)).split(sizes, 1),
-            strict=True,
-        )
+    weights = [
+        *source.in_proj_qkvz.weight.unflatten(0, (heads, -1)).split(sizes, 1),
+        *source.in_proj_ba.weight.unflatten(0, (heads, -1)).split([group, group], 1),
+    ]
+    return [weight.flatten(0, 1) for weight in weights]
+
+
+def _filled(
+    source: Any,
+    key_heads: int,
+    norm: Any,
+    weights: dict[str, Tensor],
+    output_gate: str | None = "silu",
+) -> GatedDeltaNet:
+    """Return a GatedDeltaNet of the sizes of another layer, which holds copies of the weights."""
+    layer = GatedDeltaNet(
+        source.hidden_size,
+        key_heads,
+        source.num_v_heads,
+        source.head_k_dim,
+        source.head_v_dim / source.head_k_dim,
+        short_conv=weights["conv.weight"].shape[1] if "conv.weight" in weights else 0,
+        conv_bias="conv.bias" in weights,
+        output_gate=output_gate,
+        norm_eps=float(getattr(norm, "variance_epsilon", None) or norm.eps),
+        allow_neg_eigval=bool(getattr(source, "allow_neg_eigval", False)),
+        device="meta",
     )
-    gates = source.in_proj_ba.weight.unflatten(0, (heads, -1)).split([group, group], 1)
-    found |= dict(zip("ba", gates, strict=True))
-    return {f"{name}_proj": weight.flatten(0, 1) for name, weight in found.items()}
-
-
-def _filled(weights: dict[str, Tensor], *sizes: Any, **options: Any) -> GatedDeltaNet:
-    """Return a GatedDeltaNet that holds copies of the weights."""
-    layer = GatedDeltaNet(*sizes, **options, device="meta")
     copies = {name: weight.detach().clone() for name, weight in weights.items()}
     layer.load_state_dict(copies, strict=True, assign=True)
     layer.mark_weight_decay()
     return layer
-
-
-def _epsilon(norm: Any) -> float:
-    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
 
 
 def _refuse(function: str, layer: nn.Module, known: str) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 import gdn_ops.compat.fla as fla_ops
 from errors import message_of
 from gdn_ops import SpecError, gated_delta
+from gdn_ops.compat import states
 from gdn_ops.compat.fla import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from gdn_ops.compat.states import LAYOUTS, gate_from, gate_to, state_from, state_to
 
@@ -57,13 +58,18 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("function", BOTH)
 @pytest.mark.parametrize("tokens", [1, T])
-def test_output_and_state_are_those_of_the_definition(function: Any, tokens: int) -> None:
+@pytest.mark.parametrize("v_first", [False, True])
+def test_output_and_state_are_those_of_the_definition(
+    function: Any, tokens: int, v_first: bool
+) -> None:
     x, state = inputs(tokens=tokens), torch.randn(B, HV, K, V)
     expected, final = recurrence(**x, state=state)
-    o, found = function(**x, initial_state=state, output_final_state=True)
+    given, wanted = (state.mT, final.mT) if v_first else (state, final)
+    o, found = function(**x, initial_state=given, output_final_state=True, state_v_first=v_first)
     close(o, expected)
-    close(found, final)
+    close(found, wanted)
     assert o.dtype == x["v"].dtype
+    assert found.is_contiguous()
 
 
 @pytest.mark.parametrize("function", BOTH)
@@ -71,16 +77,6 @@ def test_no_state_is_returned_unless_it_is_asked_for(function: Any) -> None:
     o, state = function(**inputs())
     close(o, recurrence(**inputs())[0])
     assert state is None
-
-
-@pytest.mark.parametrize("function", BOTH)
-def test_states_may_be_v_first(function: Any) -> None:
-    x, state = inputs(), torch.randn(B, HV, K, V)
-    expected, final = recurrence(**x, state=state)
-    o, found = function(**x, initial_state=state.mT, output_final_state=True, state_v_first=True)
-    close(o, expected)
-    close(found, final.mT)
-    assert found.is_contiguous()
 
 
 @pytest.mark.parametrize("function", BOTH)
@@ -111,26 +107,17 @@ def test_packed_sequences_have_a_state_each(function: Any) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_gates_may_be_computed_inside(function: Any, negative: bool, bias: bool) -> None:
     x = inputs()
+    q, k, v = x["q"], x["k"], x["v"]
     raw, logits = torch.randn(B, T, HV), torch.randn(B, T, HV)
     A_log, dt_bias = torch.randn(HV), torch.randn(HV) if bias else None
-    o, _ = function(
-        x["q"],
-        x["k"],
-        x["v"],
-        g=raw,
-        beta=logits,
-        use_qk_l2norm_in_kernel=True,
-        use_gate_in_kernel=True,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        use_beta_sigmoid_in_kernel=True,
-        allow_neg_eigval=negative,
-    )
-    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (x["q"], x["k"]))
+    flags = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel")
+    options = {**dict.fromkeys(flags, True), "A_log": A_log, "dt_bias": dt_bias}
+    o, _ = function(q, k, v, g=raw, beta=logits, allow_neg_eigval=negative, **options)
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     step = raw if dt_bias is None else raw + dt_bias
     g = -A_log.exp() * functional.softplus(step)
     strength = logits.sigmoid() * (2 if negative else 1)
-    close(o, recurrence(q, k, x["v"], g, strength)[0])
+    close(o, recurrence(q, k, v, g, strength)[0])
 
 
 def test_gradients_reach_every_argument_through_the_gates() -> None:
@@ -181,82 +168,41 @@ def test_the_signatures_are_those_of_fla() -> None:
     assert fla_ops.fused_recurrent_gdn is fused_recurrent_gated_delta_rule
 
 
-CHUNK, RECURRENT = (function.__name__ for function in BOTH)
+REFUSED: dict[str, dict[str, Any]] = {
+    "chunk_gated_delta_rule: cp_context is given, should be None: context parallelism over devices "
+    "is not supported": {"cp_context": object()},
+    "fused_recurrent_gated_delta_rule: gk is given, should be None: a decay per channel is not "
+    "supported; g is one decay per head": {"gk": torch.zeros(1)},
+    "fused_recurrent_gated_delta_rule: gv is given, should be None: a decay per channel is not "
+    "supported; g is one decay per head": {"gv": torch.zeros(1)},
+    "chunk_gated_delta_rule: allow_neg_eigval is True, should be False: it takes effect with "
+    "use_beta_sigmoid_in_kernel=True only": {"allow_neg_eigval": True},
+    "chunk_gated_delta_rule: A_log is None, should be a torch.Tensor: use_gate_in_kernel is True": {
+        "use_gate_in_kernel": True
+    },
+    "fused_recurrent_gated_delta_rule: g is None, should be a torch.Tensor: use_gate_in_kernel is "
+    "True": {"use_gate_in_kernel": True, "g": None},
+    "fused_recurrent_gated_delta_rule: beta is None, should be a torch.Tensor: "
+    "use_beta_sigmoid_in_kernel is True": {"use_beta_sigmoid_in_kernel": True, "beta": None},
+    "chunk_gated_delta_rule: got an unknown keyword argument 'head_first'": {"head_first": True},
+    "chunk_gated_delta_rule: state_v_first and transpose_state_layout are both given, should be "
+    "state_v_first: the other is its older name": {
+        "state_v_first": True,
+        "transpose_state_layout": True,
+    },
+    "chunk_gated_delta_rule: initial_state has shape (2, 4, 6, 8), should be (N, HV, K, V) = "
+    "(2, 4, 8, 6); gdn_ops.compat.states.state_from('fla_v_first', initial_state) turns a V-first "
+    "state": {"initial_state": torch.zeros(B, HV, V, K)},
+    "chunk_gated_delta_rule: g has values in [0.5, 0.5], should be in [-inf, 0]: it is log α; from "
+    "α, g = alpha.log()": {"g": torch.full((B, T, HV), 0.5)},
+}
+"""Options that are refused, by the error, which begins with the name of the function."""
 
 
-@pytest.mark.parametrize(
-    ("function", "more", "message"),
-    [
-        (
-            chunk_gated_delta_rule,
-            {"cp_context": object()},
-            f"{CHUNK}: cp_context is given, should be None: context parallelism over devices is "
-            f"not supported",
-        ),
-        (
-            fused_recurrent_gated_delta_rule,
-            {"gk": torch.zeros(1)},
-            f"{RECURRENT}: gk is given, should be None: a decay per channel is not supported; g "
-            f"is one decay per head",
-        ),
-        (
-            fused_recurrent_gated_delta_rule,
-            {"gv": torch.zeros(1)},
-            f"{RECURRENT}: gv is given, should be None: a decay per channel is not supported; g "
-            f"is one decay per head",
-        ),
-        (
-            chunk_gated_delta_rule,
-            {"allow_neg_eigval": True},
-            f"{CHUNK}: allow_neg_eigval is True, should be False: it takes effect with "
-            f"use_beta_sigmoid_in_kernel=True only",
-        ),
-        (
-            chunk_gated_delta_rule,
-            {"use_gate_in_kernel": True},
-            f"{CHUNK}: A_log is None, should be a torch.Tensor: use_gate_in_kernel is True",
-        ),
-        (
-            fused_recurrent_gated_delta_rule,
-            {"use_gate_in_kernel": True, "g": None},
-            f"{RECURRENT}: g is None, should be a torch.Tensor: use_gate_in_kernel is True",
-        ),
-        (
-            fused_recurrent_gated_delta_rule,
-            {"use_beta_sigmoid_in_kernel": True, "beta": None},
-            f"{RECURRENT}: beta is None, should be a torch.Tensor: use_beta_sigmoid_in_kernel is "
-            f"True",
-        ),
-        (
-            chunk_gated_delta_rule,
-            {"head_first": True},
-            f"{CHUNK}: got an unknown keyword argument 'head_first'",
-        ),
-        (
-            chunk_gated_delta_rule,
-            {"state_v_first": True, "transpose_state_layout": True},
-            f"{CHUNK}: state_v_first and transpose_state_layout are both given, should be "
-            f"state_v_first: the other is its older name",
-        ),
-        (
-            chunk_gated_delta_rule,
-            {"initial_state": torch.zeros(B, HV, V, K)},
-            f"{CHUNK}: initial_state has shape (2, 4, 6, 8), should be (N, HV, K, V) = "
-            f"(2, 4, 8, 6); gdn_ops.compat.states.state_from('fla_v_first', initial_state) turns "
-            f"a V-first state",
-        ),
-        (
-            chunk_gated_delta_rule,
-            {"g": torch.full((B, T, HV), 0.5)},
-            f"{CHUNK}: g has values in [0.5, 0.5], should be in [-inf, 0]: it is log α; from α, "
-            f"g = alpha.log()",
-        ),
-    ],
-)
-def test_what_is_not_supported_raises_by_name(
-    function: Any, more: dict[str, Any], message: str
-) -> None:
-    assert message_of(SpecError, function, **{**inputs(), **more}) == message
+@pytest.mark.parametrize(("message", "options"), REFUSED.items())
+def test_what_is_not_supported_raises_by_name(message: str, options: dict[str, Any]) -> None:
+    function = getattr(fla_ops, message.partition(":")[0])
+    assert message_of(SpecError, function, **{**inputs(), **options}) == message
 
 
 # Layouts of states and gates.
@@ -300,37 +246,25 @@ def test_the_names_mean_what_the_libraries_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda: state_from("vllm", torch.zeros(1)),
-            "state_from: unknown layout 'vllm', known: fla, fla_v_first, flashinfer, onnx, "
-            "ort_gated_delta_net, paper",
-        ),
-        (
-            lambda: state_to("paper", torch.zeros(2, 3)),
-            "state_to: state has shape (2, 3), should have 4 dimensions: sequences, heads, and K "
-            "and V in the order of the layout",
-        ),
-        (
-            lambda: gate_from("fla", torch.tensor([0.25, 0.5])),
-            "gate_from: gate has values in [0.25, 0.5], should be in [-inf, 0]: the gate of "
-            "layout 'fla' is log α; α goes in alpha=",
-        ),
-        (
-            lambda: gate_from("flashinfer", torch.tensor([-0.25, 0.0])),
-            "gate_from: gate has values in [-0.25, 0], should be in [0, 1]: the gate of layout "
-            "'flashinfer' is α; log α goes in log_alpha=",
-        ),
-        (
-            lambda: gate_to("fla"),
-            "gate_to: alpha and log_alpha are both missing, should be exactly one of them",
-        ),
-        (
-            lambda: gate_to("fla", torch.ones(1), log_alpha=torch.zeros(1)),
-            "gate_to: alpha and log_alpha are both given, should be exactly one of them",
-        ),
-    ],
+    ("message", "arguments"),
+    {
+        "state_from: unknown layout 'vllm', known: fla, fla_v_first, flashinfer, onnx, "
+        "ort_gated_delta_net, paper": ("vllm", torch.zeros(1)),
+        "state_to: state has shape (2, 3), should have 4 dimensions: sequences, heads, and K and V "
+        "in the order of the layout": ("paper", torch.zeros(2, 3)),
+        "gate_from: gate has values in [0.25, 0.5], should be in [-inf, 0]: the gate of layout "
+        "'fla' is log α; α goes in alpha=": ("fla", torch.tensor([0.25, 0.5])),
+        "gate_from: gate has values in [-0.25, 0], should be in [0, 1]: the gate of layout "
+        "'flashinfer' is α; log α goes in log_alpha=": ("flashinfer", torch.tensor([-0.25, 0.0])),
+    }.items(),
 )
-def test_a_wrong_layout_or_gate_is_refused(call: Any, message: str) -> None:
-    assert message_of(SpecError, call) == message
+def test_a_wrong_layout_or_gate_is_refused(message: str, arguments: tuple[str, Tensor]) -> None:
+    function = getattr(states, message.partition(":")[0])
+    assert message_of(SpecError, function, *arguments) == message
+
+
+def test_exactly_one_gate_is_converted() -> None:
+    expected = "gate_to: alpha and log_alpha are both {}, should be exactly one of them"
+    assert message_of(SpecError, gate_to, "fla") == expected.format("missing")
+    both = message_of(SpecError, gate_to, "fla", torch.ones(1), log_alpha=torch.zeros(1))
+    assert both == expected.format("given")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -20,11 +19,6 @@ from gdn_ops.nn.norm import gated_rms_norm
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_BLOCK", 12)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -133,50 +127,44 @@ def test_the_norm_by_blocks_is_that_of_torch(
         )
 
 
-def cases() -> list[Any]:
-    """Return functions with operands in float64."""
-    x, weight, bias = drawn(2, 7, 3), drawn(3, 4, seed=1), drawn(3, seed=2)
-    return [
-        pytest.param(
-            lambda x, w, b: causal_convolution(x, w, b, silu=True), (x, weight, bias), id="conv"
-        ),
-        pytest.param(
-            lambda x, w, z: gated_rms_norm(x, w, z, eps=1e-2),
-            (x, weight[:, 0].contiguous(), drawn(2, 7, 3, seed=3)),
-            id="norm",
-        ),
-    ]
+X, WEIGHT = drawn(2, 7, 3), drawn(3, 4, seed=1)
+
+Case = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+
+CASES: dict[str, Case] = {
+    "conv": (functools.partial(causal_convolution, silu=True), (X, WEIGHT, drawn(3, seed=2))),
+    "norm": (
+        functools.partial(gated_rms_norm, eps=1e-2),
+        (X, WEIGHT[:, 0].contiguous(), drawn(2, 7, 3, seed=3)),
+    ),
+}
 
 
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("function", "operands"), cases())
-def test_gradients_can_be_differentiated_again(
-    function: Callable[..., Tensor], operands: tuple[Tensor, ...]
-) -> None:
-    operands = tuple(x.clone().requires_grad_() for x in operands)
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+    """Return a function that runs in small blocks, and its operands in float64, as leaves."""
+    monkeypatch.setattr(blocks, "_BLOCK", 12)
+    function, operands = CASES[request.param]
+    return function, tuple(x.clone().requires_grad_() for x in operands)
+
+
+def test_gradients_can_be_differentiated_again(case: Case) -> None:
+    function, operands = case
     assert torch.autograd.gradcheck(function, operands)
     assert torch.autograd.gradgradcheck(function, operands)
 
 
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("function", "operands"), cases())
-def test_each_gradient_is_made_alone_too(
-    function: Callable[..., Tensor], operands: tuple[Tensor, ...]
-) -> None:
-    together = [x.clone().requires_grad_() for x in operands]
-    expected = torch.autograd.grad(function(*together).sum(), together)
+def test_each_gradient_is_made_alone_too(case: Case) -> None:
+    function, operands = case
+    expected = torch.autograd.grad(function(*operands).sum(), operands)
     for i in range(len(operands)):
-        alone = [x.clone().requires_grad_(j == i) for j, x in enumerate(operands)]
+        alone = [x.detach().clone().requires_grad_(j == i) for j, x in enumerate(operands)]
         (found,) = torch.autograd.grad(function(*alone).sum(), alone[i])
         assert torch.equal(found, expected[i])
 
 
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("function", "operands"), cases())
-def test_only_operands_are_kept_for_the_backward(
-    function: Callable[..., Tensor], operands: tuple[Tensor, ...]
-) -> None:
-    operands = tuple(x.clone().requires_grad_() for x in operands)
+def test_only_operands_are_kept_for_the_backward(case: Case) -> None:
+    function, operands = case
     kept: list[int] = []
 
     def keep(x: Tensor) -> Tensor:
@@ -188,11 +176,8 @@ def test_only_operands_are_kept_for_the_backward(
     assert sorted(kept) == sorted(x.data_ptr() for x in operands)
 
 
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("function", "operands"), cases())
-def test_graphs_and_transforms_see_plain_operations(
-    function: Callable[..., Tensor], operands: tuple[Tensor, ...]
-) -> None:
+def test_graphs_and_transforms_see_plain_operations(case: Case) -> None:
+    function, operands = case[0], tuple(x.detach() for x in case[1])
     expected = function(*operands)
 
     class Module(torch.nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -201,16 +202,6 @@ def test_published_configurations_have_the_published_size(
     assert round(sum(millions.values()), 1) == beside_embedding
 
 
-def test_a_mixer_of_the_published_width_has_six_squares() -> None:
-    mixer = HybridLM(**PAPER["GDN-H1 0.4B"], device="meta").blocks[0].mixer
-    matrices = [
-        p.numel()
-        for n, p in mixer.named_parameters()
-        if n[:2] in ("q_", "k_", "v_", "g_", "o_") and p.dim() == 2
-    ]
-    assert sum(matrices) == 6 * 1536**2
-
-
 def test_weights_start_as_documented() -> None:
     torch.manual_seed(0)
     model = HybridLM("GA", 64, 128, num_heads=4, head_dim=32)
@@ -230,13 +221,8 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     shown = [[names[id(p)] for p in group["params"]] for group in (decayed, kept)]
     assert sorted(shown[0] + shown[1]) == sorted(names.values())
     assert "blocks.0.mixer.q_proj.weight" in shown[0]
-    for name in (
-        "embedding.weight",
-        "norm.weight",
-        "blocks.0.mixer.A_log",
-        "blocks.1.mixer.dt_bias",
-    ):
-        assert name in shown[1]
+    gates = {"blocks.0.mixer.A_log", "blocks.1.mixer.dt_bias"}
+    assert {"embedding.weight", "norm.weight", *gates} <= set(shown[1])
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -310,56 +296,34 @@ LETTERS = (
 )
 
 
-@pytest.mark.parametrize(
-    ("action", "message"),
-    [
-        (
-            lambda: make("GXA"),
-            f"HybridLM: pattern 'GXA' has the letter 'X', should have only {LETTERS}",
-        ),
-        (
-            lambda: make("ga"),
-            f"HybridLM: pattern 'ga' has the letter 'g', should have only {LETTERS}",
-        ),
-        (lambda: make(""), f"HybridLM: pattern is empty, should be letters of {LETTERS}"),
-        (
-            lambda: make("G", num_layers=0),
-            "HybridLM: num_layers is 0, should be at least 1",
-        ),
-        (
-            lambda: make("G", rule="mamba"),
-            "GatedDeltaNet: rule is 'mamba', should be one of gated_delta, delta, gated, linear",
-        ),
-        (
-            lambda: make("G")(torch.zeros(3, dtype=torch.int64)),
-            "HybridLM: tokens has shape (3,), should be (B, T)",
-        ),
-        (
-            lambda: make("GA")(tokens_of(1, 2), make("A")(tokens_of(1, 2))[1]),
-            "HybridLM: state is of 1 layers, should be of 2",
-        ),
-        (
-            lambda: SlidingWindowAttention(12, 4),
-            "SlidingWindowAttention: num_heads is 4, should divide hidden_size = 12 into heads of "
-            "an even width",
-        ),
-        (
-            lambda: SlidingWindowAttention(12, 2, 0),
-            "SlidingWindowAttention: window is 0, should be at least 1, the token itself",
-        ),
-        (
-            lambda: SlidingWindowAttention(12, 2)(torch.zeros(1, 2, 8)),
-            "SlidingWindowAttention: x has shape (1, 2, 8), should be (B, T, hidden_size) with "
-            "hidden_size = 12",
-        ),
-        (
-            lambda: SlidingWindowAttention(12, 2, 4)(
-                torch.zeros(1, 1, 12), SlidingWindowAttention(12, 2, 5).zero_state(1)
-            ),
-            "SlidingWindowAttention: state.keys has shape (1, 2, 5, 6), should be (B, heads, "
-            "window, D) = (1, 2, 4, 6)",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_refused(action: Any, message: str) -> None:
+REFUSED: dict[str, Callable[[], Any]] = {
+    f"HybridLM: pattern 'GXA' has the letter 'X', should have only {LETTERS}": lambda: make("GXA"),
+    f"HybridLM: pattern 'ga' has the letter 'g', should have only {LETTERS}": lambda: make("ga"),
+    f"HybridLM: pattern is empty, should be letters of {LETTERS}": lambda: make(""),
+    "HybridLM: num_layers is 0, should be at least 1": lambda: make("G", num_layers=0),
+    "GatedDeltaNet: rule is 'mamba', should be one of gated_delta, delta, gated, linear": (
+        lambda: make("G", rule="mamba")
+    ),
+    "HybridLM: tokens has shape (3,), should be (B, T)": (
+        lambda: make("G")(torch.zeros(3, dtype=torch.int64))
+    ),
+    "HybridLM: state is of 1 layers, should be of 2": (
+        lambda: make("GA")(tokens_of(1, 2), make("A")(tokens_of(1, 2))[1])
+    ),
+    "SlidingWindowAttention: num_heads is 4, should divide hidden_size = 12 into heads of "
+    "an even width": lambda: SlidingWindowAttention(12, 4),
+    "SlidingWindowAttention: window is 0, should be at least 1, the token itself": (
+        lambda: SlidingWindowAttention(12, 2, 0)
+    ),
+    "SlidingWindowAttention: x has shape (1, 2, 8), should be (B, T, hidden_size) with "
+    "hidden_size = 12": lambda: SlidingWindowAttention(12, 2)(torch.zeros(1, 2, 8)),
+    "SlidingWindowAttention: state.keys has shape (1, 2, 5, 6), should be (B, heads, "
+    "window, D) = (1, 2, 4, 6)": lambda: SlidingWindowAttention(12, 2, 4)(
+        torch.zeros(1, 1, 12), SlidingWindowAttention(12, 2, 5).zero_state(1)
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "action"), REFUSED.items())
+def test_what_does_not_fit_is_refused(message: str, action: Callable[[], Any]) -> None:
     assert message_of(SpecError, action) == message

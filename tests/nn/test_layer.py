@@ -31,6 +31,11 @@ def same(found: State, expected: State) -> None:
         close(found.conv, expected.conv)
 
 
+def state_of(n: int, state: State | None) -> State | None:
+    """Return the state of one sequence."""
+    return None if state is None else State(*(s[n : n + 1] for s in state))
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_prefill_equals_token_by_token_decode(options: dict[str, Any]) -> None:
     layer, x = make(**options), torch.randn(2, TOKENS, WIDTH)
@@ -46,22 +51,13 @@ def test_prefill_equals_token_by_token_decode(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 2, 20, TOKENS - 1])
-def test_a_sequence_may_be_cut_anywhere(cut: int) -> None:
+def test_a_sequence_starts_from_zero_and_may_be_cut_anywhere(cut: int) -> None:
     layer, x = make(num_value_heads=4), torch.randn(2, TOKENS, WIDTH)
     with torch.no_grad():
         y, final = layer(x)
-        head, state = layer(x[:, :cut])
+        head, state = layer(x[:, :cut], layer.zero_state(2))
         tail, state = layer(x[:, cut:], state)
     close(torch.cat([head, tail], 1), y)
-    same(state, final)
-
-
-def test_the_zero_state_is_the_start() -> None:
-    layer, x = make(), torch.randn(3, TOKENS, WIDTH)
-    with torch.no_grad():
-        y, final = layer(x)
-        again, state = layer(x, layer.zero_state(3))
-    close(again, y)
     same(state, final)
 
 
@@ -80,10 +76,9 @@ def test_padding_changes_nothing_wherever_it_is(where: str, with_state: bool) ->
         state = layer(torch.randn(len(lengths), 5, WIDTH))[1] if with_state else None
         y, final = layer(x, state, mask=mask)
         for row in range(len(lengths)):
-            own = None if state is None else State(*(s[row : row + 1] for s in state))
-            expected, last = layer(x[row : row + 1, mask[row]], own)
+            expected, last = layer(x[row : row + 1, mask[row]], state_of(row, state))
             close(y[row : row + 1, mask[row]], expected)
-            same(State(*(s[row : row + 1] for s in final)), last)
+            same(state_of(row, final), last)
     assert not bool(y[~mask].any())
 
 
@@ -95,10 +90,9 @@ def test_packed_sequences_equal_separate_calls(with_state: bool) -> None:
         state = layer(torch.randn(4, 5, WIDTH))[1] if with_state else None
         y, final = layer(x, state, cu_seqlens=cuts)
         for n in range(4):
-            own = None if state is None else State(*(s[n : n + 1] for s in state))
-            expected, last = layer(x[:, cuts[n] : cuts[n + 1]], own)
+            expected, last = layer(x[:, cuts[n] : cuts[n + 1]], state_of(n, state))
             close(y[:, cuts[n] : cuts[n + 1]], expected)
-            same(State(*(s[n : n + 1] for s in final)), last)
+            same(state_of(n, final), last)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -123,9 +117,8 @@ def test_every_option_trains(options: dict[str, Any]) -> None:
 def test_a_rule_has_the_parameters_it_needs(rule: str) -> None:
     names = {name.partition(".")[0] for name, _ in make(rule=rule).named_parameters()}
     has_decay = rule in ("gated_delta", "gated")
-    assert {"a_proj", "A_log", "dt_bias"} & names == (
-        {"a_proj", "A_log", "dt_bias"} if has_decay else set()
-    )
+    of_the_decay = {"a_proj", "A_log", "dt_bias"}
+    assert of_the_decay & names == (of_the_decay if has_decay else set())
     assert "b_proj" in names
 
 
@@ -155,33 +148,23 @@ def test_gates_and_memory_are_at_least_float32(dtype: torch.dtype) -> None:
 
 # Sizes and initialisation.
 
-PAPER = {
-    # layers, width, SwiGLU inner, K, V, millions of parameters outside the embedding
-    "GDN 0.4B": (11, 1536, 6144, 128, 256, 467.7),
-    "GDN 1.3B": (16, 2400, 5888, 200, 400, 1232.5),
-}
 
-
-@pytest.mark.parametrize("name", PAPER)
-def test_parameters_are_those_of_the_paper(name: str) -> None:
-    layers, width, inner, key_width, value_width, millions = PAPER[name]
+@pytest.mark.parametrize(
+    ("width", "key_width", "value_width", "floats"),
+    [(1536, 128, 256, 294_912), (2400, 200, 400, 720_000)],
+    ids=["GDN 0.4B", "GDN 1.3B"],
+)
+def test_parameters_and_state_are_those_of_the_paper(
+    width: int, key_width: int, value_width: int, floats: int
+) -> None:
     layer = GatedDeltaNet(width, 9, device="meta")
     assert (layer.head_dim, layer.value_dim) == (key_width, value_width)
     projections = sum(
         p.numel() for n, p in layer.named_parameters() if n[0] in "qkvgo" and p.dim() == 2
     )
     assert projections == 6 * width**2
-    mixer = sum(p.numel() for p in layer.parameters())
-    assert mixer < 1.01 * 6 * width**2
-    block = mixer + 3 * width * inner + 2 * width
-    assert round((layers * block + width) / 1e6, 1) == millions
-
-
-def test_the_state_of_the_paper_is_what_its_table_says() -> None:
-    floats = {9 * k * v for _, _, _, k, v, _ in PAPER.values()}
-    assert floats == {294_912, 720_000}
-    memory = GatedDeltaNet(1536, 9, device="meta").zero_state(1).memory
-    assert memory.numel() == 294_912
+    assert sum(p.numel() for p in layer.parameters()) < 1.01 * 6 * width**2
+    assert layer.zero_state(1).memory.numel() == floats
 
 
 def test_the_gate_starts_as_published() -> None:
@@ -245,92 +228,68 @@ def test_the_convolution_is_a_causal_depthwise_one(
 # Refusals.
 
 
-def call(**options: Any) -> Any:
-    layer = make()
-    return lambda: layer(options.pop("x", torch.zeros(2, 5, WIDTH)), **options)
+REFUSED_OPTIONS: dict[str, dict[str, Any]] = {
+    "rule is 'mamba', should be one of gated_delta, delta, gated, linear": {"rule": "mamba"},
+    "feature_map is 'exp', should be one of silu, relu, elu, none": {"feature_map": "exp"},
+    "qk_norm is 'l3', should be one of l2, l1, None": {"qk_norm": "l3"},
+    "output_gate is 'tanh', should be one of silu, sigmoid, None": {"output_gate": "tanh"},
+    "num_value_heads is 3, should be a multiple of num_heads = 2": {"num_value_heads": 3},
+    "expand_v is 1.1, should make expand_v * head_dim = 4.4 an integer": {"expand_v": 1.1},
+}
 
 
-def states(**changed: Any) -> State:
-    return make().zero_state(2)._replace(**changed)
+@pytest.mark.parametrize(("message", "options"), REFUSED_OPTIONS.items())
+def test_an_option_that_does_not_fit_is_refused(message: str, options: dict[str, Any]) -> None:
+    assert message_of(SpecError, make, **options) == f"GatedDeltaNet: {message}"
 
 
-@pytest.mark.parametrize(
-    ("action", "message"),
-    [
-        (
-            lambda: make(rule="mamba"),
-            "rule is 'mamba', should be one of gated_delta, delta, gated, linear",
-        ),
-        (
-            lambda: make(feature_map="exp"),
-            "feature_map is 'exp', should be one of silu, relu, elu, none",
-        ),
-        (lambda: make(qk_norm="l3"), "qk_norm is 'l3', should be one of l2, l1, None"),
-        (
-            lambda: make(output_gate="tanh"),
-            "output_gate is 'tanh', should be one of silu, sigmoid, None",
-        ),
-        (
-            lambda: make(num_value_heads=3),
-            "num_value_heads is 3, should be a multiple of num_heads = 2",
-        ),
-        (
-            lambda: GatedDeltaNet(64, 9),
-            "head_dim is not given and 0.75 hidden_size / num_heads = 5.33333 is no integer; pass "
-            "head_dim=",
-        ),
-        (
-            lambda: make(expand_v=1.1),
-            "expand_v is 1.1, should make expand_v * head_dim = 4.4 an integer",
-        ),
-        (
-            call(x=torch.zeros(2, 5, 7)),
-            "x has shape (2, 5, 7), should be (B, T, hidden_size) with hidden_size = 16",
-        ),
-        (
-            call(mask=torch.ones(2, 4)),
-            "mask has shape (2, 4), should be (B, T) = (2, 5), 0 where a token is padding",
-        ),
-        (
-            call(mask=torch.ones(2, 5), cu_seqlens=torch.tensor([0, 5])),
-            "mask and cu_seqlens are both given, should be one of them: packing has no padding",
-        ),
-        (
-            call(state=states(memory=torch.zeros(2, 2, 6, 4))),
-            "state.memory has shape (2, 2, 6, 4), should be (N, HV, K, V) = (2, 2, 4, 6); "
-            "gdn_ops.compat.states.state_from('fla_v_first', memory) turns a V-first state",
-        ),
-        (
-            call(state=states(memory=torch.zeros(1, 2, 4, 6))),
-            "state.memory has shape (1, 2, 4, 6), should be (N, HV, K, V) = (2, 2, 4, 6)",
-        ),
-        (
-            call(state=states(conv=None)),
-            "state.conv is None, should be (N, channels, kernel_size - 1) = (2, 28, 3)",
-        ),
-        (
-            call(state=states(conv=torch.zeros(2, 28, 4))),
-            "state.conv has shape (2, 28, 4), should be (N, channels, kernel_size - 1) = "
-            "(2, 28, 3)",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_refused(action: Any, message: str) -> None:
-    assert message_of(SpecError, action) == f"GatedDeltaNet: {message}"
+START = make().zero_state(2)
+
+REFUSED_INPUTS: dict[str, dict[str, Any]] = {
+    "x has shape (2, 5, 7), should be (B, T, hidden_size) with hidden_size = 16": {
+        "x": torch.zeros(2, 5, 7)
+    },
+    "mask has shape (2, 4), should be (B, T) = (2, 5), 0 where a token is padding": {
+        "mask": torch.ones(2, 4)
+    },
+    "mask and cu_seqlens are both given, should be one of them: packing has no padding": {
+        "mask": torch.ones(2, 5),
+        "cu_seqlens": torch.tensor([0, 5]),
+    },
+    "state.memory has shape (2, 2, 6, 4), should be (N, HV, K, V) = (2, 2, 4, 6); "
+    "gdn_ops.compat.states.state_from('fla_v_first', memory) turns a V-first state": {
+        "state": START._replace(memory=torch.zeros(2, 2, 6, 4))
+    },
+    "state.memory has shape (1, 2, 4, 6), should be (N, HV, K, V) = (2, 2, 4, 6)": {
+        "state": START._replace(memory=torch.zeros(1, 2, 4, 6))
+    },
+    "state.conv is None, should be (N, channels, kernel_size - 1) = (2, 28, 3)": {
+        "state": START._replace(conv=None)
+    },
+    "state.conv has shape (2, 28, 4), should be (N, channels, kernel_size - 1) = (2, 28, 3)": {
+        "state": START._replace(conv=torch.zeros(2, 28, 4))
+    },
+}
+
+
+@pytest.mark.parametrize(("message", "inputs"), REFUSED_INPUTS.items())
+def test_an_input_that_does_not_fit_is_refused(message: str, inputs: dict[str, Any]) -> None:
+    call = {"x": torch.zeros(2, 5, WIDTH), **inputs}
+    assert message_of(SpecError, make(), **call) == f"GatedDeltaNet: {message}"
 
 
 @pytest.mark.parametrize(
-    ("action", "message"),
-    [
-        (
-            lambda: ShortConvolution(2, activation="gelu"),
-            "ShortConvolution: activation is 'gelu', should be 'silu' or None",
+    ("message", "action"),
+    {
+        "GatedDeltaNet: head_dim is not given and 0.75 hidden_size / num_heads = 5.33333 is no "
+        "integer; pass head_dim=": lambda: GatedDeltaNet(64, 9),
+        "ShortConvolution: activation is 'gelu', should be 'silu' or None": (
+            lambda: ShortConvolution(2, activation="gelu")
         ),
-        (
-            lambda: GatedRMSNorm(2, activation="gelu"),
-            "GatedRMSNorm: activation is 'gelu', should be one of silu, sigmoid",
+        "GatedRMSNorm: activation is 'gelu', should be one of silu, sigmoid": (
+            lambda: GatedRMSNorm(2, activation="gelu")
         ),
-    ],
+    }.items(),
 )
-def test_an_unknown_activation_is_refused(action: Any, message: str) -> None:
+def test_a_part_that_cannot_be_built_is_refused(message: str, action: Any) -> None:
     assert message_of(SpecError, action) == message

@@ -115,29 +115,30 @@ def test_an_fla_layer_without_convolution_keeps_its_shape() -> None:
     assert ours(torch.randn(1, 3, WIDTH))[1].conv is None
 
 
+KNOWN = "should be the linear-attention layer of"
+OF_TRANSFORMERS = f"{KNOWN} Qwen3-Next, Qwen3.5 or OLMo-Hybrid"
+
+
+def layer_with(activation: str) -> Any:
+    return SimpleNamespace(conv1d=0, num_k_heads=0, activation=activation)
+
+
 @pytest.mark.parametrize(
-    ("action", "message"),
+    ("convert", "layer", "message"),
     [
+        (from_transformers, nn.Linear(2, 2), f"layer is a Linear, {OF_TRANSFORMERS}"),
+        (from_transformers, layer_with("silu"), f"layer is a SimpleNamespace, {OF_TRANSFORMERS}"),
         (
-            lambda: from_transformers(nn.Linear(2, 2)),
-            "from_transformers: layer is a Linear, should be the linear-attention layer of "
-            "Qwen3-Next, Qwen3.5 or OLMo-Hybrid",
+            from_transformers,
+            layer_with("gelu"),
+            "the layer's activation is 'gelu', should be 'silu'",
         ),
         (
-            lambda: from_transformers(SimpleNamespace(conv1d=0, num_k_heads=0, activation="silu")),
-            "from_transformers: layer is a SimpleNamespace, should be the linear-attention layer "
-            "of Qwen3-Next, Qwen3.5 or OLMo-Hybrid",
-        ),
-        (
-            lambda: from_transformers(SimpleNamespace(conv1d=0, num_k_heads=0, activation="gelu")),
-            "from_transformers: the layer's activation is 'gelu', should be 'silu'",
-        ),
-        (
-            lambda: from_fla(GatedDeltaNet(16, 2, head_dim=4)),
-            "from_fla: layer is a GatedDeltaNet, should be the linear-attention layer of "
-            "fla.layers.GatedDeltaNet",
+            from_fla,
+            GatedDeltaNet(16, 2, head_dim=4),
+            f"layer is a GatedDeltaNet, {KNOWN} fla.layers.GatedDeltaNet",
         ),
     ],
 )
-def test_another_layer_is_refused(action: Any, message: str) -> None:
-    assert message_of(SpecError, action) == message
+def test_another_layer_is_refused(convert: Any, layer: Any, message: str) -> None:
+    assert message_of(SpecError, convert, layer) == f"{convert.__name__}: {message}"
