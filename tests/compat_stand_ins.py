@@ -39,8 +39,8 @@ def recurrence(
     return o, final if has_state else None
 
 
-def chunk_function(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function with the parameters of the chunked one, which computes a rule."""
+def functions_of(rule: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Return functions with the parameters of the two, chunked first, which compute a rule."""
 
     def torch_chunk_gated_delta_rule(
         query: Tensor,
@@ -55,13 +55,7 @@ def chunk_function(rule: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         rest = (initial_state, output_final_state, use_qk_l2norm_in_kernel)
-        return rule(query, key, value, g, beta, *rest)
-
-    return torch_chunk_gated_delta_rule
-
-
-def recurrent_function(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function with the parameters of the recurrent one, which computes a rule."""
+        return rule("chunk", query, key, value, g, beta, *rest)
 
     def torch_recurrent_gated_delta_rule(
         query: Tensor,
@@ -74,9 +68,9 @@ def recurrent_function(rule: Callable[..., Any]) -> Callable[..., Any]:
         use_qk_l2norm_in_kernel: bool = False,
     ) -> Any:
         rest = (initial_state, output_final_state, use_qk_l2norm_in_kernel)
-        return rule(query, key, value, g, beta, *rest)
+        return rule("recurrent", query, key, value, g, beta, *rest)
 
-    return torch_recurrent_gated_delta_rule
+    return {f.__name__: f for f in (torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule)}
 
 
 def run_layer(x: Tensor, chunk: Any, recurrent: Any) -> Tensor:
@@ -125,19 +119,11 @@ def stand_in(name: str, *, holds: bool) -> types.ModuleType:
     module = types.ModuleType(name)
     ran: list[str] = []
 
-    def noting(kind: str) -> Callable[..., Any]:
-        def rule(*arguments: Any) -> Any:
-            ran.append(kind)
-            return recurrence(*arguments)
-
-        return rule
+    def rule(kind: str, *arguments: Any) -> Any:
+        ran.append(kind)
+        return recurrence(*arguments)
 
     layer = holding_layer(module) if holds else looking_layer(module)
     layer.__module__ = name
-    vars(module).update(
-        Layer=layer,
-        ran=ran,
-        torch_chunk_gated_delta_rule=chunk_function(noting("chunk")),
-        torch_recurrent_gated_delta_rule=recurrent_function(noting("recurrent")),
-    )
+    vars(module).update(functions_of(rule), Layer=layer, ran=ran)
     return module

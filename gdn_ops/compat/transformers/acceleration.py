@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 from gdn_ops.compat.transformers.discovery import (
     architecture_of,
@@ -58,9 +58,9 @@ def accelerate(
             name="transformers",
         )
     if backend != "auto":
-        found = registry.get_backend(backend)
-        if isinstance(found, str):
-            raise SpecError(f"accelerate: backend {backend!r} is not available: {found}")
+        reason = registry.get_backend(backend)
+        if isinstance(reason, str):
+            raise SpecError(f"accelerate: backend {backend!r} is not available: {reason}")
     names = None if architectures is None else tuple(architectures)
     known = known_architectures() if names else ()
     for name in names or ():
@@ -88,12 +88,12 @@ class Acceleration:
         self.left: list[tuple[str, str]] = []
         self._sites: list[Site] = []
         # All are examined before the first is touched.
-        found = [(module, _site(module)) for module in loaded_modules() if self._covers(module)]
-        for module, site in found:
+        examined = [(module, _site(module)) for module in loaded_modules() if self._covers(module)]
+        for module, site in examined:
             text = self._judge(module, site)
             if text is not None:
                 warnings.warn(text, stacklevel=3)
-        for _, site in found:
+        for _, site in examined:
             if isinstance(site, Site):
                 self._use(site)
         if not _active:
@@ -160,12 +160,7 @@ class Acceleration:
     def __enter__(self) -> Acceleration:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.undo()
 
     def __str__(self) -> str:

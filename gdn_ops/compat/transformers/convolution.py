@@ -6,6 +6,7 @@ runs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -110,23 +111,19 @@ def examine_convolution(name: str, module: ModuleType) -> Function | str | None:
     if not callable(function):
         return None
     original = original_of(function)
-    found = definition(original, PARAMETERS[name])
-    if found is None:
+    expected = definition(original, PARAMETERS[name])
+    if expected is None:
         return mismatch_of_parameters(name, original, PARAMETERS[name])
     new = _REPLACEMENTS[name](original)
     setattr(new, ORIGINAL, original)
     with plain_torch():
         for example in _EXAMPLES[name]():
-            # An update writes its second argument.
-            results = [(f, [_copy(x) for x in example]) for f in (found, new)]
-            incompatibility = difference(*(_run_of(f, arguments) for f, arguments in results))
+            # Copies, because an update writes its second argument.
+            runs = (_run_of(f, copy.deepcopy(example)) for f in (expected, new))
+            incompatibility = difference(*runs)
             if incompatibility is not None:
                 return f"{name} {incompatibility}"
     return new
-
-
-def _copy(x: Any) -> Any:
-    return x.clone() if isinstance(x, Tensor) else x
 
 
 def _run_of(function: Function, arguments: list[Any]) -> Callable[[], Sequence[Tensor]]:

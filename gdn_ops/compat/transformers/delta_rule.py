@@ -21,11 +21,6 @@ Note = Callable[[str, str], None]
 IN_A_GRAPH = "in a compiled graph"
 """Noted instead of a backend while a graph is traced, once per call in the graph."""
 
-_PUBLIC: dict[str, Callable[..., Any]] = {
-    "gated_delta": gated_delta,
-    "gated_delta_step": gated_delta_step,
-}
-
 
 def delta_rule(
     query: Tensor,
@@ -70,26 +65,27 @@ def delta_rule(
     if query.shape[1] == 1 and cu_seqlens is None:
         q, k, v, log_alpha, b = (x.squeeze(1) for x in (query, key, value, g, beta))
         tensors = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": b}
-        o, state = _run(GATED_DELTA_STEP, {**tensors, "state": initial_state, **options}, note)
+        arguments = {**tensors, "state": initial_state, **options}
+        o, state = _run(GATED_DELTA_STEP, gated_delta_step, arguments, note)
         o = o.unsqueeze(1)
     else:
         tensors = {"q": query, "k": key, "v": value, "log_alpha": g, "beta": beta}
         more = {"cu_seqlens": cu_seqlens, "chunk_size": chunk_size, "return_state": True}
         arguments = {**tensors, "initial_state": initial_state, **more, **options}
-        o, state = _run(GATED_DELTA, arguments, note)
+        o, state = _run(GATED_DELTA, gated_delta, arguments, note)
     return o, state if output_final_state else None
 
 
-def _run(spec: OpSpec, arguments: dict[str, Any], note: Note) -> tuple[Tensor, Tensor]:
+def _run(
+    spec: OpSpec, public: Callable[..., Any], arguments: dict[str, Any], note: Note
+) -> tuple[Tensor, Tensor]:
     """Bind a call, note the selected backend and run it; trace through the public function."""
     q = arguments["q"]
     if torch.compiler.is_compiling() or q.is_meta or type(q) is not Tensor:
         note(spec.name, IN_A_GRAPH)
-        traced: Callable[..., tuple[Tensor, Tensor]] = _PUBLIC[spec.name]
-        return traced(**arguments)
+        return public(**arguments)  # type: ignore[no-any-return]
     call = bind(spec, arguments_of(spec, arguments))
     backend = registry.select(call, registry.resolve(arguments["backend"]))
     note(spec.name, backend.name)
-    if spec is GATED_DELTA:
-        return eager.run_sequence(backend, call)
-    return eager.run_step(backend, call)
+    run = eager.run_sequence if spec is GATED_DELTA else eager.run_step
+    return run(backend, call)

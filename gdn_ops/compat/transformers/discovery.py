@@ -50,8 +50,8 @@ def known_architectures() -> tuple[str, ...]:
     spec = importlib.util.find_spec("transformers")
     folders = () if spec is None else tuple(spec.submodule_search_locations or ())
     loaded = (m.__name__ for m in loaded_modules() if functions_of(m) == FUNCTIONS)
-    found = {architecture_of(name) for name in loaded} | set(_architectures_in(folders))
-    return tuple(sorted(name for name in found if name is not None))
+    architectures = {architecture_of(name) for name in loaded} | set(_architectures_in(folders))
+    return tuple(sorted(name for name in architectures if name is not None))
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from gdn_ops.compat.transformers import convolution, norm
 from gdn_ops.compat.transformers.discovery import CHUNK, FUNCTIONS, RECURRENT
 from gdn_ops.compat.transformers.padding import MASK
 from gdn_ops.compat.transformers.rule import Rule, examine_rule
-from gdn_ops.compat.transformers.signatures import layers_of, mentions, parameters_of
+from gdn_ops.compat.transformers.signatures import layers_of, mentions, modules_of, parameters_of
 
 HELD = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "recurrent_gated_delta_rule"}
 """Attribute of a layer that holds each function, where layers hold them: before 5.15."""
@@ -65,10 +65,10 @@ class Plan:
 
 def examine(module: ModuleType) -> Plan | list[str]:
     """Return the plan of a module, or every reason why its delta rule cannot be replaced."""
-    found = {name: examine_rule(name, vars(module).get(name)) for name in FUNCTIONS}
-    rules = {name: rule for name, rule in found.items() if isinstance(rule, Rule)}
+    examined = {name: examine_rule(name, vars(module).get(name)) for name in FUNCTIONS}
+    rules = {name: rule for name, rule in examined.items() if isinstance(rule, Rule)}
     if len(rules) < len(FUNCTIONS):
-        return [rule for rule in found.values() if isinstance(rule, str)]
+        return [rule for rule in examined.values() if isinstance(rule, str)]
     layers, left = _layers(module), []
     if not layers:
         left.append(f"the padding mask: no layer calls {CHUNK} and {RECURRENT}")
@@ -101,26 +101,20 @@ def examine(module: ModuleType) -> Plan | list[str]:
 
 def _layers(module: ModuleType) -> list[Layer]:
     """Return the layers of a module: classes that call, or hold, both functions."""
-    found = []
-    for cls in vars(module).values():
-        if (
-            inspect.isclass(cls)
-            and issubclass(cls, nn.Module)
-            and cls.__module__ == module.__name__
-            and "forward" in vars(cls)
-        ):
-            methods = [f for f in vars(cls).values() if inspect.isfunction(f)]
-            holds = any(mentions(f, tuple(HELD.values())) for f in methods)
-            if holds or any(mentions(f, FUNCTIONS) for f in methods if f.__name__ != "__init__"):
-                found.append(Layer(cls, _parameters(vars(cls)["forward"]), holds))
-    return found
+    layers = []
+    for cls in modules_of(module):
+        methods = [f for f in vars(cls).values() if inspect.isfunction(f)]
+        holds = any(mentions(f, tuple(HELD.values())) for f in methods)
+        if holds or any(mentions(f, FUNCTIONS) for f in methods if f.__name__ != "__init__"):
+            layers.append(Layer(cls, _parameters(vars(cls)["forward"]), holds))
+    return layers
 
 
 def _parameters(forward: Any) -> tuple[str, ...]:
     """Return the names of a forward's parameters, looking through decorators."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    found: tuple[str, ...] = ()
-    for function in layers_of(forward):
-        named = tuple(n for n, p in parameters_of(function).items() if p.kind not in variable)
-        found = max(found, named, key=len)
-    return found
+    signatures = [
+        tuple(n for n, p in parameters_of(function).items() if p.kind not in variable)
+        for function in layers_of(forward)
+    ]
+    return max(signatures, key=len)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdn_ops.compat.transformers.signatures import definition, parameters_of
+from gdn_ops.compat.transformers.signatures import definition, modules_of, parameters_of
 from gdn_ops.compat.transformers.trial import Draw, difference, plain_torch
 from gdn_ops.nn.blocks import is_plain
 from gdn_ops.nn.norm import gated_rms_norm
@@ -55,20 +55,12 @@ def gated_norm(original: Forward) -> Forward:
 
 def candidates(module: ModuleType) -> list[type[nn.Module]]:
     """Return the classes of a module whose forward takes hidden states and a gate."""
-    return [
-        cls
-        for cls in vars(module).values()
-        if isinstance(cls, type)
-        and issubclass(cls, nn.Module)
-        and cls.__module__ == module.__name__
-        and "forward" in vars(cls)
-        and _takes_a_gate(vars(cls)["forward"])
-    ]
+    return [cls for cls in modules_of(module) if _takes_a_gate(vars(cls)["forward"])]
 
 
 def _takes_a_gate(forward: Any) -> bool:
-    found = definition(forward, _PARAMETERS)
-    return found is not None and len(parameters_of(found)) == len(_PARAMETERS)
+    function = definition(forward, _PARAMETERS)
+    return function is not None and len(parameters_of(function)) == len(_PARAMETERS)
 
 
 def incompatibility_of(cls: type[nn.Module]) -> str | None:
@@ -86,9 +78,9 @@ def incompatibility_of(cls: type[nn.Module]) -> str | None:
         for activation in _activations(norm):
             if activation is not None:
                 norm.activation = activation
-            found = difference(lambda: [original(norm, x, gate)], lambda: [new(norm, x, gate)])
-            if found is not None:
-                return f"{cls.__name__} {found}"
+            reason = difference(lambda: [original(norm, x, gate)], lambda: [new(norm, x, gate)])
+            if reason is not None:
+                return f"{cls.__name__} {reason}"
     return None
 
 

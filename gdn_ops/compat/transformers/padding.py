@@ -53,8 +53,10 @@ def with_context(
             cache = next((x for x in named.values() if hasattr(x, "has_previous_state")), None)
             if cache is not None:
                 _check_padding(self, cache, mask)
-        if holds_functions and packing.is_packed(named):
-            _check_convolution(self)
+        mixes = holds_functions and getattr(self, "causal_conv1d_fn", None) is None
+        if mixes and packing.is_packed(named):
+            text = packing.WITHOUT_CONVOLUTION.format(layer=type(self).__name__)
+            raise SpecError(f"accelerate: {text}")
         outer = getattr(_current, "mask", None), getattr(_current, "sequences", None)
         _current.mask, _current.sequences = mask, named.get("seq_idx")
         try:
@@ -63,13 +65,6 @@ def with_context(
             _current.mask, _current.sequences = outer
 
     return forward_with_context
-
-
-def _check_convolution(layer: nn.Module) -> None:
-    """Check that a layer has a convolution that can keep packed sequences apart."""
-    if getattr(layer, "causal_conv1d_fn", None) is None:
-        text = packing.WITHOUT_CONVOLUTION.format(layer=type(layer).__name__)
-        raise SpecError(f"accelerate: {text}")
 
 
 def _check_padding(layer: nn.Module, cache: Any, mask: Tensor | None) -> None:

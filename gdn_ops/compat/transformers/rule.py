@@ -94,11 +94,11 @@ def examine_rule(name: str, function: Any) -> Rule | str:
     if not callable(function):
         return f"it has no function {name}"
     original = original_of(function)
-    found = definition(original, PARAMETERS[name])
-    if found is None:
+    inner = definition(original, PARAMETERS[name])
+    if inner is None:
         return mismatch_of_parameters(name, original, PARAMETERS[name])
-    further = further_defaults(found, (*PARAMETERS[name], *_PACKING))
-    rule = Rule(name, original, found, further)
+    further = further_defaults(inner, (*PARAMETERS[name], *_PACKING))
+    rule = Rule(name, original, inner, further)
     incompatibility = _tried(rule)
     return rule if incompatibility is None else f"{name} {incompatibility}"
 
@@ -110,12 +110,12 @@ def _tried(rule: Rule) -> str | None:
     with plain_torch():
         for has_state in (False, True):
             options = _example(tokens, 2, 2, has_state)
-            found = difference(
+            reason = difference(
                 lambda: rule.definition(**options),  # noqa: B023
                 lambda: new(**options),  # noqa: B023
             )
-            if found is not None:
-                return found
+            if reason is not None:
+                return reason
         options = _example(tokens, 2, 4, True)
         try:
             # Older releases repeat the key heads before the call, and cannot do this.

@@ -14,6 +14,18 @@ _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _BY_NAME = (_POSITIONAL, inspect.Parameter.KEYWORD_ONLY)
 
 
+def modules_of(module: types.ModuleType) -> list[type[nn.Module]]:
+    """Return the classes that a module defines and that have a forward of their own."""
+    return [
+        cls
+        for cls in vars(module).values()
+        if inspect.isclass(cls)
+        and issubclass(cls, nn.Module)
+        and cls.__module__ == module.__name__
+        and "forward" in vars(cls)
+    ]
+
+
 def layers_of(function: Any) -> Iterator[Any]:
     """Yield a function and every function inside its decorators, the outermost first.
 
@@ -37,25 +49,25 @@ def _inside(function: Any) -> list[Any]:
     if isinstance(function, functools.partial):
         return [function.func]
     wrapped = getattr(function, "__wrapped__", None)
-    found = [] if wrapped is None else [wrapped]
+    inner = [] if wrapped is None else [wrapped]
     for cell in getattr(function, "__closure__", None) or ():
         try:
             content = cell.cell_contents
         except ValueError:  # a cell that is still empty
             continue
         if isinstance(content, (types.FunctionType, functools.partial)):
-            found.append(content)
-    return found
+            inner.append(content)
+    return inner
 
 
 def parameters_of(function: Any) -> dict[str, inspect.Parameter]:
     """Return a function's own parameters, without `self`; none if they cannot be seen."""
     try:
-        found = dict(inspect.signature(function, follow_wrapped=False).parameters)
+        parameters = dict(inspect.signature(function, follow_wrapped=False).parameters)
     except (TypeError, ValueError):
         return {}
-    found.pop("self", None)
-    return found
+    parameters.pop("self", None)
+    return parameters
 
 
 def definition(function: Any, leading: tuple[str, ...]) -> Callable[..., Any] | None:
@@ -72,10 +84,11 @@ def _begins_with(function: Any, leading: tuple[str, ...]) -> bool:
 
 def mismatch_of_parameters(name: str, function: Any, leading: tuple[str, ...]) -> str:
     """Return a text that says how a function's parameters begin, and how they should."""
-    shown: list[str] = []
-    for candidate in layers_of(function):
-        named = [p.name for p in parameters_of(candidate).values() if p.kind in _BY_NAME]
-        shown = max(shown, named, key=len)
+    signatures = [
+        [p.name for p in parameters_of(candidate).values() if p.kind in _BY_NAME]
+        for candidate in layers_of(function)
+    ]
+    shown = max(signatures, key=len)
     return f"{name} takes ({', '.join(shown)}), should begin with ({', '.join(leading)})"
 
 

@@ -61,16 +61,16 @@ def difference(original: Run, replacement: Run) -> str | None:
 def difference_from(expected: Sequence[Tensor | None], replacement: Run) -> str | None:
     """Return how a computation differs from results of the original, or None if it agrees."""
     try:
-        found = replacement()
-        return _first_difference(found, expected)
+        results = replacement()
+        return _first_difference(results, expected)
     except Exception as error:
         return f"cannot be replaced on an example: {type(error).__name__}: {error}"
 
 
 def _first_difference(
-    found: Sequence[Tensor | None], expected: Sequence[Tensor | None]
+    results: Sequence[Tensor | None], expected: Sequence[Tensor | None]
 ) -> str | None:
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(results, expected, strict=True):
         if a is None or b is None:
             if a is not b:
                 return f"gives {_kind(b)} on an example where gdn_ops gives {_kind(a)}"

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import gdn_ops
 from compat_models import SMALL, architecture, originals, relative
-from compat_stand_ins import NAME, Load, chunk_function, gates, only, recurrence
+from compat_stand_ins import NAME, Load, functions_of, gates, only, recurrence, run_layer
 from errors import message_of
 from gdn_ops.compat.transformers import Acceleration, accelerate, known_architectures
+from gdn_ops.compat.transformers.discovery import CHUNK, RECURRENT
 from gdn_ops.compat.transformers.examine import Plan, examine
 from gdn_ops.dispatch import registry
 
@@ -25,63 +26,54 @@ pytestmark = pytest.mark.usefixtures("one_thread", "eager_compiler")
 
 def other_numbers(change: Callable[[Any], Any]) -> Callable[..., Any]:
     """Return a chunk function that computes something else."""
-    return chunk_function(lambda *arguments: change(recurrence(*arguments)))
+    return functions_of(lambda kind, *arguments: change(recurrence(*arguments)))[CHUNK]
 
 
 def fails(result: Any) -> Any:
     raise RuntimeError("no such kernel")
 
 
-MISFITS: list[Any] = [
-    pytest.param(
-        {"torch_chunk_gated_delta_rule": lambda query, key, value, gate, beta: None},
-        "torch_chunk_gated_delta_rule takes (query, key, value, gate, beta), should begin with "
-        "(query, key, value, g, beta, chunk_size, initial_state, output_final_state, "
-        "use_qk_l2norm_in_kernel)",
-        id="changed parameters",
+MISFITS: dict[str, tuple[str, Any, str]] = {
+    # id: function, what stands in its place, the reason
+    "changed parameters": (
+        CHUNK,
+        lambda query, key, value, gate, beta: None,
+        f"{CHUNK} takes (query, key, value, gate, beta), should begin with (query, key, value, g, "
+        "beta, chunk_size, initial_state, output_final_state, use_qk_l2norm_in_kernel)",
     ),
-    pytest.param(
-        {"torch_recurrent_gated_delta_rule": None},
-        "it has no function torch_recurrent_gated_delta_rule",
-        id="only one function",
+    "only one function": (RECURRENT, None, f"it has no function {RECURRENT}"),
+    "only the other function": (CHUNK, None, f"it has no function {CHUNK}"),
+    "other numbers": (
+        CHUNK,
+        other_numbers(lambda r: (2 * r[0], r[1])),
+        f"{CHUNK} gives other numbers on an example: relative difference 5.0e-01",
     ),
-    pytest.param(
-        {"torch_chunk_gated_delta_rule": None},
-        "it has no function torch_chunk_gated_delta_rule",
-        id="only the other function",
+    "no numbers": (
+        CHUNK,
+        other_numbers(lambda r: (r[0] * float("nan"), r[1])),
+        f"{CHUNK} gives other numbers on an example: relative difference nan",
     ),
-    pytest.param(
-        {"torch_chunk_gated_delta_rule": other_numbers(lambda r: (2 * r[0], r[1]))},
-        "torch_chunk_gated_delta_rule gives other numbers on an example: relative difference "
-        "5.0e-01",
-        id="other numbers",
+    "another layout of the state": (
+        CHUNK,
+        other_numbers(lambda r: (r[0], r[1].mT)),
+        f"{CHUNK} gives float32 (2, 2, 3, 4) on an example where gdn_ops gives float32 "
+        "(2, 2, 4, 3)",
     ),
-    pytest.param(
-        {"torch_chunk_gated_delta_rule": other_numbers(lambda r: (r[0] * float("nan"), r[1]))},
-        "torch_chunk_gated_delta_rule gives other numbers on an example: relative difference nan",
-        id="no numbers",
+    "an error": (
+        CHUNK,
+        other_numbers(fails),
+        f"{CHUNK} cannot be tried: RuntimeError: no such kernel",
     ),
-    pytest.param(
-        {"torch_chunk_gated_delta_rule": other_numbers(lambda r: (r[0], r[1].mT))},
-        "torch_chunk_gated_delta_rule gives float32 (2, 2, 3, 4) on an example where gdn_ops "
-        "gives float32 (2, 2, 4, 3)",
-        id="another layout of the state",
-    ),
-    pytest.param(
-        {"torch_chunk_gated_delta_rule": other_numbers(fails)},
-        "torch_chunk_gated_delta_rule cannot be tried: RuntimeError: no such kernel",
-        id="an error",
-    ),
-]
+}
 
 
-@pytest.mark.parametrize(("change", "reason"), MISFITS)
+@pytest.mark.parametrize(("name", "function", "reason"), MISFITS.values(), ids=MISFITS)
 def test_what_does_not_fit_is_left_and_named_and_strict_refuses(
-    loaded: Load, change: dict[str, Any], reason: str
+    loaded: Load, name: str, function: Any, reason: str
 ) -> None:
     import transformers
 
-    module = loaded(**change)
+    module = loaded(**{name: function})
     before, own = originals(SMALL), dict(vars(module))
     text = (
         f"accelerate: {NAME} of transformers {transformers.__version__} is not as it should be: "
@@ -106,9 +98,7 @@ def test_a_layer_without_a_mask_is_replaced_without_one(loaded: Load) -> None:
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         functions = module.torch_chunk_gated_delta_rule, module.torch_recurrent_gated_delta_rule
-        gate = -hidden_states[..., 0].abs()
-        rest = {"g": gate, "beta": -gate}
-        return functions[0](hidden_states, hidden_states, hidden_states, **rest)[0]
+        return run_layer(hidden_states, *functions)
 
     module.Layer.forward = forward
     x = torch.rand(1, 3, 1, 2)
@@ -149,29 +139,19 @@ def test_a_module_of_neither_function_is_nobodys_business(loaded: Load) -> None:
         assert "someones_model" not in str(used)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda: accelerate(architectures=["llama"]),
-            "accelerate: unknown architecture 'llama', known: {}",
-        ),
-        (
-            lambda: accelerate("cuda"),
-            f"unknown backend 'cuda', known: {', '.join(registry.known_backends())}",
-        ),
-    ],
-)
-def test_unknown_names_are_refused(call: Callable[[], Any], message: str) -> None:
-    assert message_of(gdn_ops.SpecError, call) == message.format(", ".join(known_architectures()))
+def test_unknown_names_are_refused() -> None:
+    known = ", ".join(known_architectures())
+    message = message_of(gdn_ops.SpecError, accelerate, architectures=["llama"])
+    assert message == f"accelerate: unknown architecture 'llama', known: {known}"
+    backends = ", ".join(registry.known_backends())
+    message = message_of(gdn_ops.SpecError, accelerate, "cuda")
+    assert message == f"unknown backend 'cuda', known: {backends}"
 
 
 def test_missing_transformers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ModuleNotFoundError) as error:
-        accelerate()
     expected = "accelerate: package 'transformers' is not installed; pip install transformers"
-    assert str(error.value) == expected
+    assert message_of(ModuleNotFoundError, accelerate) == expected
 
 
 def test_a_log_tells_where_warnings_are_errors(

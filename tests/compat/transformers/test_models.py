@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -46,11 +47,6 @@ def assert_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
         assert relative(found[name].double(), grad.double()) < 1e-4, name
 
 
-def pairs() -> list[Any]:
-    """Return every family with every backend."""
-    return [pytest.param(family, backend) for family in FAMILIES for backend in BACKENDS]
-
-
 def padded(lengths: tuple[int, ...], length: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return a batch padded on the left, its mask, and its rows alone."""
     rows = [tokens(1, row, seed) for seed, row in enumerate(lengths)]
@@ -58,11 +54,18 @@ def padded(lengths: tuple[int, ...], length: int) -> tuple[Tensor, Tensor, list[
     return ids, (ids != 0).long(), rows
 
 
+def greedy(model: Any, ids: Tensor, count: int, **options: Any) -> Tensor:
+    """Return a prompt and its most likely continuation by `count` tokens."""
+    lengths = {"max_new_tokens": count, "min_new_tokens": count}
+    return model.generate(ids, do_sample=False, **lengths, **options)
+
+
 def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-@pytest.mark.parametrize(("family", "backend"), pairs())
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_those_of_transformers(family: str, backend: str) -> None:
     ids, tiny = tokens(2, LENGTH), model(family)
     short, mask, _ = padded((LENGTH, 41, 3), LENGTH)
@@ -91,10 +94,9 @@ def all_of(tensors: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_64_greedy_tokens_are_those_of_transformers(family: str, backend: str) -> None:
     ids, tiny = tokens(2, 9), model(family)
-    options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
-    expected = tiny.generate(ids, **options)
+    expected = greedy(tiny, ids, 64)
     with accelerate(backend) as used:
-        found = tiny.generate(ids, **options)
+        found = greedy(tiny, ids, 64)
     assert found.shape == (2, 9 + 64)
     assert torch.equal(found, expected)
     layers = tiny.config.layer_types.count("linear_attention")
@@ -114,25 +116,18 @@ def test_a_left_padded_batch_equals_its_rows(family: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_16_tokens_after_left_padding_are_those_of_transformers(family: str) -> None:
+def test_16_tokens_after_left_padding_are_those_of_transformers_and_of_the_rows(
+    family: str,
+) -> None:
     tiny = model(family)
-    ids, mask, _ = padded((9, 5), 9)
-    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
-    expected = tiny.generate(ids, attention_mask=mask, **options)
-    with accelerate() as used:
-        found = tiny.generate(ids, attention_mask=mask, **options)
-    assert torch.equal(found, expected)
-    assert used.calls[architecture(family), "gated_delta_step", "torch"] > 0
-
-
-def test_generation_from_a_left_padded_batch_is_that_of_its_rows() -> None:
-    tiny = model(SMALL)
     ids, mask, rows = padded((9, 5), 9)
-    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    with accelerate():
-        found = tiny.generate(ids, attention_mask=mask, **options)
-        alone = tiny.generate(rows[1], **options)
+    expected = greedy(tiny, ids, 16, attention_mask=mask)
+    with accelerate() as used:
+        found = greedy(tiny, ids, 16, attention_mask=mask)
+        alone = greedy(tiny, rows[1], 16)
+    assert torch.equal(found, expected)
     assert torch.equal(found[1, 4:], alone[0])
+    assert used.calls[architecture(family), "gated_delta_step", "torch"] > 0
 
 
 def test_a_masked_token_is_the_identity_after_real_tokens_too() -> None:
@@ -142,20 +137,18 @@ def test_a_masked_token_is_the_identity_after_real_tokens_too() -> None:
     state = torch.randn(2, 2, 8, 8)
     mask = torch.ones(2, 6)
     mask[1, 2:4] = 0
-    rest = {
-        "output_final_state": True,
-        "use_qk_l2norm_in_kernel": True,
-        "cu_seqlens": None,
-        "chunk_size": None,
-        "backend": "auto",
-        "note": lambda op, backend: None,
-        "initial_state": state,
-    }
-    _, final = delta_rule(q, k, v, g, beta, mask=mask, **rest)
-    real = mask[1].bool()
-    rest["initial_state"] = state[1:]
-    alone = [x[1:, real] for x in (q, k, v, g, beta)]
-    _, expected = delta_rule(*alone, mask=None, **rest)
+    run_rule = functools.partial(
+        delta_rule,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+        cu_seqlens=None,
+        chunk_size=None,
+        backend="auto",
+        note=lambda op, backend: None,
+    )
+    _, final = run_rule(q, k, v, g, beta, initial_state=state, mask=mask)
+    alone = [x[1:, mask[1].bool()] for x in (q, k, v, g, beta)]
+    _, expected = run_rule(*alone, initial_state=state[1:], mask=None)
     assert final is not None
     assert expected is not None
     torch.testing.assert_close(final[1:], expected)

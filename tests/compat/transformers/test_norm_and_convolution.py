@@ -31,8 +31,8 @@ def norm_class(family: str) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_norm_is_that_of_transformers(family: str, dtype: torch.dtype) -> None:
     layer = norm_class(family)(6).to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    x, gate = (torch.randn(2, 300, 6, generator=generator).to(dtype) for _ in range(2))
+    torch.manual_seed(0)
+    x, gate = (torch.randn(2, 300, 6).to(dtype) for _ in range(2))
     with torch.no_grad():
         expected = layer(x, gate)
         with accelerate() as used:
@@ -46,12 +46,8 @@ def test_the_norm_is_that_of_transformers(family: str, dtype: torch.dtype) -> No
 def test_the_convolutions_are_those_of_transformers(family: str, dtype: torch.dtype) -> None:
     has_convolutions(family)
     module = module_of(family)
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    x, weight, state = draw(2, 6, 9), draw(6, 4), draw(2, 6, 4)
+    torch.manual_seed(0)
+    x, weight, state = (torch.randn(s).to(dtype) for s in ((2, 6, 9), (6, 4), (2, 6, 4)))
 
     def results() -> list[Tensor]:
         y = module.causal_conv1d_fn(x, weight, None, activation="silu", position_ids=None)
@@ -88,7 +84,7 @@ def test_what_is_not_on_a_cpu_is_left_to_transformers() -> None:
 class Norm(nn.Module):
     """A norm as in releases before 5.15: it has no activation to look at."""
 
-    gate_first, scale = False, 1.0
+    gate_first, scale, further_epsilon = False, 1.0, 0.0
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -97,59 +93,26 @@ class Norm(nn.Module):
     def forward(self, hidden_states: Tensor, gate: Any = None) -> Tensor:
         gate = self.scale * nn.functional.silu(gate)
         x = hidden_states * gate if self.gate_first else hidden_states
-        x = nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+        eps = self.variance_epsilon + self.further_epsilon
+        x = nn.functional.rms_norm(x, self.weight.shape, self.weight, eps)
         return x if self.gate_first else x * gate
 
 
-class OtherEpsilon(Norm):
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
-        super().__init__(width)
-        self.epsilon = eps
+OTHER_NUMBERS = "gives other numbers on an example: relative"
 
-    def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:
-        x = nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.epsilon)
-        return x * nn.functional.silu(gate)
-
-
-class GateFirst(Norm):
-    gate_first = True
-    forward = Norm.forward
-
-
-class Twice(Norm):
-    scale = 2.0
-    forward = Norm.forward
-
-
-class DeafToItsActivation(Norm):
-    """A norm whose activation is a name without a meaning."""
-
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
-        super().__init__(width, eps)
-        self.activation = "silu"
-
-    forward = Norm.forward
-
-
-class Unbuildable(Norm):
-    def __init__(self, config: Any) -> None:
-        raise AttributeError("hidden_size")
-
-    forward = Norm.forward
-
-
-REASONS = {
-    OtherEpsilon: "OtherEpsilon gives other numbers on an example: relative difference ",
-    GateFirst: "GateFirst gives other numbers on an example: relative difference ",
-    Twice: "Twice gives other numbers on an example: relative difference 5.0e-01",
-    DeafToItsActivation: "DeafToItsActivation gives other numbers on an example: relative",
-    Unbuildable: "Unbuildable cannot be tried: TypeError: ",
+OTHER_NORMS: dict[str, tuple[dict[str, Any], str]] = {
+    # name: what it has otherwise than Norm, why it is left
+    "OtherEpsilon": ({"further_epsilon": 0.5}, f"{OTHER_NUMBERS} difference "),
+    "GateFirst": ({"gate_first": True}, f"{OTHER_NUMBERS} difference "),
+    "Twice": ({"scale": 2.0}, f"{OTHER_NUMBERS} difference 5.0e-01"),
+    "DeafToItsActivation": ({"activation": "silu"}, OTHER_NUMBERS),
+    "Unbuildable": ({"__init__": lambda self, config: None}, "cannot be tried: TypeError: "),
 }
 
 
-def test_a_norm_without_an_activation_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, generator = Norm(8), torch.Generator().manual_seed(0)
-    x, gate = (torch.randn(500, 8, generator=generator) for _ in range(2))
+def test_a_norm_without_an_activation_is_replaced() -> None:
+    torch.manual_seed(0)
+    layer, (x, gate) = Norm(8), torch.randn(2, 500, 8)
     assert norm.incompatibility_of(Norm) is None
     replacement = norm.gated_norm(Norm.forward)
     expected = layer(x, gate)
@@ -159,18 +122,18 @@ def test_a_norm_without_an_activation_is_replaced(monkeypatch: pytest.MonkeyPatc
         replacement(layer, x)
 
 
-@pytest.mark.parametrize("cls", REASONS)
-def test_a_norm_that_computes_something_else_is_left(cls: Any) -> None:
+@pytest.mark.parametrize("name", OTHER_NORMS)
+def test_a_norm_that_computes_something_else_is_left(name: str) -> None:
+    changes, reason = OTHER_NORMS[name]
     module = stand_in(NAME, holds=False)
-    for other in (Norm, cls):
-        module.__dict__[other.__name__] = type(
-            other.__name__, (other,), {"forward": other.forward, "__module__": NAME}
-        )
+    for cls, content in (("Norm", {}), (name, changes)):
+        own = {"forward": Norm.forward, "__module__": NAME}
+        setattr(module, cls, type(cls, (Norm,), {**own, **content}))
     plan = examine(module)
     assert isinstance(plan, Plan)
-    assert [found.__name__ for found in plan.norms] == ["Norm"]
-    (reason,) = plan.left
-    assert reason.startswith(REASONS[cls])
+    assert [replaced.__name__ for replaced in plan.norms] == ["Norm"]
+    (left,) = plan.left
+    assert left.startswith(f"{name} {reason}")
 
 
 def causal_conv1d_fn(
@@ -181,26 +144,6 @@ def causal_conv1d_fn(
     return (nn.functional.silu(y) if activation else y)[..., :length]
 
 
-def short(x: Tensor, weight: Tensor) -> Tensor:
-    return x
-
-
-def later(
-    hidden_states: Tensor, weight: Tensor, bias: Any = None, activation: Any = None
-) -> Tensor:
-    return causal_conv1d_fn(hidden_states, weight, bias, activation).roll(1, -1)
-
-
-def one_off(
-    hidden_states: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    activation: Any = None,
-) -> Tensor:
-    return hidden_states + 7
-
-
 def forgetful(
     hidden_states: Tensor,
     conv_state: Tensor,
@@ -208,6 +151,7 @@ def forgetful(
     bias: Any = None,
     activation: Any = None,
 ) -> Tensor:
+    """Compute the right result, but do not write the next state."""
     window = torch.cat([conv_state, hidden_states], -1)[..., -weight.shape[1] :]
     y = (window * weight).sum(-1, keepdim=True)
     y = y if bias is None else y + bias[:, None]
@@ -219,18 +163,22 @@ def forgetful(
     [
         (
             "causal_conv1d_fn",
-            short,
-            "causal_conv1d_fn takes (x, weight), should begin with (hidden_states, weight, bias, "
-            "activation)",
+            lambda x, weight: x,
+            "takes (x, weight), should begin with (hidden_states, weight, bias, activation)",
         ),
-        ("causal_conv1d_fn", later, "causal_conv1d_fn gives other numbers on an example: relative"),
-        ("causal_conv1d_update", one_off, "causal_conv1d_update gives other numbers on an example"),
-        # Its result is right, but it does not write the next state.
+        (
+            "causal_conv1d_fn",
+            lambda hidden_states, weight, bias=None, activation=None: causal_conv1d_fn(
+                hidden_states, weight, bias, activation
+            ).roll(1, -1),
+            OTHER_NUMBERS,
+        ),
         (
             "causal_conv1d_update",
-            forgetful,
-            "causal_conv1d_update gives other numbers on an example",
+            lambda hidden_states, conv_state, weight, bias=None, activation=None: hidden_states + 7,
+            OTHER_NUMBERS,
         ),
+        ("causal_conv1d_update", forgetful, OTHER_NUMBERS),
     ],
 )
 def test_a_convolution_that_computes_something_else_is_left(
@@ -241,8 +189,8 @@ def test_a_convolution_that_computes_something_else_is_left(
     plan = examine(module)
     assert isinstance(plan, Plan)
     assert plan.convolutions == {}
-    (found,) = plan.left
-    assert found.startswith(reason)
+    (left,) = plan.left
+    assert left.startswith(f"{name} {reason}")
 
 
 def test_a_convolution_by_other_means_is_replaced() -> None:
@@ -258,21 +206,15 @@ def test_a_convolution_by_other_means_is_replaced() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"cu_seqlens": CUTS},
-        {"seq_idx": torch.zeros(2, 5)},
-        {"seq_idx": torch.zeros(1, 4)},
-    ],
+    [{"cu_seqlens": CUTS}, {"seq_idx": torch.zeros(2, 5)}, {"seq_idx": torch.zeros(1, 4)}],
 )
 def test_a_convolution_that_cannot_keep_sequences_apart_refuses_them(options: Any) -> None:
     def mixing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise AssertionError("some releases do not look at what tells of packed sequences")
 
-    new = convolution.whole_convolution(mixing)
-    assert (
-        message_of(gdn_ops.SpecError, new, torch.rand(1, 2, 5), torch.rand(2, 4), **options)
-        == f"accelerate: {packing.WITHOUT_PACKAGE}"
-    )
+    new, x, weight = convolution.whole_convolution(mixing), torch.rand(1, 2, 5), torch.rand(2, 4)
+    message = message_of(gdn_ops.SpecError, new, x, weight, **options)
+    assert message == f"accelerate: {packing.WITHOUT_PACKAGE}"
 
 
 def test_a_gpu_keeps_sequences_apart_by_a_package(monkeypatch: pytest.MonkeyPatch) -> None:

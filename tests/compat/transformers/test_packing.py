@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 
 import gdn_ops
 from compat_models import SMALL, has_convolutions, model, relative, run, tokens
-from compat_stand_ins import NAME, stand_in
+from compat_stand_ins import Load, only, run_layer
 from errors import message_of
 from gdn_ops.compat.transformers import accelerate, packing
 
@@ -88,9 +87,8 @@ def test_half_of_what_tells_of_packed_sequences_is_refused(
     packed: tuple[Any, Tensor], options: dict[str, Tensor], message: str
 ) -> None:
     layer, x = packed
-    with accelerate(), pytest.raises(gdn_ops.SpecError) as error:
-        layer(x, **options)
-    assert str(error.value) == message
+    with accelerate():
+        assert message_of(gdn_ops.SpecError, layer, x, **options) == message
 
 
 def test_packed_rows_of_a_batch_are_refused(packed: tuple[Any, Tensor]) -> None:
@@ -113,9 +111,7 @@ def test_empty_sequences_have_no_number() -> None:
     assert packing.boundaries(None, None, 2, 12) is None
 
 
-def test_a_compiled_graph_refuses_packed_sequences(
-    packed: tuple[Any, Tensor],
-) -> None:
+def test_a_compiled_graph_refuses_packed_sequences(packed: tuple[Any, Tensor]) -> None:
     layer, x = packed
     with accelerate(), torch.no_grad():
         compiled = torch.compile(layer, backend="eager")
@@ -134,24 +130,20 @@ def test_a_compiled_rule_asks_for_the_boundaries() -> None:
 
 
 @pytest.mark.parametrize("name", ["seq_idx", "cu_seq_lens_q"])
-def test_a_layer_whose_own_convolution_mixes_sequences_refuses_them(name: str) -> None:
-    module = stand_in(NAME, holds=True)
+def test_a_layer_whose_own_convolution_mixes_sequences_refuses_them(
+    loaded: Load, name: str
+) -> None:
+    module, x = loaded(holds=True), torch.rand(1, 12, 1, 2)
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, **kw: Any) -> Tensor:
         functions = self.chunk_gated_delta_rule, self.recurrent_gated_delta_rule
-        gate = hidden_states[..., 0]
-        return functions[0](hidden_states, hidden_states, hidden_states, g=-gate, beta=gate)[0]
+        return run_layer(hidden_states, *functions)
 
     module.Layer.forward = forward
-    sys.modules[NAME] = module
-    try:
-        with accelerate(architectures=["someones_model"], strict=True):
-            module.Layer()(torch.rand(1, 12, 1, 2))
-            with pytest.raises(gdn_ops.SpecError) as error:
-                module.Layer()(torch.rand(1, 12, 1, 2), **{name: NUMBERS})
-    finally:
-        del sys.modules[NAME]
-    assert str(error.value) == (
+    with only(strict=True):
+        module.Layer()(x)
+        message = message_of(gdn_ops.SpecError, module.Layer(), x, **{name: NUMBERS})
+    assert message == (
         "accelerate: packed sequences are given, should be one sequence per row: the convolution "
         "of Layer would mix them; install causal-conv1d or a transformers whose module has a "
         "function causal_conv1d_fn"
@@ -160,9 +152,10 @@ def test_a_layer_whose_own_convolution_mixes_sequences_refuses_them(name: str) -
 
 def test_a_models_own_guard_of_packed_sequences_is_kept() -> None:
     has_convolutions(SMALL)
-    with accelerate(), pytest.raises(gdn_ops.SpecError) as error:
-        run(model(SMALL), tokens(1, 12), use_cache=False, cu_seq_lens_q=CUTS)
-    assert str(error.value) == f"accelerate: {packing.WITHOUT_NUMBERS}"
+    options = {"use_cache": False, "cu_seq_lens_q": CUTS}
+    with accelerate():
+        message = message_of(gdn_ops.SpecError, run, model(SMALL), tokens(1, 12), **options)
+    assert message == f"accelerate: {packing.WITHOUT_NUMBERS}"
 
 
 # Padding on the right.
@@ -196,33 +189,28 @@ class Cache:
     def __init__(self, kind: str) -> None:
         self.kind, self.filled = kind, False
 
-    def __getattribute__(self, name: str) -> Any:
-        if name != "has_previous_state":
-            return super().__getattribute__(name)
-        filled = self.filled
+    @property
+    def has_previous_state(self) -> Any:
         return {
-            "a property": filled,
-            "a method": lambda: filled,
-            "a method of the layer": lambda layer_idx=None: filled,
+            "a property": self.filled,
+            "a method": lambda: self.filled,
+            "a method of the layer": lambda layer_idx=None: self.filled,
         }[self.kind]
 
 
 @pytest.mark.parametrize("kind", ["a property", "a method", "a method of the layer"])
 @pytest.mark.parametrize("name", ["cache_params", "cache", "past_key_values", "memory"])
-def test_a_cache_is_found_by_what_it_is(
-    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = stand_in(NAME, holds=False)
+def test_a_cache_is_found_by_what_it_is(loaded: Load, kind: str, name: str) -> None:
+    module = loaded()
     looking = module.Layer.forward
     parameters = f"self, hidden_states, {name}=None, attention_mask=None"
     space = {"looking": looking, "names": module}
     body = "names.torch_chunk_gated_delta_rule, names.torch_recurrent_gated_delta_rule"
     exec(f"def forward({parameters}):\n    {body}\n    return looking(self, hidden_states)", space)
     module.Layer.forward = space["forward"]
-    monkeypatch.setitem(sys.modules, NAME, module)
     layer, cache, x = module.Layer(), Cache(kind), torch.rand(2, 3, 1, 2)
     right = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    with accelerate(architectures=["someones_model"], strict=True):
+    with only(strict=True):
         layer(x, cache, right)
         cache.filled = True
         for arguments, keywords in (((x, cache), {}), ((x,), {name: cache})):
