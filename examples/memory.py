@@ -23,8 +23,7 @@ from pathlib import Path
 
 import torch
 from laws import delta_error, gated_error, overwritten_error
-from plots import panels, save
-from points import Point, draw, table
+from plots import Point, draw, panels, save, table
 from torch import Tensor
 from torch.nn import functional
 
@@ -122,10 +121,10 @@ def amplitude(memory: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def point(
-    law: str, by: Setting, x: float, found: Tensor, expected: float | None, line: str = ""
+    law: str, by: Setting, x: float, values: Tensor, expected: float | None, line: str = ""
 ) -> Point:
-    """Average over memories; found is (memories, ...)."""
-    each = found.flatten(1).mean(1)
+    """Average over memories; values is (memories, ...)."""
+    each = values.flatten(1).mean(1)
     error = float(each.std() / len(each) ** 0.5)
     return Point(law, line or by.label, by.rule, x, float(each.mean()), error, expected)
 
@@ -158,10 +157,10 @@ def overwrite(draws: Draws) -> Iterator[Point]:
         for by in WRITING:
             memory = write(torch.cat([k, k[:, :again]], 1), torch.cat([old, new[:, :again]], 1), by)
             written, kept = overwritten_error(keys, again, by.alpha, "delta" in by.rule)
-            found = squared_error(memory, k[:, :again], new[:, :again])
-            yield point("written again", by, again, found, written)
-            found = squared_error(memory, k[:, again:], old[:, again:])
-            yield point("left alone", by, again, found, kept)
+            error = squared_error(memory, k[:, :again], new[:, :again])
+            yield point("written again", by, again, error, written)
+            error = squared_error(memory, k[:, again:], old[:, again:])
+            yield point("left alone", by, again, error, kept)
 
 
 def clearing(draws: Draws) -> Iterator[Point]:
@@ -198,9 +197,9 @@ def stale(draws: Draws) -> Iterator[Point]:
             memory = write(k[:, :1], nothing, Setting("gated_delta", 0.0), memory)
             factor = 0.0
         factor = 1.0 if by.rule == "linear" else factor
-        found = amplitude(write(after, values, by, memory), k[:, -late:], v[:, -late:])
+        left = amplitude(write(after, values, by, memory), k[:, -late:], v[:, -late:])
         line = f"{by.rule}, reset" if by.rule == "gated_delta" else by.rule
-        yield point("stale", by, others, found, sum(factor**m for m in ages) / late, line)
+        yield point("stale", by, others, left, sum(factor**m for m in ages) / late, line)
 
 
 def retention(draws: Draws) -> Iterator[Point]:
@@ -232,7 +231,7 @@ REPEATED = Setting("gated_delta", 0.999)
 def measure(memories: int) -> list[Point]:
     """Return every point of every law."""
     laws = (collisions, overwrite, clearing, stale, retention)
-    return [found for i, law in enumerate(laws) for found in law(Draws(memories, i))]
+    return [p for i, law in enumerate(laws) for p in law(Draws(memories, i))]
 
 
 def plot(points: list[Point], folder: Path) -> list[Path]:

@@ -98,7 +98,7 @@ def run(rule: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
     torch.manual_seed(seed)
     taught, random = build(rule), torch.Generator().manual_seed(seed)
     train(taught, ["recall"], settings.lessons, 2 * settings.batch, random)
-    found = {("recall", 1): accuracy(taught, "recall", 4 * settings.rows, 0)}
+    results = {("recall", 1): accuracy(taught, "recall", 4 * settings.rows, 0)}
     for tasks in TRAININGS:
         model = copy.deepcopy(taught)
         train(model, tasks, settings.steps, settings.batch, random)
@@ -106,10 +106,10 @@ def run(rule: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
             for stretch in settings.stretches if task in NEEDLES else (1,):
                 rows = settings.rows if task in NEEDLES else 4 * settings.rows
                 length = stretch * settings.length
-                found[task, stretch] = accuracy(model, task, rows, length)
+                results[task, stretch] = accuracy(model, task, rows, length)
     return [
         {"rule": rule, "task": task, "length": length, "seed": seed, "accuracy": round(share, 4)}
-        for (task, _), (length, share) in found.items()
+        for (task, _), (length, share) in results.items()
     ]
 
 
@@ -145,9 +145,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for task, length in columns:
         shown = []
         for rule in RULES:
-            found = [100 * x for x in cells(rows, rule, task, length)]
-            mean = statistics.mean(found)
-            shown.append(f"{mean:.0f} ({min(found):.0f}–{max(found):.0f})")
+            accuracies = [100 * x for x in cells(rows, rule, task, length)]
+            mean = statistics.mean(accuracies)
+            shown.append(f"{mean:.0f} ({min(accuracies):.0f}–{max(accuracies):.0f})")
         name = task if length is None else f"{task}, {length}"
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
@@ -159,10 +159,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     lengths = sorted({r["length"] for r in rows if r["task"] in NEEDLES})
     for axis, task, title in zip(axes, NEEDLES, titles, strict=False):
         for rule in RULES:
-            found = [cells(rows, rule, task, length) for length in lengths]
-            mean = [statistics.mean(x) for x in found]
+            accuracies = [cells(rows, rule, task, length) for length in lengths]
+            mean = [statistics.mean(x) for x in accuracies]
             axis.plot(lengths, mean, "o-", ms=3, color=COLOURS[rule], label=NAMES[rule])
-            low, high = [min(x) for x in found], [max(x) for x in found]
+            low, high = [min(x) for x in accuracies], [max(x) for x in accuracies]
             axis.fill_between(lengths, low, high, color=COLOURS[rule], alpha=0.15, linewidth=0)
         axis.axvline(lengths[0], color="black", linewidth=0.6, linestyle=":")
         axis.set_xscale("log", base=2)
@@ -172,9 +172,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes[0].legend(fontsize=7, frameon=False, loc="lower left")
     for place, task in enumerate(OTHERS):
         for shift, rule in enumerate(RULES):
-            found, x = cells(rows, rule, task, None), place + 0.2 * shift - 0.3
-            axes[3].bar(x, statistics.mean(found), 0.18, color=COLOURS[rule], alpha=0.6)
-            axes[3].plot([x] * len(found), found, "k_", ms=6)
+            accuracies, x = cells(rows, rule, task, None), place + 0.2 * shift - 0.3
+            axes[3].bar(x, statistics.mean(accuracies), 0.18, color=COLOURS[rule], alpha=0.6)
+            axes[3].plot([x] * len(accuracies), accuracies, "k_", ms=6)
     axes[3].set_xticks(range(len(OTHERS)), list(OTHERS))
     axes[3].set_ylim(0, 1.03)
     titled(axes[3], "recall, overwrite, context switch", "", "right answers (a mark per seed)")
@@ -194,11 +194,11 @@ def main(arguments: list[str] | None = None) -> None:
     one_thread()
     rows: list[dict[str, Any]] = []
     start, runs = time.perf_counter(), len(RULES) * settings.seeds
-    for i, found in enumerate(run_all(settings, given.processes), 1):
-        rows += found
+    for i, of_run in enumerate(run_all(settings, given.processes), 1):
+        rows += of_run
         seconds = time.perf_counter() - start
-        name = f"{found[0]['rule']}, seed {found[0]['seed']}"
-        shown = ", ".join(f"{r['task']} {r['length']}: {r['accuracy']:.2f}" for r in found)
+        name = f"{of_run[0]['rule']}, seed {of_run[0]['seed']}"
+        shown = ", ".join(f"{r['task']} {r['length']}: {r['accuracy']:.2f}" for r in of_run)
         print(f"[{i}/{runs}, {seconds:.0f} s] {name}: {shown}", flush=True)
     rows.sort(key=lambda r: (RULES.index(r["rule"]), r["task"], r["length"], r["seed"]))
     given.out.mkdir(parents=True, exist_ok=True)

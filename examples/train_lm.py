@@ -122,13 +122,13 @@ class Training:
         """Take one step; return its loss in nats per byte."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        found = loss(self.model, self.batch_of(self.step))
-        found.backward()
+        nats = loss(self.model, self.batch_of(self.step))
+        nats.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return float(found.detach())
+        return float(nats.detach())
 
     @torch.no_grad()
     def bits_held_out(self, rows: int = 16) -> float:
@@ -152,8 +152,8 @@ def run(training: Training, path: Path, until: int, every: int) -> None:
         bar = progress.add_task("training", total=until, completed=training.step)
         try:
             while training.step < until:
-                found = training.advance() / math.log(2)
-                progress.update(bar, advance=1, description=f"{found:.3f} bits per byte")
+                bits = training.advance() / math.log(2)
+                progress.update(bar, advance=1, description=f"{bits:.3f} bits per byte")
                 if training.step % every == 0:
                     training.save(path)
                     held_out = training.bits_held_out()
@@ -168,8 +168,8 @@ def sample(training: Training, prompt: str, count: int, temperature: float) -> s
     """Continue a prompt by bytes."""
     random = torch.Generator().manual_seed(training.settings.seed)
     tokens = torch.tensor([list(prompt.encode() or b"\n")])
-    found = training.model.generate(tokens, count, temperature=temperature, generator=random)
-    return bytes(found[0].tolist()).decode(errors="replace")
+    continued = training.model.generate(tokens, count, temperature=temperature, generator=random)
+    return bytes(continued[0].tolist()).decode(errors="replace")
 
 
 def read(path: Path | None) -> Tensor:

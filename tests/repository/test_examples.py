@@ -16,7 +16,7 @@ import torch
 from errors import message_of
 from paths import ROOT
 
-MODULES = ("laws", "memory", "niah", "plots", "points", "tasks", "train_lm")
+MODULES = ("laws", "memory", "niah", "plots", "tasks", "train_lm")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,6 +42,12 @@ def points(examples: Any) -> list[Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def at(points: list[Any]) -> dict[tuple[str, str, float], float]:
+    """Return what was measured, by law, line and abscissa."""
+    return {(p.law, p.line, p.x): p.measured for p in points}
+
+
 # Laws without training.
 
 
@@ -56,10 +62,7 @@ def test_every_closed_form_goes_through_what_is_measured(points: list[Any]) -> N
     assert max(p.error for p in judged if p.law in laws) < 0.06
 
 
-def test_the_needle_in_a_repeated_haystack_stays_and_in_a_fresh_one_goes(
-    points: list[Any],
-) -> None:
-    at = {(p.law, p.line, p.x): p.measured for p in points}
+def test_the_needle_in_a_repeated_haystack_stays_and_in_a_fresh_one_goes(at: Any) -> None:
     longest = 2048
     assert abs(at["repeated haystack", "delta, β = 1", longest] - 0.75) < 0.05
     assert abs(at["repeated haystack", "delta, β = 1", 64] - 0.75) < 0.05
@@ -68,10 +71,9 @@ def test_the_needle_in_a_repeated_haystack_stays_and_in_a_fresh_one_goes(
 
 
 def test_on_independent_keys_the_nearest_value_is_best_found_by_plain_linear_attention(
-    points: list[Any],
+    at: Any,
 ) -> None:
-    at = {(p.law, p.line, p.x): p.measured for p in points}
-    others = {p.line for p in points if p.law == "nearest value"} - {"linear"}
+    others = {line for law, line, _ in at if law == "nearest value"} - {"linear"}
     for ratio in (1.0, 2.0, 4.0):
         for line in others:
             assert at["nearest value", "linear", ratio] > at["nearest value", line, ratio]
@@ -95,14 +97,11 @@ def test_laws_hold_in_cases_that_can_be_done_by_hand(examples: Any) -> None:
 
 
 def test_memory_draws_every_plot_and_writes_what_it_drew(
-    examples: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    examples: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     memory = examples["memory"]
-    memory.LENGTHS, kept = (64, 128), memory.LENGTHS
-    try:
-        memory.main(["--memories", "3", "--out", str(tmp_path)])
-    finally:
-        memory.LENGTHS = kept
+    monkeypatch.setattr(memory, "LENGTHS", (64, 128))
+    memory.main(["--memories", "3", "--out", str(tmp_path)])
     for name in ("collisions", "writing", "retention"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     found = [memory.Point(**p) for p in json.loads((tmp_path / "memory.json").read_text())]
@@ -153,10 +152,8 @@ def test_behind_a_switch_old_keys_are_answered_with_none(examples: Any) -> None:
     tokens, targets = tasks.switch(40, torch.Generator().manual_seed(0))
     for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
         turn, cut = row.index(tasks.SEPARATOR), row.index(tasks.QUERY)
-        old, new = (
-            set(row[:turn:2]),
-            dict(zip(row[turn + 1 : cut : 2], row[turn + 2 : cut : 2], strict=True)),
-        )
+        old = set(row[:turn:2])
+        new = dict(zip(row[turn + 1 : cut : 2], row[turn + 2 : cut : 2], strict=True))
         assert len(old | set(new)) == 16
         assert wanted[cut + 1 :] == [new.get(key, tasks.NONE) for key in row[cut + 1 :]]
         assert {tasks.NONE} < set(wanted[cut + 1 :])
@@ -243,10 +240,9 @@ def test_a_resumed_training_is_bit_for_bit_the_one_that_was_never_stopped(
     assert half.step == 5
     rest = train.main([text, "--out", stopped, "--resume", "--sample", "0"])
     assert rest.step == whole.step == 12
-    for (name, a), b in zip(
-        whole.model.state_dict().items(), rest.model.state_dict().values(), strict=True
-    ):
-        assert torch.equal(a, b), name
+    resumed = rest.model.state_dict()
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed[name]), name
     assert not torch.equal(half.model.embedding.weight, rest.model.embedding.weight)
 
 
@@ -290,18 +286,15 @@ def test_a_checkpoint_is_not_overwritten_by_a_new_training(
 ) -> None:
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"precious")
-    assert message_of(
-        SystemExit, examples["train_lm"].main, [text, *TINY, "--out", str(tmp_path)]
-    ) == (f"{path} exists; --resume goes on from it, another --out starts anew")
+    arguments = [text, *TINY, "--out", str(tmp_path)]
+    message = message_of(SystemExit, examples["train_lm"].main, arguments)
+    assert message == f"{path} exists; --resume goes on from it, another --out starts anew"
     assert path.read_bytes() == b"precious"
 
 
 def test_a_text_that_is_too_short_is_refused(examples: Any, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("too short", encoding="utf-8")
-    assert (
-        message_of(
-            SystemExit, examples["train_lm"].main, [str(path), *TINY, "--out", str(tmp_path / "lm")]
-        )
-        == "the text has 9 bytes, should have at least 260 for --length 24"
-    )
+    arguments = [str(path), *TINY, "--out", str(tmp_path / "lm")]
+    message = message_of(SystemExit, examples["train_lm"].main, arguments)
+    assert message == "the text has 9 bytes, should have at least 260 for --length 24"
