@@ -93,7 +93,7 @@ def holding_layer(module: types.ModuleType) -> type[nn.Module]:
             self.recurrent_gated_delta_rule = module.torch_recurrent_gated_delta_rule
 
         def forward(
-            self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Any = None
+            self, hidden_states: Tensor, cache: Any = None, attention_mask: Any = None, **kw: Any
         ) -> Tensor:
             functions = self.chunk_gated_delta_rule, self.recurrent_gated_delta_rule
             return run_layer(hidden_states, *functions)

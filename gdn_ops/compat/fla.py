@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +20,6 @@ from gdn_ops.compat.states import check_state
 from gdn_ops.nn.gated_delta_net import run_rule
 from gdn_ops.nn.gates import gate
 from gdn_ops.spec.errors import SpecError, SpecTypeError
-
-
-class _States(NamedTuple):
-    """Hold the state before the first token, and how the last one is returned."""
-
-    initial: Tensor | None
-    is_returned: bool
-    is_v_first: bool
 
 
 def chunk_gated_delta_rule(
@@ -81,7 +73,7 @@ def chunk_gated_delta_rule(
     chunk_size = kwargs.pop("chunk_size", None)
     keys = ("use_gate_in_kernel", "A_log", "dt_bias")
     gate_options = [kwargs.pop(key, None) for key in keys]
-    states = _States(initial_state, output_final_state, _v_first(name, state_v_first, kwargs))
+    is_v_first = _v_first(name, state_v_first, kwargs)
     tokens = {
         "q": q,
         "k": k,
@@ -90,7 +82,7 @@ def chunk_gated_delta_rule(
         "beta": _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval),
     }
     options = {"scale": scale, "qk_l2norm": use_qk_l2norm_in_kernel, "chunk_size": chunk_size}
-    return _run(name, tokens, states, cu_seqlens, options)
+    return _run(name, tokens, initial_state, output_final_state, is_v_first, cu_seqlens, options)
 
 
 def fused_recurrent_gated_delta_rule(
@@ -138,7 +130,7 @@ def fused_recurrent_gated_delta_rule(
         {"gk": gk, "gv": gv},
         "a decay per channel is not supported; g is one decay per head",
     )
-    states = _States(initial_state, output_final_state, _v_first(name, state_v_first, kwargs))
+    is_v_first = _v_first(name, state_v_first, kwargs)
     tokens = {
         "q": q,
         "k": k,
@@ -147,7 +139,7 @@ def fused_recurrent_gated_delta_rule(
         "beta": _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval),
     }
     options = {"scale": scale, "qk_l2norm": use_qk_l2norm_in_kernel}
-    return _run(name, tokens, states, cu_seqlens, options)
+    return _run(name, tokens, initial_state, output_final_state, is_v_first, cu_seqlens, options)
 
 
 chunk_gdn = chunk_gated_delta_rule
@@ -183,13 +175,15 @@ def _v_first(name: str, state_v_first: bool, kwargs: dict[str, Any]) -> bool:
 def _run(
     name: str,
     tokens: dict[str, Any],
-    states: _States,
+    state: Tensor | None,
+    is_returned: bool,
+    is_v_first: bool,
     cu_seqlens: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """Run a call of either function, whose states may be V-first."""
-    q, v, log_alpha, state = tokens["q"], tokens["v"], tokens["log_alpha"], states.initial
-    if state is not None and states.is_v_first:
+    q, v, log_alpha = tokens["q"], tokens["v"], tokens["log_alpha"]
+    if state is not None and is_v_first:
         state = state.mT.contiguous()
     elif state is not None and q.dim() == v.dim() == 4:
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -200,9 +194,9 @@ def _run(
     except SpecError as error:
         _explain(name, log_alpha, error)
         raise
-    if not states.is_returned:
+    if not is_returned:
         return o, None
-    return o, final.mT.contiguous() if states.is_v_first else final
+    return o, final.mT.contiguous() if is_v_first else final
 
 
 def _log_alpha(

@@ -25,31 +25,20 @@ class State(NamedTuple):
 def check_state(
     state: State, memory_shape: tuple[int, int, int, int], conv_shape: tuple[int, int, int] | None
 ) -> None:
-    """Refuse a state that does not fit a layer and its input.
-
-    Args:
-        state: as given.
-        memory_shape: (N, HV, K, V).
-        conv_shape: (N, channels, kernel_size - 1), or None without a convolution.
-
-    Raises:
-        SpecError: a shape is different; for a V-first memory the text says how to turn it.
-    """
+    """Raise a SpecError where a state has other shapes; without a convolution one is None."""
     shape, (rows, heads, key_width, value_width) = tuple(state.memory.shape), memory_shape
     if shape != memory_shape:
-        cure = ""
-        if shape == (rows, heads, value_width, key_width):
-            cure = "; gdn_ops.compat.states.state_from('fla_v_first', memory) turns a V-first state"
+        is_v_first = shape == (rows, heads, value_width, key_width)
+        cure = "; gdn_ops.compat.states.state_from('fla_v_first', memory) turns a V-first state"
+        cure = cure if is_v_first else ""
         raise SpecError(
             f"GatedDeltaNet: state.memory has shape {shape}, should be (N, HV, K, V) = "
             f"{memory_shape}{cure}"
         )
-    if conv_shape is None:
-        return
     given = None if state.conv is None else tuple(state.conv.shape)
-    if given != conv_shape:
-        found = "is None" if given is None else f"has shape {given}"
+    if conv_shape is not None and given != conv_shape:
+        kind = "is None" if given is None else f"has shape {given}"
         raise SpecError(
-            f"GatedDeltaNet: state.conv {found}, should be (N, channels, kernel_size - 1) = "
+            f"GatedDeltaNet: state.conv {kind}, should be (N, channels, kernel_size - 1) = "
             f"{conv_shape}"
         )

@@ -130,9 +130,10 @@ class Acceleration:
         architecture = architecture_of(module.__name__) or module.__name__
         text = None
         if reasons:
+            version = getattr(sys.modules.get("transformers"), "__version__", "of unknown version")
             text = (
-                f"accelerate: {module.__name__} of transformers {_version()} is not as it should "
-                f"be: {'; '.join(reasons)}"
+                f"accelerate: {module.__name__} of transformers {version} is not as it should be: "
+                f"{'; '.join(reasons)}"
             )
             if self.strict:
                 raise SpecError(text)
@@ -181,10 +182,6 @@ class Acceleration:
         if not self.calls:
             lines.append("  no call yet")
         return "\n".join(lines)
-
-
-def _version() -> str:
-    return str(getattr(sys.modules.get("transformers"), "__version__", "of unknown version"))
 
 
 def _site(module: ModuleType) -> Site | list[str]:

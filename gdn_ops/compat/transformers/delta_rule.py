@@ -41,18 +41,14 @@ def delta_rule(
     """Compute `torch_chunk_gated_delta_rule` or `torch_recurrent_gated_delta_rule` by gdn_ops.
 
     Args:
-        query, key: (B, T, H, K), or repeated to (B, T, HV, K).
-        value: (B, T, HV, V).
-        g: (B, T, HV) log α.
-        beta: (B, T, HV).
+        query, key: (B, T, H, K), or repeated to (B, T, HV, K); value is (B, T, HV, V).
+        g: (B, T, HV) log α; beta is (B, T, HV).
         initial_state: (B, HV, K, V) or None.
-        output_final_state: whether to return the final state.
-        use_qk_l2norm_in_kernel: whether to normalise q and k.
+        output_final_state, use_qk_l2norm_in_kernel: as transformers' functions have them.
         mask: (B, T), 0 where a token is padding and must be the identity, or None.
         cu_seqlens: (N+1,) boundaries of packed sequences, or None.
-        chunk_size: tokens per chunk, or None for the backend's choice.
-        backend: of gdn_ops.
-        note: told of every call.
+        chunk_size: tokens per chunk, or None for the choice of the backend.
+        backend, note: of gdn_ops, and what is told of every call.
 
     Returns:
         o (B, T, HV, V) in the dtype of `value`, and the state (B, HV, K, V) or None.
@@ -61,15 +57,14 @@ def delta_rule(
         # α = 1, β = 0. A zeroed hidden state is not enough: after real tokens its key is not 0.
         is_padding = mask.eq(0).unsqueeze(-1)
         g, beta = g.masked_fill(is_padding, 0.0), beta.masked_fill(is_padding, 0.0)
+    tensors = {"q": query, "k": key, "v": value, "log_alpha": g, "beta": beta}
     options = {"qk_l2norm": use_qk_l2norm_in_kernel, "backend": backend}
     if query.shape[1] == 1 and cu_seqlens is None:
-        q, k, v, log_alpha, b = (x.squeeze(1) for x in (query, key, value, g, beta))
-        tensors = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": b}
-        arguments = {**tensors, "state": initial_state, **options}
+        token = {name: x.squeeze(1) for name, x in tensors.items()}
+        arguments = {**token, "state": initial_state, **options}
         o, state = _run(GATED_DELTA_STEP, gated_delta_step, arguments, note)
         o = o.unsqueeze(1)
     else:
-        tensors = {"q": query, "k": key, "v": value, "log_alpha": g, "beta": beta}
         more = {"cu_seqlens": cu_seqlens, "chunk_size": chunk_size, "return_state": True}
         arguments = {**tensors, "initial_state": initial_state, **more, **options}
         o, state = _run(GATED_DELTA, gated_delta, arguments, note)

@@ -75,16 +75,12 @@ def incompatibility_of(cls: type[nn.Module]) -> str | None:
             return f"{cls.__name__} cannot be tried: {type(error).__name__}: {error}"
         draw = Draw()
         x, gate = draw.normal(3, 4), draw.normal(3, 4)
-        for activation in _activations(norm):
+        has_choice = isinstance(getattr(norm, "activation", None), str)
+        # None leaves the norm's own.
+        for activation in (None, *_GATES) if has_choice else (None,):
             if activation is not None:
                 norm.activation = activation
             reason = difference(lambda: [original(norm, x, gate)], lambda: [new(norm, x, gate)])
             if reason is not None:
                 return f"{cls.__name__} {reason}"
     return None
-
-
-def _activations(norm: Any) -> tuple[str | None, ...]:
-    """Return the activations to try: None for the norm's own, and others if it has a choice."""
-    has_choice = isinstance(getattr(norm, "activation", None), str)
-    return (None, *_GATES) if has_choice else (None,)

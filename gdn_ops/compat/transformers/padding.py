@@ -39,10 +39,8 @@ def with_context(
 ) -> Callable[..., Any]:
     """Return a layer's forward, wrapped so that its functions see its mask and `seq_idx`.
 
-    Args:
-        forward: of the class.
-        names: of its parameters, in order.
-        holds_functions: whether the layer calls functions through attributes of its own.
+    Its parameters have these names, in order. A layer that holds its functions, as attributes of
+    its own, has to keep packed sequences apart in its convolution.
     """
 
     @functools.wraps(forward)

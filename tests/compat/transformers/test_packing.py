@@ -11,7 +11,7 @@ from torch import Tensor
 
 import gdn_ops
 from compat_models import SMALL, has_convolutions, model, relative, run, tokens
-from compat_stand_ins import Load, only, run_layer
+from compat_stand_ins import Load, only
 from errors import message_of
 from gdn_ops.compat.transformers import accelerate, packing
 
@@ -22,10 +22,6 @@ CUTS = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
 NUMBERS = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))[None].int()
 
 
-def layer_of(family: str) -> Any:
-    return next(m for m in model(family).modules() if type(m).__name__.endswith("GatedDeltaNet"))
-
-
 # Packed sequences.
 
 
@@ -33,8 +29,10 @@ def layer_of(family: str) -> Any:
 def packed() -> tuple[Any, Tensor]:
     """Return a layer that keeps packed sequences apart, and its input."""
     has_convolutions(SMALL)
-    generator = torch.Generator().manual_seed(0)
-    return layer_of(SMALL), torch.randn(1, 12, model(SMALL).config.hidden_size, generator=generator)
+    tiny = model(SMALL)
+    torch.manual_seed(0)
+    layer = next(m for m in tiny.modules() if type(m).__name__.endswith("GatedDeltaNet"))
+    return layer, torch.randn(1, 12, tiny.config.hidden_size)
 
 
 @pytest.mark.parametrize("cuts", [CUTS, None])
@@ -52,16 +50,14 @@ def test_packed_sequences_are_kept_apart(
 
 def test_gradients_of_packed_sequences_are_those_of_each(packed: tuple[Any, Tensor]) -> None:
     layer, x = packed
-    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(x.shape).split(LENGTHS, 1)
     with accelerate():
-        (found,) = torch.autograd.grad(
-            (layer(x.requires_grad_(), seq_idx=NUMBERS) * weight).sum(), x
-        )
-        parts = zip(x.detach().split(LENGTHS, 1), weight.split(LENGTHS, 1), strict=True)
+        y = layer(x.requires_grad_(), seq_idx=NUMBERS)
+        (found,) = torch.autograd.grad(y, x, torch.cat(weights, 1))
         alone = []
-        for part, cotangent in parts:
+        for part, weight in zip(x.detach().split(LENGTHS, 1), weights, strict=True):
             leaf = part.clone().requires_grad_()
-            alone += torch.autograd.grad((layer(leaf) * cotangent).sum(), leaf)
+            alone += torch.autograd.grad(layer(leaf), leaf, weight)
     assert relative(found, torch.cat(alone, 1)) < 1e-5
 
 
@@ -105,8 +101,7 @@ def test_packed_rows_of_a_batch_are_refused(packed: tuple[Any, Tensor]) -> None:
 
 def test_empty_sequences_have_no_number() -> None:
     cuts = torch.tensor([0, 0, 5, 6, 6, 12, 12], dtype=torch.int32)
-    found = packing.boundaries(cuts, NUMBERS, 1, 12)
-    assert found is cuts
+    assert packing.boundaries(cuts, NUMBERS, 1, 12) is cuts
     assert packing.boundaries(None, NUMBERS[:, :0], 1, 0).tolist() == [0, 0]  # type: ignore[union-attr]
     assert packing.boundaries(None, None, 2, 12) is None
 
@@ -133,16 +128,10 @@ def test_a_compiled_rule_asks_for_the_boundaries() -> None:
 def test_a_layer_whose_own_convolution_mixes_sequences_refuses_them(
     loaded: Load, name: str
 ) -> None:
-    module, x = loaded(holds=True), torch.rand(1, 12, 1, 2)
-
-    def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, **kw: Any) -> Tensor:
-        functions = self.chunk_gated_delta_rule, self.recurrent_gated_delta_rule
-        return run_layer(hidden_states, *functions)
-
-    module.Layer.forward = forward
+    layer, x = loaded(holds=True).Layer(), torch.rand(1, 12, 1, 2)
     with only(strict=True):
-        module.Layer()(x)
-        message = message_of(gdn_ops.SpecError, module.Layer(), x, **{name: NUMBERS})
+        layer(x)
+        message = message_of(gdn_ops.SpecError, layer, x, **{name: NUMBERS})
     assert message == (
         "accelerate: packed sequences are given, should be one sequence per row: the convolution "
         "of Layer would mix them; install causal-conv1d or a transformers whose module has a "
