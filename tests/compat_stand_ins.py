@@ -40,7 +40,10 @@ def recurrence(
 
 
 def functions_of(rule: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """Return functions with the parameters of the two, chunked first, which compute a rule."""
+    """Return functions with the parameters of the two, which compute a rule.
+
+    The chunked one has a parameter that gdn_ops does not know, the least log α.
+    """
 
     def torch_chunk_gated_delta_rule(
         query: Tensor,
@@ -52,8 +55,10 @@ def functions_of(rule: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         initial_state: Tensor | None = None,
         output_final_state: bool = False,
         use_qk_l2norm_in_kernel: bool = False,
+        lower_bound: float | None = None,
         **kwargs: Any,
     ) -> Any:
+        g = g if lower_bound is None else g.clamp(min=lower_bound)
         rest = (initial_state, output_final_state, use_qk_l2norm_in_kernel)
         return rule("chunk", query, key, value, g, beta, *rest)
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from compat_models import FAMILIES, model
 from errors import message_of
-from gdn_ops import SpecError
+from gdn_ops import SpecError, gated_delta
 from gdn_ops.nn import GatedDeltaNet, from_fla, from_transformers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,16 +70,9 @@ class FlaLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self.heads(x, name) for name in "qkv")
         q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-        q, k = (y.repeat_interleave(2, 2) for y in (q, k))
         beta = self.b_proj(x).sigmoid() * (2 if self.allow_neg_eigval else 1)
         alpha = torch.exp(-self.A_log.exp() * functional.softplus(self.a_proj(x) + self.dt_bias))
-        S, outputs = x.new_zeros(x.shape[0], 4, 8, 12), []
-        for t in range(x.shape[1]):
-            S = S * alpha[:, t, :, None, None]
-            u = beta[:, t, :, None] * (v[:, t] - (S * k[:, t, ..., None]).sum(-2))
-            S = S + k[:, t, ..., None] * u[:, :, None]
-            outputs.append((S * q[:, t, ..., None]).sum(-2) * 8**-0.5)
-        o = self.o_norm(torch.stack(outputs, 1))
+        o = self.o_norm(gated_delta(q, k, v, alpha, beta, backend="naive"))
         if self.use_gate:
             activate = torch.sigmoid if self.o_norm.activation == "sigmoid" else functional.silu
             o = o * activate(self.g_proj(x).unflatten(-1, (4, 12)))

@@ -146,17 +146,24 @@ class Acceleration:
         site.add(self)
         self._sites.append(site)
 
-    def _meet(self, module: ModuleType) -> str | None:
-        """Patch a module that was just loaded; return a text on parts that do not fit, or None.
-
-        Raises:
-            SpecError: it does not fit, and this use is strict.
-        """
-        site = _site(module)
-        text = self._judge(module, site)
-        if isinstance(site, Site):
-            self._use(site)
-        return text
+    def _meet(self, module: ModuleType) -> None:
+        """Patch a module that was just loaded; only a strict use may stop its import."""
+        try:
+            site = _site(module)
+            text = self._judge(module, site)
+            if isinstance(site, Site):
+                self._use(site)
+        except Exception as error:
+            if self.strict:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            self.left.append((architecture_of(module.__name__) or module.__name__, reason))
+            text = f"accelerate: {module.__name__} is left to transformers: {reason}"
+        if text is not None:
+            try:
+                warnings.warn(text, stacklevel=2)
+            except Warning:  # warnings are errors here, and a model must load all the same
+                logger.warning(text)
 
     def __enter__(self) -> Acceleration:
         return self
@@ -212,27 +219,10 @@ class _Finder:
             execute(module)
             if functions_of(module):
                 for user in [user for user in _active if user._covers(module)]:
-                    _meet(user, module)
+                    user._meet(module)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
-
-
-def _meet(user: Acceleration, module: ModuleType) -> None:
-    """Let a user patch a module that was just loaded; only a strict one may stop its import."""
-    try:
-        text = user._meet(module)
-    except Exception as error:
-        if user.strict:
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        user.left.append((architecture_of(module.__name__) or module.__name__, reason))
-        text = f"accelerate: {module.__name__} is left to transformers: {reason}"
-    if text is not None:
-        try:
-            warnings.warn(text, stacklevel=2)
-        except Warning:  # warnings are errors here, and a model must load all the same
-            logger.warning(text)
 
 
 _FINDER = _Finder()

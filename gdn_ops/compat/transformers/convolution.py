@@ -7,7 +7,7 @@ runs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -117,7 +117,7 @@ def examine_convolution(name: str, module: ModuleType) -> Function | str | None:
     new = _REPLACEMENTS[name](original)
     setattr(new, ORIGINAL, original)
     with plain_torch():
-        for example in _EXAMPLES[name]():
+        for example in _examples(name):
             # Copies, because an update writes its second argument.
             runs = (_run_of(f, copy.deepcopy(example)) for f in (expected, new))
             incompatibility = difference(*runs)
@@ -131,18 +131,11 @@ def _run_of(function: Function, arguments: list[Any]) -> Callable[[], Sequence[T
     return lambda: (function(*arguments), arguments[1])
 
 
-def _whole_examples() -> Iterator[list[Any]]:
+def _examples(name: str) -> list[list[Any]]:
+    """Return the arguments of two calls, as layers make them: without a bias, and with one."""
     draw = Draw()
-    x, weight, bias = draw.normal(2, 6, 9), draw.normal(6, 4), draw.normal(6)
-    yield [x, weight, None, "silu"]
-    yield [x, weight, bias, None]
-
-
-def _update_examples() -> Iterator[list[Any]]:
-    draw = Draw()
-    x, state, weight, bias = (draw.normal(*s) for s in ((2, 6, 1), (2, 6, 4), (6, 4), (6,)))
-    yield [x, state, weight, None, "silu"]
-    yield [x, state[..., 1:], weight, bias, "silu"]
-
-
-_EXAMPLES = {"causal_conv1d_fn": _whole_examples, "causal_conv1d_update": _update_examples}
+    x, state, weight, bias = (draw.normal(*s) for s in ((2, 6, 9), (2, 6, 4), (6, 4), (6,)))
+    if name == "causal_conv1d_fn":
+        return [[x, weight, None, "silu"], [x, weight, bias, None]]
+    token = x[..., :1]
+    return [[token, state, weight, None, "silu"], [token, state[..., 1:], weight, bias, "silu"]]

@@ -157,13 +157,11 @@ def test_missing_transformers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_log_tells_where_warnings_are_errors(
     loaded: Load, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from gdn_ops.compat.transformers import acceleration
-
     module = loaded(torch_recurrent_gated_delta_rule=None)
     caplog.set_level(logging.WARNING, "gdn_ops")
     with accelerate(architectures=[architecture(SMALL)]) as used, warnings.catch_warnings():
         warnings.simplefilter("error")
-        acceleration._meet(used, module)
+        used._meet(module)
     assert "it has no function torch_recurrent_gated_delta_rule" in caplog.text
     assert used.left[-1][0] == "someones_model"
 
