@@ -71,16 +71,11 @@ def chunk_gated_delta_rule(
     name = "chunk_gated_delta_rule"
     _refuse(name, {"cp_context": cp_context}, "context parallelism over devices is not supported")
     chunk_size = kwargs.pop("chunk_size", None)
-    keys = ("use_gate_in_kernel", "A_log", "dt_bias")
-    gate_options = [kwargs.pop(key, None) for key in keys]
+    gate_options = [kwargs.pop(key, None) for key in ("use_gate_in_kernel", "A_log", "dt_bias")]
     is_v_first = _v_first(name, state_v_first, kwargs)
-    tokens = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "log_alpha": _log_alpha(name, g, *gate_options),
-        "beta": _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval),
-    }
+    log_alpha = _log_alpha(name, g, *gate_options)
+    strength = _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    tokens = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": strength}
     options = {"scale": scale, "qk_l2norm": use_qk_l2norm_in_kernel, "chunk_size": chunk_size}
     return _run(name, tokens, initial_state, output_final_state, is_v_first, cu_seqlens, options)
 
@@ -131,13 +126,9 @@ def fused_recurrent_gated_delta_rule(
         "a decay per channel is not supported; g is one decay per head",
     )
     is_v_first = _v_first(name, state_v_first, kwargs)
-    tokens = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "log_alpha": _log_alpha(name, g, use_gate_in_kernel, A_log, dt_bias),
-        "beta": _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval),
-    }
+    log_alpha = _log_alpha(name, g, use_gate_in_kernel, A_log, dt_bias)
+    strength = _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    tokens = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": strength}
     options = {"scale": scale, "qk_l2norm": use_qk_l2norm_in_kernel}
     return _run(name, tokens, initial_state, output_final_state, is_v_first, cu_seqlens, options)
 
