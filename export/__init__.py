@@ -17,9 +17,9 @@ except ModuleNotFoundError as error:
 
 from gdn_ops.export.bodies.table import decode_function
 from gdn_ops.export.model.functions import bodies_of, set_body
+from gdn_ops.export.model.naming import states_of
 from gdn_ops.export.model.nodes import nodes_of
 from gdn_ops.export.model.single import make_decode_model, make_prefill_model
-from gdn_ops.export.model.states import states_of
 from gdn_ops.export.node.schema import op_schema
 from gdn_ops.export.runtime.decode_session import DecodeSession
 from gdn_ops.export.runtime.sessions import available_bodies

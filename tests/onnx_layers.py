@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gdn_ops
+from onnx_steps import engine_of
 
 D, H, HV, K, V, TAPS = 24, 2, 4, 8, 6, 4
 CHANNELS = 2 * H * K + HV * V
@@ -89,8 +90,15 @@ def layer_args(batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
-def feeds_of(engine: Any, tensors: list[Tensor]) -> dict[str, Any]:
-    return {i.name: x.numpy() for i, x in zip(engine.get_inputs(), tensors, strict=True)}
+def zero_states(batch: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(batch, CHANNELS, TAPS - 1), torch.zeros(batch, HV, K, V)
+
+
+def run_engine(model: Any, tensors: Iterable[Tensor]) -> Any:
+    """Run a model, or the file of one, in onnxruntime on its inputs in order."""
+    engine = engine_of(model)
+    feeds = {i.name: x.numpy() for i, x in zip(engine.get_inputs(), tensors, strict=True)}
+    return engine.run(None, feeds)
 
 
 def shapes_of(values: Any) -> dict[str, list[str | int]]:

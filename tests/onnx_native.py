@@ -6,27 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from gdn_ops import gated_delta_step
+from gdn_ops.export.node.schema import DOMAIN, ELEMENT_TYPES, INPUTS, OUTPUTS, STEP
 from paths import ORT_LIBRARY
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-pytest.importorskip("gdn_ops.export.node.schema")
+needs_library = pytest.mark.skipif(
+    not ORT_LIBRARY.exists(),
+    reason="native/build/libgdn_ops_ort.so is not there: run `make native`",
+)
 
-from onnx import TensorProto, helper  # noqa: E402
-
-from gdn_ops.export.node.schema import DOMAIN, ELEMENT_TYPES, INPUTS, OUTPUTS, STEP  # noqa: E402
-
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {name: getattr(torch, name) for name in ELEMENT_TYPES}
 # Half a unit in the last place, twice where a result may fall on the other side of a tie.
 ROUNDING = {"float64": 0.0, "float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11}
 ARITHMETIC = {"float64": 1e-14}
@@ -66,9 +61,9 @@ class Node:
 
     def model(self, functions: Sequence[Any]) -> Any:
         written = {key: value for key, value in self.attributes.items() if value is not None}
+        kinds = {name: ELEMENT_TYPES.get(self.types[name], TensorProto.INT64) for name in INPUTS}
         nodes = [
-            helper.make_node("Cast", [f"{name}_64"], [name], to=self.element_type(name))
-            for name in self.inputs
+            helper.make_node("Cast", [f"{name}_64"], [name], to=kinds[name]) for name in self.inputs
         ]
         given = [name if name in self.inputs else "" for name in INPUTS]
         nodes.append(helper.make_node(STEP.name, given, OUTPUTS, domain=DOMAIN, **written))
@@ -76,22 +71,8 @@ class Node:
             helper.make_node("Cast", [name], [f"{name}_64"], to=TensorProto.DOUBLE)
             for name in OUTPUTS
         ]
-        # Without shapes: what is wrong with them, the library is to say.
-        inputs, outputs = (
-            [
-                helper.make_tensor_value_info(f"{name}_64", TensorProto.DOUBLE, None)
-                for name in names
-            ]
-            for names in (self.inputs, OUTPUTS)
-        )
-        graph = helper.make_graph(nodes, "step", inputs, outputs)
-        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-        return helper.make_model(
-            graph, opset_imports=opsets, functions=list(functions), ir_version=10
-        )
-
-    def element_type(self, name: str) -> int:
-        return ELEMENT_TYPES.get(self.types[name], TensorProto.INT64)
+        inputs, outputs = ([f"{name}_64" for name in names] for names in (self.inputs, OUTPUTS))
+        return model_of(nodes, TensorProto.DOUBLE, inputs, outputs, functions)
 
     def __call__(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
         feeds = {f"{name}_64": tensors[name].double().numpy() for name in self.inputs}
@@ -135,6 +116,26 @@ class Node:
             rounding = 2**-24 if self.types[name] == "float32" else ROUNDING[self.types[name]]
             error = ((found - expected).abs().max() / expected.abs().max()).item()
             assert error <= arithmetic + rounding, f"{name} is off by {error:.1e}"
+
+
+def model_of(
+    nodes: Sequence[Any],
+    kind: int,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    functions: Sequence[Any] = (),
+) -> Any:
+    """Return a model whose inputs and outputs have one element type.
+
+    They have no shapes: what is wrong with them, the library is to say.
+    """
+    values = (
+        [helper.make_tensor_value_info(name, kind, None) for name in names]
+        for names in (inputs, outputs)
+    )
+    graph = helper.make_graph(nodes, "steps", *values)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, functions=list(functions), ir_version=10)
 
 
 def session_of(model: Any, threads: int = 1) -> Any:

@@ -15,39 +15,19 @@ from onnx.reference import ReferenceEvaluator
 
 from gdn_ops import export
 from gdn_ops.export.bodies import table as export_bodies
-from gdn_ops.export.bodies.body import DEFAULT_OPSET
+from gdn_ops.export.node.attributes import Variant
 from gdn_ops.export.node.schema import STEP
-from gdn_ops.export.node.variant import Variant
+from gdn_ops.export.runtime import sessions
 from gdn_ops.export.runtime.sessions import why_not
 
-
-def writes_opset(opset: int) -> bool:
-    """Return whether the installed onnx knows an opset."""
-    return opset <= onnx.defs.onnx_opset_version()
-
-
-@functools.cache
-def takes_opset(opset: int) -> bool:
-    """Return whether the installed onnxruntime loads a model of an opset."""
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", [x], [y])
-    imports = [helper.make_opsetid("", opset)]
-    version = max(10, helper.find_min_ir_version_for(imports, ignore_unknown=True))
-    model = helper.make_model(graph, opset_imports=imports, ir_version=version)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        onnxruntime.InferenceSession(model.SerializeToString(), options)
-    # Its errors have no common base but Exception.
-    except Exception:
-        return False
-    return True
+takes_opset = functools.cache(sessions.takes_opset)
 
 
 def needs_written(opset: int) -> pytest.MarkDecorator:
     """Skip a test where onnx does not know an opset."""
     return pytest.mark.skipif(
-        not writes_opset(opset), reason=f"onnx {onnx.__version__} knows no opset {opset}"
+        opset > onnx.defs.onnx_opset_version(),
+        reason=f"onnx {onnx.__version__} knows no opset {opset}",
     )
 
 
@@ -110,11 +90,6 @@ BODIES = ("standard", pytest.param("ort", marks=needs_ort_body))
 ALL_BODIES = (*BODIES, pytest.param("onnx", marks=needs_onnx_body))
 WRITTEN_ONNX_BODY = pytest.param("onnx", marks=needs_written(27))
 """Of a test that writes the body and leaves onnxruntime out."""
-
-
-def opset_for(body: str | None) -> int:
-    """Return an opset that a body can have."""
-    return DEFAULT_OPSET if body is None else export_bodies.BODIES[body].opset
 
 
 def skip_without(body: str, state_dtype: str) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+import onnxruntime
 import torch
+from onnx import ModelProto
 from torch import Tensor
 
 from gdn_ops import GATED_DELTA_STEP, export, gated_delta_step
+from gdn_ops.export.bodies.body import DEFAULT_OPSET
+from gdn_ops.export.bodies.table import BODIES
+from gdn_ops.export.runtime.comparison import as_array
 
 RULES = tuple(GATED_DELTA_STEP.rule)
 HEADS = ((1, 1), (2, 4), (2, 6), (16, 48))
@@ -26,6 +30,11 @@ DTYPES = (
 """Of q, k, v and of the state."""
 
 Array = np.ndarray[Any, Any]
+
+
+def opset_for(body: str | None) -> int:
+    """Return an opset that a body can have."""
+    return DEFAULT_OPSET if body is None else BODIES[body].opset
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,18 @@ class Step:
     seed: int = 0
 
     def model(self, body: str | None, opset: int | None = None) -> Any:
-        opset = opset or (27 if body == "onnx" else 21)
+        """Return a model of one token, of an opset that the body has if none is given."""
+        opset = opset or opset_for(body)
         return export.make_decode_model(**self.options(), opset=opset, body=body)
+
+    def prefill_model(self, body: str | None, opset: int | None = None) -> Any:
+        """Return a model of a prompt, as `model` does."""
+        opset = opset or opset_for(body)
+        return export.make_prefill_model(**self.options(), opset=opset, body=body)
+
+    def session(self, **options: Any) -> export.DecodeSession:
+        """Return a session of the model with the standard body."""
+        return export.DecodeSession(self.model("standard"), **{"batch": self.B, **options})
 
     def options(self) -> dict[str, Any]:
         return {
@@ -132,14 +151,13 @@ class Step:
         return outputs, state
 
 
-def to_numpy(x: Tensor) -> Array:
-    if x.dtype == torch.bfloat16:
-        return x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return x.numpy()
-
-
 def feed(token: dict[str, Tensor]) -> dict[str, Array]:
-    return {name: to_numpy(x) for name, x in token.items()}
+    return {name: as_array(x) for name, x in token.items()}
+
+
+def prompt_feed(tokens: list[dict[str, Tensor]]) -> dict[str, Array]:
+    """Return tokens as a prompt: (B, T, ...)."""
+    return {name: np.stack([feed(token)[name] for token in tokens], 1) for name in tokens[0]}
 
 
 def relative_error(found: Any, exact: Any) -> float:
@@ -163,21 +181,22 @@ def assert_right(step: Step, tokens: list[dict[str, Tensor]], start: Tensor, run
     exact_o, exact_state = step.run(tokens, start, wide=True)
     own_o, own_state = step.run(tokens, start, wide=False)
     found_o, found_state = run(tokens, start)
-    assert found_state.shape == tuple(start.shape)
     band = 4 * rounding(step.dtype)
     if step.dtype == "float64":
         # The definition has the same precision: sums over K in another order.
         band += step.K * rounding("float64")
-    for t, (found, own, exact) in enumerate(zip(found_o, own_o, exact_o, strict=True)):
+
+    def check(name: str, found: Any, exact: Tensor, allowed: float) -> None:
         assert found.shape == tuple(exact.shape)
-        allowed = 2 * relative_error(own, exact) + band
         got = relative_error(found, exact)
-        assert got <= allowed, f"o of token {t}: got {got:.3g}, but should be <= {allowed:.3g}"
-    got = relative_error(found_state, exact_state)
+        assert got <= allowed, f"{name}: got {got:.3g}, but should be <= {allowed:.3g}"
+
+    for t, (found, own, exact) in enumerate(zip(found_o, own_o, exact_o, strict=True)):
+        check(f"o of token {t}", found, exact, 2 * relative_error(own, exact) + band)
     allowed = {"float32": 1e-6, "float64": 1e-14}.get(step.state_dtype)
     if allowed is None:
         allowed = 2 * relative_error(own_state, exact_state) + rounding(step.state_dtype)
-    assert got <= allowed, f"state: got {got:.3g}, but should be <= {allowed:.3g}"
+    check("state", found_state, exact_state, allowed)
 
 
 STATE = "past_key_values.0.recurrent_state"
@@ -190,22 +209,41 @@ def in_session(model: Any, body: str, **options: Any) -> Any:
     def run(tokens: list[dict[str, Tensor]], start: Tensor) -> tuple[list[Array], Array]:
         session = export.DecodeSession(model, batch=start.shape[0], body=body, threads=1, **options)
         assert session.body == body
-        session.state = to_numpy(start)
+        session.state = as_array(start)
         outputs = [session.step(**feed(token)) for token in tokens]
         return outputs, session.state[STATE]
 
     return run
 
 
+def engine_of(model: Any) -> Any:
+    """Return an onnxruntime session of a model, or of the path of one, that prints no errors."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(
+        model.SerializeToString() if isinstance(model, ModelProto) else model, options
+    )
+
+
 def in_engine(engine: Any) -> Any:
     """Return a run of anything with `run(names, feeds)`: a session of onnxruntime or onnx."""
 
     def run(tokens: list[dict[str, Tensor]], start: Tensor) -> tuple[list[Array], Array]:
-        outputs, state = [], to_numpy(start)
+        outputs, state = [], as_array(start)
         for token in tokens:
             o, state = engine.run(None, {**feed(token), STATE: state})
             outputs.append(o)
         return outputs, state
+
+    return run
+
+
+def as_prompt(engine: Any) -> Any:
+    """Return a run of a model that reads the tokens as one prompt."""
+
+    def run(tokens: list[dict[str, Tensor]], start: Tensor) -> tuple[Array, Array]:
+        o, state = engine.run(None, {**prompt_feed(tokens), STATE: as_array(start)})
+        return o.swapaxes(0, 1), state
 
     return run
 

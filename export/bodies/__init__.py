@@ -1,1 +1,1 @@
-"""Write the function bodies of our nodes: a file per body, and the table of them."""
+"""Write the function bodies of our nodes, and list them."""

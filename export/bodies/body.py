@@ -1,4 +1,4 @@
-"""Define what a function body is: the value that each file of a body ends in."""
+"""Define what a function body is: the value that ends a file of bodies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gdn_ops.export.bodies.text import BodyText
-from gdn_ops.export.node.variant import Variant
+from gdn_ops.export.node.attributes import Variant
 from gdn_ops.spec.errors import SpecError
 
 MIN_OPSET = 18
@@ -14,11 +14,6 @@ MIN_OPSET = 18
 
 DEFAULT_OPSET = 21
 """The opset of a model where none is given: every onnxruntime we run on takes it."""
-
-
-def _refuses_nothing(variant: Variant, scale: float) -> str:
-    """Return no reason against any node."""
-    return ""
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class Body:
     what: str
     where: str
     needs: str
-    refuses: Callable[[Variant, float], str] = _refuses_nothing
+    refuses: Callable[[Variant, float], str] = lambda variant, scale: ""
     imports: tuple[tuple[str, int], ...] = ()
     oldest_onnx: str | None = None
     min_rows: int = 0

@@ -1,12 +1,17 @@
-"""Write a LinearAttention, of com.microsoft or of ai.onnx, for the bodies that are one."""
+"""Write the bodies that are one LinearAttention: "ort", of com.microsoft, "onnx", of ai.onnx."""
 
 from __future__ import annotations
 
+import functools
+
+from gdn_ops.export.bodies.body import MIN_OPSET, Body
 from gdn_ops.export.bodies.text import BodyText
-from gdn_ops.export.node.variant import Variant
+from gdn_ops.export.node.attributes import Variant
+
+_SETTING = "ALLOW_RELEASED_ONNX_OPSET_ONLY=0"
 
 
-def refuse(body: str, variant: Variant, scale: float) -> str:
+def _refuse(body: str, variant: Variant, scale: float) -> str:
     """Return why a LinearAttention cannot do what a node asks for, or an empty string."""
     if variant.is_double:
         return f"the state is float64, body {body!r} should have float32 or shorter"
@@ -15,7 +20,19 @@ def refuse(body: str, variant: Variant, scale: float) -> str:
     return ""
 
 
-def write_linear_attention(
+def _write_ort(text: BodyText) -> None:
+    text.query_and_key()
+    _write(text, "com.microsoft.LinearAttention", ("H", "num_qk_heads"), ("q_n", "k_n"))
+
+
+def _write_onnx(text: BodyText) -> None:
+    # ai.onnx has no value heads that share a key head: q and k are repeated.
+    text.query_and_key()
+    text.repeat_heads()
+    _write(text, "LinearAttention", ("HV", "num_v_heads"), ("q_r", "k_r"))
+
+
+def _write(
     text: BodyText, operator: str, heads: tuple[str, str], query_and_key: tuple[str, str]
 ) -> None:
     """Write a LinearAttention, whose operands are (B, T, heads * width).
@@ -55,20 +72,45 @@ def write_linear_attention(
     text.results("o_p", new)
 
 
-def _packed_gates(text: BodyText) -> list[str]:
+def _packed_gates(text: BodyText) -> tuple[str, ...]:
     """Write the gates as (B, T, HV); return the operands decay and beta of LinearAttention."""
-    variant, operands = text.variant, ['""', '""']
+    variant = text.variant
     if variant.has_decay:
         text.operand("log_alpha", "HV", "one", "one")
         text("decay_p = Reshape <allowzero = 1> (log_alpha_x, gate_flat)")
-        operands[0] = "decay_p"
+    if variant.has_erase and variant.has_beta:
+        text("beta_p = Reshape <allowzero = 1> (beta_x, gate_flat)")
+    elif variant.has_erase:
+        text.number("beta_one", 1.0)
+        text("beta_p = Expand(beta_one, gate_flat)")
+    decay = "decay_p" if variant.has_decay else '""'
     if variant.has_erase:
-        if variant.has_beta:
-            text("beta_p = Reshape <allowzero = 1> (beta_x, gate_flat)")
-        else:
-            text.number("beta_one", 1.0)
-            text("beta_p = Expand(beta_one, gate_flat)")
-        operands[1] = "beta_p"
-    while operands and operands[-1] == '""':
-        operands.pop()
-    return operands
+        return decay, "beta_p"
+    return (decay,) if variant.has_decay else ()
+
+
+ORT = Body(
+    name="ort",
+    min_opset=MIN_OPSET,
+    write=_write_ort,
+    what="one `com.microsoft::LinearAttention`",
+    where="onnxruntime 1.25 or newer, from any language",
+    needs="com.microsoft::LinearAttention, which onnxruntime has from 1.25 on",
+    refuses=functools.partial(_refuse, "ort"),
+    imports=(("com.microsoft", 1),),
+    is_preferred=True,
+)
+
+ONNX = Body(
+    name="onnx",
+    min_opset=27,
+    write=_write_onnx,
+    what="one `LinearAttention` of ai.onnx, opset 27",
+    where="for comparison: the slowest, because onnxruntime has no CPU kernel for it and runs a "
+    f"Scan. onnxruntime 1.32 or newer; 1.31 only where `{_SETTING}` is set",
+    needs="models of opset 27, for which onnx should be 1.22 or newer and onnxruntime 1.32 (1.28 "
+    f"where {_SETTING} is set in the environment) or newer",
+    refuses=functools.partial(_refuse, "onnx"),
+    oldest_onnx="1.22",
+    min_rows=1,
+)

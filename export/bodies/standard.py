@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gdn_ops.export.bodies.body import MIN_OPSET, Body
 from gdn_ops.export.bodies.text import BodyText
-from gdn_ops.export.node.variant import Variant
+from gdn_ops.export.node.attributes import Variant
 
 
 def _token(

@@ -14,13 +14,12 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
-from gdn_ops.export.bodies.ai_onnx import ONNX
 from gdn_ops.export.bodies.body import MIN_OPSET, Body
-from gdn_ops.export.bodies.ort import ORT
+from gdn_ops.export.bodies.linear_attention import ONNX, ORT
 from gdn_ops.export.bodies.standard import STANDARD
 from gdn_ops.export.bodies.text import BodyText
+from gdn_ops.export.node.attributes import Variant
 from gdn_ops.export.node.schema import ATTRIBUTES, DOMAIN, INPUTS, OUTPUTS
-from gdn_ops.export.node.variant import Variant
 from gdn_ops.spec.errors import SpecError
 
 BODIES = {body.name: body for body in (STANDARD, ORT, ONNX)}
@@ -60,12 +59,7 @@ def check_body(name: str | None, variant: Variant, opset: int, scale: float) -> 
 
 
 def check_opset(label: str, opset: int, name: str | None) -> None:
-    """Check that the installed onnx knows an opset.
-
-    Args:
-        label: of the caller, for errors.
-        opset: of ai.onnx.
-        name: of the body that the model is to have.
+    """Check that the installed onnx knows an opset, for a model that is to have the named body.
 
     Raises:
         SpecError: it is too old; the text says which one there is.

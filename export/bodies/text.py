@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx
 
 from gdn_ops.call.numerics import L2NORM_EPSILON
+from gdn_ops.export.node.attributes import Variant
 from gdn_ops.export.node.schema import SEQUENCE
-from gdn_ops.export.node.variant import Variant
 
 
 class BodyText:

@@ -6,7 +6,7 @@ alone, of a model without its weights, and they go back into the original model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
 
 import onnx
 import onnx.inliner
@@ -15,8 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from gdn_ops.export.bodies.table import BODIES
 from gdn_ops.export.model.functions import set_body
-from gdn_ops.export.model.nodes import nodes_of
-from gdn_ops.export.model.opsets import ir_version, opset_of
+from gdn_ops.export.model.nodes import all_nodes, ir_version, nodes_of, opset_of
 from gdn_ops.spec.errors import SpecError
 
 _SMALL_BYTES = 1024
@@ -27,12 +26,7 @@ _UNCONVERTED = {"GroupNormalization": 21}
 
 
 def with_body(model: ModelProto, body: str | None, label: str) -> ModelProto:
-    """Set the body of a model, converted to the opset that the body needs.
-
-    Args:
-        model: with nodes of this library; it is not modified.
-        body: as in `set_body`.
-        label: of the caller, for errors.
+    """Set the body of a model as `set_body` does, converted to the opset that the body needs.
 
     Raises:
         SpecError: the body cannot do what a node asks for, or the model cannot be converted.
@@ -51,13 +45,8 @@ def with_opset(model: ModelProto, opset: int, label: str, cure: str) -> ModelPro
     """Convert a model to a newer opset; our nodes have no function afterwards.
 
     Functions of others are inlined, because a function may not import another opset than its
-    model. Nodes that are the same in both opsets are not touched.
-
-    Args:
-        model: with nodes of this library; it is not modified.
-        opset: not older than the model's.
-        label: of the caller, for errors.
-        cure: what else may be done, for errors.
+    model. Nodes that are the same in both opsets are not touched, and neither is the given model.
+    Errors begin with the label of the caller and end with the cure, what else may be done.
 
     Raises:
         SpecError: the installed onnx does not know the opset or cannot convert to it.
@@ -76,8 +65,9 @@ def with_opset(model: ModelProto, opset: int, label: str, cure: str) -> ModelPro
         converted = onnx.version_converter.convert_version(light, opset)
     except Exception as error:
         raise SpecError(f"{failed} to {opset}: {error}; {cure}") from error
+    standard = {node.op_type for node in all_nodes(converted.graph.node) if not node.domain}
     for name, since in _UNCONVERTED.items():
-        if have < since <= opset and name in _op_types(converted.graph.node):
+        if have < since <= opset and name in standard:
             raise SpecError(
                 f"{failed} to {opset}: it leaves {name} as it was before {since}; {cure}"
             )
@@ -92,8 +82,7 @@ def with_opset(model: ModelProto, opset: int, label: str, cure: str) -> ModelPro
 
 def _without_weights(model: ModelProto) -> ModelProto:
     """Copy a model, with references in place of its large weights."""
-    light = ModelProto()
-    light.CopyFrom(model)
+    light = copy.deepcopy(model)
     for tensor in light.graph.initializer:
         if tensor.ByteSize() > _SMALL_BYTES:
             reference = TensorProto(
@@ -107,18 +96,6 @@ def _without_weights(model: ModelProto) -> ModelProto:
     return light
 
 
-def _op_types(nodes: Iterable[NodeProto]) -> set[str]:
-    """Return the operators of ai.onnx in a graph and its subgraphs."""
-    found = set()
-    for node in nodes:
-        if not node.domain:
-            found.add(node.op_type)
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                found |= _op_types(graph.node)
-    return found
-
-
 def _take_nodes(graph: GraphProto, converted: GraphProto) -> None:
     """Replace the nodes of a graph by converted ones, except those that are the same."""
     own = {tuple(node.output): node for node in graph.node}
@@ -126,7 +103,7 @@ def _take_nodes(graph: GraphProto, converted: GraphProto) -> None:
     for node in converted.node:
         before = own.get(tuple(node.output), node)
         kept = before if _bare(before) == _bare(node) else node
-        nodes.append(NodeProto.FromString(kept.SerializeToString()))
+        nodes.append(copy.deepcopy(kept))
     del graph.node[:]
     graph.node.extend(nodes)
     names = {tensor.name for tensor in graph.initializer}
@@ -135,11 +112,8 @@ def _take_nodes(graph: GraphProto, converted: GraphProto) -> None:
 
 def _bare(node: NodeProto) -> bytes:
     """Return a node as bytes, without its name and metadata."""
-    bare = NodeProto()
-    bare.CopyFrom(node)
+    bare = copy.deepcopy(node)
     for field in ("name", "doc_string", "overload", "metadata_props"):
         bare.ClearField(field)
-    attributes = sorted(node.attribute, key=lambda attribute: attribute.name)
-    del bare.attribute[:]
-    bare.attribute.extend(attributes)
+    bare.attribute.sort(key=lambda attribute: attribute.name)
     return bytes(bare.SerializeToString(deterministic=True))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 from onnx import FunctionProto, ModelProto, helper
 
 from gdn_ops.export.bodies.table import body_of, check_body, decode_function
-from gdn_ops.export.model.nodes import nodes_of, own_nodes
-from gdn_ops.export.model.opsets import opset_of
-from gdn_ops.export.node.schema import DOMAIN, OPERATORS, VERSION
-from gdn_ops.export.node.variant import Variant
+from gdn_ops.export.model.nodes import nodes_of, opset_of, own_nodes
+from gdn_ops.export.node.attributes import Variant
+from gdn_ops.export.node.schema import DOMAIN, OPERATORS, VERSION, Operator
 
 _IMPORT_KEY = "gdn_ops.import"
 """Metadata of a function: an import that its body brought into the model."""
@@ -29,8 +30,7 @@ def set_body(model: ModelProto, body: str | None) -> ModelProto:
     Raises:
         SpecError: the model has no such node, or the body cannot do what a node asks for.
     """
-    changed = ModelProto()
-    changed.CopyFrom(model)
+    changed = copy.deepcopy(model)
     _drop_functions(changed)
     nodes, opset = nodes_of(changed), opset_of(changed)
     chosen = None
@@ -42,17 +42,13 @@ def set_body(model: ModelProto, body: str | None) -> ModelProto:
         return changed
     _import(changed, DOMAIN, VERSION)
     brought = [domain for domain, version in chosen.imports if _import(changed, domain, version)]
-    first: dict[str, Variant] = {}
-    written: set[Variant] = set()
+    first: dict[Operator, Variant] = {}
     for node in nodes:
-        name, variant = node.proto.op_type, node.variant
-        if first.setdefault(name, variant) != variant:
-            node.proto.overload = variant.overload
-        if variant in written:
-            continue
-        written.add(variant)
+        if first.setdefault(node.variant.operator, node.variant) != node.variant:
+            node.proto.overload = node.variant.overload
+    for variant in dict.fromkeys(node.variant for node in nodes):
         function = decode_function(body, variant, opset)
-        if first[name] != variant:
+        if first[variant.operator] != variant:
             function.overload = variant.overload
         for domain in brought:
             function.metadata_props.add(key=_IMPORT_KEY, value=domain)
@@ -67,8 +63,7 @@ def without_overloads(model: ModelProto) -> ModelProto:
     """
     if not any(function.overload for function in model.functions):
         return model
-    renamed = ModelProto()
-    renamed.CopyFrom(model)
+    renamed = copy.deepcopy(model)
     for function in renamed.functions:
         if function.domain == DOMAIN and function.overload:
             function.name += f"_{function.overload}"

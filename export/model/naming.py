@@ -1,13 +1,16 @@
-"""Name a graph's inputs and outputs; states get the names that onnxruntime-genai uses."""
+"""Name a graph's inputs and outputs, and write down which output follows which input as a state.
+
+States get the names that onnxruntime-genai uses.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
-from gdn_ops.export.model.nodes import nodes_of
-from gdn_ops.export.model.states import recurrent_names, states_of, write_states
+from gdn_ops.export.model.nodes import nodes_of, subgraphs
 from gdn_ops.spec.errors import SpecError
 
 Names = tuple[Sequence[str | None], Sequence[str | None]]
@@ -15,14 +18,42 @@ Names = tuple[Sequence[str | None], Sequence[str | None]]
 
 _PASSED_ON = ("Identity", "Cast", "CastLike")
 
+STATES_KEY = "gdn_ops.states"
+"""Metadata of a model: which output is the next value of which input, as JSON."""
+
+
+def recurrent_names(layer: int) -> tuple[str, str]:
+    """Return the names of a layer's state as input and output, as in onnxruntime-genai."""
+    return f"past_key_values.{layer}.recurrent_state", f"present.{layer}.recurrent_state"
+
+
+def states_of(model: ModelProto) -> dict[str, str]:
+    """Return the output that is the next value of each state input.
+
+    The metadata written at export count; without them, the names that onnxruntime-genai uses,
+    `past_key_values.{i}.recurrent_state` and `present.{i}.recurrent_state`.
+    """
+    written = next((p.value for p in model.metadata_props if p.key == STATES_KEY), None)
+    if written is not None:
+        return dict(json.loads(written))
+    outputs = {value.name for value in model.graph.output}
+    pairs = {
+        value.name: "present." + value.name.removeprefix("past_key_values.")
+        for value in model.graph.input
+        if value.name.startswith("past_key_values.")
+    }
+    return {name: output for name, output in pairs.items() if output in outputs}
+
+
+def write_states(model: ModelProto, states: Mapping[str, str]) -> None:
+    """Write into a model's metadata which output is the next value of which input."""
+    for entry in [p for p in model.metadata_props if p.key == STATES_KEY]:
+        model.metadata_props.remove(entry)
+    model.metadata_props.add(key=STATES_KEY, value=json.dumps(dict(states)))
+
 
 def name_values(label: str, model: ModelProto, names: Names | None) -> None:
-    """Rename the inputs and outputs of a model, and write its states into its metadata.
-
-    Args:
-        label: of the caller, for errors.
-        model: modified.
-        names: given by the user, or None.
+    """Rename the inputs and outputs of a model in place, and write its states into its metadata.
 
     Raises:
         SpecError: there are more or fewer names than values, or one twice.
@@ -117,6 +148,5 @@ def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
     for node in graph.node:
         for field in (node.input, node.output):
             field[:] = [names.get(name, name) for name in field]
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                _rename(inner, names)
+        for inner in subgraphs(node):
+            _rename(inner, names)

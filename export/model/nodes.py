@@ -1,4 +1,4 @@
-"""Read our nodes in a model."""
+"""Read a model, that is, its opset and our nodes, and check it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from gdn_ops.export.node.attributes import Attributes
+from gdn_ops.export.node.attributes import Attributes, Variant
 from gdn_ops.export.node.schema import DOMAIN, INPUTS, OPERATORS
-from gdn_ops.export.node.variant import Variant
 from gdn_ops.spec.errors import SpecError
 
 _STATE = INPUTS.index("state")
+
+_OLDEST_IR = 10
+"""The oldest IR version that has overloads and metadata of functions."""
 
 
 class NoNodeError(SpecError):
@@ -70,23 +72,50 @@ def nodes_of(model: ModelProto) -> list[Node]:
     return [_read(proto, types) for proto in protos]
 
 
+def all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """Yield the nodes of a graph and of its subgraphs."""
+    for node in nodes:
+        yield node
+        for graph in subgraphs(node):
+            yield from all_nodes(graph.node)
+
+
+def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    """Yield the graphs that a node holds, such as the branches of an If."""
+    for attribute in node.attribute:
+        yield from (attribute.g, *attribute.graphs)
+
+
 def own_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
     """Yield our nodes among the nodes of a graph and of its subgraphs."""
-    for node in nodes:
-        if node.domain == DOMAIN and node.op_type in OPERATORS:
-            yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from own_nodes(graph.node)
+    return (n for n in all_nodes(nodes) if n.domain == DOMAIN and n.op_type in OPERATORS)
+
+
+def opset_of(model: ModelProto, domain: str = "") -> int:
+    """Return the version of a domain that a model imports, 0 if it does not."""
+    return next((int(o.version) for o in model.opset_import if o.domain == domain), 0)
+
+
+def ir_version(opsets: Iterable[onnx.OperatorSetIdProto]) -> int:
+    """Return the oldest IR version that a model with these imports can have."""
+    return max(_OLDEST_IR, int(helper.find_min_ir_version_for(list(opsets), ignore_unknown=True)))
+
+
+def check_model(model: ModelProto) -> None:
+    """Run the full checker and strict shape inference of onnx.
+
+    Raises:
+        onnx.checker.ValidationError, onnx.shape_inference.InferenceError: the model is invalid.
+    """
+    onnx.checker.check_model(model, full_check=True)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
 
 
 def _element_types(model: ModelProto, names: set[str]) -> Mapping[str, int]:
     """Return the element types of values by name, inferred where the model does not state them."""
     found = _written_types(model)
     if not names <= set(found):
-        bare = ModelProto()
-        bare.CopyFrom(model)
-        found |= _written_types(onnx.shape_inference.infer_shapes(bare))
+        found |= _written_types(onnx.shape_inference.infer_shapes(model))
     return found
 
 

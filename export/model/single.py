@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from onnx import ModelProto, ValueInfoProto, helper
 
 from gdn_ops.export.bodies.body import DEFAULT_OPSET
 from gdn_ops.export.bodies.table import check_opset
 from gdn_ops.export.model.functions import set_body
-from gdn_ops.export.model.opsets import ir_version
-from gdn_ops.export.model.states import recurrent_names, write_states
-from gdn_ops.export.node.attributes import Attributes, HeadSizes
+from gdn_ops.export.model.naming import recurrent_names, write_states
+from gdn_ops.export.model.nodes import ir_version
+from gdn_ops.export.node.attributes import HeadSizes
 from gdn_ops.export.node.schema import (
     DOMAIN,
     ELEMENT_TYPES,
@@ -67,9 +65,8 @@ def make_decode_model(
         SpecError: a value is not allowed, or the body cannot do what is asked for.
     """
     sizes = HeadSizes(num_qk_heads, num_v_heads, head_k_dim, head_v_dim)
-    attributes = sizes.attributes(str(STEP), STEP, rule, scale, qk_l2norm)
-    node = _SingleNode(STEP, sizes, attributes, dtype, state_dtype, has_beta)
-    return node.model(opset, body)
+    types = dtype, state_dtype
+    return _make(STEP, sizes, types, rule, scale, qk_l2norm, has_beta, opset, body)
 
 
 def make_prefill_model(
@@ -93,77 +90,57 @@ def make_prefill_model(
     the same.
     """
     sizes = HeadSizes(num_qk_heads, num_v_heads, head_k_dim, head_v_dim)
-    attributes = sizes.attributes(str(SEQUENCE), SEQUENCE, rule, scale, qk_l2norm)
-    node = _SingleNode(SEQUENCE, sizes, attributes, dtype, state_dtype, has_beta)
-    return node.model(opset, body)
+    types = dtype, state_dtype
+    return _make(SEQUENCE, sizes, types, rule, scale, qk_l2norm, has_beta, opset, body)
 
 
-@dataclass(frozen=True)
-class _SingleNode:
-    """Describe a graph of one node.
+def _make(
+    operator: Operator,
+    sizes: HeadSizes,
+    types: tuple[str, str | None],
+    rule: str,
+    scale: float | None,
+    qk_l2norm: bool,
+    has_beta: bool,
+    opset: int,
+    body: str | None,
+) -> ModelProto:
+    """Return a model of one node, after a check of everything that it is made of."""
+    label, dtype = str(operator), types[0]
+    attributes = sizes.attributes(label, operator, rule, scale, qk_l2norm)
+    stored = types[1] or ("float64" if dtype == "float64" else "float32")
+    check_dtypes(label, dtype, stored)
+    check_opset(label, opset, body)
+    gates = "float64" if stored == "float64" else "float32"
+    dtypes = {"state": stored, "new_state": stored, "log_alpha": gates, "beta": gates}
+    axes = {
+        "B": BATCH,
+        "T": TOKENS,
+        "H": sizes.num_qk_heads,
+        "HV": sizes.num_v_heads,
+        "K": sizes.head_k_dim,
+        "V": sizes.head_v_dim,
+    }
 
-    Attributes:
-        operator: of the node.
-        sizes: the heads and their widths.
-        attributes: of the node.
-        dtype, state_dtype: of q, k, v and of the state; None is as in `make_decode_model`.
-        has_beta: whether beta is an input.
-    """
-
-    operator: Operator
-    sizes: HeadSizes
-    attributes: Attributes
-    dtype: str
-    state_dtype: str | None
-    has_beta: bool
-
-    def model(self, opset: int, body: str | None) -> ModelProto:
-        """Return a model of the graph, after a check of everything that it is made of."""
-        label, inputs = str(self.operator), self._inputs()
-        check_dtypes(label, self.dtype, self._stored())
-        check_opset(label, opset, body)
-        node = helper.make_node(
-            self.operator.name,
-            [_GRAPH_NAMES.get(name, name) if name in inputs else "" for name in INPUTS],
-            [_GRAPH_NAMES.get(name, name) for name in OUTPUTS],
-            name=self.operator.name,
-            domain=DOMAIN,
-            **self.attributes.as_onnx(),
-        )
-        graph = helper.make_graph(
-            [node],
-            self.operator.spec.name,
-            [self._value(name) for name in inputs],
-            [self._value(name) for name in OUTPUTS],
-        )
-        opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version(opsets))
-        write_states(model, {_GRAPH_NAMES["state"]: _GRAPH_NAMES["new_state"]})
-        return set_body(model, body)
-
-    def _inputs(self) -> list[str]:
-        """Return the inputs that are there."""
-        has_decay = self.operator.spec.rule[self.attributes.rule].has_decay
-        is_there = {"log_alpha": has_decay, "beta": self.has_beta}
-        return [name for name in INPUTS if is_there.get(name, True)]
-
-    def _stored(self) -> str:
-        """Return the dtype of the state."""
-        return self.state_dtype or ("float64" if self.dtype == "float64" else "float32")
-
-    def _value(self, name: str) -> ValueInfoProto:
-        """Return an input or output of the graph."""
-        sizes: dict[str, int | str] = {
-            "B": BATCH,
-            "T": TOKENS,
-            "H": self.sizes.num_qk_heads,
-            "HV": self.sizes.num_v_heads,
-            "K": self.sizes.head_k_dim,
-            "V": self.sizes.head_v_dim,
-        }
-        stored = self._stored()
-        gates = "float64" if stored == "float64" else "float32"
-        dtypes = {"state": stored, "new_state": stored, "log_alpha": gates, "beta": gates}
-        shape = [sizes[axis] for axis in self.operator.axes(name)]
-        kind = ELEMENT_TYPES[dtypes.get(name, self.dtype)]
+    def value(name: str) -> ValueInfoProto:
+        shape = [axes[axis] for axis in operator.axes(name)]
+        kind = ELEMENT_TYPES[dtypes.get(name, dtype)]
         return helper.make_tensor_value_info(_GRAPH_NAMES.get(name, name), kind, shape)
+
+    is_there = {"log_alpha": operator.spec.rule[rule].has_decay, "beta": has_beta}
+    inputs = [name for name in INPUTS if is_there.get(name, True)]
+    node = helper.make_node(
+        operator.name,
+        [_GRAPH_NAMES.get(name, name) if name in inputs else "" for name in INPUTS],
+        [_GRAPH_NAMES.get(name, name) for name in OUTPUTS],
+        name=operator.name,
+        domain=DOMAIN,
+        **attributes.as_onnx(),
+    )
+    graph = helper.make_graph(
+        [node], operator.spec.name, [*map(value, inputs)], [*map(value, OUTPUTS)]
+    )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version(opsets))
+    write_states(model, {_GRAPH_NAMES["state"]: _GRAPH_NAMES["new_state"]})
+    return set_body(model, body)

@@ -46,12 +46,7 @@ _PARAMETER_MEANINGS = {
 
 @dataclass(frozen=True)
 class Operator:
-    """Describe one operator of the domain.
-
-    Attributes:
-        name: its op type.
-        spec: the spec of its op.
-    """
+    """Describe one operator of the domain: its op type, and the spec of its op."""
 
     name: str
     spec: OpSpec
@@ -80,20 +75,17 @@ def op_schema(operator: Operator = STEP) -> OpSchema:
 
     log_alpha is there exactly where the rule has a decay; beta that is not there is 1.
     """
+    spec, types = operator.spec, [f"tensor({_TYPES.get(dtype, dtype)})" for dtype in FLOAT_DTYPES]
     return OpSchema(
         operator.name,
         DOMAIN,
         VERSION,
-        _doc(operator.spec),
+        "\n".join((spec.summary, *spec.equations, *spec.sources)),
         inputs=[_input(operator, name) for name in INPUTS],
         outputs=[_output(operator, name) for name in OUTPUTS],
-        type_constraints=[_constraint(p) for p in _PARAMETER_MEANINGS],
-        attributes=_attributes(operator.spec),
+        type_constraints=[(p, types, meaning) for p, meaning in _PARAMETER_MEANINGS.items()],
+        attributes=_attributes(spec),
     )
-
-
-def _doc(spec: OpSpec) -> str:
-    return "\n".join((spec.summary, *spec.equations, *spec.sources))
 
 
 def _input(operator: Operator, name: str) -> OpSchema.FormalParameter:
@@ -122,24 +114,17 @@ def _output(operator: Operator, name: str) -> OpSchema.FormalParameter:
     return OpSchema.FormalParameter(name, parameter, f"{shape}: {meaning}")
 
 
-def _constraint(parameter: str) -> tuple[str, list[str], str]:
-    allowed = [f"tensor({_TYPES.get(dtype, dtype)})" for dtype in FLOAT_DTYPES]
-    return parameter, allowed, _PARAMETER_MEANINGS[parameter]
-
-
 def _attributes(spec: OpSpec) -> list[OpSchema.Attribute]:
-    meanings = {attr.name: attr.meaning for attr in spec.attrs}
+    said = {attr.name: attr.meaning for attr in spec.attrs}
     types = OpSchema.AttrType
-    rules = ", ".join(rule.name for rule in spec.rules)
-    return [
-        OpSchema.Attribute("num_qk_heads", types.INT, "H, query/key heads", required=True),
-        OpSchema.Attribute("num_v_heads", types.INT, "HV, a multiple of H", required=True),
-        OpSchema.Attribute("scale", types.FLOAT, "factor on q, always written", required=True),
-        OpSchema.Attribute("rule", types.STRING, f"{meanings['rule']}: {rules}", required=True),
-        OpSchema.Attribute(
-            "qk_l2norm", types.INT, f"1 to {meanings['qk_l2norm']}, else 0", required=True
-        ),
-    ]
+    meanings = {
+        "num_qk_heads": (types.INT, "H, query/key heads"),
+        "num_v_heads": (types.INT, "HV, a multiple of H"),
+        "scale": (types.FLOAT, "factor on q, always written"),
+        "rule": (types.STRING, f"{said['rule']}: {', '.join(rule.name for rule in spec.rules)}"),
+        "qk_l2norm": (types.INT, f"1 to {said['qk_l2norm']}, else 0"),
+    }
+    return [OpSchema.Attribute(name, *meanings[name], required=True) for name in ATTRIBUTES]
 
 
 def check_dtypes(label: str, dtype: str, state_dtype: str) -> None:

@@ -173,10 +173,7 @@ class Results:
         self._unused = self._references()
 
     def _references(self) -> int:
-        count = 0
-        for memory in self._memories:
-            count += sys.getrefcount(memory)
-        return count
+        return sum(map(sys.getrefcount, self._memories))
 
     def is_free(self) -> bool:
         """Return whether no caller has an array of an earlier step any more."""

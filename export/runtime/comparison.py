@@ -11,8 +11,8 @@ from onnx import ModelProto, TensorProto
 from torch import Tensor
 
 from gdn_ops.export.model.conversion import with_body
+from gdn_ops.export.model.naming import recurrent_names
 from gdn_ops.export.model.nodes import Node, nodes_of
-from gdn_ops.export.model.states import recurrent_names
 from gdn_ops.export.node.schema import ELEMENT_TYPES, SEQUENCE
 from gdn_ops.export.runtime.buffers import Buffer, Port, numpy_dtype
 from gdn_ops.export.runtime.decode_session import DecodeSession
@@ -74,7 +74,7 @@ def compare(
     # In float64 the definition is no better than a body: it sums over K in another order.
     same = inputs["q"].shape[-1] if node.variant.is_double else 0
     allowed = [
-        2 * _relative(_as_array(x), y) + (BAND + same) * torch.finfo(x.dtype).eps / 2
+        2 * _relative(as_array(x), y) + (BAND + same) * torch.finfo(x.dtype).eps / 2
         for x, y in zip(own, exact, strict=True)
     ]
     return Comparison(body, *errors, *allowed)
@@ -126,8 +126,8 @@ def _decode(
 ) -> tuple[Any, Any]:
     batch, tokens = inputs["q"].shape[:2]
     session = DecodeSession(model, batch=batch, body=body, threads=1, custom_op_library=library)
-    session.state = _as_array(inputs["state"])
-    feeds = {name: _as_array(x) for name, x in inputs.items() if name != "state"}
+    session.state = as_array(inputs["state"])
+    feeds = {name: as_array(x) for name, x in inputs.items() if name != "state"}
     outputs = [session.step(**{name: x[:, t] for name, x in feeds.items()}) for t in range(tokens)]
     return np.stack(outputs, 1), session.state[recurrent_names(0)[0]]
 
@@ -135,24 +135,22 @@ def _decode(
 def _read(model: ModelProto, body: str, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
     session = open_session(with_body(model, body, "compare"), None, 1, None)
     names = recurrent_names(0)
-    arrays = {names[0] if n == "state" else n: _as_array(x) for n, x in inputs.items()}
+    arrays = {names[0] if n == "state" else n: as_array(x) for n, x in inputs.items()}
     arrays |= {"o": arrays["v"], names[1]: arrays[names[0]]}
-    values = {value.name: value for value in (*model.graph.input, *model.graph.output)}
-    buffers = {}
-    for name, x in arrays.items():
-        kind = values[name].type.tensor_type.elem_type
-        buffers[name] = Buffer(Port(name, kind, x.shape, x.shape))
+    buffers, binding = {}, session.io_binding()
+    for value in (*model.graph.input, *model.graph.output):
+        name, x = value.name, arrays[value.name]
+        port = Port(name, value.type.tensor_type.elem_type, x.shape, x.shape)
+        buffers[name] = Buffer(port)
         np.copyto(buffers[name].array, x)
-    binding = session.io_binding()
-    for name, buffer in buffers.items():
         is_output = name in ("o", names[1])
         bind = binding.bind_ortvalue_output if is_output else binding.bind_ortvalue_input
-        bind(name, buffer.value)
+        bind(name, buffers[name].value)
     session.run_with_iobinding(binding)
     return buffers["o"].array, buffers[names[1]].array
 
 
-def _as_array(x: Tensor) -> Any:
+def as_array(x: Tensor) -> Any:
     """Return a tensor as an array; numpy itself has no bfloat16."""
     if x.dtype != torch.bfloat16:
         return x.numpy()

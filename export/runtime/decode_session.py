@@ -12,9 +12,8 @@ import onnx
 from onnx import ModelProto
 
 from gdn_ops.export.model.conversion import with_body
-from gdn_ops.export.model.nodes import nodes_of
-from gdn_ops.export.model.opsets import opset_of
-from gdn_ops.export.model.states import states_of
+from gdn_ops.export.model.naming import states_of
+from gdn_ops.export.model.nodes import nodes_of, opset_of
 from gdn_ops.export.runtime.buffers import Buffer, Port, Results, ports_of
 from gdn_ops.export.runtime.sessions import CUSTOM, choose_body, open_session
 from gdn_ops.spec.errors import SpecError, SpecTypeError

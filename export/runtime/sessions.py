@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -17,8 +19,7 @@ from gdn_ops.export.bodies.body import DEFAULT_OPSET, MIN_OPSET, Body
 from gdn_ops.export.bodies.standard import STANDARD
 from gdn_ops.export.bodies.table import BODIES
 from gdn_ops.export.model.functions import bodies_of, without_overloads
-from gdn_ops.export.model.nodes import Node
-from gdn_ops.export.model.opsets import ir_version, opset_of
+from gdn_ops.export.model.nodes import Node, ir_version, opset_of
 from gdn_ops.export.model.single import make_decode_model
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
 
@@ -73,12 +74,7 @@ def available_bodies() -> tuple[str, ...]:
 
 @functools.cache
 def _loads(body: Body, released_only: str | None) -> bool:
-    """Return whether a model with a body loads.
-
-    Args:
-        body: the body.
-        released_only: the environment variable that onnxruntime reads at every load.
-    """
+    """Return whether a model with a body loads, given a setting that onnxruntime reads then."""
     if onnx.defs.onnx_opset_version() < body.min_opset:
         logger.debug("onnx %s does not write body %r", onnx.__version__, body.name)
         return False
@@ -110,18 +106,20 @@ def _is_taken(model: ModelProto) -> bool:
     return True
 
 
-def _newest_taken(opset: int) -> int | None:
-    """Return the newest opset up to one that onnxruntime loads models of, None without one."""
+def takes_opset(opset: int) -> bool:
+    """Return whether onnxruntime loads models of an opset."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", [x], [y])
-    newest = None
-    for tried in range(MIN_OPSET, opset + 1):
-        imports = [helper.make_opsetid("", tried)]
-        model = helper.make_model(graph, opset_imports=imports, ir_version=ir_version(imports))
-        if not _is_taken(model):
-            break
-        newest = tried
-    return newest
+    imports = [helper.make_opsetid("", opset)]
+    return _is_taken(
+        helper.make_model(graph, opset_imports=imports, ir_version=ir_version(imports))
+    )
+
+
+def _newest_taken(opset: int) -> int | None:
+    """Return the newest opset up to one that onnxruntime loads models of, None without one."""
+    taken = list(itertools.takewhile(takes_opset, range(MIN_OPSET, opset + 1)))
+    return taken[-1] if taken else None
 
 
 def _session(model: bytes, options: Any) -> Any:
@@ -131,13 +129,10 @@ def _session(model: bytes, options: Any) -> Any:
 def choose_body(
     nodes: list[Node], body: str, has_library: bool, opset: int = DEFAULT_OPSET
 ) -> Body | None:
-    """Return the body that a session runs, None for the kernel of a custom-op library.
+    """Return the body that a session of a model with these nodes and this opset runs.
 
-    Args:
-        nodes: of the model.
-        body: as the user asked for it: "auto", "custom" or the name of a body.
-        has_library: whether a custom-op library brings the kernel.
-        opset: of ai.onnx in the model.
+    The user asks for "auto", "custom" or the name of a body. The kernel of a custom-op library is
+    None.
 
     Raises:
         SpecError: the body is unknown, or the installed onnxruntime does not run it.
@@ -201,13 +196,9 @@ def open_session(
     threads: int | None,
     custom_op_library: str | os.PathLike[str] | None,
 ) -> Any:
-    """Return an onnxruntime session of a model.
+    """Return an onnxruntime session of a model, whose weights may lie in files of a folder.
 
-    Args:
-        model: the model.
-        folder: where files with weights lie, or None.
-        threads: that one operator computes with, or None for onnxruntime's choice.
-        custom_op_library: brings kernels, or None.
+    One operator computes with `threads`, None being onnxruntime's choice.
 
     Raises:
         SpecError: the library cannot be loaded.
@@ -253,8 +244,7 @@ def open_session(
 
 def _with_absolute_weights(model: ModelProto, folder: Path) -> ModelProto | None:
     """Return a model with absolute paths to its weights in other files, None if it has none."""
-    moved, is_moved = ModelProto(), False
-    moved.CopyFrom(model)
+    moved, is_moved = copy.deepcopy(model), False
     for tensor in moved.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":

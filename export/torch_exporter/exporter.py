@@ -19,8 +19,7 @@ from gdn_ops.export.bodies.table import BODIES, check_opset, find_body
 from gdn_ops.export.model.conversion import with_opset
 from gdn_ops.export.model.functions import set_body
 from gdn_ops.export.model.naming import Names, name_values
-from gdn_ops.export.model.nodes import NoNodeError, nodes_of
-from gdn_ops.export.model.opsets import check_model
+from gdn_ops.export.model.nodes import NoNodeError, check_model, nodes_of
 from gdn_ops.export.model.single import BATCH, TOKENS
 from gdn_ops.export.node.schema import SEQUENCE, STEP, Operator
 from gdn_ops.export.torch_exporter.translation import translation_table
@@ -91,12 +90,7 @@ def export_prefill(
     Args:
         module, args, path, opset, body, dynamic_batch, names: as in `export_decode`.
 
-    Returns:
-        The model, checked.
-
-    Raises:
-        SpecError: the module or an argument cannot be exported; the text says the cure.
-        ModuleNotFoundError: onnxscript is not installed.
+    Returns and raises what `export_decode` does.
     """
     export = _Export("export_prefill", SEQUENCE, opset, body, names)
     return export.run(module, args, dynamic_batch, path)
@@ -104,15 +98,7 @@ def export_prefill(
 
 @dataclass(frozen=True)
 class _Export:
-    """Run an export.
-
-    Attributes:
-        label: of the public function, for errors.
-        operator: that the module should call.
-        opset: of ai.onnx.
-        body: of the nodes.
-        names: given by the user, or None.
-    """
+    """Run an export for a public function, the label, whose operator the module should call."""
 
     label: str
     operator: Operator

@@ -79,8 +79,7 @@ def _step(
             f"remembers is an input and an output of the graph"
         )
     tensors = _Tensors(q, k, v, alpha, beta, log_alpha)
-    attributes = tensors.attributes(label, STEP, rule, scale, qk_l2norm)
-    return tensors.call(STEP, tensors.checked_state(label, state), attributes)
+    return tensors.call(label, STEP, state, rule, scale, qk_l2norm)
 
 
 def _sequence(
@@ -113,9 +112,8 @@ def _sequence(
     from onnxscript import opset18 as op
 
     tensors = _Tensors(q, k, v, alpha, beta, log_alpha)
-    attributes = tensors.attributes(label, SEQUENCE, rule, scale, qk_l2norm)
-    state = tensors.zero_state() if initial_state is None else tensors.widen(initial_state)
-    results = tensors.call(SEQUENCE, state, attributes)
+    state = tensors.widen(initial_state)
+    results = tensors.call(label, SEQUENCE, state, rule, scale, qk_l2norm)
     # torch wants a value for every output, and drops this one.
     return *results, op.SequenceEmpty()
 
@@ -143,9 +141,7 @@ def _steps(
     from onnxscript import opset18 as op
 
     tensors = _Tensors(q, k, v, alpha, beta, log_alpha)
-    attributes = tensors.attributes(label, SEQUENCE, rule, scale, qk_l2norm)
-    start = tensors.zero_state() if state is None else tensors.checked_state(label, state)
-    o, new_state = tensors.call(SEQUENCE, start, attributes)
+    o, new_state = tensors.call(label, SEQUENCE, state, rule, scale, qk_l2norm)
     return o, new_state, op.Constant(value_floats=[])
 
 
@@ -187,11 +183,6 @@ class _Tensors(NamedTuple):
         is_double = int(self.q.dtype) == TensorProto.DOUBLE
         return int(TensorProto.DOUBLE if is_double else TensorProto.FLOAT)
 
-    def checked_state(self, label: str, state: Any) -> Any:
-        """Return a state, if a node can have it beside q."""
-        check_dtypes(label, _dtype_name(self.q), _dtype_name(state))
-        return state
-
     def widen(self, x: Any) -> Any:
         """Return a value in the compute type, None for None."""
         from onnxscript import opset18 as op
@@ -207,10 +198,23 @@ class _Tensors(NamedTuple):
         shape = op.Concat(op.Shape(self.q, start=0, end=1), sizes, axis=0)
         return op.Expand(op.Cast(op.Constant(value_float=0.0), to=self.compute_type), shape)
 
-    def call(self, operator: Operator, state: Any, attributes: Attributes) -> Any:
+    def call(
+        self,
+        label: str,
+        operator: Operator,
+        state: Any,
+        rule: str,
+        scale: float | None,
+        qk_l2norm: bool,
+    ) -> Any:
         """Write a node, with its gates in the compute type and the decay as its logarithm."""
         from onnxscript import opset18 as op
 
+        attributes = self.attributes(label, operator, rule, scale, qk_l2norm)
+        if state is None:
+            state = self.zero_state()
+        else:
+            check_dtypes(label, _dtype_name(self.q), _dtype_name(state))
         log_alpha = self.widen(self.log_alpha)
         if self.alpha is not None:
             log_alpha = op.Log(self.widen(self.alpha))

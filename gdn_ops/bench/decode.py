@@ -8,6 +8,7 @@ of its own. Every body is compared with the definition before it is timed.
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from gdn_ops.bench.rows import Result
 from gdn_ops.bench.turns import Timing, interleave
 from gdn_ops.bench.verify import Check, RefusedError
 from gdn_ops.export import DecodeSession, available_bodies, make_decode_model, set_body
+from gdn_ops.export.bodies.standard import STANDARD
+from gdn_ops.export.bodies.table import BODIES
 from gdn_ops.export.runtime.comparison import compare
 from gdn_ops.export.runtime.sessions import open_session, why_not
 from gdn_ops.spec.language import Sizes
@@ -97,8 +100,7 @@ class Way:
 
 def unguarded(model: ModelProto) -> ModelProto:
     """Return a copy of a model of body "ort" without its guards, to see what the guards cost."""
-    plain = ModelProto()
-    plain.CopyFrom(model)
+    plain = copy.deepcopy(model)
     opset = next(o.version for o in plain.opset_import if not o.domain)
     del plain.functions[:]
     plain.functions.append(onnx.parser.parse_function(_PLAIN.format(opset=opset)))
@@ -136,7 +138,9 @@ def _session(
 
 
 def _bodies() -> list[str]:
-    return [body for body in ("standard", "ort") if body in available_bodies()]
+    """Return the bodies that run here, of those that body "auto" of a session may take."""
+    automatic = [body.name for body in BODIES.values() if body.is_preferred or body is STANDARD]
+    return [name for name in automatic if name in available_bodies()]
 
 
 def _own_ways(model: ModelProto, batch: int, feeds: list[Array], library: str | None) -> list[Way]:

@@ -47,10 +47,9 @@ def export(
     prefill: Annotated[bool, typer.Option("--prefill", help="Read T tokens, not one.")] = False,
 ) -> None:
     """Write the op as an ONNX model, checked and run against the definition; or inspect a file."""
-    console = Console()
     try:
         if inspect is not None:
-            _inspect(inspect, console)
+            _inspect(inspect)
             return
         if heads is None or key_dim is None or out is None:
             _fail("export needs --heads, --key-dim and --out, or --inspect FILE")
@@ -73,31 +72,28 @@ def export(
             opset=opset,
             body=None if body == "none" else body,
         )
-        _write(model, out, console)
-        comparisons = _run_bodies(out, console)
+        _write(model, out)
+        comparisons = _run_bodies(out)
     except (SpecError, BackendUnsupportedError, ModuleNotFoundError) as error:
         _fail(str(error))
     if not all(c.passed for c in comparisons):
         _fail("the numbers are wrong", 1)
 
 
-def _write(model: ModelProto, path: Path, console: Console) -> None:
+def _write(model: ModelProto, path: Path) -> None:
     """Check a model and write it."""
     import onnx
 
-    from gdn_ops.export.model.opsets import check_model
+    from gdn_ops.export.model.nodes import check_model
 
     check_model(model)
     onnx.save(model, path)
-    console.print(
-        f"{path}: {path.stat().st_size} bytes, passes the full checker and strict shape inference",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+    typer.echo(
+        f"{path}: {path.stat().st_size} bytes, passes the full checker and strict shape inference"
     )
 
 
-def _run_bodies(path: Path, console: Console) -> list[Comparison]:
+def _run_bodies(path: Path) -> list[Comparison]:
     """Run a model with every body that onnxruntime has and the model allows."""
     import onnx
 
@@ -108,23 +104,23 @@ def _run_bodies(path: Path, console: Console) -> list[Comparison]:
     model, comparisons = onnx.load(path), []
     for body in bodies_of(model):
         if body not in available_bodies():
-            console.print(f"left out: {why_not(body)}", markup=False, highlight=False)
+            typer.echo(f"left out: {why_not(body)}")
     for body in available_bodies():
         try:
             comparisons.append(compare(model, body))
         except SpecError as error:
-            console.print(f"left out: body {body}: {error}", markup=False, highlight=False)
+            typer.echo(f"left out: body {body}: {error}")
     table = Table("body", "error of o", "allowed", "error of state", "allowed", "")
     for c in comparisons:
         verdict = "[green]pass[/green]" if c.passed else "[red]FAIL[/red]"
         numbers = (c.o, c.allowed_o, c.state, c.allowed_state)
         table.add_row(c.body, *(f"{number:.2g}" for number in numbers), verdict)
-    console.print("against the definition in float64, over 64 tokens:")
-    console.print(table)
+    typer.echo("against the definition in float64, over 64 tokens:")
+    Console().print(table)
     return comparisons
 
 
-def _inspect(path: Path, console: Console) -> None:
+def _inspect(path: Path) -> None:
     """Print the nodes, bodies and states of a file."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -138,21 +134,18 @@ def _inspect(path: Path, console: Console) -> None:
     except DecodeError:
         _fail(f"{str(path)!r} is no ONNX model")
     imports = ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import)
-    console.print(f"imports  {imports}", markup=False, highlight=False)
+    typer.echo(f"imports  {imports}")
     bodies = ", ".join(bodies_of(model)) or "none: a custom-op library must bring the kernel"
-    console.print(f"body     {bodies}", markup=False, highlight=False)
+    typer.echo(f"body     {bodies}")
     for node in nodes_of(model):
         norm = ", qk_l2norm" if node.variant.qk_l2norm else ""
-        console.print(
+        typer.echo(
             f"node     {node.variant.operator} {node.proto.name}: H={node.num_qk_heads} "
             f"HV={node.num_v_heads}, rule {node.variant.rule}, scale {node.scale:.6g}{norm}, "
-            f"reads {node.state}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"reads {node.state}"
         )
     for old, new in states_of(model).items():
-        console.print(f"state    {old} -> {new}", markup=False, highlight=False, soft_wrap=True)
+        typer.echo(f"state    {old} -> {new}")
 
 
 def bench_decode(library: str | None, setting: Setting, out: Path | None) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from typer.testing import CliRunner, Result
 
 import gdn_ops
+from command_line import run
 from gdn_ops import cli
 from gdn_ops.bench import suite
 from gdn_ops.bench.floors import Rates
@@ -27,10 +27,6 @@ from processes import python
 def given_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates are given: measuring them takes seconds and tests no logic."""
     monkeypatch.setattr(suite, "measure_rates", lambda *_: Rates(1e11, 1e10, 1e10))
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(commands.app, list(arguments), env={"COLUMNS": "200"})
 
 
 def test_python_dash_m_ends_with_the_exit_code() -> None:

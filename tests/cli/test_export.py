@@ -13,40 +13,32 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
-typer_testing = pytest.importorskip("typer.testing")
-pytest.importorskip("rich")
 
+from command_line import run  # noqa: E402
 from gdn_ops import export  # noqa: E402
 from gdn_ops.bench import decode  # noqa: E402
 from gdn_ops.bench.inputs import Setting  # noqa: E402
 from gdn_ops.bench.rows import Result  # noqa: E402
 from gdn_ops.bench.verify import RefusedError  # noqa: E402
-from gdn_ops.cli import commands  # noqa: E402
 from gdn_ops.export.runtime import comparison, sessions  # noqa: E402
-from onnx_needs import (  # noqa: E402
-    needs_onnx_body,
-    needs_ort_body,
-    takes_opset,
-    writes_opset,
-)
-
-
-def run(*arguments: object) -> Any:
-    arguments_ = [str(argument) for argument in arguments]
-    return typer_testing.CliRunner().invoke(commands.app, arguments_, env={"COLUMNS": "200"})
-
+from onnx_needs import at_opset, needs_onnx_body, needs_ort_body  # noqa: E402
+from onnx_steps import STATE, Step  # noqa: E402
 
 SIZES = ("--heads", 2, "--value-heads", 4, "--key-dim", 16, "--value-dim", 8)
 
 
+def write(path: Path, *options: object) -> str:
+    """Write a model, which should go well, and return what is printed."""
+    result = run("export", *SIZES, "--out", path, *options)
+    assert result.exit_code == 0, result.output
+    return str(result.output)
+
+
 def test_export_writes_a_checked_file_and_prints_its_errors(tmp_path: Path) -> None:
     path = tmp_path / "step.onnx"
-    result = run("export", *SIZES, "--out", path, "--qk-l2norm", "--scale", 0.3)
-    assert result.exit_code == 0, result.output
-    assert f"{path.stat().st_size} bytes, passes the full checker" in result.output
-    rows = re.findall(
-        r"(standard|ort|onnx) +│ +(\S+) +│ +(\S+) +│ +(\S+) +│ +(\S+) +│ pass", result.output
-    )
+    found = write(path, "--qk-l2norm", "--scale", 0.3)
+    assert f"{path.stat().st_size} bytes, passes the full checker" in found
+    rows = re.findall(r"(standard|ort|onnx) +│ +(\S+) +│ +(\S+) +│ +(\S+) +│ +(\S+) +│ pass", found)
     assert tuple(row[0] for row in rows) == export.available_bodies()
     for _, o, allowed_o, state, allowed_state in rows:
         assert 0 < float(o) <= float(allowed_o) < 1e-6
@@ -57,16 +49,13 @@ def test_export_writes_a_checked_file_and_prints_its_errors(tmp_path: Path) -> N
 
 
 @needs_onnx_body
-@pytest.mark.parametrize("options", [(), ("--opset", 28), ("--prefill",)])
+@pytest.mark.parametrize("options", [(), at_opset(("--opset", 28), opset=28), ("--prefill",)])
 def test_export_writes_the_onnx_body_at_an_opset_that_has_it(
     options: tuple[object, ...], tmp_path: Path
 ) -> None:
     path = tmp_path / "step.onnx"
-    if options[:1] == ("--opset",) and not (writes_opset(28) and takes_opset(28)):
-        pytest.skip("onnx or onnxruntime knows no opset 28")
-    result = run("export", *SIZES, "--out", path, "--body", "onnx", *options)
-    assert result.exit_code == 0, result.output
-    assert len(re.findall(r"│ pass", result.output)) == len(export.available_bodies())
+    found = write(path, "--body", "onnx", *options)
+    assert len(re.findall(r"│ pass", found)) == len(export.available_bodies())
     model = onnx.load(path)
     assert export.bodies_of(model) == ("onnx",)
     assert model.opset_import[0].version == (28 if "--opset" in options else 27)
@@ -82,29 +71,26 @@ def test_export_says_why_the_body_that_it_wrote_was_not_run(
     monkeypatch.setattr(sessions, "available_bodies", lambda: ("standard",))
     monkeypatch.setattr(ort, "__version__", "1.24.4")
     path = tmp_path / "step.onnx"
-    result = run("export", *SIZES, "--out", path, "--body", "ort")
-    assert result.exit_code == 0, result.output
     assert (
         "left out: body 'ort' needs com.microsoft::LinearAttention, which onnxruntime has from "
         "1.25 on; this is onnxruntime 1.24.4\n"
-    ) in result.output
+    ) in write(path, "--body", "ort")
     assert export.bodies_of(onnx.load(path)) == ("ort",)
 
 
 def test_export_writes_a_prompt_reader_and_says_what_it_left_out(tmp_path: Path) -> None:
     path = tmp_path / "prefill.onnx"
-    result = run("export", *SIZES, "--out", path, "--prefill", "--dtype", "float64")
-    assert result.exit_code == 0, result.output
+    found = write(path, "--prefill", "--dtype", "float64")
     (node,) = export.nodes_of(onnx.load(path))
     assert node.proto.op_type == "GatedDelta"
     if "ort" in export.available_bodies():
-        assert "left out: body ort: gdn_ops::GatedDelta: the state is float64" in result.output
+        assert "left out: body ort: gdn_ops::GatedDelta: the state is float64" in found
 
 
 def test_inspect_lists_nodes_bodies_and_states(tmp_path: Path) -> None:
     path = tmp_path / "step.onnx"
-    options = {"num_qk_heads": 2, "num_v_heads": 6, "head_k_dim": 4, "head_v_dim": 4}
-    onnx.save(export.make_decode_model(**options, rule="delta", body="ort"), path)
+    step = Step("delta", HV=6, K=4, V=4)
+    onnx.save(step.model("ort"), path)
     result = run("export", "--inspect", path)
     assert result.exit_code == 0, result.output
     assert result.output.splitlines() == [
@@ -114,7 +100,7 @@ def test_inspect_lists_nodes_bodies_and_states(tmp_path: Path) -> None:
         "reads past_key_values.0.recurrent_state",
         "state    past_key_values.0.recurrent_state -> present.0.recurrent_state",
     ]
-    onnx.save(export.make_decode_model(**options, body=None), path)
+    onnx.save(step.model(None), path)
     assert "body     none: a custom-op library" in run("export", "--inspect", path).output
 
 
@@ -230,12 +216,11 @@ def test_bench_decode_is_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 @needs_ort_body
 def test_the_form_without_guards_computes_the_same() -> None:
-    sizes = {"num_qk_heads": 2, "num_v_heads": 2, "head_k_dim": 8, "head_v_dim": 8}
-    model = export.make_decode_model(**sizes, body="ort")
+    model = Step(HV=2, V=8).model("ort")
     feeds = comparison._draw(model, 1, 1)
     state = feeds.pop("state").numpy()
     arrays = {name: x.squeeze(1).numpy() for name, x in feeds.items()}
-    arrays["past_key_values.0.recurrent_state"] = state
+    arrays[STATE] = state
     results = [
         ort.InferenceSession(m.SerializeToString()).run(None, arrays)
         for m in (model, decode.unguarded(model))

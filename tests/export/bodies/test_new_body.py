@@ -5,28 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-typer_testing = pytest.importorskip("typer.testing")
-pytest.importorskip("rich")
-
-import gdn_ops  # noqa: E402
-from gdn_ops import export  # noqa: E402
-from gdn_ops.cli import commands  # noqa: E402
-from gdn_ops.export.bodies.body import Body  # noqa: E402
-from gdn_ops.export.bodies.standard import STANDARD  # noqa: E402
-from gdn_ops.export.bodies.table import BODIES, bodies_table  # noqa: E402
-from gdn_ops.export.bodies.text import BodyText  # noqa: E402
-from gdn_ops.export.node.variant import Variant  # noqa: E402
-from gdn_ops.export.runtime.sessions import why_not  # noqa: E402
-from onnx_layers import Step as Module  # noqa: E402
-from onnx_layers import step_args  # noqa: E402
-from onnx_needs import needs_taken, needs_written  # noqa: E402
-from onnx_steps import Step, assert_right, in_session  # noqa: E402
+import gdn_ops
+from command_line import run
+from errors import message_of
+from gdn_ops import export
+from gdn_ops.export.bodies.body import Body
+from gdn_ops.export.bodies.standard import STANDARD
+from gdn_ops.export.bodies.table import BODIES, bodies_table
+from gdn_ops.export.bodies.text import BodyText
+from gdn_ops.export.node.attributes import Variant
+from gdn_ops.export.runtime.sessions import why_not
+from onnx_layers import Step as Module
+from onnx_layers import step_args
+from onnx_needs import needs_taken, needs_written
+from onnx_steps import Step, assert_right, in_session
 
 pytestmark = [needs_written(22), needs_taken(22)]
 
@@ -98,9 +95,7 @@ def test_a_new_body_is_exported_set_and_run(sums: None) -> None:
 
 def test_a_new_body_is_found_at_its_opset_by_the_command(sums: None, tmp_path: Path) -> None:
     path = tmp_path / "step.onnx"
-    sizes = ("--heads", "2", "--key-dim", "8", "--out", str(path))
-    run = typer_testing.CliRunner().invoke
-    result = run(commands.app, ["export", *sizes, "--body", "sums"], env={"COLUMNS": "200"})
+    result = run("export", "--heads", 2, "--key-dim", 8, "--out", path, "--body", "sums")
     assert result.exit_code == 0, result.output
     assert re.search(r"sums +│.*│ pass", result.output)
     model = onnx.load(path)
@@ -108,30 +103,25 @@ def test_a_new_body_is_found_at_its_opset_by_the_command(sums: None, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        (
-            {"opset": 21},
-            "the model has opset 21, body 'sums' should have 22 or newer; export with opset=22, or "
-            "take body='standard'",
-        ),
-        (
-            {"rule": "linear"},
-            "rule is 'linear', body 'sums' should have 'gated_delta'; take body='standard'",
-        ),
-        (
-            {"body": "fast"},
-            "body is 'fast', should be one of standard, ort, onnx, sums, or None for none",
-        ),
-    ],
+    ("text", "options"),
+    {
+        "the model has opset 21, body 'sums' should have 22 or newer; export with opset=22, or "
+        "take body='standard'": {"opset": 21},
+        "rule is 'linear', body 'sums' should have 'gated_delta'; take body='standard'": {
+            "rule": "linear"
+        },
+        "body is 'fast', should be one of standard, ort, onnx, sums, or None for none": {
+            "body": "fast"
+        },
+    }.items(),
 )
 def test_what_a_new_body_cannot_do_is_refused_in_its_words(
-    options: dict[str, object], text: str, sums: None
+    text: str, options: dict[str, Any], sums: None
 ) -> None:
-    sizes = {"num_qk_heads": 2, "num_v_heads": 4, "head_k_dim": 8, "head_v_dim": 6}
-    with pytest.raises(gdn_ops.SpecError) as caught:
-        export.make_decode_model(**{"body": "sums", "opset": 22, **sizes, **options})
-    assert str(caught.value) == f"gdn_ops::GatedDeltaStep: {text}"
+    arguments = Step().options() | {"body": "sums", "opset": 22} | options
+    assert message_of(gdn_ops.SpecError, export.make_decode_model, **arguments) == (
+        f"gdn_ops::GatedDeltaStep: {text}"
+    )
 
 
 def test_a_new_body_stands_in_the_documentation(sums: None) -> None:
@@ -144,7 +134,4 @@ def test_the_table_and_the_help_name_every_body() -> None:
     assert BODIES["standard"] is STANDARD
     rows = bodies_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [*BODIES, "None"]
-    result = typer_testing.CliRunner().invoke(
-        commands.app, ["export", "--help"], env={"COLUMNS": "200"}
-    )
-    assert f'{", ".join(BODIES)}, or "none"' in result.output
+    assert f'{", ".join(BODIES)}, or "none"' in run("export", "--help").output

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx.reference import ReferenceEvaluator
 
-from paths import ROOT
-
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from onnx.reference import ReferenceEvaluator  # noqa: E402
-
-from gdn_ops import export  # noqa: E402
-from gdn_ops.export.model.opsets import check_model  # noqa: E402
-from gdn_ops.export.runtime.sessions import why_not  # noqa: E402
-from onnx_needs import (  # noqa: E402
+from gdn_ops import export
+from gdn_ops.export.model.nodes import check_model
+from gdn_ops.export.runtime.sessions import why_not
+from onnx_needs import (
     ALL_BODIES,
     BODIES,
     WRITTEN_ONNX_BODY,
@@ -32,17 +24,19 @@ from onnx_needs import (  # noqa: E402
     reference_has_bfloat16,
     skip_without,
 )
-from onnx_steps import (  # noqa: E402
+from onnx_steps import (
     DTYPES,
     HEADS,
     RULES,
     SCALES,
     Step,
     assert_right,
+    engine_of,
     in_engine,
     in_session,
     varied,
 )
+from processes import printed
 
 
 def steps_of(dtype: tuple[str, str], rule: str) -> Step:
@@ -110,7 +104,7 @@ def test_a_body_is_valid_and_right_at_every_opset(body: str, opset: int, rule: s
 @pytest.mark.parametrize("body", BODIES)
 def test_one_file_serves_every_batch(body: str) -> None:
     model = Step().model(body)
-    engine = ort.InferenceSession(model.SerializeToString())
+    engine = engine_of(model)
     for batch in (0, 1, 3, 7):
         step = Step(B=batch, tokens=8, seed=batch)
         assert_right(step, *step.draw(), in_engine(engine))
@@ -134,18 +128,10 @@ if "onnx" in export.available_bodies():
 
 
 def test_onnxruntime_runs_the_onnx_body_where_it_is_told_to_take_new_opsets() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_ONNX_BODY],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "ALLOW_RELEASED_ONNX_OPSET_ONLY": "0"},
-    )
-    assert done.returncode == 0, done.stderr
-    if not done.stdout:
+    found = printed(RUN_ONNX_BODY, ALLOW_RELEASED_ONNX_OPSET_ONLY="0")
+    if not found:
         pytest.skip(why_not("onnx"))
-    assert done.stdout == f"ran {len(RULES)}\n"
+    assert found == f"ran {len(RULES)}"
 
 
 @st.composite
@@ -190,14 +176,12 @@ def assert_close(step: Step, tokens: Any, start: Any, run: Any) -> None:
 
     After a reset what is left may be small against what the step before it rounded.
     """
-    exact_o, exact_state = step.run(tokens, start, wide=True)
-    own_o, own_state = step.run(tokens, start, wide=False)
-    found_o, found_state = run(tokens, start)
-    pairs = zip((*found_o, found_state), (*own_o, own_state), (*exact_o, exact_state), strict=True)
+    runs = (run(tokens, start), *(step.run(tokens, start, wide=wide) for wide in (False, True)))
+    triples = zip(*((*outputs, state) for outputs, state in runs), strict=True)
     size = max([1.0, *(float(x["v"].abs().max()) for x in tokens if x["v"].numel())])
     if start.numel():
         size = max(size, float(start.abs().max())) * (1 + step.K) * len(tokens)
-    for found, own, exact in pairs:
+    for found, own, exact in triples:
         if not found.size:
             assert found.shape == tuple(exact.shape)
             continue

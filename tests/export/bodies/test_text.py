@@ -6,15 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+from onnx.reference import ReferenceEvaluator
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-
-from onnx.reference import ReferenceEvaluator  # noqa: E402
-
-from gdn_ops import export  # noqa: E402
-from onnx_needs import BODIES, WRITTEN_ONNX_BODY, opset_for  # noqa: E402
-from onnx_steps import RULES, STATE, Step, feed, to_numpy  # noqa: E402
+from gdn_ops.export.runtime.comparison import as_array
+from onnx_needs import BODIES, WRITTEN_ONNX_BODY
+from onnx_steps import RULES, STATE, Step, engine_of, feed
 
 
 def wrong_batches() -> list[tuple[str, str, tuple[int, ...]]]:
@@ -35,11 +31,9 @@ def test_onnxruntime_refuses_one_row_where_there_are_three(
 ) -> None:
     step = Step(rule, B=3, tokens=1)
     (token,), state = step.draw()
-    feeds = {**feed(token), STATE: to_numpy(state)}
+    feeds = {**feed(token), STATE: as_array(state)}
     model = step.model(body)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    engine = ort.InferenceSession(model.SerializeToString(), options)
+    engine = engine_of(model)
     assert engine.run(None, feeds)[0].shape == (3, 4, 6)
     with pytest.raises(Exception, match=r"reshape|Reshape|dimension|shape"):
         engine.run(None, feeds | {name: np.zeros(shape, np.float32)})
@@ -58,8 +52,8 @@ def test_onnxruntime_refuses_other_heads_and_widths(
 ) -> None:
     step = Step(B=3, tokens=1)
     (token,), state = step.draw()
-    engine = ort.InferenceSession(step.model(body).SerializeToString())
-    feeds = {**feed(token), STATE: to_numpy(state), name: np.zeros(shape, np.float32)}
+    engine = engine_of(step.model(body))
+    feeds = {**feed(token), STATE: as_array(state), name: np.zeros(shape, np.float32)}
     with pytest.raises(Exception, match=r"Got invalid dimensions|Invalid rank"):
         engine.run(None, feeds)
 
@@ -77,20 +71,15 @@ def test_the_new_state_is_written_after_all_reads_of_the_old_one() -> None:
                 if name in made_by and made_by[name] not in ancestors:
                     ancestors.add(made_by[name])
                     waiting.append(made_by[name])
-        readers = {
-            i
-            for i, node in enumerate(nodes)
-            if "state" in node.input and node.op_type != "CastLike"
-        }
+        readers = {i for i, n in enumerate(nodes) if "state" in n.input and n.op_type != "CastLike"}
         assert readers and readers <= ancestors, (rule, body)
 
 
 @pytest.mark.parametrize("body", ["standard", "ort", WRITTEN_ONNX_BODY])
 def test_a_float32_state_is_never_copied_by_a_cast(body: str) -> None:
-    for make in (export.make_decode_model, export.make_prefill_model):
-        for state_dtype, casts in (("float32", []), ("float16", ["Cast", "CastLike"])):
-            options = Step(state_dtype=state_dtype).options()
-            model = make(**options, body=body, opset=opset_for(body))
+    for state_dtype, casts in (("float32", []), ("float16", ["Cast", "CastLike"])):
+        step = Step(state_dtype=state_dtype)
+        for model in (step.model(body), step.prefill_model(body)):
             nodes = model.functions[0].node
             found = [n.op_type for n in nodes if "state" in n.input and "Cast" in n.op_type]
             assert found == casts

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-
-import gdn_ops  # noqa: E402
-from gdn_ops import export  # noqa: E402
-from gdn_ops.export.model import conversion  # noqa: E402
-from gdn_ops.export.model.opsets import check_model  # noqa: E402
-from onnx_needs import at_opset, needs_onnx_body, needs_written, takes_opset, tells_overloads_apart  # noqa: E402
-from onnx_steps import RULES, Step, assert_right, in_session  # noqa: E402
+import gdn_ops
+from errors import message_of
+from gdn_ops import export
+from gdn_ops.export.model import conversion
+from gdn_ops.export.model.nodes import check_model
+from gdn_ops.export.runtime import sessions
+from gdn_ops.export.runtime.comparison import compare
+from onnx_needs import at_opset, needs_onnx_body, needs_written, tells_overloads_apart
+from onnx_steps import RULES, Step, assert_right, in_session
 
 
 @needs_onnx_body
@@ -33,6 +35,11 @@ def test_a_file_of_an_older_opset_is_converted_for_the_onnx_body(
         before = path.read_bytes()
         assert_right(step, *step.draw(), in_session(path, "onnx"))
         assert path.read_bytes() == before
+        prompt = step.prefill_model("standard", opset)
+        written = prompt.SerializeToString()
+        found = compare(prompt, "onnx", batch=3, tokens=40)
+        assert found.passed, found
+        assert prompt.SerializeToString() == written
 
 
 EXTRAS = {
@@ -75,17 +82,19 @@ def with_nodes(step: Step, text: str, opset: int) -> Any:
     return model
 
 
+def assert_bodies_agree(model: Any, tokens: Any, state: Any) -> None:
+    o, after = in_session(model, "standard")(tokens, state)
+    o_onnx, after_onnx = in_session(model, "onnx")(tokens, state)
+    for x, y in zip((*o_onnx, after_onnx), (*o, after), strict=True):
+        assert np.abs(x - y).max() < 2e-6 * max(1, np.abs(y).max())
+
+
 @needs_onnx_body
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_a_conversion_keeps_what_a_model_computes_beside_our_node(extra: str) -> None:
     step = Step(tokens=4)
-    model = with_nodes(step, EXTRAS[extra], 18)
-    tokens, state = step.draw()
-    o, after = in_session(model, "standard")(tokens, state)
-    o_onnx, after_onnx = in_session(model, "onnx")(tokens, state)
-    for x, y in zip((*o_onnx, after_onnx), (*o, after), strict=True):
-        assert np.abs(x - y).max() < 2e-6 * max(1, np.abs(y).max())
+    assert_bodies_agree(with_nodes(step, EXTRAS[extra], 18), *step.draw())
 
 
 @needs_written(27)
@@ -110,10 +119,8 @@ def released(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")[:2]))
 
 
-TAKEN_FROM = {
-    **dict.fromkeys((18, 19, 20, 21), (1, 20)),
-    **{22: (1, 21), 23: (1, 23), 24: (1, 24), 25: (1, 24), 26: (1, 25)},
-    **{27: (1, 32), 28: (1, 32)},
+TAKEN_FROM = dict.fromkeys((18, 19, 20, 21), (1, 20)) | {
+    opset: released(text.split()[0]) for opset, text in sessions._OPSETS.items()
 }
 
 
@@ -122,7 +129,7 @@ def test_the_versions_that_errors_and_the_page_name_are_those_that_run(
 ) -> None:
     runtime, writer = released(ort.__version__), released(onnx.__version__)
     monkeypatch.delenv("ALLOW_RELEASED_ONNX_OPSET_ONLY", raising=False)
-    taken = {opset for opset in TAKEN_FROM if takes_opset.__wrapped__(opset)}
+    taken = {opset for opset in TAKEN_FROM if sessions.takes_opset(opset)}
     assert taken == {opset for opset, oldest in TAKEN_FROM.items() if runtime >= oldest}
     assert tells_overloads_apart() == (runtime >= (1, 27))
     expected = {"standard": True, "ort": runtime >= (1, 25)}
@@ -146,11 +153,7 @@ def test_weights_in_another_file_stay_there_in_a_conversion(tmp_path: Path) -> N
     path = tmp_path / "step.onnx"
     onnx.save_model(model, path, save_as_external_data=True, location="weights.bin")
     assert (tmp_path / "weights.bin").stat().st_size >= weights.nbytes
-    (token,), state = step.draw()
-    results = [in_session(path, body)([token], state) for body in ("standard", "onnx")]
-    (o,), after = results[0]
-    (o_onnx,), after_onnx = results[1]
-    assert np.abs(o - o_onnx).max() < 2e-6 and np.abs(after - after_onnx).max() < 2e-6
+    assert_bodies_agree(path, *step.draw())
 
 
 CANNOT: dict[str, tuple[Callable[[], Any], str]] = {
@@ -187,19 +190,13 @@ CANNOT: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("name", CANNOT)
 def test_what_cannot_be_converted_for_the_onnx_body_is_refused_with_the_cure(name: str) -> None:
     make, text = CANNOT[name]
-    with pytest.raises(gdn_ops.SpecError) as caught:
-        export.DecodeSession(make(), batch=2, body="onnx")
-    if ".+" in text:
-        assert re.fullmatch(text, str(caught.value), re.DOTALL)
-    else:
-        assert str(caught.value) == text
+    found = message_of(gdn_ops.SpecError, export.DecodeSession, make(), batch=2, body="onnx")
+    assert found == text or (".+" in text and re.fullmatch(text, found, re.DOTALL))
 
 
 @needs_onnx_body
 def test_the_onnx_body_needs_a_row() -> None:
-    with pytest.raises(gdn_ops.SpecError) as caught:
-        export.DecodeSession(Step().model("standard"), batch=0, body="onnx")
-    assert str(caught.value) == (
+    assert message_of(gdn_ops.SpecError, Step().session, batch=0, body="onnx") == (
         "DecodeSession: batch is 0, should be at least 1 for body 'onnx', whose operator "
         "onnxruntime does not run on no rows; take body='standard'"
     )

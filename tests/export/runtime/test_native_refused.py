@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from gdn_ops.export.node.schema import INPUTS, OUTPUTS
+from onnx_native import Node, needs_library
 from paths import ORT_LIBRARY
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-pytest.importorskip("gdn_ops.export.node.schema")
-
-from gdn_ops.export.node.schema import INPUTS, OUTPUTS  # noqa: E402
-from onnx_native import Node  # noqa: E402
-
-pytestmark = pytest.mark.skipif(
-    not ORT_LIBRARY.exists(),
-    reason="native/build/libgdn_ops_ort.so is not there: run `make native`",
-)
+pytestmark = needs_library
 
 
-def _refusal(error: BaseException) -> str:
-    """Return what the library said, of what onnxruntime made of it."""
-    return "gdn_ops::GatedDeltaStep: " + str(error).partition("gdn_ops::GatedDeltaStep: ")[2]
+def refusal(call: Callable[..., Any], **options: Any) -> str:
+    """Return what the library says against a call, of what onnxruntime makes of it."""
+    with pytest.raises(Exception, match="GatedDeltaStep") as caught:
+        call(**options)
+    return str(caught.value).partition("gdn_ops::GatedDeltaStep: ")[2]
 
 
 SHAPES = {
@@ -70,9 +65,7 @@ SHAPES = {
 def test_a_wrong_shape_is_refused(wrong: dict[str, tuple[int, ...]], text: str) -> None:
     node = Node()
     tensors = {name: torch.zeros(shape) for name, shape in (SHAPES | wrong).items()}
-    with pytest.raises(Exception, match="GatedDeltaStep") as caught:
-        node(**tensors)
-    assert _refusal(caught.value) == f"gdn_ops::GatedDeltaStep: {text}"
+    assert refusal(node, **tensors) == text
     # And nothing of the mistake stays behind.
     node.check(**node.draw())
 
@@ -109,9 +102,7 @@ def test_a_wrong_shape_is_refused(wrong: dict[str, tuple[int, ...]], text: str) 
 def test_a_wrong_attribute_is_refused_when_the_file_is_loaded(
     attributes: dict[str, Any], text: str
 ) -> None:
-    with pytest.raises(Exception, match="GatedDeltaStep") as caught:
-        Node(**attributes)
-    assert _refusal(caught.value) == f"gdn_ops::GatedDeltaStep: {text}"
+    assert refusal(Node, **attributes) == text
 
 
 @pytest.mark.parametrize(
@@ -127,9 +118,7 @@ def test_a_wrong_attribute_is_refused_when_the_file_is_loaded(
     }.items(),
 )
 def test_a_wrong_type_is_refused_when_the_file_is_loaded(types: dict[str, str], text: str) -> None:
-    with pytest.raises(Exception, match="GatedDeltaStep") as caught:
-        Node(types=dict.fromkeys((*INPUTS, *OUTPUTS), "float32") | types)
-    assert _refusal(caught.value) == f"gdn_ops::GatedDeltaStep: {text}"
+    assert refusal(Node, types=dict.fromkeys((*INPUTS, *OUTPUTS), "float32") | types) == text
 
 
 def test_an_onnxruntime_that_is_too_old_is_refused() -> None:

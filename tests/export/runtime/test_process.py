@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-
-from gdn_ops import export  # noqa: E402
-from onnx_layers import (  # noqa: E402
-    Layer,
-    layer_args,
-)
-from onnx_needs import ALL_BODIES, opset_for  # noqa: E402
+from gdn_ops import export
+from onnx_layers import Layer, layer_args
+from onnx_needs import ALL_BODIES
+from onnx_steps import STATE, opset_for
+from processes import printed
 
 DECODE_WITHOUT_TORCH = """
 import sys
@@ -72,26 +65,16 @@ def test_a_process_without_torch_and_without_this_library_decodes(
     export.export_decode(layer, layer_args(1), path, opset=opset_for(body), body=body)
     exact = Layer().double()
     exact.load_state_dict(layer.state_dict())
-    _, conv, state = (x.double() for x in layer_args(3))
-    saved = {
-        "past_key_values.0.conv_state": conv.float().numpy(),
-        "past_key_values.0.recurrent_state": state.float().numpy(),
-    }
+    _, *states = (x.double() for x in layer_args(3))
+    names = "past_key_values.0.conv_state", STATE
+    saved = {name: x.float().numpy() for name, x in zip(names, states, strict=True)}
     xs = [layer_args(3, seed=t)[0] for t in range(32)]
     outputs = []
     with torch.no_grad():
         for x in xs:
-            o, conv, state = exact(x.double(), conv, state)
+            o, *states = exact(x.double(), *states)
             outputs.append(o.numpy())
-    saved["final.past_key_values.0.conv_state"] = conv.numpy()
-    saved["final.past_key_values.0.recurrent_state"] = state.numpy()
+    saved |= {f"final.{name}": x.numpy() for name, x in zip(names, states, strict=True)}
     np.savez(values, x=torch.stack(xs).numpy(), output=np.stack(outputs), **saved)
-    done = subprocess.run(
-        [sys.executable, "-c", DECODE_WITHOUT_TORCH, path, values],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[:2] == ["32", "True"], done.stdout
+    found = printed(DECODE_WITHOUT_TORCH, path, values)
+    assert found.split()[:2] == ["32", "True"], found

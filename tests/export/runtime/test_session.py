@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-
-from gdn_ops import export  # noqa: E402
-from onnx_needs import BODIES  # noqa: E402
-from onnx_steps import STATE, Step, assert_right, feed, in_session, relative_error  # noqa: E402
+from gdn_ops import export
+from onnx_needs import BODIES
+from onnx_steps import STATE, Step, assert_right, feed, in_session, relative_error
 
 LONG = Step(H=2, HV=4, K=16, V=12, tokens=256)
 
@@ -55,7 +52,7 @@ def test_a_session_outlives_everything_that_it_was_made_of(body: str, in_place: 
 
 def test_what_a_session_returns_belongs_to_the_caller() -> None:
     tokens, state = Step(tokens=2).draw()
-    session = export.DecodeSession(Step().model("standard"), batch=2)
+    session = Step().session()
     given = state.numpy().copy()
     session.state = given
     given.fill(7)
@@ -87,7 +84,7 @@ def test_a_result_is_not_written_again_while_anybody_has_a_part_of_it(
     holder: str, in_place: bool
 ) -> None:
     tokens, _ = Step(tokens=6).draw()
-    session = export.DecodeSession(Step().model("standard"), batch=2, in_place=in_place)
+    session = Step().session(in_place=in_place)
     held, values = [], []
     for token in tokens:
         o = session.step(**feed(token))
@@ -100,7 +97,7 @@ def test_a_result_is_not_written_again_while_anybody_has_a_part_of_it(
 
 def test_the_memory_of_a_result_that_nobody_has_is_used_again() -> None:
     tokens, _ = Step(tokens=8).draw()
-    session = export.DecodeSession(Step().model("standard"), batch=2)
+    session = Step().session()
     session.step(**feed(tokens[0]))
     made = session._results[0]
     for token in tokens[1:4]:
@@ -136,7 +133,7 @@ def test_a_buffer_that_is_given_for_another_input_is_read_before_it_is_written()
     tokens, _ = Step(tokens=1).draw()
     arrays = feed(tokens[0])
     swapped = arrays | {"q": arrays["k"], "k": arrays["q"]}
-    session, other = (export.DecodeSession(Step().model("standard"), batch=2) for _ in range(2))
+    session, other = (Step().session() for _ in range(2))
     expected = other.step(**swapped)
     buffers = session.buffers
     for name, x in arrays.items():
@@ -148,8 +145,7 @@ def test_a_buffer_that_is_given_for_another_input_is_read_before_it_is_written()
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_reset_session_is_a_new_one(in_place: bool) -> None:
     tokens, _ = Step(tokens=3).draw()
-    model = Step().model("standard")
-    session = export.DecodeSession(model, batch=2, in_place=in_place)
+    session = Step().session(in_place=in_place)
     first = [session.step(**feed(token)) for token in tokens]
     assert session.state[STATE].any()
     session.reset()
@@ -160,10 +156,9 @@ def test_a_reset_session_is_a_new_one(in_place: bool) -> None:
 
 def test_inputs_go_by_position_or_by_name_and_need_not_be_contiguous() -> None:
     ((token,), _) = Step(tokens=1).draw()
-    model = Step().model("standard")
 
     def o(*args: Any, **kwargs: Any) -> Any:
-        return export.DecodeSession(model, batch=2).step(*args, **kwargs)
+        return Step().session().step(*args, **kwargs)
 
     values = feed(token)
     expected = o(*values.values())
@@ -177,13 +172,13 @@ def test_inputs_go_by_position_or_by_name_and_need_not_be_contiguous() -> None:
 
 
 def test_the_buffers_of_a_session_are_aligned_to_cache_lines() -> None:
-    session = export.DecodeSession(Step(K=5, V=7).model("standard"), batch=2)
+    session = Step(K=5, V=7).session()
     for buffers in (session._inputs, session._new_results().buffers):
         assert all(buffer.array.ctypes.data % 64 == 0 for buffer in buffers.values())
 
 
 def test_a_session_prints_what_it_is() -> None:
-    session = export.DecodeSession(Step().model("standard"), batch=2, body="standard")
+    session = Step().session(body="standard")
     assert repr(session) == (
         "DecodeSession(q, k, v, log_alpha, beta -> o; 1 states, batch=2, body='standard')"
     )

@@ -5,79 +5,62 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 
+import gdn_ops
 from errors import message_of
+from gdn_ops import export
+from gdn_ops.export.runtime import sessions
+from onnx_native import needs_library
+from onnx_needs import needs_ort_body
+from onnx_steps import STATE, Step, assert_right, feed, in_session
 from paths import ORT_LIBRARY
-
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-
-import gdn_ops  # noqa: E402
-from gdn_ops import export  # noqa: E402
-from gdn_ops.export.runtime import sessions  # noqa: E402
-from onnx_needs import needs_ort_body  # noqa: E402
-from onnx_steps import STATE, Step, assert_right, feed, in_session  # noqa: E402
 
 STEP_SESSION = Step(B=3, tokens=1)
 
 
 @pytest.fixture(scope="module")
 def session() -> export.DecodeSession:
-    return export.DecodeSession(STEP_SESSION.model("standard"), batch=3, body="standard")
+    return STEP_SESSION.session(body="standard")
+
+
+def refusal(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Return why a call is refused."""
+    return message_of(gdn_ops.SpecError, call, *args, **kwargs)
 
 
 def zeros(*shape: int, dtype: Any = np.float32) -> Any:
     return np.zeros(shape, dtype)
 
 
-WRONG_INPUTS = [
-    (
-        {"q": zeros(3, 8)},
-        "q has shape (3, 8), should be (batch, 2, 8) = (3, 2, 8): 3 dimensions, not 2",
-    ),
-    (
-        {"q": zeros(3, 4, 8)},
-        "q has shape (3, 4, 8), should be (batch, 2, 8) = (3, 2, 8)",
-    ),
-    (
-        {"k": zeros(3, 2, 16)},
-        "k has shape (3, 2, 16), should be (batch, 2, 8) = (3, 2, 8)",
-    ),
-    (
-        {"v": zeros(3, 4, 8)},
-        "v has shape (3, 4, 8), should be (batch, 4, 6) = (3, 4, 6)",
-    ),
-    (
-        {"beta": zeros(1, 4)},
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    {
+        "q has shape (3, 8), should be (batch, 2, 8) = (3, 2, 8): 3 dimensions, not 2": {
+            "q": zeros(3, 8)
+        },
+        "q has shape (3, 4, 8), should be (batch, 2, 8) = (3, 2, 8)": {"q": zeros(3, 4, 8)},
+        "k has shape (3, 2, 16), should be (batch, 2, 8) = (3, 2, 8)": {"k": zeros(3, 2, 16)},
+        "v has shape (3, 4, 8), should be (batch, 4, 6) = (3, 4, 6)": {"v": zeros(3, 4, 8)},
         "beta has shape (1, 4), should be (batch, 4) = (3, 4); the batch is fixed when a "
-        "DecodeSession is made",
-    ),
-    (
-        {"v": zeros(3, 4, 6, dtype=np.float64)},
-        "v has dtype float64, should be float32",
-    ),
-    (
-        {"log_alpha": [[0.0] * 4] * 3},
-        "log_alpha has type list, should be a numpy.ndarray",
-    ),
-]
-
-
-@pytest.mark.parametrize(("wrong", "text"), WRONG_INPUTS)
+        "DecodeSession is made": {"beta": zeros(1, 4)},
+        "v has dtype float64, should be float32": {"v": zeros(3, 4, 6, dtype=np.float64)},
+        "log_alpha has type list, should be a numpy.ndarray": {"log_alpha": [[0.0] * 4] * 3},
+    }.items(),
+)
 def test_a_wrong_input_is_refused_before_onnxruntime_runs(
-    wrong: dict[str, Any], text: str, session: export.DecodeSession
+    text: str, wrong: dict[str, Any], session: export.DecodeSession
 ) -> None:
     (token,), state = STEP_SESSION.draw()
     session.state = state.numpy()
-    assert (
-        message_of(gdn_ops.SpecError, session.step, **{**feed(token), **wrong})
-        == f"DecodeSession.step: {text}"
-    )
+    assert refusal(session.step, **feed(token) | wrong) == f"DecodeSession.step: {text}"
     assert np.array_equal(session.state[STATE], state.numpy())
 
 
@@ -93,10 +76,8 @@ def test_a_wrong_input_is_refused_before_onnxruntime_runs(
 def test_inputs_that_are_missing_or_too_many_are_named(
     args: tuple[int, ...], kwargs: dict[str, int], text: str, session: export.DecodeSession
 ) -> None:
-    assert (
-        message_of(gdn_ops.SpecTypeError, session.step, *args, **kwargs)
-        == f"DecodeSession.step: {text}"
-    )
+    found = message_of(gdn_ops.SpecTypeError, session.step, *args, **kwargs)
+    assert found == f"DecodeSession.step: {text}"
 
 
 @pytest.mark.parametrize(
@@ -113,9 +94,7 @@ def test_inputs_that_are_missing_or_too_many_are_named(
     }.items(),
 )
 def test_a_wrong_state_is_refused(state: Any, text: str, session: export.DecodeSession) -> None:
-    with pytest.raises(gdn_ops.SpecError) as caught:
-        session.state = state
-    assert str(caught.value) == f"DecodeSession.state: {text}"
+    assert refusal(setattr, session, "state", state) == f"DecodeSession.state: {text}"
 
 
 @pytest.mark.parametrize(
@@ -136,25 +115,39 @@ def test_a_wrong_state_is_refused(state: Any, text: str, session: export.DecodeS
         "custom_op_library is 'no-such.so', should be an existing shared library": {
             "custom_op_library": "no-such.so"
         },
-        "model_or_path is 'no-such.onnx', should be an existing file": {
-            "model_or_path": "no-such.onnx"
-        },
-        "model_or_path has type int, should be a path or an onnx.ModelProto": {"model_or_path": 3},
     }.items(),
 )
-def test_a_wrong_argument_of_a_session_is_refused(options: dict[str, Any], text: str) -> None:
-    arguments = {"model_or_path": STEP_SESSION.model("standard"), "batch": 3, **options}
-    assert (
-        message_of(
-            gdn_ops.SpecError, export.DecodeSession, arguments.pop("model_or_path"), **arguments
-        )
-        == f"DecodeSession: {text}"
-    )
+def test_a_wrong_argument_of_a_session_is_refused(text: str, options: dict[str, Any]) -> None:
+    assert refusal(STEP_SESSION.session, **options) == f"DecodeSession: {text}"
 
 
-needs_library = pytest.mark.skipif(
-    not ORT_LIBRARY.exists(), reason="native/build/libgdn_ops_ort.so is not built: make native"
+def without_states() -> Any:
+    """Return a model whose states have names of their own."""
+    model = STEP_SESSION.model("standard")
+    del model.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.node):
+        value.name = value.name.replace("past_key_values.0.", "before_").replace("present.0", "now")
+    node = model.graph.node[0]
+    node.input[:] = [x.name for x in model.graph.input]
+    node.output[:] = [x.name for x in model.graph.output]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("text", "make"),
+    {
+        "model_or_path is 'no-such.onnx', should be an existing file": lambda: "no-such.onnx",
+        "model_or_path has type int, should be a path or an onnx.ModelProto": lambda: 3,
+        "the model has the sizes batch, sequence, should have one, the batch (sequence: q has it "
+        "in axis 1); a prompt runs in an onnxruntime.InferenceSession": lambda: (
+            STEP_SESSION.prefill_model("standard")
+        ),
+        "the model has no state input and output, should have some: name them "
+        "past_key_values.{i}.recurrent_state and present.{i}.recurrent_state": without_states,
+    }.items(),
 )
+def test_what_is_no_model_that_decodes_is_refused(text: str, make: Callable[[], Any]) -> None:
+    assert refusal(export.DecodeSession, make(), batch=3) == f"DecodeSession: {text}"
 
 
 @needs_library
@@ -174,28 +167,6 @@ def test_a_library_that_is_none_is_refused(tmp_path: Path) -> None:
         export.DecodeSession(STEP_SESSION.model(None), batch=3, custom_op_library=path)
 
 
-def test_a_prompt_is_no_model_for_a_session() -> None:
-    model = export.make_prefill_model(**STEP_SESSION.options())
-    assert message_of(gdn_ops.SpecError, export.DecodeSession, model, batch=3) == (
-        "DecodeSession: the model has the sizes batch, sequence, should have one, the batch "
-        "(sequence: q has it in axis 1); a prompt runs in an onnxruntime.InferenceSession"
-    )
-
-
-def test_a_model_without_states_is_none_for_a_session() -> None:
-    model = STEP_SESSION.model("standard")
-    del model.metadata_props[:]
-    for value in (*model.graph.input, *model.graph.output, *model.graph.node):
-        value.name = value.name.replace("past_key_values.0.", "before_").replace("present.0", "now")
-    node = model.graph.node[0]
-    node.input[:] = [x.name for x in model.graph.input]
-    node.output[:] = [x.name for x in model.graph.output]
-    assert message_of(gdn_ops.SpecError, export.DecodeSession, model, batch=3) == (
-        "DecodeSession: the model has no state input and output, should have some: name them "
-        "past_key_values.{i}.recurrent_state and present.{i}.recurrent_state"
-    )
-
-
 @needs_ort_body
 def test_auto_takes_the_ort_body_where_it_can() -> None:
     for step, body in (
@@ -203,8 +174,7 @@ def test_auto_takes_the_ort_body_where_it_can() -> None:
         (Step(dtype="float64", state_dtype="float64"), "standard"),
         (Step(scale=0.0), "standard"),
     ):
-        session = export.DecodeSession(step.model("standard"), batch=2)
-        assert session.body == body
+        assert step.session().body == body
         assert export.DecodeSession(step.model(None), batch=2).body == body
 
 
@@ -228,23 +198,20 @@ def test_auto_on_an_old_onnxruntime_takes_the_standard_body_and_says_so_once(
     ]
 
 
-def test_the_ort_body_on_an_old_onnxruntime_names_the_cure(old_onnxruntime: None) -> None:
-    assert message_of(
-        gdn_ops.SpecError, export.DecodeSession, Step().model("standard"), batch=2, body="ort"
-    ) == (
-        "DecodeSession: body 'ort' needs com.microsoft::LinearAttention, which onnxruntime has "
-        "from 1.25 on; this is onnxruntime 1.24.4; take body='standard'"
-    )
-
-
-def test_the_onnx_body_on_an_old_onnxruntime_names_what_it_needs(old_onnxruntime: None) -> None:
-    assert message_of(
-        gdn_ops.SpecError, export.DecodeSession, Step().model("standard"), batch=2, body="onnx"
-    ) == (
-        "DecodeSession: body 'onnx' needs models of opset 27, for which onnx should be 1.22 or "
-        "newer and onnxruntime 1.32 (1.28 where ALLOW_RELEASED_ONNX_OPSET_ONLY=0 is set in the "
-        f"environment) or newer; this is onnx {onnx.__version__} and onnxruntime 1.24.4; take "
-        "body='standard'"
+@pytest.mark.parametrize(
+    ("body", "needs"),
+    {
+        "ort": "com.microsoft::LinearAttention, which onnxruntime has from 1.25 on; this is ",
+        "onnx": "models of opset 27, for which onnx should be 1.22 or newer and onnxruntime 1.32 "
+        "(1.28 where ALLOW_RELEASED_ONNX_OPSET_ONLY=0 is set in the environment) or newer; this is "
+        f"onnx {onnx.__version__} and ",
+    }.items(),
+)
+def test_a_body_on_an_old_onnxruntime_names_what_it_needs_and_the_cure(
+    old_onnxruntime: None, body: str, needs: str
+) -> None:
+    assert refusal(Step().session, body=body) == (
+        f"DecodeSession: body {body!r} needs {needs}onnxruntime 1.24.4; take body='standard'"
     )
 
 
@@ -254,12 +221,12 @@ def test_an_old_onnx_writes_no_onnx_body(monkeypatch: pytest.MonkeyPatch) -> Non
     export.available_bodies.cache_clear()
     try:
         assert "onnx" not in export.available_bodies()
-        assert export.DecodeSession(Step().model("standard"), batch=2).body != "onnx"
+        assert Step().session().body != "onnx"
         with pytest.raises(gdn_ops.SpecError, match=r"needs models .* this is onnx 1\.18\.0 and"):
-            export.DecodeSession(Step().model("standard"), batch=2, body="onnx")
+            Step().session(body="onnx")
     finally:
         export.available_bodies.cache_clear()
-    assert message_of(gdn_ops.SpecError, Step().model, "onnx") == (
+    assert refusal(Step().model, "onnx") == (
         "gdn_ops::GatedDeltaStep: opset is 27, should be at most 23, the newest that the installed "
         "onnx 1.18.0 knows; body 'onnx' needs onnx 1.22 or newer: take body='standard'"
     )
@@ -267,7 +234,7 @@ def test_an_old_onnx_writes_no_onnx_body(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_auto_never_takes_the_onnx_body(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "available_bodies", lambda: ("standard", "onnx"))
-    assert export.DecodeSession(Step().model("standard"), batch=2).body == "standard"
+    assert Step().session().body == "standard"
 
 
 @pytest.mark.parametrize("body", ["auto", "standard", "onnx"])
@@ -292,10 +259,6 @@ def test_without_onnxruntime_a_session_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert message_of(
-        ModuleNotFoundError,
-        export.DecodeSession,
-        Step().model("standard"),
-        batch=2,
-        body="standard",
-    ) == ("DecodeSession needs onnxruntime: pip install 'gdn_ops[onnx]'")
+    assert message_of(ModuleNotFoundError, Step().session, body="standard") == (
+        "DecodeSession needs onnxruntime: pip install 'gdn_ops[onnx]'"
+    )

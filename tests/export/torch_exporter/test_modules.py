@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-
-from onnx.reference import ReferenceEvaluator  # noqa: E402
-
-import gdn_ops  # noqa: E402
-from gdn_ops import export  # noqa: E402
-from gdn_ops.export.model.conversion import with_body  # noqa: E402
-from gdn_ops.export.model.opsets import check_model  # noqa: E402
-from gdn_ops.export.torch_exporter import exporter  # noqa: E402
-from onnx_layers import (  # noqa: E402
+import gdn_ops
+from gdn_ops import export
+from gdn_ops.export.model.conversion import with_body
+from gdn_ops.export.model.nodes import check_model
+from gdn_ops.export.torch_exporter import exporter
+from onnx_layers import (
     CHANNELS,
     HV,
     TAPS,
@@ -33,12 +29,15 @@ from onnx_layers import (  # noqa: E402
     Two,
     V,
     assert_same,
-    feeds_of,
     layer_args,
+    run_engine,
     shapes_of,
     step_args,
+    zero_states,
 )
-from onnx_needs import at_opset, takes_opset, tells_overloads_apart  # noqa: E402
+from onnx_needs import at_opset, takes_opset, tells_overloads_apart
+from onnx_steps import NEW_STATE, STATE
+from onnx_steps import Step as Node
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +53,18 @@ def layer_file(layer: Layer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def run_reference(model: Any, tensors: Iterable[Tensor]) -> Any:
+    """Run a model in onnx.reference on its inputs in order."""
+    feeds = {i.name: x.numpy() for i, x in zip(model.graph.input, tensors, strict=True)}
+    return ReferenceEvaluator(model).run(None, feeds)
+
+
+def assert_states(session: Any, convs: list[Tensor], states: list[Tensor]) -> None:
+    for i, (conv, state) in enumerate(zip(convs, states, strict=True)):
+        names = (f"past_key_values.{i}.{kind}_state" for kind in ("conv", "recurrent"))
+        assert_same([session.state[name] for name in names], [conv, state])
+
+
 def test_a_whole_layer_is_one_file_with_one_node(layer: Layer, layer_file: Path) -> None:
     model = onnx.load(layer_file)
     assert [n.op_type for n in model.graph.node if n.domain == "gdn_ops"] == ["GatedDeltaStep"]
@@ -62,21 +73,19 @@ def test_a_whole_layer_is_one_file_with_one_node(layer: Layer, layer_file: Path)
     assert shapes_of(model.graph.input) == {
         "x": ["batch", D],
         "past_key_values.0.conv_state": conv,
-        "past_key_values.0.recurrent_state": recurrent,
+        STATE: recurrent,
     }
     assert shapes_of(model.graph.output) == {
         "output": ["batch", D],
         "present.0.conv_state": conv,
-        "present.0.recurrent_state": recurrent,
+        NEW_STATE: recurrent,
     }
-    engine, reference = ort.InferenceSession(layer_file), ReferenceEvaluator(model)
     for batch in (0, 1, 3, 7):
         args = layer_args(batch, seed=batch)
-        expected = layer(*args)
-        for run in (engine.run, reference.run):
-            # onnx.reference cannot concatenate nothing.
-            if batch or run == engine.run:
-                assert_same(run(None, feeds_of(engine, list(args))), expected)
+        assert_same(run_engine(layer_file, args), layer(*args))
+        # onnx.reference cannot concatenate nothing.
+        if batch:
+            assert_same(run_reference(model, args), layer(*args))
 
 
 @pytest.mark.parametrize("body", export.available_bodies())
@@ -84,15 +93,12 @@ def test_a_session_decodes_as_the_layer_does(body: str, layer: Layer, layer_file
     session = export.DecodeSession(layer_file, batch=3, body=body, threads=1)
     assert session.inputs == ("x",)
     assert session.outputs == ("output",)
-    conv, state = torch.zeros(3, CHANNELS, TAPS - 1), torch.zeros(3, HV, K, V)
+    conv, state = zero_states(3)
     for t in range(20):
         x = layer_args(3, seed=t)[0]
         expected, conv, state = layer(x, conv, state)
         assert_same([session.step(x.numpy())], [expected])
-    found = session.state
-    assert_same(
-        [found[f"past_key_values.0.{name}_state"] for name in ("conv", "recurrent")], [conv, state]
-    )
+    assert_states(session, [conv], [state])
 
 
 def test_a_prompt_and_its_continuation_share_their_states(tmp_path: Path) -> None:
@@ -105,14 +111,13 @@ def test_a_prompt_and_its_continuation_share_their_states(tmp_path: Path) -> Non
     export.export_decode(layer, layer_args(2), rest)
     assert shapes_of(model.graph.input)["x"] == ["batch", "sequence", D]
     assert shapes_of(model.graph.output)["output"] == ["batch", "sequence", D]
-    zeros = torch.zeros(2, CHANNELS, TAPS - 1), torch.zeros(2, HV, K, V)
+    zeros = zero_states(2)
     expected, *after = prompt(x, *zeros)
     for body in export.available_bodies():
         swapped = with_body(model, body, "test")
-        engine = ort.InferenceSession(swapped.SerializeToString())
-        read, *states = engine.run(None, feeds_of(engine, [x[:, :6], *zeros]))
+        read, *states = run_engine(swapped, [x[:, :6], *zeros])
         assert_same([read], [expected[:, :6]])
-        names = [value.name for value in engine.get_outputs()[1:]]
+        names = [value.name for value in swapped.graph.output[1:]]
         session = export.DecodeSession(rest, batch=2, body=body)
         pairs = zip(names, states, strict=True)
         session.state = {name.replace("present", "past_key_values"): state for name, state in pairs}
@@ -131,16 +136,12 @@ def test_layers_are_numbered_and_their_states_kept_apart(tmp_path: Path) -> None
         f"past_key_values.{i}.{kind}": f"present.{i}.{kind}" for kind in kinds for i in (0, 1)
     }
     session = export.DecodeSession(model, batch=2)
-    convs = [torch.zeros_like(conv), torch.zeros_like(conv)]
-    states = [torch.zeros_like(state), torch.zeros_like(state)]
+    convs, states = ([zero, zero] for zero in zero_states(2))
     for t in range(5):
         x = layer_args(2, seed=t)[0]
         expected, convs, states = module(x, convs, states)
         assert_same([session.step(x.numpy())], [expected])
-    found = session.state
-    for i in (0, 1):
-        assert_same([found[f"past_key_values.{i}.conv_state"]], [convs[i]])
-        assert_same([found[f"past_key_values.{i}.recurrent_state"]], [states[i]])
+    assert_states(session, convs, states)
 
 
 def test_layers_of_two_rules_have_a_function_each() -> None:
@@ -159,13 +160,9 @@ def test_layers_of_two_rules_have_a_function_each() -> None:
         kept = {name: state if "recurrent" in name else conv for name in session.state}
         session.state = {name: value.numpy() for name, value in kept.items()}
         assert_same([session.step(x.numpy())], [expected])
-        found = session.state
-        for i, (conv_i, state_i) in enumerate(zip(convs, states, strict=True)):
-            names = (f"past_key_values.{i}.{kind}_state" for kind in ("conv", "recurrent"))
-            assert_same([found[name] for name in names], [conv_i, state_i])
+        assert_states(session, convs, states)
         if tells_overloads_apart():
-            engine = ort.InferenceSession(swapped.SerializeToString())
-            results = engine.run(None, feeds_of(engine, [x, conv, conv, state, state]))
+            results = run_engine(swapped, [x, conv, conv, state, state])
             assert_same(results, [expected, *convs, *states])
         if body == "onnx":
             # Nothing but the opset and the IR version is another.
@@ -189,11 +186,9 @@ def test_a_layer_exports_at_every_opset(opset: int, body: str, layer: Layer) -> 
     model = export.export_decode(layer, layer_args(2), opset=opset, body=body)
     assert {o.domain: o.version for o in model.opset_import} == {"": opset, "gdn_ops": 1}
     args = layer_args(3)
-    names = [value.name for value in model.graph.input]
-    feeds = dict(zip(names, (x.numpy() for x in args), strict=True))
     if takes_opset(opset):
-        assert_same(ort.InferenceSession(model.SerializeToString()).run(None, feeds), layer(*args))
-    assert_same(ReferenceEvaluator(model).run(None, feeds), layer(*args))
+        assert_same(run_engine(model, args), layer(*args))
+    assert_same(run_reference(model, args), layer(*args))
 
 
 def test_bodies_change_places_and_leave_no_trace(layer_file: Path) -> None:
@@ -211,8 +206,7 @@ def test_bodies_change_places_and_leave_no_trace(layer_file: Path) -> None:
 
 
 def test_a_body_takes_only_the_import_away_that_it_brought() -> None:
-    sizes = {"num_qk_heads": 1, "num_v_heads": 1, "head_k_dim": 2, "head_v_dim": 2}
-    model = export.make_decode_model(**sizes)
+    model = Node().model("standard")
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     original = model.SerializeToString()
     swapped = export.set_body(export.set_body(model, "ort"), "standard")
@@ -235,21 +229,18 @@ def test_other_functions_of_a_model_stay(layer_file: Path) -> None:
 
 def test_weights_in_another_file_stay_there(layer: Layer, layer_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "external.onnx"
-    onnx.save_model(
-        onnx.load(layer_file),
-        path,
-        save_as_external_data=True,
-        location="external.onnx.data",
-    )
-    before = (tmp_path / "external.onnx.data").read_bytes()
+    beside = tmp_path / "external.onnx.data"
+    model = onnx.load(layer_file)
+    onnx.save_model(model, path, save_as_external_data=True, location=beside.name)
+    before = beside.read_bytes()
     light = onnx.load(path, load_external_data=False)
     onnx.save_model(export.set_body(light, "standard"), path)
-    assert (tmp_path / "external.onnx.data").read_bytes() == before
+    assert beside.read_bytes() == before
     kept = onnx.load(path, load_external_data=False).graph.initializer
     places = {tensor.name: tensor.data_location for tensor in kept}
     assert places["project.weight"] == onnx.TensorProto.EXTERNAL
-    x, _, _ = layer_args(2)
-    expected = layer(x, torch.zeros(2, CHANNELS, TAPS - 1), torch.zeros(2, HV, K, V))[0]
+    x = layer_args(2)[0]
+    expected = layer(x, *zero_states(2))[0]
     assert_same([export.DecodeSession(path, batch=2).step(x.numpy())], [expected])
 
 
@@ -260,59 +251,42 @@ def test_large_weights_are_written_beside_the_model(
     path = tmp_path / "large.onnx"
     export.export_decode(layer, layer_args(2), path)
     assert (tmp_path / "large.onnx.data").stat().st_size > 9_000
-    x, conv, state = layer_args(2)
-    session = export.DecodeSession(path, batch=2)
-    session.state = {
-        "past_key_values.0.conv_state": conv.numpy(),
-        "past_key_values.0.recurrent_state": state.numpy(),
-    }
-    assert_same([session.step(x.numpy())], [layer(x, conv, state)[0]])
+    x = layer_args(2)[0]
+    expected = layer(x, *zero_states(2))[0]
+    assert_same([export.DecodeSession(path, batch=2).step(x.numpy())], [expected])
 
 
-STEPS: dict[str, tuple[Callable[..., Any], torch.dtype]] = {
-    "alpha": (gdn_ops.gated_delta_step, torch.float32),
-    "no beta": (
-        lambda q, k, v, a, b, s: gdn_ops.gated_delta_step(q, k, v, a, None, s),
-        torch.float32,
+step = gdn_ops.gated_delta_step
+STEPS: dict[str, Callable[..., Any]] = {
+    "alpha": step,
+    "no beta": lambda q, k, v, a, b, s: step(q, k, v, a, None, s),
+    "narrow gates": lambda q, k, v, a, b, s: step(
+        q, k, v, None, b.bfloat16(), s, log_alpha=a.log().half()
     ),
-    "narrow gates": (
-        lambda q, k, v, a, b, s: gdn_ops.gated_delta_step(
-            q, k, v, None, b.bfloat16(), s, log_alpha=a.log().half()
-        ),
-        torch.float32,
-    ),
-    "float16": (gdn_ops.gated_delta_step, torch.float16),
-    "float64": (gdn_ops.gated_delta_step, torch.float64),
-    "pinned": (lambda *x: gdn_ops.gated_delta_step(*x, backend="naive"), torch.float32),
+    "float16": step,
+    "float64": step,
+    "pinned": lambda *x: step(*x, backend="naive"),
 }
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_every_way_to_call_the_step_has_a_translation(name: str) -> None:
-    call, dtype = STEPS[name]
+    call, dtype = STEPS[name], getattr(torch, name, torch.float32)
     args = step_args(dtype)
     model = export.export_decode(Step(call), args)
     args[3][0, 0] = 0.0
-    engine = ort.InferenceSession(model.SerializeToString())
+    named = dict(zip(("q", "k", "v", "a", "b", STATE), args, strict=True))
     # torch drops an argument that is not used.
-    named = dict(
-        zip(("q", "k", "v", "a", "b", "past_key_values.0.recurrent_state"), args, strict=True)
-    )
-    feeds = {i.name: named[i.name].numpy() for i in engine.get_inputs()}
+    used = [named[i.name] for i in model.graph.input]
     allowed = {torch.float16: 2e-3, torch.float64: 1e-7}.get(dtype, 2e-6)
-    assert_same(engine.run(None, feeds), call(*args), allowed)
+    assert_same(run_engine(model, used), call(*args), allowed)
 
 
 def test_a_prompt_of_few_tokens_is_a_sequence() -> None:
-    def call(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Any:
-        return gdn_ops.gated_delta_steps(q, k, v, a, b, s)
-
     *one, state = step_args()
-    args = *(torch.stack([x] * 5, 1) for x in one), state
-    model = export.export_prefill(Step(call), args)
-    engine = ort.InferenceSession(model.SerializeToString())
-    args = *(torch.stack([x] * 3, 1) for x in one), state
-    assert_same(engine.run(None, feeds_of(engine, list(args))), call(*args))
+    five, three = ((*(torch.stack([x] * n, 1) for x in one), state) for n in (5, 3))
+    model = export.export_prefill(Step(gdn_ops.gated_delta_steps), five)
+    assert_same(run_engine(model, three), gdn_ops.gated_delta_steps(*three))
 
 
 def test_a_prompt_without_a_state_starts_from_zeros() -> None:
@@ -324,21 +298,16 @@ def test_a_prompt_without_a_state_starts_from_zeros() -> None:
     model = export.export_prefill(Start(), args)
     assert shapes_of(model.graph.output) == {
         "output": ["batch", "sequence", HV, V],
-        "present.0.recurrent_state": ["batch", HV, K, V],
+        NEW_STATE: ["batch", HV, K, V],
     }
-    engine = ort.InferenceSession(model.SerializeToString())
-    assert_same(engine.run(None, feeds_of(engine, list(args))), Start()(*args))
+    assert_same(run_engine(model, args), Start()(*args))
 
 
 def test_names_may_be_given(layer: Layer) -> None:
     names = (("hidden", None, None), ("y", None, None))
     model = export.export_decode(layer, layer_args(2), names=names)
     assert model.graph.input[0].name == "hidden"
-    assert [v.name for v in model.graph.output] == [
-        "y",
-        "present.0.conv_state",
-        "present.0.recurrent_state",
-    ]
+    assert [v.name for v in model.graph.output] == ["y", "present.0.conv_state", NEW_STATE]
     own = (("x", "conv.in", "memory.in"), ("y", "conv.out", "memory.out"))
     model = export.export_decode(layer, layer_args(2), names=own)
     assert export.states_of(model) == {"memory.in": "memory.out", "conv.in": "conv.out"}
@@ -347,6 +316,4 @@ def test_names_may_be_given(layer: Layer) -> None:
 def test_a_batch_may_be_fixed(layer: Layer) -> None:
     model = export.export_decode(layer, layer_args(3), dynamic_batch=False)
     assert shapes_of(model.graph.input)["x"] == [3, D]
-    args = layer_args(3)
-    engine = ort.InferenceSession(model.SerializeToString())
-    assert_same(engine.run(None, feeds_of(engine, list(args))), layer(*args))
+    assert_same(run_engine(model, layer_args(3)), layer(*layer_args(3)))
