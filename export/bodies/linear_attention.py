@@ -20,35 +20,20 @@ def _refuse(body: str, variant: Variant, scale: float) -> str:
     return ""
 
 
-def _write_ort(text: BodyText) -> None:
-    text.query_and_key()
-    _write(text, "com.microsoft.LinearAttention", ("H", "num_qk_heads"), ("q_n", "k_n"))
-
-
-def _write_onnx(text: BodyText) -> None:
-    # ai.onnx has no value heads that share a key head: q and k are repeated.
-    text.query_and_key()
-    text.repeat_heads()
-    _write(text, "LinearAttention", ("HV", "num_v_heads"), ("q_r", "k_r"))
-
-
-def _write(
-    text: BodyText, operator: str, heads: tuple[str, str], query_and_key: tuple[str, str]
-) -> None:
+def _write(text: BodyText, operator: str, repeats_heads: bool) -> None:
     """Write a LinearAttention, whose operands are (B, T, heads * width).
 
-    Its rules without an erase do not read beta: v is multiplied by it there.
-
-    Args:
-        text: what is written to.
-        operator: its domain and name.
-        heads: the number of heads of q and k, as a value and as an attribute.
-        query_and_key: names of q and k, (B, tokens..., heads, 1, K).
+    Its rules without an erase do not read beta: v is multiplied by it there. That of ai.onnx has
+    no value heads that share a key head: q and k are repeated.
     """
-    q, k = query_and_key
+    text.query_and_key()
+    if repeats_heads:
+        text.repeat_heads()
+    q, k = ("q_r", "k_r") if repeats_heads else ("q_n", "k_n")
+    heads, attribute = ("HV", "num_v_heads") if repeats_heads else ("H", "num_qk_heads")
     variant = text.variant
     tokens = "T" if text.sequence else "one"
-    for x, count, width in ((q, heads[0], "K"), (k, heads[0], "K"), ("v_w", "HV", "V")):
+    for x, count, width in ((q, heads, "K"), (k, heads, "K"), ("v_w", "HV", "V")):
         text(f"{x}_width = Mul({count}, {width})")
         text(f"{x}_flat = Concat <axis = 0> (B, {tokens}, {x}_width)")
     text(f"gate_flat = Concat <axis = 0> (B, {tokens}, HV)")
@@ -64,7 +49,7 @@ def _write(
     gates = _packed_gates(text)
     old, new = text.states()
     attributes = (
-        f"q_num_heads: int = @{heads[1]}, kv_num_heads: int = @num_v_heads, "
+        f"q_num_heads: int = @{attribute}, kv_num_heads: int = @num_v_heads, "
         f'scale: float = @scale, update_rule = "{variant.rule}"'
     )
     operands = ", ".join((f"{q}_p", f"{k}_p", "v_w_p", old, *gates))
@@ -92,7 +77,7 @@ def _packed_gates(text: BodyText) -> tuple[str, ...]:
 ORT = Body(
     name="ort",
     min_opset=MIN_OPSET,
-    write=_write_ort,
+    write=functools.partial(_write, operator="com.microsoft.LinearAttention", repeats_heads=False),
     what="one `com.microsoft::LinearAttention`",
     where="onnxruntime 1.25 or newer, from any language",
     needs="com.microsoft::LinearAttention, which onnxruntime has from 1.25 on",
@@ -104,7 +89,7 @@ ORT = Body(
 ONNX = Body(
     name="onnx",
     min_opset=27,
-    write=_write_onnx,
+    write=functools.partial(_write, operator="LinearAttention", repeats_heads=True),
     what="one `LinearAttention` of ai.onnx, opset 27",
     where="for comparison: the slowest, because onnxruntime has no CPU kernel for it and runs a "
     f"Scan. onnxruntime 1.32 or newer; 1.31 only where `{_SETTING}` is set",

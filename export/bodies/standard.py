@@ -40,8 +40,7 @@ def _token(
     return lines
 
 
-def _operands(text: BodyText) -> None:
-    """Write q_s, k_r, k_c, v_x, decay and beta_x, in the shapes of the products."""
+def _write(text: BodyText) -> None:
     text.query_and_key()
     text.repeat_heads()
     text("scale_f = Constant <value_float: float = @scale> ()")
@@ -53,10 +52,6 @@ def _operands(text: BodyText) -> None:
         text(f"decay = Exp({text.operand('log_alpha', 'HV', 'one', 'one')})")
     if text.variant.has_beta:
         text.operand("beta", "HV", "one", "one")
-
-
-def _write(text: BodyText) -> None:
-    _operands(text)
     states = text.states()
     if text.sequence:
         _scan(text, states)

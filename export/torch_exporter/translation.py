@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from onnx import TensorProto
 
-from gdn_ops.export.node.attributes import Attributes, HeadSizes
+from gdn_ops.export.node.attributes import HeadSizes
 from gdn_ops.export.node.schema import (
     DOMAIN,
     ELEMENT_TYPES,
@@ -163,20 +163,6 @@ class _Tensors(NamedTuple):
     beta: Any
     log_alpha: Any
 
-    def attributes(
-        self, label: str, operator: Operator, rule: str, scale: float | None, qk_l2norm: bool
-    ) -> Attributes:
-        """Return the attributes of a node, the scale resolved."""
-        q, v = self.q.shape, self.v.shape
-        for name, size in (("H", q[-2]), ("K", q[-1]), ("HV", v[-2]), ("V", v[-1])):
-            if not isinstance(size, int):
-                raise SpecError(
-                    f"{label}: {name} is symbolic ({size}), should be fixed in an export to ONNX: "
-                    f"leave it out of dynamic_shapes"
-                )
-        sizes = HeadSizes(q[-2], v[-2], q[-1], v[-1])
-        return sizes.attributes(label, operator, rule, scale, qk_l2norm)
-
     @property
     def compute_type(self) -> int:
         """Return the element type to compute in: double for double, else float."""
@@ -210,7 +196,15 @@ class _Tensors(NamedTuple):
         """Write a node, with its gates in the compute type and the decay as its logarithm."""
         from onnxscript import opset18 as op
 
-        attributes = self.attributes(label, operator, rule, scale, qk_l2norm)
+        q, v = self.q.shape, self.v.shape
+        for name, size in (("H", q[-2]), ("K", q[-1]), ("HV", v[-2]), ("V", v[-1])):
+            if not isinstance(size, int):
+                raise SpecError(
+                    f"{label}: {name} is symbolic ({size}), should be fixed in an export to ONNX: "
+                    f"leave it out of dynamic_shapes"
+                )
+        sizes = HeadSizes(q[-2], v[-2], q[-1], v[-1])
+        attributes = sizes.attributes(label, operator, rule, scale, qk_l2norm)
         if state is None:
             state = self.zero_state()
         else:

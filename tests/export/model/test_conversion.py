@@ -12,8 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-import gdn_ops
-from errors import message_of
+from errors import refusal
 from gdn_ops import export
 from gdn_ops.export.model import conversion
 from gdn_ops.export.model.nodes import check_model
@@ -190,13 +189,13 @@ CANNOT: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("name", CANNOT)
 def test_what_cannot_be_converted_for_the_onnx_body_is_refused_with_the_cure(name: str) -> None:
     make, text = CANNOT[name]
-    found = message_of(gdn_ops.SpecError, export.DecodeSession, make(), batch=2, body="onnx")
+    found = refusal(export.DecodeSession, make(), batch=2, body="onnx")
     assert found == text or (".+" in text and re.fullmatch(text, found, re.DOTALL))
 
 
 @needs_onnx_body
 def test_the_onnx_body_needs_a_row() -> None:
-    assert message_of(gdn_ops.SpecError, Step().session, batch=0, body="onnx") == (
+    assert refusal(Step().session, batch=0, body="onnx") == (
         "DecodeSession: batch is 0, should be at least 1 for body 'onnx', whose operator "
         "onnxruntime does not run on no rows; take body='standard'"
     )

@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 
 import gdn_ops
-from errors import message_of
+from errors import message_of, refusal
 from gdn_ops import export
 from gdn_ops.export.runtime import sessions
 from onnx_native import needs_library
@@ -29,11 +29,6 @@ STEP_SESSION = Step(B=3, tokens=1)
 @pytest.fixture(scope="module")
 def session() -> export.DecodeSession:
     return STEP_SESSION.session(body="standard")
-
-
-def refusal(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Return why a call is refused."""
-    return message_of(gdn_ops.SpecError, call, *args, **kwargs)
 
 
 def zeros(*shape: int, dtype: Any = np.float32) -> Any:

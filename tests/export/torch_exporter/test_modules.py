@@ -227,6 +227,12 @@ def test_other_functions_of_a_model_stay(layer_file: Path) -> None:
     ]
 
 
+def assert_first_step(path: Path, layer: Layer) -> None:
+    x = layer_args(2)[0]
+    expected = layer(x, *zero_states(2))[0]
+    assert_same([export.DecodeSession(path, batch=2).step(x.numpy())], [expected])
+
+
 def test_weights_in_another_file_stay_there(layer: Layer, layer_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "external.onnx"
     beside = tmp_path / "external.onnx.data"
@@ -239,9 +245,7 @@ def test_weights_in_another_file_stay_there(layer: Layer, layer_file: Path, tmp_
     kept = onnx.load(path, load_external_data=False).graph.initializer
     places = {tensor.name: tensor.data_location for tensor in kept}
     assert places["project.weight"] == onnx.TensorProto.EXTERNAL
-    x = layer_args(2)[0]
-    expected = layer(x, *zero_states(2))[0]
-    assert_same([export.DecodeSession(path, batch=2).step(x.numpy())], [expected])
+    assert_first_step(path, layer)
 
 
 def test_large_weights_are_written_beside_the_model(
@@ -251,9 +255,7 @@ def test_large_weights_are_written_beside_the_model(
     path = tmp_path / "large.onnx"
     export.export_decode(layer, layer_args(2), path)
     assert (tmp_path / "large.onnx.data").stat().st_size > 9_000
-    x = layer_args(2)[0]
-    expected = layer(x, *zero_states(2))[0]
-    assert_same([export.DecodeSession(path, batch=2).step(x.numpy())], [expected])
+    assert_first_step(path, layer)
 
 
 step = gdn_ops.gated_delta_step

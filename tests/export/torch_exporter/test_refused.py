@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gdn_ops
-from errors import message_of
+from errors import message_of, refusal
 from gdn_ops import export
 from gdn_ops.export.model import naming
 from gdn_ops.export.torch_exporter import translation
@@ -19,11 +19,6 @@ from gdn_ops.torch_ops import onnx_export
 from onnx_layers import Step, assert_same, run_engine, step_args
 from onnx_steps import Step as Node
 from processes import python
-
-
-def refusal(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Return why a call is refused."""
-    return message_of(gdn_ops.SpecError, call, *args, **kwargs)
 
 
 def test_a_prompt_needs_tokens_to_tell_their_axis() -> None:
@@ -35,20 +30,15 @@ def test_a_prompt_needs_tokens_to_tell_their_axis() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "text"),
-    [
-        (
-            (("x",), (None, None)),
-            "label: names has 1 inputs, should have 6: the graph has q, k, v, log_alpha, beta, "
-            "past_key_values.0.recurrent_state",
-        ),
-        (
-            (("x", "x", None, None, None, None), (None, None)),
-            "label: the name 'x' is given twice, should be given once",
-        ),
-    ],
+    ("text", "inputs"),
+    {
+        "label: names has 1 inputs, should have 6: the graph has q, k, v, log_alpha, beta, "
+        "past_key_values.0.recurrent_state": ("x",),
+        "label: the name 'x' is given twice, should be given once": ("x", "x", *[None] * 4),
+    }.items(),
 )
-def test_wrong_names_are_refused(names: Any, text: str) -> None:
+def test_wrong_names_are_refused(text: str, inputs: Any) -> None:
+    names = inputs, (None, None)
     assert refusal(naming.name_values, "label", Node().model("standard"), names) == text
 
 
