@@ -14,6 +14,8 @@ import functools
 import importlib.metadata
 import subprocess
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +26,6 @@ from gdn_ops.backends.tilelang.host.plan import Plan, Saved, empty_saved, make_p
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Forward, Grads
 from gdn_ops.kernel_support.backend import KernelBackend
-from gdn_ops.spec.rules import Limits
 
 
 @functools.cache
@@ -53,15 +54,10 @@ class TileLang(KernelBackend):
     distribution = "tilelang"
     targets = configs.TARGETS
     tables = configs.tables
-    limits = Limits(
-        devices=("cuda",),
-        emulated_devices=("cpu",),
-        dtypes=("bfloat16", "float16", "float32"),
-        state_dtypes=("float32", "bfloat16"),
+    limits = replace(
+        KernelBackend.limits,
         head_dims=range(16, 257, 16),
         chunk_sizes=configs.CHUNKS,
-        min_capability=(8, 0),
-        pools=True,
     )
 
     tool_reasons = staticmethod(tool_reasons)
@@ -96,10 +92,11 @@ class TileLang(KernelBackend):
 
         return backward(call, plan, Saved(*saved), d_o, d_state)
 
-    def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    @staticmethod
+    def run_decode(call: Call, *tensors: Any) -> None:
         from gdn_ops.backends.tilelang.host import decode
 
-        return decode.run(call)
+        decode.run(call, *tensors)
 
     def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
         from gdn_ops.backends.tilelang.aot import compiler

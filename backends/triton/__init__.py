@@ -17,8 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-
-from torch import Tensor
+from dataclasses import replace
 
 from gdn_ops.aot.results import CompiledKernel, Sample
 from gdn_ops.backends.triton.host import config as configs
@@ -26,9 +25,7 @@ from gdn_ops.backends.triton.host import decode
 from gdn_ops.backends.triton.host.backward import backward
 from gdn_ops.backends.triton.host.forward import forward
 from gdn_ops.backends.triton.host.plan import empty_saved, make_plan
-from gdn_ops.call.bind import Call
 from gdn_ops.kernel_support.backend import KernelBackend
-from gdn_ops.spec.rules import Limits
 
 OLDEST, NEWEST = (3, 6), (3, 9)
 """The versions of Triton that the kernels are emulated and compiled with in the tests."""
@@ -63,15 +60,10 @@ class Triton(KernelBackend):
     distribution = "triton"
     targets = configs.TARGETS
     tables = configs.tables
-    limits = Limits(
-        devices=("cuda",),
-        emulated_devices=("cpu",),
-        dtypes=("bfloat16", "float16", "float32"),
-        state_dtypes=("float32", "bfloat16"),
+    limits = replace(
+        KernelBackend.limits,
         head_dims=range(1, 257),
         chunk_sizes=configs.CHUNKS,
-        min_capability=(8, 0),
-        pools=True,
     )
 
     tool_reasons = staticmethod(tool_reasons)
@@ -79,9 +71,7 @@ class Triton(KernelBackend):
     empty_saved = staticmethod(empty_saved)
     run_forward = staticmethod(forward)
     run_backward = staticmethod(backward)
-
-    def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-        return decode.run(call)
+    run_decode = staticmethod(decode.run)
 
     def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
         from gdn_ops.backends.triton.aot import compiler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from gdn_ops.dispatch.backend import (
 from gdn_ops.kernel_support.launches import recorded_target
 from gdn_ops.kernel_support.tuning import Row
 from gdn_ops.spec.ops import GATED_DELTA
+from gdn_ops.spec.rules import Limits
 
 MOST_STEPS: Final = 8
 """Tokens per row up to which a call without gradients takes the decode kernel."""
@@ -130,19 +132,37 @@ def _varied(config: Any, choices: Choices) -> list[Any]:
     return [replace(config, **{k: v}) for k, values in choices.items() for v in values]
 
 
+def environment_choice(variable: str, allowed: Sequence[str]) -> str:
+    """Return the value of an environment variable: one of those allowed, the first by default."""
+    found = os.environ.get(variable) or allowed[0]
+    if found not in allowed:
+        raise ValueError(f"{variable} is {found!r}, should be one of {', '.join(allowed)}")
+    return found
+
+
 class KernelBackend(Backend):
     """Decode few tokens in one launch, plan the rest, and choose configurations from tables.
 
     Attributes:
         tables: the configurations of its kernels.
         make_plan: returns the plan of a call of `gated_delta`, from its shapes and attributes.
-        empty_saved: allocates what the forward of a plan saves for the backward.
+        empty_saved: allocates what the forward of a call and its plan saves for the backward.
         tool_reasons: returns why kernels cannot be built for a device type, whatever the call.
         run_forward: runs a call of `gated_delta` that has tokens, given its plan.
         run_backward: returns its gradients, given the plan, the saved tensors, d_o and d_state.
+        run_decode: runs a call of a decode op, given q, k and v with a token axis, into o, the new
+            state, which may be that of the call, and the state after every token, or None.
     """
 
     kernels = True
+    limits = Limits(
+        devices=("cuda",),
+        emulated_devices=("cpu",),
+        dtypes=("bfloat16", "float16", "float32"),
+        state_dtypes=("float32", "bfloat16"),
+        min_capability=(8, 0),
+        pools=True,
+    )
     tables: ClassVar[Tables]
 
     make_plan: ClassVar[Callable[..., Any]]
@@ -150,12 +170,13 @@ class KernelBackend(Backend):
     tool_reasons: ClassVar[Callable[..., tuple[str, ...]]]
     run_forward: ClassVar[Callable[..., Forward]]
     run_backward: ClassVar[Callable[..., Grads]]
+    run_decode: ClassVar[Callable[..., None]]
 
     def reasons(self, call: Call) -> list[str]:
         return [*self.tool_reasons(call.device.type)]
 
     def saved_like(self, call: Call) -> tuple[Tensor, ...]:
-        return self.empty_saved(self.make_plan(call), call.device)
+        return self.empty_saved(call, self.make_plan(call))
 
     def forward(self, call: Call) -> Forward:
         if not call.has_tokens:
@@ -173,6 +194,29 @@ class KernelBackend(Backend):
         if saved is None:
             raise RuntimeError("gradients of gradients were asked for, which limits exclude")
         return self.run_backward(call, self.make_plan(call), saved, d_o, d_state)
+
+    def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run the tokens of a call in one launch.
+
+        Args:
+            call: of `gated_delta_step`, `gated_delta_steps`, or `gated_delta` without packing; q,
+                k and v without a token axis count as one token.
+
+        Returns:
+            o like v, the new state, and the state after every token (B, T, HV, K, V) or None.
+        """
+        q, k, v = (x if x.dim() == 4 else x.unsqueeze(1) for x in call.tokens[:3])
+        B, T, HV, V = v.shape
+        state, device, shape = call.state, call.device, (HV, q.shape[-1], V)
+        stored = torch.float32 if state is None else state.dtype
+        new_state, states = state, None
+        if new_state is None or not call.inplace:
+            new_state = torch.empty((B, *shape), dtype=stored, device=device)
+        if call.return_states:
+            states = torch.empty((B, T, *shape), dtype=stored, device=device)
+        o = torch.empty(v.shape, dtype=v.dtype, device=device)
+        self.run_decode(call, (q, k, v), o, new_state, states)
+        return o.view(call.tokens.v.shape), new_state, states
 
     def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         return self.decode_many(call)[:2]

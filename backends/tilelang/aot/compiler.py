@@ -33,16 +33,9 @@ from gdn_ops.kernel_support.launches import Launch
 def compile_ahead(
     backend: Backend, target: str, samples: Iterable[Sample], allowed: AllowedSpills | None = None
 ) -> Iterator[CompiledKernel]:
-    """Compile the kernels that a backend launches for samples, each distinct one once.
+    """Compile the kernels as `CompilesAhead.compile_ahead` says, in the order of their launches.
 
-    Args:
-        backend: one whose kernels are launched by `launcher.launch`.
-        target: one of `config.TARGETS`.
-        samples: calls on meta tensors; those that its limits exclude are left out.
-        allowed: spills that a reference may have.
-
-    Yields:
-        The kernels, in the order of their launches.
+    `allowed` are the spills that a reference may have.
 
     Raises:
         ValueError: the target is not one of them.

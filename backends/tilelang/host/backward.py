@@ -15,24 +15,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gdn_ops.backends.tilelang.host.forward import (
-    common,
-    inverses_of,
-    recompute,
-    run_compose,
-    walked,
-)
+from gdn_ops.backends.tilelang.host.forward import common, run_compose, run_states, walked
 from gdn_ops.backends.tilelang.host.launcher import launch
 from gdn_ops.backends.tilelang.host.plan import (
-    Packed,
+    Given,
     Plan,
     Saved,
-    absent,
     aligned,
     gate_kind,
     gate_of,
+    given,
     packed,
-    packed_call,
 )
 from gdn_ops.backends.tilelang.kernels.state_gradients import state_gradients
 from gdn_ops.backends.tilelang.kernels.token_gradients import token_gradients
@@ -50,31 +43,34 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
         d_o: (B, T, HV, V), dtype of v.
         d_final: (N, HV, K, V) float32.
     """
-    s, device, x, d_o = plan.sizes, call.device, packed_call(call), packed(d_o)
-    chunk_states, u = recompute(call, plan, x, saved)
+    s, x, d_o = call.sizes, given(call, plan, saved), packed(d_o)
+
+    def per_chunk(*shape: int) -> Tensor:
+        whole = (s.HV, plan.chunk_slots, *shape)
+        return torch.empty(whole, dtype=plan.low, device=call.device)
+
+    # S at every chunk start, and U, which a rule without an error term does not keep.
+    chunk_states = per_chunk(s.K, s.V)
+    kept = per_chunk(plan.C, s.V) if call.rule.has_erase else None
+    u = x.known(kept, 1, 1, plan.C, s.V, dtype=plan.low)
+    run_states(x, "states", x.starts, chunk_states=chunk_states, u=u)
     d_ends = d_final = aligned(d_final.to(torch.float32))
     if plan.is_segmented:
         d_shifts, d_ends = torch.empty_like(saved.starts), torch.empty_like(saved.starts)
-        run_state_gradients(call, plan, "shift", x, d_o, saved, None, d_shifts)
-        run_compose(call, plan, x, saved.maps, d_shifts, d_final, d_ends, reverse=True)
-    rows = (s.HV, plan.chunk_slots)
-    d_rhs = torch.empty((*rows, plan.C, s.V), dtype=plan.low, device=device)
-    d_states = torch.empty((*rows, s.K, s.V), dtype=plan.low, device=device)
-    d_initial = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
-    run_state_gradients(call, plan, "gradients", x, d_o, saved, d_ends, d_initial, d_rhs, d_states)
-    kept = (u, d_rhs, chunk_states, d_states)
-    return run_token_gradients(call, plan, x, d_o, saved, kept)._replace(
+        run_state_gradients(x, "shift", d_o, None, d_shifts)
+        run_compose(x, d_shifts, d_final, d_ends, reverse=True)
+    d_rhs, d_states = per_chunk(plan.C, s.V), per_chunk(s.K, s.V)
+    d_initial = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
+    run_state_gradients(x, "gradients", d_o, d_ends, d_initial, d_rhs, d_states)
+    return run_token_gradients(x, d_o, (u, d_rhs, chunk_states, d_states))._replace(
         state=None if call.state is None else d_initial
     )
 
 
 def run_state_gradients(
-    call: Call,
-    plan: Plan,
+    x: Given,
     mode: str,
-    x: Packed,
     d_o: Tensor,
-    saved: Saved,
     d_ends: Tensor | None,
     d_starts: Tensor,
     d_rhs: Tensor | None = None,
@@ -83,65 +79,58 @@ def run_state_gradients(
     """Launch the reverse walk over all segments.
 
     Args:
-        call: the call.
-        plan: its plan.
+        x: what every launch reads.
         mode: what is written; see `kernels.state_gradients`.
-        x: the tensors of the call.
         d_o: packed.
-        saved: the tensors that the forward saved.
         d_ends: (segment_slots, HV, K, V) float32, dS where the segments end; None: zero.
         d_starts: float32, dS where sequences start (N, HV, K, V), or segments
             (segment_slots, HV, K, V).
         d_rhs, d_states: per chunk; None with a mode that does not write them.
     """
-    s, device, low = plan.sizes, call.device, plan.low
+    plan, s = x.plan, x.call.sizes
     launch(
-        state_gradients, walked(call, plan, plan.config.state_gradients, mode),
-        x.q, x.k, d_o, saved.gates, saved.inv_norms, inverses_of(plan, saved),
-        absent(torch.float32, device, 1, 1, s.K, s.V) if d_ends is None else d_ends, x.cu,
-        absent(low, device, 1, 1, plan.C, s.V) if d_rhs is None else d_rhs,
-        absent(low, device, 1, 1, s.K, s.V) if d_states is None else d_states,
-        d_starts, float(call.scale), plan.L, plan.segment_slots,
+        state_gradients, walked(x, plan.config.state_gradients, mode),
+        x.q, x.k, d_o, x.saved.gates, x.saved.inv_norms, x.inverses,
+        x.known(d_ends, 1, 1, s.K, s.V), x.cu,
+        x.known(d_rhs, 1, 1, plan.C, s.V, dtype=plan.low),
+        x.known(d_states, 1, 1, s.K, s.V, dtype=plan.low),
+        d_starts, float(x.call.scale), plan.L, plan.segment_slots,
     )  # fmt: skip
 
 
-def run_token_gradients(
-    call: Call, plan: Plan, x: Packed, d_o: Tensor, saved: Saved, kept: tuple[Tensor, ...]
-) -> Grads:
+def run_token_gradients(x: Given, d_o: Tensor, kept: tuple[Tensor, ...]) -> Grads:
     """Launch the kernel that forms the gradients of q, k, v, the gate and β.
 
     Args:
-        call: the call.
-        plan: its plan.
-        x: the tensors of the call.
+        x: what every launch reads.
         d_o: packed.
-        saved: the tensors that the forward saved.
         kept: U, dRHS, S at the starts and dS at the ends of chunks.
     """
-    s, tiles = plan.sizes, plan.config.token_gradients
-    nothing = absent(torch.float32, call.device, 1, 1)
-    gate, beta = gate_of(call), call.tokens.beta
-    given = call.tokens.log_alpha if call.tokens.alpha is None else call.tokens.alpha
-    d_q, d_k, d_v = (torch.empty_like(t) for t in x[:3])
-    d_gate = nothing if gate is None else torch.empty_like(gate)
-    d_beta = nothing
-    if beta is not None:
-        d_beta = torch.empty(beta.shape, dtype=torch.float32, device=call.device)
+    call, plan, tiles, tokens = x.call, x.plan, x.plan.config.token_gradients, x.call.tokens
+    gate, beta, HV = gate_of(call), tokens.beta, call.sizes.HV
+    d_q, d_k, d_v = (torch.empty_like(t) for t in (x.q, x.k, x.v))
+    d_gate, d_beta = (
+        None if t is None else torch.empty(t.shape, dtype=torch.float32, device=t.device)
+        for t in (gate, beta)
+    )
+    d_gate, d_beta = x.known(d_gate, 1, 1), x.known(d_beta, 1, 1)
     launch(
         token_gradients,
-        common(plan, tiles) | {"V": s.V, "BV": tiles.BV, "stages": tiles.stages},
-        *x[:3], d_o, nothing if gate is None else gate.view(-1, s.HV),
-        saved.gates, saved.inv_norms, *kept, x.cu, d_q, d_k, d_v,
+        common(call, plan, tiles) | {"V": call.sizes.V, "BV": tiles.BV, "stages": tiles.stages},
+        x.q, x.k, x.v, d_o, x.known(None if gate is None else gate.view(-1, HV), 1, 1),
+        x.saved.gates, x.saved.inv_norms, *kept, x.cu, d_q, d_k, d_v,
         d_gate.view(-1, d_gate.shape[-1]), d_beta.view(-1, d_beta.shape[-1]),
-        float(call.scale), gate_kind(call), int(beta is not None), int(plan.norm),
+        float(call.scale), gate_kind(call), int(beta is not None), int(call.qk_l2norm),
     )  # fmt: skip
-    d_given = None if given is None else d_gate.to(given.dtype)
+    is_log = tokens.alpha is None
+    own = tokens.log_alpha if is_log else tokens.alpha
+    d_own = None if own is None else d_gate.to(own.dtype)
     return Grads(
-        q=d_q.view(call.tokens.q.shape),
-        k=d_k.view(call.tokens.k.shape),
-        v=d_v.view(call.tokens.v.shape),
-        alpha=None if call.tokens.alpha is None else d_given,
-        log_alpha=d_given if call.tokens.alpha is None else None,
+        q=d_q.view(tokens.q.shape),
+        k=d_k.view(tokens.k.shape),
+        v=d_v.view(tokens.v.shape),
+        alpha=None if is_log else d_own,
+        log_alpha=d_own if is_log else None,
         beta=None if beta is None else d_beta.to(beta.dtype),
         state=None,
     )

@@ -154,11 +154,6 @@ def store(name: str, library: Path, description: dict[str, Any]) -> Path:
     return entry
 
 
-def drop(entry: Path) -> None:
-    """Delete a cache entry that cannot be used."""
-    shutil.rmtree(entry, ignore_errors=True)
-
-
 def keep_log(name: str, text: str) -> Path:
     """Write the text of a failed compilation to a log file, and return its path."""
     logs = folder() / "failed"

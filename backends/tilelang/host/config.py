@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Final
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from gdn_ops.backends.tilelang.host import table
 from gdn_ops.backends.tilelang.host.shapes import Config, StepConfig
 from gdn_ops.call.bind import Call
-from gdn_ops.kernel_support.backend import Tables
+from gdn_ops.kernel_support.backend import Tables, environment_choice
 from gdn_ops.kernel_support.launches import recorded_target
 from gdn_ops.spec.language import Sizes
 from gdn_ops.spec.ops import GATED_DELTA
@@ -137,11 +136,4 @@ def segment_chunks(device: torch.device, s: Sizes, C: int, config: Config) -> in
     return max(LEAST_SEGMENT, -(-chunks // (found // programs)))
 
 
-def _read_choice() -> bool:
-    found = os.environ.get("GDN_OPS_TILELANG_SEGMENTS", "") or "on"
-    if found not in ("on", "off"):
-        raise ValueError(f"GDN_OPS_TILELANG_SEGMENTS is {found!r}, should be one of on, off")
-    return found == "on"
-
-
-_cuts = _read_choice()
+_cuts = environment_choice("GDN_OPS_TILELANG_SEGMENTS", ("on", "off")) == "on"

@@ -18,38 +18,7 @@ UNIT = 16
 """Elements of a state that strides are counted in where all are multiples of it."""
 
 
-def run(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run the tokens of a call in one launch.
-
-    Args:
-        call: of `gated_delta_step`, `gated_delta_steps`, or `gated_delta` without packing; q, k
-            and v without a token axis count as one token.
-
-    Returns:
-        o like v, the new state, and the state after every token (B, T, HV, K, V) or None.
-    """
-    q, k, v = (
-        x if x.dim() == 4 else x.unsqueeze(1) for x in (call.tokens.q, call.tokens.k, call.tokens.v)
-    )
-    B, T, HV, V = v.shape
-    state, new_state, K = call.state, call.state, q.shape[-1]
-    stored = torch.float32 if state is None else state.dtype
-    if new_state is None or not call.inplace:
-        new_state = torch.empty((B, HV, K, V), dtype=stored, device=call.device)
-    states = None
-    if call.return_states:
-        states = torch.empty((B, T, HV, K, V), dtype=stored, device=call.device)
-    o = torch.empty((B, T, HV, V), dtype=call.tokens.v.dtype, device=call.device)
-    if B * T > 0:
-        _launch(call, (q, k, v), o, new_state, states)
-    elif state is None:
-        new_state.zero_()
-    elif new_state is not state:
-        new_state.copy_(state)
-    return o.view(call.tokens.v.shape), new_state, states
-
-
-def _launch(
+def run(
     call: Call,
     tokens: tuple[Tensor, Tensor, Tensor],
     o: Tensor,
@@ -60,6 +29,12 @@ def _launch(
     q, k, v = tokens
     B, T, HV, V = v.shape
     K, R, state = q.shape[-1], HV // q.shape[2], call.state
+    if B * T == 0:
+        if state is None:
+            new_state.zero_()
+        elif new_state is not state:
+            new_state.copy_(state)
+        return
     config = configs.tables.choose_step(call.device, K, V)
     unit = UNIT if state is None or _is_wide(state) else 1
     gate, beta = gate_of(call), dense(call.tokens.beta)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -197,7 +198,7 @@ def _emulated(
             return _loaded(make, entry), "taken from disk"
         except (OSError, ValueError):
             # A disk that was full, or a library of another system.
-            cache.drop(entry)
+            shutil.rmtree(entry, ignore_errors=True)
     with _quiet():
         source = program(trace(make, constants, CPU))
     return _loaded(make, _run([compiler, *flags], name, source)), "compiled"

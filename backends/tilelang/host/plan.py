@@ -13,8 +13,6 @@ from gdn_ops.backends.tilelang.host import config as configs
 from gdn_ops.backends.tilelang.host.shapes import Config
 from gdn_ops.backends.tilelang.kernels.blocks import ALPHA, LOG_ALPHA, NO_DECAY
 from gdn_ops.call.bind import Call
-from gdn_ops.spec.language import Sizes
-from gdn_ops.spec.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -22,31 +20,23 @@ class Plan:
     """Hold everything about a launch that follows from shapes and attributes, not from values.
 
     Attributes:
-        sizes: axes of the call.
-        rule: member of the family.
         config: tiles and threads.
         C: tokens per chunk.
         BK: rows of a tile that holds K: a multiple of 64, which a warp group multiplies.
         L: chunks per segment.
         chunk_slots: how many chunks the tensors kept per chunk have room for.
         segment_slots: how many segments the tensors kept per segment have room for.
-        parts: tiles that an operand of a product consists of, 1, or 3 for float32.
         low: dtype of q, of T and of all that is kept per chunk but gates and inv_norms.
-        norm: whether q and k are normalised.
         is_segmented: whether a sequence may be more than one segment.
     """
 
-    sizes: Sizes
-    rule: Rule
     config: Config
     C: int
     BK: int
     L: int
     chunk_slots: int
     segment_slots: int
-    parts: int
     low: torch.dtype
-    norm: bool
     is_segmented: bool
 
 
@@ -57,17 +47,13 @@ def make_plan(call: Call) -> Plan:
     C, tokens = call.chunk_size or config.C, s.B * s.T
     L = configs.segment_chunks(call.device, s, C, config)
     return Plan(
-        sizes=s,
-        rule=call.rule,
         config=config,
         C=C,
         BK=-(-s.K // 64) * 64,
         L=L,
         chunk_slots=tokens // C + s.N,
         segment_slots=tokens // (C * L) + s.N,
-        parts=3 if call.tokens.q.dtype == torch.float32 else 1,
         low=call.tokens.q.dtype,
-        norm=call.qk_l2norm,
         is_segmented=C * L < configs.ONE_SEGMENT,
     )
 
@@ -91,18 +77,18 @@ class Saved(NamedTuple):
     maps: Tensor
 
 
-def empty_saved(plan: Plan, device: torch.device) -> Saved:
+def empty_saved(call: Call, plan: Plan) -> Saved:
     """Allocate `Saved` for a call."""
-    s, slots, C = plan.sizes, plan.chunk_slots, plan.C
+    s, slots, C = call.sizes, plan.chunk_slots, plan.C
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32, needed: bool = True) -> Tensor:
-        return torch.empty(shape if needed else (0,), dtype=dtype, device=device)
+        return torch.empty(shape if needed else (0,), dtype=dtype, device=call.device)
 
     cuts, segments = plan.is_segmented, plan.segment_slots
     return Saved(
         empty(s.HV, slots, 4, C),
         empty(s.H, slots, 2, C),
-        empty(s.HV, slots, C, C, dtype=plan.low, needed=plan.rule.has_erase),
+        empty(s.HV, slots, C, C, dtype=plan.low, needed=call.rule.has_erase),
         empty(segments, s.HV, s.K, s.V, needed=cuts),
         empty(segments, s.HV, s.K, s.K, needed=cuts),
     )
@@ -141,24 +127,46 @@ def packed(x: Tensor) -> Tensor:
     return aligned(x).view(-1, *x.shape[2:])
 
 
-class Packed(NamedTuple):
-    """Hold the tensors of a call as the kernels take them.
+class Given(NamedTuple):
+    """Hold what every launch reads: a call, its plan, and its tensors as the kernels take them.
 
     Attributes:
+        call, plan: the call and its plan.
+        saved: what the forward saves for the backward.
         q, k: (B T, H, K), contiguous and aligned.
         v: (B T, HV, V), so too.
         cu: (N+1,) int32, the first token of every sequence and the end of the last one.
     """
 
+    call: Call
+    plan: Plan
+    saved: Saved
     q: Tensor
     k: Tensor
     v: Tensor
     cu: Tensor
 
+    def known(self, x: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return x, or a placeholder for an absent tensor on the device of the call."""
+        return absent(dtype, self.call.device, *shape) if x is None else x
 
-def packed_call(call: Call) -> Packed:
-    """Return the tensors of a call as the kernels take them."""
-    return Packed(packed(call.tokens.q), packed(call.tokens.k), packed(call.tokens.v), cu_of(call))
+    @property
+    def inverses(self) -> Tensor:
+        """Return T of all chunks, or a placeholder for rules without an error term."""
+        plan = self.plan
+        found = self.saved.inverses if self.call.rule.has_erase else None
+        return self.known(found, 1, 1, plan.C, plan.C, dtype=plan.low)
+
+    @property
+    def starts(self) -> Tensor | None:
+        """Return the states that the segments start from, or None where all are zero."""
+        return self.saved.starts if self.plan.is_segmented else dense(self.call.state)
+
+
+def given(call: Call, plan: Plan, saved: Saved) -> Given:
+    """Return what the launches of a call read."""
+    q, k, v = map(packed, call.tokens[:3])
+    return Given(call, plan, saved, q, k, v, cu_of(call))
 
 
 @functools.lru_cache(maxsize=256)
@@ -191,16 +199,16 @@ def forward_bytes(call: Call, plan: Plan) -> dict[str, int]:
     The kernels' order lets caches serve the second reader of a tile (the value heads of a key
     head, the blocks of V); this counts what memory must deliver to each launch.
     """
-    s, e = plan.sizes, plan.low.itemsize
+    s, e = call.sizes, plan.low.itemsize
     tokens, rows = s.B * s.T, plan.chunk_slots * plan.C
     q = k = e * tokens * s.H * s.K
     v = o = e * tokens * s.HV * s.V
-    given = 4 * tokens * s.HV * ((call.tokens.beta is not None) + plan.rule.has_decay)
+    given = 4 * tokens * s.HV * ((call.tokens.beta is not None) + call.rule.has_decay)
     gates, inv_norms = 4 * 4 * s.HV * rows, 4 * 2 * s.H * rows
-    T = e * s.HV * rows * plan.C * plan.rule.has_erase
+    T = e * s.HV * rows * plan.C * call.rule.has_erase
     state = 4 * s.HV * s.K * s.V
     final, initial = s.N * state, s.N * state * (call.state is not None)
-    found = {"solve": k + q * plan.norm + given + gates + inv_norms + T}
+    found = {"solve": k + q * call.qk_l2norm + given + gates + inv_norms + T}
     chunks = k + v + gates + inv_norms + T
     if plan.is_segmented:
         maps, starts = 4 * plan.segment_slots * s.HV * s.K * s.K, plan.segment_slots * state

@@ -14,40 +14,22 @@ from gdn_ops.backends.tilelang.host.shapes import Config, StepConfig, Tiles
 
 UNMEASURED = "compiled ahead of time only, not measured"
 
+
+def _row(C: int, states: Tiles, state_gradients: Tiles, token_gradients: Tiles) -> Config:
+    """Return a configuration that no GPU has measured."""
+    return Config(C, Tiles(0, 128, 1), states, state_gradients, token_gradients, UNMEASURED)
+
+
 # fmt: off
 _HOPPER: dict[tuple[int, str], Config] = {
-    (64, "low"): Config(
-        C=64, solve=Tiles(0, 128, 1), states=Tiles(64, 128, 2), state_gradients=Tiles(64, 128, 2),
-        token_gradients=Tiles(64, 256, 2), measured=UNMEASURED,
-    ),
-    (64, "float32"): Config(
-        C=32, solve=Tiles(0, 128, 1), states=Tiles(32, 128, 0), state_gradients=Tiles(32, 128, 0),
-        token_gradients=Tiles(32, 256, 0), measured=UNMEASURED,
-    ),
-    (128, "low"): Config(
-        C=64, solve=Tiles(0, 128, 1), states=Tiles(64, 128, 2), state_gradients=Tiles(64, 128, 2),
-        token_gradients=Tiles(64, 256, 1), measured=UNMEASURED,
-    ),
-    (128, "float32"): Config(
-        C=32, solve=Tiles(0, 128, 1), states=Tiles(32, 256, 0), state_gradients=Tiles(32, 128, 0),
-        token_gradients=Tiles(32, 256, 0), measured=UNMEASURED,
-    ),
-    (192, "low"): Config(
-        C=64, solve=Tiles(0, 128, 1), states=Tiles(32, 128, 2), state_gradients=Tiles(32, 128, 1),
-        token_gradients=Tiles(32, 256, 1), measured=UNMEASURED,
-    ),
-    (192, "float32"): Config(
-        C=32, solve=Tiles(0, 128, 1), states=Tiles(16, 128, 0), state_gradients=Tiles(16, 128, 0),
-        token_gradients=Tiles(16, 128, 0), measured=UNMEASURED,
-    ),
-    (256, "low"): Config(
-        C=64, solve=Tiles(0, 128, 1), states=Tiles(32, 128, 1), state_gradients=Tiles(32, 128, 1),
-        token_gradients=Tiles(32, 256, 1), measured=UNMEASURED,
-    ),
-    (256, "float32"): Config(
-        C=32, solve=Tiles(0, 128, 1), states=Tiles(16, 128, 0), state_gradients=Tiles(16, 128, 0),
-        token_gradients=Tiles(16, 128, 0), measured=UNMEASURED,
-    ),
+    (64, "low"): _row(64, Tiles(64, 128, 2), Tiles(64, 128, 2), Tiles(64, 256, 2)),
+    (64, "float32"): _row(32, Tiles(32, 128, 0), Tiles(32, 128, 0), Tiles(32, 256, 0)),
+    (128, "low"): _row(64, Tiles(64, 128, 2), Tiles(64, 128, 2), Tiles(64, 256, 1)),
+    (128, "float32"): _row(32, Tiles(32, 256, 0), Tiles(32, 128, 0), Tiles(32, 256, 0)),
+    (192, "low"): _row(64, Tiles(32, 128, 2), Tiles(32, 128, 1), Tiles(32, 256, 1)),
+    (192, "float32"): _row(32, Tiles(16, 128, 0), Tiles(16, 128, 0), Tiles(16, 128, 0)),
+    (256, "low"): _row(64, Tiles(32, 128, 1), Tiles(32, 128, 1), Tiles(32, 256, 1)),
+    (256, "float32"): _row(32, Tiles(16, 128, 0), Tiles(16, 128, 0), Tiles(16, 128, 0)),
 }
 
 SEQUENCE: dict[tuple[str, int, str], Config] = {
@@ -55,54 +37,18 @@ SEQUENCE: dict[tuple[str, int, str], Config] = {
         (target, *key): config
         for target in ("sm_90a", "sm_80", "sm_100a") for key, config in _HOPPER.items()
     },
-    ("sm_80", 64, "low"): Config(
-        C=64, solve=Tiles(0, 128, 1), states=Tiles(64, 128, 1), state_gradients=Tiles(64, 128, 1),
-        token_gradients=Tiles(64, 256, 0), measured=UNMEASURED,
-    ),
-    ("sm_80", 128, "low"): Config(
-        C=64, solve=Tiles(0, 128, 1), states=Tiles(64, 256, 1), state_gradients=Tiles(64, 128, 1),
-        token_gradients=Tiles(32, 256, 0), measured=UNMEASURED,
-    ),
-    ("sm_80", 128, "float32"): Config(
-        C=32, solve=Tiles(0, 128, 1), states=Tiles(32, 256, 0), state_gradients=Tiles(32, 256, 0),
-        token_gradients=Tiles(32, 256, 0), measured=UNMEASURED,
-    ),
-    ("sm_80", 192, "low"): Config(
-        C=32, solve=Tiles(0, 128, 1), states=Tiles(32, 128, 1), state_gradients=Tiles(32, 128, 1),
-        token_gradients=Tiles(32, 128, 0), measured=UNMEASURED,
-    ),
-    ("sm_80", 256, "low"): Config(
-        C=32, solve=Tiles(0, 128, 1), states=Tiles(32, 128, 1), state_gradients=Tiles(32, 128, 1),
-        token_gradients=Tiles(32, 128, 0), measured=UNMEASURED,
-    ),
-    ("sm_100a", 128, "low"): Config(
-        C=64, solve=Tiles(0, 128, 1), states=Tiles(64, 128, 2), state_gradients=Tiles(64, 128, 2),
-        token_gradients=Tiles(32, 256, 0), measured=UNMEASURED,
-    ),
-    ("sm_120a", 64, "low"): Config(
-        C=64, solve=Tiles(0, 128, 1), states=Tiles(32, 128, 1), state_gradients=Tiles(32, 128, 1),
-        token_gradients=Tiles(32, 256, 0), measured=UNMEASURED,
-    ),
-    ("sm_120a", 64, "float32"): Config(
-        C=32, solve=Tiles(0, 128, 1), states=Tiles(16, 128, 0), state_gradients=Tiles(16, 128, 0),
-        token_gradients=Tiles(16, 128, 0), measured=UNMEASURED,
-    ),
-    ("sm_120a", 128, "low"): Config(
-        C=32, solve=Tiles(0, 128, 1), states=Tiles(32, 128, 1), state_gradients=Tiles(32, 128, 1),
-        token_gradients=Tiles(32, 256, 0), measured=UNMEASURED,
-    ),
-    ("sm_120a", 128, "float32"): Config(
-        C=32, solve=Tiles(0, 128, 1), states=Tiles(16, 128, 0), state_gradients=Tiles(16, 128, 0),
-        token_gradients=Tiles(16, 128, 0), measured=UNMEASURED,
-    ),
-    ("sm_120a", 192, "low"): Config(
-        C=32, solve=Tiles(0, 128, 1), states=Tiles(16, 128, 0), state_gradients=Tiles(16, 128, 0),
-        token_gradients=Tiles(16, 128, 0), measured=UNMEASURED,
-    ),
-    ("sm_120a", 256, "low"): Config(
-        C=32, solve=Tiles(0, 128, 1), states=Tiles(16, 128, 0), state_gradients=Tiles(16, 128, 0),
-        token_gradients=Tiles(16, 128, 0), measured=UNMEASURED,
-    ),
+    ("sm_80", 64, "low"): _row(64, Tiles(64, 128, 1), Tiles(64, 128, 1), Tiles(64, 256, 0)),
+    ("sm_80", 128, "low"): _row(64, Tiles(64, 256, 1), Tiles(64, 128, 1), Tiles(32, 256, 0)),
+    ("sm_80", 128, "float32"): _row(32, Tiles(32, 256, 0), Tiles(32, 256, 0), Tiles(32, 256, 0)),
+    ("sm_80", 192, "low"): _row(32, Tiles(32, 128, 1), Tiles(32, 128, 1), Tiles(32, 128, 0)),
+    ("sm_80", 256, "low"): _row(32, Tiles(32, 128, 1), Tiles(32, 128, 1), Tiles(32, 128, 0)),
+    ("sm_100a", 128, "low"): _row(64, Tiles(64, 128, 2), Tiles(64, 128, 2), Tiles(32, 256, 0)),
+    ("sm_120a", 64, "low"): _row(64, Tiles(32, 128, 1), Tiles(32, 128, 1), Tiles(32, 256, 0)),
+    ("sm_120a", 64, "float32"): _row(32, Tiles(16, 128, 0), Tiles(16, 128, 0), Tiles(16, 128, 0)),
+    ("sm_120a", 128, "low"): _row(32, Tiles(32, 128, 1), Tiles(32, 128, 1), Tiles(32, 256, 0)),
+    ("sm_120a", 128, "float32"): _row(32, Tiles(16, 128, 0), Tiles(16, 128, 0), Tiles(16, 128, 0)),
+    ("sm_120a", 192, "low"): _row(32, Tiles(16, 128, 0), Tiles(16, 128, 0), Tiles(16, 128, 0)),
+    ("sm_120a", 256, "low"): _row(32, Tiles(16, 128, 0), Tiles(16, 128, 0), Tiles(16, 128, 0)),
 }
 """(device class, width class, dtype class) -> how the sequence op is launched."""
 

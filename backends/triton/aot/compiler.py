@@ -54,16 +54,9 @@ class _Source(ASTSource):  # type: ignore[misc]
 def compile_ahead(
     backend: Backend, target: str, samples: Iterable[Sample], allowed: AllowedSpills | None = None
 ) -> Iterator[CompiledKernel]:
-    """Compile the kernels that a backend launches for samples, each distinct one once.
+    """Compile the kernels as `CompilesAhead.compile_ahead` says, in the order of their launches.
 
-    Args:
-        backend: one whose kernels are launched by `launcher.launch`.
-        target: a name in TARGETS.
-        samples: calls on meta tensors; those that its limits exclude are left out.
-        allowed: spills that a reference may have.
-
-    Yields:
-        The kernels, in the order of their launches.
+    `allowed` are the spills that a reference may have.
     """
     jobs = find_jobs(backend, target, samples, lambda x, sample: specialised(x, target, sample))
     work = functools.partial(compile_job, target=target, allowed=allowed or {})

@@ -49,7 +49,7 @@ def backward(
         d_o: (B, T, HV, V), dtype of v.
         d_final: (N, HV, K, V) float32.
     """
-    s = plan.sizes
+    s = call.sizes
     q, k, v, d_o = (readable(x) for x in (*call.tokens[:3], d_o))
     kept = Saved(*saved)
     given = _Given(call, plan, kept, q, k, v, d_o, common(call, plan) | {"V": s.V})
@@ -68,7 +68,7 @@ def backward(
         sums[2:], sums[0], sums[1], d_q, d_k, d_v, d_gate, d_beta,
         bounds_of(call), float(call.scale),
         s.N, s.T, plan.chunk_slots, *strides(q), *strides(k), *strides(v), *strides(d_o),
-        **given.constants, HAS_BETA=beta is not None, ERASE=plan.rule.has_erase,
+        **given.constants, HAS_BETA=beta is not None, ERASE=call.rule.has_erase,
         PARTS=len(sums) - 2, RELOAD=plan.config.reload, BV=_width(tiles, s.V), **options(tiles),
     )  # fmt: skip
     return Grads(
@@ -90,7 +90,7 @@ def _walk_back(given: _Given, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gradient of the initial state (N, HV, K, V) float32.
     """
     call, plan, saved, q, k, _, d_o, constants = given
-    s, device, low = plan.sizes, call.device, plan.low
+    s, device, low = call.sizes, call.device, plan.low
     cu, scale = bounds_of(call), float(call.scale)
     shared = (plan.chunk_slots, *strides(q), *strides(k), *strides(d_o))
     d_rhs = torch.empty((s.HV, plan.chunk_slots, plan.C, s.V), dtype=low, device=device)
@@ -108,7 +108,7 @@ def _walk_back(given: _Given, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     launch(
         state_gradients.state_gradients, (s.N * s.HV, -(-s.V // BV)),
         q, k, d_o, *saved, d_final, d_rhs, d_states, d_initial, cu, scale,
-        s.T, *shared, **constants, ERASE=plan.rule.has_erase, BV=BV, **options(tiles),
+        s.T, *shared, **constants, ERASE=call.rule.has_erase, BV=BV, **options(tiles),
     )  # fmt: skip
     return d_rhs, d_states, d_initial
 
@@ -122,7 +122,7 @@ def _pair_gradients(given: _Given, u: Tensor, d_rhs: Tensor) -> tuple[Tensor, Te
         the parts of the sums for the gate.
     """
     call, plan, saved, q, k, v, d_o, constants = given
-    s, erase, tiles = plan.sizes, plan.rule.has_erase, plan.config.pair_gradients
+    s, erase, tiles = call.sizes, call.rule.has_erase, plan.config.pair_gradients
     squares = (s.H, plan.chunk_slots, plan.C, plan.C)
     d_qk = torch.empty(squares, dtype=plan.low, device=call.device)
     d_kk = torch.empty(squares if erase else (0,), dtype=plan.low, device=call.device)

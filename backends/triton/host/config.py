@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Final
 
 import torch
 
 from gdn_ops.backends.triton.host import table
-from gdn_ops.kernel_support.backend import Tables
+from gdn_ops.kernel_support.backend import Tables, environment_choice
 
 TARGETS: Final = table.TARGETS
 
@@ -78,16 +77,7 @@ tables: Final = Tables(
 )
 
 
-def _read_choice() -> str:
-    found = os.environ.get("GDN_OPS_TRITON_FLOAT32", "") or FLOAT32_PRODUCTS[0]
-    if found not in FLOAT32_PRODUCTS:
-        raise ValueError(
-            f"GDN_OPS_TRITON_FLOAT32 is {found!r}, should be one of {', '.join(FLOAT32_PRODUCTS)}"
-        )
-    return found
-
-
-float32_products = _read_choice()
+float32_products = environment_choice("GDN_OPS_TRITON_FLOAT32", FLOAT32_PRODUCTS)
 """How float32 products are formed on NVIDIA; on AMD it is "ieee".
 
 `tf32x3` sums three TF32 products of the operands' high and low parts, on tensor cores; `ieee`

@@ -35,7 +35,7 @@ def gate_kind(call: Call) -> int:
 
 def common(call: Call, plan: Plan) -> dict[str, Any]:
     """Return the compile-time constants that all kernels share."""
-    s = plan.sizes
+    s = call.sizes
     is_amd = configs.tables.target(call.device).startswith("gfx")
     return {
         "H": s.H,
@@ -44,8 +44,8 @@ def common(call: Call, plan: Plan) -> dict[str, Any]:
         "C": plan.C,
         "BK": power_of_two(s.K),
         "GATE": gate_kind(call),
-        "NORM": plan.norm,
-        "VARLEN": plan.varlen,
+        "NORM": call.qk_l2norm,
+        "VARLEN": call.cu_seqlens is not None,
         "PRECISION": "ieee" if is_amd else configs.float32_products,
     }
 
@@ -72,14 +72,14 @@ def bounds_of(call: Call) -> Tensor | None:
 
 def run_solve(call: Call, plan: Plan, k: Tensor) -> Saved:
     """Launch the kernel that forms the gates and T of all chunks."""
-    s, saved = plan.sizes, empty_saved(plan, call.device)
+    s, saved = call.sizes, empty_saved(call, plan)
     beta = None if call.tokens.beta is None else call.tokens.beta.contiguous()
     constants = common(call, plan)
     launch(
         solve.solve, (plan.chunk_slots, s.H),
         k, gate_of(call), beta, *saved, bounds_of(call),
         s.N, s.T, plan.chunk_slots, *strides(k), **constants,
-        HAS_BETA=beta is not None, ERASE=plan.rule.has_erase,
+        HAS_BETA=beta is not None, ERASE=call.rule.has_erase,
         SOLVE_PRECISION=constants["PRECISION"], **options(plan.config.solve),
     )  # fmt: skip
     return saved
@@ -89,9 +89,9 @@ def run_states(
     call: Call, plan: Plan, k: Tensor, v: Tensor, saved: Saved, chunks_per_state: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the walk over the chunks; return U, the kept states and the final state."""
-    s, device = plan.sizes, call.device
+    s, device = call.sizes, call.device
     state_slots = plan.chunk_slots if chunks_per_state == 1 else plan.state_slots
-    rows = (s.HV, plan.chunk_slots, plan.C, s.V) if plan.rule.has_erase else (0,)
+    rows = (s.HV, plan.chunk_slots, plan.C, s.V) if call.rule.has_erase else (0,)
     u = torch.empty(rows, dtype=plan.low, device=device)
     chunk_states = torch.empty((s.HV, state_slots, s.K, s.V), dtype=plan.low, device=device)
     final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
@@ -102,7 +102,7 @@ def run_states(
         states.states, (s.N * s.HV, -(-s.V // BV)),
         k, v, *saved, initial, u, chunk_states, final, bounds_of(call),
         s.T, plan.chunk_slots, state_slots, *strides(k), *strides(v), **common(call, plan),
-        V=s.V, BV=BV, CHUNKS_PER_STATE=chunks_per_state, ERASE=plan.rule.has_erase,
+        V=s.V, BV=BV, CHUNKS_PER_STATE=chunks_per_state, ERASE=call.rule.has_erase,
         HAS_INITIAL=initial is not None, **options(tiles),
     )  # fmt: skip
     return u, chunk_states, final
@@ -114,7 +114,7 @@ def forward(call: Call, plan: Plan) -> Forward:
     Returns:
         o (B, T, HV, V), the final state (N, HV, K, V) float32, and what the backward reads.
     """
-    s = plan.sizes
+    s = call.sizes
     q, k, v = readable(call.tokens.q), readable(call.tokens.k), readable(call.tokens.v)
     saved = run_solve(call, plan, k)
     u, chunk_states, final = run_states(call, plan, k, v, saved, plan.config.chunks_per_state)
@@ -127,6 +127,6 @@ def forward(call: Call, plan: Plan) -> Forward:
         float(call.scale),
         s.N, s.T, plan.chunk_slots, plan.state_slots, *strides(q), *strides(k), *strides(v),
         **common(call, plan), V=s.V, BV=BV, CHUNKS_PER_STATE=chunks_per_state,
-        ERASE=plan.rule.has_erase, **options(tiles),
+        ERASE=call.rule.has_erase, **options(tiles),
     )  # fmt: skip
     return Forward(o, final, tuple(saved) if call.needs_grad else ())

@@ -16,7 +16,6 @@ between programs, the order of additions, and a compiler that is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from gdn_ops.kernel_support.launches import Launch, note
@@ -40,18 +39,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
         IndexError: in an emulation, an access outside of the tensors of the launch.
     """
     where = args[0]
-    if where.is_cuda:
-        kernel[grid](*args, **kwargs)
-    elif where.is_meta:
+    if where.is_meta:
         note(Launch(kernel, grid, args, kwargs))
     elif where.is_cpu:
-        _emulate()(kernel, grid, args, kwargs)
+        # A GPU does not need the emulation.
+        from gdn_ops.backends.triton.emulation.programs import emulate
+
+        emulate(kernel, grid, args, kwargs)
     else:
         kernel[grid](*args, **kwargs)
-
-
-def _emulate() -> Callable[..., None]:
-    """Return the emulation, imported when it is first needed: a GPU does not need it."""
-    from gdn_ops.backends.triton.emulation.programs import emulate
-
-    return emulate

@@ -11,35 +11,25 @@ from torch import Tensor
 from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host.shapes import Config
 from gdn_ops.call.bind import Call
-from gdn_ops.spec.language import Sizes
-from gdn_ops.spec.rules import Rule
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Hold the sizes of one call of the sequence op.
+    """Hold what is planned for one call of the sequence op.
 
     Attributes:
-        sizes: its axes.
-        rule: its rule.
         config: its configuration.
         C: tokens per chunk.
         chunk_slots: how many chunks the tensors kept per chunk have room for.
         state_slots: how many states are kept, one per `chunks_per_state` chunks.
         low: dtype of operands of products: that of q.
-        norm: whether q and k are normalised.
-        varlen: whether sequences are packed.
     """
 
-    sizes: Sizes
-    rule: Rule
     config: Config
     C: int
     chunk_slots: int
     state_slots: int
     low: torch.dtype
-    norm: bool
-    varlen: bool
 
 
 def make_plan(call: Call) -> Plan:
@@ -47,21 +37,16 @@ def make_plan(call: Call) -> Plan:
     s = call.sizes
     config: Config = configs.tables.choose(call.device, call.tokens.q.dtype, s.K, s.V)
     C = call.chunk_size or config.C
-    varlen = call.cu_seqlens is not None
 
     def slots(tokens: int) -> int:
-        return s.T // tokens + s.N if varlen else s.N * -(-s.T // tokens)
+        return s.T // tokens + s.N if call.cu_seqlens is not None else s.N * -(-s.T // tokens)
 
     return Plan(
-        sizes=s,
-        rule=call.rule,
         config=config,
         C=C,
         chunk_slots=slots(C),
         state_slots=slots(C * config.chunks_per_state),
         low=call.tokens.q.dtype,
-        norm=call.qk_l2norm,
-        varlen=varlen,
     )
 
 
@@ -79,15 +64,15 @@ class Saved(NamedTuple):
     inverses: Tensor
 
 
-def empty_saved(plan: Plan, device: torch.device) -> Saved:
+def empty_saved(call: Call, plan: Plan) -> Saved:
     """Allocate `Saved` for a call."""
-    s, slots, C = plan.sizes, plan.chunk_slots, plan.C
+    s, slots, C, device = call.sizes, plan.chunk_slots, plan.C, call.device
+    norms = (s.H, slots, C) if call.qk_l2norm else (0,)
+    inverses = (s.HV, slots, C, C) if call.rule.has_erase else (0,)
     return Saved(
         torch.empty((4, s.HV, slots, C), dtype=torch.float32, device=device),
-        torch.empty((s.H, slots, C) if plan.norm else (0,), dtype=torch.float32, device=device),
-        torch.empty(
-            (s.HV, slots, C, C) if plan.rule.has_erase else (0,), dtype=plan.low, device=device
-        ),
+        torch.empty(norms, dtype=torch.float32, device=device),
+        torch.empty(inverses, dtype=plan.low, device=device),
     )
 
 
@@ -107,19 +92,19 @@ def forward_bytes(call: Call, plan: Plan) -> dict[str, int]:
     The kernels' order lets caches serve the second reader of a tile (the value heads of a key
     head, the two halves of V); this counts what memory must deliver to each launch.
     """
-    s, e = plan.sizes, plan.low.itemsize
+    s, e = call.sizes, plan.low.itemsize
     tokens, rows = s.B * s.T, plan.chunk_slots * plan.C
     q = k = e * tokens * s.H * s.K
     v = o = e * tokens * s.HV * s.V
     gates = 4 * 4 * s.HV * rows
-    inv_norms = 4 * s.H * rows * plan.norm
-    T = e * s.HV * rows * plan.C * plan.rule.has_erase
-    u = e * s.HV * rows * s.V * plan.rule.has_erase
+    inv_norms = 4 * s.H * rows * call.qk_l2norm
+    T = e * s.HV * rows * plan.C * call.rule.has_erase
+    u = e * s.HV * rows * s.V * call.rule.has_erase
     kept = e * s.HV * plan.state_slots * s.K * s.V
     states = 4 * s.N * s.HV * s.K * s.V * (1 if call.state is None else 2)
-    needs_k = plan.rule.has_erase or plan.norm
-    given = 4 * tokens * s.HV * ((call.tokens.beta is not None) + plan.rule.has_decay)
-    values = 0 if plan.rule.has_erase else v
+    needs_k = call.rule.has_erase or call.qk_l2norm
+    given = 4 * tokens * s.HV * ((call.tokens.beta is not None) + call.rule.has_decay)
+    values = 0 if call.rule.has_erase else v
     return {
         "solve": k * needs_k + given + gates + inv_norms + T,
         "states": k + v + gates + inv_norms + T + u + kept + states,

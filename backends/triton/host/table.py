@@ -11,6 +11,8 @@ is "low" for bfloat16 and float16.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gdn_ops.backends.triton.host.shapes import Config, StepConfig, Tiles
 
 UNMEASURED = "compiled ahead of time only, not measured"
@@ -19,6 +21,20 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """Device classes that have rows."""
 
 # fmt: off
+_FLOAT32 = Config(
+    C=32, solve=Tiles(0, 4, 1), states=Tiles(32, 4, 1), output=Tiles(32, 4, 1),
+    local_gradients=Tiles(32, 4, 1), state_gradients=Tiles(32, 4, 1),
+    pair_gradients=Tiles(32, 4, 1), token_gradients=Tiles(32, 8, 1),
+    pair_rows=32, reload=True, measured=UNMEASURED,
+)
+
+_HOPPER = Config(
+    C=64, solve=Tiles(0, 4, 1), states=Tiles(64, 4, 2), output=Tiles(128, 8, 2),
+    local_gradients=Tiles(128, 8, 2), state_gradients=Tiles(64, 8, 2),
+    pair_gradients=Tiles(64, 8, 1), token_gradients=Tiles(64, 8, 1),
+    pair_rows=64, reload=False, measured=UNMEASURED,
+)
+
 _UNMEASURED: dict[tuple[int, str], Config] = {
     (64, "low"): Config(
         C=64, solve=Tiles(0, 4, 1), states=Tiles(64, 4, 2), output=Tiles(64, 4, 2),
@@ -26,18 +42,8 @@ _UNMEASURED: dict[tuple[int, str], Config] = {
         pair_gradients=Tiles(64, 8, 1), token_gradients=Tiles(64, 8, 1),
         pair_rows=64, reload=False, measured=UNMEASURED,
     ),
-    (64, "float32"): Config(
-        C=32, solve=Tiles(0, 4, 1), states=Tiles(32, 4, 1), output=Tiles(32, 4, 1),
-        local_gradients=Tiles(32, 4, 1), state_gradients=Tiles(32, 4, 1),
-        pair_gradients=Tiles(32, 4, 1), token_gradients=Tiles(32, 8, 1),
-        pair_rows=32, reload=True, measured=UNMEASURED,
-    ),
-    (128, "float32"): Config(
-        C=32, solve=Tiles(0, 4, 1), states=Tiles(32, 4, 1), output=Tiles(32, 4, 1),
-        local_gradients=Tiles(32, 4, 1), state_gradients=Tiles(32, 4, 1),
-        pair_gradients=Tiles(32, 4, 1), token_gradients=Tiles(32, 8, 1),
-        pair_rows=32, reload=True, measured=UNMEASURED,
-    ),
+    (64, "float32"): _FLOAT32,
+    (128, "float32"): _FLOAT32,
     (256, "low"): Config(
         C=64, solve=Tiles(0, 8, 1), states=Tiles(32, 8, 1), output=Tiles(64, 8, 1),
         local_gradients=Tiles(64, 8, 1), state_gradients=Tiles(32, 8, 1),
@@ -54,29 +60,15 @@ _UNMEASURED: dict[tuple[int, str], Config] = {
 
 SEQUENCE: dict[tuple[str, int, str], Config] = {
     **{(target, *key): config for target in TARGETS for key, config in _UNMEASURED.items()},
-    ("sm_80", 128, "low"): Config(
-        C=64, solve=Tiles(0, 4, 1), states=Tiles(64, 8, 2), output=Tiles(128, 8, 2),
-        local_gradients=Tiles(128, 8, 2), state_gradients=Tiles(64, 8, 2),
-        pair_gradients=Tiles(64, 4, 1), token_gradients=Tiles(32, 8, 1),
-        pair_rows=32, reload=True, measured=UNMEASURED,
+    ("sm_80", 128, "low"): replace(
+        _HOPPER, states=Tiles(64, 8, 2), pair_gradients=Tiles(64, 4, 1),
+        token_gradients=Tiles(32, 8, 1), pair_rows=32, reload=True,
     ),
-    ("sm_90", 128, "low"): Config(
-        C=64, solve=Tiles(0, 4, 1), states=Tiles(64, 4, 2), output=Tiles(128, 8, 2),
-        local_gradients=Tiles(128, 8, 2), state_gradients=Tiles(64, 8, 2),
-        pair_gradients=Tiles(64, 8, 1), token_gradients=Tiles(64, 8, 1),
-        pair_rows=64, reload=False, measured=UNMEASURED,
-    ),
-    ("sm_100", 128, "low"): Config(
-        C=64, solve=Tiles(0, 4, 1), states=Tiles(64, 4, 2), output=Tiles(128, 8, 2),
-        local_gradients=Tiles(128, 8, 2), state_gradients=Tiles(64, 8, 2),
-        pair_gradients=Tiles(64, 8, 1), token_gradients=Tiles(64, 8, 1),
-        pair_rows=64, reload=False, measured=UNMEASURED,
-    ),
-    ("gfx942", 128, "low"): Config(
-        C=64, solve=Tiles(0, 4, 1), states=Tiles(64, 4, 2), output=Tiles(128, 8, 1),
-        local_gradients=Tiles(128, 8, 2), state_gradients=Tiles(64, 4, 2),
-        pair_gradients=Tiles(64, 4, 1), token_gradients=Tiles(64, 8, 1),
-        pair_rows=64, reload=False, measured=UNMEASURED,
+    ("sm_90", 128, "low"): _HOPPER,
+    ("sm_100", 128, "low"): _HOPPER,
+    ("gfx942", 128, "low"): replace(
+        _HOPPER, output=Tiles(128, 8, 1), state_gradients=Tiles(64, 4, 2),
+        pair_gradients=Tiles(64, 4, 1),
     ),
 }
 """(device class, head-dim class, dtype class) -> how the sequence op is launched."""
