@@ -45,15 +45,18 @@ GCC_FLAGS: Final = (
 )
 """Optimisations that GCC leaves out: a third of its time, for code that is a tenth faster."""
 
+Function = Callable[..., Any]
+Constants = dict[str, Any]
+
 _log = logging.getLogger("gdn_ops")
-_launched: dict[Any, Callable[..., Any]] = {}
+_launched: dict[Any, Function] = {}
 """Kernels by (make, device, *constants), which a launch looks up."""
-_built: dict[Any, Callable[..., Any]] = {}
+_built: dict[Any, Function] = {}
 """Kernels by (make, target, constants in order), the same on every GPU of a kind."""
 _building = threading.RLock()
 
 
-def launch(make: Callable[..., Any], constants: dict[str, Any], *args: Any) -> None:
+def launch(make: Function, constants: Constants, *args: Any) -> None:
     """Launch a kernel.
 
     Args:
@@ -79,7 +82,7 @@ def launch(make: Callable[..., Any], constants: dict[str, Any], *args: Any) -> N
     kernel(*args)
 
 
-def trace(make: Callable[..., Any], constants: dict[str, Any], language: Any = None) -> Any:
+def trace(make: Function, constants: Constants, language: Any = None) -> Any:
     """Return the prim_func of a kernel.
 
     Args:
@@ -101,9 +104,7 @@ def arch(index: int) -> str:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
-def _kernel(
-    make: Callable[..., Any], constants: dict[str, Any], device: torch.device
-) -> Callable[..., Any]:
+def _kernel(make: Function, constants: Constants, device: torch.device) -> Function:
     """Return the kernel for the architecture of a device, built on first use."""
     target = "cpu" if device.type == "cpu" else arch(device.index)
     key = (make, target, *sorted(constants.items()))
@@ -118,7 +119,7 @@ def _kernel(
         return _built[key]
 
 
-def _named(make: Callable[..., Any], constants: dict[str, Any], target: str) -> str:
+def _named(make: Function, constants: Constants, target: str) -> str:
     shape_class = ", ".join(f"{name}={value}" for name, value in constants.items())
     return f"{make.__name__} ({shape_class}) for {target}"
 
@@ -137,7 +138,7 @@ class _CompilerError(Exception):
 
 
 @contextlib.contextmanager
-def _explained(make: Callable[..., Any], constants: dict[str, Any], target: str) -> Iterator[None]:
+def _explained(make: Function, constants: Constants, target: str) -> Iterator[None]:
     """Turn any error of a compilation into a RuntimeError, and write its details to a log file."""
     try:
         yield
@@ -163,9 +164,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _compiled(
-    make: Callable[..., Any], constants: dict[str, Any], target: str
-) -> tuple[Callable[..., Any], str]:
+def _compiled(make: Function, constants: Constants, target: str) -> tuple[Function, str]:
     """Return a kernel for a GPU, and whether it was compiled or taken from disk."""
     import tilelang
 
@@ -181,9 +180,7 @@ def _compiled(
     return module.main, "taken from disk" if kernel.artifact is None else "compiled"
 
 
-def _emulated(
-    make: Callable[..., Any], constants: dict[str, Any], target: str
-) -> tuple[Callable[..., Any], str]:
+def _emulated(make: Function, constants: Constants, target: str) -> tuple[Function, str]:
     """Return a kernel for the CPU, and whether it was compiled or taken from disk."""
     compiler = toolchain.compiler()
     if compiler is None:

@@ -14,11 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.backends.triton.host.config import power_of_two
-from gdn_ops.backends.triton.host.forward import bounds_of, common, gate_of, options, run_states
+from gdn_ops.backends.triton.host.forward import common, gate_of, options, run_states, width
 from gdn_ops.backends.triton.host.launcher import launch
-from gdn_ops.backends.triton.host.plan import Plan, Saved, readable, strides
-from gdn_ops.backends.triton.host.shapes import Tiles
+from gdn_ops.backends.triton.host.plan import Plan, Saved, dense, readable, strides
 from gdn_ops.backends.triton.kernels import pair_gradients, state_gradients, token_gradients
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Grads
@@ -66,10 +64,10 @@ def backward(
         token_gradients.token_gradients, (plan.chunk_slots, s.H),
         q, k, v, gate, d_o, kept.gates, kept.inv_norms, u, d_rhs, states, d_states, d_qk, d_kk,
         sums[2:], sums[0], sums[1], d_q, d_k, d_v, d_gate, d_beta,
-        bounds_of(call), float(call.scale),
+        dense(call.cu_seqlens), float(call.scale),
         s.N, s.T, plan.chunk_slots, *strides(q), *strides(k), *strides(v), *strides(d_o),
         **given.constants, HAS_BETA=beta is not None, ERASE=call.rule.has_erase,
-        PARTS=len(sums) - 2, RELOAD=plan.config.reload, BV=_width(tiles, s.V), **options(tiles),
+        PARTS=len(sums) - 2, RELOAD=plan.config.reload, BV=width(tiles, s.V), **options(tiles),
     )  # fmt: skip
     return Grads(
         q=d_q,
@@ -91,11 +89,11 @@ def _walk_back(given: _Given, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     call, plan, saved, q, k, _, d_o, constants = given
     s, device, low = call.sizes, call.device, plan.low
-    cu, scale = bounds_of(call), float(call.scale)
+    cu, scale = dense(call.cu_seqlens), float(call.scale)
     shared = (plan.chunk_slots, *strides(q), *strides(k), *strides(d_o))
     d_rhs = torch.empty((s.HV, plan.chunk_slots, plan.C, s.V), dtype=low, device=device)
     tiles = plan.config.local_gradients
-    BV = _width(tiles, s.V)
+    BV = width(tiles, s.V)
     launch(
         state_gradients.local_gradients, (plan.chunk_slots, -(-s.V // BV), s.H),
         q, k, d_o, saved.gates, saved.inv_norms, d_rhs, cu, scale,
@@ -104,7 +102,7 @@ def _walk_back(given: _Given, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     d_states = torch.empty((s.HV, plan.chunk_slots, s.K, s.V), dtype=low, device=device)
     d_initial = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
     tiles = plan.config.state_gradients
-    BV = _width(tiles, s.V)
+    BV = width(tiles, s.V)
     launch(
         state_gradients.state_gradients, (s.N * s.HV, -(-s.V // BV)),
         q, k, d_o, *saved, d_final, d_rhs, d_states, d_initial, cu, scale,
@@ -133,13 +131,8 @@ def _pair_gradients(given: _Given, u: Tensor, d_rhs: Tensor) -> tuple[Tensor, Te
     launch(
         pair_gradients.pair_gradients, (plan.chunk_slots, s.H, parts),
         q, k, v, d_o, saved.gates, saved.inv_norms, u, d_rhs, d_qk, d_kk, sums[2:], sums[0],
-        bounds_of(call), float(call.scale),
+        dense(call.cu_seqlens), float(call.scale),
         s.N, s.T, plan.chunk_slots, *strides(q), *strides(k), *strides(v), *strides(d_o),
-        **constants, ERASE=erase, ROWS=rows, BV=_width(tiles, s.V), **options(tiles),
+        **constants, ERASE=erase, ROWS=rows, BV=width(tiles, s.V), **options(tiles),
     )  # fmt: skip
     return d_qk, d_kk, sums
-
-
-def _width(tiles: Tiles, V: int) -> int:
-    """Return how many columns of V a program takes."""
-    return min(tiles.BV, power_of_two(V))

@@ -8,7 +8,7 @@ from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host.config import power_of_two
 from gdn_ops.backends.triton.host.forward import gate_kind, gate_of
 from gdn_ops.backends.triton.host.launcher import launch
-from gdn_ops.backends.triton.host.plan import readable, strides
+from gdn_ops.backends.triton.host.plan import dense, readable, strides
 from gdn_ops.backends.triton.kernels import step
 from gdn_ops.call.bind import Call
 
@@ -28,8 +28,8 @@ def run(
     if state is not None and state.stride(-1) != 1:
         state = state.contiguous()
         written = state if call.inplace else new_state
-    beta = None if call.tokens.beta is None else call.tokens.beta.contiguous()
-    indices = None if call.state_indices is None else call.state_indices.contiguous()
+    beta = dense(call.tokens.beta)
+    indices = dense(call.state_indices)
     config = configs.tables.choose_step(call.device, K, V)
     BV = min(config.BV, power_of_two(V))
     launch(

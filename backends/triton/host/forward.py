@@ -18,7 +18,7 @@ from torch import Tensor
 from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host.config import power_of_two
 from gdn_ops.backends.triton.host.launcher import launch
-from gdn_ops.backends.triton.host.plan import Plan, Saved, empty_saved, readable, strides
+from gdn_ops.backends.triton.host.plan import Plan, Saved, dense, empty_saved, readable, strides
 from gdn_ops.backends.triton.host.shapes import Tiles
 from gdn_ops.backends.triton.kernels import output, solve, states
 from gdn_ops.backends.triton.kernels.blocks import ALPHA, LOG_ALPHA, NO_DECAY
@@ -59,25 +59,24 @@ def options(tiles: Tiles) -> dict[str, Any]:
     }
 
 
+def width(tiles: Tiles, V: int) -> int:
+    """Return how many columns of V a program takes."""
+    return min(tiles.BV, power_of_two(V))
+
+
 def gate_of(call: Call) -> Tensor | None:
     """Return the gate as given, contiguous, or None."""
-    given = call.tokens.log_alpha if call.tokens.alpha is None else call.tokens.alpha
-    return None if given is None else given.contiguous()
-
-
-def bounds_of(call: Call) -> Tensor | None:
-    """Return cu_seqlens, contiguous, or None."""
-    return None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
+    return dense(call.tokens.log_alpha if call.tokens.alpha is None else call.tokens.alpha)
 
 
 def run_solve(call: Call, plan: Plan, k: Tensor) -> Saved:
     """Launch the kernel that forms the gates and T of all chunks."""
     s, saved = call.sizes, empty_saved(call, plan)
-    beta = None if call.tokens.beta is None else call.tokens.beta.contiguous()
+    beta = dense(call.tokens.beta)
     constants = common(call, plan)
     launch(
         solve.solve, (plan.chunk_slots, s.H),
-        k, gate_of(call), beta, *saved, bounds_of(call),
+        k, gate_of(call), beta, *saved, dense(call.cu_seqlens),
         s.N, s.T, plan.chunk_slots, *strides(k), **constants,
         HAS_BETA=beta is not None, ERASE=call.rule.has_erase,
         SOLVE_PRECISION=constants["PRECISION"], **options(plan.config.solve),
@@ -95,12 +94,12 @@ def run_states(
     u = torch.empty(rows, dtype=plan.low, device=device)
     chunk_states = torch.empty((s.HV, state_slots, s.K, s.V), dtype=plan.low, device=device)
     final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
-    initial = None if call.state is None else call.state.contiguous()
+    initial = dense(call.state)
     tiles = plan.config.states
-    BV = min(tiles.BV, power_of_two(s.V))
+    BV = width(tiles, s.V)
     launch(
         states.states, (s.N * s.HV, -(-s.V // BV)),
-        k, v, *saved, initial, u, chunk_states, final, bounds_of(call),
+        k, v, *saved, initial, u, chunk_states, final, dense(call.cu_seqlens),
         s.T, plan.chunk_slots, state_slots, *strides(k), *strides(v), **common(call, plan),
         V=s.V, BV=BV, CHUNKS_PER_STATE=chunks_per_state, ERASE=call.rule.has_erase,
         HAS_INITIAL=initial is not None, **options(tiles),
@@ -120,10 +119,10 @@ def forward(call: Call, plan: Plan) -> Forward:
     u, chunk_states, final = run_states(call, plan, k, v, saved, plan.config.chunks_per_state)
     o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.tokens.v.dtype, device=call.device)
     tiles, chunks_per_state = plan.config.output, plan.config.chunks_per_state
-    BV = min(tiles.BV, power_of_two(s.V))
+    BV = width(tiles, s.V)
     launch(
         output.output, (plan.state_slots, -(-s.V // BV), s.H if chunks_per_state == 1 else s.HV),
-        q, k, v, saved.gates, saved.inv_norms, u, chunk_states, o, bounds_of(call),
+        q, k, v, saved.gates, saved.inv_norms, u, chunk_states, o, dense(call.cu_seqlens),
         float(call.scale),
         s.N, s.T, plan.chunk_slots, plan.state_slots, *strides(q), *strides(k), *strides(v),
         **common(call, plan), V=s.V, BV=BV, CHUNKS_PER_STATE=chunks_per_state,

@@ -81,6 +81,11 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def dense(x: Tensor | None) -> Tensor | None:
+    """Return x contiguous, or None."""
+    return None if x is None else x.contiguous()
+
+
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Return the strides of batch row, token and head."""
     return x.stride(0), x.stride(1), x.stride(2)

@@ -36,11 +36,9 @@ _HOPPER = Config(
 )
 
 _UNMEASURED: dict[tuple[int, str], Config] = {
-    (64, "low"): Config(
-        C=64, solve=Tiles(0, 4, 1), states=Tiles(64, 4, 2), output=Tiles(64, 4, 2),
-        local_gradients=Tiles(64, 4, 2), state_gradients=Tiles(64, 4, 2),
-        pair_gradients=Tiles(64, 8, 1), token_gradients=Tiles(64, 8, 1),
-        pair_rows=64, reload=False, measured=UNMEASURED,
+    (64, "low"): replace(
+        _HOPPER, output=Tiles(64, 4, 2), local_gradients=Tiles(64, 4, 2),
+        state_gradients=Tiles(64, 4, 2),
     ),
     (64, "float32"): _FLOAT32,
     (128, "float32"): _FLOAT32,

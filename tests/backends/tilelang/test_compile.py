@@ -68,11 +68,6 @@ def compiled(
     return row
 
 
-def compile_kernel(make: Any, constants: dict[str, Any], target: str) -> cubin.Compiled:
-    """Compile the kernel that a factory makes."""
-    return cubin.compiled(trace(make, constants), target)
-
-
 # What is wrong is found.
 
 
