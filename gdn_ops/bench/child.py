@@ -165,7 +165,7 @@ def _answer(emit: Emit) -> Callable[[dict[str, Any]], None]:
 def carry_out_orders(start: Callable[[Emit], Callable[[dict[str, Any]], None]]) -> None:
     """Carry out the orders on stdin, in the child process, until it ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    # What is printed here must not be taken for an event.
+    # Keep what is printed here apart from events.
     os.dup2(2, 1)
 
     def emit(event: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from gdn_ops.spec.language import Interval, OpSpec, Sizes
 from gdn_ops.spec.rules import Rule, Widths
 
 CHECK_VALUES_EVERYWHERE = os.environ.get("GDN_OPS_CHECK", "") == "values"
-"""Whether value ranges are checked on every device, not only on the CPU. Read at import."""
+"""Check value ranges on every device, not only on the CPU, if true. Read at import."""
 
 
 class Tokens(NamedTuple):

@@ -78,7 +78,7 @@ tables: Final = Tables(
 
 
 float32_products = environment_choice("GDN_OPS_TRITON_FLOAT32", FLOAT32_PRODUCTS)
-"""How float32 products are formed on NVIDIA; on AMD it is "ieee".
+"""Name the way float32 products are formed on NVIDIA; on AMD it is "ieee".
 
 `tf32x3` sums three TF32 products of the operands' high and low parts, on tensor cores; `ieee`
 multiplies in float32. GDN_OPS_TRITON_FLOAT32 chooses, and is read at import.

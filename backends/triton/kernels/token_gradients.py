@@ -214,7 +214,7 @@ def token_gradients(
         d_x = projected(d_x, q_tile, inv_norm_q)
     to_q = rows(d_q, row * T, H * K, first, H * K, h, K, i, dk)
     tl.store(to_q, d_x.to(d_q.dtype.element_ty), mask=in_rows)
-    # What one thread has stored in `starts` another one reads.
+    # Wait: a thread reads what another one has stored in `starts`.
     tl.debug_barrier()
 
     # §5 (dP ⊙ D)ᵀ Q,  (M + Mᵀ) K to dK                                          [C, BK]
