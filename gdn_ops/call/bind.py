@@ -99,8 +99,9 @@ class Call:
         sizes: the value of every axis (T = 1 for a step).
         rule: the member of the family.
         widths: how its gates act: by a number per head, per channel, or not at all.
-        scale: the factor on q, resolved.
+        device: the device that every tensor is on.
         compute_dtype: the dtype of gates, solve and state.
+        scale: the factor on q, resolved.
         qk_l2norm: whether q and k are still to be normalised.
         chunk_size: as given; None leaves it to the backend.
         return_state: whether the caller wants the final state.
@@ -119,8 +120,9 @@ class Call:
     sizes: Sizes
     rule: Rule
     widths: Widths
-    scale: float
+    device: torch.device
     compute_dtype: torch.dtype
+    scale: float
     qk_l2norm: bool
     chunk_size: int | None
     return_state: bool
@@ -131,11 +133,6 @@ class Call:
     state: Tensor | None
     cu_seqlens: Tensor | None
     state_indices: Tensor | None
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device that every tensor is on."""
-        return self.tokens.q.device
 
     @property
     def has_tokens(self) -> bool:
@@ -201,19 +198,14 @@ def bind(spec: OpSpec, arguments: Arguments, *, check_values: bool = True) -> Ca
             if len(_checked) >= MOST_CHECKED:
                 _checked.clear()
             _checked[key] = checked
-    if check_values and (tokens.q.device.type == "cpu" or CHECK_VALUES_EVERYWHERE):
+    if check_values and (checked.device.type == "cpu" or CHECK_VALUES_EVERYWHERE):
         _check_values(spec, arguments, checked.sizes)
-    given = (*tokens, arguments.state, arguments.cu_seqlens, arguments.state_indices)
-    needs_grad = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in given])
+    needs_grad = torch.is_grad_enabled() and _requires_grad(arguments)
     if needs_grad:
         check_gradients(spec, arguments)
     return Call(
-        op=spec,
-        sizes=checked.sizes,
-        rule=checked.rule,
-        widths=checked.widths,
-        scale=checked.scale,
-        compute_dtype=checked.compute_dtype,
+        spec,
+        *checked,
         qk_l2norm=arguments.qk_l2norm,
         chunk_size=arguments.chunk_size,
         return_state=arguments.return_state,
@@ -252,6 +244,13 @@ def _structure(spec: OpSpec, arguments: Arguments) -> tuple[Any, ...] | None:
 
 
 _PLAIN_TYPES = frozenset((bool, int, float, str, type(None)))
+
+
+def _requires_grad(arguments: Arguments) -> bool:
+    """Return whether any tensor of a call requires a gradient."""
+    tokens, state, cu_seqlens, state_indices, *_ = arguments
+    given = (*tokens, state, cu_seqlens, state_indices)
+    return any([x is not None and x.requires_grad for x in given])
 
 
 def check_gradients(spec: OpSpec, arguments: Arguments) -> None:

@@ -30,13 +30,14 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Structure(NamedTuple):
-    """Hold what follows from a call's shapes and attributes."""
+    """Hold what follows from all of a call but its values; documented by `Call`."""
 
     sizes: Sizes
     rule: Rule
     widths: Widths
-    scale: float
+    device: torch.device
     compute_dtype: torch.dtype
+    scale: float
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -60,8 +61,9 @@ def check_structure(spec: OpSpec, arguments: Arguments) -> Structure:
         _check_state_is_free(spec, arguments)
     scale = arguments.scale
     scale = _default_scale(sizes.K) if scale is None else float(scale)
-    wide = compute_dtype(arguments.tokens.q.dtype)
-    return Structure(sizes, rule, _widths(spec, rule, arguments), scale, wide)
+    q = arguments.tokens.q
+    widths = _widths(spec, rule, arguments)
+    return Structure(sizes, rule, widths, q.device, compute_dtype(q.dtype), scale)
 
 
 def _check_state_is_free(spec: OpSpec, arguments: Arguments) -> None:

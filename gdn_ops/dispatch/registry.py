@@ -209,13 +209,15 @@ def listed(allowed: range | tuple[int, ...]) -> str:
 
 
 def _head_dim_reasons(limits: Limits, call: Call) -> list[str]:
-    against = []
+    against: list[str] = []
+    allowed, multiple = limits.head_dims, limits.head_dim_multiple
+    if allowed is None and multiple == 1:
+        return against
     for axis, size in (("K", call.sizes.K), ("V", call.sizes.V)):
-        allowed = limits.head_dims
         if allowed is not None and size not in allowed:
             against.append(f"{axis}={size} (supported: {listed(allowed)})")
-        elif size % limits.head_dim_multiple:
-            against.append(f"{axis}={size} (supported: multiples of {limits.head_dim_multiple})")
+        elif size % multiple:
+            against.append(f"{axis}={size} (supported: multiples of {multiple})")
     return against
 
 
