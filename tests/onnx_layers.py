@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-import gdn_ops
+from gdn_ops.nn import GatedDeltaNet, State
 from onnx_steps import engine_of
 
 D, H, HV, K, V, TAPS = 24, 2, 4, 8, 6, 4
@@ -18,54 +17,19 @@ CHANNELS = 2 * H * K + HV * V
 
 
 class Layer(nn.Module):
-    """A whole layer: projections, short convolution, gates, the rule, gated norm, output."""
+    """A GatedDeltaNet over one token or a prompt, its states as plain arguments and results."""
 
-    def __init__(self, rule: str = "gated_delta") -> None:
+    def __init__(self, layer: GatedDeltaNet) -> None:
         super().__init__()
-        self.rule = rule
-        self.project = nn.Linear(D, CHANNELS, bias=False)
-        self.taps = nn.Parameter(0.3 * torch.randn(CHANNELS, TAPS))
-        self.gates = nn.Linear(D, 2 * HV)
-        self.rate = nn.Parameter(torch.rand(HV))
-        self.gate = nn.Linear(D, HV * V)
-        self.norm = nn.Parameter(torch.rand(V))
-        self.output = nn.Linear(HV * V, D)
+        self.layer = layer
 
-    def heads(self, x: Tensor, mixed: Tensor) -> tuple[dict[str, Any], Tensor]:
-        """Return the arguments of the op, and what gates the norm."""
-        q, k, v = functional.silu(mixed).split((H * K, H * K, HV * V), -1)
-        a, b = self.gates(x).chunk(2, -1)
-        arguments = {
-            "q": q.unflatten(-1, (H, K)),
-            "k": k.unflatten(-1, (H, K)),
-            "v": v.unflatten(-1, (HV, V)),
-            "beta": torch.sigmoid(b),
-            "rule": self.rule,
-            "qk_l2norm": True,
-        }
-        if gdn_ops.GATED_DELTA.rule[self.rule].has_decay:
-            arguments["log_alpha"] = -self.rate.exp() * functional.softplus(a)
-        return arguments, functional.silu(self.gate(x).unflatten(-1, (HV, V)))
-
-    def finish(self, o: Tensor, gate: Tensor) -> Tensor:
-        return self.output((functional.rms_norm(o, (V,), self.norm, 1e-6) * gate).flatten(-2))
-
-    def forward(self, x: Tensor, conv_state: Tensor, state: Tensor) -> tuple[Tensor, ...]:
-        window = torch.cat((conv_state, self.project(x).unsqueeze(-1)), -1)
-        arguments, gate = self.heads(x, (window * self.taps).sum(-1))
-        o, state = gdn_ops.gated_delta_step(**arguments, state=state)
-        return self.finish(o, gate), window[..., 1:], state
+    def forward(self, x: Tensor, conv_state: Tensor | None, state: Tensor) -> tuple[Tensor, ...]:
+        y, new = self.layer(x, State(conv_state, state))
+        return (y, new.memory) if new.conv is None else (y, *new)
 
 
-class Prompt(Layer):
-    """The same layer over a prompt."""
-
-    def forward(self, x: Tensor, conv_state: Tensor, state: Tensor) -> tuple[Tensor, ...]:
-        padded = torch.cat((conv_state, self.project(x).mT), -1)
-        mixed = sum(padded[..., i : i + x.shape[1]] * self.taps[:, i, None] for i in range(TAPS))
-        arguments, gate = self.heads(x, mixed.mT)
-        o, state = gdn_ops.gated_delta(**arguments, initial_state=state, return_state=True)
-        return self.finish(o, gate), padded[..., x.shape[1] :], state
+def make_layer(rule: str = "gated_delta") -> Layer:
+    return Layer(GatedDeltaNet(D, H, HV, head_dim=K, expand_v=V / K, rule=rule, short_conv=TAPS))
 
 
 class Two(nn.Module):
@@ -73,7 +37,7 @@ class Two(nn.Module):
 
     def __init__(self, rules: tuple[str, str] = ("gated_delta", "gated_delta")) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(rule) for rule in rules)
+        self.layers = nn.ModuleList(make_layer(rule) for rule in rules)
 
     def forward(self, x: Tensor, conv_states: list[Tensor], states: list[Tensor]) -> Any:
         after: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -86,7 +50,7 @@ class Two(nn.Module):
 
 def layer_args(batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((batch, D), (batch, CHANNELS, TAPS - 1), (batch, HV, K, V))
+    shapes = ((batch, 1, D), (batch, CHANNELS, TAPS - 1), (batch, HV, K, V))
     return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 

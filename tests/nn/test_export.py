@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from gdn_ops.nn import State
 from nn_layers import OPTIONS, make
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 export = pytest.importorskip("gdn_ops.export")
+from onnx_layers import Layer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS, STEPS, WIDTH = 3, 5, 16
 QUICK = ("the paper", "no gate", "no short conv")
 """Exported in every run; the others with -m slow: a few seconds each."""
-
-
-class Decoder(torch.nn.Module):
-    """One token of a layer, with its states as plain arguments and results."""
-
-    def __init__(self, layer: torch.nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor, memory: torch.Tensor, conv_state: Any = None) -> Any:
-        y, state = self.layer(x, State(conv_state, memory))
-        return (y, state.memory) if state.conv is None else (y, state.memory, state.conv)
 
 
 @pytest.mark.parametrize(
@@ -42,10 +29,8 @@ class Decoder(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_layer_decodes_in_onnxruntime(name: str, tmp_path: Path) -> None:
     layer = make(**OPTIONS[name]).eval()
-    zero = layer.zero_state(2)
-    states = (zero.memory,) if zero.conv is None else (zero.memory, zero.conv)
-    path = tmp_path / "layer.onnx"
-    model = export.export_decode(Decoder(layer), (torch.zeros(2, 1, WIDTH), *states), path)
+    path, x = tmp_path / "layer.onnx", torch.zeros(2, 1, WIDTH)
+    model = export.export_decode(Layer(layer), (x, *layer.zero_state(2)), path)
     assert len(export.nodes_of(model)) == 1
     session = export.DecodeSession(path, batch=ROWS)
     state, x = None, torch.randn(ROWS, STEPS, WIDTH)

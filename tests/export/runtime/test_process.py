@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gdn_ops import export
-from onnx_layers import Layer, layer_args
+from onnx_layers import layer_args, make_layer
 from onnx_needs import ALL_BODIES
 from onnx_steps import STATE, opset_for
 from processes import printed
@@ -61,9 +61,9 @@ def test_a_process_without_torch_and_without_this_library_decodes(
 ) -> None:
     path, values = tmp_path / "decode.onnx", tmp_path / "values.npz"
     torch.manual_seed(0)
-    layer = Layer()
+    layer = make_layer()
     export.export_decode(layer, layer_args(1), path, opset=opset_for(body), body=body)
-    exact = Layer().double()
+    exact = make_layer().double()
     exact.load_state_dict(layer.state_dict())
     _, *states = (x.double() for x in layer_args(3))
     names = "past_key_values.0.conv_state", STATE
