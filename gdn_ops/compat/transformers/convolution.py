@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from gdn_ops.compat.transformers import packing
 from gdn_ops.compat.transformers.rule import ORIGINAL, original_of
 from gdn_ops.compat.transformers.signatures import definition, mismatch_of_parameters
 from gdn_ops.compat.transformers.trial import Draw, difference, plain_torch
 from gdn_ops.nn.blocks import is_plain, wide
-from gdn_ops.nn.causal import causal_convolution
+from gdn_ops.nn.causal import causal_convolution, convolved_window
 
 Function = Callable[..., Tensor]
 
@@ -87,11 +86,9 @@ def convolution_update(original: Function) -> Function:
             return original(hidden_states, conv_state, weight, bias, activation, **options)
         window = torch.cat([conv_state, hidden_states], -1)
         conv_state.copy_(window[..., 1:])
-        dtype = wide(weight.dtype)
-        p = (window[..., -taps:].to(dtype) * weight.to(dtype)).sum(-1, keepdim=True)
-        if bias is not None:
-            p = p + bias.to(dtype)[:, None]
-        return (functional.silu(p) if activation is not None else p).to(hidden_states.dtype)
+        wide_window = window[..., -taps:].mT.to(wide(weight.dtype))
+        y = convolved_window(wide_window, weight, bias, silu=activation is not None)
+        return y.mT.to(hidden_states.dtype)
 
     return causal_conv1d_update
 

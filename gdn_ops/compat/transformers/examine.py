@@ -18,7 +18,7 @@ from gdn_ops.compat.transformers import convolution, norm
 from gdn_ops.compat.transformers.discovery import CHUNK, FUNCTIONS, RECURRENT
 from gdn_ops.compat.transformers.padding import MASK
 from gdn_ops.compat.transformers.rule import Rule, examine_rule
-from gdn_ops.compat.transformers.signatures import layers_of, mentions, modules_of, parameters_of
+from gdn_ops.compat.transformers.signatures import mentions, modules_of, parameter_names
 
 HELD = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "recurrent_gated_delta_rule"}
 """Attribute of a layer that holds each function, where layers hold them: before 5.15."""
@@ -106,15 +106,5 @@ def _layers(module: ModuleType) -> list[Layer]:
         methods = [f for f in vars(cls).values() if inspect.isfunction(f)]
         holds = any(mentions(f, tuple(HELD.values())) for f in methods)
         if holds or any(mentions(f, FUNCTIONS) for f in methods if f.__name__ != "__init__"):
-            layers.append(Layer(cls, _parameters(vars(cls)["forward"]), holds))
+            layers.append(Layer(cls, parameter_names(vars(cls)["forward"]), holds))
     return layers
-
-
-def _parameters(forward: Any) -> tuple[str, ...]:
-    """Return the names of a forward's parameters, looking through decorators."""
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    signatures = [
-        tuple(n for n, p in parameters_of(function).items() if p.kind not in variable)
-        for function in layers_of(forward)
-    ]
-    return max(signatures, key=len)

@@ -82,14 +82,19 @@ def _begins_with(function: Any, leading: tuple[str, ...]) -> bool:
     return tuple(p.name for p in first if p.kind is _POSITIONAL) == leading
 
 
-def mismatch_of_parameters(name: str, function: Any, leading: tuple[str, ...]) -> str:
-    """Return a text that says how a function's parameters begin, and how they should."""
+def parameter_names(function: Any) -> tuple[str, ...]:
+    """Return the names of a function's parameters, the most that it has inside its decorators."""
     signatures = [
-        [p.name for p in parameters_of(candidate).values() if p.kind in _BY_NAME]
+        tuple(p.name for p in parameters_of(candidate).values() if p.kind in _BY_NAME)
         for candidate in layers_of(function)
     ]
-    shown = max(signatures, key=len)
-    return f"{name} takes ({', '.join(shown)}), should begin with ({', '.join(leading)})"
+    return max(signatures, key=len)
+
+
+def mismatch_of_parameters(name: str, function: Any, leading: tuple[str, ...]) -> str:
+    """Return a text that says how a function's parameters begin, and how they should."""
+    shown = ", ".join(parameter_names(function))
+    return f"{name} takes ({shown}), should begin with ({', '.join(leading)})"
 
 
 def further_defaults(function: Callable[..., Any], known: tuple[str, ...]) -> dict[str, Any]:
