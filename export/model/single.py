@@ -27,7 +27,7 @@ TOKENS = "sequence"
 """Names of the symbolic sizes B and T."""
 
 _GRAPH_NAMES = dict(zip(("state", "new_state"), recurrent_names(0), strict=True))
-"""What the graph calls an input or output of the node, where it is not the node's own name."""
+"""Names of the graph for the node's state and new state; other values keep the node's names."""
 
 
 def make_decode_model(

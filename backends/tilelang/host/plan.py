@@ -182,7 +182,9 @@ def cu_of(call: Call) -> Tensor:
         return call.cu_seqlens.to(torch.int32).contiguous()
     if device.type != "cuda":
         return _boundaries(s.N, s.T, device, 0)
-    # What a stream makes is ready on that stream, and in a graph that is captured only there.
+    # A kernel on another stream might read a tensor before the stream that makes it has written it,
+    # so each stream has its own. During a capture it is made anew: one of the capture is written
+    # only when that graph is replayed.
     if torch.cuda.is_current_stream_capturing():
         return _boundaries.__wrapped__(s.N, s.T, device, 0)
     return _boundaries(s.N, s.T, device, torch.cuda.current_stream(device).cuda_stream)
