@@ -103,10 +103,6 @@ def page(spec: OpSpec) -> str:
 
 def _signature(spec: OpSpec) -> list[str]:
     """Return the lines of the op's signature, one argument a line."""
-    lines = [f"{spec.name}("]
-    for name, default, keyword_only in spec.parameters():
-        if keyword_only and "    *," not in lines:
-            lines.append("    *,")
-        lines.append(f"    {name}," if default is ... else f"    {name}={default!r},")
     outputs = ", ".join(str(output) for output in spec.outputs)
-    return [*lines, f") -> {outputs}"]
+    arguments = (f"    {part}," for part in spec.printed_parameters())
+    return [f"{spec.name}(", *arguments, f") -> {outputs}"]

@@ -368,14 +368,18 @@ class OpSpec:
         first = [arg.name for arg in self.args].index(self.keyword_only_from)
         return tuple((arg.name, _default(arg), i >= first) for i, arg in enumerate(self.args))
 
-    def __str__(self) -> str:
+    def printed_parameters(self) -> list[str]:
+        """Return the parts of the signature: "q", "alpha=None", "*" before the first by name."""
         parts: list[str] = []
         for name, default, keyword_only in self.parameters():
             if keyword_only and "*" not in parts:
                 parts.append("*")
             parts.append(name if default is ... else f"{name}={default!r}")
+        return parts
+
+    def __str__(self) -> str:
         outputs = ", ".join(str(output) for output in self.outputs)
-        return f"{self.name}({', '.join(parts)}) -> {outputs}"
+        return f"{self.name}({', '.join(self.printed_parameters())}) -> {outputs}"
 
 
 def _default(arg: TensorArg | Attr) -> object:

@@ -55,20 +55,6 @@ def _axes(*names: str) -> tuple[Axis, ...]:
     return tuple(axis for axis in _AXES if axis.name in names)
 
 
-_CONSTRAINTS = (Multiple("HV", "H", "v", "value heads"),)
-
-_EQUATIONS = (
-    "S' = alpha_t S_{t-1}",
-    "u_t = beta_t (v_t - S'^T k_t)",
-    "S_t = S' + k_t u_t^T",
-    "o_t = scale S_t^T q_t",
-)
-
-_SOURCES = (
-    "Yang, Kautz, Hatamizadeh: Gated Delta Networks, ICLR 2025, arXiv 2412.06464, eq. 10",
-    "Yang et al.: Parallelizing Linear Transformers with the Delta Rule, arXiv 2406.06484",
-)
-
 _ALPHA = "decay; exact 0 clears the memory, 1 keeps it"
 _LOG_ALPHA = "the same gate as a natural logarithm; -inf is an exact 0"
 _BETA = "write strength; 1 when not given"
@@ -183,16 +169,25 @@ GATED_DELTA = OpSpec(
     ),
     keyword_only_from="log_alpha",
     rules=RULES,
-    constraints=_CONSTRAINTS,
-    equations=_EQUATIONS,
-    sources=_SOURCES,
+    constraints=(Multiple("HV", "H", "v", "value heads"),),
+    equations=(
+        "S' = alpha_t S_{t-1}",
+        "u_t = beta_t (v_t - S'^T k_t)",
+        "S_t = S' + k_t u_t^T",
+        "o_t = scale S_t^T q_t",
+    ),
+    sources=(
+        "Yang, Kautz, Hatamizadeh: Gated Delta Networks, ICLR 2025, arXiv 2412.06464, eq. 10",
+        "Yang et al.: Parallelizing Linear Transformers with the Delta Rule, arXiv 2406.06484",
+    ),
     cost=CostModel(forward_flops, forward_bytes, state_bytes),
     cases=CASES,
 )
 
 _ALPHA_1, _BETA_1, _LOG_ALPHA_1 = _gates("B HV")
 
-GATED_DELTA_STEP = OpSpec(
+GATED_DELTA_STEP = replace(
+    GATED_DELTA,
     name="gated_delta_step",
     summary="Run the gated delta rule for one token per row.",
     axes=_axes("B", "H", "HV", "K", "V", "P"),
@@ -215,16 +210,12 @@ GATED_DELTA_STEP = OpSpec(
         Output("o", ("B", "HV", "V"), "like:v", "what the memory answers to the query"),
         _new_state("memory after the token"),
     ),
-    keyword_only_from="log_alpha",
-    rules=RULES,
-    constraints=_CONSTRAINTS,
-    equations=_EQUATIONS,
-    sources=_SOURCES,
     cost=CostModel(step_flops, step_bytes, state_bytes),
     cases=STEP_CASES,
 )
 
-GATED_DELTA_STEPS = OpSpec(
+GATED_DELTA_STEPS = replace(
+    GATED_DELTA_STEP,
     name="gated_delta_steps",
     summary="Run the gated delta rule for a few tokens per row, and keep the state after each.",
     axes=_axes("B", "T", "H", "HV", "K", "V", "P"),
@@ -264,12 +255,6 @@ GATED_DELTA_STEPS = OpSpec(
             "memory after every token, 0 in rows that are skipped",
         ),
     ),
-    keyword_only_from="log_alpha",
-    rules=RULES,
-    constraints=_CONSTRAINTS,
-    equations=_EQUATIONS,
-    sources=_SOURCES,
-    cost=CostModel(step_flops, step_bytes, state_bytes),
     cases=STEPS_CASES,
 )
 
