@@ -79,8 +79,7 @@ def through_rows(call: Call, run: DecodeMany) -> tuple[Tensor, Tensor, Tensor | 
         pool = pool.clone()
     rows, count = indices.shape[0], pool.shape[0]
     if not rows or not count:
-        # Nothing but skipped rows.
-        return _nothing(call, pool)
+        return _row_by_row(call, pool, [-1] * rows, run)
     if _is_worth_a_call_per_row(pool):
         return _row_by_row(call, pool, indices.tolist(), run)
     # index_copy_ takes no other integers.
@@ -155,12 +154,3 @@ def _rows(tokens: Tokens, rows: slice) -> Tokens:
 def _over(mask: Tensor, x: Tensor) -> Tensor:
     """Return a mask of rows, reshaped to select rows of x."""
     return mask.view(-1, *(1 for _ in x.shape[1:]))
-
-
-def _nothing(call: Call, pool: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the results of a call all of whose rows are skipped."""
-    s = call.sizes
-    states = None
-    if call.return_states:
-        states = pool.new_zeros((s.B, s.T, s.HV, s.K, s.V))
-    return torch.zeros_like(call.tokens.v, memory_format=torch.contiguous_format), pool, states

@@ -14,7 +14,6 @@ import os
 import pkgutil
 import warnings
 from collections.abc import Callable
-from types import TracebackType
 
 import torch
 
@@ -162,29 +161,22 @@ def _limit_reasons(limits: Limits, call: Call, on_any_device: bool) -> list[str]
     """Return the reasons against a call that follow from a backend's limits."""
     against: list[str] = []
     device = call.device.type
-    if call.op.name not in limits.ops:
-        against.append(f"op {call.op.name} (supported: {', '.join(limits.ops)})")
-    is_free = on_any_device or "*" in limits.devices
-    if not is_free and device not in limits.devices + limits.emulated_devices:
-        against.append(f"device {device} (supported: {', '.join(limits.devices)})")
-    dtype = DTYPE_NAMES[call.tokens.q.dtype]
-    if dtype not in limits.dtypes:
-        against.append(f"dtype {dtype} (supported: {', '.join(limits.dtypes)})")
+
+    def check(text: str, value: str, supported: tuple[str, ...]) -> None:
+        if value not in supported:
+            against.append(f"{text.format(value)} (supported: {', '.join(supported)})")
+
+    check("op {}", call.op.name, limits.ops)
+    if not (on_any_device or "*" in limits.devices or device in limits.emulated_devices):
+        check("device {}", device, limits.devices)
+    check("dtype {}", DTYPE_NAMES[call.tokens.q.dtype], limits.dtypes)
     if call.state is not None:
-        state_dtype = DTYPE_NAMES[call.state.dtype]
-        if state_dtype not in limits.state_dtypes:
-            supported = ", ".join(limits.state_dtypes)
-            against.append(f"state dtype {state_dtype} (supported: {supported})")
+        check("state dtype {}", DTYPE_NAMES[call.state.dtype], limits.state_dtypes)
     against += _head_dim_reasons(limits, call)
-    if call.rule.name not in limits.rules:
-        against.append(f"rule {call.rule} (supported: {', '.join(limits.rules)})")
-    decay, erase, write = call.widths
-    if decay not in limits.decays:
-        against.append(f"{decay} decay (supported: {', '.join(limits.decays)})")
-    if erase not in limits.erases:
-        against.append(f"{erase} erase (supported: {', '.join(limits.erases)})")
-    if write not in limits.writes:
-        against.append(f"{write} write (supported: {', '.join(limits.writes)})")
+    check("rule {}", call.rule.name, limits.rules)
+    check("{} decay", call.widths.decay, limits.decays)
+    check("{} erase", call.widths.erase, limits.erases)
+    check("{} write", call.widths.write, limits.writes)
     if call.needs_grad and not limits.grad:
         against.append("gradients needed (supported: forward only)")
     if call.cu_seqlens is not None and not limits.varlen:
@@ -334,12 +326,7 @@ class use_backend:  # noqa: N801  (reads as a verb, like torch.no_grad)
     def __enter__(self) -> use_backend:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         global _default
         _default = self._previous
 
