@@ -13,20 +13,22 @@ from onnx_needs import BODIES, WRITTEN_ONNX_BODY
 from onnx_steps import RULES, STATE, Step, engine_of, feed
 
 
-def wrong_batches() -> list[tuple[str, str, tuple[int, ...]]]:
-    """Return (rule, input, shape with batch 1) of steps whose other inputs have batch 3."""
+def wrong_shapes() -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return (rule, input, shape) of steps whose other inputs have batch 3."""
     shapes = {"q": (2, 8), "k": (2, 8), "v": (4, 6), "log_alpha": (4,), "beta": (4,)}
-    return [
+    one_row = [
         (rule, name, (1, *rest))
         for rule in RULES
         for name, rest in {**shapes, STATE: (4, 8, 6)}.items()
         if name != "log_alpha" or Step(rule).has_decay
     ]
+    others = {"q": (3, 4, 8), "k": (3, 2, 16), "v": (3, 2, 6), STATE: (3, 4, 6, 8), "beta": (3,)}
+    return [*one_row, *(("gated_delta", name, shape) for name, shape in others.items())]
 
 
-@pytest.mark.parametrize(("rule", "name", "shape"), wrong_batches())
+@pytest.mark.parametrize(("rule", "name", "shape"), wrong_shapes())
 @pytest.mark.parametrize("body", BODIES)
-def test_onnxruntime_refuses_one_row_where_there_are_three(
+def test_one_row_for_three_and_other_heads_and_widths_are_refused(
     body: str, rule: str, name: str, shape: tuple[int, ...]
 ) -> None:
     step = Step(rule, B=3, tokens=1)
@@ -35,27 +37,14 @@ def test_onnxruntime_refuses_one_row_where_there_are_three(
     model = step.model(body)
     engine = engine_of(model)
     assert engine.run(None, feeds)[0].shape == (3, 4, 6)
-    with pytest.raises(Exception, match=r"reshape|Reshape|dimension|shape"):
-        engine.run(None, feeds | {name: np.zeros(shape, np.float32)})
+    feeds[name] = np.zeros(shape, np.float32)
+    # onnxruntime itself compares shapes with those of the graph, in which the batch is open.
+    text = "reshape|Reshape|dimension|shape" if shape[0] == 1 else "Got invalid dim|Invalid rank"
+    with pytest.raises(Exception, match=text):
+        engine.run(None, feeds)
     if body == "standard":
         with pytest.raises(Exception, match="reshape"):
-            ReferenceEvaluator(model).run(None, feeds | {name: np.zeros(shape, np.float32)})
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [("q", (3, 4, 8)), ("k", (3, 2, 16)), ("v", (3, 2, 6)), (STATE, (3, 4, 6, 8)), ("beta", (3,))],
-)
-@pytest.mark.parametrize("body", BODIES)
-def test_onnxruntime_refuses_other_heads_and_widths(
-    body: str, name: str, shape: tuple[int, ...]
-) -> None:
-    step = Step(B=3, tokens=1)
-    (token,), state = step.draw()
-    engine = engine_of(step.model(body))
-    feeds = {**feed(token), STATE: as_array(state), name: np.zeros(shape, np.float32)}
-    with pytest.raises(Exception, match=r"Got invalid dimensions|Invalid rank"):
-        engine.run(None, feeds)
+            ReferenceEvaluator(model).run(None, feeds)
 
 
 def test_the_new_state_is_written_after_all_reads_of_the_old_one() -> None:
