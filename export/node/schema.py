@@ -35,7 +35,6 @@ ELEMENT_TYPES = {
 }
 """ONNX element types by the name of the dtype."""
 
-_TYPES = {"float64": "double", "float32": "float"}
 _PARAMETERS = {"q": "T", "k": "T", "v": "T", "log_alpha": "G", "beta": "G", "state": "S"}
 _PARAMETER_MEANINGS = {
     "T": "q, k, v and o",
@@ -75,7 +74,8 @@ def op_schema(operator: Operator = STEP) -> OpSchema:
 
     log_alpha is there exactly where the rule has a decay; beta that is not there is 1.
     """
-    spec, types = operator.spec, [f"tensor({_TYPES.get(dtype, dtype)})" for dtype in FLOAT_DTYPES]
+    spec, kinds = operator.spec, (ELEMENT_TYPES[dtype] for dtype in FLOAT_DTYPES)
+    types = [f"tensor({onnx.TensorProto.DataType.Name(kind).lower()})" for kind in kinds]
     return OpSchema(
         operator.name,
         DOMAIN,

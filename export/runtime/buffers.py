@@ -11,14 +11,11 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
-from gdn_ops.export.node.schema import ELEMENT_TYPES
 from gdn_ops.export.runtime.sessions import onnxruntime
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 _ALIGNMENT = 64
 """Bytes of a cache line, and of the widest vector: without it every load of a row takes two."""
-
-_ORT_TYPES = {"tensor(double)": "float64", "tensor(float)": "float32"}
 
 
 def numpy_dtype(element_type: int) -> np.dtype[Any]:
@@ -91,10 +88,8 @@ def ports_of(session: Any, batch: int) -> tuple[dict[str, Port], dict[str, Port]
 
 def _element_type(name: str) -> int:
     """Return the ONNX element type of a name of onnxruntime's, such as tensor(float)."""
-    inner = _ORT_TYPES.get(name, name.removeprefix("tensor(").removesuffix(")"))
-    if inner in ELEMENT_TYPES:
-        return int(ELEMENT_TYPES[inner])
-    return int(helper.np_dtype_to_tensor_dtype(np.dtype(inner)))
+    inner = name.removeprefix("tensor(").removesuffix(")")
+    return int(TensorProto.DataType.Value(inner.upper()))
 
 
 class Buffer:
