@@ -2,13 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from gdn_ops import GATED_DELTA, Backend
 from gdn_ops.aot import sampling
+from gdn_ops.aot.gpu_limits import AllowedSpills
 from gdn_ops.aot.results import CompiledKernel, Sample
+from gdn_ops.call.bind import Call
+from gdn_ops.dispatch.backend import Forward
 from gdn_ops.dispatch.registry import get_backend
+from gdn_ops.spec.rules import Limits
+from kernel_backends import part
+
+
+class Launching(Backend):
+    """A backend whose forward makes launches and computes nothing."""
+
+    name = "launching"
+
+    def __init__(self, launches: Callable[[Call], object], **limits: Any) -> None:
+        self.launches = launches
+        self.limits = Limits(devices=("cuda",), **limits)  # type: ignore[misc]
+
+    def forward(self, call: Call) -> Forward:
+        self.launches(call)
+        return Forward(call.tokens.v, call.tokens.v)
+
+
+def compile_for(
+    name: str,
+    target: str,
+    backend: Backend,
+    samples: Iterable[Sample],
+    allowed: AllowedSpills | None = None,
+) -> list[CompiledKernel]:
+    """Compile what a backend launches for samples, by the compiler of another one."""
+    return list(part(name, "aot.compiler").compile_ahead(backend, target, samples, allowed))
+
+
+def compiled(
+    name: str,
+    target: str,
+    launches: Callable[[Call], object],
+    allowed: AllowedSpills | None = None,
+    *,
+    is_reference: bool = True,
+) -> CompiledKernel:
+    """Compile one launch as if the reference made it, or another sample."""
+    sample = sequence() if is_reference else sequence(T=1024)
+    assert sample.is_reference == is_reference
+    (row,) = compile_for(name, target, Launching(launches), [sample], allowed)
+    assert row.sample == sample.label
+    return row
 
 
 def sequence(**choice: Any) -> Sample:
@@ -27,14 +73,3 @@ def ahead(name: str, target: str, samples: Iterator[Sample]) -> Iterator[Compile
     backend = get_backend(name)
     assert isinstance(backend, Backend) and target in backend.targets
     return backend.compile_ahead(target, samples)
-
-
-def check_judgement(compile_ahead: Any, spilling: Backend, target: str) -> None:
-    """Assert that a kernel of a reference is judged as one, whoever launches it first."""
-    varied, reference = sequence(T=1024), sequence()
-    assert reference.is_reference and not varied.is_reference
-    (row,) = compile_ahead(spilling, target, [varied])
-    assert row.spills > 0 and row.failures == ()
-    (row,) = compile_ahead(spilling, target, [varied, reference])
-    assert row.sample == varied.label
-    assert row.failures == (f"spills are {row.spills}, should be none",)

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import time
 import traceback
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gdn_ops.aot.gpu_limits import AllowedSpills, Product, with_failures
-from gdn_ops.aot.jobs import Job, compile_many, find_jobs
+from gdn_ops.aot import jobs
+from gdn_ops.aot.gpu_limits import AllowedSpills, Product
+from gdn_ops.aot.jobs import Built, Job
 from gdn_ops.aot.results import CompiledKernel, Sample
 from gdn_ops.backends.tilelang.aot import cubin
 from gdn_ops.backends.tilelang.host.launcher import trace
@@ -33,65 +32,26 @@ from gdn_ops.kernel_support.launches import Launch
 def compile_ahead(
     backend: Backend, target: str, samples: Iterable[Sample], allowed: AllowedSpills | None = None
 ) -> Iterator[CompiledKernel]:
-    """Compile the kernels as `CompilesAhead.compile_ahead` says, in the order of their launches.
-
-    `allowed` are the spills that a reference may have.
+    """Compile the kernels that a backend launches; a reference may have the `allowed` spills.
 
     Raises:
         ValueError: the target is not one of them.
         FileNotFoundError: there is no nvcc, or no cuobjdump.
     """
     cubin.check(target)
-    yield from compile_jobs(find_jobs(backend, target, samples, _specialised), target, allowed)
+    yield from jobs.compile_ahead(backend, target, samples, allowed, _specialise, _reason)
 
 
-def _specialised(launch: Launch, sample: Sample) -> tuple[Any, Job]:
-    """Return the key of a launch, the same for the same code, and the job that compiles it."""
+def _specialise(launch: Launch, target: str) -> tuple[Any, Job]:
     key = (launch.kernel, *sorted(launch.kwargs.items()))
-    return key, Job(sample.label, sample.is_reference, launch)
+    return key, Job(launch.kernel, launch.kwargs, functools.partial(_build, launch, target))
 
 
-def compile_jobs(
-    jobs: Iterable[Job], target: str, allowed: AllowedSpills | None = None
-) -> Iterator[CompiledKernel]:
-    """Compile kernels. They are traced one after the other: only what follows needs no GIL."""
-    traced = [job._replace(source=_traced(job.launch)) for job in jobs]
-    work = functools.partial(compile_job, target=target, allowed=allowed or {})
-    yield from compile_many(traced, work)
-
-
-def _traced(launch: Launch) -> Any:
-    """Return the traced function of a launch, or the error that tracing raised."""
-    try:
-        return trace(launch.kernel, launch.kwargs)
-    except Exception as error:
-        return error
-
-
-def compile_job(job: Job, target: str, allowed: AllowedSpills) -> CompiledKernel:
-    """Compile one kernel and check its code; a failure to compile is a result too."""
-    start = time.perf_counter()
-    kernel, traced = job.launch.kernel, job.source
-    result = functools.partial(
-        CompiledKernel, kernel.__name__, job.sample, target, job.launch.kwargs
-    )
-    try:
-        if isinstance(traced, Exception):
-            raise traced
-        found = cubin.compiled(traced, target)
-    except Exception as error:
-        return result(
-            failures=(f"does not compile: {type(error).__name__}: {_reason(error, kernel)}",)
-        )
-    row = result(
-        shared=found.shared,
-        **found.usage._asdict(),
-        seconds=time.perf_counter() - start,
-    )
-    products = cubin.products(traced)
-    row = with_failures(row, products, job.is_reference, allowed)
-    more = (*_rounded(products), *(found.remarks if job.is_reference else ()))
-    return replace(row, failures=(*row.failures, *more))
+def _build(launch: Launch, target: str) -> Built:
+    with jobs.front_end:
+        traced = trace(launch.kernel, launch.kwargs)
+    found, products = cubin.compiled(traced, target), cubin.products(traced)
+    return Built(found.shared, found.usage, products, tuple(_rounded(products)), found.remarks)
 
 
 def _rounded(products: Iterable[Product]) -> Iterator[str]:

@@ -7,30 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 from errors import message_of
 
 tilelang = pytest.importorskip("tilelang")
 
-from ahead_of_time import ahead, check_judgement, failures, sequence  # noqa: E402
+from ahead_of_time import Launching, ahead, compile_for, compiled, failures  # noqa: E402
 from gdn_ops import GATED_DELTA, GATED_DELTA_STEP  # noqa: E402
 from gdn_ops.aot import sampling  # noqa: E402
-from gdn_ops.aot.gpu_limits import AllowedSpills  # noqa: E402
-from gdn_ops.aot.jobs import Job  # noqa: E402
-from gdn_ops.aot.results import CompiledKernel  # noqa: E402
 from gdn_ops.backends.tilelang.aot import cubin  # noqa: E402
-from gdn_ops.backends.tilelang.aot.compiler import compile_ahead, compile_jobs  # noqa: E402
 from gdn_ops.backends.tilelang.host import toolchain  # noqa: E402
-from gdn_ops.backends.tilelang.host.config import TARGETS  # noqa: E402
 from gdn_ops.backends.tilelang.host.launcher import launch, trace  # noqa: E402
-from gdn_ops.call.bind import Call  # noqa: E402
 from gdn_ops.cli.commands import app  # noqa: E402
-from gdn_ops.dispatch.backend import Backend, Forward  # noqa: E402
-from gdn_ops.kernel_support.launches import Launch  # noqa: E402
-from gdn_ops.spec.ops import OPS  # noqa: E402
-from gdn_ops.spec.rules import Limits  # noqa: E402
 from tilelang_kernels import compiled as kernels  # noqa: E402
 
 GPUS = ("sm_90a", "sm_80")
@@ -54,99 +43,36 @@ def compile_kernel(make: Any, constants: dict[str, Any], target: str) -> cubin.C
     return cubin.compiled(trace(make, constants), target)
 
 
-def compiled(
-    target: str,
-    make: Any,
-    *,
-    is_reference: bool = True,
-    granted: AllowedSpills | None = None,
-    **constants: Any,
-) -> CompiledKernel:
-    """Compile one launch as if the reference made it."""
-    job = Job("a sample", is_reference, Launch(make, (), (), constants))
-    (row,) = compile_jobs([job], target, granted)
-    return row
+def launching(make: Any, **constants: Any) -> Any:
+    """Return what launches the kernel that a factory makes."""
+    return lambda call: launch(make, constants, call.tokens.v)
 
 
 # What is wrong is found.
 
 
-@pytest.mark.parametrize(
-    ("target", "instruction"),
-    [
-        ("sm_90a", "HGMMA"),
-        ("sm_80", "HMMA"),
-        pytest.param("sm_100a", "HMMA", marks=pytest.mark.slow),
-        pytest.param("sm_120a", "HMMA", marks=pytest.mark.slow),
-    ],
-)
-def test_every_target_multiplies_in_its_matrix_unit(target: str, instruction: str) -> None:
-    row = compiled(target, kernels.product, **TILE)
-    assert row.target == target and row.kernel == "product" and row.sample == "a sample"
-    assert row.options == TILE
-    assert row.instructions.keys() == {instruction}
-    # 64 x 64 x 64 by an instruction of 64 x 64 x 16 a warp group, or of 16 x 8 x 16 a warp.
-    assert row.instructions[instruction] == {"HGMMA": 4, "HMMA": 32}[instruction]
-    assert row.shared == 2 * 64 * 64 * 2
-    assert 32 < row.registers <= 255 and row.spills == row.stack == 0
-    assert row.failures == () and row.note == "" and row.seconds > 0
-
-
-@pytest.mark.parametrize(("target", "most"), [("sm_90a", 232448), ("sm_80", 166912)])
-def test_more_shared_memory_than_a_program_has_is_a_failure(target: str, most: int) -> None:
-    row = compiled(target, kernels.product, **TILE | {"K": 1024})
-    assert row.shared == 2 * 64 * 1024 * 2
-    text = f"shared memory is 262144 bytes, should be at most {most} on {target}"
-    assert row.failures == (text,)
-
-
 @pytest.mark.parametrize("target", GPUS)
-def test_spills_are_a_failure_of_a_reference_unless_they_are_granted(target: str) -> None:
+def test_bytes_that_are_spilled_are_reported(target: str) -> None:
     # A warp must hold all of x: 320 registers a thread.
-    constants = {"M": 80, "N": 128, "threads": 32}
-    row = compiled(target, kernels.normalise, **constants)
-    assert row.spills > 0 and row.stack > 0 and row.registers == 255
-    assert row.failures == (f"spills are {row.spills}, should be none",)
-    assert compiled(target, kernels.normalise, is_reference=False, **constants).failures == ()
-    granted = {("normalise", target): (row.spills, "all of x is needed twice")}
-    pardoned = compiled(target, kernels.normalise, granted=granted, **constants)
-    assert pardoned.failures == () and pardoned.note == "all of x is needed twice"
-    used = compile_kernel(kernels.normalise, constants, target)
-    assert used.usage.spills == row.spills and used.stored > 0 and used.loaded > 0
-
-
-def test_a_large_product_of_bfloat16_without_hgmma_is_a_failure_on_sm_90a() -> None:
-    # Two warps are half a warp group.
-    row = compiled("sm_90a", kernels.product, **TILE | {"threads": 64})
-    assert row.instructions.keys() == {"HMMA"}
-    text = "no HGMMA on sm_90a, but a bfloat16 product of 64 x 64 by 64 x 64"
-    assert row.failures == (text,)
-    # A warp group multiplies 64 rows: fewer cannot use it.
-    small = compiled("sm_90a", kernels.product, **TILE | {"M": 32})
-    assert small.instructions.keys() == {"HMMA"} and small.failures == ()
+    used = compile_kernel(kernels.normalise, {"M": 80, "N": 128, "threads": 32}, target)
+    assert used.usage.registers == 255
+    assert used.usage.spills > 0 and used.stored > 0 and used.loaded > 0
 
 
 def test_a_product_of_float32_tiles_is_a_failure_for_it_is_one_in_tf32() -> None:
-    row = compiled("sm_80", kernels.product, **TILE | {"dtype": "float32"})
+    row = compiled("tilelang", "sm_80", launching(kernels.product, **TILE | {"dtype": "float32"}))
     assert row.instructions.keys() == {"HMMA"}
     assert row.failures == ("a float32 product of 64 x 64 by 64 x 64 is one in TF32",)
 
 
-@pytest.mark.parametrize("target", GPUS)
-def test_a_kernel_that_multiplies_nothing_needs_no_matrix_unit(target: str) -> None:
-    row = compiled(target, kernels.normalise, **CALM)
-    assert row.instructions == {} and row.failures == ()
-    assert row.registers > 0 and row.spills == row.stack == 0
-
-
 def test_what_does_not_compile_is_a_failure_that_shows_the_line() -> None:
-    row = compiled("sm_90a", kernels.two_layouts, N=64)
+    row = compiled("tilelang", "sm_90a", launching(kernels.two_layouts, N=64))
     assert row.kernel == "two_layouts" and row.options == {"N": 64}
     assert row.failures == (
         "does not compile: InternalError: Get different layout for d, "
         'in: d = T.alloc_fragment((N, N), "float32")',
     )
-    row = compiled("sm_90a", kernels.misspelt, N=64)
+    row = compiled("tilelang", "sm_90a", launching(kernels.misspelt, N=64))
     assert row.kernel == "misspelt"
     assert row.failures == (
         "does not compile: AttributeError: module 'tilelang.language' has no attribute "
@@ -192,8 +118,9 @@ def test_what_ptxas_says_costs_time_is_a_failure_of_a_reference(
     (remark,) = found.remarks
     assert remark.startswith("wgmma.mma_async instructions are serialized due to ")
     monkeypatch.setattr(cubin, "compiled", lambda *_: found)
-    assert compiled("sm_90a", kernels.product, **TILE).failures == (remark,)
-    assert compiled("sm_90a", kernels.product, is_reference=False, **TILE).failures == ()
+    launches = launching(kernels.product, **TILE)
+    assert compiled("tilelang", "sm_90a", launches).failures == (remark,)
+    assert compiled("tilelang", "sm_90a", launches, is_reference=False).failures == ()
 
 
 # Targets and tools.
@@ -212,8 +139,9 @@ def command(*arguments: str) -> Result:
     ],
 )
 def test_a_target_is_refused_that_is_unknown_or_would_lose_wgmma(target: str, message: str) -> None:
+    backend = Launching(launching(kernels.normalise, **CALM))
     assert message_of(ValueError, compile_kernel, kernels.product, TILE, target) == message
-    assert message_of(ValueError, list, compile_ahead(Normalising(), target, [])) == message
+    assert message_of(ValueError, compile_for, "tilelang", target, backend, []) == message
     result = command("--target", target)
     assert result.exit_code == 2
     assert result.stderr == f"gdn-ops: {message}\n"
@@ -224,9 +152,9 @@ def test_a_missing_nvcc_is_an_error_that_says_what_brings_it(
 ) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     text = f"{toolchain.NO_NVCC}; it is {str(tmp_path)!r}, which has no bin/nvcc"
-    target = "sm_90a"
+    target, backend = "sm_90a", Launching(launching(kernels.normalise, **CALM))
     assert message_of(FileNotFoundError, compile_kernel, kernels.product, TILE, target) == text
-    assert message_of(FileNotFoundError, list, compile_ahead(Normalising(), target, [])) == text
+    assert message_of(FileNotFoundError, compile_for, "tilelang", target, backend, []) == text
     result = command("--target", target)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"gdn-ops: {toolchain.NO_NVCC}; it is ")
@@ -276,47 +204,6 @@ def test_other_versions_are_other_results(
     assert len(files) == 3
 
 
-# Launches of a backend are found, and compiled once.
-
-
-class Normalising(Backend):
-    """A backend with one kernel, twice for each call, in tiles that hang on the dtype."""
-
-    name = "normalising"
-    limits = Limits(devices=("cuda",), dtypes=("bfloat16", "float32"), head_dims=(128,))
-
-    def forward(self, call: Call) -> Forward:
-        o = torch.empty_like(call.tokens.v)
-        constants = CALM | {"M": 32 if call.tokens.v.dtype == torch.float32 else 16}
-        for _ in range(2):
-            launch(kernels.normalise, constants, call.tokens.v, o)
-        return Forward(o, torch.empty_like(o))
-
-
-def test_a_kernel_that_is_launched_alike_is_compiled_once() -> None:
-    odd, even, other = sequence(T=4095), sequence(), sequence(dtype="float32")
-    # (1, 2**20, 32, 128): 2**32 elements, to which offsets of 64 bits are the same code.
-    huge = sequence(T=2**20)
-    excluded = sequence(dtype="float16")
-    assert sampling.reasons_against(Normalising(), excluded) == [
-        "dtype float16 (supported: bfloat16, float32)"
-    ]
-    rows = list(compile_ahead(Normalising(), "sm_80", [odd, even, excluded, other, huge, odd]))
-    assert [row.sample for row in rows] == [odd.label, other.label]
-    assert [row.options["M"] for row in rows] == [16, 32]
-    assert all(row.failures == () and row.registers > 0 for row in rows)
-
-
-def test_a_kernel_of_a_reference_is_judged_as_one_whoever_launches_it_first() -> None:
-    class Spilling(Normalising):
-        def forward(self, call: Call) -> Forward:
-            constants = {"M": 80, "N": 128, "threads": 32}
-            launch(kernels.normalise, constants, call.tokens.v, call.tokens.v)
-            return Forward(call.tokens.v, call.tokens.v)
-
-    check_judgement(compile_ahead, Spilling(), "sm_80")
-
-
 def test_offsets_take_64_bits_where_sizes_are_not_known() -> None:
     source, shared = cubin.lowered(kernels.normalise(tilelang.language, **CALM), "sm_80")
     stores = [line for line in source.splitlines() if "(Y + " in line]
@@ -337,13 +224,6 @@ def test_the_kernels_of_a_reference_are_fit_for(target: str) -> None:
     names = [row.kernel for row in rows]
     assert {"solve", "states", "tokens"} < set(names) and len(names) <= 4 + 5 + 1, names
     assert all(row.registers > 0 for row in rows)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_everything_the_api_allows_is_fit_for(target: str) -> None:
-    cases = [case for op in OPS for case in op.cases]
-    assert failures(ahead("tilelang", target, sampling.samples(cases, everything=True))) == []
 
 
 def test_the_command_compiles_a_named_case(tmp_path: Path) -> None:
