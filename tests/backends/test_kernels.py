@@ -221,6 +221,23 @@ def test_a_short_call_without_gradients_takes_one_launch(name: str) -> None:
     assert verdict.passed, verdict
 
 
+@pytest.mark.parametrize(
+    ("name", "unread", "most"),
+    [("triton", "v", 1.4e9), ("tilelang", "q", 0.55e9)],
+    indirect=["name"],
+)
+def test_the_forward_moves_few_bytes_at_8192_tokens(name: str, unread: str, most: float) -> None:
+    call, backend = meta_call(**SIZES), get_backend(name)
+    assert isinstance(backend, gdn_ops.Backend)
+    with torch.no_grad(), recording(HOPPER[name]) as launches:
+        backend.forward(call)
+    # Every tensor that a launch is given, once: caches serve the second reader of a tile. One
+    # launch is given what only other rules or options let it read.
+    tensors = (x for launch in launches for x in launch.args if isinstance(x, Tensor))
+    moved = sum(x.nbytes for x in tensors) - getattr(call.tokens, unread).nbytes
+    assert 0.9 * most < moved <= most
+
+
 @pytest.mark.parametrize("changes", [{}, {"rule": "linear", "log_alpha": None}, {"H": 2, "HV": 8}])
 def test_saved_tensors_are_as_the_tracer_was_told(name: str, changes: dict[str, Any]) -> None:
     call, backend = meta_call(True, **(SIZES | changes)), get_backend(name)

@@ -1,4 +1,4 @@
-"""Plan a call: its chunks, segments and scratch memory, and the bytes that its launches move."""
+"""Plan a call: its chunks, segments and scratch memory."""
 
 from __future__ import annotations
 
@@ -193,28 +193,3 @@ def cu_of(call: Call) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _boundaries(N: int, T: int, device: torch.device, stream: int) -> Tensor:
     return torch.arange(0, (N + 1) * T, T, dtype=torch.int32, device=device)
-
-
-def forward_bytes(call: Call, plan: Plan) -> dict[str, int]:
-    """Return the bytes that each forward launch moves: every tensor it touches, once.
-
-    The kernels' order lets caches serve the second reader of a tile (the value heads of a key
-    head, the blocks of V); this counts what memory must deliver to each launch.
-    """
-    s, e = call.sizes, plan.low.itemsize
-    tokens, rows = s.B * s.T, plan.chunk_slots * plan.C
-    q = k = e * tokens * s.H * s.K
-    v = o = e * tokens * s.HV * s.V
-    given = 4 * tokens * s.HV * ((call.tokens.beta is not None) + call.rule.has_decay)
-    gates, inv_norms = 4 * 4 * s.HV * rows, 4 * 2 * s.H * rows
-    T = e * s.HV * rows * plan.C * call.rule.has_erase
-    state = 4 * s.HV * s.K * s.V
-    final, initial = s.N * state, s.N * state * (call.state is not None)
-    found = {"solve": k + q * call.qk_l2norm + given + gates + inv_norms + T}
-    chunks = k + v + gates + inv_norms + T
-    if plan.is_segmented:
-        maps, starts = 4 * plan.segment_slots * s.HV * s.K * s.K, plan.segment_slots * state
-        found["map"] = chunks + maps + starts
-        found["compose"] = maps + starts + initial + starts
-        initial = starts
-    return found | {"states": q + chunks + initial + o + final}

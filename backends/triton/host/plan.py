@@ -1,4 +1,4 @@
-"""Plan a call: its sizes, scratch memory and strides, and the bytes that its launches move."""
+"""Plan a call: its sizes, scratch memory and strides."""
 
 from __future__ import annotations
 
@@ -89,29 +89,3 @@ def dense(x: Tensor | None) -> Tensor | None:
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Return the strides of batch row, token and head."""
     return x.stride(0), x.stride(1), x.stride(2)
-
-
-def forward_bytes(call: Call, plan: Plan) -> dict[str, int]:
-    """Return the bytes that each forward launch moves: every tensor it touches, once.
-
-    The kernels' order lets caches serve the second reader of a tile (the value heads of a key
-    head, the two halves of V); this counts what memory must deliver to each launch.
-    """
-    s, e = call.sizes, plan.low.itemsize
-    tokens, rows = s.B * s.T, plan.chunk_slots * plan.C
-    q = k = e * tokens * s.H * s.K
-    v = o = e * tokens * s.HV * s.V
-    gates = 4 * 4 * s.HV * rows
-    inv_norms = 4 * s.H * rows * call.qk_l2norm
-    T = e * s.HV * rows * plan.C * call.rule.has_erase
-    u = e * s.HV * rows * s.V * call.rule.has_erase
-    kept = e * s.HV * plan.state_slots * s.K * s.V
-    states = 4 * s.N * s.HV * s.K * s.V * (1 if call.state is None else 2)
-    needs_k = call.rule.has_erase or call.qk_l2norm
-    given = 4 * tokens * s.HV * ((call.tokens.beta is not None) + call.rule.has_decay)
-    values = 0 if call.rule.has_erase else v
-    return {
-        "solve": k * needs_k + given + gates + inv_norms + T,
-        "states": k + v + gates + inv_norms + T + u + kept + states,
-        "output": q + k + gates + inv_norms + u + values + kept + o,
-    }

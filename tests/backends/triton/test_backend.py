@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import gdn_ops
 from gdn_ops.testing import Example
@@ -29,7 +28,6 @@ pytest.importorskip("triton")
 
 from gdn_ops.backends import triton as backend
 from gdn_ops.backends.triton.host import config as configs
-from gdn_ops.backends.triton.host.plan import forward_bytes, make_plan
 from gdn_ops.backends.triton.host.shapes import Tiles
 from gdn_ops.kernel_support.launches import recording
 
@@ -133,23 +131,6 @@ def test_forward_takes_three_launches_and_backward_five() -> None:
         "pair_gradients",
         "token_gradients",
     ]
-
-
-def test_the_forward_moves_at_most_1_4_gigabytes_at_8192_tokens() -> None:
-    call = meta_call(False, **SIZES)
-    moved = forward_bytes(call, make_plan(call))
-    assert sum(moved.values()) <= 1.4e9
-    # Counted from the launches themselves: every tensor that a launch is given, once. `output`
-    # is also given v, which it reads for rules without an error term only.
-    triton = backend.Triton()
-    with torch.no_grad(), recording("sm_90") as launches:
-        triton.forward(call)
-    for launch in launches:
-        tensors = [x for x in launch.args if isinstance(x, Tensor)]
-        given = sum(x.numel() * x.element_size() for x in tensors)
-        if launch.kernel.__name__ == "output":
-            given -= 2 * 8192 * 64 * 128
-        assert given == moved[launch.kernel.__name__], launch.kernel.__name__
 
 
 # Bad input.
