@@ -12,11 +12,27 @@ slots too, by the same formula with C times their length.
 A low-precision operand of a product is one tile. A float32 operand is three bfloat16 tiles that
 add up to it, and a product is the sum of the six products that matter (to 2**-24 of it): tensor
 cores then multiply in float32, and no TF32 is involved. Both are lists of tiles here.
+
+The factories of kernels and of macros take the language T, and constants:
+
+    K, BK       width of a key, and of the tile that holds it, a multiple of 64
+    V, BV       width of a value, and of the block of columns that a program, or a turn of it, has
+    C           tokens per chunk: 32 or 64
+    dtype       of q, k, v, dO and of what is kept per chunk
+    erase       whether the rule has an error term
+    mode        which results are written, one of the kernel's MODES
+    threads     per program, at most
+    stages      of the software pipeline; 0 for none
+    bulk        whether tiles are copied whole (by the copy engine that Hopper and later GPUs have)
+                and cleared where a sequence ends, or read element by element as far as it goes
 """
 
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+
+F32 = "float32"
 
 L2NORM_EPSILON = 1e-6
 LOG_FLOOR = -1000.0
@@ -38,6 +54,16 @@ def parts_of(dtype: str) -> int:
 def low_of(dtype: str) -> str:
     """Return the dtype of the tiles of an operand."""
     return "bfloat16" if dtype == "float32" else dtype
+
+
+def named(allocate: Callable[..., Any], dtype: str, **shapes: tuple[int, ...]) -> dict[str, Any]:
+    """Allocate a tile, or an operand, for every name."""
+    return {name: allocate(shape, dtype) for name, shape in shapes.items()}
+
+
+def macros(*found: Any) -> SimpleNamespace:
+    """Return macros as attributes, by their names."""
+    return SimpleNamespace(**{macro.name: macro for macro in found})
 
 
 def fitting(threads: int, stages: int, *sides: int) -> tuple[int, int]:
@@ -95,27 +121,26 @@ def blocks(T: Any) -> SimpleNamespace:
             x = x + T.cast(part[i, j], "float32")
         return x
 
-    @T.macro
-    def multiply(a, b, c, transpose_A, transpose_B, clear):
-        """Add the product of two operands to c, or set c to it."""
-        for index, (x, y) in [*enumerate(PAIRS[len(a)])]:
-            T.gemm(
-                a[x], b[y], c,
-                transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=clear and index == 0,
-            )  # fmt: skip
+    def product(policy: Any) -> Any:
+        """Return the macro of a product that warps share by a policy."""
+
+        @T.macro
+        def multiply(a, b, c, transpose_A, transpose_B, clear):
+            """Add the product of two operands to c, or set c to it."""
+            for index, (x, y) in [*enumerate(PAIRS[len(a)])]:
+                T.gemm(
+                    a[x], b[y], c, transpose_A=transpose_A, transpose_B=transpose_B,
+                    policy=policy, clear_accum=clear and index == 0,
+                )  # fmt: skip
+
+        return multiply
 
     @T.macro
-    def multiply_rows(a, b, c, transpose_A, transpose_B, clear):
-        """Multiply like `multiply`, with rows spread over as many warps as possible.
-
-        That serves sums over rows that follow.
-        """
-        for index, (x, y) in [*enumerate(PAIRS[len(a)])]:
-            T.gemm(
-                a[x], b[y], c,
-                transpose_A=transpose_A, transpose_B=transpose_B,
-                policy=T.GemmWarpPolicy.FullRow, clear_accum=clear and index == 0,
-            )  # fmt: skip
+    def store(x, to, outer, inner, column):
+        """Store a tile in to[outer, inner] from a column on, rounded, as far as that goes."""
+        for i, j in T.Parallel(*x.shape):
+            if i < to.shape[2] and column + j < to.shape[3]:
+                to[outer, inner, i, column + j] = T.cast(x[i, j], to.dtype)
 
     def decay(hi_i: Any, lo_i: Any, z_i: Any, hi_j: Any, lo_j: Any, z_j: Any, crossed: int) -> Any:
         """Return exp(G_i - G_j) where `crossed` zeros lie between, else 0 (docs/math.md §4).
@@ -130,13 +155,20 @@ def blocks(T: Any) -> SimpleNamespace:
         """Return D_ij of a chunk with gates g (4, C), or D¹_ij."""
         return decay(g[0, i], g[1, i], g[2, i], g[0, j], g[1, j], g[2, j], crossed)
 
+    def start_decay(g: Any, i: Any, crossed: int) -> Any:
+        """Return b_i of a chunk with gates g (4, C), or b¹_i; b_C is the last."""
+        return decay(g[0, i], g[1, i], g[2, i], 0.0, 0.0, 0.0, crossed)
+
     return SimpleNamespace(
         operand=operand,
         owner=owner,
         put=put,
         value=value,
-        multiply=multiply,
-        multiply_rows=multiply_rows,
+        multiply=product(T.GemmWarpPolicy.Square),
+        # Spread rows over as many warps as possible, for the sums over rows that follow.
+        multiply_rows=product(T.GemmWarpPolicy.FullRow),
+        store=store,
         decay=decay,
         pair_decay=pair_decay,
+        start_decay=start_decay,
     )

@@ -3,19 +3,11 @@
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import blocks, parts_of
+from gdn_ops.backends.tilelang.kernels.blocks import blocks, macros, parts_of
 
 
 def chunk_tiles(T: Any, C: int, dtype: str, bulk: bool) -> SimpleNamespace:
-    """Return the macros.
-
-    Args:
-        T: the language.
-        C: tokens per chunk.
-        dtype: of the tensors.
-        bulk: whether tiles are copied whole (by the copy engine that Hopper and later GPUs have)
-            and cleared where a sequence ends, or read element by element as far as it goes.
-    """
+    """Return the macros, for tensors of a dtype."""
     b = blocks(T)
     is_split = parts_of(dtype) > 1
 
@@ -72,14 +64,7 @@ def chunk_tiles(T: Any, C: int, dtype: str, bulk: bool) -> SimpleNamespace:
     def chunk_decay(g, from_start, to_end):
         """Set b and d of a chunk (docs/math.md §3), (C,); b_C is the last b."""
         for i in T.Parallel(C):
-            from_start[i] = b.decay(g[0, i], g[1, i], g[2, i], 0.0, 0.0, 0.0, 0)
-            to_end[i] = b.decay(g[0, C - 1], g[1, C - 1], g[2, C - 1], g[0, i], g[1, i], g[2, i], 0)
+            from_start[i] = b.start_decay(g, i, 0)
+            to_end[i] = b.pair_decay(g, C - 1, i, 0)
 
-    return SimpleNamespace(
-        load=load,
-        load_operand=load_operand,
-        load_inverse=load_inverse,
-        clear_tail=clear_tail,
-        lower=lower,
-        chunk_decay=chunk_decay,
-    )
+    return macros(load, load_operand, load_inverse, clear_tail, lower, chunk_decay)

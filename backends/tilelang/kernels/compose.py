@@ -14,29 +14,20 @@ precision.
 
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import blocks
-
-F32 = "float32"
+from gdn_ops.backends.tilelang.kernels.blocks import F32, blocks
 
 
 def compose(
     T: Any, *, K: int, BK: int, V: int, BV: int, C: int, reverse: bool, threads: int
 ) -> Any:
-    """Make the kernel. Grid (ceil(V / BV), N, HV).
+    """Make the kernel; `reverse`: gradients go from the end to the start.
 
-    Args:
-        T: the language.
-        K, BK: width of a key, and of the tile that holds it, a multiple of 64.
-        V, BV: width of a value, and of the block that a program has.
-        C: tokens per chunk.
-        reverse: whether gradients go from the end to the start.
-        threads: per program.
+    Grid (ceil(V / BV), N, HV).
     """
     # Columns of M, or rows of Mᵀ, that are multiplied at a time: 96 KiB of tiles at most.
     width = 64 if BK <= 128 else 32
     b = blocks(T)
-    segment_slots, HV, N1 = (T.dynamic(x) for x in ("segment_slots", "HV", "N1"))
-    first_N, first_HV = T.dynamic("first_N"), T.dynamic("first_HV")
+    segment_slots, HV, N1, first_N, first_HV = T.dynamic("segment_slots, HV, N1, first_N, first_HV")
     shape = (width, BK) if reverse else (BK, width)
 
     @T.prim_func
@@ -58,22 +49,17 @@ def compose(
             tokens = C * L
             first = cu[n] // tokens + n
             segments = T.max(T.ceildiv(cu[n + 1] - cu[n], tokens), 1)
-            for i, j in T.Parallel(BK, BV):
-                S[i, j] = 0.0
-                if has_first != 0 and i < K and dv + j < V:
-                    S[i, j] = begin_with[n, hv, i, dv + j]
+            if has_first != 0:
+                T.copy(begin_with[n, hv, 0:BK, dv : dv + BV], S)
+            else:
+                T.clear(S)
             for turn in T.serial(segments):
                 slot = first + (segments - 1 - turn if reverse else turn)
-                for i, j in T.Parallel(BK, BV):
-                    if i < K and dv + j < V:
-                        cuts[slot, hv, i, dv + j] = S[i, j]
+                b.store(S, cuts, slot, hv, dv)
                 if turn < segments - 1:
                     for i, j in T.Parallel(BK, BV):
                         b.put(S_low, i, j, S[i, j])
-                    for i, j in T.Parallel(BK, BV):
-                        S[i, j] = 0.0
-                        if i < K and dv + j < V:
-                            S[i, j] = shifts[slot, hv, i, dv + j]
+                    T.copy(shifts[slot, hv, 0:BK, dv : dv + BV], S)
                     for block in [*range(0, BK, width)]:
                         for i, j in T.Parallel(*shape):
                             row = i + block if reverse else i

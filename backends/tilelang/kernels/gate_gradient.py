@@ -6,9 +6,8 @@ What they work on are vectors (Row.COUNT, C) and squares (C, C) in shared memory
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import ALPHA, blocks
+from gdn_ops.backends.tilelang.kernels.blocks import ALPHA, F32, blocks, macros
 
-F32 = "float32"
 QUARTERS = 4
 """Parts of a row or a column that threads sum at once."""
 
@@ -32,14 +31,7 @@ class Row:
 
 
 def gate_gradient(T: Any, C: int, BK: int, erase: bool) -> SimpleNamespace:
-    """Return the macros.
-
-    Args:
-        T: the language.
-        C: tokens per chunk.
-        BK: width of the tile that holds a key.
-        erase: whether the rule has an error term.
-    """
+    """Return the macros."""
     b = blocks(T)
     quarter = C // QUARTERS
 
@@ -47,10 +39,8 @@ def gate_gradient(T: Any, C: int, BK: int, erase: bool) -> SimpleNamespace:
     def chunk_decay(g, t, crossed):
         """Set b and d of a chunk with `crossed` zeros (docs/math.md §3); b_C is the last b."""
         for i in T.Parallel(C):
-            t[Row.FROM_START, i] = b.decay(g[0, i], g[1, i], g[2, i], 0.0, 0.0, 0.0, crossed)
-            t[Row.TO_END, i] = b.decay(
-                g[0, C - 1], g[1, C - 1], g[2, C - 1], g[0, i], g[1, i], g[2, i], crossed
-            )
+            t[Row.FROM_START, i] = b.start_decay(g, i, crossed)
+            t[Row.TO_END, i] = b.pair_decay(g, C - 1, i, crossed)
 
     @T.macro
     def finish_sums(m, sums, scale, rest):
@@ -134,4 +124,4 @@ def gate_gradient(T: Any, C: int, BK: int, erase: bool) -> SimpleNamespace:
             if i < rest:
                 d_gate[first + i, hv] = t[Row.TOTAL, i]
 
-    return SimpleNamespace(chunk_decay=chunk_decay, finish_sums=finish_sums, form_gate=form_gate)
+    return macros(chunk_decay, finish_sums, form_gate)

@@ -5,25 +5,19 @@ from typing import Any
 
 from gdn_ops.backends.tilelang.kernels.blocks import (
     ALPHA,
+    F32,
     L2NORM_EPSILON,
     LOG_FLOOR,
     NO_DECAY,
     SMALLEST_NORMAL,
 )
 
-F32 = "float32"
 LOWEST = -3.4028234663852886e38
 """The lowest finite float32: what is below it is -inf."""
 
 
 def gates_of_chunk(T: Any, C: int, BK: int) -> SimpleNamespace:
-    """Return the macros.
-
-    Args:
-        T: the language.
-        C: tokens per chunk.
-        BK: width of the tile that holds a key.
-    """
+    """Return the macros."""
     doublings = [1 << level for level in range(C.bit_length() - 1)]
     last = len(doublings) % 2
 

@@ -6,20 +6,14 @@ Blocks of 16 rows by substitution, then by halves: [[X, 0], [−Y B X, Y]] of [[
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import blocks
+from gdn_ops.backends.tilelang.kernels.blocks import F32, blocks
 
-F32 = "float32"
 ROWS = 16
 """Rows of the blocks that are inverted by substitution, a column in the registers of a thread."""
 
 
 def inverse(T: Any, C: int) -> SimpleNamespace:
-    """Return the macro `form`.
-
-    Args:
-        T: the language.
-        C: rows: 16, 32 or 64.
-    """
+    """Return the macro `form`, for 16, 32 or 64 rows."""
     b = blocks(T)
     half, inner = C // 2, [*range(1, ROWS)]
 

@@ -3,18 +3,11 @@
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import blocks
+from gdn_ops.backends.tilelang.kernels.blocks import blocks, macros
 
 
 def pair_gradients(T: Any, C: int, slices: int, width: int, erase: bool) -> SimpleNamespace:
-    """Return the macros.
-
-    Args:
-        T: the language.
-        C: tokens per chunk.
-        slices, width: how many slices of K a gradient is formed in, and the columns of each.
-        erase: whether the rule has an error term.
-    """
+    """Return the macros, for gradients formed in so many slices of K of so many columns each."""
     b = blocks(T)
 
     @T.macro
@@ -53,4 +46,4 @@ def pair_gradients(T: Any, C: int, slices: int, width: int, erase: bool) -> Simp
             columns = [part[0:C, at * width : (at + 1) * width] for part in tile]
             b.multiply_rows(m.pairs, columns, to[at], axis == 0, False, False)
 
-    return SimpleNamespace(form=form, multiply=multiply)
+    return macros(form, multiply)

@@ -12,31 +12,18 @@ are `chunk_local_cumsum` and `chunk_gated_delta_rule_fwd_kkt_solve`.
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import blocks, parts_of
+from gdn_ops.backends.tilelang.kernels.blocks import F32, blocks, named, parts_of
 from gdn_ops.backends.tilelang.kernels.chunk_tiles import chunk_tiles
 from gdn_ops.backends.tilelang.kernels.gates import gates_of_chunk
 from gdn_ops.backends.tilelang.kernels.inverse import ROWS, inverse
 
-F32 = "float32"
-
 
 def solve(T: Any, *, K: int, BK: int, C: int, dtype: str, erase: bool, threads: int) -> Any:
-    """Make the kernel. Grid (chunk_slots, H).
-
-    Args:
-        T: the language.
-        K, BK: width of a key, and of the tile that holds it.
-        C: tokens per chunk: 16, 32 or 64.
-        dtype: of q and k.
-        erase: whether the rule has an error term.
-        threads: per program.
-    """
+    """Make the kernel. Grid (chunk_slots, H)."""
     b, chunk_of, gates_of = blocks(T), chunk_tiles(T, C, dtype, True), gates_of_chunk(T, C, BK)
     inverse_of = inverse(T, C)
-    M, H, HV, N1, chunk_slots = (T.dynamic(x) for x in ("M", "H", "HV", "N1", "chunk_slots"))
-    gate_M, gate_HV, beta_M, beta_HV, T_HV, T_slots = (
-        T.dynamic(x) for x in ("gate_M", "gate_HV", "beta_M", "beta_HV", "T_HV", "T_slots")
-    )
+    M, H, HV, N1, chunk_slots, T_HV, T_slots = T.dynamic("M, H, HV, N1, chunk_slots, T_HV, T_slots")
+    gate_M, gate_HV, beta_M, beta_HV = T.dynamic("gate_M, gate_HV, beta_M, beta_HV")
     is_split, last = parts_of(dtype) > 1, gates_of.last
 
     @T.prim_func
@@ -75,8 +62,7 @@ def solve(T: Any, *, K: int, BK: int, C: int, dtype: str, erase: bool, threads: 
                 T.copy(m.inv_norm, inv_norms[h, slot, 0:2, 0:C])
                 if erase:
                     if is_split:
-                        for i, j in T.Parallel(C, BK):
-                            b.put(m.k, i, j, T.cast(m.landing[i, j], F32))
+                        chunk_of.lower(m.landing, m.k, C, BK)
                     # §3 K Kᵀ, once for the R value heads                        [C, C]
                     b.multiply(m.k, m.k, m.kk, False, True, True)
                 for r in T.serial(R):
@@ -109,21 +95,11 @@ def _tiles(T: Any, BK: int, C: int, dtype: str) -> SimpleNamespace:
     return SimpleNamespace(
         landing=landing,
         k=b.operand((C, BK), dtype) if parts_of(dtype) > 1 else [landing],
-        squares=T.alloc_fragment((C, BK), F32),
-        sums=T.alloc_fragment((C,), F32),
-        inv_norm=T.alloc_shared((2, C), F32),
         x_sums=T.alloc_shared((2, C), "float64"),
-        z_sums=T.alloc_shared((2, C), F32),
-        beta=T.alloc_shared((C,), F32),
-        hi=T.alloc_shared((C,), F32),
-        lo=T.alloc_shared((C,), F32),
-        kk=T.alloc_fragment((C, C), F32),
-        a=T.alloc_shared((C, C), F32),
-        x=T.alloc_shared((C, C), F32),
+        **named(T.alloc_shared, F32, inv_norm=(2, C), z_sums=(2, C), beta=(C,), hi=(C,), lo=(C,)),
+        **named(T.alloc_shared, F32, a=(C, C), x=(C, C)),
+        **named(T.alloc_shared, F32, blocks_right=(half, ROWS), blocks_lower=(half, ROWS)),
+        **named(b.operand, F32, left=(half, half), right=(half, half)),
+        **named(T.alloc_fragment, F32, squares=(C, BK), sums=(C,), kk=(C, C), product=(half, half)),
         column=T.alloc_local((ROWS,), F32),
-        blocks_right=T.alloc_shared((half, ROWS), F32),
-        blocks_lower=T.alloc_shared((half, ROWS), F32),
-        left=b.operand((half, half), F32),
-        right=b.operand((half, half), F32),
-        product=T.alloc_fragment((half, half), F32),
     )

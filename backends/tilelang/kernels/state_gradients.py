@@ -16,10 +16,9 @@ K dS, Tᵀ dU and Kᵀ dRHS. FLA's name for the walk is `chunk_gated_delta_rule_
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import blocks, fitting, parts_of
+from gdn_ops.backends.tilelang.kernels.blocks import F32, blocks, fitting, macros, named, parts_of
 from gdn_ops.backends.tilelang.kernels.chunk_tiles import chunk_tiles
 
-F32 = "float32"
 MODES = ("gradients", "shift")
 PLAIN = {"disable_tma": True}
 """Options of a store by threads: the copy engine's store of a whole tile would be waited for."""
@@ -29,28 +28,12 @@ def state_gradients(
     T: Any, *, K: int, BK: int, V: int, BV: int, C: int, dtype: str, erase: bool, mode: str,
     threads: int, stages: int, bulk: bool = True,
 ) -> Any:  # fmt: skip
-    """Make the kernel. Grid (segment_slots ceil(V / BV), HV).
-
-    Args:
-        T: the language.
-        K, BK: width of a key, and of the tile that holds it.
-        V, BV: width of a value, and of the block that a program has.
-        C: tokens per chunk.
-        dtype: of q, k, dO and of what is kept.
-        erase: whether the rule has an error term.
-        mode: one of MODES.
-        threads: per program, at most.
-        stages: of the software pipeline; 0 for none.
-        bulk: as in `chunk_tiles`.
-    """
+    """Make the kernel. Grid (segment_slots ceil(V / BV), HV)."""
     is_split, is_shift, columns = parts_of(dtype) > 1, mode == "shift", -(-V // BV)
     b, chunk_of = blocks(T), chunk_tiles(T, C, dtype, bulk and not is_split)
-    M, H, HV, N1 = (T.dynamic(x) for x in ("M", "H", "HV", "N1"))
-    chunk_slots, segment_slots = T.dynamic("chunk_slots"), T.dynamic("segment_slots")
-    T_HV, T_slots, kept_HV, kept_slots = (
-        T.dynamic(x) for x in ("T_HV", "T_slots", "kept_HV", "kept_slots")
-    )
-    out_slots, ends_HV = T.dynamic("out_slots"), T.dynamic("ends_HV")
+    M, H, HV, N1, chunk_slots, segment_slots = T.dynamic("M, H, HV, N1, chunk_slots, segment_slots")
+    T_HV, T_slots, kept_HV, kept_slots = T.dynamic("T_HV, T_slots, kept_HV, kept_slots")
+    out_slots, ends_HV = T.dynamic("out_slots, ends_HV")
     threads, stages = fitting(threads, stages, C, BV)
     step = _steps(T, BK, BV, C, dtype, erase)
 
@@ -135,10 +118,7 @@ def state_gradients(
                 # §5 dS_0 = b_C dS_C + s (diag(b) Q)ᵀ dO − (diag(βb) K)ᵀ dRHS    [BK, BV]
                 step.go_back(m, scale)
             if segment == 0 or (is_shift and chunks > 0):
-                to = slot_of_segment if is_shift else n
-                for i, j in T.Parallel(BK, BV):
-                    if i < K and dv + j < V:
-                        d_starts[to, hv, i, dv + j] = m.dS[i, j]
+                b.store(m.dS, d_starts, slot_of_segment if is_shift else n, hv, dv)
 
     return state_gradients
 
@@ -147,21 +127,10 @@ def _tiles(T: Any, BK: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
     """Allocate the tiles of a program: operands and vectors shared, sums in registers."""
     b = blocks(T)
     return SimpleNamespace(
-        q=b.operand((C, BK), dtype),
-        k=b.operand((C, BK), dtype),
-        d_o=b.operand((C, BV), dtype),
-        x=b.operand((C, C), dtype),
-        g=T.alloc_shared((4, C), F32),
-        inv_norm=T.alloc_shared((2, C), F32),
-        from_start=T.alloc_shared((C,), F32),
-        to_end=T.alloc_shared((C,), F32),
-        dS=T.alloc_fragment((BK, BV), F32),
-        dS_low=b.operand((BK, BV), dtype),
-        kq=T.alloc_fragment((C, C), F32),
-        P=b.operand((C, C), dtype),
-        dU=T.alloc_fragment((C, BV), F32),
-        dR=T.alloc_fragment((C, BV), F32),
-        low=b.operand((C, BV), dtype),
+        **named(b.operand, dtype, q=(C, BK), k=(C, BK), x=(C, C), P=(C, C), dS_low=(BK, BV)),
+        **named(b.operand, dtype, d_o=(C, BV), low=(C, BV)),
+        **named(T.alloc_shared, F32, g=(4, C), inv_norm=(2, C), from_start=(C,), to_end=(C,)),
+        **named(T.alloc_fragment, F32, dS=(BK, BV), kq=(C, C), dU=(C, BV), dR=(C, BV)),
     )
 
 
@@ -211,4 +180,4 @@ def _steps(T: Any, BK: int, BV: int, C: int, dtype: str, erase: bool) -> SimpleN
             chunk_of.lower(m.dR, m.low, C, BV)
             b.multiply(m.k, m.low, m.dS, True, False, False)
 
-    return SimpleNamespace(form_P=form_P, form_dU=form_dU, form_dRHS=form_dRHS, go_back=go_back)
+    return macros(form_P, form_dU, form_dRHS, go_back)

@@ -17,10 +17,9 @@ M and R are walked like a state: R from 0, and M from the identity with no value
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import blocks, parts_of
+from gdn_ops.backends.tilelang.kernels.blocks import F32, blocks, macros, named, parts_of
 from gdn_ops.backends.tilelang.kernels.chunk_tiles import chunk_tiles
 
-F32 = "float32"
 MODES = ("output", "states", "map")
 
 
@@ -28,34 +27,18 @@ def states(
     T: Any, *, K: int, BK: int, V: int, BV: int, C: int, dtype: str, erase: bool, mode: str,
     threads: int, stages: int, bulk: bool = True,
 ) -> Any:  # fmt: skip
-    """Make the kernel. Grid (ceil(V / BV), segment_slots, HV); a map has ceil(K / BV) blocks more.
-
-    Args:
-        T: the language.
-        K, BK: width of a key, and of the tile that holds it.
-        V, BV: width of a value, and of the block that a program has.
-        C: tokens per chunk.
-        dtype: of q, k, v and of what is kept.
-        erase: whether the rule has an error term.
-        mode: one of MODES.
-        threads: per program.
-        stages: of the software pipeline; 0 for none.
-        bulk: as in `chunk_tiles`.
-    """
+    """Make the kernel. Grid (ceil(V / BV), segment_slots, HV); a map has ceil(K / BV) more."""
     b, chunk_of = blocks(T), chunk_tiles(T, C, dtype, bulk)
-    M, H, HV, N, N1, segments = (T.dynamic(x) for x in ("M", "H", "HV", "N", "N1", "segments"))
-    chunk_slots, segment_slots = T.dynamic("chunk_slots"), T.dynamic("segment_slots")
-    T_HV, T_slots, u_HV, u_slots = (T.dynamic(f"{x}_{y}") for x in "Tu" for y in ("HV", "slots"))
-    states_HV, states_slots, o_M, o_HV, starts_HV = (
-        T.dynamic(x) for x in ("states_HV", "states_slots", "o_M", "o_HV", "starts_HV")
-    )
-    final_HV, map_slots, map_HV = (T.dynamic(x) for x in ("final_HV", "map_slots", "map_HV"))
+    M, H, HV, N, N1, segments = T.dynamic("M, H, HV, N, N1, segments")
+    chunk_slots, segment_slots, starts_HV = T.dynamic("chunk_slots, segment_slots, starts_HV")
+    T_HV, T_slots, u_HV, u_slots = T.dynamic("T_HV, T_slots, u_HV, u_slots")
+    states_HV, states_slots, o_M, o_HV = T.dynamic("states_HV, states_slots, o_M, o_HV")
+    final_HV, map_slots, map_HV = T.dynamic("final_HV, map_slots, map_HV")
     is_split, has_output, is_map = parts_of(dtype) > 1, mode == "output", mode == "map"
     columns = -(-V // BV)
     all_columns = columns + (-(-K // BV) if is_map else 0)
     update = _updates(T, BK, BV, C, erase, columns, is_map)
     output = _outputs(T, V, BV, C, dtype)
-    store = _stores(T, K, BK, V, BV, C, dtype, columns)
 
     @T.prim_func
     def states(
@@ -113,16 +96,15 @@ def states(
                     if not is_split:
                         chunk_of.clear_tail(m.k[0], rest, BK)
                     chunk_of.clear_tail(m.v, rest, BV)
-                # §3 b, d, b_C                                                   [C], [C], 1
+                # §3 b, d; b_C is the last b                                     [C], [C]
                 chunk_of.chunk_decay(m.g, m.from_start, m.to_end)
-                update.whole_decay(m)
-                update.lower_state(m)
+                chunk_of.lower(m.S, m.S_low, BK, BV)
                 if mode == "states":
-                    store.state(m.S, chunk_states, hv, slot, dv)
+                    b.store(m.S, chunk_states, hv, slot, dv)
                 # §3 E = V − diag(b) K S,  U = T diag(β) E                       [C, BV]
                 update.form_U(m, column)
                 if mode == "states" and erase:
-                    store.update(m.U, u, hv, slot, dv)
+                    b.store(m.U, u, hv, slot, dv)
                 # §3 S_C = b_C S + (diag(d) K)ᵀ U                                [BK, BV]
                 update.advance(m)
                 if has_output:
@@ -130,9 +112,12 @@ def states(
                     output.form(m, rest, scale)
                     output.store(m.out_tile, o, first, hv, dv, rest)
             if has_output and is_own and (first_chunk + L) * C >= length:
-                store.final(m.S, final, n, hv, dv)
+                b.store(m.S, final, n, hv, dv)
             if is_map and is_own:
-                store.maps(m.S, maps, shifts, slot_of_segment, hv, column)
+                if column < columns:
+                    b.store(m.S, shifts, slot_of_segment, hv, dv)
+                else:
+                    b.store(m.S, maps, slot_of_segment, hv, dv - columns * BV)
 
     return states
 
@@ -141,26 +126,11 @@ def _tiles(T: Any, BK: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
     """Allocate the tiles of a program: operands and vectors shared, sums in registers."""
     b = blocks(T)
     return SimpleNamespace(
-        q=b.operand((C, BK), dtype),
-        k=b.operand((C, BK), dtype),
-        v=T.alloc_shared((C, BV), dtype),
-        x=b.operand((C, C), dtype),
-        g=T.alloc_shared((4, C), F32),
-        inv_norm=T.alloc_shared((2, C), F32),
-        from_start=T.alloc_shared((C,), F32),
-        to_end=T.alloc_shared((C,), F32),
-        over=T.alloc_shared((1,), F32),
-        S=T.alloc_fragment((BK, BV), F32),
-        S_low=b.operand((BK, BV), dtype),
-        E=b.operand((C, BV), dtype),
-        U_low=b.operand((C, BV), dtype),
-        weighted=b.operand((C, BV), dtype),
-        P=b.operand((C, C), dtype),
-        read=T.alloc_fragment((C, BV), F32),
-        U=T.alloc_fragment((C, BV), F32),
-        out=T.alloc_fragment((C, BV), F32),
-        qk=T.alloc_fragment((C, C), F32),
-        out_tile=T.alloc_shared((C, BV), dtype),
+        **named(b.operand, dtype, q=(C, BK), k=(C, BK), x=(C, C), P=(C, C), S_low=(BK, BV)),
+        **named(b.operand, dtype, E=(C, BV), U_low=(C, BV), weighted=(C, BV)),
+        **named(T.alloc_shared, dtype, v=(C, BV), out_tile=(C, BV)),
+        **named(T.alloc_shared, F32, g=(4, C), inv_norm=(2, C), from_start=(C,), to_end=(C,)),
+        **named(T.alloc_fragment, F32, S=(BK, BV), read=(C, BV), U=(C, BV), out=(C, BV), qk=(C, C)),
     )
 
 
@@ -183,18 +153,6 @@ def _updates(
             S[i, j] = T.if_then_else(column >= columns and i == dk + j, 1.0, 0.0)
 
     @T.macro
-    def whole_decay(m):
-        """Set b_C, the decay over the whole chunk."""
-        for i in T.Parallel(1):
-            m.over[i] = b.decay(m.g[0, C - 1], m.g[1, C - 1], m.g[2, C - 1], 0.0, 0.0, 0.0, 0)
-
-    @T.macro
-    def lower_state(m):
-        """Round S to an operand."""
-        for i, j in T.Parallel(BK, BV):
-            b.put(m.S_low, i, j, m.S[i, j])
-
-    @T.macro
     def form_U(m, column):
         """Set U to T diag(β) E, or to diag(β) V for rules without an error term."""
         if erase:
@@ -213,16 +171,10 @@ def _updates(
         for i, j in T.Parallel(C, BV):
             b.put(m.weighted, i, j, m.U[i, j] * (m.to_end[i] * m.inv_norm[1, i]))
         for i, j in T.Parallel(BK, BV):
-            m.S[i, j] = m.S[i, j] * m.over[0]
+            m.S[i, j] = m.S[i, j] * m.from_start[C - 1]
         b.multiply(m.k, m.weighted, m.S, True, False, False)
 
-    return SimpleNamespace(
-        start_map=start_map,
-        whole_decay=whole_decay,
-        lower_state=lower_state,
-        form_U=form_U,
-        advance=advance,
-    )
+    return macros(start_map, form_U, advance)
 
 
 def _outputs(T: Any, V: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
@@ -256,42 +208,4 @@ def _outputs(T: Any, V: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
                 if i < rest and dv + j < V:
                     o[first + i, hv, dv + j] = tile[i, j]
 
-    return SimpleNamespace(form=form, store=store)
-
-
-def _stores(
-    T: Any, K: int, BK: int, V: int, BV: int, C: int, dtype: str, columns: int
-) -> SimpleNamespace:
-    """Return the macros that store states and updates, as far as K and V go."""
-
-    @T.macro
-    def state(S, to, hv, slot, dv):
-        """Store S of a chunk, rounded."""
-        for i, j in T.Parallel(BK, BV):
-            if i < K and dv + j < V:
-                to[hv, slot, i, dv + j] = T.cast(S[i, j], dtype)
-
-    @T.macro
-    def update(U, to, hv, slot, dv):
-        """Store U of a chunk, rounded."""
-        for i, j in T.Parallel(C, BV):
-            if dv + j < V:
-                to[hv, slot, i, dv + j] = T.cast(U[i, j], dtype)
-
-    @T.macro
-    def final(S, to, n, hv, dv):
-        """Store the final state of a sequence."""
-        for i, j in T.Parallel(BK, BV):
-            if i < K and dv + j < V:
-                to[n, hv, i, dv + j] = S[i, j]
-
-    @T.macro
-    def maps(S, to_maps, to_shifts, slot_of_segment, hv, column):
-        """Store the block of R, or of M, that a program has walked."""
-        for i, j in T.Parallel(BK, BV):
-            if column < columns and i < K and column * BV + j < V:
-                to_shifts[slot_of_segment, hv, i, column * BV + j] = S[i, j]
-            if column >= columns and i < K and (column - columns) * BV + j < K:
-                to_maps[slot_of_segment, hv, i, (column - columns) * BV + j] = S[i, j]
-
-    return SimpleNamespace(state=state, update=update, final=final, maps=maps)
+    return macros(form, store)

@@ -17,9 +17,16 @@ writes it.
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import L2NORM_EPSILON, LOG_ALPHA, NO_DECAY
+from gdn_ops.backends.tilelang.kernels.blocks import (
+    F32,
+    L2NORM_EPSILON,
+    LOG_ALPHA,
+    NO_DECAY,
+    macros,
+    named,
+)
 
-F32, I32, I64 = "float32", "int32", "int64"
+I32, I64 = "int32", "int64"
 
 
 def tokens(
@@ -29,18 +36,14 @@ def tokens(
     """Make the kernel. Grid (B ceil(V / BV), HV).
 
     Args:
-        T: the language.
-        K, V: head dims.
+        T, K, V, erase, threads: as in `blocks`.
         BV: columns of V per program, a divisor of V.
         low: dtype of q, k, v and o.
         stored: dtype of the states.
-        erase: whether the rule has an error term.
         UNIT: elements that a stride of a state counts.
-        threads: per program.
     """
-    n_q, n_k, n_v, n_gate, n_beta = (T.dynamic(f"n_{i}", I64) for i in range(5))
-    n_state, n_new, n_states, n_indices = (T.dynamic(f"n_{i}", I64) for i in range(5, 9))
-    M, HV = T.dynamic("M", I64), T.dynamic("HV", I64)
+    n_q, n_k, n_v, n_gate, n_beta, M, HV = T.dynamic("n_q, n_k, n_v, n_gate, n_beta, M, HV", I64)
+    n_state, n_new, n_states, n_indices = T.dynamic("n_state, n_new, n_states, n_indices", I64)
     blocks_of_V = V // BV
     padded = -(-K // threads) * threads
     recurrence = _recurrence(T, K, BV, padded, erase)
@@ -143,15 +146,9 @@ def tokens(
 def _tiles(T: Any, K: int, BV: int, padded: int) -> SimpleNamespace:
     """Allocate the tiles of a program; those of q and k have the length of a tile of threads."""
     return SimpleNamespace(
-        S=T.alloc_fragment((K, BV), F32),
-        x=T.alloc_fragment((K, BV), F32),
-        u=T.alloc_fragment((BV,), F32),
-        q_frag=T.alloc_fragment((padded,), F32),
-        k_frag=T.alloc_fragment((padded,), F32),
-        square=T.alloc_fragment((padded,), F32),
-        total=T.alloc_fragment((1,), F32),
-        q=T.alloc_shared((padded,), F32),
-        k=T.alloc_shared((padded,), F32),
+        **named(T.alloc_fragment, F32, S=(K, BV), x=(K, BV), u=(BV,), square=(padded,), total=(1,)),
+        **named(T.alloc_fragment, F32, q_frag=(padded,), k_frag=(padded,)),
+        **named(T.alloc_shared, F32, q=(padded,), k=(padded,)),
     )
 
 
@@ -185,4 +182,4 @@ def _recurrence(T: Any, K: int, BV: int, padded: int, erase: bool) -> SimpleName
             m.x[i, j] = m.S[i, j] * m.q[i]
         T.reduce_sum(m.x, m.u, dim=0)
 
-    return SimpleNamespace(normalise=normalise, read_back=read_back, write_and_read=write_and_read)
+    return macros(normalise, read_back, write_and_read)

@@ -17,12 +17,19 @@ What is quadratic in the chunk is in `pair_gradients`, the gate's part in `gate_
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import NO_DECAY, blocks, fitting, parts_of
+from gdn_ops.backends.tilelang.kernels.blocks import (
+    F32,
+    NO_DECAY,
+    blocks,
+    fitting,
+    macros,
+    named,
+    parts_of,
+)
 from gdn_ops.backends.tilelang.kernels.chunk_tiles import chunk_tiles
 from gdn_ops.backends.tilelang.kernels.gate_gradient import QUARTERS, Row, gate_gradient
 from gdn_ops.backends.tilelang.kernels.pair_gradients import pair_gradients
 
-F32 = "float32"
 SLICE = 64
 """Columns of K that a gradient is formed of at a time."""
 PAD = 8
@@ -33,23 +40,10 @@ def token_gradients(
     T: Any, *, K: int, BK: int, V: int, BV: int, C: int, dtype: str, erase: bool, threads: int,
     stages: int,
 ) -> Any:  # fmt: skip
-    """Make the kernel. Grid (chunk_slots, H).
-
-    Args:
-        T: the language.
-        K, BK: width of a key, and of the tile that holds it.
-        V, BV: width of a value, and of the block of a turn.
-        C: tokens per chunk.
-        dtype: of q, k, v, dO and of what is kept.
-        erase: whether the rule has an error term.
-        threads: per program, at most.
-        stages: of the software pipeline; 0 for none.
-    """
+    """Make the kernel. Grid (chunk_slots, H)."""
     b = blocks(T)
-    M, H, HV, N1, chunk_slots = (T.dynamic(x) for x in ("M", "H", "HV", "N1", "chunk_slots"))
-    u_HV, u_slots, gate_M, gate_HV, beta_M, beta_HV = (
-        T.dynamic(x) for x in ("u_HV", "u_slots", "gate_M", "gate_HV", "beta_M", "beta_HV")
-    )
+    M, H, HV, N1, chunk_slots, u_HV, u_slots = T.dynamic("M, H, HV, N1, chunk_slots, u_HV, u_slots")
+    gate_M, gate_HV, beta_M, beta_HV = T.dynamic("gate_M, gate_HV, beta_M, beta_HV")
     threads, stages = fitting(threads, stages, C, C)
     columns = -(-V // BV)
     # Element by element: TileLang 0.1.15 would wait for a whole copy inside the pipelined loop.
@@ -155,45 +149,32 @@ def _tiles(T: Any, BK: int, BV: int, C: int, dtype: str, erase: bool) -> SimpleN
     S = b.operand((BK, BV), dtype)
     return SimpleNamespace(
         S=S,
-        q=b.operand((C, BK), dtype),
-        k=b.operand((C, BK), dtype),
+        **named(b.operand, dtype, q=(C, BK), k=(C, BK), pairs=(C, C)),
+        **named(b.operand, dtype, U=(C, BV), dR=(C, BV), d_o=(C, BV)),
         # float32 operands take three tiles: there dS replaces S.
         dS=S if parts_of(dtype) > 1 else b.operand((BK, BV), dtype),
-        U=b.operand((C, BV), dtype),
-        dR=b.operand((C, BV), dtype),
-        d_o=b.operand((C, BV), dtype),
         v=T.alloc_shared((C, BV), dtype),
-        pairs=b.operand((C, C), dtype),
-        g=T.alloc_shared((4, C), F32),
-        inv_norm=T.alloc_shared((2, C), F32),
         squares=[T.alloc_shared((C, C + PAD), F32) for _ in range(2 if erase else 1)],
-        X=T.alloc_shared((C, C + 1), F32),
-        t=T.alloc_shared((Row.COUNT, C), F32),
-        corners=T.alloc_shared((BK,), F32),
-        before=T.alloc_shared((QUARTERS, C), F32),
-        partial=T.alloc_shared((QUARTERS, C), F32),
+        **named(T.alloc_shared, F32, g=(4, C), inv_norm=(2, C), X=(C, C + 1), t=(Row.COUNT, C)),
+        **named(T.alloc_shared, F32, corners=(BK,), before=(QUARTERS, C), partial=(QUARTERS, C)),
     )
 
 
 def _fragments(T: Any, BK: int, BV: int, C: int) -> SimpleNamespace:
     """Allocate the results and sums of products in registers."""
-    names = {"dP": C, "dA": C, "pair": C, "D": C, "x": SLICE, "products": SLICE, "values": BV}
     return SimpleNamespace(
         dQ=[T.alloc_fragment((C, SLICE), F32) for _ in range(BK // SLICE)],
         dK=[T.alloc_fragment((C, SLICE), F32) for _ in range(BK // SLICE)],
-        state=T.alloc_fragment((BK, BV), F32),
-        both=T.alloc_fragment((BK, BV), F32),
-        **{name: T.alloc_fragment((C, width), F32) for name, width in names.items()},
+        **named(T.alloc_fragment, F32, state=(BK, BV), both=(BK, BV), values=(C, BV)),
+        **named(T.alloc_fragment, F32, dP=(C, C), dA=(C, C), pair=(C, C), D=(C, C)),
+        **named(T.alloc_fragment, F32, x=(C, SLICE), products=(C, SLICE)),
     )
 
 
 def _row_sums(T: Any, BK: int, C: int) -> SimpleNamespace:
     """Allocate the sums over rows in registers."""
-    names = ("start", "erased", "end", "beta", "pair", "along")
-    return SimpleNamespace(
-        corner=T.alloc_fragment((BK,), F32),
-        **{name: T.alloc_fragment((C,), F32) for name in names},
-    )
+    rows = dict.fromkeys(("start", "erased", "end", "beta", "pair", "along"), (C,))
+    return SimpleNamespace(**named(T.alloc_fragment, F32, corner=(BK,), **rows))
 
 
 def _turns(T: Any, BK: int, V: int, BV: int, C: int, dtype: str, erase: bool) -> SimpleNamespace:
@@ -297,14 +278,7 @@ def _turns(T: Any, BK: int, V: int, BV: int, C: int, dtype: str, erase: bool) ->
             f.values[i, j] = b.value(m.dR, i, j) * T.cast(m.v[i, j], F32)
         T.reduce_sum(f.values, sums.beta, dim=1, clear=False)
 
-    return SimpleNamespace(
-        load=load,
-        set_weights=set_weights,
-        clear_sums=clear_sums,
-        form_pairs=form_pairs,
-        form_rows=form_rows,
-        form_values=form_values,
-    )
+    return macros(load, set_weights, clear_sums, form_pairs, form_rows, form_values)
 
 
 def _results(T: Any, K: int, BK: int, C: int, dtype: str) -> SimpleNamespace:
@@ -335,4 +309,4 @@ def _results(T: Any, K: int, BK: int, C: int, dtype: str) -> SimpleNamespace:
                 if i < rest and at * SLICE + j < K:
                     to[first + i, head, at * SLICE + j] = T.cast(x[at][i, j], dtype)
 
-    return SimpleNamespace(project=project, store=store)
+    return macros(project, store)
