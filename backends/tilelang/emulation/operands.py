@@ -105,6 +105,8 @@ def matched(src: Any, dst: Any, operation: str) -> tuple[Tile, Tile]:
     Raises:
         ValueError: sizes that differ, or that cannot be compared.
     """
+    from tvm import arith
+
     a, b = tile(src, operation), tile(dst, operation)
     if not a.extents and not b.extents:
         a, b = whole(src, operation), whole(dst, operation)
@@ -112,7 +114,8 @@ def matched(src: Any, dst: Any, operation: str) -> tuple[Tile, Tile]:
         a = a._replace(extents=_taken(b.inner, len(a.start)))
     elif not b.extents:
         b = b._replace(extents=_taken(a.inner, len(b.start)))
-    if len(a.inner) != len(b.inner) or not all(map(_equal, a.inner, b.inner)):
+    can_prove_equal = arith.Analyzer().can_prove_equal
+    if len(a.inner) != len(b.inner) or not all(map(can_prove_equal, a.inner, b.inner)):
         raise ValueError(
             f"{operation}: {a.name} gives {tuple(a.extents)} elements and {b.name} takes "
             f"{tuple(b.extents)}, should be the same but for axes of 1"
@@ -123,14 +126,6 @@ def matched(src: Any, dst: Any, operation: str) -> tuple[Tile, Tile]:
 def _taken(extents: list[Any], rank: int) -> list[Any]:
     """Return extents of `rank` axes: the given ones in the last axes, 1 in those before."""
     return [1] * (rank - len(extents)) + extents
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    from tvm import arith
-
-    return bool(arith.Analyzer().can_prove_equal(a, b))
 
 
 class Matrix(NamedTuple):

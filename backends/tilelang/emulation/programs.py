@@ -51,14 +51,12 @@ class Program(NamedTuple):
     """Hold a kernel in C++.
 
     Attributes:
-        name: of the kernel.
         text: the whole file; it defines `gdn_ops_call(memory, ...)` and `gdn_ops_size()`.
         parameters: of the kernel, in its order.
         order: (name, dtype) of what follows `memory`: parameters, and sizes that have a name.
         tiles: names; the call returns n after an index outside of the n-th.
     """
 
-    name: str
     text: str
     parameters: list[Parameter]
     order: list[tuple[str, str]]
@@ -83,8 +81,8 @@ def program(function: Any) -> Program:
     for name, _ in order:
         if name not in known:
             raise ValueError(f"{name} is the size of no tensor, and no parameter")
-    name = str(kernel.attrs["global_symbol"])
-    return Program(name, _with_memory(source, name), parameters, order, tiles)
+    text = _with_memory(source, str(kernel.attrs["global_symbol"]))
+    return Program(text, parameters, order, tiles)
 
 
 def _generated(function: Any) -> tuple[Any, str]:
@@ -221,8 +219,7 @@ class Emulated:
         }
         for parameter, value in zip(self.parameters, args, strict=True):
             if parameter.shape is not None:
-                pointer = self._pointer(parameter, parameter.shape, value, values)
-                values[parameter.name] = pointer
+                values[parameter.name] = self._pointer(parameter, value, values)
         fault = self.call(_tiles(self.size), *[values[name] for name in self.order])
         if fault:
             tile = self.tiles[fault - 1]
@@ -238,21 +235,11 @@ class Emulated:
             raise ValueError(f"{name} is {value}, which is no {parameter.dtype}")
         return value
 
-    def _pointer(
-        self,
-        parameter: Parameter,
-        shape: list[int | str | None],
-        value: Any,
-        sizes: dict[str, Any],
-    ) -> int:
+    def _pointer(self, parameter: Parameter, value: Any, sizes: dict[str, Any]) -> int:
         """Check a tensor against its parameter, and return its address.
 
-        Args:
-            parameter: the parameter.
-            shape: the shape that it should have.
-            value: the argument that was given.
-            sizes: what the names in shapes stand for; this tensor gives those that it is first
-                to have.
+        `sizes` are what the names in shapes stand for; this tensor gives those that it is first to
+        have.
         """
         name = f"{self.name}: {parameter.name}"
         if not isinstance(value, Tensor):
@@ -264,7 +251,7 @@ class Emulated:
             raise ValueError(f"{name} is on {value.device}, should be on cpu")
         if not value.is_contiguous():
             raise ValueError(f"{name} has strides {value.stride()}, should be contiguous")
-        found = list(value.shape)
+        shape, found = parameter.shape or [], list(value.shape)
         if len(found) == len(shape):
             expected = [
                 sizes.setdefault(n, size) if isinstance(n, str) else size if n is None else n

@@ -22,6 +22,7 @@ import struct
 from typing import Any, Final
 
 import tilelang  # noqa: F401, it is what brings tvm
+import torch
 from tvm import tirx
 
 from gdn_ops.backends.tilelang.emulation.bounds import Bounds
@@ -79,16 +80,7 @@ def lowered(function: Any) -> tuple[Any, list[str]]:
 
 def nearest(value: float, dtype: str) -> float:
     """Return the value of a low dtype that is nearest to a float, ties to even."""
-    if not math.isfinite(value):
-        return value
-    try:
-        if dtype == "float16":
-            return float(struct.unpack("e", struct.pack("e", value))[0])
-        (bits,) = struct.unpack("I", struct.pack("f", value))
-    except OverflowError:
-        return math.copysign(math.inf, value)
-    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
-    return float(struct.unpack("f", struct.pack("I", bits))[0])
+    return float(torch.tensor(value, dtype=torch.float64).to(getattr(torch, dtype)))
 
 
 def _call(dtype: str, name: str, *arguments: Any) -> Any:
@@ -241,16 +233,9 @@ class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
         return value if op.value.dtype == op.dtype else _rounded(value, op.dtype)
 
     def visit_add_(self, op: Any) -> Any:
-        return _rounded(tirx.Add(self.visit_expr(op.a), self.visit_expr(op.b)), op.dtype)
+        return _rounded(type(op)(self.visit_expr(op.a), self.visit_expr(op.b)), op.dtype)
 
-    def visit_sub_(self, op: Any) -> Any:
-        return _rounded(tirx.Sub(self.visit_expr(op.a), self.visit_expr(op.b)), op.dtype)
-
-    def visit_mul_(self, op: Any) -> Any:
-        return _rounded(tirx.Mul(self.visit_expr(op.a), self.visit_expr(op.b)), op.dtype)
-
-    def visit_div_(self, op: Any) -> Any:
-        return _rounded(tirx.Div(self.visit_expr(op.a), self.visit_expr(op.b)), op.dtype)
+    visit_sub_ = visit_mul_ = visit_div_ = visit_add_
 
     def visit_float_imm_(self, op: Any) -> Any:
         if str(op.dtype) in LOW:
