@@ -49,7 +49,7 @@ def make_plan(call: Call) -> Plan:
     return Plan(
         config=config,
         C=C,
-        BK=-(-s.K // 64) * 64,
+        BK=configs.width_class(s.K),
         L=L,
         chunk_slots=tokens // C + s.N,
         segment_slots=tokens // (C * L) + s.N,

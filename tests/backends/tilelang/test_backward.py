@@ -28,9 +28,13 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 
-CPU = torch.device("cpu")
-
+OF_TOKENS = ("d_q", "d_k", "d_v", "d_beta", "d_alpha")
 LENGTHS = PACKED.lengths or ()
+
+CHUNKS = Example(
+    T=130, H=1, R=2, K=48, V=80, dtype="bfloat16", gate="extreme", initial_state=True, seed=4
+)
+"""Two chunks of 64, and two tokens."""
 
 
 def _same(found: Results, expected: Results) -> None:
@@ -124,14 +128,12 @@ def test_no_number_reaches_another_sequence() -> None:
 
 @pytest.mark.parametrize("at", [1, 63, 64, 100])
 def test_a_reset_passes_no_gradient_back(at: int) -> None:
-    example = Example(
-        T=130, H=1, R=2, K=48, V=80, dtype="bfloat16", gate="slow", initial_state=True, seed=2
-    )
+    example = dataclasses.replace(CHUNKS, gate="slow", seed=2)
     arguments, (d_o, d_state) = example.arguments(), example.cotangents()
     arguments["alpha"][:, at] = 0.0
     d_o[:, :at] = 0.0
     found = run(arguments, "tilelang", (d_o, d_state))
-    for name in ("d_q", "d_k", "d_v", "d_beta", "d_alpha"):
+    for name in OF_TOKENS:
         assert not bool(found[name][:, :at].any()), name
         assert bool(found[name][:, at:].any()), name
     assert not bool(found["d_initial_state"].any())
@@ -141,15 +143,12 @@ def test_a_reset_passes_no_gradient_back(at: int) -> None:
 
 @pytest.mark.parametrize("at", [5, 64, 90])
 def test_what_is_asked_of_the_past_changes_no_bit_of_the_present(at: int) -> None:
-    example = Example(
-        T=130, H=1, R=2, K=48, V=80, dtype="bfloat16", gate="extreme", initial_state=True, seed=4
-    )
-    arguments, (d_o, d_state) = example.arguments(), example.cotangents()
+    arguments, (d_o, d_state) = CHUNKS.arguments(), CHUNKS.cotangents()
     expected = run(arguments, "tilelang", (d_o, d_state))
     changed = d_o.clone()
     changed[:, :at] *= -3.0
     found = run(arguments, "tilelang", (changed, d_state))
-    for name in ("d_q", "d_k", "d_v", "d_beta", "d_alpha"):
+    for name in OF_TOKENS:
         assert torch.equal(found[name][:, at:], expected[name][:, at:]), name
         assert not torch.equal(found[name][:, :at], expected[name][:, :at]), name
 
@@ -164,7 +163,7 @@ def test_tokens_of_no_sequence_are_not_written(
     monkeypatch.setattr(plan, "cu_of", lambda call: boundaries)
     with using("tilelang", PACKED, segment=segment):
         found = run(PACKED.arguments(), "tilelang", PACKED.cotangents())
-    for name in ("o", "d_q", "d_k", "d_v", "d_alpha", "d_beta"):
+    for name in ("o", *OF_TOKENS):
         assert bool(found[name][:, :end].isfinite().all()), name
         assert bool(found[name][:, end:].isnan().all()), name
     for name in ("final_state", "d_initial_state"):

@@ -223,10 +223,8 @@ def test_an_index_outside_of_a_tile_is_an_error(index: int) -> None:
     x = torch.zeros(8)
     launch(tiles.strays, {}, x, 3)
     assert x.tolist() == [3.0] * 4 + [6.0] * 4
-    assert (
-        message_of(IndexError, launch, tiles.strays, {}, x, index)
-        == "strays: an index is outside of the tile tile"
-    )
+    found = message_of(IndexError, launch, tiles.strays, {}, x, index)
+    assert found == "strays: an index is outside of the tile tile"
     launch(tiles.strays, {}, x, 0)
 
 
@@ -235,10 +233,8 @@ def test_a_loop_that_runs_past_the_end_of_a_tile_is_an_error() -> None:
     x = torch.zeros(8)
     launch(tiles.sweeps, {"n": 4}, x)
     assert x.tolist() == [3.0] * 4 + [0.0] * 4
-    assert (
-        message_of(IndexError, launch, tiles.sweeps, {"n": 5}, x)
-        == "sweeps: an index is outside of the tile tile"
-    )
+    found = message_of(IndexError, launch, tiles.sweeps, {"n": 5}, x)
+    assert found == "sweeps: an index is outside of the tile tile"
 
 
 def test_only_an_index_that_may_be_outside_is_checked() -> None:

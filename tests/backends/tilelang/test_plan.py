@@ -79,16 +79,14 @@ SMALL = Sizes(B=1, T=64, H=1, HV=1, K=128, V=128, N=1)
 
 def test_v_is_split_where_there_would_be_fewer_programs_than_processors() -> None:
     # 132 multiprocessors; 128 columns.
-    device = torch.device("cpu")
-
     def columns(HV: int, N: int = 1) -> int:
-        return configs.columns(device, dataclasses.replace(SMALL, HV=HV, H=HV, N=N), 64)
+        return configs.columns(CPU, dataclasses.replace(SMALL, HV=HV, H=HV, N=N), 64)
 
     assert columns(66) == 64, "132 programs"
     assert columns(65) == 32, "130 programs"
     assert columns(17, N=4) == 64, "136 programs"
     assert columns(1) == 32, "never narrower"
-    assert configs.columns(device, SMALL, 16) == 16
+    assert configs.columns(CPU, SMALL, 16) == 16
 
 
 def test_a_sequence_is_cut_where_most_of_the_gpu_would_idle() -> None:

@@ -14,6 +14,9 @@ tilelang = pytest.importorskip("tilelang")
 
 from gdn_ops.backends.tilelang.host import toolchain  # noqa: E402
 
+NO_CPP = "no C++ compiler, which emulation needs: install g++, or set CXX"
+NO_NVCC = "no nvcc, which TileLang compiles with: pip install 'tilelang[nvcc]', or set CUDA_HOME"
+
 
 @pytest.fixture
 def no_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -37,9 +40,7 @@ def test_a_cpp_compiler_is_what_cxx_names_or_the_first_on_the_path(
     no_tools: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert toolchain.compiler() is None
-    assert toolchain.cpu_reasons() == [
-        "no C++ compiler, which emulation needs: install g++, or set CXX"
-    ]
+    assert toolchain.cpu_reasons() == [NO_CPP]
     other = program_at(no_tools / "bin" / "clang++")
     assert toolchain.compiler() == str(other)
     first = program_at(no_tools / "bin" / "g++")
@@ -47,10 +48,7 @@ def test_a_cpp_compiler_is_what_cxx_names_or_the_first_on_the_path(
     assert toolchain.cpu_reasons() == []
     monkeypatch.setenv("CXX", "nowhere/g++")
     assert toolchain.compiler() is None
-    assert toolchain.cpu_reasons() == [
-        "no C++ compiler, which emulation needs: install g++, or set CXX; CXX is 'nowhere/g++', "
-        "which is no program"
-    ]
+    assert toolchain.cpu_reasons() == [f"{NO_CPP}; CXX is 'nowhere/g++', which is no program"]
     monkeypatch.setenv("CXX", "clang++")
     assert toolchain.compiler() == str(other)
 
@@ -59,21 +57,15 @@ def test_a_cpp_compiler_is_what_cxx_names_or_the_first_on_the_path(
 def test_missing_compilers_are_reasons_on_a_cpu_and_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    reason = "no C++ compiler, which emulation needs: install g++, or set CXX"
-    check_reason("tilelang", linear_arguments(), reason)
-    assert reasons_on_a_gpu("tilelang", monkeypatch) == [
-        "no nvcc, which TileLang compiles with: pip install 'tilelang[nvcc]', or set CUDA_HOME"
-    ]
+    check_reason("tilelang", linear_arguments(), NO_CPP)
+    assert reasons_on_a_gpu("tilelang", monkeypatch) == [NO_NVCC]
 
 
 def test_nvcc_is_looked_for_where_tilelang_looks(
     no_tools: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing = (
-        "no nvcc, which TileLang compiles with: pip install 'tilelang[nvcc]', or set CUDA_HOME"
-    )
     assert toolchain.nvcc() is None
-    assert toolchain.gpu_reasons() == [missing]
+    assert toolchain.gpu_reasons() == [NO_NVCC]
     default = program_at(no_tools / "none" / "bin" / "nvcc")
     assert toolchain.nvcc() == default
     packaged = program_at(no_tools / "wheel" / "bin" / "nvcc")
@@ -84,7 +76,7 @@ def test_nvcc_is_looked_for_where_tilelang_looks(
     for variable in ("CUDA_PATH", "CUDA_HOME"):
         home = no_tools / variable
         monkeypatch.setenv(variable, str(home))
-        assert toolchain.gpu_reasons() == [f"{missing}; it is {str(home)!r}, which has no bin/nvcc"]
+        assert toolchain.gpu_reasons() == [f"{NO_NVCC}; it is {str(home)!r}, which has no bin/nvcc"]
         assert toolchain.nvcc() is None
         program_at(home / "bin" / "nvcc")
         assert toolchain.nvcc() == home / "bin" / "nvcc"
