@@ -61,12 +61,7 @@ COLLIDING = (
     Setting("delta", beta=0.5),
     Setting("gated_delta", 0.98),
 )
-WRITING = (
-    Setting("linear"),
-    Setting("gated", 0.98),
-    Setting("delta"),
-    Setting("gated_delta", 0.98),
-)
+WRITING = tuple(by for by in COLLIDING if by.beta == 1)
 KEEPING = (
     Setting("linear"),
     Setting("gated", 0.999),

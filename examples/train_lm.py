@@ -16,15 +16,14 @@ import argparse
 import math
 import os
 from dataclasses import asdict, dataclass, fields
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional
 
+from gdn_ops.demo.show import shipped_text
 from gdn_ops.nn import HybridLM
 
 BYTES = 256
@@ -174,11 +173,8 @@ def sample(training: Training, prompt: str, count: int, temperature: float) -> s
 
 def read(path: Path | None) -> Tensor:
     """Return the bytes of a text, (T,) uint8."""
-    if path is None:
-        folder = resources.files("gdn_ops") / "data"
-        content = min(f.name for f in folder.iterdir() if f.name.endswith(".txt"))
-        return torch.frombuffer(bytearray((folder / content).read_bytes()), dtype=torch.uint8)
-    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    content = shipped_text() if path is None else path.read_bytes()
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -204,9 +200,7 @@ def main(arguments: list[str] | None = None) -> Training:
     elif path.exists():
         raise SystemExit(f"{path} exists; --resume goes on from it, another --out starts anew")
     else:
-        kept: dict[str, Any] = {
-            field.name: getattr(given, field.name) for field in fields(Settings)
-        }
+        kept = {field.name: getattr(given, field.name) for field in fields(Settings)}
         training = Training(Settings(**kept), text)
     steps = training.settings.steps
     until = steps if given.until is None else min(given.until, steps)
