@@ -12,9 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn_ops import SpecError
 from gdn_ops.bench import measures, peers, report, rows, suite
-from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.inputs import Setting, find_case, make_inputs
 from gdn_ops.bench.peers import find_contender
 from gdn_ops.bench.verify import RefusedError, verify
@@ -22,11 +20,7 @@ from gpu_stand_ins import FakeDevice, contender, stand_in
 
 TINY = find_case("tiny")
 
-
-@pytest.fixture(autouse=True)
-def given_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates are given: measuring them takes seconds and tests no logic."""
-    monkeypatch.setattr(suite, "measure_rates", lambda *_: Rates(1e11, 1e10, 1e10))
+pytestmark = pytest.mark.usefixtures("given_rates")
 
 
 def put_peer(patch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
@@ -103,17 +97,6 @@ def test_transformers_computes_the_same_function() -> None:
     pytest.importorskip("transformers")
     x = make_inputs(TINY.sizes, torch.float32)
     verify([contender("transformers")], TINY, x, gradients=True)
-
-
-def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown case 'nope', known: tiny, qwen"):
-        find_case("nope")
-    with pytest.raises(ValueError, match="unknown measurement 'speed', known: forward"):
-        suite.make_plan([], ["speed"], [], [], Setting())
-    with pytest.raises(ValueError, match="unknown peer 'x', known: transformers"):
-        suite.make_plan([], [], [], ["x"], Setting())
-    with pytest.raises(SpecError, match="unknown backend 'x'"):
-        suite.make_plan([], [], ["x"], [], Setting())
 
 
 def test_a_family_name_means_its_shortest_sequence() -> None:

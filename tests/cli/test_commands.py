@@ -15,18 +15,13 @@ import gdn_ops
 from command_line import run
 from gdn_ops import cli
 from gdn_ops.bench import suite
-from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.verify import RefusedError
 from gdn_ops.cli import commands
 from gdn_ops.dispatch import explain, registry
 from gdn_ops.environment import versions
 from processes import python
 
-
-@pytest.fixture(autouse=True)
-def given_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates are given: measuring them takes seconds and tests no logic."""
-    monkeypatch.setattr(suite, "measure_rates", lambda *_: Rates(1e11, 1e10, 1e10))
+pytestmark = pytest.mark.usefixtures("given_rates")
 
 
 def test_python_dash_m_ends_with_the_exit_code() -> None:
@@ -145,10 +140,10 @@ def test_bench_refuses_wrong_numbers_with_one(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nope",), "unknown case 'nope'"),
-        (("--what", "speed"), "unknown measurement 'speed'"),
+        (("nope",), "unknown case 'nope', known: tiny, qwen"),
+        (("--what", "speed"), "unknown measurement 'speed', known: forward"),
         (("--backend", "nope"), "unknown backend 'nope'"),
-        (("--peer", "nope"), "unknown peer 'nope'"),
+        (("--peer", "nope"), "unknown peer 'nope', known: transformers"),
         (("--dtype", "int8"), "unknown dtype 'int8', known: float64"),
         (("--tune", "naive"), "'naive' exposes no configurations to tune"),
     ],
