@@ -40,16 +40,7 @@ def child_environment() -> dict[str, str]:
 
 
 class StoppedError(RuntimeError):
-    """Report that a worker ended, or was ended, before its order was done; the text says why.
-
-    Attributes:
-        code: exit code; minus the number of the signal that ended it.
-        last_line: the last line that it wrote to stderr.
-    """
-
-    def __init__(self, text: str, code: int = 0, last_line: str = "") -> None:
-        super().__init__(text)
-        self.code, self.last_line = code, last_line
+    """Report that a worker ended, or was ended, before its order was done; the text says why."""
 
 
 class TimeUpError(StoppedError):
@@ -115,11 +106,9 @@ class Worker:
         """Return an error that says how the process ended and what it wrote last to stderr."""
         code = self._process.wait()
         self._errors.seek(0)
-        lines = [line.strip() for line in self._errors if line.strip()]
-        last = lines[-1] if lines else ""
+        last = _last_line(self._errors.read())
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        text = f"the process ended with {how}" + (f": {last[:300]}" if last else "")
-        return StoppedError(text, code, last)
+        return StoppedError(f"the process ended with {how}" + (f": {last[:300]}" if last else ""))
 
     def close(self) -> None:
         """End the process."""
@@ -134,32 +123,37 @@ class Worker:
                     stream.close()
 
 
-def call(function: Callable[..., Any], *arguments: object) -> Any:
+def call(function: Callable[..., Any], *arguments: object, **named: object) -> Any:
     """Call a function of a module in a process of its own, with as many threads as this one.
 
     Returns:
         The value, or a text that says why there is none; a value is never a text.
     """
-    worker = Worker((sys.executable, "-m", "gdn_ops.bench.child"))
-    order = pickle.dumps((function, arguments, torch.get_num_threads())).hex()
-    try:
-        (event,) = worker.ask({"call": order})
-        return pickle.loads(bytes.fromhex(event["value"]))
-    except StoppedError as error:
-        return f"the measuring process ended with {error.code}: {error.last_line}"
-    finally:
-        worker.close()
+    done = subprocess.run(
+        (sys.executable, "-m", "gdn_ops.bench.child"),
+        input=pickle.dumps((function, arguments, named, torch.get_num_threads())),
+        capture_output=True,
+        env=child_environment(),
+    )
+    if done.returncode:
+        last = _last_line(done.stderr.decode(errors="replace"))
+        return f"the measuring process ended with {done.returncode}: {last}"
+    return pickle.loads(done.stdout)
 
 
-def _answer(emit: Emit) -> Callable[[dict[str, Any]], None]:
-    """Return what carries out the order of `call` in the child process."""
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
-    def carry_out(order: dict[str, Any]) -> None:
-        function, arguments, threads = pickle.loads(bytes.fromhex(order["call"]))
-        torch.set_num_threads(threads)
-        emit({"value": pickle.dumps(function(*arguments)).hex()})
 
-    return carry_out
+def _answer_call() -> None:
+    """Carry out what `call` asks for on stdin, in the child process, and write its value."""
+    answer = os.dup(1)
+    os.dup2(2, 1)
+    function, arguments, named, threads = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(threads)
+    with open(answer, "wb") as out:
+        pickle.dump(function(*arguments, **named), out)
 
 
 def carry_out_orders(start: Callable[[Emit], Callable[[dict[str, Any]], None]]) -> None:
@@ -178,4 +172,4 @@ def carry_out_orders(start: Callable[[Emit], Callable[[dict[str, Any]], None]]) 
 
 
 if __name__ == "__main__":
-    carry_out_orders(_answer)
+    _answer_call()

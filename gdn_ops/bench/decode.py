@@ -13,7 +13,6 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from onnx import ModelProto
 
 from gdn_ops import ops
-from gdn_ops.bench import report, suite
+from gdn_ops.bench import suite
 from gdn_ops.bench.decode_rows import decode_rows
 from gdn_ops.bench.inputs import Inputs, Setting, make_step_inputs
 from gdn_ops.bench.report import Log
@@ -299,11 +298,12 @@ def run(
 
     Raises:
         RefusedError: a body computes something else.
+        SpecError: the library cannot be loaded.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        result = Result(suite.system(setting))
+        result = Result(suite.system(replace(setting, dtype="float32", device="cpu")))
         if "ort" not in available_bodies():
             result.skipped.append(("decode", "ort", why_not("ort")))
         rounds = ROUNDS_PER_REPEAT * setting.repeats
@@ -313,16 +313,3 @@ def run(
         return result
     finally:
         torch.set_num_threads(before)
-
-
-def show_run(library: str | None, setting: Setting, out: Path | None, log: Log = print) -> None:
-    """Run `gdn-ops bench decode`: measure, log the result, and write it if a folder is given.
-
-    Raises:
-        RefusedError: as `run`.
-        SpecError: the library cannot be loaded.
-        ModuleNotFoundError: onnx or onnxruntime is not installed.
-    """
-    result = run(replace(setting, dtype="float32", device="cpu"), library, log)
-    log(f"onnxruntime {result.system['versions']['onnxruntime']}, one thread")
-    report.publish(result, out and out / "decode-cpu-float32.json", log)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
-from gdn_ops.bench.rows import Row, timed_row
+from gdn_ops.bench.rows import Row, timed_rows
 from gdn_ops.bench.turns import Timing
 
 
@@ -16,12 +15,7 @@ def decode_rows(
 
     The state has `mib` MiB; `added` is, by way, what step() adds to the run of onnxruntime.
     """
-    floor = timing["floor"].median
-    against: dict[str, Any] = {"against": "floor", "floor": floor * 1e6}
-    rows = [
-        timed_row("decode", case, name, "us", t, ratio=floor / t.median, **against)
-        for name, t in timing.items()
-    ]
+    rows = timed_rows("decode", case, "us", timing, "floor", floor=timing["floor"].median)
     if "ort in place" not in timing:
         return rows
     own, bare = timing["ort in place"], timing["ort in place, bare"]

@@ -6,6 +6,7 @@ everywhere, and how cheap fresh memory pages are depends on what a process did b
 
 from __future__ import annotations
 
+import functools
 import statistics
 import subprocess
 import sys
@@ -14,12 +15,13 @@ from dataclasses import replace
 
 import torch
 
+from gdn_ops import ops
 from gdn_ops.bench.child import call, child_environment
-from gdn_ops.bench.device import Peak, find_device
+from gdn_ops.bench.device import Peak, Run, find_device
 from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.inputs import Inputs, Setting, make_inputs, make_output_gradient
-from gdn_ops.bench.peers import Contender, find_contender, our_contender
-from gdn_ops.bench.rows import Result, Row, timed_row
+from gdn_ops.bench.peers import Contender, find_contender
+from gdn_ops.bench.rows import Result, Row, timed_rows
 from gdn_ops.bench.turns import Timing, interleave
 from gdn_ops.bench.verify import RefusedError
 from gdn_ops.call.bind import arguments_of, bind
@@ -49,13 +51,8 @@ def sequence_rows(
     peer = next((c.name for c in contenders if c.is_peer), None)
     floor = None
     if what == "forward":
-        floor = rates.floor(GATED_DELTA, case.sizes, s.torch_dtype.itemsize) * 1e3
-    rows = []
-    for name, t in timing.items():
-        ratio = timing[peer].median / t.median if peer is not None else None
-        row = timed_row(what, case.name, name, "ms", t, ratio=ratio, against=peer, floor=floor)
-        rows.append(row)
-    return rows
+        floor = rates.floor(GATED_DELTA, case.sizes, s.torch_dtype.itemsize)
+    return timed_rows(what, case.name, "ms", timing, peer, floor=floor)
 
 
 def memory_rows(
@@ -85,12 +82,6 @@ def memory_rows(
         result.rows.append(Row("memory", case, name, "MiB", mib, mib, 1, ratio, against))
 
 
-def measure_peak(name: str, sizes: Sizes, s: Setting) -> Peak | str:
-    """Return the peak memory of a contender's forward and backward, or why its process failed."""
-    peak: Peak | str = call(_peak, name, sizes, s)
-    return peak
-
-
 def _available(name: str) -> Contender:
     """Return a contender in a process of its own, which ends with the reason if there is none."""
     found = find_contender(name)
@@ -99,8 +90,11 @@ def _available(name: str) -> Contender:
     return found
 
 
-def _peak(name: str, sizes: Sizes, s: Setting) -> Peak:
-    """Run on a short prefix, so that libraries are loaded and code is compiled; then in full."""
+def measure_peak(name: str, sizes: Sizes, s: Setting) -> Peak:
+    """Return the peak memory of a contender's forward and backward, for a process of its own.
+
+    It runs on a short prefix first, so that libraries are loaded and code is compiled.
+    """
     c = _available(name)
     for size in (replace(sizes, T=min(sizes.T, WARMUP_TOKENS)), sizes):
         x = make_inputs(size, s.torch_dtype, s.device)
@@ -120,16 +114,10 @@ def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row | str:
     if isinstance(timing, str):
         return timing
     longer, shorter = timing["long"], timing["short"]
-    return Row(
-        "scaling",
-        case.name,
-        name,
-        "x",
-        longer.median / shorter.median / times,
-        longer.best / shorter.best / times,
-        s.repeats,
-        against=f"T={long.T} over {times} times T={case.sizes.T}",
-    )
+    median = longer.median / shorter.median / times
+    best = longer.best / shorter.best / times
+    against = f"T={long.T} over {times} times T={case.sizes.T}"
+    return Row("scaling", case.name, name, "x", median, best, s.repeats, against=against)
 
 
 def _time_forwards(name: str, sizes: dict[str, Sizes], s: Setting) -> dict[str, Timing]:
@@ -146,33 +134,19 @@ def overhead_row(name: str, s: Setting) -> Row:
     """Measure the microseconds per call that `gated_delta` adds to the backend's own function."""
     sizes = Sizes(B=1, T=OVERHEAD_TOKENS, H=1, HV=1, K=16, V=16, N=1)
     x = make_inputs(sizes, s.torch_dtype, s.device)
-    ours = our_contender(name)
-    if isinstance(ours, str):
-        raise RefusedError(f"backend {name!r} is not available: {ours}")
-    public = ours.sequence(x).run
+    public = functools.partial(ops.gated_delta, **x.named(), backend=name)
     bound = bind(GATED_DELTA, arguments_of(GATED_DELTA, x.named()))
     backend = registry.select(bound, name)
     with torch.no_grad():
         if not torch.equal(public(), backend.forward(bound).o):
             raise RefusedError(f"gated_delta and backend {name!r} called directly differ")
-        actions: dict[str, Callable[[], object]] = {
-            "public": public,
-            "backend": lambda: backend.forward(bound),
-        }
-        timing = interleave(
-            actions, OVERHEAD_REPEATS, warmups=20, device=find_device(s.device), collect=False
-        )
+        actions: dict[str, Run] = {"public": public, "backend": lambda: backend.forward(bound)}
+        device = find_device(s.device)
+        timing = interleave(actions, OVERHEAD_REPEATS, warmups=20, device=device, collect=False)
     through, direct = timing["public"], timing["backend"]
-    return Row(
-        "overhead",
-        f"T={OVERHEAD_TOKENS}",
-        name,
-        "us",
-        (through.median - direct.median) * 1e6,
-        (through.best - direct.best) * 1e6,
-        OVERHEAD_REPEATS,
-        against="Backend.forward on a bound call",
-    )
+    median, best = (through.median - direct.median) * 1e6, (through.best - direct.best) * 1e6
+    case, against = f"T={OVERHEAD_TOKENS}", "Backend.forward on a bound call"
+    return Row("overhead", case, name, "us", median, best, OVERHEAD_REPEATS, against=against)
 
 
 def import_row() -> Row:

@@ -14,19 +14,18 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdn_ops.bench import report, suite
+from gdn_ops.bench import suite
 from gdn_ops.bench.child import call
 from gdn_ops.bench.device import Peak, find_device
 from gdn_ops.bench.inputs import Setting
 from gdn_ops.bench.measures import memory_rows
 from gdn_ops.bench.report import Log
-from gdn_ops.bench.rows import Result, Row, Target, timed_row, with_target
+from gdn_ops.bench.rows import Result, Target, timed_rows, with_target
 from gdn_ops.bench.turns import Timing, interleave
 from gdn_ops.bench.verify import Check, RefusedError
 from gdn_ops.compat.transformers import accelerate
@@ -174,10 +173,9 @@ def run(backends: Sequence[str], setting: Setting, log: Log, shape: Shape | None
     result.system["model"] = asdict(shape)
     _train(names, setting, log, shape, result)
     log("prefill and decode")
-    result.rows += _serving_rows(names, setting, shape, result)
+    _add_serving_rows(names, setting, shape, result)
     log("memory of a training step")
-    measure = functools.partial(_peak, shape=shape)
-    memory_rows(shape.case, names, PEER, measure, result)
+    memory_rows(shape.case, names, PEER, functools.partial(call, _weigh, shape=shape), result)
     result.rows = [with_target(row, TARGETS) for row in result.rows]
     return result
 
@@ -189,7 +187,8 @@ def _train(names: Sequence[str], setting: Setting, log: Log, shape: Shape, resul
     result.checks += _verify(model, ids, names, shape.case)
     log("training step")
     actions = {name: functools.partial(_under, name, training_step, model, ids) for name in names}
-    result.rows += _timed_rows("training step", shape.case, interleave(actions, setting.repeats))
+    timing = interleave(actions, setting.repeats)
+    result.rows += timed_rows("training step", shape.case, "ms", timing, PEER)
 
 
 def _under(name: str, function: Callable[..., object], *arguments: Any) -> object:
@@ -197,15 +196,14 @@ def _under(name: str, function: Callable[..., object], *arguments: Any) -> objec
         return function(*arguments)
 
 
-def _serving_rows(
-    names: Sequence[str], setting: Setting, shape: Shape, result: Result
-) -> list[Row]:
-    """Return the rows of prefill and decode, timed in a process of their own."""
+def _add_serving_rows(names: Sequence[str], setting: Setting, shape: Shape, result: Result) -> None:
+    """Add the rows of prefill and decode, timed in a process of their own."""
     found = call(_serve, names, setting.repeats, shape)
     if isinstance(found, str):
         result.skipped += [(what, "all", found) for what in ("prefill", "decode")]
-        return []
-    return [row for what, timing in found.items() for row in _timed_rows(what, shape.case, timing)]
+        return
+    for what, per in (("prefill", 1), ("decode", DECODED)):
+        result.rows += timed_rows(what, shape.case, "ms", found[what], PEER, per=per)
 
 
 def _serve(names: Sequence[str], repeats: int, shape: Shape) -> dict[str, dict[str, Timing]]:
@@ -240,34 +238,9 @@ def _verify(model: Any, ids: Tensor, names: Sequence[str], case: str) -> list[Ch
     return checks
 
 
-def _timed_rows(what: str, case: str, timing: dict[str, Timing]) -> list[Row]:
-    own, per = timing[PEER].median, DECODED if what == "decode" else 1
-    return [
-        timed_row(what, case, name, "ms", t, per, ratio=own / t.median, against=PEER)
-        for name, t in timing.items()
-    ]
-
-
-def _peak(name: str, shape: Shape) -> Peak | str:
-    """Return the peak memory of a training step, or why its process failed."""
-    peak: Peak | str = call(_weigh, name, shape)
-    return peak
-
-
 def _weigh(name: str, shape: Shape) -> Peak:
     """Return the peak memory of one training step, after one on a few tokens."""
     model, ids = build(shape), prompt(shape)
     with way(name):
         training_step(model, ids[:, : min(256, shape.tokens)])
         return find_device("cpu").peak(lambda: training_step(model, ids))
-
-
-def show_run(backends: Sequence[str], setting: Setting, out: Path | None, log: Log = print) -> None:
-    """Run `gdn-ops bench models`: measure, log the result, and write it if a folder is given.
-
-    Raises:
-        RefusedError, ValueError: as `run`.
-    """
-    result = run(backends, setting, log)
-    path = out and out / f"models-{setting.device}-{setting.dtype}.json"
-    report.publish(result, path, log)

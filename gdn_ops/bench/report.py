@@ -142,11 +142,12 @@ def write(result: Result, folder: Path) -> list[Path | str]:
     return [written, *draw(panels(result), title, folder / f"{stem}.png")]
 
 
-def publish(result: Result, path: Path | None, log: Log) -> None:
-    """Log a result as text; write its JSON, too, if there is a path."""
-    log(text(result))
-    if path is not None:
-        log(str(write_json(result.to_json(), path)))
+def publish(result: Result, kind: str, folder: Path | None) -> None:
+    """Print a result as text; write its JSON, named after its kind, if there is a folder."""
+    print(text(result))
+    if folder is not None:
+        stem = f"{kind}-{result.system['device']}-{result.system['dtype']}"
+        print(write_json(result.to_json(), folder / f"{stem}.json"))
 
 
 def draw(found: Sequence[Panel], title: str, path: Path) -> list[Path | str]:

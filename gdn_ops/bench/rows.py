@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,13 +101,33 @@ def with_target(row: Row, targets: Sequence[Target]) -> Row:
     return row
 
 
-def timed_row(
-    what: str, case: str, comparator: str, unit: str, timing: Timing, per: int = 1, **other: Any
-) -> Row:
-    """Return the row of a timing in ms, us or s, its samples divided by `per`."""
-    times = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit] / per
-    median, best = timing.median * times, timing.best * times
-    return Row(what, case, comparator, unit, median, best, len(timing.samples), **other)
+def timed_rows(
+    what: str,
+    case: str,
+    unit: str,
+    timing: Mapping[str, Timing],
+    against: str | None,
+    *,
+    per: int = 1,
+    floor: float | None = None,
+) -> list[Row]:
+    """Return the rows of timings in ms or us, with ratios to that named `against`, if there is one.
+
+    Samples are divided by `per`; the floor is in seconds.
+    """
+    times = {"ms": 1e3, "us": 1e6}[unit]
+    least = None if floor is None else floor * times
+    rows = []
+    for name, t in timing.items():
+        ratio = None
+        if against is not None:
+            own = timing[against].median
+            ratio = t.median / own if what == "step" else own / t.median
+        median, best = t.median * times / per, t.best * times / per
+        rows.append(
+            Row(what, case, name, unit, median, best, len(t.samples), ratio, against, least)
+        )
+    return rows
 
 
 @dataclass

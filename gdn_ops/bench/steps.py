@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from gdn_ops import ops
 from gdn_ops.bench.device import find_device
 from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.inputs import Inputs, Setting, make_step_inputs
-from gdn_ops.bench.rows import Row, timed_row
+from gdn_ops.bench.rows import Row, timed_rows
 from gdn_ops.bench.turns import Timing, interleave
 from gdn_ops.bench.verify import ROUNDING_BAND, RefusedError, define_step, relative_error
 from gdn_ops.spec.language import Case
@@ -118,15 +117,8 @@ def step_rows(case: Case, names: Sequence[str], s: Setting, rates: Rates) -> lis
         timing = _timed_steps(x, case, _steps(x, case, names, s), s)
     eager = [name for name in timing if name in EAGER_STEPS]
     best = min(eager, key=lambda name: timing[name].median, default=None)
-    other: dict[str, Any] = {
-        "against": best,
-        "floor": rates.floor(GATED_DELTA_STEP, case.sizes, s.torch_dtype.itemsize) * 1e6,
-    }
-    rows = []
-    for name, t in timing.items():
-        ratio = t.median / timing[best].median if best is not None else None
-        rows.append(timed_row("step", case.name, name, "us", t, ratio=ratio, **other))
-    return rows
+    floor = rates.floor(GATED_DELTA_STEP, case.sizes, s.torch_dtype.itemsize)
+    return timed_rows("step", case.name, "us", timing, best, floor=floor)
 
 
 def _timed_steps(x: Inputs, case: Case, steps: dict[str, Step], s: Setting) -> dict[str, Timing]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gdn_ops.bench import measures
+from gdn_ops.bench.child import call
 from gdn_ops.bench.floors import measure_rates
 from gdn_ops.bench.inputs import Setting, find_case, make_inputs
 from gdn_ops.bench.peers import Contender, check_peers, find_contender
@@ -22,6 +23,9 @@ from gdn_ops.spec.language import Case
 WHAT = ("forward", "forward+backward", "memory", "step", "scaling", "overhead", "import")
 """Every measurement, in the order in which they run."""
 
+REFERENCE = ("qwen-16-32-2048", "qwen-16-32-4096", "qwen-16-32-step-b1")
+"""Cases of the reference table: of the times, of memory, of the step."""
+
 SCALING_TIMES = 8
 
 
@@ -36,22 +40,22 @@ class Plan:
         step_cases: step cases.
     """
 
-    what: tuple[str, ...] = WHAT
-    cases: tuple[Case, ...] = field(default_factory=lambda: (find_case("qwen-16-32-2048"),))
-    memory_cases: tuple[Case, ...] = field(default_factory=lambda: (find_case("qwen-16-32-4096"),))
-    step_cases: tuple[Case, ...] = field(default_factory=lambda: (find_case("qwen-16-32-step-b1"),))
-    backends: tuple[str, ...] = ("torch",)
-    peers: tuple[str, ...] = ("transformers",)
-    setting: Setting = field(default_factory=Setting)
+    what: tuple[str, ...]
+    cases: tuple[Case, ...]
+    memory_cases: tuple[Case, ...]
+    step_cases: tuple[Case, ...]
+    backends: tuple[str, ...]
+    peers: tuple[str, ...]
+    setting: Setting
 
     def count(self) -> int:
         """Return the number of lines that `run` will log."""
-        per_case = len({"forward", "forward+backward"} & set(self.what))
-        total = 1 + len(self.cases) * (per_case + (per_case > 0))
+        timed = len({"forward", "forward+backward"} & set(self.what))
+        # A check comes before what is timed.
+        per_case = timed + (timed > 0) + ("scaling" in self.what)
+        total = 1 + len(self.cases) * per_case + len({"overhead", "import"} & set(self.what))
         total += ("memory" in self.what) * len(self.memory_cases)
-        total += ("step" in self.what) * len(self.step_cases)
-        total += ("scaling" in self.what) * len(self.cases)
-        return total + ("overhead" in self.what) + ("import" in self.what)
+        return total + ("step" in self.what) * len(self.step_cases)
 
 
 def make_plan(
@@ -72,14 +76,12 @@ def make_plan(
     check_peers(peers, "*")
     for name in backends:
         registry.get_backend(name)
-    plan = Plan(tuple(what), backends=tuple(backends), peers=tuple(peers), setting=setting)
-    if not cases:
-        return plan
-    found = [find_case(name) for name in cases]
+    found = tuple(find_case(name) for name in cases or REFERENCE)
     steps = tuple(case for case in found if case.sizes.T == 1)
-    sequences = tuple(case for case in found if case.sizes.T != 1)
-    wanted = tuple(w for w in plan.what if w != "step" or steps)
-    return Plan(wanted, sequences, sequences, steps, plan.backends, plan.peers, setting)
+    timed = weighed = tuple(case for case in found if case.sizes.T != 1)
+    if not cases:
+        timed, weighed = timed[:1], timed[1:]
+    return Plan(tuple(what), timed, weighed, steps, tuple(backends), tuple(peers), setting)
 
 
 def default_backends() -> tuple[str, ...]:
@@ -134,8 +136,8 @@ class _Suite:
             self.log(f"memory, {case.name}")
             names = [c.name for c in contenders]
             peer = next((c.name for c in contenders if c.is_peer), None)
-            measure = functools.partial(measures.measure_peak, sizes=case.sizes, s=s)
-            measures.memory_rows(case.name, names, peer, measure, result)
+            peak = functools.partial(call, measures.measure_peak, sizes=case.sizes, s=s)
+            measures.memory_rows(case.name, names, peer, peak, result)
         if s.has_targets:
             result.rows = [with_target(row, TARGETS) for row in result.rows]
         return result

@@ -8,25 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gdn_ops.bench import report, suite
+from gdn_ops.bench import models, report, suite
 from gdn_ops.bench.inputs import Setting
-from gdn_ops.bench.tune import tune
-
-
-def quiet_progress(console: Console) -> Progress:
-    """Return a progress bar without a thread that would disturb what is timed."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, auto_refresh=False)
-
-
-def run_tune(backend: str, cases: Sequence[str], setting: Setting) -> None:
-    """Print the rows of `bench --tune`.
-
-    Raises:
-        ValueError: the backend cannot be tuned, or a case is unknown.
-    """
-    for line in tune(backend, cases, setting):
-        print(line, flush=True)
 
 
 def run_cases(plan: suite.Plan, out: Path | None) -> None:
@@ -35,8 +18,9 @@ def run_cases(plan: suite.Plan, out: Path | None) -> None:
     Raises:
         RefusedError: a comparator computes something else.
     """
-    console = Console()
-    with quiet_progress(console) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    # A thread that refreshes it would disturb what is timed.
+    with Progress(*columns, console=Console(), transient=True, auto_refresh=False) as progress:
         task = progress.add_task("starting", total=plan.count() + 1)
 
         def log(text: str) -> None:
@@ -46,3 +30,26 @@ def run_cases(plan: suite.Plan, out: Path | None) -> None:
     print(report.text(result))
     for path in report.write(result, out) if out is not None else ():
         print(path)
+
+
+def run_models(backends: Sequence[str], setting: Setting, out: Path | None) -> None:
+    """Run the benchmark of whole models.
+
+    Raises:
+        RefusedError, ValueError: as `models.run`.
+    """
+    report.publish(models.run(backends, setting, print), "models", out)
+
+
+def run_decode(library: str | None, setting: Setting, out: Path | None) -> None:
+    """Run the benchmark of decode steps; its one peer is the path of a custom-op library.
+
+    Raises:
+        RefusedError, SpecError: as `decode.run`.
+        ModuleNotFoundError: onnx or onnxruntime is not installed.
+    """
+    from gdn_ops.bench import decode
+
+    result = decode.run(setting, None if library == "none" else library, print)
+    print(f"onnxruntime {result.system['versions']['onnxruntime']}, one thread")
+    report.publish(result, "decode", out)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import torch
 import typer
@@ -15,11 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 import gdn_ops
-from gdn_ops.bench import models, suite
+from gdn_ops.bench import suite
+from gdn_ops.bench import tune as tuning
 from gdn_ops.bench.gpu import command as gpu_command
 from gdn_ops.bench.inputs import Setting
 from gdn_ops.bench.verify import RefusedError
 from gdn_ops.cli import bench_command, check_command, compile_command, export_command, info_command
+from gdn_ops.cli.export_command import fail
 from gdn_ops.demo import show
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.explain import device_status, runs_or_emulates_here
@@ -34,11 +35,6 @@ app = typer.Typer(
 )
 
 DEMO_LIMIT = 16384
-
-
-def _fail(message: str, code: int = 2) -> NoReturn:
-    print(f"gdn-ops: {message}", file=sys.stderr)
-    raise typer.Exit(code)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -103,11 +99,11 @@ def _checkable(name: str) -> list[str]:
         try:
             backend = registry.get_backend(name)
         except SpecError as error:
-            _fail(str(error))
+            fail(str(error))
         if isinstance(backend, str):
-            _fail(f"backend {name!r} is not available: {backend}")
+            fail(f"backend {name!r} is not available: {backend}")
         if not runs_or_emulates_here(backend.limits):
-            _fail(f"backend {name!r} is not available: {device_status(backend.limits)}")
+            fail(f"backend {name!r} is not available: {device_status(backend.limits)}")
         return [name]
     return [i.name for i in gdn_ops.list_backends() if i.status == "available"]
 
@@ -123,11 +119,11 @@ def check(
 ) -> None:
     """Certify backends on this machine: random calls against the definition in float64."""
     if importlib.util.find_spec("hypothesis") is None:
-        _fail("check needs the testing extra: pip install 'gdn_ops[testing]'")
+        fail("check needs the testing extra: pip install 'gdn_ops[testing]'")
     try:
         torch.empty(0, device=device or "cpu")
     except (RuntimeError, AssertionError) as error:
-        _fail(f"device {device!r} is not available: {str(error).splitlines()[0]}")
+        fail(f"device {device!r} is not available: {str(error).splitlines()[0]}")
     console = Console()
     names = _checkable(backend)
     passed = [check_command.run(name, seconds, seed, device, console) for name in names]
@@ -156,7 +152,7 @@ def bench(
 ) -> None:
     """Measure backends against peers: checked, interleaved, in one process."""
     if dtype not in FLOAT_DTYPES:
-        _fail(f"unknown dtype {dtype!r}, known: {', '.join(FLOAT_DTYPES)}")
+        fail(f"unknown dtype {dtype!r}, known: {', '.join(FLOAT_DTYPES)}")
     if threads is not None:
         torch.set_num_threads(threads)
     try:
@@ -165,22 +161,23 @@ def bench(
             raise typer.Exit(gpu_command.show_run(_names(backend), peers, seconds, out, print))
         setting = Setting(dtype, device, repeats)
         if cases == ["decode"]:
-            export_command.bench_decode(peer, setting, out)
+            bench_command.run_decode(peer, setting, out)
             return
         if cases == ["models"]:
-            models.show_run(_names(backend) or ("torch",), setting, out)
+            bench_command.run_models(_names(backend) or ("torch",), setting, out)
             return
         if tune is not None:
-            bench_command.run_tune(tune, cases or [], setting)
+            for line in tuning.tune(tune, cases or [], setting):
+                print(line, flush=True)
             return
         peers = ("transformers",) if peer is None else _without_none(peer)
         backends = _names(backend) or suite.default_backends()
         plan = suite.make_plan(cases or [], _names(what) or suite.WHAT, backends, peers, setting)
         bench_command.run_cases(plan, out)
     except RefusedError as error:
-        _fail(str(error), 1)
-    except (ValueError, gdn_ops.BackendUnsupportedError) as error:
-        _fail(str(error))
+        fail(str(error), 1)
+    except (ValueError, ModuleNotFoundError, gdn_ops.BackendUnsupportedError) as error:
+        fail(str(error))
 
 
 @app.command(name="compile")
@@ -201,7 +198,7 @@ def compile_(
             backend, _names(target), cases or [], everything=everything, path=path
         )
     except (ValueError, FileNotFoundError) as error:
-        _fail(str(error))
+        fail(str(error))
     if not passed:
         raise typer.Exit(1)
 
@@ -223,4 +220,4 @@ def demo(
     try:
         show.run(text[:limit], Console(), backend)
     except (ValueError, gdn_ops.BackendUnsupportedError) as error:
-        _fail(str(error))
+        fail(str(error))

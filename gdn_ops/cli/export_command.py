@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gdn_ops.bench.inputs import Setting
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
 
 if TYPE_CHECKING:
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
     from gdn_ops.export.runtime.comparison import Comparison
 
 
-def _fail(message: str, code: int = 2) -> NoReturn:
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End a command with a reason and an exit code."""
     print(f"gdn-ops: {message}", file=sys.stderr)
     raise typer.Exit(code)
 
@@ -52,7 +52,7 @@ def export(
             _inspect(inspect)
             return
         if heads is None or key_dim is None or out is None:
-            _fail("export needs --heads, --key-dim and --out, or --inspect FILE")
+            fail("export needs --heads, --key-dim and --out, or --inspect FILE")
         from gdn_ops.export import make_decode_model, make_prefill_model
         from gdn_ops.export.bodies.body import DEFAULT_OPSET
         from gdn_ops.export.bodies.table import BODIES
@@ -75,9 +75,9 @@ def export(
         _write(model, out)
         comparisons = _run_bodies(out)
     except (SpecError, BackendUnsupportedError, ModuleNotFoundError) as error:
-        _fail(str(error))
+        fail(str(error))
     if not all(c.passed for c in comparisons):
-        _fail("the numbers are wrong", 1)
+        fail("the numbers are wrong", 1)
 
 
 def _write(model: ModelProto, path: Path) -> None:
@@ -128,11 +128,11 @@ def _inspect(path: Path) -> None:
     from gdn_ops.export import bodies_of, nodes_of, states_of
 
     if not path.is_file():
-        _fail(f"{str(path)!r} is no file")
+        fail(f"{str(path)!r} is no file")
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError:
-        _fail(f"{str(path)!r} is no ONNX model")
+        fail(f"{str(path)!r} is no ONNX model")
     imports = ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import)
     typer.echo(f"imports  {imports}")
     bodies = ", ".join(bodies_of(model)) or "none: a custom-op library must bring the kernel"
@@ -146,13 +146,3 @@ def _inspect(path: Path) -> None:
         )
     for old, new in states_of(model).items():
         typer.echo(f"state    {old} -> {new}")
-
-
-def bench_decode(library: str | None, setting: Setting, out: Path | None) -> None:
-    """Run `gdn-ops bench decode`; its one peer is the path of a custom-op library."""
-    try:
-        from gdn_ops.bench import decode
-
-        decode.show_run(None if library in (None, "none") else library, setting, out)
-    except ModuleNotFoundError as error:
-        _fail(str(error))

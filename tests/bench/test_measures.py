@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gdn_ops import GATED_DELTA
 from gdn_ops.bench import measures, rows, steps, suite
+from gdn_ops.bench.child import call
 from gdn_ops.bench.device import Peak, Run
 from gdn_ops.bench.floors import CHUNK, Rates
 from gdn_ops.bench.inputs import Setting, find_case, make_inputs
@@ -182,7 +183,7 @@ def test_scaling_overhead_and_import_give_a_row_each(monkeypatch: pytest.MonkeyP
     "measure",
     [
         lambda: scaling_row(TINY, 2, "nobody", Setting(repeats=1)),
-        lambda: measure_peak("nobody", TINY.sizes, Setting()),
+        lambda: call(measure_peak, "nobody", TINY.sizes, Setting()),
     ],
     ids=("scaling", "memory"),
 )
@@ -195,7 +196,7 @@ def test_a_measuring_process_that_fails_is_a_reason(measure: Callable[[], object
 
 def test_peak_memory_grows_with_the_sequence() -> None:
     sizes = replace(TINY.sizes, T=600)
-    peak = measure_peak("naive", sizes, Setting())
+    peak = call(measure_peak, "naive", sizes, Setting())
     assert not isinstance(peak, str), peak
     # The definition keeps two states per token for its backward: 2 x 2 x 4 x 32 x 48 x 4 bytes.
     least = 600 * 2 * sizes.B * sizes.HV * sizes.K * sizes.V * 4

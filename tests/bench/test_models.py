@@ -19,6 +19,7 @@ from gdn_ops.bench import models
 from gdn_ops.bench.inputs import Setting
 from gdn_ops.bench.rows import Row, with_target
 from gdn_ops.bench.verify import RefusedError
+from gdn_ops.cli.bench_command import run_models
 from gdn_ops.spec.errors import SpecError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,7 +92,7 @@ def test_what_it_does_not_measure_is_refused() -> None:
 @needs_qwen3_5
 def test_the_result_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "run", functools.partial(models.run, shape=TINY))
-    monkeypatch.setattr(models, "_peak", lambda name, shape: "not measured here")
-    models.show_run(("torch",), ONCE, tmp_path / "out")
+    monkeypatch.setattr(models, "memory_rows", lambda *_: None)
+    run_models(("torch",), ONCE, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "models-cpu-float32.json").read_text())
     assert {row["what"] for row in written["rows"]} == {"prefill", "training step", "decode"}

@@ -207,11 +207,15 @@ def test_bench_decode_refuses_a_body_that_computes_something_else(
 
 
 def test_bench_decode_is_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen = []
-    monkeypatch.setattr(decode, "show_run", lambda *arguments: seen.append(arguments))
+    seen: list[tuple[Any, ...]] = []
+    found = decode.run(Setting(repeats=1), shapes=())
+    monkeypatch.setattr(decode, "run", lambda *given: seen.append(given) or found)
     result = run("bench", "decode", "--peer", "lib.so", "--repeats", 3, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    assert seen == [("lib.so", Setting(repeats=3), tmp_path)]
+    assert seen == [(Setting(repeats=3), "lib.so", print)]
+    assert f"onnxruntime {ort.__version__}, one thread\n" in result.output
+    written = json.loads((tmp_path / "decode-cpu-float32.json").read_text())
+    assert written["system"]["dtype"] == "float32"
 
 
 @needs_ort_body
