@@ -19,44 +19,28 @@ def decode_rows(
     if "ort in place" not in timing:
         return rows
     own, bare = timing["ort in place"], timing["ort in place, bare"]
-    bound = 4.0 if mib < 2 else 3.0
+
+    def judge(
+        name: str, unit: str, median: float, best: float, bound: float, at_least: bool = False
+    ) -> None:
+        """Add a row with its target."""
+        reached = median >= bound if at_least else median <= bound
+        target = f"{'>=' if at_least else '<='} {bound:g}{'x' if unit == 'x' else ' us'}"
+        numbers = (median, best, len(own.samples))
+        rows.append(Row("decode", case, name, unit, *numbers, target=target, reached=reached))
+
     # What step() adds has targets of its own.
-    rows.append(_ratio(case, "ort, bare / floor", bare, timing["floor"], bound, at_least=False))
-    for other, least in (("standard in place", 3.0), ("torch", 3.0), ("compile", 2.0)):
-        rows.append(_ratio(case, f"{other} / ort", timing[other], own, least, at_least=True))
-    rows.append(_cost_of_guards(case, bare, timing["ort in place, bare, no guards"]))
+    pairs = [("ort, bare / floor", bare, timing["floor"], 4.0 if mib < 2 else 3.0, False)]
+    others = (("standard in place", 3.0), ("torch", 3.0), ("compile", 2.0))
+    pairs += [(f"{other} / ort", timing[other], own, bound, True) for other, bound in others]
+    for name, x, y, bound, at_least in pairs:
+        judge(name, "x", x.median / y.median, x.best / y.best, bound, at_least)
+    # Of each round: a disturbance that lasts longer meets both.
+    plain = timing["ort in place, bare, no guards"]
+    cost = statistics.median(a - b for a, b in zip(bare.samples, plain.samples, strict=True))
+    judge("cost of guards", "us", cost * 1e6, (bare.best - plain.best) * 1e6, 15.0)
     # As a run without step() does, which finds its token in bound memory.
     for name, way in (("own buffers", "ort in place, own buffers"),
                       ("token copied in", "ort in place")):  # fmt: skip
-        t = added[way]
-        numbers = (t.median * 1e6, t.best * 1e6, len(t.samples))
-        rows.append(_bounded(case, f"step() adds, {name}", "us", numbers, 25.0))
+        judge(f"step() adds, {name}", "us", added[way].median * 1e6, added[way].best * 1e6, 25.0)
     return rows
-
-
-def _ratio(case: str, name: str, x: Timing, y: Timing, bound: float, *, at_least: bool) -> Row:
-    numbers = (x.median / y.median, x.best / y.best, len(x.samples))
-    return _bounded(case, name, "x", numbers, bound, at_least=at_least)
-
-
-def _cost_of_guards(case: str, bare: Timing, unguarded: Timing) -> Row:
-    # Of each round: a disturbance that lasts longer meets both.
-    pairs = zip(bare.samples, unguarded.samples, strict=True)
-    median = statistics.median(a - b for a, b in pairs) * 1e6
-    numbers = (median, (bare.best - unguarded.best) * 1e6, len(bare.samples))
-    return _bounded(case, "cost of guards", "us", numbers, 15.0)
-
-
-def _bounded(
-    case: str,
-    name: str,
-    unit: str,
-    numbers: tuple[float, float, int],
-    bound: float,
-    *,
-    at_least: bool = False,
-) -> Row:
-    """Return the row of (median, best, samples) with its target."""
-    reached = numbers[0] >= bound if at_least else numbers[0] <= bound
-    text = f"{'>=' if at_least else '<='} {bound:g}{'x' if unit == 'x' else ' us'}"
-    return Row("decode", case, name, unit, *numbers, target=text, reached=reached)

@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -207,12 +208,11 @@ def test_bench_decode_refuses_a_body_that_computes_something_else(
 
 
 def test_bench_decode_is_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[tuple[Any, ...]] = []
-    found = decode.run(Setting(repeats=1), shapes=())
-    monkeypatch.setattr(decode, "run", lambda *given: seen.append(given) or found)
+    command = mock.Mock(return_value=decode.run(Setting(repeats=1), shapes=()))
+    monkeypatch.setattr(decode, "run", command)
     result = run("bench", "decode", "--peer", "lib.so", "--repeats", 3, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    assert seen == [(Setting(repeats=3), "lib.so", print)]
+    command.assert_called_once_with(Setting(repeats=3), "lib.so", print)
     assert f"onnxruntime {ort.__version__}, one thread\n" in result.output
     written = json.loads((tmp_path / "decode-cpu-float32.json").read_text())
     assert written["system"]["dtype"] == "float32"
