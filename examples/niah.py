@@ -113,11 +113,6 @@ def run(rule: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
     ]
 
 
-def one_thread() -> None:
-    """A second thread would only wait for the first on tensors of this size."""
-    torch.set_num_threads(1)
-
-
 def run_all(settings: Settings, processes: int) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of every run, as they come."""
     jobs = [(rule, seed) for seed in range(settings.seeds) for rule in RULES]
@@ -125,7 +120,7 @@ def run_all(settings: Settings, processes: int) -> Iterator[list[dict[str, Any]]
         yield from (run(*job, settings) for job in jobs)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, one_thread) as pool:
+    with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool:
         for done in as_completed([pool.submit(run, *job, settings) for job in jobs]):
             yield done.result()
 
@@ -191,7 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of table and plot")
     given = parser.parse_args(arguments)
     settings = Settings(given.lessons, given.steps, given.seeds, rows=given.rows)
-    one_thread()
+    # A second thread would only wait for the first on tensors of this size.
+    torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     start, runs = time.perf_counter(), len(RULES) * settings.seeds
     for i, of_run in enumerate(run_all(settings, given.processes), 1):

@@ -73,21 +73,20 @@ class Worker:
             self._lines.put(line)
         self._lines.put(None)
 
-    def ask(self, order: dict[str, Any], seconds: float | None = None) -> Iterator[dict[str, Any]]:
+    def ask(self, order: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
         """Yield the events of an order, plain data; after `seconds` the process is ended.
 
         Raises:
             StoppedError: the process ended before the order was done.
         """
         assert self._process.stdin is not None
-        end = None if seconds is None else time.monotonic() + seconds
+        end = time.monotonic() + seconds
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
         while True:
-            left = None if end is None else max(0.0, end - time.monotonic())
             try:
-                line = self._lines.get(timeout=left)
+                line = self._lines.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 self.close()
                 raise TimeUpError(f"stopped after {seconds:.0f} s") from None

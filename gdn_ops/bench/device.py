@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -82,12 +83,9 @@ def find_device(name: str) -> Device:
 def _status_bytes(field: str) -> int | None:
     """Return a size of /proc/self/status in bytes; None where there is no such file."""
     status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    for line in status.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return None
+    text = status.read_text() if status.is_file() else ""
+    found = re.search(rf"^{field}:\s*(\d+)", text, re.MULTILINE)
+    return None if found is None else int(found[1]) * 1024
 
 
 def _high_water() -> int:

@@ -116,7 +116,7 @@ class Inputs:
 
 
 class _Drawing:
-    def __init__(self, device: str, seed: int) -> None:
+    def __init__(self, device: str, seed: int = 0) -> None:
         self.device = device
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -127,30 +127,23 @@ class _Drawing:
         return torch.rand(shape, generator=self.generator, device=self.device)
 
 
-def find_case(name: str, tokens: int | None = None) -> Case:
+def find_case(name: str) -> Case:
     """Return the case of a name; a family's name, `qwen-16-32`, gives its shortest sequence.
-
-    Args:
-        name: of a case, sequence or step, or the beginning of a family's names.
-        tokens: T instead of the case's own.
 
     Raises:
         ValueError: no case has that name.
     """
     cases = {**GATED_DELTA.case, **GATED_DELTA_STEP.case}
-    family = [n for n in GATED_DELTA.case if n.rpartition("-")[0] == name]
-    found = cases.get(name) or (cases[family[0]] if family else None)
+    family = (case for n, case in GATED_DELTA.case.items() if n.rpartition("-")[0] == name)
+    found = cases.get(name) or next(family, None)
     if found is None:
         raise ValueError(f"unknown case {name!r}, known: {', '.join(cases)}")
-    if tokens is None or tokens == found.sizes.T:
-        return found
-    stem = found.name.removesuffix(f"-{found.sizes.T}")
-    return replace(found, name=f"{stem}-{tokens}", sizes=replace(found.sizes, T=tokens))
+    return found
 
 
-def make_inputs(s: Sizes, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
+def make_inputs(s: Sizes, dtype: torch.dtype, device: str = "cpu") -> Inputs:
     """Draw a case: normal q and v of a dtype, unit keys, float32 log_alpha in (-0.1, 0]."""
-    draw, tokens = _Drawing(device, seed), (s.B, s.T)
+    draw, tokens = _Drawing(device), (s.B, s.T)
     q = draw.normal(*tokens, s.H, s.K)
     k = functional.normalize(draw.normal(*tokens, s.H, s.K), dim=-1)
     v = draw.normal(*tokens, s.HV, s.V)
@@ -173,7 +166,7 @@ def make_kernel_inputs(
     s: Sizes, dtype: torch.dtype, device: str, lengths: Sequence[int] | None = None
 ) -> Inputs:
     """Draw sequences with an initial state, packed along T if their lengths are given."""
-    draw, tokens = _Drawing(device, 0), (s.B, s.T)
+    draw, tokens = _Drawing(device), (s.B, s.T)
     q, k, v, state = _draw_operands(draw, s, tokens)
     log_alpha = functional.logsigmoid(draw.normal(*tokens, s.HV)) / 16
     log_alpha[..., ::4] = 0
@@ -186,7 +179,7 @@ def make_kernel_step_inputs(
     s: Sizes, dtype: torch.dtype, state_dtype: torch.dtype, device: str
 ) -> Inputs:
     """Draw one token for each row of a batch, its state, and raw gates whose decays are mild."""
-    draw = _Drawing(device, 0)
+    draw = _Drawing(device)
     q, k, v, state = _draw_operands(draw, s, (s.B,))
     A_log = 0.1 * draw.normal(s.HV) - 3
     a, b = (draw.normal(s.B, s.HV).to(dtype) for _ in "ab")

@@ -111,15 +111,12 @@ def _sequence_actions(backend: Backend, case: Case, setting: Setting) -> Found:
     x = make_inputs(case.sizes, setting.torch_dtype, setting.device)
     d_o = make_output_gradient(case.sizes, setting.torch_dtype, setting.device)
 
-    def call(c: Contender) -> None:
-        c.output(x)
-
     for what, operands in (("forward", x), ("forward+backward", x.with_grad())):
         gradients = what != "forward"
         if gradients and not backend.limits.grad:
             continue
         space = candidates(backend, _bound(GATED_DELTA, operands))
-        called, failed = _call(space, call)
+        called, failed = _call(space, lambda c: c.output(x))
         found = [c for c in space if c.name in called]
         if found:
             verify(found, case, x, gradients=gradients)

@@ -71,20 +71,9 @@ def interleave(
                 gc.collect()
             yield i
 
-    def sampler(action: Run) -> Callable[[], float]:
-        def sample() -> float:
-            on.synchronize()
-            start = on.clock()
-            result = action()
-            on.synchronize()
-            stop = on.clock()
-            del result
-            return stop - start
-
-        return sample
-
-    samples = take_turns({name: sampler(action) for name, action in actions.items()}, rounds())
-    return {name: Timing(tuple(values[warmups:])) for name, values in samples.items()}
+    calls = {name: time_calls([action], on) for name, action in actions.items()}
+    found = take_turns(calls, rounds())
+    return {name: Timing(tuple(t for t, _ in values[warmups:])) for name, values in found.items()}
 
 
 def sample_in_turns(

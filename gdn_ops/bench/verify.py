@@ -235,16 +235,7 @@ def verify(
         else:
             found.append(definition.agree(c.name, results, first))
         checks.append(next((check for check in found if not check.passed), found[0]))
-    refuse([check for check in checks if not check.passed])
-    return checks
-
-
-def refuse(failed: Sequence[Check]) -> None:
-    """Refuse to show times where checks failed.
-
-    Raises:
-        RefusedError: there are failed checks.
-    """
+    failed = "; ".join(str(check) for check in checks if not check.passed)
     if failed:
-        text = "; ".join(map(str, failed))
-        raise RefusedError(f"no times are shown, the numbers are wrong: {text}")
+        raise RefusedError(f"no times are shown, the numbers are wrong: {failed}")
+    return checks

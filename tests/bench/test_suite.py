@@ -101,5 +101,3 @@ def test_transformers_computes_the_same_function() -> None:
 
 def test_a_family_name_means_its_shortest_sequence() -> None:
     assert find_case("qwen-16-32").name == "qwen-16-32-2048"
-    assert find_case("qwen-16-32", 300).name == "qwen-16-32-300"
-    assert find_case("qwen-16-32", 300).sizes.T == 300

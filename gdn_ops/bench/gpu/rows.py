@@ -203,7 +203,7 @@ def find_row(name: str) -> GpuRow:
     Raises:
         ValueError: no row has that name.
     """
-    for row in ROWS:
-        if row.name == name:
-            return row
-    raise ValueError(f"unknown row {name!r}, known: {', '.join(row.name for row in ROWS)}")
+    rows = {row.name: row for row in ROWS}
+    if name not in rows:
+        raise ValueError(f"unknown row {name!r}, known: {', '.join(rows)}")
+    return rows[name]

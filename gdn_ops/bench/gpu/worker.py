@@ -31,11 +31,15 @@ class Desk:
         self.known: dict[str, Contender | str] = {}
 
     def carry_out(self, order: dict[str, Any]) -> None:
-        """Carry out one order and emit its events."""
+        """Carry out one order and emit its events; end the process that has a broken device."""
         kind = order["do"]
         if kind == "row":
             row, found = find_row(order["row"]), self._contenders(order["contenders"])
-            measure_row(row, found, self.device, order["seconds"], self.emit)
+            try:
+                measure_row(row, found, self.device, order["seconds"], self.emit)
+            except BrokenDeviceError as error:
+                self.emit({"broken": str(error)})
+                raise SystemExit(3) from None
         elif kind == "check":
             where, seconds = self.device.torch_device, order["seconds"]
             for state in short_check(order["backend"], where, seconds):
@@ -76,16 +80,7 @@ class Desk:
 
 def start(emit: Emit) -> Callable[[dict[str, Any]], None]:
     """Return a function that carries out orders until a contender breaks the device."""
-    desk = Desk(Cuda(), emit)
-
-    def carry_out(order: dict[str, Any]) -> None:
-        try:
-            desk.carry_out(order)
-        except BrokenDeviceError as error:
-            emit({"broken": str(error)})
-            raise SystemExit(3) from None
-
-    return carry_out
+    return Desk(Cuda(), emit).carry_out
 
 
 if __name__ == "__main__":

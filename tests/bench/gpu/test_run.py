@@ -37,8 +37,8 @@ class FakeWorker:
         self.script, self.closed = script, False
         script.workers.append(self)
 
-    def ask(self, order: dict[str, Any], seconds: float | None = None) -> Iterator[dict[str, Any]]:
-        assert not self.closed and seconds is not None
+    def ask(self, order: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+        assert not self.closed
         self.script.orders.append((order, seconds))
         yield from self.script.answer(order, seconds)
 
