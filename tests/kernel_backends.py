@@ -123,7 +123,7 @@ def part(backend: str, module: str) -> Any:
 
 def using(backend: str, example: Example, **changes: Any) -> AbstractContextManager[None]:
     """Return a context in which a row with changes is what the calls of an example get."""
-    tables, rows = part(backend, "host.config").tables, part(backend, "host.table").SEQUENCE
+    tables = part(backend, "host.config").tables
     dtype = getattr(torch, example.dtype)
-    key = tables.sequence_key(torch.device("cpu"), dtype, example.K, example.V)
-    return tables.using(Row(key, dataclasses.replace(rows[key], **changes)))  # type: ignore[no-any-return]
+    key = tables.key(torch.device("cpu"), example.K, example.V, dtype)
+    return tables.using(Row(key, dataclasses.replace(tables.rows[key], **changes)))  # type: ignore[no-any-return]

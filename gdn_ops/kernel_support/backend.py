@@ -21,7 +21,7 @@ from gdn_ops.dispatch.backend import (
     without_tokens,
 )
 from gdn_ops.kernel_support.launches import recorded_target
-from gdn_ops.kernel_support.tuning import Row
+from gdn_ops.kernel_support.tuning import Row, StepConfig, Tiles
 from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.rules import Limits
 
@@ -32,37 +32,38 @@ MOST_STEPS: Final = 8
 Choices = Mapping[str, Sequence[Any]]
 """Field of a configuration -> the values to try."""
 
+_TILES: Final[Choices] = {"BV": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}
+
 
 class Tables:
-    """Choose configurations from a backend's tables, or from one row instead of theirs.
+    """Choose configurations from a backend's rows, or from one row instead of theirs.
 
     Keys are (device class, width class, dtype class) for the sequence op, and (device class, width
     class) for decoding. The dtype class is "float32", or "low" for bfloat16 and float16.
 
     Args:
-        sequence, step: the tables.
+        rows: the configurations by key.
         target_of: returns the device class of a CUDA device, by its index.
         emulated: the device class that an emulation stands for.
         width_of: returns the width class of K and V.
-        choices: what `neighbours` tries: for a row of `step`, for one of `sequence`, and for each
-            kernel's tiles in one of `sequence`.
+        step, sequence: what `neighbours` tries beside the tiles, for decoding and the sequence op.
         allows: returns whether a configuration may be replaced by another.
     """
 
     def __init__(
         self,
-        sequence: Mapping[tuple[str, int, str], Any],
-        step: Mapping[tuple[str, int], Any],
+        rows: Mapping[Any, Any],
         *,
         target_of: Callable[[int], str],
         emulated: str,
         width_of: Callable[[int, int], int],
-        choices: tuple[Choices, Choices, Mapping[str, Choices]],
+        step: Choices,
+        sequence: Choices,
         allows: Callable[[Any, Any], bool] = lambda own, other: True,
     ) -> None:
-        self.sequence, self.step = sequence, step
+        self.rows = rows
         self._target_of, self._emulated, self._width_of = target_of, emulated, width_of
-        self._choices, self._allows = choices, allows
+        self._step, self._sequence, self._allows = step, sequence, allows
         self._override: Row | None = None
 
     def target(self, device: torch.device) -> str:
@@ -72,37 +73,26 @@ class Tables:
             return recorded
         return self._target_of(device.index or 0) if device.type == "cuda" else self._emulated
 
-    def sequence_key(
-        self, device: torch.device, dtype: torch.dtype, K: int, V: int
-    ) -> tuple[str, int, str]:
-        """Return the key of the row for a call of the sequence op."""
-        kind = "float32" if dtype == torch.float32 else "low"
-        return self.target(device), self._width_of(K, V), kind
+    def key(
+        self, device: torch.device, K: int, V: int, dtype: torch.dtype | None = None
+    ) -> tuple[Any, ...]:
+        """Return the key of a row of the sequence op, or of decoding where no dtype is given."""
+        key = self.target(device), self._width_of(K, V)
+        return key if dtype is None else (*key, "float32" if dtype == torch.float32 else "low")
 
-    def step_key(self, device: torch.device, K: int, V: int) -> tuple[str, int]:
-        """Return the key of the row for a call of a decode op."""
-        return self.target(device), self._width_of(K, V)
-
-    def choose(self, device: torch.device, dtype: torch.dtype, K: int, V: int) -> Any:
-        """Return the configuration of a call of the sequence op."""
-        return self._row(self.sequence, self.sequence_key(device, dtype, K, V)).config
-
-    def choose_step(self, device: torch.device, K: int, V: int) -> Any:
-        """Return the configuration of a call of a decode op."""
-        return self._row(self.step, self.step_key(device, K, V)).config
+    def choose(self, device: torch.device, K: int, V: int, dtype: torch.dtype | None = None) -> Any:
+        """Return the configuration of a call, of which `key` returns the key."""
+        return self._row(self.key(device, K, V, dtype)).config
 
     def row(self, call: Call) -> Row:
         """Return the row of a call of any op."""
-        s, device = call.sizes, call.device
-        if call.op is GATED_DELTA:
-            key = self.sequence_key(device, call.tokens.q.dtype, s.K, s.V)
-            return self._row(self.sequence, key)
-        return self._row(self.step, self.step_key(device, s.K, s.V))
+        dtype = call.tokens.q.dtype if call.op is GATED_DELTA else None
+        return self._row(self.key(call.device, call.sizes.K, call.sizes.V, dtype))
 
-    def _row(self, table: Mapping[Any, Any], key: tuple[Any, ...]) -> Row:
+    def _row(self, key: tuple[Any, ...]) -> Row:
         if self._override is not None and self._override.key == key:
             return self._override
-        return Row(key, table[key])
+        return Row(key, self.rows[key])
 
     @contextlib.contextmanager
     def using(self, row: Row) -> Iterator[None]:
@@ -115,16 +105,14 @@ class Tables:
 
     def neighbours(self, row: Row) -> tuple[Row, ...]:
         """Return a row, and after it the rows that differ from it in a single choice."""
-        step, sequence, kernels = self._choices
-        if len(row.key) == 2:
-            found = _varied(row.config, step)
-        else:
-            found = _varied(row.config, sequence)
-            for kernel, choices in kernels.items():
-                tiles = _varied(getattr(row.config, kernel), choices)
-                found += [replace(row.config, **{kernel: t}) for t in tiles]
-        found = [config for config in found if self._allows(row.config, config)]
-        return tuple(Row(row.key, config) for config in dict.fromkeys([row.config, *found]))
+        own = row.config
+        found = [own, *_varied(own, self._step if isinstance(own, StepConfig) else self._sequence)]
+        for name, tiles in vars(own).items():
+            if isinstance(tiles, Tiles):
+                choices = _TILES if tiles.BV else {**_TILES, "BV": ()}
+                found += [replace(own, **{name: other}) for other in _varied(tiles, choices)]
+        found = [config for config in found if self._allows(own, config)]
+        return tuple(Row(row.key, config) for config in dict.fromkeys(found))
 
 
 def _varied(config: Any, choices: Choices) -> list[Any]:

@@ -28,6 +28,39 @@ class Tunable(Protocol):
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """Describe how one kernel of the sequence op is launched.
+
+    Attributes:
+        BV: columns of V per program, or per turn of its loop; 0 where a kernel has none.
+        warps: per program.
+        stages: of the software pipeline.
+    """
+
+    BV: int
+    warps: int
+    stages: int
+
+    def __repr__(self) -> str:
+        return f"Tiles({self.BV}, {self.warps}, {self.stages})"
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """Describe how the kernel of the decode ops is launched.
+
+    Attributes:
+        BV: columns of V per program.
+        warps: per program.
+        measured: where and when, or that it was not.
+    """
+
+    BV: int
+    warps: int
+    measured: str
+
+
+@dataclass(frozen=True)
 class Row:
     """Hold a row of a table: its key and its configuration. str() is the row as source text.
 

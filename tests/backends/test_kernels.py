@@ -53,8 +53,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def rows_of(name: str) -> dict[tuple[Any, ...], Any]:
     """Return every row of a backend's tables."""
-    table = part(name, "host.table")
-    return {**table.SEQUENCE, **table.STEP}
+    return dict(part(name, "host.config").tables.rows)
 
 
 # What they refuse.
@@ -284,8 +283,7 @@ def test_every_row_names_its_kernels_and_is_source_text(name: str) -> None:
     forced = {"triton": {"reload": True}, "tilelang": {"segment": 4}}[name]
     key = (HOPPER[name], 64, "low")
     rows["forced", *key] = replace(rows[key], **forced)
-    names = {type(config).__name__: type(config) for config in rows.values()}
-    names["Tiles"] = part(name, "host.shapes").Tiles
+    names = vars(part(name, "host.table"))
     for key, config in rows.items():
         assert eval("{" + str(Row(key, config)) + "}", names) == {key: config}
     targets = {key[0] for key in part(name, "host.table").SEQUENCE}

@@ -11,10 +11,11 @@ from typing import Final
 import torch
 
 from gdn_ops.backends.tilelang.host import table
-from gdn_ops.backends.tilelang.host.shapes import Config, StepConfig
+from gdn_ops.backends.tilelang.host.table import Config
 from gdn_ops.call.bind import Call
 from gdn_ops.kernel_support.backend import Tables, environment_choice
 from gdn_ops.kernel_support.launches import recorded_target
+from gdn_ops.kernel_support.tuning import StepConfig
 from gdn_ops.spec.language import Sizes
 from gdn_ops.spec.ops import GATED_DELTA
 
@@ -23,8 +24,6 @@ TARGETS: Final = ("sm_90a", "sm_80", "sm_100a", "sm_120a")
 
 CHUNKS: Final = (32, 64)
 """Chunk sizes that the kernels have: four warps do not share a product of 16 by 16."""
-
-KERNELS: Final = ("solve", "states", "state_gradients", "token_gradients")
 
 ONE_SEGMENT: Final = 2**30
 """Tokens of a segment where a sequence is not cut: more than fit, and in 32 bits."""
@@ -60,20 +59,14 @@ def _target_of(index: int) -> str:
     return {9: "sm_90a", 10: "sm_100a"}.get(capability[0], "sm_120a")
 
 
-_TILES = {"BV": (32, 64, 128), "threads": (128, 256), "stages": (1, 2, 3)}
-
 tables: Final = Tables(
-    table.SEQUENCE,
-    table.STEP,
+    {**table.SEQUENCE, **table.STEP},
     target_of=_target_of,
     # An emulation runs what a Hopper GPU would.
     emulated="sm_90a",
     width_of=lambda K, V: width_class(K),
-    choices=(
-        {"BV": (8, 16, 32), "threads": (32, 64)},
-        {"C": CHUNKS},
-        {k: _TILES if k != "solve" else _TILES | {"BV": ()} for k in KERNELS},
-    ),
+    step={"BV": (8, 16, 32), "warps": (1, 2)},
+    sequence={"C": CHUNKS},
     # Longer chunks than those of a row may not fit the shared memory.
     allows=lambda own, other: isinstance(own, StepConfig) or other.C <= own.C,
 )
@@ -84,7 +77,7 @@ def shape_reasons(call: Call) -> list[str]:
     K, is_sequence = call.sizes.K, call.op is GATED_DELTA
     if not is_sequence or (call.device.type == "cuda" and not torch.cuda.is_available()):
         return []
-    key = tables.sequence_key(call.device, call.tokens.q.dtype, K, call.sizes.V)
+    key = tables.key(call.device, K, call.sizes.V, call.tokens.q.dtype)
     what = f"{str(call.tokens.q.dtype).removeprefix('torch.')} with K={K} on {key[0]}"
     row = table.SEQUENCE.get(key)
     if row is None:

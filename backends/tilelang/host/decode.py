@@ -35,7 +35,7 @@ def run(
         elif new_state is not state:
             new_state.copy_(state)
         return
-    config = configs.tables.choose_step(call.device, K, V)
+    config = configs.tables.choose(call.device, K, V)
     unit = UNIT if state is None or _is_wide(state) else 1
     gate, beta = gate_of(call), dense(call.tokens.beta)
     nothing = absent(torch.float32, call.device)
@@ -46,7 +46,7 @@ def run(
         {
             "K": K, "V": V, "BV": math.gcd(config.BV, V), "low": dtype_name(v.dtype),
             "stored": dtype_name(new_state.dtype), "erase": call.rule.has_erase, "UNIT": unit,
-            "threads": config.threads,
+            "threads": 32 * config.warps,
         },
         memory(q), memory(k), memory(v),
         nothing if gate is None else gate.view(-1), nothing if beta is None else beta.view(-1),

@@ -30,13 +30,13 @@ from gdn_ops.backends.tilelang.host.plan import (
     gate_of,
     given,
 )
-from gdn_ops.backends.tilelang.host.shapes import Tiles
 from gdn_ops.backends.tilelang.kernels.compose import compose
 from gdn_ops.backends.tilelang.kernels.solve import solve
 from gdn_ops.backends.tilelang.kernels.states import states
 from gdn_ops.call.bind import Call
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.dispatch.registry import Forward
+from gdn_ops.kernel_support.tuning import Tiles
 
 COMPOSED: Final = 32
 """Columns of V per program of `compose`."""
@@ -46,7 +46,7 @@ def common(call: Call, plan: Plan, tiles: Tiles) -> dict[str, Any]:
     """Return the constants that all kernels over chunks share."""
     return {
         "K": call.sizes.K, "BK": plan.BK, "C": plan.C, "dtype": dtype_name(plan.low),
-        "erase": call.rule.has_erase, "threads": tiles.threads,
+        "erase": call.rule.has_erase, "threads": 32 * tiles.warps,
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.backends.tilelang.host import config as configs
-from gdn_ops.backends.tilelang.host.shapes import Config
+from gdn_ops.backends.tilelang.host.table import Config
 from gdn_ops.backends.tilelang.kernels.blocks import ALPHA, LOG_ALPHA, NO_DECAY
 from gdn_ops.call.bind import Call
 
@@ -43,7 +43,7 @@ class Plan:
 def make_plan(call: Call) -> Plan:
     """Return the plan of a call, from its shapes and attributes alone."""
     s = call.sizes
-    config: Config = configs.tables.choose(call.device, call.tokens.q.dtype, s.K, s.V)
+    config: Config = configs.tables.choose(call.device, s.K, s.V, call.tokens.q.dtype)
     C, tokens = call.chunk_size or config.C, s.B * s.T
     L = configs.segment_chunks(call.device, s, C, config)
     return Plan(

@@ -21,16 +21,6 @@ CHUNKS: Final = (16, 32, 64)
 FLOAT32_PRODUCTS: Final = ("tf32x3", "ieee")
 """Ways to form a float32 product; plain TF32 is none of them."""
 
-KERNELS: Final = (
-    "solve",
-    "states",
-    "output",
-    "local_gradients",
-    "state_gradients",
-    "pair_gradients",
-    "token_gradients",
-)
-
 
 @functools.cache
 def power_of_two(n: int) -> int:
@@ -55,25 +45,19 @@ def _width_class(K: int, V: int) -> int:
     return max(64, power_of_two(max(K, V)))
 
 
-_TILES = {"BV": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}
-
 tables: Final = Tables(
-    table.SEQUENCE,
-    table.STEP,
+    {**table.SEQUENCE, **table.STEP},
     target_of=_target_of,
     # An emulation runs what a Hopper GPU would.
     emulated="sm_90",
     width_of=_width_class,
-    choices=(
-        {"BV": (8, 16, 32, 64), "warps": (1, 2, 4, 8)},
-        {
-            "C": CHUNKS,
-            "chunks_per_state": (1, 2, 4),
-            "pair_rows": (32, 64),
-            "reload": (False, True),
-        },
-        {k: _TILES if k != "solve" else _TILES | {"BV": ()} for k in KERNELS},
-    ),
+    step={"BV": (8, 16, 32, 64), "warps": (1, 2, 4, 8)},
+    sequence={
+        "C": CHUNKS,
+        "chunks_per_state": (1, 2, 4),
+        "pair_rows": (32, 64),
+        "reload": (False, True),
+    },
 )
 
 

@@ -30,7 +30,7 @@ def run(
         written = state if call.inplace else new_state
     beta = dense(call.tokens.beta)
     indices = dense(call.state_indices)
-    config = configs.tables.choose_step(call.device, K, V)
+    config = configs.tables.choose(call.device, K, V)
     BV = min(config.BV, power_of_two(V))
     launch(
         step.tokens, (B * HV, -(-V // BV)),

@@ -19,11 +19,11 @@ from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host.config import power_of_two
 from gdn_ops.backends.triton.host.launcher import launch
 from gdn_ops.backends.triton.host.plan import Plan, Saved, dense, empty_saved, readable, strides
-from gdn_ops.backends.triton.host.shapes import Tiles
 from gdn_ops.backends.triton.kernels import output, solve, states
 from gdn_ops.backends.triton.kernels.blocks import ALPHA, LOG_ALPHA, NO_DECAY
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Forward
+from gdn_ops.kernel_support.tuning import Tiles
 
 
 def gate_kind(call: Call) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.backends.triton.host import config as configs
-from gdn_ops.backends.triton.host.shapes import Config
+from gdn_ops.backends.triton.host.table import Config
 from gdn_ops.call.bind import Call
 
 
@@ -35,7 +35,7 @@ class Plan:
 def make_plan(call: Call) -> Plan:
     """Return the plan of a call, from its shapes and attributes alone."""
     s = call.sizes
-    config: Config = configs.tables.choose(call.device, call.tokens.q.dtype, s.K, s.V)
+    config: Config = configs.tables.choose(call.device, s.K, s.V, call.tokens.q.dtype)
     C = call.chunk_size or config.C
 
     def slots(tokens: int) -> int:

@@ -11,14 +11,43 @@ is "low" for bfloat16 and float16.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from gdn_ops.backends.triton.host.shapes import Config, StepConfig, Tiles
+from gdn_ops.kernel_support.tuning import StepConfig, Tiles
 
 UNMEASURED = "compiled ahead of time only, not measured"
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """Device classes that have rows."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Describe how the kernels of the sequence op are launched.
+
+    Attributes:
+        C: tokens per chunk.
+        solve, states, output: of the forward; `solve` has no columns of V.
+        local_gradients, state_gradients, pair_gradients, token_gradients: of the backward.
+        pair_rows: rows of the squares that a program of `pair_gradients` has.
+        reload: whether `token_gradients` reads k again instead of holding it in registers.
+        measured: where and when, or that it was not.
+        chunks_per_state: chunks per kept state in the forward.
+    """
+
+    C: int
+    solve: Tiles
+    states: Tiles
+    output: Tiles
+    local_gradients: Tiles
+    state_gradients: Tiles
+    pair_gradients: Tiles
+    token_gradients: Tiles
+    pair_rows: int
+    reload: bool
+    measured: str
+    chunks_per_state: int = 1
+
 
 # fmt: off
 _FLOAT32 = Config(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gdn_ops
-from gdn_ops.kernel_support.tuning import Row
+from gdn_ops.kernel_support.tuning import Row, StepConfig
 from gdn_ops.testing import Example
 from gdn_ops.testing.decode_laws import (
     a_pool_equals_separate_states,
@@ -22,7 +22,6 @@ pytest.importorskip("tilelang")
 
 from gdn_ops.backends.tilelang.host import config as configs
 from gdn_ops.backends.tilelang.host import decode
-from gdn_ops.backends.tilelang.host.shapes import StepConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:backend 'tilelang' emulates")
 
@@ -135,7 +134,7 @@ def test_without_tokens_the_state_is_as_it_was(B: int, T: int) -> None:
 def test_no_block_of_columns_changes_what_is_decoded(BV: int) -> None:
     # 48 columns are no multiple of 32.
     example = dataclasses.replace(DECODING, K=32, V=48)
-    row = Row(configs.tables.step_key(CPU, 32, 32), StepConfig(BV=BV, threads=32, measured=""))
+    row = Row(configs.tables.key(CPU, 32, 32), StepConfig(BV=BV, warps=1, measured=""))
     with configs.tables.using(row):
         verdict = steps_equal_one_step_after_another("tilelang", example)
     assert verdict.passed, verdict

@@ -42,7 +42,7 @@ def test_slots_of_chunks_and_segments_are_enough_for_any_lengths() -> None:
     sizes = {"B": 1, "T": sum(lengths), "H": 1, "HV": 1, "K": 16, "V": 16, "N": len(lengths)}
     for C, L in ((32, 1), (32, 2), (64, 4)):
         call = meta_call(**sizes, chunk_size=C)
-        key = configs.tables.sequence_key(CPU, torch.bfloat16, 16, 16)
+        key = configs.tables.key(CPU, 16, 16, torch.bfloat16)
         row = Row(key, dataclasses.replace(table.SEQUENCE[key], segment=L))
         with configs.tables.using(row):
             found = make_plan(call)

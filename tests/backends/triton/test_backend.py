@@ -28,8 +28,9 @@ pytest.importorskip("triton")
 
 from gdn_ops.backends import triton as backend
 from gdn_ops.backends.triton.host import config as configs
-from gdn_ops.backends.triton.host.shapes import Tiles
+from gdn_ops.backends.triton.host import table
 from gdn_ops.kernel_support.launches import recording
+from gdn_ops.kernel_support.tuning import Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:backend 'triton' emulates")
 
@@ -66,7 +67,9 @@ CHOICES: dict[str, dict[str, Any]] = {
     "k held": {"reload": False},
     "k read again": {"reload": True},
     "narrow tiles": {
-        name: Tiles(16, 4, 1) for name in configs.KERNELS if name not in ("solve", "measured")
+        field.name: Tiles(16, 4, 1)
+        for field in dataclasses.fields(table.Config)
+        if field.type == "Tiles" and field.name != "solve"
     },
 }
 
