@@ -216,13 +216,13 @@ def _verdicts(
     `run` takes a state or a pool, and whether to update it in place; it returns o (B, T, HV, V),
     the new state, and perhaps the states after every token. `wanted` judges them after each.
     """
-    given = call.state
+    given, live = call.state, call.live
     if call.slots is not None:
         buffer, pool = call.pool()
         before = buffer.clone()
         o, new, *states = run(pool, inplace)
         yield from _broken_fence(call, before, buffer, pool, new, inplace)
-        new = new[call.slots.clamp(min=0)]
+        final = new[call.slots[live]]
     else:
         state = None if given is None else given.clone()
         o, new, *states = run(state, inplace)
@@ -230,7 +230,7 @@ def _verdicts(
             yield Verdict.exact(False, "the returned state is not the given tensor")
         elif not (inplace or given is None or state is None or _same_bits(state, given)):
             yield Verdict.exact(False, "the given state has changed")
-    live = call.live
+        final = new[live]
     if any(bool((x[~live] != 0).any()) for x in (o, *states)):
         yield Verdict.exact(False, "o or states of a skipped row are not 0")
     for t, judged in enumerate(wanted):
@@ -238,7 +238,7 @@ def _verdicts(
         for x in states:
             yield judged.judge({"final_state": x[live, t]})
     if wanted:
-        yield wanted[-1].judge({"final_state": new[live]})
+        yield wanted[-1].judge({"final_state": final})
     else:
-        start = torch.zeros_like(new) if given is None else given
-        yield Verdict.exact(_same_bits(new[live], start[live]), "final_state")
+        start = torch.zeros_like(final) if given is None else given[live]
+        yield Verdict.exact(_same_bits(final, start), "final_state")

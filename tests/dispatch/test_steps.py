@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,9 +22,15 @@ from gdn_ops import (
     gated_delta_steps,
 )
 from gdn_ops.call.bind import Call, arguments_of, bind
-from gdn_ops.dispatch import decode_fallbacks, registry
+from gdn_ops.dispatch import decode_fallbacks
 from gdn_ops.dispatch.registry import register_backend
 from gdn_ops.spec.ops import GATED_DELTA_STEP, GATED_DELTA_STEPS
+from gdn_ops.testing.decode_laws import (
+    a_pool_equals_separate_states,
+    steps_equal_one_step_after_another,
+)
+from gdn_ops.testing.example import Example
+from gdn_ops.testing.runs import Check, installed
 from gdn_ops.torch_ops import eager
 from good_calls import HV, B, K, T, V, draft, ints, states
 
@@ -47,49 +54,35 @@ def token(arguments: dict[str, Any], t: int = 0) -> dict[str, Any]:
 
 # What the ops compute; the conformance kit does this on random calls.
 
+LAWS = (a_pool_equals_separate_states, steps_equal_one_step_after_another)
+POOL = Example(B=3, T=T, H=2, R=2, K=5, V=3, pool=P, initial_state=True)
+NOTHING_TO_RUN = ({"B": 0, "slots": ()}, {"B": 2, "slots": (-1, -1), "pool": 0}, {"T": 0})
 
+
+@pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("large", [decode_fallbacks.LARGE_STATE, 0], ids=["gathered", "by_row"])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("slots", [(0, -1, -1), (-1, 0, -1), (-1, -1, -1), (4, -1, 0), (2, 0, 1)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"slots": slots} for slots in ((0, -1, -1), (-1, 0, -1), (-1, -1, -1), (4, -1, 0))),
+        *({"slots": (2, 0, 1)} | changes for changes in ({}, *NOTHING_TO_RUN)),
+    ],
+    ids=str,
+)
 def test_skipped_rows_never_write_whichever_slot_the_others_name(
-    backend: str, slots: tuple[int, ...], large: int, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], backend: str, large: int, law: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode_fallbacks, "LARGE_STATE", large)
-    arguments = pooled(*slots, backend=backend)
-    o, pool, states = gated_delta_steps(**arguments, return_states=True)
-    before = arguments["state"]
-    for slot in set(range(P)) - set(slots):
-        assert torch.equal(pool[slot], before[slot])
-    for row, slot in enumerate(slots):
-        alone = {n: x[row : row + 1] if isinstance(x, Tensor) else x for n, x in arguments.items()}
-        del alone["state_indices"]
-        if slot < 0:
-            assert not o[row].any() and not states[row].any()
-            continue
-        alone["state"] = before[slot : slot + 1]
-        expected = gated_delta_steps(**alone, return_states=True)
-        torch.testing.assert_close(
-            (o[row], pool[slot], states[row]), (expected[0][0], expected[1][0], expected[2][0])
-        )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("arguments", [pooled(), pooled(-1, -1, p=0), pooled(0, -1, t=0)])
-def test_nothing_to_run_changes_nothing(backend: str, arguments: dict[str, Any]) -> None:
-    o, pool, states = gated_delta_steps(**arguments, return_states=True, backend=backend)
-    assert torch.equal(pool, arguments["state"]) and pool is not arguments["state"]
-    assert not o.any() and not states.any()
-    assert (o.shape, states.shape[:3]) == (arguments["v"].shape, (*o.shape[:2], HV))
-    if arguments["v"].shape[1]:
-        o, pool = gated_delta_step(**token(arguments), backend=backend)
-        assert not o.any() and torch.equal(pool, arguments["state"])
+    verdict = law(backend, replace(POOL, **changes))
+    assert verdict.passed, verdict
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_token_returns_a_copy_of_the_state_or_zeros(backend: str) -> None:
     arguments = draft(t=0, backend=backend)
-    _, state = gated_delta_steps(**arguments)
-    assert torch.equal(state, arguments["state"])
+    o, state = gated_delta_steps(**arguments)
+    assert torch.equal(state, arguments["state"]) and o.shape == (B, 0, HV, V)
     assert state.data_ptr() != arguments["state"].data_ptr()
     assert gated_delta_steps(**arguments, inplace=True)[1] is arguments["state"]
     _, state, states = gated_delta_steps(**(arguments | {"state": None}), return_states=True)
@@ -134,15 +127,6 @@ def test_a_state_with_gaps_is_updated_in_place(backend: str, stand_in: type[Back
     torch.testing.assert_close((o, state), expected)
 
 
-def test_autocast_narrows_activations_and_keeps_the_state_wide() -> None:
-    arguments = pooled(3, -1, 1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        o, pool = gated_delta_steps(**arguments)
-    narrow = {n: arguments[n].bfloat16() for n in ("q", "k", "v")}
-    assert (o.dtype, pool.dtype) == (torch.bfloat16, torch.float32)
-    torch.testing.assert_close((o, pool), gated_delta_steps(**(arguments | narrow)))
-
-
 # What a backend is given.
 
 
@@ -158,7 +142,7 @@ class StandIn(Backend):
 
     def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         self.calls.append(call)
-        return eager.decode_one(registry.get_backend("torch"), call)  # type: ignore[arg-type]
+        return eager.decode_one(installed("torch"), call)
 
 
 @pytest.fixture
@@ -238,8 +222,9 @@ def test_explain_is_told_the_op_by_its_function_or_its_name() -> None:
         assert gdn_ops.explain(op=op, **arguments).op == "gated_delta_steps"
     assert gdn_ops.explain(gated_delta_steps, *positional).op == "gated_delta_steps"
     assert gdn_ops.explain(*positional[:5]).op == "gated_delta"
-    step = token(pooled(0, 1, 2))
-    assert gdn_ops.explain(gated_delta_step, **step).op == "gated_delta_step"
+    explained = gdn_ops.explain(gated_delta_step, **token(pooled(0, 1, 2)))
+    assert (explained.op, explained.backend) == ("gated_delta_step", "torch")
+    assert not explained.pinned
 
 
 @pytest.mark.parametrize(
@@ -269,15 +254,10 @@ def test_explain_guesses_no_op(
 
 def test_nothing_waits_for_the_device_to_find_the_slots() -> None:
     with FakeTensorMode() as mode:
-        arguments = {
-            n: mode.from_tensor(x) if isinstance(x, Tensor) else x
-            for n, x in pooled(3, -1, 1).items()
-        }
+        arguments = {n: mode.from_tensor(x) for n, x in pooled(3, -1, 1).items()}
         given = arguments_of(GATED_DELTA_STEPS, arguments)
         call = bind(GATED_DELTA_STEPS, given, check_values=False)
         # A fake tensor has no values: a look at one raises.
         for name in BACKENDS:
-            backend = registry.get_backend(name)
-            assert isinstance(backend, Backend)
-            o, pool, _ = eager.decode_many(backend, call)
+            o, pool, _ = eager.decode_many(installed(name), call)
             assert (o.shape, pool.shape) == ((3, T, HV, V), (P, HV, K, V))
