@@ -12,17 +12,12 @@ import pytest
 import torch
 
 import gdn_ops
+from errors import message_of
 from gdn_ops import SpecError, SpecTypeError, gated_delta, gated_delta_step, gated_delta_steps
 from good_calls import HV, B, T, draft, ints, packed, pooled, sequence, token, zeros
 from processes import printed
 
 RULES = ("gated_delta", "delta", "gated", "linear")
-
-
-def error_of(function: Callable[..., Any], arguments: dict[str, Any]) -> SpecError:
-    with pytest.raises(SpecError) as caught:
-        function(**arguments)
-    return caught.value
 
 
 FLOATS = "float64, float32, bfloat16, float16"
@@ -194,6 +189,48 @@ BAD_DRAFTS = {
 }
 
 
+OF_A_SEQUENCE_AND_A_STEP = {
+    "q has type list, should be a torch.Tensor": [[1.0]],
+    "q is None, should be a torch.Tensor": None,
+    "k has type ndarray, should be a torch.Tensor": np.zeros((2, 8, 4, 16)),
+    "v is None, should be a torch.Tensor": None,
+    "alpha is 0.9, should be a torch.Tensor": 0.9,
+    "beta is 1, should be a torch.Tensor": 1,
+    "scale is '1', should be a finite number": "1",
+    "scale is True, should be a finite number": True,
+    "scale has type Tensor, should be a finite number": torch.tensor(1.0),
+    "qk_l2norm is 1, should be True or False": 1,
+    "qk_l2norm is None, should be True or False": None,
+    "rule is None, should be one of gated_delta, delta, gated, linear": None,
+    "rule has type list, should be one of gated_delta, delta, gated, linear": ["delta"],
+    "backend is None, should be a string": None,
+    "backend has type type, should be a string": gdn_ops.Backend,
+}
+
+WRONG_TYPES: dict[Callable[..., Any], dict[str, Any]] = {
+    sequence: {
+        **OF_A_SEQUENCE_AND_A_STEP,
+        "initial_state is True, should be a torch.Tensor": True,
+        "cu_seqlens has type list, should be a torch.Tensor": [0, 8],
+        "chunk_size is True, should be a positive integer": True,
+        "chunk_size is 64.0, should be a positive integer": 64.0,
+        "chunk_size is '64', should be a positive integer": "64",
+        "return_state is 'yes', should be True or False": "yes",
+    },
+    token: {
+        **OF_A_SEQUENCE_AND_A_STEP,
+        "state has type tuple, should be a torch.Tensor": (),
+        "inplace is 1, should be True or False": 1,
+        "state_indices is 3, should be a torch.Tensor": 3,
+        "state_indices has type list, should be a torch.Tensor": [0, 1],
+    },
+    draft: {
+        "return_states is 1, should be True or False": 1,
+        "state has type list, should be a torch.Tensor": [],
+    },
+}
+
+
 def bad_calls() -> Iterator[tuple[Callable[..., Any], str, dict[str, Any]]]:
     """Yield the maker of a good call, what is wrong with a bad one, and the bad one."""
     for make, name, shape, should in BAD_SHAPES:
@@ -227,21 +264,30 @@ OPS = {
     draft: "gated_delta_steps",
 }
 BAD_CALLS = [
-    *((OPS[make], text, call) for make, text, call in bad_calls()),
+    *((OPS[make], text, call, False) for make, text, call in bad_calls()),
     # A few steps say the same of their pool.
     *(
-        ("gated_delta_steps", text, several(call))
+        ("gated_delta_steps", text, several(call), False)
         for make, text, call in bad_calls()
         if make is pool
+    ),
+    *(
+        (OPS[make], text, make(**{text.split()[0]: value}), True)
+        for make, values in WRONG_TYPES.items()
+        for text, value in values.items()
     ),
 ]
 
 
-@pytest.mark.parametrize(("op", "message", "call"), BAD_CALLS)
-def test_a_bad_call_says_what_is_wrong(op: str, message: str, call: dict[str, Any]) -> None:
-    error = error_of(getattr(gdn_ops, op), call)
-    assert str(error) == f"{op}: {message}"
-    assert isinstance(error, ValueError) and not isinstance(error, TypeError)
+@pytest.mark.parametrize(("op", "message", "call", "is_of_type"), BAD_CALLS)
+def test_a_bad_call_says_what_is_wrong(
+    op: str, message: str, call: dict[str, Any], is_of_type: bool
+) -> None:
+    with pytest.raises(SpecTypeError if is_of_type else SpecError) as caught:
+        getattr(gdn_ops, op)(**call)
+    assert str(caught.value) == f"{op}: {message}"
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, TypeError) == is_of_type
 
 
 def test_what_needs_a_gradient_decodes_without_one_under_no_grad() -> None:
@@ -269,54 +315,6 @@ def test_the_calls_that_the_bad_ones_are_made_from_are_good(
 ) -> None:
     result = function(**arguments)
     assert (result[0] if isinstance(result, tuple) else result).isfinite().all()
-
-
-def both(name: str, shown: str, value: Any) -> list[tuple[str, str, Any]]:
-    return [
-        ("gated_delta", f"{name} {shown}", value),
-        ("gated_delta_step", f"{name} {shown}", value),
-    ]
-
-
-WRONG_TYPES = [
-    *both("q", "has type list, should be a torch.Tensor", [[1.0]]),
-    *both("q", "is None, should be a torch.Tensor", None),
-    *both("k", "has type ndarray, should be a torch.Tensor", np.zeros((2, 8, 4, 16))),
-    *both("v", "is None, should be a torch.Tensor", None),
-    *both("alpha", "is 0.9, should be a torch.Tensor", 0.9),
-    *both("beta", "is 1, should be a torch.Tensor", 1),
-    ("gated_delta", "initial_state is True, should be a torch.Tensor", True),
-    ("gated_delta", "cu_seqlens has type list, should be a torch.Tensor", [0, 8]),
-    ("gated_delta_step", "state has type tuple, should be a torch.Tensor", ()),
-    *both("scale", "is '1', should be a finite number", "1"),
-    *both("scale", "is True, should be a finite number", True),
-    *both("scale", "has type Tensor, should be a finite number", torch.tensor(1.0)),
-    ("gated_delta", "chunk_size is True, should be a positive integer", True),
-    ("gated_delta", "chunk_size is 64.0, should be a positive integer", 64.0),
-    ("gated_delta", "chunk_size is '64', should be a positive integer", "64"),
-    *both("qk_l2norm", "is 1, should be True or False", 1),
-    *both("qk_l2norm", "is None, should be True or False", None),
-    ("gated_delta", "return_state is 'yes', should be True or False", "yes"),
-    ("gated_delta_step", "inplace is 1, should be True or False", 1),
-    ("gated_delta_step", "state_indices is 3, should be a torch.Tensor", 3),
-    ("gated_delta_step", "state_indices has type list, should be a torch.Tensor", [0, 1]),
-    ("gated_delta_steps", "return_states is 1, should be True or False", 1),
-    ("gated_delta_steps", "state has type list, should be a torch.Tensor", []),
-    *both("rule", "is None, should be one of gated_delta, delta, gated, linear", None),
-    *both("rule", "has type list, should be one of gated_delta, delta, gated, linear", ["delta"]),
-    *both("backend", "is None, should be a string", None),
-    *both("backend", "has type type, should be a string", gdn_ops.Backend),
-]
-
-
-@pytest.mark.parametrize(("op", "message", "value"), WRONG_TYPES)
-def test_a_wrong_type_is_a_type_error_and_a_value_error(op: str, message: str, value: Any) -> None:
-    name = message.split()[0]
-    make = next(make for make, its_op in OPS.items() if its_op == op)
-    error = error_of(getattr(gdn_ops, op), make(**{name: value}))
-    assert str(error) == f"{op}: {message}"
-    assert isinstance(error, SpecTypeError)
-    assert isinstance(error, ValueError) and isinstance(error, TypeError)
 
 
 def gate_error(rule: str, has_alpha: bool, has_log_alpha: bool) -> str | None:
@@ -358,21 +356,22 @@ def test_gates_must_fit_the_rule(
         o = result[0] if isinstance(result, tuple) else result
         assert o.isfinite().all() and o.shape == arguments["v"].shape
     else:
-        assert str(error_of(function, arguments)) == f"{op}: {message}"
+        assert message_of(SpecError, function, **arguments) == f"{op}: {message}"
 
 
 @pytest.mark.parametrize("function", [gated_delta, gated_delta_step])
 def test_an_unknown_backend_lists_the_known_ones(function: Callable[..., Any]) -> None:
     arguments = sequence() if function is gated_delta else token()
     known = ", ".join(info.name for info in gdn_ops.list_backends())
-    error = error_of(function, {**arguments, "backend": "tirton"})
-    assert str(error) == f"unknown backend 'tirton', known: {known}"
+    message = message_of(SpecError, function, **arguments, backend="tirton")
+    assert message == f"unknown backend 'tirton', known: {known}"
 
 
 def test_explain_checks_the_call_like_the_call_itself() -> None:
-    message = "k has shape (2, 7, 4, 16), should be (B, T, H, K) = (2, 8, 4, 16); T is fixed by q"
-    error = error_of(gdn_ops.explain, sequence(k=zeros(2, 7, 4, 16)))
-    assert str(error) == f"gated_delta: {message}"
+    assert message_of(SpecError, gdn_ops.explain, **sequence(k=zeros(2, 7, 4, 16))) == (
+        "gated_delta: k has shape (2, 7, 4, 16), should be (B, T, H, K) = (2, 8, 4, 16); T is "
+        "fixed by q"
+    )
     with pytest.raises(SpecError, match=r"^gated_delta_step: beta has values in \[3, 3\]"):
         gdn_ops.explain(op="gated_delta_step", **token(beta=torch.full((B, HV), 3.0)))
 

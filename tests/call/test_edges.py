@@ -23,10 +23,8 @@ def test_nan_in_gives_nan_out(backend: str, name: str) -> None:
     arguments = sequence(t=40, initial_state=zeros(B, HV, K, V), backend=backend)
     if name == "log_alpha":
         arguments["log_alpha"] = arguments.pop("alpha").log()
-    poisoned = arguments[name].clone()
-    place = (0, 0, 0) if name == "initial_state" else (0, 3, 0)
-    poisoned[place] = math.nan
-    arguments[name] = poisoned
+    arguments[name] = arguments[name].clone()
+    arguments[name][(0, 0, 0) if name == "initial_state" else (0, 3, 0)] = math.nan
     o = gated_delta(**arguments)
     assert o[0, 3, 0].isnan().any(), "the poisoned head says so"
     assert o[1].isfinite().all(), "the other row is not poisoned"
@@ -76,23 +74,14 @@ def test_no_rows_and_no_sequences_return_no_states(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_an_empty_sequence_returns_its_initial_state(backend: str, dtype: torch.dtype) -> None:
-    start = ones_like_memory(4)
-    boundaries = ints(0, 0, 5, 5, T).to(dtype)
+def test_an_empty_sequence_returns_its_initial_state(backend: str) -> None:
+    start, boundaries = ones_like_memory(4), ints(0, 0, 5, 5, T)
     arguments = packed(boundaries, initial_state=start, return_state=True, backend=backend)
     o, state = gated_delta(**arguments)
     assert torch.equal(state[0], start[0]) and torch.equal(state[2], start[2])
-    del arguments["cu_seqlens"]
-    for n, tokens in ((1, slice(0, 5)), (3, slice(5, T))):
-        alone = {
-            name: x[:, tokens] if name in ("q", "k", "v", "alpha", "beta") else x
-            for name, x in arguments.items()
-        }
-        alone["initial_state"] = start[n : n + 1]
-        o_alone, state_alone = gated_delta(**alone)
-        torch.testing.assert_close(o[:, tokens], o_alone)
-        torch.testing.assert_close(state[n : n + 1], state_alone)
+    # The conformance kit compares the others with separate calls, always with int64.
+    of_int32 = gated_delta(**{**arguments, "cu_seqlens": boundaries.int()})
+    assert torch.equal(of_int32[0], o) and torch.equal(of_int32[1], state)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -107,12 +96,6 @@ def test_empty_axes_have_empty_or_zero_gradients(backend: str, edge: dict[str, i
     for x, gradient in zip(inputs, gradients, strict=True):
         assert gradient.shape == x.shape
         assert not gradient.any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_chunk_may_be_longer_than_the_sequence(backend: str) -> None:
-    arguments = sequence(backend=backend)
-    torch.testing.assert_close(gated_delta(**arguments, chunk_size=256), gated_delta(**arguments))
 
 
 def test_a_chunk_too_long_for_the_torch_backend_is_a_reason() -> None:
