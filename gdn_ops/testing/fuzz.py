@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import deque
 
 from hypothesis import settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from gdn_ops.dispatch.registry import Backend, get_backend, known_backends
-from gdn_ops.testing.conformance import run_subject, subjects
+from gdn_ops.testing.conformance import Subject, run_subject, subjects
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,30 +27,26 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     profile = settings(database=DirectoryBasedExampleDatabase(options.database), derandomize=False)
     names = options.backend or known_backends()
-    work = []
+    waiting: deque[tuple[str, Subject]] = deque()
     for name in names:
         backend = get_backend(name)
         if isinstance(backend, Backend):
-            work += [(name, subject) for subject in subjects(backend)]
+            waiting += [(name, subject) for subject in subjects(backend)]
         else:
             print(f"{name}: {backend}")
     deadline = time.perf_counter() + options.seconds
-    failures: dict[tuple[str, str], str] = {}
-    examples, turn = 0, 0
-    while work and time.perf_counter() < deadline:
-        name, subject = work[turn % len(work)]
-        turn += 1
-        if (name, subject.name) in failures:
-            if len(failures) == len(work):
-                break
-            continue
+    examples, failures = 0, 0
+    while waiting and time.perf_counter() < deadline:
+        name, subject = waiting.popleft()
         row = run_subject(name, subject, examples=40, deadline=deadline, profile=profile)
         examples += row.examples
         print(f"{'ok   ' if row.passed else 'WRONG'} {name}: {row.subject} ({row.examples})")
-        if row.failure is not None:
-            failures[name, subject.name] = row.failure
+        if row.passed:
+            waiting.append((name, subject))
+        else:
+            failures += 1
             print(row.failure)
-    print(f"{examples} examples, {len(failures)} failures")
+    print(f"{examples} examples, {failures} failures")
     return 1 if failures else 0
 
 

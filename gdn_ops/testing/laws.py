@@ -7,6 +7,7 @@ equal may differ by the allowances of both.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from gdn_ops.testing.decode_laws import (
 from gdn_ops.testing.example import Example, run
 from gdn_ops.testing.oracle import Verdict, inner_product, judgement, judgement_of, norms
 from gdn_ops.testing.runs import Law, compare, forward, token_slice
+
+_OF_UNIT_KEYS: dict[str, Any] = {"lengths": None, "rule": "gated_delta", "qk_l2norm": False}
+"""What laws change of an example to have rows of `gated_delta` with the keys as they are drawn."""
 
 
 def two_segments_equal_one_run(backend: str, example: Example) -> Verdict:
@@ -127,15 +131,7 @@ def alpha_one_beta_zero_leaves_the_state(backend: str, example: Example) -> Verd
 
 def a_full_write_is_recalled_exactly(backend: str, example: Example) -> Verdict:
     """Law 7: with a key of norm 1 and beta = 1, S^T k = v."""
-    example = replace(
-        example,
-        lengths=None,
-        rule="gated_delta",
-        qk_l2norm=False,
-        scale=1.0,
-        beta="unit",
-        T=max(example.T, 1),
-    )
+    example = replace(example, **_OF_UNIT_KEYS, scale=1.0, beta="unit", T=max(example.T, 1))
     arguments = example.arguments()
     arguments["beta"] = torch.ones_like(arguments["beta"])
     arguments["q"] = arguments["k"]
@@ -149,15 +145,7 @@ def a_full_write_is_recalled_exactly(backend: str, example: Example) -> Verdict:
 
 def a_reflection_keeps_the_norm(backend: str, example: Example) -> Verdict:
     """Law 8: beta = 2, v = 0, alpha = 1, ||k|| = 1 keeps the Frobenius norm of S."""
-    example = replace(
-        example,
-        lengths=None,
-        rule="gated_delta",
-        gate="one",
-        beta="unit",
-        initial_state=True,
-        qk_l2norm=False,
-    )
+    example = replace(example, **_OF_UNIT_KEYS, gate="one", beta="unit", initial_state=True)
     arguments = example.arguments()
     arguments["beta"] = torch.full_like(arguments["beta"], 2.0)
     arguments["v"] = torch.zeros_like(arguments["v"])
@@ -256,16 +244,8 @@ def one_scalar_checks_a_whole_backward(backend: str, example: Example) -> Verdic
 
 def delta_is_one_step_of_gradient_descent(backend: str, example: Example) -> Verdict:
     """Law 14: `delta` is an SGD step with rate beta on 0.5 ||S^T k - v||^2, from alpha S."""
-    example = replace(
-        example,
-        lengths=None,
-        T=1,
-        initial_state=True,
-        beta="unit",
-        rule="gated_delta",
-        log_gate=False,
-        qk_l2norm=False,
-    )
+    changes: dict[str, Any] = {"T": 1, "initial_state": True, "beta": "unit", "log_gate": False}
+    example = replace(example, **_OF_UNIT_KEYS, **changes)
     arguments = example.arguments()
     wide = arguments["initial_state"].double() * arguments["alpha"][:, 0, :, None, None].double()
     start = wide.requires_grad_()
@@ -291,15 +271,8 @@ def delta_is_gated_delta_without_decay(backend: str, example: Example) -> Verdic
 def orthogonal_keys_need_no_correction(backend: str, example: Example) -> Verdict:
     """Law 15: with orthogonal keys and S_0 = 0, `gated` equals `gated_delta`."""
     tokens = min(example.T, example.K)
-    example = replace(
-        example,
-        lengths=None,
-        T=tokens,
-        rule="gated_delta",
-        initial_state=False,
-        qk_l2norm=False,
-        dtype=_wide(example),
-    )
+    changes: dict[str, Any] = {"T": tokens, "initial_state": False, "dtype": _wide(example)}
+    example = replace(example, **_OF_UNIT_KEYS, **changes)
     arguments = example.arguments()
     keys = torch.eye(example.K)[:tokens, None].expand(example.B, tokens, example.H, example.K)
     arguments["k"] = keys.to(arguments["k"])

@@ -76,8 +76,8 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def per_head(x: Tensor, name: str, example: Example) -> Tensor:
-    """Return the sum of squares of a result per (sequence, head), in float64.
+def norms(x: Tensor, name: str, example: Example) -> Tensor:
+    """Return the norm of a result per (sequence, head), in float64.
 
     Args:
         x: (B, T, heads, ...) or (N, HV, K, V) for states.
@@ -86,17 +86,12 @@ def per_head(x: Tensor, name: str, example: Example) -> Tensor:
     """
     squares = x.double().square()
     if name.endswith("state"):
-        return squares.flatten(2).sum(-1)
+        return squares.flatten(2).sum(-1).sqrt()
     squares = squares.flatten(3).sum(-1) if x.dim() > 3 else squares
     if example.lengths is None:
-        return squares.sum(1)
-    parts = squares[0].split(list(example.lengths))
-    return torch.stack([part.sum(0) for part in parts]) if parts else squares.new_zeros(0, 1)
-
-
-def norms(x: Tensor, name: str, example: Example) -> Tensor:
-    """Return the norm of a result per (sequence, head)."""
-    return per_head(x, name, example).sqrt()
+        return squares.sum(1).sqrt()
+    parts = [part.sum(0) for part in squares[0].split(list(example.lengths))]
+    return torch.stack(parts).sqrt() if parts else squares.new_zeros(0, 1)
 
 
 def _moved(arguments: dict[str, Any], seed: int, inner: float) -> dict[str, Any]:
@@ -128,12 +123,6 @@ def _upcast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _exact(arguments: dict[str, Any], cotangents: tuple[Tensor, Tensor] | None) -> Results:
-    """Return the results of the definition in float64."""
-    wide = None if cotangents is None else (cotangents[0].double(), cotangents[1].double())
-    return run(_upcast(arguments, torch.float64), "naive", wide)
-
-
 @dataclass(frozen=True)
 class Judgement:
     """Hold the reference of one example and how far a result may be from it.
@@ -150,20 +139,16 @@ class Judgement:
     allowance: dict[str, Tensor]
     scale: dict[str, Tensor]
 
-    def judge(self, results: Results, factor: float = 1.0) -> Verdict:
+    def judge(self, results: Results) -> Verdict:
         """Compare results with the reference."""
-        return self.compare(results, self.reference, factor)
+        return self.compare(results, self.reference, 1.0)
 
-    def compare(self, results: Results, others: Results, factor: float = 2.0) -> Verdict:
-        """Compare two sets of results of this call; two runs may differ by two allowances."""
-        verdicts = [
-            self._verdict(name, results[name], others[name], factor)
-            for name in others
-            if name in results
-        ]
-        if not verdicts:
+    def compare(self, results: Results, others: Results, factor: float) -> Verdict:
+        """Compare two sets of results of this call, which may differ by `factor` allowances."""
+        names = [name for name in others if name in results]
+        if not names:
             raise ValueError("no result to compare")
-        return worst(verdicts)
+        return worst(self._verdict(name, results[name], others[name], factor) for name in names)
 
     def _verdict(self, name: str, x: Tensor, y: Tensor, factor: float) -> Verdict:
         if x.shape != y.shape:
@@ -202,7 +187,7 @@ def judgement_of(
     arguments: dict[str, Any], cotangents: tuple[Tensor, Tensor] | None, example: Example
 ) -> Judgement:
     """Return the reference and the allowances of a call that a law made from an example."""
-    reference = _exact(arguments, cotangents)
+    reference = run(_upcast(arguments, torch.float64), "naive", cotangents)
     runs = [run(arguments, "naive", cotangents)]
     inner = inner_product(runs[0]["final_state"].dtype, example)
     for seed in range(PERTURBATIONS):
@@ -283,7 +268,7 @@ def _scaled_error(
         moved = arguments if seed < 0 else _moved(arguments, example.seed + seed, 1e-7)
         small = _upcast(moved, torch.float32)
         results = run(small, "naive", given)
-        for name, y in _exact(small, given).items():
+        for name, y in run(_upcast(small, torch.float64), "naive", given).items():
             error = norms(results[name].double() - y, name, example) * ratio
             largest[name] = torch.maximum(largest.get(name, error), error)
     return largest
