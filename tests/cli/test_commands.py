@@ -138,20 +138,26 @@ def test_bench_refuses_wrong_numbers_with_one(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("nope",), "unknown case 'nope', known: tiny, qwen"),
-        (("--what", "speed"), "unknown measurement 'speed', known: forward"),
-        (("--backend", "nope"), "unknown backend 'nope'"),
-        (("--peer", "nope"), "unknown peer 'nope', known: transformers"),
-        (("--dtype", "int8"), "unknown dtype 'int8', known: float64"),
-        (("--tune", "naive"), "'naive' exposes no configurations to tune"),
-    ],
+    ("command", "message"),
+    {
+        "bench nope": "unknown case 'nope', known: tiny, qwen",
+        "bench --what speed": "unknown measurement 'speed', known: forward",
+        "bench --backend nope": "unknown backend 'nope'",
+        "bench --peer nope": "unknown peer 'nope', known: transformers",
+        "bench --dtype int8": "unknown dtype 'int8', known: float64",
+        "bench --tune naive": "'naive' exposes no configurations to tune",
+        "check --backend naive --device nowhere": "device 'nowhere' is not available: ",
+        "compile --backend nope": "unknown backend 'nope', known: ",
+        "compile --backend naive": "backend 'naive' compiles nothing ahead of time",
+        "demo {short}": "the text has 5 bytes, should have at least 64",
+    }.items(),
 )
-def test_bench_names_what_it_does_not_know(arguments: tuple[str, ...], message: str) -> None:
-    result = run("bench", *arguments)
+def test_a_command_names_what_it_does_not_know(command: str, message: str, tmp_path: Path) -> None:
+    short = tmp_path / "text.txt"
+    short.write_bytes(b"short")
+    result = run(*command.format(short=short).split())
     assert result.exit_code == 2
-    assert message in result.stderr
+    assert f"gdn-ops: {message}" in result.stderr
 
 
 def test_demo_reads_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,11 +170,3 @@ def test_demo_reads_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert result.exit_code == 0, result.output
     assert "reads 160 bytes once" in result.output
     assert "exactly nothing of the past is left" in result.output
-
-
-def test_demo_on_a_text_too_short_exits_with_two(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_bytes(b"short")
-    result = run("demo", str(text))
-    assert result.exit_code == 2
-    assert "the text has 5 bytes, should have at least 64" in result.stderr
