@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from gdn_ops import gated_delta
 from gdn_ops.compat.transformers import Acceleration, accelerate
+from gdn_ops.compat.transformers.examine import Plan, examine
 
 NAME = "transformers.models.someones_model.modeling_someones_model"
 """A model folder that no release has."""
 
 Load = Callable[..., types.ModuleType]
+
+
+def plan_of(module: types.ModuleType) -> Plan:
+    """Return what would be replaced in a module that has the functions as they should be."""
+    plan = examine(module)
+    assert isinstance(plan, Plan), plan
+    return plan
 
 
 def only(strict: bool = False) -> Acceleration:

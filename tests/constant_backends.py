@@ -10,20 +10,12 @@ from torch import Tensor
 from gdn_ops import Backend, Forward, Limits
 from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
+from good_calls import sequence
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
     """Return a small good `gated_delta` call: B=1, T=4, H=2, HV=4, K=8, V=6."""
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 4, 2, 8, generator=generator).unbind()
-    good = {
-        "q": q,
-        "k": k,
-        "v": torch.randn(1, 4, 4, 6, generator=generator),
-        "alpha": torch.rand(1, 4, 4, generator=generator),
-        "beta": torch.rand(1, 4, 4, generator=generator),
-    }
-    return {**good, **changes}
+    return sequence(1, 4, 2, 4, 8, **changes)
 
 
 def step_arguments(**changes: Any) -> dict[str, Any]:
@@ -46,8 +38,7 @@ def make_backend(backend_name: str, answer: float = 7.0, **limits_: Any) -> type
         limits = Limits(**{"devices": ("cpu",), **limits_})
 
         def forward(self, call: Call) -> Forward:
-            s = call.sizes
-            return Forward(torch.full_like(call.tokens.v, answer), torch.zeros(s.N, s.HV, s.K, s.V))
+            return Forward(*self.decode_one(call))
 
         def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
             s = call.sizes

@@ -10,12 +10,15 @@ from torch import Tensor
 B, T, H, HV, K, V = 2, 8, 4, 8, 16, 6
 
 
-def sequence(b: int = B, t: int = T, h: int = H, hv: int = HV, **changes: Any) -> dict[str, Any]:
+def sequence(
+    b: int = B, t: int = T, h: int = H, hv: int = HV, key_dim: int = K, **changes: Any
+) -> dict[str, Any]:
     """Return the arguments of a good `gated_delta` call, with changes."""
     generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, b, t, h, key_dim, generator=generator)
     arguments = {
-        "q": torch.randn(b, t, h, K, generator=generator),
-        "k": torch.nn.functional.normalize(torch.randn(b, t, h, K, generator=generator), dim=-1),
+        "q": q,
+        "k": torch.nn.functional.normalize(k, dim=-1),
         "v": torch.randn(b, t, hv, V, generator=generator),
         "alpha": torch.rand(b, t, hv, generator=generator),
         "beta": torch.rand(b, t, hv, generator=generator),

@@ -24,5 +24,5 @@ def compiled(
 
 def nodes(graphs: list[torch.fx.GraphModule]) -> list[str]:
     """Return the operators of this package in graphs."""
-    found = [str(n.target) for g in graphs for n in g.graph.nodes]
-    return [name for name in found if "gdn_ops" in name]
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    return [target for target in targets if "gdn_ops" in target]

@@ -228,9 +228,9 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_most_likely_continuation_is_that_of_prefill(pattern: str) -> None:
     model, prompt = make(pattern), tokens_of(2, 4)
-    found = model.generate(prompt, 9, temperature=0)
-    assert torch.equal(found[:, :4], prompt)
-    assert torch.equal(model(found[:, :-1])[0].argmax(-1)[:, 3:], found[:, 4:])
+    tokens = model.generate(prompt, 9, temperature=0)
+    assert torch.equal(tokens[:, :4], prompt)
+    assert torch.equal(model(tokens[:, :-1])[0].argmax(-1)[:, 3:], tokens[:, 4:])
 
 
 def test_draws_follow_the_temperature_and_the_generator() -> None:

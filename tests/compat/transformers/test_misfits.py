@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 import gdn_ops
 from compat_models import SMALL, architecture, originals, relative
-from compat_stand_ins import NAME, Load, functions_of, gates, only, recurrence, run_layer
+from compat_stand_ins import NAME, Load, functions_of, gates, only, plan_of, recurrence, run_layer
 from errors import message_of
 from gdn_ops.compat.transformers import Acceleration, accelerate, known_architectures
 from gdn_ops.compat.transformers.discovery import CHUNK, RECURRENT
-from gdn_ops.compat.transformers.examine import Plan, examine
 from gdn_ops.dispatch import registry
 
 pytestmark = pytest.mark.usefixtures("one_thread", "eager_compiler")
@@ -175,6 +174,4 @@ def test_a_function_that_the_package_kernels_wrapped_is_looked_through(loaded: L
     inner = module.torch_chunk_gated_delta_rule
     # The package `kernels` makes a module of a function.
     module.torch_chunk_gated_delta_rule = Function()
-    plan = examine(module)
-    assert isinstance(plan, Plan)
-    assert plan.rules["torch_chunk_gated_delta_rule"].definition is inner
+    assert plan_of(module).rules["torch_chunk_gated_delta_rule"].definition is inner

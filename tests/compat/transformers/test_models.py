@@ -25,6 +25,7 @@ from compat_models import (
 )
 from gdn_ops.compat.transformers import accelerate
 from gdn_ops.compat.transformers.delta_rule import delta_rule
+from graphs import compiled, nodes
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "small_blocks", "eager_compiler"),
@@ -166,14 +167,12 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     assert used.calls == {(architecture(SMALL), "gated_delta", "torch"): 6}
 
 
-def compiled(tiny: Any, ids: Tensor, **options: Any) -> Any:
-    """Return a compiled model; skip where torch.compile cannot do it without gdn_ops either."""
-    found = torch.compile(tiny, **options)
+def compile_or_skip(compiled: Any, ids: Tensor) -> None:
+    """Skip where torch.compile cannot do a model without gdn_ops either."""
     try:
-        run(found, ids, use_cache=False)
+        run(compiled, ids, use_cache=False)
     except Exception as error:
         pytest.skip(f"torch.compile cannot compile this model itself: {type(error).__name__}")
-    return found
 
 
 # Dynamo itself looks at what it resumes with after it broke a graph.
@@ -182,7 +181,8 @@ def test_a_compiled_model_follows_accelerate_and_its_undo() -> None:
     family = SMALL
     tiny, ids = model(family), tokens(2, LENGTH)
     expected, expected_gradients = run(tiny, ids), exact_gradients(family, 2, LENGTH)
-    graph = compiled(tiny, ids, backend="aot_eager")
+    graph = torch.compile(tiny, backend="aot_eager")
+    compile_or_skip(graph, ids)
     assert relative(run(graph, ids, use_cache=False), expected) < 1e-5
     with accelerate() as used:
         assert relative(run(graph, ids, use_cache=False), expected) < 1e-5
@@ -200,15 +200,9 @@ def test_a_compiled_model_follows_accelerate_and_its_undo() -> None:
 
 def test_a_compiled_model_is_one_graph_with_the_op_in_it() -> None:
     tiny, ids = model(SMALL), tokens(1, LENGTH)
-    graphs: list[Any] = []
-
-    def keep(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    graph = compiled(tiny, ids, backend=keep, fullgraph=True)
+    one_graph, graphs = compiled(tiny)
+    compile_or_skip(one_graph, ids)
     graphs.clear()
     with accelerate():
-        run(graph, ids, use_cache=False)
-    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert targets.count("gdn_ops.gated_delta") == 3
+        run(one_graph, ids, use_cache=False)
+    assert nodes(graphs).count("gdn_ops.gated_delta") == 3

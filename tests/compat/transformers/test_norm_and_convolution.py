@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 import gdn_ops
 from compat_models import FAMILIES, SMALL, has_convolutions, module_of
-from compat_stand_ins import NAME, stand_in
+from compat_stand_ins import NAME, plan_of, stand_in
 from errors import message_of
 from gdn_ops.compat.transformers import accelerate, convolution, norm, packing
-from gdn_ops.compat.transformers.examine import Plan, examine
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_blocks")
 
@@ -129,8 +128,7 @@ def test_a_norm_that_computes_something_else_is_left(name: str) -> None:
     for cls, content in (("Norm", {}), (name, changes)):
         own = {"forward": Norm.forward, "__module__": NAME}
         setattr(module, cls, type(cls, (Norm,), {**own, **content}))
-    plan = examine(module)
-    assert isinstance(plan, Plan)
+    plan = plan_of(module)
     assert [replaced.__name__ for replaced in plan.norms] == ["Norm"]
     (left,) = plan.left
     assert left.startswith(f"{name} {reason}")
@@ -186,8 +184,7 @@ def test_a_convolution_that_computes_something_else_is_left(
 ) -> None:
     module = stand_in(NAME, holds=False)
     setattr(module, name, function)
-    plan = examine(module)
-    assert isinstance(plan, Plan)
+    plan = plan_of(module)
     assert plan.convolutions == {}
     (left,) = plan.left
     assert left.startswith(f"{name} {reason}")
@@ -196,8 +193,7 @@ def test_a_convolution_that_computes_something_else_is_left(
 def test_a_convolution_by_other_means_is_replaced() -> None:
     module = stand_in(NAME, holds=False)
     module.causal_conv1d_fn = causal_conv1d_fn
-    plan = examine(module)
-    assert isinstance(plan, Plan)
+    plan = plan_of(module)
     assert (list(plan.convolutions), plan.left) == (["causal_conv1d_fn"], [])
     assert plan.absent == [
         "causal_conv1d_update: layers of this release do not call such a function"

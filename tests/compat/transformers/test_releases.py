@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from compat_models import relative
-from compat_stand_ins import NAME, Load, gates, only, stand_in
+from compat_stand_ins import NAME, Load, gates, only, plan_of, stand_in
 from gdn_ops.compat.transformers import known_architectures
 from gdn_ops.compat.transformers.discovery import FUNCTIONS
-from gdn_ops.compat.transformers.examine import Plan, examine
 
 pytestmark = pytest.mark.usefixtures("one_thread", "eager_compiler")
 
@@ -88,9 +87,7 @@ def test_decorators_are_looked_through(loaded: Load, holds: bool, decorators: li
     module = loaded(holds=holds)
     for decorator in decorators:
         module.Layer.forward = decorator(module.Layer.forward)
-    plan = examine(module)
-    assert isinstance(plan, Plan)
-    (layer,) = plan.layers
+    (layer,) = plan_of(module).layers
     assert (layer.holds, "attention_mask" in layer.parameters) == (holds, True)
     x, mask = torch.rand(2, 3, 1, 2), torch.tensor([[0, 1, 1], [1, 1, 1]])
     with only(strict=True), torch.no_grad():
