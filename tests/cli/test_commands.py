@@ -17,7 +17,7 @@ from gdn_ops import cli
 from gdn_ops.bench import suite
 from gdn_ops.bench.verify import RefusedError
 from gdn_ops.cli import commands
-from gdn_ops.dispatch import explain, registry
+from gdn_ops.dispatch import explain
 from gdn_ops.environment import versions
 from processes import python
 
@@ -75,30 +75,6 @@ def test_info_as_json_has_the_limits_as_data() -> None:
     by_name = {row["name"]: row for row in info["backends"]}
     assert by_name["torch"]["status"] == "available"
     assert by_name["torch"]["limits"]["devices"] == ["*"]
-
-
-def test_check_passes_on_a_right_backend() -> None:
-    result = run("check", "--backend", "naive", "--seconds", "0.1", "--seed", "1")
-    assert result.exit_code == 0, result.output
-    assert "worst error / allowance" in result.output
-    assert re.search(r"naive: \d+ calls in \d+ s, passed", result.output)
-
-
-def test_check_prints_the_smallest_failing_call_and_exits_with_one(registry_as_found: None) -> None:
-    from gdn_ops.backends.torch import Torch
-
-    class Halved(Torch):
-        name = "halved"
-
-        def forward(self, call: registry.Call) -> gdn_ops.Forward:
-            out = super().forward(call)
-            return out._replace(o=out.o / 2)
-
-    gdn_ops.register_backend(Halved)
-    result = run("check", "--backend", "halved", "--seconds", "0.1", "--seed", "1")
-    assert result.exit_code == 1
-    for text in ("FAIL", "the smallest call that fails", "'halved'", "halved: ", "failed"):
-        assert text in result.output
 
 
 def test_check_says_why_a_backend_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,8 @@ def test_a_check_that_passes_is_a_certificate(kernel: type[Backend], nothing_kno
     cpu = provenance.cpu_model()
     assert f"certificate for {cpu} recorded in {path}" in " ".join(result.output.split())
     (row,) = json.loads(path.read_text())["certificates"]
-    examples = int(re.findall(r"kernel: (\d+) calls", result.output)[0])
+    assert "worst error / allowance" in result.output
+    examples = int(re.findall(r"kernel: (\d+) calls in \d+ s, passed", result.output)[0])
     assert (row["backend"], row["device"], row["passed"]) == ("kernel", cpu, True)
     assert (row["examples"], row["seed"]) == (examples, 1)
     assert row["seconds"] > 0
@@ -120,6 +121,8 @@ def test_a_check_that_fails_revokes_the_certificate(
     monkeypatch.setattr(kernel, "factor", 2)
     result = check()
     assert result.exit_code == 1
+    for text in ("FAIL", "the smallest call that fails", "'kernel'", "kernel: ", "failed"):
+        assert text in result.output
     assert "failure, no certificate, for" in result.output
     assert standing(kernel, "cpu").state == "failed"
     assert len(certificate.read_certificates()) == 1

@@ -20,14 +20,12 @@ EXAMPLES = {"naive": 15, "torch": 60, "compile": 8}
 
 DEFAULT_EXAMPLES = 15
 
-
-def _installed() -> list[tuple[str, Subject]]:
-    rows = []
-    for name in known_backends():
-        backend = get_backend(name)
-        if isinstance(backend, Backend):
-            rows += [(name, subject) for subject in subjects(backend)]
-    return rows
+SUBJECTS = [
+    pytest.param(name, subject, id=f"{name}-{subject.name.replace(' ', '_')}")
+    for name in known_backends()
+    if isinstance(backend := get_backend(name), Backend)
+    for subject in subjects(backend)
+]
 
 
 @pytest.fixture
@@ -37,10 +35,7 @@ def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("eager_compiler")
-@pytest.mark.parametrize(
-    ("backend", "subject"),
-    [pytest.param(n, s, id=f"{n}-{s.name.replace(' ', '_')}") for n, s in _installed()],
-)
+@pytest.mark.parametrize(("backend", "subject"), SUBJECTS)
 def test_the_backend_conforms(backend: str, subject: Subject) -> None:
     row = run_subject(backend, subject, examples=EXAMPLES.get(backend, DEFAULT_EXAMPLES))
     assert row.passed, row.failure
