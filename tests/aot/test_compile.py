@@ -50,10 +50,8 @@ class Ahead(Backend):
 
 
 @pytest.fixture(autouse=True)
-def _ahead() -> Iterator[None]:
+def _ahead(registry_as_found: None) -> None:
     registry.register_backend(Ahead)
-    yield
-    registry.unregister_backend("ahead")
 
 
 # Samples.

@@ -121,7 +121,7 @@ def test_bench_refuses_wrong_numbers_with_one(monkeypatch: pytest.MonkeyPatch) -
         "bench --backend nope": "unknown backend 'nope'",
         "bench --peer nope": "unknown peer 'nope', known: transformers",
         "bench --dtype int8": "unknown dtype 'int8', known: float64",
-        "bench --tune naive": "'naive' exposes no configurations to tune",
+        "bench --tune naive": "backend 'naive' exposes no configurations to tune",
         "check --backend naive --device nowhere": "device 'nowhere' is not available: ",
         "compile --backend nope": "unknown backend 'nope', known: ",
         "compile --backend naive": "backend 'naive' compiles nothing ahead of time",

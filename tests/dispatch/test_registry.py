@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -41,14 +42,12 @@ def test_backends_lists_name_limits_and_status() -> None:
 def test_a_checkout_that_is_not_installed_has_the_version_of_its_source(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def is_nowhere(distribution: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(distribution)
-
     class Foreign(make_backend("foreign")):  # type: ignore[misc]
         distribution = "foreign_kernels"
 
     register_backend(Foreign)
-    monkeypatch.setattr(importlib.metadata, "version", is_nowhere)
+    nowhere = mock.Mock(side_effect=importlib.metadata.PackageNotFoundError)
+    monkeypatch.setattr(importlib.metadata, "version", nowhere)
     versions = {info.name: info.version for info in gdn_ops.list_backends()}
     assert (versions["torch"], versions["foreign"]) == (gdn_ops.__version__, None)
 

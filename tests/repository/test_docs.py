@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import doctest
 import html
-import importlib.util
 import io
 import re
+import runpy
 import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -125,11 +126,7 @@ def test_blocks_of_a_page_share_a_namespace() -> None:
 
 def load_hooks() -> Any:
     pytest.importorskip("mkdocs")
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "hooks.py")))
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

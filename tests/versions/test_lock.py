@@ -119,11 +119,8 @@ def test_a_lock_that_cannot_be_resolved_stays_as_it_is(
 ) -> None:
     path = tmp_path / "constraints.txt"
     path.write_text("torch==2.13.0\n")
-
-    def fail(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 1)
-
-    monkeypatch.setattr(lock.subprocess, "run", fail)
+    failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(lock.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SystemExit, match="nothing was changed"):
         lock.refresh(path, "torch==99")
     assert path.read_text() == "torch==2.13.0\n"

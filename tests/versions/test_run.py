@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Timer
-from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -147,10 +147,8 @@ def test_a_cell_that_cannot_be_installed_says_pip_s_error(
 
 
 def test_a_missing_newer_python_is_no_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: Any) -> str:
-        raise NotRunError("no Python newer than 3.11", excused=True)
-
-    monkeypatch.setattr(run, "interpreter", missing)
+    missing = NotRunError("no Python newer than 3.11", excused=True)
+    monkeypatch.setattr(run, "interpreter", mock.Mock(side_effect=missing))
     result = one(place, "")
     assert (result.state, result.is_green) == ("not run", True)
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,10 +27,6 @@ pytestmark = pytest.mark.usefixtures("one_thread", "eager_compiler")
 def other_numbers(change: Callable[[Any], Any]) -> Callable[..., Any]:
     """Return a chunk function that computes something else."""
     return functions_of(lambda kind, *arguments: change(recurrence(*arguments)))[CHUNK]
-
-
-def fails(result: Any) -> Any:
-    raise RuntimeError("no such kernel")
 
 
 MISFITS: dict[str, tuple[str, Any, str]] = {
@@ -60,7 +57,7 @@ MISFITS: dict[str, tuple[str, Any, str]] = {
     ),
     "an error": (
         CHUNK,
-        other_numbers(fails),
+        other_numbers(mock.Mock(side_effect=RuntimeError("no such kernel"))),
         f"{CHUNK} cannot be tried: RuntimeError: no such kernel",
     ),
 }
