@@ -44,10 +44,9 @@ cannot be installed: then do not rely on that version, and read the log that the
 """
 
 
-def read_results(path: Path | None = None) -> dict[str, Result]:
+def read_results() -> dict[str, Result]:
     """Return the last recorded result of every cell by name."""
-    path = path or RESULTS
-    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    recorded = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     return {name: Result(name, **fields) for name, fields in recorded.items()}
 
 
