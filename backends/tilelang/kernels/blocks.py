@@ -32,7 +32,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-F32 = "float32"
+F32, I32 = "float32", "int32"
 
 L2NORM_EPSILON = 1e-6
 LOG_FLOOR = -1000.0
@@ -88,11 +88,9 @@ def blocks(T: Any) -> SimpleNamespace:
     @T.macro
     def owner(cu, N, tokens, p):
         """Return the sequence that has slot p, a slot being `tokens` tokens."""
-        n = T.alloc_var("int32")
-        above = T.alloc_var("int32")
-        middle = T.alloc_var("int32")
-        n = 0
-        above = N
+        n = T.alloc_var(I32, 0)
+        above = T.alloc_var(I32, N)
+        middle = T.alloc_var(I32)
         while n + 1 < above:
             middle = (n + above) // 2
             if cu[middle] // tokens + middle <= p:

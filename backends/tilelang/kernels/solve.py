@@ -48,9 +48,7 @@ def solve(T: Any, *, K: int, BK: int, C: int, dtype: str, erase: bool, threads: 
             rest = cu[n + 1] - first
             R = HV // H
             if rest > 0:
-                for i in T.Parallel(C):
-                    m.inv_norm[0, i] = 1.0
-                    m.inv_norm[1, i] = 1.0
+                T.fill(m.inv_norm, 1.0)
                 if has_norm != 0:
                     T.copy(q[first : first + C, h, 0:BK], m.landing)
                     gates_of.inverse_norms(m.landing, m.squares, m.sums, m.inv_norm, 0)
@@ -82,8 +80,7 @@ def solve(T: Any, *, K: int, BK: int, C: int, dtype: str, erase: bool, threads: 
                             m.a[i, j] = T.if_then_else(i > j, scaled * D, 0.0)
                         # §3 T = (I + A)⁻¹                                       [C, C]
                         inverse_of.form(m)
-                        for i, j in T.Parallel(C, C):
-                            inverses[hv, slot, i, j] = T.cast(m.x[i, j], dtype)
+                        b.store(m.x, inverses, hv, slot, 0)
 
     return solve
 

@@ -16,7 +16,15 @@ K dS, Tᵀ dU and Kᵀ dRHS. FLA's name for the walk is `chunk_gated_delta_rule_
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import F32, blocks, fitting, macros, named, parts_of
+from gdn_ops.backends.tilelang.kernels.blocks import (
+    F32,
+    I32,
+    blocks,
+    fitting,
+    macros,
+    named,
+    parts_of,
+)
 from gdn_ops.backends.tilelang.kernels.chunk_tiles import chunk_tiles
 
 MODES = ("gradients", "shift")
@@ -57,21 +65,14 @@ def state_gradients(
         with T.Kernel(columns * grid, HV, threads=threads) as (program, hv):
             m = _tiles(T, BK, BV, C, dtype)
             slot_of_segment = program // columns
-            n = T.alloc_var("int32")
-            h = T.alloc_var("int32")
-            segment = T.alloc_var("int32")
-            chunks = T.alloc_var("int32")
-            last_slot = T.alloc_var("int32")
-            last_first = T.alloc_var("int32")
-            last_rest = T.alloc_var("int32")
-
-            n = b.owner(cu, N1 - 1, C * L, slot_of_segment)
-            h = hv // (HV // H)
-            segment = slot_of_segment - (cu[n] // (C * L) + n)
-            chunks = T.max(T.min(T.ceildiv(cu[n + 1] - cu[n], C) - segment * L, L), 0)
-            last_slot = cu[n] // C + n + segment * L + chunks - 1
-            last_first = cu[n] + (segment * L + chunks - 1) * C
-            last_rest = cu[n + 1] - last_first
+            n = T.alloc_var(I32, b.owner(cu, N1 - 1, C * L, slot_of_segment))
+            h = T.alloc_var(I32, hv // (HV // H))
+            segment = T.alloc_var(I32, slot_of_segment - (cu[n] // (C * L) + n))
+            length = T.ceildiv(cu[n + 1] - cu[n], C)
+            chunks = T.alloc_var(I32, T.max(T.min(length - segment * L, L), 0))
+            last_slot = T.alloc_var(I32, cu[n] // C + n + segment * L + chunks - 1)
+            last_first = T.alloc_var(I32, cu[n] + (segment * L + chunks - 1) * C)
+            last_rest = T.alloc_var(I32, cu[n + 1] - last_first)
             dv = program % columns * BV
             if is_shift:
                 T.clear(m.dS)

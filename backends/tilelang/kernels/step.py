@@ -19,6 +19,7 @@ from typing import Any
 
 from gdn_ops.backends.tilelang.kernels.blocks import (
     F32,
+    I32,
     L2NORM_EPSILON,
     LOG_ALPHA,
     NO_DECAY,
@@ -26,7 +27,7 @@ from gdn_ops.backends.tilelang.kernels.blocks import (
     named,
 )
 
-I32, I64 = "int32", "int64"
+I64 = "int64"
 
 
 def tokens(
@@ -67,23 +68,18 @@ def tokens(
         with T.Kernel(B * blocks_of_V, HV, threads=threads) as (program, hv):
             m = _tiles(T, K, BV, padded)
             # Variables, since an expression would be repeated wherever it is used.
-            row = T.alloc_var(I64)
-            place = T.alloc_var(I64)
-            from_q = T.alloc_var(I64)
-            from_k = T.alloc_var(I64)
-            from_v = T.alloc_var(I64)
+            first = program % blocks_of_V * BV
+            row = T.alloc_var(I64, T.cast(program // blocks_of_V, I64))
+            place = T.alloc_var(I64, row)
+            from_q = T.alloc_var(I64, row * q_row + hv // R * q_head)
+            from_k = T.alloc_var(I64, row * k_row + hv // R * k_head)
+            from_v = T.alloc_var(I64, row * v_row + hv * v_head + first * v_d)
             cell = T.alloc_var(I64)
             at = T.alloc_var(I64)
             alpha = T.alloc_var(F32)
             strength = T.alloc_var(F32)
-            first = program % blocks_of_V * BV
-            row = T.cast(program // blocks_of_V, I64)
-            place = row
             if index_step > 0:
                 place = T.cast(indices[row * index_step], I64)
-            from_q = row * q_row + hv // R * q_head
-            from_k = row * k_row + hv // R * k_head
-            from_v = row * v_row + hv * v_head + first * v_d
             T.clear(m.S)
             if has_state != 0 and place >= 0:
                 cell = place * state_row + hv * state_head

@@ -19,6 +19,7 @@ from typing import Any
 
 from gdn_ops.backends.tilelang.kernels.blocks import (
     F32,
+    I32,
     NO_DECAY,
     blocks,
     fitting,
@@ -80,20 +81,14 @@ def token_gradients(
         with T.Kernel(chunk_slots, H, threads=threads) as (slot, h):
             m, f = _tiles(T, BK, BV, C, dtype, erase), _fragments(T, BK, BV, C)
             sums = _row_sums(T, BK, C)
-            n = T.alloc_var("int32")
-            first = T.alloc_var("int32")
-            rest = T.alloc_var("int32")
-            turns = T.alloc_var("int32")
-            first_head = T.alloc_var("int32")
-
             if stages > 0:
                 T.annotate_producer_reg_dealloc(24)
                 T.annotate_consumer_reg_alloc(240)
-            n = b.owner(cu, N1 - 1, C, slot)
-            first = cu[n] + (slot - (cu[n] // C + n)) * C
-            rest = cu[n + 1] - first
-            first_head = h * (HV // H)
-            turns = T.if_then_else(rest > 0, HV // H * columns, 0)
+            n = T.alloc_var(I32, b.owner(cu, N1 - 1, C, slot))
+            first = T.alloc_var(I32, cu[n] + (slot - (cu[n] // C + n)) * C)
+            rest = T.alloc_var(I32, cu[n + 1] - first)
+            first_head = T.alloc_var(I32, h * (HV // H))
+            turns = T.alloc_var(I32, T.if_then_else(rest > 0, HV // H * columns, 0))
             load_rows(q, first, h, 0, BK, rest, m.q)
             load_rows(k, first, h, 0, BK, rest, m.k)
             for row, i in T.Parallel(2, C):
