@@ -64,11 +64,7 @@ class Program(NamedTuple):
 
 
 def program(function: Any) -> Program:
-    """Return the C++ program of a traced kernel.
-
-    Args:
-        function: a `tvm.tirx.PrimFunc`, traced with `language.CPU`.
-    """
+    """Return the C++ program of a kernel, a `PrimFunc` traced with `language.CPU`."""
     from gdn_ops.backends.tilelang.emulation.rounding import lowered
 
     exact, tiles = lowered(function)
@@ -175,9 +171,7 @@ class Emulated:
     Args:
         path: the shared library.
         name: of the kernel, for errors.
-        parameters: as in `Program`.
-        order: as in `Program`.
-        tiles: as in `Program`.
+        parameters, order, tiles: as in `Program`.
     """
 
     def __init__(

@@ -49,13 +49,7 @@ def _writable(path: Path) -> Path:
 
 
 def key(make: Callable[..., Any], constants: dict[str, Any], *more: Any) -> str:
-    """Return the cache key of an emulated kernel.
-
-    Args:
-        make: the factory of the kernel.
-        constants: its keywords.
-        more: whatever else it depends on.
-    """
+    """Return the cache key of a kernel: its factory, its constants, what else it depends on."""
     described = (
         f"{make.__module__}.{make.__qualname__}",
         sorted((name, repr(value)) for name, value in constants.items()),

@@ -83,13 +83,7 @@ def launch(make: Function, constants: Constants, *args: Any) -> None:
 
 
 def trace(make: Function, constants: Constants, language: Any = None) -> Any:
-    """Return the prim_func of a kernel.
-
-    Args:
-        make: the factory of the kernel.
-        constants: its keywords.
-        language: what `T` is; `tilelang.language` by default.
-    """
+    """Return the prim_func of a kernel; `T` is `tilelang.language` unless another is given."""
     if language is None:
         import tilelang.language
 
@@ -125,12 +119,7 @@ def _named(make: Function, constants: Constants, target: str) -> str:
 
 
 class _CompilerError(Exception):
-    """Report that a compiler failed.
-
-    Args:
-        summary: one line.
-        output: all that it said.
-    """
+    """Report that a compiler failed: a summary in one line, and all that it said."""
 
     def __init__(self, summary: str, output: str) -> None:
         super().__init__(summary)
@@ -216,12 +205,7 @@ def _identity(compiler: str) -> tuple[str, int, int]:
 
 
 def _run(compiler: list[str], name: str, source: Program) -> Path:
-    """Compile a program, and return its entry in the disk cache.
-
-    Args:
-        compiler: with its flags.
-        name: of the entry.
-        source: the program.
+    """Compile a program by a compiler with its flags; return its entry in the disk cache.
 
     Raises:
         _CompilerError: the compiler fails.
