@@ -69,13 +69,10 @@ GatedDeltaStep <num_qk_heads, num_v_heads, scale, rule, qk_l2norm>
 
 
 class _Clock:
-    """Wrap an onnxruntime session and keep the duration of its last run, in seconds."""
+    """Run an onnxruntime session and keep the duration of its last run, in seconds."""
 
     def __init__(self, session: Any) -> None:
         self.seconds, self._session = 0.0, session
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
 
     def run_with_iobinding(self, binding: Any) -> None:
         """Run the session on what is bound."""
@@ -144,17 +141,15 @@ def _bodies() -> list[str]:
 
 def _own_ways(model: ModelProto, batch: int, feeds: list[Array], library: str | None) -> list[Way]:
     """Return the ways in onnxruntime that have buffers of their own."""
+    start = functools.partial(_session, model, batch, feeds)
     ways = []
     for body in _bodies():
         if body != "ort":
-            session = _session(model, batch, feeds, body)
-            ways.append(Way(f"{body} in place", functools.partial(session.step, *feeds)))
-            session = _session(model, batch, feeds, body)
-            ways.append(Way(f"{body} in place, bare", _Bare(session).step))
-        session = _session(model, batch, feeds, body, in_place=False)
-        ways.append(Way(f"{body} two buffers", _Bare(session).step))
+            ways.append(Way(f"{body} in place", functools.partial(start(body).step, *feeds)))
+            ways.append(Way(f"{body} in place, bare", _Bare(start(body)).step))
+        ways.append(Way(f"{body} two buffers", _Bare(start(body, in_place=False)).step))
     if library is not None:
-        session = _session(model, batch, feeds, "custom", custom_op_library=library)
+        session = start("custom", custom_op_library=library)
         ways.append(Way("custom in place", functools.partial(session.step, *feeds)))
     return ways
 

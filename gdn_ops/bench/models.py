@@ -191,7 +191,7 @@ def _train(names: Sequence[str], setting: Setting, log: Log, shape: Shape, resul
     result.rows += timed_rows("training step", shape.case, "ms", timing, PEER)
 
 
-def _under(name: str, function: Callable[..., object], *arguments: Any) -> object:
+def _under(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     with way(name):
         return function(*arguments)
 
@@ -209,17 +209,12 @@ def _add_serving_rows(names: Sequence[str], setting: Setting, shape: Shape, resu
 def _serve(names: Sequence[str], repeats: int, shape: Shape) -> dict[str, dict[str, Timing]]:
     """Time prefill and decode; return the timing by measurement and by comparator."""
     model, ids = build(shape), prompt(shape)
-    found = {}
-    for what in ("prefill", "decode"):
-        actions = {}
-        for name in names:
-            if what == "prefill":
-                actions[name] = functools.partial(_under, name, prefill, model, ids)
-            else:
-                decoder: Any = _under(name, Decoder, model, ids[:, : min(128, shape.tokens)])
-                actions[name] = functools.partial(_under, name, decoder.run)
-        found[what] = interleave(actions, repeats * (DECODES if what == "decode" else 1))
-    return found
+    actions = {name: functools.partial(_under, name, prefill, model, ids) for name in names}
+    found = {"prefill": interleave(actions, repeats)}
+    for name in names:
+        decoder = _under(name, Decoder, model, ids[:, :128])
+        actions[name] = functools.partial(_under, name, decoder.run)
+    return {**found, "decode": interleave(actions, repeats * DECODES)}
 
 
 def _verify(model: Any, ids: Tensor, names: Sequence[str], case: str) -> list[Check]:
@@ -242,5 +237,5 @@ def _weigh(name: str, shape: Shape) -> Peak:
     """Return the peak memory of one training step, after one on a few tokens."""
     model, ids = build(shape), prompt(shape)
     with way(name):
-        training_step(model, ids[:, : min(256, shape.tokens)])
+        training_step(model, ids[:, :256])
         return find_device("cpu").peak(lambda: training_step(model, ids))

@@ -102,8 +102,7 @@ def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
                 yield f"fastest {what}: {best}"
 
 
-Actions = dict[str, tuple[Contender, Run]]
-Found = Iterator[tuple[str, Actions, dict[str, str]]]
+Found = Iterator[tuple[str, dict[str, Run], dict[str, str]]]
 
 
 def _sequence_actions(backend: Backend, case: Case, setting: Setting) -> Found:
@@ -120,7 +119,7 @@ def _sequence_actions(backend: Backend, case: Case, setting: Setting) -> Found:
         found = [c for c in space if c.name in called]
         if found:
             verify(found, case, x, gradients=gradients)
-        yield what, {c.name: (c, c.run(what, x, d_o)) for c in found}, failed
+        yield what, {c.name: _within(c, c.run(what, x, d_o)) for c in found}, failed
 
 
 def _call(
@@ -149,22 +148,23 @@ def _step_actions(backend: Backend, case: Case, setting: Setting) -> Found:
     results, failed = _call(space, lambda c: runs[c.name]())
     for name, result in results.items():
         check_step(name, result, exact, setting)
-    yield "step", {c.name: (c, runs[c.name]) for c in space if c.name in results}, failed
+    yield "step", {c.name: _within(c, runs[c.name]) for c in space if c.name in results}, failed
 
 
-def _time(actions: Actions, setting: Setting) -> dict[str, Timing]:
+def _time(actions: dict[str, Run], setting: Setting) -> dict[str, Timing]:
     """Time the actions that passed, in turns."""
     if not setting.device.startswith("cuda"):
-        runs = {name: _within(c, run) for name, (c, run) in actions.items()}
-        return interleave(runs, setting.repeats, device=find_device(setting.device))
+        return interleave(actions, setting.repeats, device=find_device(setting.device))
     device = Cuda(torch.device(setting.device).index or 0)
     with device.working():
-        replays = {name: _captured(c, run, device) for name, (c, run) in actions.items()}
+        replays = {name: _captured(run, device) for name, run in actions.items()}
         samples = sample_in_turns(replays, 2.0 * len(replays), device.clock)
     return {name: Timing(tuple(found)) for name, found in samples.items()}
 
 
 def _within(c: Contender, run: Run) -> Run:
+    """Return a run in a contender's context."""
+
     def wrapped() -> object:
         with c.context():
             return run()
@@ -172,12 +172,11 @@ def _within(c: Contender, run: Run) -> Run:
     return wrapped
 
 
-def _captured(c: Contender, run: Run, device: Cuda) -> Callable[[], float]:
+def _captured(run: Run, device: Cuda) -> Callable[[], float]:
     """Return a function that times the device's work of a run."""
-    with c.context():
-        for _ in range(WARMUPS):
-            run()
-        try:
-            return device.graph([run])
-        except RuntimeError:
-            return device.events([_within(c, run)])
+    for _ in range(WARMUPS):
+        run()
+    try:
+        return device.graph([run])
+    except RuntimeError:
+        return device.events([run])

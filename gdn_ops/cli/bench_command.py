@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gdn_ops.bench import models, report, suite
+from gdn_ops.bench import report, suite
 from gdn_ops.bench.inputs import Setting
 
 
@@ -30,15 +29,6 @@ def run_cases(plan: suite.Plan, out: Path | None) -> None:
     print(report.text(result))
     for path in report.write(result, out) if out is not None else ():
         print(path)
-
-
-def run_models(backends: Sequence[str], setting: Setting, out: Path | None) -> None:
-    """Run the benchmark of whole models.
-
-    Raises:
-        RefusedError, ValueError: as `models.run`.
-    """
-    report.publish(models.run(backends, setting, print), "models", out)
 
 
 def run_decode(library: str | None, setting: Setting, out: Path | None) -> None:

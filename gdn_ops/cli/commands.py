@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import gdn_ops
-from gdn_ops.bench import suite
+from gdn_ops.bench import models, report, suite
 from gdn_ops.bench import tune as tuning
 from gdn_ops.bench.gpu import command as gpu_command
 from gdn_ops.bench.inputs import Setting
@@ -164,7 +164,8 @@ def bench(
             bench_command.run_decode(peer, setting, out)
             return
         if cases == ["models"]:
-            bench_command.run_models(_names(backend) or ("torch",), setting, out)
+            result = models.run(_names(backend) or ("torch",), setting, print)
+            report.publish(result, "models", out)
             return
         if tune is not None:
             for line in tuning.tune(tune, cases or [], setting):

@@ -43,18 +43,22 @@ def run(
     Raises:
         ValueError: a backend, target or case is unknown, or the backend is not available.
     """
-    backend, compiler = _backend(backend_name)
-    chosen = targets or compiler.targets
+    backend = registry.get_backend(backend_name)
+    if isinstance(backend, str):
+        raise ValueError(f"backend {backend_name!r} is not available: {backend}")
+    if not isinstance(backend, CompilesAhead):
+        raise ValueError(f"backend {backend_name!r} compiles nothing ahead of time")
+    chosen = targets or backend.targets
     for target in chosen:
-        if target not in compiler.targets:
-            raise ValueError(refusal(target, compiler.targets))
+        if target not in backend.targets:
+            raise ValueError(refusal(target, backend.targets))
     named = find_cases(cases)
     console = Console()
     rows: list[CompiledKernel] = []
     for target in chosen:
         own: list[CompiledKernel] = []
         with console.status(f"compiling for {target}") as status:
-            for row in compiler.compile_ahead(target, samples(named, everything=everything)):
+            for row in backend.compile_ahead(target, samples(named, everything=everything)):
                 own.append(row)
                 status.update(f"compiling for {target}: {len(own)} kernels, {row.kernel}")
         show(own, target, console)
@@ -63,15 +67,6 @@ def run(
         path.write_text(as_json(backend, rows), encoding="utf-8")
         console.print(str(path), markup=False, highlight=False)
     return not any(row.failures for row in rows)
-
-
-def _backend(name: str) -> tuple[Backend, CompilesAhead]:
-    backend = registry.get_backend(name)
-    if isinstance(backend, str):
-        raise ValueError(f"backend {name!r} is not available: {backend}")
-    if not isinstance(backend, CompilesAhead):
-        raise ValueError(f"backend {name!r} compiles nothing ahead of time")
-    return backend, backend
 
 
 def find_cases(names: Sequence[str]) -> list[Case]:

@@ -20,10 +20,9 @@ def collect() -> dict[str, Any]:
     recorded = certificate.read_certificates()
     backends = []
     for info in gdn_ops.list_backends():
-        limits = None if info.limits is None else _plain(dataclasses.asdict(info.limits))
         row = {"name": info.name, "version": info.version, "status": info.status}
-        standings = _standings(info, recorded)
-        backends.append({**row, "limits": limits, "certificates": standings})
+        limits = info.limits and _plain(dataclasses.asdict(info.limits))
+        backends.append({**row, "limits": limits, "certificates": _standings(info, recorded)})
     installed = versions.installed_versions()
     return {
         "versions": installed,

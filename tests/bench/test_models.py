@@ -15,11 +15,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
+from command_line import run
 from gdn_ops.bench import models
 from gdn_ops.bench.inputs import Setting
 from gdn_ops.bench.rows import Row, with_target
 from gdn_ops.bench.verify import RefusedError
-from gdn_ops.cli.bench_command import run_models
 from gdn_ops.spec.errors import SpecError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,6 +93,7 @@ def test_what_it_does_not_measure_is_refused() -> None:
 def test_the_result_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "run", functools.partial(models.run, shape=TINY))
     monkeypatch.setattr(models, "memory_rows", lambda *_: None)
-    run_models(("torch",), ONCE, tmp_path / "out")
+    result = run("bench", "models", "--repeats", 1, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "out" / "models-cpu-float32.json").read_text())
     assert {row["what"] for row in written["rows"]} == {"prefill", "training step", "decode"}
