@@ -151,16 +151,11 @@ def overhead_row(name: str, s: Setting) -> Row:
 
 def import_row() -> Row:
     """Measure the time that `import gdn_ops` adds to `import torch`, in fresh processes."""
-    samples = []
-    for _ in range(IMPORT_REPEATS):
-        done = subprocess.run(
-            [sys.executable, "-c", _IMPORTS],
-            env=child_environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        samples.append(float(done.stdout))
+    command, env = [sys.executable, "-c", _IMPORTS], child_environment()
+    samples = [
+        float(subprocess.check_output(command, env=env, stderr=subprocess.PIPE))
+        for _ in range(IMPORT_REPEATS)
+    ]
     median, best = statistics.median(samples), min(samples)
     against = "import torch"
     return Row("import", "-", "gdn_ops", "s", median, best, len(samples), against=against)

@@ -215,16 +215,13 @@ def _flashinfer() -> Contender:
 def _flashinfer_sequence(prefill: Callable[..., Any], x: Inputs) -> Prepared:
     if x.state is None:
         raise ValueError("flashinfer's sequences need a state")
-    rows, tokens = x.v.shape[:2]
+    rows, length = x.v.shape[:2]
     bounds = x.cu_seqlens
     if bounds is None:
-        bounds = torch.arange(0, (rows + 1) * tokens, tokens, device=x.v.device)
-    arguments = {
-        "q": x.q.flatten(0, 1).contiguous(),
-        "k": x.k.flatten(0, 1).contiguous(),
-        "v": x.v.flatten(0, 1).contiguous(),
-        "g": x.log_alpha.exp().flatten(0, 1).contiguous(),
-        "beta": x.beta.flatten(0, 1).contiguous(),
+        bounds = torch.arange(0, (rows + 1) * length, length, device=x.v.device)
+    tokens = {"q": x.q, "k": x.k, "v": x.v, "g": x.log_alpha.exp(), "beta": x.beta}
+    arguments: dict[str, Any] = {
+        **{name: y.flatten(0, 1).contiguous() for name, y in tokens.items()},
         "scale": x.q.shape[-1] ** -0.5,
         "initial_state": x.state.transpose(-1, -2).contiguous(),
         "output_final_state": True,

@@ -115,12 +115,10 @@ def _machine(system: dict[str, Any]) -> str:
 
 def panels(result: Result) -> list[Panel]:
     """Return a panel for each measurement and case that has times or sizes."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in result.rows:
-        if row.what in _TIMED:
-            groups.setdefault((row.what, row.case), []).append(row)
+    shown = (row for row in result.rows if row.what in _TIMED)
     found = []
-    for (what, case), rows in groups.items():
+    for (what, case), group in groupby(shown, key=lambda row: (row.what, row.case)):
+        rows = list(group)
         ratios = ["" if _ratio(row) == "-" else f"  ({_ratio(row)})" for row in rows]
         bars = [
             Bar(row.comparator, row.median, f"{_whole(row.median)} {row.unit}{ratio}")
