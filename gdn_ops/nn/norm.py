@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,9 +59,6 @@ class _Rows:
         self.x, self.z = x.reshape(-1, width), z.reshape(-1, width)
         self.weight = weight.to(self.dtype)
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        return blocks(*self.x.shape)
-
     def normalised(self, start: int, stop: int, eps: float) -> tuple[Tensor, Tensor]:
         """Return x / sqrt(mean(x²) + eps) and 1 / sqrt(...) of a block."""
         x = self.x[start:stop].to(self.dtype)
@@ -81,7 +78,7 @@ class _Blocked(torch.autograd.Function):
         rows = _Rows(x, weight, z)
         y = empty(x.shape, x.dtype, x.device)
         flat = y.view(rows.x.shape)
-        for start, stop in rows.blocks():
+        for start, stop in blocks(*rows.x.shape):
             n, _ = rows.normalised(start, stop, eps)
             gate = GATE_ACTIVATIONS[activation](rows.z[start:stop].to(rows.dtype))
             _product(n.mul_(rows.weight), gate, flat[start:stop])
@@ -99,7 +96,7 @@ class _Blocked(torch.autograd.Function):
         d_rows = d_y.reshape(rows.x.shape)
         d_x, d_z = (empty(t.shape, t.dtype, t.device) for t in (x, z))
         d_weight = torch.zeros_like(rows.weight)
-        for start, stop in rows.blocks():
+        for start, stop in blocks(*rows.x.shape):
             n, scale = rows.normalised(start, stop, ctx.eps)
             d = d_rows[start:stop].to(rows.dtype)
             gate, d_gate = _gate(rows.z[start:stop].to(rows.dtype), d * n, ctx.activation)

@@ -17,7 +17,7 @@ from torch import Tensor
 from gdn_ops.compat.transformers import packing
 from gdn_ops.compat.transformers.rule import ORIGINAL, original_of
 from gdn_ops.compat.transformers.signatures import definition, mismatch_of_parameters
-from gdn_ops.compat.transformers.trial import Draw, difference, plain_torch
+from gdn_ops.compat.transformers.trial import difference, drawn, plain_torch
 from gdn_ops.nn.blocks import is_plain, wide
 from gdn_ops.nn.causal import causal_convolution, convolved_window
 
@@ -130,8 +130,7 @@ def _run_of(function: Function, arguments: list[Any]) -> Callable[[], Sequence[T
 
 def _examples(name: str) -> list[list[Any]]:
     """Return the arguments of two calls, as layers make them: without a bias, and with one."""
-    draw = Draw()
-    x, state, weight, bias = (draw.normal(*s) for s in ((2, 6, 9), (2, 6, 4), (6, 4), (6,)))
+    x, state, weight, bias = drawn((2, 6, 9), (2, 6, 4), (6, 4), (6,))
     if name == "causal_conv1d_fn":
         return [[x, weight, None, "silu"], [x, weight, bias, None]]
     token = x[..., :1]

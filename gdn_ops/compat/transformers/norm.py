@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn_ops.compat.transformers.signatures import definition, modules_of, parameters_of
-from gdn_ops.compat.transformers.trial import Draw, difference, plain_torch
+from gdn_ops.compat.transformers.trial import difference, drawn, plain_torch
 from gdn_ops.nn.blocks import is_plain
 from gdn_ops.nn.norm import gated_rms_norm
 
@@ -73,8 +73,7 @@ def incompatibility_of(cls: type[nn.Module]) -> str | None:
             norm.weight.copy_(torch.arange(1.0, 5.0))
         except Exception as error:
             return f"{cls.__name__} cannot be tried: {type(error).__name__}: {error}"
-        draw = Draw()
-        x, gate = draw.normal(3, 4), draw.normal(3, 4)
+        x, gate = drawn((3, 4), (3, 4))
         has_choice = isinstance(getattr(norm, "activation", None), str)
         # None leaves the norm's own.
         for activation in (None, *_GATES) if has_choice else (None,):

@@ -16,7 +16,7 @@ from gdn_ops.compat.transformers.signatures import (
     further_defaults,
     mismatch_of_parameters,
 )
-from gdn_ops.compat.transformers.trial import Draw, difference, difference_from, plain_torch
+from gdn_ops.compat.transformers.trial import difference, difference_from, drawn, plain_torch
 
 _TENSORS = ("query", "key", "value", "g", "beta")
 _OPTIONS = ("initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
@@ -127,16 +127,15 @@ def _tried(rule: Rule) -> str | None:
 
 def _example(tokens: int, key_heads: int, value_heads: int, has_state: bool) -> dict[str, Any]:
     """Return the arguments of a call as layers make it, without an initial state or with one."""
-    draw, rows, key_width, value_width = Draw(), 2, 4, 3
-    query, key = (draw.normal(rows, tokens, key_heads, key_width) for _ in range(2))
-    value = draw.normal(rows, tokens, value_heads, value_width)
-    state = draw.normal(rows, value_heads, key_width, value_width)
+    keys, values = (2, tokens, key_heads, 4), (2, tokens, value_heads, 3)
+    shapes = (keys, keys, values, (2, value_heads, 4, 3), values[:-1], values[:-1])
+    query, key, value, state, decay, strength = drawn(*shapes)
     return {
         "query": query,
         "key": key,
         "value": value,
-        "g": -2 * draw.uniform(rows, tokens, value_heads),
-        "beta": draw.uniform(rows, tokens, value_heads),
+        "g": -2 * decay.sigmoid(),
+        "beta": strength.sigmoid(),
         "initial_state": state if has_state else None,
         "output_final_state": True,
         "use_qk_l2norm_in_kernel": has_state,

@@ -12,19 +12,10 @@ ALLOWED = 1e-4
 """Largest difference relative to the original's norm; another formula is off by far more."""
 
 
-class Draw:
-    """Draw random float32 tensors on the CPU, the same ones every time."""
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Return a tensor of normal numbers."""
-        return torch.randn(*shape, generator=self._generator)
-
-    def uniform(self, *shape: int) -> Tensor:
-        """Return a tensor of numbers in [0, 1)."""
-        return torch.rand(*shape, generator=self._generator)
+def drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
+    """Return a tensor of normal numbers for each shape, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 @contextlib.contextmanager
