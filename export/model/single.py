@@ -9,7 +9,7 @@ from gdn_ops.export.bodies.table import check_opset
 from gdn_ops.export.model.functions import set_body
 from gdn_ops.export.model.naming import recurrent_names, write_states
 from gdn_ops.export.model.nodes import ir_version
-from gdn_ops.export.node.attributes import HeadSizes
+from gdn_ops.export.node.attributes import checked_attributes
 from gdn_ops.export.node.schema import (
     DOMAIN,
     ELEMENT_TYPES,
@@ -64,7 +64,7 @@ def make_decode_model(
     Raises:
         SpecError: a value is not allowed, or the body cannot do what is asked for.
     """
-    sizes = HeadSizes(num_qk_heads, num_v_heads, head_k_dim, head_v_dim)
+    sizes = {"H": num_qk_heads, "HV": num_v_heads, "K": head_k_dim, "V": head_v_dim}
     types = dtype, state_dtype
     return _make(STEP, sizes, types, rule, scale, qk_l2norm, has_beta, opset, body)
 
@@ -89,14 +89,14 @@ def make_prefill_model(
     Arguments, inputs and outputs are those of `make_decode_model`, with tokens; the state is
     the same.
     """
-    sizes = HeadSizes(num_qk_heads, num_v_heads, head_k_dim, head_v_dim)
+    sizes = {"H": num_qk_heads, "HV": num_v_heads, "K": head_k_dim, "V": head_v_dim}
     types = dtype, state_dtype
     return _make(SEQUENCE, sizes, types, rule, scale, qk_l2norm, has_beta, opset, body)
 
 
 def _make(
     operator: Operator,
-    sizes: HeadSizes,
+    sizes: dict[str, int],
     types: tuple[str, str | None],
     rule: str,
     scale: float | None,
@@ -107,20 +107,13 @@ def _make(
 ) -> ModelProto:
     """Return a model of one node, after a check of everything that it is made of."""
     label, dtype = str(operator), types[0]
-    attributes = sizes.attributes(label, operator, rule, scale, qk_l2norm)
+    attributes = checked_attributes(label, operator, sizes, rule, scale, qk_l2norm)
     stored = types[1] or ("float64" if dtype == "float64" else "float32")
     check_dtypes(label, dtype, stored)
     check_opset(label, opset, body)
     gates = "float64" if stored == "float64" else "float32"
     dtypes = {"state": stored, "new_state": stored, "log_alpha": gates, "beta": gates}
-    axes = {
-        "B": BATCH,
-        "T": TOKENS,
-        "H": sizes.num_qk_heads,
-        "HV": sizes.num_v_heads,
-        "K": sizes.head_k_dim,
-        "V": sizes.head_v_dim,
-    }
+    axes = {"B": BATCH, "T": TOKENS, **sizes}
 
     def value(name: str) -> ValueInfoProto:
         shape = [axes[axis] for axis in operator.axes(name)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,32 +62,28 @@ class Attributes:
             raise SpecError(f"{label}: rule is {self.rule!r}, should be one of {known}")
 
 
-@dataclass(frozen=True)
-class HeadSizes:
-    """Hold the numbers of heads H and HV, and their widths K and V."""
+def checked_attributes(
+    label: str,
+    operator: Operator,
+    sizes: Mapping[str, int],
+    rule: str,
+    scale: float | None,
+    qk_l2norm: bool,
+) -> Attributes:
+    """Return the attributes of a node with sizes H, HV, K and V; scale None is K ** -0.5.
 
-    num_qk_heads: int
-    num_v_heads: int
-    head_k_dim: int
-    head_v_dim: int
-
-    def attributes(
-        self, label: str, operator: Operator, rule: str, scale: float | None, qk_l2norm: bool
-    ) -> Attributes:
-        """Return the checked attributes of a node with these sizes; scale None is K ** -0.5.
-
-        Raises:
-            SpecError: a size, the rule or the scale is not allowed.
-        """
-        for name in ("head_k_dim", "head_v_dim"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"{label}: {name} is {getattr(self, name)}, should be at least 1")
-        factor = float(self.head_k_dim**-0.5 if scale is None else scale)
-        found = Attributes(self.num_qk_heads, self.num_v_heads, factor, rule, qk_l2norm)
-        found.check(label, operator)
-        if not math.isfinite(factor):
-            raise SpecError(f"{label}: scale is {scale}, should be a finite number")
-        return found
+    Raises:
+        SpecError: a size, the rule or the scale is not allowed.
+    """
+    for name, size in (("head_k_dim", sizes["K"]), ("head_v_dim", sizes["V"])):
+        if size < 1:
+            raise SpecError(f"{label}: {name} is {size}, should be at least 1")
+    factor = float(sizes["K"] ** -0.5 if scale is None else scale)
+    found = Attributes(sizes["H"], sizes["HV"], factor, rule, qk_l2norm)
+    found.check(label, operator)
+    if not math.isfinite(factor):
+        raise SpecError(f"{label}: scale is {scale}, should be a finite number")
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from onnx import TensorProto
 
-from gdn_ops.export.node.attributes import HeadSizes
+from gdn_ops.call.bind import arguments_of
+from gdn_ops.export.node.attributes import checked_attributes
 from gdn_ops.export.node.schema import (
     DOMAIN,
     ELEMENT_TYPES,
@@ -21,7 +22,10 @@ from gdn_ops.export.node.schema import (
     op_schema,
 )
 from gdn_ops.spec.errors import SpecError
+from gdn_ops.spec.language import OpSpec
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
 from gdn_ops.torch_ops import onnx_export
+from gdn_ops.torch_ops.operators import schema_names
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -56,51 +60,23 @@ def _node(operator: Operator) -> Any:
     return values.Op(opset, operator.name, op_schema(operator))
 
 
-def _step(
-    q: Any,
-    k: Any,
-    v: Any,
-    alpha: Any = None,
-    beta: Any = None,
-    state: Any = None,
-    log_alpha: Any = None,
-    rule: str = "gated_delta",
-    scale: float | None = None,
-    qk_l2norm: bool = False,
-    state_indices: Any = None,
-    backend: str = "auto",
-) -> Any:
+def _step(*values: Any) -> Any:
     """Translate gdn_ops::gated_delta_step."""
-    label = STEP.spec.name
-    _refuse_pool(label, state_indices)
-    if state is None:
+    given = _arguments(GATED_DELTA_STEP, values)
+    _refuse_pool(GATED_DELTA_STEP, given)
+    if given.state is None:
         raise SpecError(
-            f"{label}: state is None, should be a tensor in an export to ONNX: what a decode step "
-            f"remembers is an input and an output of the graph"
+            f"{GATED_DELTA_STEP.name}: state is None, should be a tensor in an export to ONNX: "
+            f"what a decode step remembers is an input and an output of the graph"
         )
-    tensors = _Tensors(q, k, v, alpha, beta, log_alpha)
-    return tensors.call(label, STEP, state, rule, scale, qk_l2norm)
+    return _write(GATED_DELTA_STEP, STEP, given)
 
 
-def _sequence(
-    q: Any,
-    k: Any,
-    v: Any,
-    alpha: Any = None,
-    beta: Any = None,
-    log_alpha: Any = None,
-    rule: str = "gated_delta",
-    scale: float | None = None,
-    qk_l2norm: bool = False,
-    initial_state: Any = None,
-    cu_seqlens: Any = None,
-    chunk_size: int | None = None,
-    backend: str = "auto",
-    save: bool = False,
-) -> Any:
+def _sequence(*values: Any) -> Any:
     """Translate gdn_ops::gated_delta; there are no tensors saved for a backward."""
-    label = SEQUENCE.spec.name
-    if cu_seqlens is not None:
+    *own, save = values
+    given, label = _arguments(GATED_DELTA, own), GATED_DELTA.name
+    if given.cu_seqlens is not None:
         raise SpecError(
             f"{label}: cu_seqlens is given, should be None in an export to ONNX: pass a batch of "
             f"sequences of one length"
@@ -111,110 +87,78 @@ def _sequence(
         )
     from onnxscript import opset18 as op
 
-    tensors = _Tensors(q, k, v, alpha, beta, log_alpha)
-    state = tensors.widen(initial_state)
-    results = tensors.call(label, SEQUENCE, state, rule, scale, qk_l2norm)
+    # The op returns its state in the compute type, whatever the type of the first one is.
+    state = _widened(given.state, _compute_type(given))
+    results = _write(GATED_DELTA, SEQUENCE, given._replace(state=state))
     # torch wants a value for every output, and drops this one.
     return *results, op.SequenceEmpty()
 
 
-def _steps(
-    q: Any,
-    k: Any,
-    v: Any,
-    alpha: Any = None,
-    beta: Any = None,
-    state: Any = None,
-    log_alpha: Any = None,
-    rule: str = "gated_delta",
-    scale: float | None = None,
-    qk_l2norm: bool = False,
-    state_indices: Any = None,
-    return_states: bool = False,
-    backend: str = "auto",
-) -> Any:
+def _steps(*values: Any) -> Any:
     """Translate gdn_ops::gated_delta_steps; the states after each token have no output."""
-    label = "gated_delta_steps"
-    _refuse_pool(label, state_indices)
-    if return_states:
-        raise SpecError(f"{label}: return_states is True, should be False in an export to ONNX")
+    given = _arguments(GATED_DELTA_STEPS, values)
+    _refuse_pool(GATED_DELTA_STEPS, given)
+    if given.return_states:
+        raise SpecError(
+            f"{GATED_DELTA_STEPS.name}: return_states is True, should be False in an export to ONNX"
+        )
     from onnxscript import opset18 as op
 
-    tensors = _Tensors(q, k, v, alpha, beta, log_alpha)
-    o, new_state = tensors.call(label, SEQUENCE, state, rule, scale, qk_l2norm)
+    o, new_state = _write(GATED_DELTA_STEPS, SEQUENCE, given)
     return o, new_state, op.Constant(value_floats=[])
 
 
-def _refuse_pool(label: str, state_indices: Any) -> None:
-    if state_indices is not None:
+def _arguments(spec: OpSpec, values: Sequence[Any]) -> Any:
+    """Return the values of an operator's schema as `Arguments` that hold values of the graph."""
+    return arguments_of(spec, dict(zip(schema_names(spec), values, strict=True)))
+
+
+def _refuse_pool(spec: OpSpec, given: Any) -> None:
+    if given.state_indices is not None:
         raise SpecError(
-            f"{label}: state_indices is given, should be None in an export to ONNX: a node "
+            f"{spec.name}: state_indices is given, should be None in an export to ONNX: a node "
             f"has one state per row; gather the rows of the pool before it"
         )
 
 
-class _Tensors(NamedTuple):
-    """Hold the tensors of a call besides its state, as values of the graph; None if not given."""
+def _compute_type(given: Any) -> int:
+    """Return the element type to compute in: double for double, else float."""
+    is_double = int(given.tokens.q.dtype) == TensorProto.DOUBLE
+    return int(TensorProto.DOUBLE if is_double else TensorProto.FLOAT)
 
-    q: Any
-    k: Any
-    v: Any
-    alpha: Any
-    beta: Any
-    log_alpha: Any
 
-    @property
-    def compute_type(self) -> int:
-        """Return the element type to compute in: double for double, else float."""
-        is_double = int(self.q.dtype) == TensorProto.DOUBLE
-        return int(TensorProto.DOUBLE if is_double else TensorProto.FLOAT)
+def _widened(x: Any, kind: int) -> Any:
+    """Return a value in the compute type, None for None."""
+    from onnxscript import opset18 as op
 
-    def widen(self, x: Any) -> Any:
-        """Return a value in the compute type, None for None."""
-        from onnxscript import opset18 as op
+    return x if x is None or int(x.dtype) == kind else op.Cast(x, to=kind)
 
-        is_wide = x is None or int(x.dtype) == self.compute_type
-        return x if is_wide else op.Cast(x, to=self.compute_type)
 
-    def zero_state(self) -> Any:
-        """Return the state that a sequence starts from when none is given."""
-        from onnxscript import opset18 as op
+def _write(spec: OpSpec, operator: Operator, given: Any) -> Any:
+    """Write a node, with its gates in the compute type and the decay as its logarithm."""
+    from onnxscript import opset18 as op
 
-        sizes = op.Constant(value_ints=[self.v.shape[-2], self.q.shape[-1], self.v.shape[-1]])
-        shape = op.Concat(op.Shape(self.q, start=0, end=1), sizes, axis=0)
-        return op.Expand(op.Cast(op.Constant(value_float=0.0), to=self.compute_type), shape)
-
-    def call(
-        self,
-        label: str,
-        operator: Operator,
-        state: Any,
-        rule: str,
-        scale: float | None,
-        qk_l2norm: bool,
-    ) -> Any:
-        """Write a node, with its gates in the compute type and the decay as its logarithm."""
-        from onnxscript import opset18 as op
-
-        q, v = self.q.shape, self.v.shape
-        for name, size in (("H", q[-2]), ("K", q[-1]), ("HV", v[-2]), ("V", v[-1])):
-            if not isinstance(size, int):
-                raise SpecError(
-                    f"{label}: {name} is symbolic ({size}), should be fixed in an export to ONNX: "
-                    f"leave it out of dynamic_shapes"
-                )
-        sizes = HeadSizes(q[-2], v[-2], q[-1], v[-1])
-        attributes = sizes.attributes(label, operator, rule, scale, qk_l2norm)
-        if state is None:
-            state = self.zero_state()
-        else:
-            check_dtypes(label, _dtype_name(self.q), _dtype_name(state))
-        log_alpha = self.widen(self.log_alpha)
-        if self.alpha is not None:
-            log_alpha = op.Log(self.widen(self.alpha))
-        beta = self.widen(self.beta)
-        write = _node(operator)
-        return write(self.q, self.k, self.v, log_alpha, beta, state, **attributes.as_onnx())
+    label, kind = spec.name, _compute_type(given)
+    q, k, v, alpha, log_alpha, beta = given.tokens
+    sizes = {"H": q.shape[-2], "K": q.shape[-1], "HV": v.shape[-2], "V": v.shape[-1]}
+    for name, size in sizes.items():
+        if not isinstance(size, int):
+            raise SpecError(
+                f"{label}: {name} is symbolic ({size}), should be fixed in an export to ONNX: "
+                f"leave it out of dynamic_shapes"
+            )
+    options = given.rule, given.scale, given.qk_l2norm
+    attributes = checked_attributes(label, operator, sizes, *options)
+    state = given.state
+    if state is None:
+        shape = op.Constant(value_ints=[sizes[axis] for axis in ("HV", "K", "V")])
+        shape = op.Concat(op.Shape(q, start=0, end=1), shape, axis=0)
+        state = op.Expand(op.Cast(op.Constant(value_float=0.0), to=kind), shape)
+    else:
+        check_dtypes(label, _dtype_name(q), _dtype_name(state))
+    log_alpha = _widened(log_alpha, kind) if alpha is None else op.Log(_widened(alpha, kind))
+    write = _node(operator)
+    return write(q, k, v, log_alpha, _widened(beta, kind), state, **attributes.as_onnx())
 
 
 def _dtype_name(x: Any) -> str:
