@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from gdn_ops.export.bodies.text import BodyText
 from gdn_ops.export.node.attributes import Variant
-from gdn_ops.spec.errors import SpecError
 
 MIN_OPSET = 18
 """The oldest opset of a model with our nodes."""
@@ -49,20 +48,3 @@ class Body:
     def opset(self) -> int:
         """Return the opset of a model where none is given."""
         return max(self.min_opset, DEFAULT_OPSET)
-
-    def check(self, variant: Variant, opset: int, scale: float) -> None:
-        """Check that the body can do what a node asks for.
-
-        Raises:
-            SpecError: it cannot.
-        """
-        node = str(variant.operator)
-        if opset < self.min_opset:
-            raise SpecError(
-                f"{node}: the model has opset {opset}, body {self.name!r} should have "
-                f"{self.min_opset} or newer; export with opset={self.min_opset}, or take "
-                f"body='standard'"
-            )
-        reason = self.refuses(variant, scale)
-        if reason:
-            raise SpecError(f"{node}: {reason}; take body='standard'")

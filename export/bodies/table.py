@@ -53,8 +53,16 @@ def check_body(name: str | None, variant: Variant, opset: int, scale: float) -> 
             f"{node}: the model has opset {opset}, should have {MIN_OPSET} or newer; "
             f"export it with opset={MIN_OPSET} or convert it with onnx.version_converter"
         )
-    if body is not None:
-        body.check(variant, opset, scale)
+    if body is None:
+        return None
+    if opset < body.min_opset:
+        raise SpecError(
+            f"{node}: the model has opset {opset}, body {name!r} should have {body.min_opset} or "
+            f"newer; export with opset={body.min_opset}, or take body='standard'"
+        )
+    reason = body.refuses(variant, scale)
+    if reason:
+        raise SpecError(f"{node}: {reason}; take body='standard'")
     return body
 
 

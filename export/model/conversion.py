@@ -13,7 +13,7 @@ import onnx.inliner
 import onnx.version_converter
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-from gdn_ops.export.bodies.table import BODIES
+from gdn_ops.export.bodies.table import BODIES, check_body
 from gdn_ops.export.model.functions import set_body
 from gdn_ops.export.model.nodes import all_nodes, ir_version, nodes_of, opset_of
 from gdn_ops.spec.errors import SpecError
@@ -35,7 +35,7 @@ def with_body(model: ModelProto, body: str | None, label: str) -> ModelProto:
     if chosen is not None and opset_of(model) < chosen.min_opset:
         # What no opset mends is said first.
         for node in nodes_of(model):
-            chosen.check(node.variant, chosen.min_opset, node.scale)
+            check_body(body, node.variant, chosen.min_opset, node.scale)
         cure = f"export it with opset={chosen.min_opset}, or take body='standard'"
         model = with_opset(model, chosen.min_opset, label, cure)
     return set_body(model, body)
