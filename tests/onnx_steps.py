@@ -14,7 +14,7 @@ from torch import Tensor
 from gdn_ops import GATED_DELTA_STEP, export, gated_delta_step
 from gdn_ops.export.bodies.body import DEFAULT_OPSET
 from gdn_ops.export.bodies.table import BODIES
-from gdn_ops.export.runtime.comparison import as_array
+from gdn_ops.export.runtime.comparison import as_array, relative_error
 
 RULES = tuple(GATED_DELTA_STEP.rule)
 HEADS = ((1, 1), (2, 4), (2, 6), (16, 48))
@@ -70,18 +70,10 @@ class Step:
         return export.DecodeSession(self.model("standard"), **{"batch": self.B, **options})
 
     def options(self) -> dict[str, Any]:
-        return {
-            "num_qk_heads": self.H,
-            "num_v_heads": self.HV,
-            "head_k_dim": self.K,
-            "head_v_dim": self.V,
-            "dtype": self.dtype,
-            "state_dtype": self.state_dtype,
-            "rule": self.rule,
-            "scale": self.scale,
-            "qk_l2norm": self.qk_l2norm,
-            "has_beta": self.has_beta,
-        }
+        sizes = ("num_qk_heads", "num_v_heads", "head_k_dim", "head_v_dim")
+        others = ("dtype", "state_dtype", "rule", "scale", "qk_l2norm", "has_beta")
+        found = dict(zip(sizes, (self.H, self.HV, self.K, self.V), strict=True))
+        return found | {name: getattr(self, name) for name in others}
 
     @property
     def has_decay(self) -> bool:
@@ -158,15 +150,6 @@ def feed(token: dict[str, Tensor]) -> dict[str, Array]:
 def prompt_feed(tokens: list[dict[str, Tensor]]) -> dict[str, Array]:
     """Return tokens as a prompt: (B, T, ...)."""
     return {name: np.stack([feed(token)[name] for token in tokens], 1) for name in tokens[0]}
-
-
-def relative_error(found: Any, exact: Any) -> float:
-    """Return the norm of the error over the norm of what is right."""
-    found = found.double() if isinstance(found, Tensor) else torch.tensor(found.astype(np.float64))
-    exact = exact.double()
-    size = float(exact.norm())
-    error = float((found - exact).norm())
-    return error / size if size else error
 
 
 def rounding(dtype: str) -> float:

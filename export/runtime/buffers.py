@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from gdn_ops.export.runtime.sessions import onnxruntime
 from gdn_ops.spec.errors import SpecError, SpecTypeError
+from gdn_ops.spec.language import printed_shape
 
 _ALIGNMENT = 64
 """Bytes of a cache line, and of the widest vector: without it every load of a row takes two."""
@@ -38,13 +39,13 @@ class Port:
         name: its name.
         element_type: its ONNX element type.
         shape: its sizes.
-        symbolic: its sizes as the model writes them, e.g. ("batch", 4).
+        symbolic: its sizes as the model writes them, e.g. ("batch", "4").
     """
 
     name: str
     element_type: int
     shape: tuple[int, ...]
-    symbolic: tuple[int | str, ...]
+    symbolic: tuple[str, ...]
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -56,7 +57,7 @@ class Port:
         return (self.element_type, self.shape) == (other.element_type, other.shape)
 
     def __str__(self) -> str:
-        return f"{self.dtype.name} ({', '.join(map(str, self.symbolic))})"
+        return f"{self.dtype.name} ({', '.join(self.symbolic)})"
 
 
 def ports_of(session: Any, batch: int) -> tuple[dict[str, Port], dict[str, Port]]:
@@ -72,8 +73,7 @@ def ports_of(session: Any, batch: int) -> tuple[dict[str, Port], dict[str, Port]
             if not isinstance(size, int):
                 symbols.setdefault(str(size), f"{value.name} has it in axis {axis}")
         shape = tuple(size if isinstance(size, int) else batch for size in value.shape)
-        symbolic = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
-        return Port(value.name, _element_type(value.type), shape, symbolic)
+        return Port(value.name, _element_type(value.type), shape, tuple(map(str, value.shape)))
 
     inputs = {value.name: port(value) for value in session.get_inputs()}
     outputs = {value.name: port(value) for value in session.get_outputs()}
@@ -122,8 +122,6 @@ class Buffer:
         Raises:
             SpecError: it has another shape or dtype, or is no array.
         """
-        if type(x) is np.ndarray and x.shape == self.shape and x.dtype == self.dtype:
-            return
         port = self.port
         if not isinstance(x, np.ndarray):
             kind = type(x).__name__
@@ -133,7 +131,7 @@ class Buffer:
         if x.shape != self.shape:
             raise SpecError(
                 f"{label}: {port.name} has shape {x.shape}, should be "
-                f"({_listed(port.symbolic)}) = {self.shape}{self._hint(x.shape)}"
+                f"{printed_shape(port.symbolic)} = {self.shape}{self._hint(x.shape)}"
             )
 
     def _hint(self, shape: tuple[int, ...]) -> str:
@@ -179,7 +177,3 @@ class Results:
         if len(self._arrays) == 1:
             return self._arrays[0].view()
         return tuple(array.view() for array in self._arrays)
-
-
-def _listed(sizes: tuple[int | str, ...]) -> str:
-    return ", ".join(map(str, sizes)) + ("," if len(sizes) == 1 else "")

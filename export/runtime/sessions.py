@@ -41,8 +41,6 @@ _OPSETS = {
 }
 """The oldest onnxruntime that takes models of an opset, measured; 1.20 takes 21 and older."""
 
-_warned: set[str] = set()
-
 
 def onnxruntime() -> ModuleType:
     """Import onnxruntime.
@@ -184,10 +182,9 @@ def why_not(name: str) -> str:
     )
 
 
+@functools.cache
 def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        logger.warning(message)
+    logger.warning(message)
 
 
 def open_session(

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from gdn_ops import export
+from gdn_ops.export.runtime.comparison import relative_error
 from onnx_needs import BODIES
-from onnx_steps import STATE, Step, assert_right, feed, in_session, relative_error
+from onnx_steps import STATE, Step, assert_right, feed, in_session
 
 LONG = Step(H=2, HV=4, K=16, V=12, tokens=256)
 

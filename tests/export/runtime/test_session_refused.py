@@ -177,7 +177,7 @@ def test_auto_takes_the_ort_body_where_it_can() -> None:
 def old_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make onnxruntime 1.24 of the installed one: without LinearAttention."""
     monkeypatch.setattr(sessions, "available_bodies", lambda: ("standard",))
-    monkeypatch.setattr(sessions, "_warned", set())
+    sessions._warn_once.cache_clear()
     monkeypatch.setattr(ort, "__version__", "1.24.4")
 
 
