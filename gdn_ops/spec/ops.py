@@ -58,23 +58,23 @@ def _axes(*names: str) -> tuple[Axis, ...]:
 _ALPHA = "decay; exact 0 clears the memory, 1 keeps it"
 _LOG_ALPHA = "the same gate as a natural logarithm; -inf is an exact 0"
 _BETA = "write strength; 1 when not given"
-_RULE = Attr(
-    "rule",
-    "str",
-    "gated_delta",
-    "member of the family",
-    choices=tuple(rule.name for rule in RULES),
-    schema="str",
-)
-_SCALE = Attr(
-    "scale", "float | None", None, "factor on q; K ** -0.5 when not given", schema="float?"
-)
-_QK_L2NORM = Attr(
-    "qk_l2norm",
-    "bool",
-    False,
-    "divide q and k by sqrt(sum of squares + 1e-6) per head first",
-    schema="bool",
+_OPTIONS = (
+    Attr(
+        "rule",
+        "str",
+        "gated_delta",
+        "member of the family",
+        choices=tuple(rule.name for rule in RULES),
+        schema="str",
+    ),
+    Attr("scale", "float | None", None, "factor on q; K ** -0.5 when not given", schema="float?"),
+    Attr(
+        "qk_l2norm",
+        "bool",
+        False,
+        "divide q and k by sqrt(sum of squares + 1e-6) per head first",
+        schema="bool",
+    ),
 )
 _BACKEND = Attr(
     "backend", "str", "auto", 'backend name, or "auto" for the first that can', schema="str"
@@ -123,21 +123,22 @@ def _gates(axes: str) -> tuple[TensorArg, TensorArg, TensorArg]:
 
 
 _ALPHA_T, _BETA_T, _LOG_ALPHA_T = _gates("B T HV")
+_QKV_T = (
+    TensorArg("q", shapes("B T H K"), "queries"),
+    TensorArg("k", shapes("B T H K"), "keys", same_dtype_as="q"),
+    TensorArg("v", shapes("B T HV V"), "values", same_dtype_as="q"),
+)
 
 GATED_DELTA = OpSpec(
     name="gated_delta",
     summary="Run the gated delta rule over whole sequences.",
     axes=_axes("B", "T", "H", "HV", "K", "V", "N"),
     args=(
-        TensorArg("q", shapes("B T H K"), "queries"),
-        TensorArg("k", shapes("B T H K"), "keys", same_dtype_as="q"),
-        TensorArg("v", shapes("B T HV V"), "values", same_dtype_as="q"),
+        *_QKV_T,
         _ALPHA_T,
         _BETA_T,
         _LOG_ALPHA_T,
-        _RULE,
-        _SCALE,
-        _QK_L2NORM,
+        *_OPTIONS,
         TensorArg(
             "initial_state",
             shapes("N HV K V"),
@@ -199,9 +200,7 @@ GATED_DELTA_STEP = replace(
         _BETA_1,
         _state("memory before the token; zeros when not given"),
         _LOG_ALPHA_1,
-        _RULE,
-        _SCALE,
-        _QK_L2NORM,
+        *_OPTIONS,
         _STATE_INDICES,
         _INPLACE,
         _BACKEND,
@@ -223,16 +222,12 @@ GATED_DELTA_STEPS = replace(
     args=tuple(
         replace(arg, differentiable=False) if isinstance(arg, TensorArg) else arg
         for arg in (
-            TensorArg("q", shapes("B T H K"), "queries"),
-            TensorArg("k", shapes("B T H K"), "keys", same_dtype_as="q"),
-            TensorArg("v", shapes("B T HV V"), "values", same_dtype_as="q"),
+            *_QKV_T,
             _ALPHA_T,
             _BETA_T,
             _state("memory before the first token; zeros when not given"),
             _LOG_ALPHA_T,
-            _RULE,
-            _SCALE,
-            _QK_L2NORM,
+            *_OPTIONS,
             _STATE_INDICES,
             _INPLACE,
             Attr(
