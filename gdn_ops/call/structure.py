@@ -16,16 +16,12 @@ from torch import Tensor
 from gdn_ops.call.numerics import compute_dtype
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.language import Attr, OpSpec, Sizes, TensorArg, printed_shape
-from gdn_ops.spec.rules import Rule, Width, Widths
+from gdn_ops.spec.rules import FLOAT_DTYPES, Rule, Width, Widths
 
 if TYPE_CHECKING:
     from gdn_ops.call.bind import Arguments
 
-_DTYPES = {
-    name: getattr(torch, name)
-    for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32")
-}
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {getattr(torch, name): name for name in (*FLOAT_DTYPES, "int64", "int32")}
 """The names of the dtypes that specs know."""
 
 
@@ -60,7 +56,7 @@ def check_structure(spec: OpSpec, arguments: Arguments) -> Structure:
     if arguments.state is None:
         _check_state_is_free(spec, arguments)
     scale = arguments.scale
-    scale = _default_scale(sizes.K) if scale is None else float(scale)
+    scale = float(sizes.K) ** -0.5 if scale is None else float(scale)
     q = arguments.tokens.q
     widths = _widths(spec, rule, arguments)
     return Structure(sizes, rule, widths, q.device, compute_dtype(q.dtype), scale)
@@ -73,10 +69,6 @@ def _check_state_is_free(spec: OpSpec, arguments: Arguments) -> None:
         fail(spec, f"{should}: inplace updates it")
     if arguments.state_indices is not None:
         fail(spec, f"{should}: state_indices are slots of it")
-
-
-def _default_scale(key_width: int) -> float:
-    return float(key_width) ** -0.5 if key_width else 1.0
 
 
 def fail(spec: OpSpec, message: str, error: type[SpecError] = SpecError) -> NoReturn:

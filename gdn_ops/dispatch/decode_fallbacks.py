@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def one_by_one(call: Call, step: DecodeOne) -> tuple[Tensor, Tensor, Tensor | No
         inplace=True,
     )
     for t in range(sizes.T):
-        o[:, t], state = step(token.with_tensors(_at(call.tokens, t), state))
+        o[:, t], state = step(token.with_tensors(_part(call.tokens, (slice(None), t)), state))
         if states is not None:
             states[:, t] = state
     if given is None or not call.inplace:
@@ -62,9 +63,9 @@ def one_by_one(call: Call, step: DecodeOne) -> tuple[Tensor, Tensor, Tensor | No
     return o, given if state is given else given.copy_(state), states
 
 
-def _at(tokens: Tokens, t: int) -> Tokens:
-    """Return the token at position t, without a token axis."""
-    return tokens.map(lambda x: x[:, t])
+def _part(tokens: Tokens, index: Any) -> Tokens:
+    """Return a part of every tensor that is there."""
+    return tokens.map(lambda x: x[index])
 
 
 def through_rows(call: Call, run: DecodeMany) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -140,15 +141,11 @@ def _row_by_row(
         here = slice(row, row + 1)
         after: Tensor | None = None
         if slot >= 0:
-            own = _rows(call.tokens, here)
+            own = _part(call.tokens, here)
             o[here], _, after = run(one.with_tensors(own, pool[slot : slot + 1]))
         if states is not None:
             states[here] = 0 if after is None else after
     return o, pool, states
-
-
-def _rows(tokens: Tokens, rows: slice) -> Tokens:
-    return tokens.map(lambda x: x[rows])
 
 
 def _over(mask: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 from gdn_ops.call.bind import Arguments, bind, check_gradients
 from gdn_ops.call.structure import is_narrow
 from gdn_ops.dispatch import registry
-from gdn_ops.dispatch.backend import Backend
 from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
 from gdn_ops.torch_ops import eager, onnx_export
@@ -29,7 +28,10 @@ def traced_step(arguments: Arguments) -> tuple[Tensor, Tensor]:
     values = _schema_values(GATED_DELTA_STEP, arguments)
     name = registry.traceable_step(arguments.backend, arguments.tokens.q.device.type)
     if name is not None and not _stays_whole(arguments):
-        call, backend = bind(GATED_DELTA_STEP, arguments, check_values=False), _loaded(name)
+        # It is loaded already: nothing is imported while a graph is traced.
+        backend = registry.get_backend(name)
+        assert not isinstance(backend, str)
+        call = bind(GATED_DELTA_STEP, arguments, check_values=False)
         # The operator passes over a backend with reasons against it, or refuses it in words.
         if not registry.reasons_under_auto(backend, call):
             with eager.full_precision(call.device.type):
@@ -74,10 +76,3 @@ def _stays_whole(arguments: Arguments) -> bool:
     is_on = eager.is_autocast_on(tokens.q.device.type)
     is_bad = isinstance(tokens.alpha, Tensor) and is_narrow(tokens.alpha)
     return is_bad or (is_on and _needs_grad(arguments))
-
-
-def _loaded(name: str) -> Backend:
-    """Return a backend that is loaded already: nothing is imported while a graph is traced."""
-    backend = registry.get_backend(name)
-    assert not isinstance(backend, str)
-    return backend

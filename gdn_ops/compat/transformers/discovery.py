@@ -58,8 +58,8 @@ def known_architectures() -> tuple[str, ...]:
 def _architectures_in(folders: tuple[str, ...]) -> frozenset[str]:
     """Return the model folders whose modeling files name both functions."""
     files = [p for folder in folders for p in Path(folder, "models").glob("*/modeling_*.py")]
-    return frozenset(path.parent.name for path in files if _names_both(path.read_bytes()))
-
-
-def _names_both(source: bytes) -> bool:
-    return all(name.encode() in source for name in FUNCTIONS)
+    return frozenset(
+        path.parent.name
+        for path in files
+        if all(name.encode() in path.read_bytes() for name in FUNCTIONS)
+    )
