@@ -11,8 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.backends.torch.chunk_backward import SegmentGrads, backward_segment
-from gdn_ops.backends.torch.chunk_forward import advance_segment, forward_segment
+from gdn_ops.backends.torch.chunk_backward import SegmentGrads
 from gdn_ops.backends.torch.decode import decode_many, decode_one
 from gdn_ops.backends.torch.segments import (
     SegmentLoader,
@@ -70,22 +69,64 @@ class Torch(Backend):
         else:
             chunk_size, chunks = self.chunking.get(call.device.type, self.chunking["*"])
             chunk_size = call.chunk_size or chunk_size
-        return SegmentPlan(
-            chunk_size, chunks, False, forward_segment, advance_segment, backward_segment
-        )
+        return SegmentPlan(chunk_size, chunks)
 
     def saved_like(self, call: Call) -> tuple[Tensor, ...]:
         shape = self.plan(call).shape_of_states(call)
         return (torch.empty(shape, dtype=call.compute_dtype, device=call.device),)
 
     def forward(self, call: Call) -> Forward:
-        return run_forward(call, self.plan(call))
+        """Run `gated_delta`; save the states that the backward starts from."""
+        s, plan = call.sizes, self.plan(call)
+        heads = s.H, s.HV // s.H
+        settle_allocator()
+        loader = SegmentLoader(call, plan.chunk_size)
+        o = empty(call.tokens.v.shape, call.tokens.v.dtype, call.device)
+        final = torch.empty(s.N, s.HV, s.K, s.V, dtype=loader.dtype, device=call.device)
+        saved = None
+        if call.needs_grad:
+            saved = empty(plan.shape_of_states(call), loader.dtype, call.device)
+        segments_per_state, saved_states = plan.segments_per_state(s.T), 0
+        for states, start, stop in sequences(call):
+            state = loader.initial_state(states)
+            for j, span in enumerate(plan.spans(start, stop)):
+                if saved is not None and j % segments_per_state == 0:
+                    saved[saved_states] = state
+                    saved_states += 1
+                x, out = loader.segment(span), loader.output_views(o, span)
+                state = plan.forward(x, state, call.scale, call.rule.has_erase, out)
+            final.unflatten(1, heads)[states] = unpack_state(state, *heads)
+        if saved is None:
+            return Forward(o, final)
+        saved[saved_states:] = 0  # the shape is an upper bound for packed sequences
+        return Forward(o, final, (saved,))
 
     def backward(
         self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
     ) -> Grads:
-        states = saved[0] if saved else None
-        return run_backward(call, self.plan(call), states, d_o, d_state)
+        """Return the gradients of `gated_delta`.
+
+        With `saved` None every state is formed anew; then every result is a differentiable function
+        of the inputs.
+        """
+        s, plan, kept = call.sizes, self.plan(call), saved[0] if saved else None
+        loader, into = SegmentLoader(call, plan.chunk_size), _Gradients.empty(call)
+        segments_per_state, earlier_states = plan.segments_per_state(s.T), 0
+        for states, start, stop in sequences(call):
+            spans = plan.spans(start, stop)
+            d_packed = pack_state(d_state[states].to(loader.dtype), s.H)
+            block = max(1, len(spans)) if kept is None else segments_per_state
+            starts = range(0, len(spans), block)
+            for j in reversed(starts):
+                if kept is None:
+                    first = loader.initial_state(states)
+                else:
+                    first = kept[earlier_states + j // block]
+                some = spans[j : j + block]
+                d_packed = _backward_block(loader, plan, some, first, d_o, d_packed, into)
+            earlier_states += len(starts)
+            into.state.unflatten(1, (s.H, s.R))[states] = unpack_state(d_packed, s.H, s.R)
+        return into.finished(call, loader.gate)
 
     def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         return decode_one(call)
@@ -108,66 +149,6 @@ class Torch(Backend):
             yield
         finally:
             self.tried = previous
-
-
-def run_forward(call: Call, plan: SegmentPlan) -> Forward:
-    """Run `gated_delta`; save the states that `run_backward` starts from."""
-    s = call.sizes
-    heads = s.H, s.HV // s.H
-    settle_allocator()
-    loader = SegmentLoader(call, plan.chunk_size)
-    o = empty(call.tokens.v.shape, call.tokens.v.dtype, call.device)
-    final = torch.empty(s.N, s.HV, s.K, s.V, dtype=loader.dtype, device=call.device)
-    saved = None
-    if call.needs_grad:
-        saved = empty(plan.shape_of_states(call), loader.dtype, call.device)
-    segments_per_state, saved_states = plan.segments_per_state(s.T), 0
-    for states, start, stop in sequences(call):
-        state = loader.initial_state(states)
-        for j, span in enumerate(plan.spans(start, stop)):
-            if saved is not None and j % segments_per_state == 0:
-                saved[saved_states] = state
-                saved_states += 1
-            x, out = loader.segment(span), loader.output_views(o, span)
-            state = plan.forward(x, state, call.scale, call.rule.has_erase, out)
-        final.unflatten(1, heads)[states] = unpack_state(state, *heads)
-    if saved is None:
-        return Forward(o, final)
-    saved[saved_states:] = 0  # the shape is an upper bound for packed sequences
-    return Forward(o, final, (saved,))
-
-
-def run_backward(
-    call: Call, plan: SegmentPlan, saved: Tensor | None, d_o: Tensor, d_state: Tensor
-) -> Grads:
-    """Return the gradients of `gated_delta`.
-
-    Args:
-        call: the call.
-        plan: as in the forward.
-        saved: the states that the forward saved, or None to form every state anew; then every
-            result is a differentiable function of the inputs.
-        d_o: (B, T, HV, V).
-        d_state: (N, HV, K, V).
-    """
-    s = call.sizes
-    loader, into = SegmentLoader(call, plan.chunk_size), _Gradients.empty(call)
-    segments_per_state, earlier_states = plan.segments_per_state(s.T), 0
-    for states, start, stop in sequences(call):
-        spans = plan.spans(start, stop)
-        d_packed = pack_state(d_state[states].to(loader.dtype), s.H)
-        block = max(1, len(spans)) if saved is None else segments_per_state
-        starts = range(0, len(spans), block)
-        for j in reversed(starts):
-            if saved is None:
-                first = loader.initial_state(states)
-            else:
-                first = saved[earlier_states + j // block]
-            some = spans[j : j + block]
-            d_packed = _backward_block(loader, plan, some, first, d_o, d_packed, into)
-        earlier_states += len(starts)
-        into.state.unflatten(1, (s.H, s.R))[states] = unpack_state(d_packed, s.H, s.R)
-    return into.finished(call, loader.gate)
 
 
 def _backward_block(

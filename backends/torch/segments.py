@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gdn_ops.backends.torch.chunk_backward import SegmentGrads
-from gdn_ops.backends.torch.chunk_forward import Segment
+from gdn_ops.backends.torch.chunk_backward import SegmentGrads, backward_segment
+from gdn_ops.backends.torch.chunk_forward import Segment, advance_segment, forward_segment
 from gdn_ops.call.bind import Call
 from gdn_ops.call.numerics import LogGate, l2norm, log_gate
 
@@ -47,10 +47,12 @@ class SegmentPlan:
 
     chunk_size: int
     chunks: int
-    pad_segments: bool
-    forward: Callable[[Segment, Tensor, float, bool, Sequence[Tensor]], Tensor]
-    advance: Callable[[Segment, Tensor, float, bool], Tensor]
-    backward: Callable[[Segment, Tensor, Tensor, Tensor, float, bool], SegmentGrads]
+    pad_segments: bool = False
+    forward: Callable[[Segment, Tensor, float, bool, Sequence[Tensor]], Tensor] = forward_segment
+    advance: Callable[[Segment, Tensor, float, bool], Tensor] = advance_segment
+    backward: Callable[[Segment, Tensor, Tensor, Tensor, float, bool], SegmentGrads] = (
+        backward_segment
+    )
 
     def segments_per_state(self, tokens: int) -> int:
         """Return the number of segments from one kept state to the next."""

@@ -31,7 +31,6 @@ OLDEST, NEWEST = (3, 6), (3, 9)
 """The versions of Triton that the kernels are emulated and compiled with in the tests."""
 
 
-@functools.cache
 def version_reasons() -> tuple[str, ...]:
     """Return why the Triton that is installed cannot be used."""
     version = importlib.metadata.version("triton")

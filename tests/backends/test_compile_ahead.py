@@ -13,7 +13,7 @@ from ahead_of_time import Launching, ahead, compile_for, compiled, failures, seq
 from gdn_ops.aot import sampling
 from gdn_ops.aot.gpu_limits import BUDGETS
 from gdn_ops.call.bind import Call
-from gdn_ops.spec.ops import OPS
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, OPS
 from kernel_backends import part
 
 HOPPER = {"triton": "sm_90", "tilelang": "sm_90a"}
@@ -200,6 +200,38 @@ def test_a_kernel_of_a_reference_is_judged_as_one_whoever_launches_it_first(name
 def test_what_a_backend_refuses_on_a_target_is_left_out(name: str) -> None:
     # Three parts of such keys do not fit 99 KiB.
     assert list(ahead(name, "sm_120a", iter([sequence(dtype="float32", K=256)]))) == []
+
+
+REFERENCES = (GATED_DELTA.case[sampling.REFERENCE], GATED_DELTA_STEP.case["qwen-16-32-step-b1"])
+DEFAULTS = {
+    # One of every class of widths and of dtypes that has a configuration of its own.
+    "triton": [
+        *REFERENCES,
+        *(GATED_DELTA.case[name] for name in ("tiny", "paper-400m-2048")),
+        GATED_DELTA_STEP.case["olmo-hybrid-step"],
+        *(GATED_DELTA_STEPS.case[name] for name in ("qwen-16-32-steps4-b1", "tiny-steps")),
+    ],
+    "tilelang": REFERENCES,
+}
+MOST = {"triton": 3 + 5, "tilelang": 2 + 2 + 5}
+"""Launches forward and backward, with those for segments."""
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        *TWO_TARGETS[:2],
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in TWO_TARGETS[2:]),
+    ],
+    indirect=["name"],
+)
+def test_every_default_configuration_is_fit_for(name: str, target: str) -> None:
+    rows = list(ahead(name, target, sampling.samples(DEFAULTS[name])))
+    assert failures(rows) == []
+    assert all(row.registers > 0 for row in rows)
+    found = [row.kernel for row in rows if row.sample.startswith(sampling.REFERENCE)]
+    assert {"solve", "states"} < set(found) and "tokens" in {row.kernel for row in rows}
+    assert len(set(found) if name == "triton" else found) <= MOST[name], found
 
 
 TARGETS = {

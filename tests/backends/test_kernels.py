@@ -51,11 +51,6 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def rows_of(name: str) -> dict[tuple[Any, ...], Any]:
-    """Return every row of a backend's tables."""
-    return dict(part(name, "host.config").tables.rows)
-
-
 # What they refuse.
 
 
@@ -279,7 +274,7 @@ def test_every_gpu_gets_a_row_that_it_can_run(
 
 
 def test_every_row_names_its_kernels_and_is_source_text(name: str) -> None:
-    rows = rows_of(name)
+    rows = dict(part(name, "host.config").tables.rows)
     forced = {"triton": {"reload": True}, "tilelang": {"segment": 4}}[name]
     key = (HOPPER[name], 64, "low")
     rows["forced", *key] = replace(rows[key], **forced)
@@ -294,8 +289,9 @@ def test_every_row_names_its_kernels_and_is_source_text(name: str) -> None:
 def test_neighbours_differ_in_one_choice_and_begin_with_the_row(
     name: str, key: tuple[Any, ...]
 ) -> None:
-    own = Row((HOPPER[name], *key), rows_of(name)[HOPPER[name], *key])
-    rows = part(name, "host.config").tables.neighbours(own)
+    tables = part(name, "host.config").tables
+    own = Row((HOPPER[name], *key), tables.rows[HOPPER[name], *key])
+    rows = tables.neighbours(own)
     assert rows[0] == own
     for row in rows[1:]:
         fields = [field.name for field in dataclasses.fields(row.config)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,6 @@ def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     forget(monkeypatch)
     return tmp_path / "gdn_ops"
-
-
-@pytest.fixture
-def fresh_reasons() -> Iterator[None]:
-    """Ask the tools again."""
-    from gdn_ops.backends import tilelang as backend
-
-    backend.tool_reasons.cache_clear()
-    yield
-    backend.tool_reasons.cache_clear()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -137,16 +136,6 @@ def test_forward_takes_three_launches_and_backward_five() -> None:
 
 
 # Bad input.
-
-
-@pytest.fixture
-def fresh_reasons() -> Iterator[None]:
-    caches = (backend.version_reasons, backend.tool_reasons)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_reasons")

@@ -17,14 +17,10 @@ triton = pytest.importorskip("triton")
 
 from ahead_of_time import (  # noqa: E402
     Launching,
-    ahead,
     compile_for,
     compiled,
-    failures,
     sequence,
 )
-from gdn_ops import GATED_DELTA, GATED_DELTA_STEP  # noqa: E402
-from gdn_ops.aot import sampling  # noqa: E402
 from gdn_ops.aot.gpu_limits import Product  # noqa: E402
 from gdn_ops.aot.sass import Usage  # noqa: E402
 from gdn_ops.backends.triton.aot.compiler import (  # noqa: E402
@@ -34,7 +30,6 @@ from gdn_ops.backends.triton.aot.compiler import (  # noqa: E402
 from gdn_ops.backends.triton.aot.usage import amd_usage, products  # noqa: E402
 from gdn_ops.backends.triton.host.launcher import launch  # noqa: E402
 from gdn_ops.kernel_support.launches import recording  # noqa: E402
-from gdn_ops.spec.ops import GATED_DELTA_STEPS  # noqa: E402
 from triton_kernels import bad  # noqa: E402
 
 
@@ -146,24 +141,3 @@ def test_products_are_read_from_the_representation_of_a_kernel() -> None:
     %d = arith.addf %a, %a : tensor<64x32xf32>
     """  # noqa: E501
     assert products(text) == [Product(64, 32, 128, "bf16"), Product(16, 16, 64, "f32")]
-
-
-# The backend itself.
-
-
-DEFAULTS = [
-    # One of every class of widths and of dtypes that has a configuration of its own.
-    *(GATED_DELTA.case[name] for name in (sampling.REFERENCE, "tiny", "paper-400m-2048")),
-    *(GATED_DELTA_STEP.case[name] for name in ("qwen-16-32-step-b1", "olmo-hybrid-step")),
-    *(GATED_DELTA_STEPS.case[name] for name in ("qwen-16-32-steps4-b1", "tiny-steps")),
-]
-
-
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_every_default_configuration_is_fit_for(target: str) -> None:
-    rows = list(ahead("triton", target, sampling.samples(DEFAULTS)))
-    assert failures(rows) == []
-    reference = {row.kernel for row in rows if row.sample.startswith(sampling.REFERENCE)}
-    # Three launches forward, at most five more backward.
-    assert 3 < len(reference) <= 3 + 5, reference
-    assert all(row.registers > 0 for row in rows)
