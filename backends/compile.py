@@ -87,10 +87,10 @@ def _compiled(
         None if x is None else (*x.shape, x.stride(), x.dtype, x.device) for x in tensors
     )
     key = (function, constants, shapes, Compile.compiler)
-    found = _functions.get(key)
-    if found is None:
-        found = _functions[key] = _timed(_build(function), function.__name__, shapes)
-    return found
+    compiled = _functions.get(key)
+    if compiled is None:
+        compiled = _functions[key] = _timed(_build(function), function.__name__, shapes)
+    return compiled
 
 
 def _build(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -176,11 +176,11 @@ def _raised(call: Call, x: Operands, grads: tuple[Tensor, ...], d_start: Tensor)
         d_q, d_k = l2norm_backward(call.tokens.q, d_q), l2norm_backward(call.tokens.k, d_k)
     d_log_alpha = d_alpha if x.alpha is None else x.alpha * d_alpha
     d_beta = d_write + d_erase if call.rule.has_erase else d_write
-    found = (d_q, d_k, d_v, d_alpha, d_log_alpha, d_beta, d_start)
+    gradients = (d_q, d_k, d_v, d_alpha, d_log_alpha, d_beta, d_start)
     return Grads(
         *(
             None if argument is None else grad.to(argument.dtype)
-            for argument, grad in zip((*call.tokens, call.state), found, strict=True)
+            for argument, grad in zip((*call.tokens, call.state), gradients, strict=True)
         )
     )
 

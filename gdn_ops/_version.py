@@ -13,9 +13,9 @@ def version_key(version: str) -> tuple[tuple[int, ...], bool]:
     2.13.0+cpu and 2.13 are equal to 2.13.0; 5.25.0.dev0 and 5.25.0rc1 come before 5.25.0.
     """
     public = version.partition("+")[0]
-    found = re.match(r"\d+(\.\d+)*", public)
-    numbers = [int(part) for part in found[0].split(".")] if found else []
+    release = re.match(r"\d+(\.\d+)*", public)
+    numbers = [int(part) for part in release[0].split(".")] if release else []
     while numbers and numbers[-1] == 0:
         numbers.pop()
-    rest = public[found.end() :] if found else public
+    rest = public[release.end() :] if release else public
     return tuple(numbers), not re.search(r"a|b|rc|dev", rest)

@@ -31,12 +31,12 @@ from gdn_ops.kernel_support.backend import KernelBackend
 @functools.cache
 def tool_reasons(device: str) -> tuple[str, ...]:
     """Return why kernels cannot be built for a device type, whatever the call."""
-    found = toolchain.version_reasons()
+    reasons = toolchain.version_reasons()
     if device == "cuda":
-        found += toolchain.gpu_reasons()
+        reasons += toolchain.gpu_reasons()
     elif device == "cpu":
-        found += toolchain.cpu_reasons()
-    return tuple(found)
+        reasons += toolchain.cpu_reasons()
+    return tuple(reasons)
 
 
 def _version_of(compiler: str) -> str:

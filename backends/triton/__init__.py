@@ -34,8 +34,8 @@ OLDEST, NEWEST = (3, 6), (3, 9)
 def version_reasons() -> tuple[str, ...]:
     """Return why the Triton that is installed cannot be used."""
     version = importlib.metadata.version("triton")
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or not OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or not OLDEST <= (int(numbers[1]), int(numbers[2])) <= NEWEST:
         low, high = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
         return (f"triton {version} is installed (supported: {low} to {high})",)
     return ()

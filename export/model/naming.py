@@ -107,7 +107,7 @@ def _recurrent_states(model: ModelProto) -> dict[Pair, tuple[str, str]]:
     made_by = {name: node for node in graph.node for name in node.output}
     read_by = {name: node for node in graph.node for name in node.input}
     inputs, outputs = {v.name for v in graph.input}, {v.name for v in graph.output}
-    found: dict[Pair, tuple[str, str]] = {}
+    names: dict[Pair, tuple[str, str]] = {}
     for layer, node in enumerate(nodes_of(model)):
         old, new = node.state, node.new_state
         while old not in inputs and _passes_on(made_by.get(old)):
@@ -116,8 +116,8 @@ def _recurrent_states(model: ModelProto) -> dict[Pair, tuple[str, str]]:
             new = read_by[new].output[0]
         pair = old if old in inputs else None, new if new in outputs else None
         if pair != (None, None):
-            found[pair] = recurrent_names(layer)
-    return found
+            names[pair] = recurrent_names(layer)
+    return names
 
 
 def _passes_on(node: NodeProto | None) -> bool:

@@ -113,18 +113,18 @@ def check_model(model: ModelProto) -> None:
 
 def _element_types(model: ModelProto, names: set[str]) -> Mapping[str, int]:
     """Return the element types of values by name, inferred where the model does not state them."""
-    found = _written_types(model)
-    if not names <= set(found):
-        found |= _written_types(onnx.shape_inference.infer_shapes(model))
-    return found
+    types = _written_types(model)
+    if not names <= set(types):
+        types |= _written_types(onnx.shape_inference.infer_shapes(model))
+    return types
 
 
 def _written_types(model: ModelProto) -> dict[str, int]:
     graph = model.graph
     values = (*graph.input, *graph.output, *graph.value_info)
-    found = {value.name: int(value.type.tensor_type.elem_type) for value in values}
-    found |= {tensor.name: int(tensor.data_type) for tensor in graph.initializer}
-    return {name: kind for name, kind in found.items() if kind}
+    types = {value.name: int(value.type.tensor_type.elem_type) for value in values}
+    types |= {tensor.name: int(tensor.data_type) for tensor in graph.initializer}
+    return {name: kind for name, kind in types.items() if kind}
 
 
 def _read(proto: NodeProto, types: Mapping[str, int]) -> Node:

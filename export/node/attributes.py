@@ -30,11 +30,11 @@ class Attributes:
         Raises:
             SpecError: one is missing.
         """
-        found = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
-        missing = [name for name in ATTRIBUTES if name not in found]
+        given = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
+        missing = [name for name in ATTRIBUTES if name not in given]
         if missing:
             raise SpecError(f"{label}: attribute {missing[0]} is missing, should be written")
-        values = {name: found[name] for name in ATTRIBUTES}
+        values = {name: given[name] for name in ATTRIBUTES}
         return cls(
             **values | {"rule": values["rule"].decode(), "qk_l2norm": bool(values["qk_l2norm"])}
         )
@@ -79,11 +79,11 @@ def checked_attributes(
         if size < 1:
             raise SpecError(f"{label}: {name} is {size}, should be at least 1")
     factor = float(sizes["K"] ** -0.5 if scale is None else scale)
-    found = Attributes(sizes["H"], sizes["HV"], factor, rule, qk_l2norm)
-    found.check(label, operator)
+    attributes = Attributes(sizes["H"], sizes["HV"], factor, rule, qk_l2norm)
+    attributes.check(label, operator)
     if not math.isfinite(factor):
         raise SpecError(f"{label}: scale is {scale}, should be a finite number")
-    return found
+    return attributes
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ def numpy_dtype(element_type: int) -> np.dtype[Any]:
         # Before 1.19, onnx takes float32 for it.
         import ml_dtypes
 
-        found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
     else:
-        found = helper.tensor_dtype_to_np_dtype(element_type)
-    return found
+        dtype = helper.tensor_dtype_to_np_dtype(element_type)
+    return dtype
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,10 @@ def compare(
     inputs = _draw(model, batch, tokens)
     exact, own = (_define(node, inputs, wide) for wide in (True, False))
     if node.variant.operator is SEQUENCE:
-        found = _read(model, body, inputs)
+        results = _read(model, body, inputs)
     else:
-        found = _decode(model, body, inputs, custom_op_library)
-    errors = [relative_error(x, y) for x, y in zip(found, exact, strict=True)]
+        results = _decode(model, body, inputs, custom_op_library)
+    errors = [relative_error(x, y) for x, y in zip(results, exact, strict=True)]
     # In float64 the definition is no better than a body: it sums over K in another order.
     same = inputs["q"].shape[-1] if node.variant.is_double else 0
     allowed = [
@@ -83,7 +83,7 @@ def compare(
 def _draw(model: ModelProto, batch: int, tokens: int) -> dict[str, Tensor]:
     """Draw the inputs of a model as (B, T, ...), and the state before them as `state`."""
     generator = torch.Generator().manual_seed(0)
-    state_name, found = recurrent_names(0)[0], {}
+    state_name, arguments = recurrent_names(0)[0], {}
     dtypes = {kind: getattr(torch, name) for name, kind in ELEMENT_TYPES.items()}
     for value in model.graph.input:
         kind = value.type.tensor_type
@@ -97,8 +97,8 @@ def _draw(model: ModelProto, batch: int, tokens: int) -> dict[str, Tensor]:
         elif value.name == "beta":
             x = x.abs().clamp(max=2)
         name = "state" if value.name == state_name else value.name
-        found[name] = x.to(dtypes[kind.elem_type])
-    return found
+        arguments[name] = x.to(dtypes[kind.elem_type])
+    return arguments
 
 
 def _define(node: Node, inputs: dict[str, Tensor], wide: bool) -> tuple[Tensor, Tensor]:
@@ -158,8 +158,8 @@ def as_array(x: Tensor) -> Any:
     return x.contiguous().view(torch.uint16).numpy().view(kind)
 
 
-def relative_error(found: Any, exact: Tensor) -> float:
+def relative_error(computed: Any, exact: Tensor) -> float:
     """Return the norm of the error over the norm of what is right, or where that is 0 over 1."""
-    if not isinstance(found, Tensor):
-        found = torch.from_numpy(found.astype(np.float64))
-    return float((found.double() - exact).norm()) / (float(exact.norm()) or 1.0)
+    if not isinstance(computed, Tensor):
+        computed = torch.from_numpy(computed.astype(np.float64))
+    return float((computed.double() - exact).norm()) / (float(exact.norm()) or 1.0)

@@ -49,12 +49,12 @@ def onnxruntime() -> ModuleType:
         ModuleNotFoundError: it is not installed.
     """
     try:
-        import onnxruntime as found
+        import onnxruntime as module
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "DecodeSession needs onnxruntime: pip install 'gdn_ops[onnx]'", name=error.name
         ) from error
-    return found  # type: ignore[no-any-return]
+    return module  # type: ignore[no-any-return]
 
 
 def available_bodies() -> tuple[str, ...]:

@@ -76,7 +76,7 @@ def compile_ahead(
         specialise: returns the key of a launch, the same for the same code, and its job.
         reason: returns in short why a kernel does not compile, given the error and the kernel.
     """
-    found: dict[Any, Job] = {}
+    unique: dict[Any, Job] = {}
     for sample in samples:
         with recording(target) as launches:
             # Asked in here, for some reasons hang on the target.
@@ -85,12 +85,12 @@ def compile_ahead(
             run(backend, sample)
         for launch in launches:
             key, job = specialise(launch, target)
-            known = found.setdefault(key, job._replace(sample=sample.label))
-            found[key] = known._replace(is_reference=known.is_reference or sample.is_reference)
+            known = unique.setdefault(key, job._replace(sample=sample.label))
+            unique[key] = known._replace(is_reference=known.is_reference or sample.is_reference)
     work = functools.partial(_compiled, target=target, allowed=allowed or {}, reason=reason)
     # The compilers need no GIL.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(work, found.values())
+        yield from pool.map(work, unique.values())
 
 
 def _compiled(

@@ -223,8 +223,11 @@ def _check(model: ModelProto, case: str, batch: int, library: str | None) -> lis
     checks = []
     for body in (*_bodies(), *(["custom"] if library is not None else [])):
         path = library if body == "custom" else None
-        found = compare(model, body, batch=batch, tokens=2, custom_op_library=path)
-        pairs = (("o", found.o, found.allowed_o), ("state", found.state, found.allowed_state))
+        comparison = compare(model, body, batch=batch, tokens=2, custom_op_library=path)
+        pairs = (
+            ("o", comparison.o, comparison.allowed_o),
+            ("state", comparison.state, comparison.allowed_state),
+        )
         checks += [Check(body, case, what, error, allowed) for what, error, allowed in pairs]
     for check in checks:
         if not check.passed:

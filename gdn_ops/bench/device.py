@@ -84,8 +84,8 @@ def _status_bytes(field: str) -> int | None:
     """Return a size of /proc/self/status in bytes; None where there is no such file."""
     status = Path("/proc/self/status")
     text = status.read_text() if status.is_file() else ""
-    found = re.search(rf"^{field}:\s*(\d+)", text, re.MULTILINE)
-    return None if found is None else int(found[1]) * 1024
+    entry = re.search(rf"^{field}:\s*(\d+)", text, re.MULTILINE)
+    return None if entry is None else int(entry[1]) * 1024
 
 
 def _high_water() -> int:

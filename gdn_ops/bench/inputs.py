@@ -83,8 +83,8 @@ class Inputs:
 
     def operands(self) -> tuple[Tensor, ...]:
         """Return the differentiable tensors, in the order of OPERANDS."""
-        found = (getattr(self, name) for name in OPERANDS)
-        return tuple(x for x in found if x is not None)
+        operands = (getattr(self, name) for name in OPERANDS)
+        return tuple(x for x in operands if x is not None)
 
     def named(self) -> dict[str, Tensor]:
         """Return the differentiable tensors by the names of a step's arguments."""
@@ -135,10 +135,10 @@ def find_case(name: str) -> Case:
     """
     cases = {**GATED_DELTA.case, **GATED_DELTA_STEP.case}
     family = (case for n, case in GATED_DELTA.case.items() if n.rpartition("-")[0] == name)
-    found = cases.get(name) or next(family, None)
-    if found is None:
+    known = cases.get(name) or next(family, None)
+    if known is None:
         raise ValueError(f"unknown case {name!r}, known: {', '.join(cases)}")
-    return found
+    return known
 
 
 def make_inputs(s: Sizes, dtype: torch.dtype, device: str = "cpu") -> Inputs:

@@ -84,10 +84,10 @@ def memory_rows(
 
 def _available(name: str) -> Contender:
     """Return a contender in a process of its own, which ends with the reason if there is none."""
-    found = find_contender(name)
-    if isinstance(found, str):
-        raise SystemExit(found)
-    return found
+    contender = find_contender(name)
+    if isinstance(contender, str):
+        raise SystemExit(contender)
+    return contender
 
 
 def measure_peak(name: str, sizes: Sizes, s: Setting) -> Peak:

@@ -198,33 +198,33 @@ def _under(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _add_serving_rows(names: Sequence[str], setting: Setting, shape: Shape, result: Result) -> None:
     """Add the rows of prefill and decode, timed in a process of their own."""
-    found = call(_serve, names, setting.repeats, shape)
-    if isinstance(found, str):
-        result.skipped += [(what, "all", found) for what in ("prefill", "decode")]
+    timings = call(_serve, names, setting.repeats, shape)
+    if isinstance(timings, str):
+        result.skipped += [(what, "all", timings) for what in ("prefill", "decode")]
         return
     for what, per in (("prefill", 1), ("decode", DECODED)):
-        result.rows += timed_rows(what, shape.case, "ms", found[what], PEER, per=per)
+        result.rows += timed_rows(what, shape.case, "ms", timings[what], PEER, per=per)
 
 
 def _serve(names: Sequence[str], repeats: int, shape: Shape) -> dict[str, dict[str, Timing]]:
     """Time prefill and decode; return the timing by measurement and by comparator."""
     model, ids = build(shape), prompt(shape)
     actions = {name: functools.partial(_under, name, prefill, model, ids) for name in names}
-    found = {"prefill": interleave(actions, repeats)}
+    timings = {"prefill": interleave(actions, repeats)}
     for name in names:
         decoder = _under(name, Decoder, model, ids[:, :128])
         actions[name] = functools.partial(_under, name, decoder.run)
-    return {**found, "decode": interleave(actions, repeats * DECODES)}
+    return {**timings, "decode": interleave(actions, repeats * DECODES)}
 
 
 def _verify(model: Any, ids: Tensor, names: Sequence[str], case: str) -> list[Check]:
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    results: dict[str, tuple[Tensor, Tensor]] = {}
     for name in names:
         with way(name):
-            found[name] = prefill(model, ids), training_step(model, ids)
+            results[name] = prefill(model, ids), training_step(model, ids)
     checks = []
     for name in names[1:]:
-        for what, x, own in zip(("logits", "loss"), found[name], found[PEER], strict=True):
+        for what, x, own in zip(("logits", "loss"), results[name], results[PEER], strict=True):
             error = float((x - own).norm() / own.norm())
             check = Check(name, case, f"{what} against {PEER}", error, ALLOWED)
             if not check.passed:

@@ -48,7 +48,7 @@ def _whole(value: float | None) -> str:
 
 def table(head: Sequence[str], sections: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> str:
     """Return a table in plain text; a section is (heading, rows of cells, which may end early)."""
-    rows = [head, *(cells for _, found in sections for cells in found)]
+    rows = [head, *(cells for _, section_rows in sections for cells in section_rows)]
     widths = [max(len(r[i]) for r in rows if len(r) > i) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
@@ -56,8 +56,8 @@ def table(head: Sequence[str], sections: Sequence[tuple[str, Sequence[Sequence[s
         return "  ".join(padded).rstrip()
 
     lines = [line(head)]
-    for heading, found in sections:
-        lines += [heading, *map(line, found)]
+    for heading, section_rows in sections:
+        lines += [heading, *map(line, section_rows)]
     return "\n".join(lines)
 
 
@@ -116,7 +116,7 @@ def _machine(system: dict[str, Any]) -> str:
 def panels(result: Result) -> list[Panel]:
     """Return a panel for each measurement and case that has times or sizes."""
     shown = (row for row in result.rows if row.what in _TIMED)
-    found = []
+    drawn = []
     for (what, case), group in groupby(shown, key=lambda row: (row.what, row.case)):
         rows = list(group)
         ratios = ["" if _ratio(row) == "-" else f"  ({_ratio(row)})" for row in rows]
@@ -127,8 +127,8 @@ def panels(result: Result) -> list[Panel]:
         floor = next((row.floor for row in rows if row.floor is not None), None)
         dashed = "" if floor is None else f"; dashed: floor {_whole(floor)}"
         title = f"{what}, {case} ({rows[0].unit}, shorter is better{dashed})"
-        found.append(Panel(title, bars, floor))
-    return found
+        drawn.append(Panel(title, bars, floor))
+    return drawn
 
 
 def write(result: Result, folder: Path) -> list[Path | str]:
@@ -148,21 +148,21 @@ def publish(result: Result, kind: str, folder: Path | None) -> None:
         print(write_json(result.to_json(), folder / f"{stem}.json"))
 
 
-def draw(found: Sequence[Panel], title: str, path: Path) -> list[Path | str]:
+def draw(to_draw: Sequence[Panel], title: str, path: Path) -> list[Path | str]:
     """Draw panels of bars; return the path, nothing if there are none, or why it is missing."""
-    if not found:
+    if not to_draw:
         return []
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         return [f"no plot: package {error.name!r} is not installed"]
-    heights = [0.6 + 0.34 * len(panel.bars) for panel in found]
+    heights = [0.6 + 0.34 * len(panel.bars) for panel in to_draw]
     figure = Figure(figsize=(8, 0.8 + sum(0.25 + h for h in heights)))
-    axes = figure.subplots(len(found), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
-    names = dict.fromkeys(bar.name for panel in found for bar in panel.bars)
+    axes = figure.subplots(len(to_draw), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    names = dict.fromkeys(bar.name for panel in to_draw for bar in panel.bars)
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
     colours |= {name: "#adb5bd" for name in names if name.startswith("eager")}
-    for axis, panel in zip(axes[:, 0], found, strict=True):
+    for axis, panel in zip(axes[:, 0], to_draw, strict=True):
         _draw_panel(axis, panel, colours)
     figure.suptitle(title, fontsize=10)
     figure.set_layout_engine("constrained")

@@ -100,10 +100,10 @@ def _steps(x: Inputs, case: Case, names: Sequence[str], s: Setting) -> dict[str,
 
         return run
 
-    found = {name: ours(name) for name in names}
+    contenders = {name: ours(name) for name in names}
     if s.dtype == "float32":
-        found |= {name: eager(way) for name, way in EAGER_STEPS.items()}
-    return found
+        contenders |= {name: eager(way) for name, way in EAGER_STEPS.items()}
+    return contenders
 
 
 def step_rows(case: Case, names: Sequence[str], s: Setting, rates: Rates) -> list[Row]:
@@ -135,7 +135,7 @@ def _timed_steps(x: Inputs, case: Case, steps: dict[str, Step], s: Setting) -> d
 
 
 def check_step(
-    name: str, found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], s: Setting
+    name: str, results: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], s: Setting
 ) -> None:
     """Refuse results of a step, (o, state), that are off by more than roundings of a sum over K.
 
@@ -143,7 +143,7 @@ def check_step(
         RefusedError: they are.
     """
     band = 4 * ROUNDING_BAND * torch.finfo(s.torch_dtype).eps
-    for what, x, e in zip(("o", "state"), found, exact, strict=True):
+    for what, x, e in zip(("o", "state"), results, exact, strict=True):
         axes = tuple(axis for axis in range(e.dim()) if axis != 1)
         error = relative_error(x, e, axes)
         if not error <= band:

@@ -76,9 +76,9 @@ def make_plan(
     check_peers(peers, "*")
     for name in backends:
         registry.get_backend(name)
-    found = tuple(find_case(name) for name in cases or REFERENCE)
-    steps = tuple(case for case in found if case.sizes.T == 1)
-    timed = weighed = tuple(case for case in found if case.sizes.T != 1)
+    chosen = tuple(find_case(name) for name in cases or REFERENCE)
+    steps = tuple(case for case in chosen if case.sizes.T == 1)
+    timed = weighed = tuple(case for case in chosen if case.sizes.T != 1)
     if not cases:
         timed, weighed = timed[:1], timed[1:]
     return Plan(tuple(what), timed, weighed, steps, tuple(backends), tuple(peers), setting)
@@ -144,9 +144,13 @@ class _Suite:
 
     def _contenders(self) -> list[Contender]:
         """Return the contenders that can run here, peers first, and note why the rest cannot."""
-        found = {name: find_contender(name) for name in (*self.plan.peers, *self.plan.backends)}
-        self.result.skipped += [("all", n, why) for n, why in found.items() if isinstance(why, str)]
-        return [c for c in found.values() if not isinstance(c, str)]
+        contenders = {
+            name: find_contender(name) for name in (*self.plan.peers, *self.plan.backends)
+        }
+        self.result.skipped += [
+            ("all", n, why) for n, why in contenders.items() if isinstance(why, str)
+        ]
+        return [c for c in contenders.values() if not isinstance(c, str)]
 
     def _sequences(self, case: Case, contenders: list[Contender]) -> None:
         """Check the contenders on a case, then time them."""

@@ -91,9 +91,9 @@ def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
         case = find_case(case_name)
         yield f"{case}, {setting.dtype}"
         tuned = _step_actions if case.sizes.T == 1 else _sequence_actions
-        for what, found, failed in tuned(backend, case, setting):
+        for what, runs, failed in tuned(backend, case, setting):
             yield from (f"{row}  failed: {text}" for row, text in failed.items())
-            times = _time(found, setting)
+            times = _time(runs, setting)
             for row, t in times.items():
                 yield f"{what}  {t.median * 1e3:10.4f} ms  {row}"
             own = [row for row in times if row != AS_IT_IS]
@@ -116,10 +116,10 @@ def _sequence_actions(backend: Backend, case: Case, setting: Setting) -> Found:
             continue
         space = candidates(backend, _bound(GATED_DELTA, operands))
         called, failed = _call(space, lambda c: c.output(x))
-        found = [c for c in space if c.name in called]
-        if found:
-            verify(found, case, x, gradients=gradients)
-        yield what, {c.name: _within(c, c.run(what, x, d_o)) for c in found}, failed
+        used = [c for c in space if c.name in called]
+        if used:
+            verify(used, case, x, gradients=gradients)
+        yield what, {c.name: _within(c, c.run(what, x, d_o)) for c in used}, failed
 
 
 def _call(
@@ -159,7 +159,7 @@ def _time(actions: dict[str, Run], setting: Setting) -> dict[str, Timing]:
     with device.working():
         replays = {name: _captured(run, device) for name, run in actions.items()}
         samples = sample_in_turns(replays, 2.0 * len(replays), device.clock)
-    return {name: Timing(tuple(found)) for name, found in samples.items()}
+    return {name: Timing(tuple(times)) for name, times in samples.items()}
 
 
 def _within(c: Contender, run: Run) -> Run:

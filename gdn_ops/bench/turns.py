@@ -42,12 +42,12 @@ def take_turns(
 ) -> dict[str, list[Sample]]:
     """Call samplers in turns, a round for each number when it is drawn; return all samples."""
     names = list(samplers)
-    found: dict[str, list[Sample]] = {name: [] for name in names}
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
     for i in rounds if names else ():
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            found[name].append(samplers[name]())
-    return found
+            samples[name].append(samplers[name]())
+    return samples
 
 
 def interleave(
@@ -72,8 +72,8 @@ def interleave(
             yield i
 
     calls = {name: time_calls([action], on) for name, action in actions.items()}
-    found = take_turns(calls, rounds())
-    return {name: Timing(tuple(t for t, _ in values[warmups:])) for name, values in found.items()}
+    samples = take_turns(calls, rounds())
+    return {name: Timing(tuple(t for t, _ in values[warmups:])) for name, values in samples.items()}
 
 
 def sample_in_turns(

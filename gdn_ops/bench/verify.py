@@ -171,8 +171,8 @@ class _Definition:
         def run(y: Inputs) -> Tensor:
             return define(replace(y, state=state))[0]
 
-        found = _outputs(run, window, d_window, self.gradients)
-        return [all_heads, torch.cat((o, found[0]), 1), *found[1:]]
+        outputs = _outputs(run, window, d_window, self.gradients)
+        return [all_heads, torch.cat((o, outputs[0]), 1), *outputs[1:]]
 
     def _parts(self, exact: list[Tensor]) -> list[Part]:
         everything = slice(None)
@@ -204,11 +204,11 @@ class _Definition:
         self, name: str, parts: list[Part], results: list[Tensor], allowed: list[float]
     ) -> Check:
         """Return the check of the part that uses most of its allowance; NaN comes first."""
-        found = [
+        checks = [
             Check(name, self.case, part.what, part.error(results), allowance)
             for part, allowance in zip(parts, allowed, strict=True)
         ]
-        return max(found, key=lambda c: math.inf if math.isnan(c.error) else c.error / c.allowance)
+        return max(checks, key=lambda c: math.inf if math.isnan(c.error) else c.error / c.allowance)
 
 
 def verify(
@@ -229,12 +229,12 @@ def verify(
     for c in contenders:
         with c.context():
             results = _outputs(c.output, x, d_o, gradients)
-        found = [definition.check(c.name, results)]
+        verdicts = [definition.check(c.name, results)]
         if first is None:
             first = results
         else:
-            found.append(definition.agree(c.name, results, first))
-        checks.append(next((check for check in found if not check.passed), found[0]))
+            verdicts.append(definition.agree(c.name, results, first))
+        checks.append(next((check for check in verdicts if not check.passed), verdicts[0]))
     failed = "; ".join(str(check) for check in checks if not check.passed)
     if failed:
         raise RefusedError(f"no times are shown, the numbers are wrong: {failed}")

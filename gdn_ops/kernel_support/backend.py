@@ -106,13 +106,16 @@ class Tables:
     def neighbours(self, row: Row) -> tuple[Row, ...]:
         """Return a row, and after it the rows that differ from it in a single choice."""
         own = row.config
-        found = [own, *_varied(own, self._step if isinstance(own, StepConfig) else self._sequence)]
+        configs = [
+            own,
+            *_varied(own, self._step if isinstance(own, StepConfig) else self._sequence),
+        ]
         for name, tiles in vars(own).items():
             if isinstance(tiles, Tiles):
                 choices = _TILES if tiles.BV else {**_TILES, "BV": ()}
-                found += [replace(own, **{name: other}) for other in _varied(tiles, choices)]
-        found = [config for config in found if self._allows(own, config)]
-        return tuple(Row(row.key, config) for config in dict.fromkeys(found))
+                configs += [replace(own, **{name: other}) for other in _varied(tiles, choices)]
+        configs = [config for config in configs if self._allows(own, config)]
+        return tuple(Row(row.key, config) for config in dict.fromkeys(configs))
 
 
 def _varied(config: Any, choices: Choices) -> list[Any]:
@@ -122,10 +125,10 @@ def _varied(config: Any, choices: Choices) -> list[Any]:
 
 def environment_choice(variable: str, allowed: Sequence[str]) -> str:
     """Return the value of an environment variable: one of those allowed, the first by default."""
-    found = os.environ.get(variable) or allowed[0]
-    if found not in allowed:
-        raise ValueError(f"{variable} is {found!r}, should be one of {', '.join(allowed)}")
-    return found
+    choice = os.environ.get(variable) or allowed[0]
+    if choice not in allowed:
+        raise ValueError(f"{variable} is {choice!r}, should be one of {', '.join(allowed)}")
+    return choice
 
 
 class KernelBackend(Backend):

@@ -90,8 +90,8 @@ class _Blocked(torch.autograd.Function):
         if torch.is_grad_enabled():
             whole = functools.partial(_whole, eps=ctx.eps, activation=ctx.activation)
             needed = ctx.needs_input_grad[:3]
-            found = differentiable_gradients(whole, (x, weight, z), needed, d_y)
-            return (*found, None, None)
+            grads = differentiable_gradients(whole, (x, weight, z), needed, d_y)
+            return (*grads, None, None)
         rows = _Rows(x, weight, z)
         d_rows = d_y.reshape(rows.x.shape)
         d_x, d_z = (empty(t.shape, t.dtype, t.device) for t in (x, z))

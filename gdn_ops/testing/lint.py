@@ -47,11 +47,11 @@ def _check_rules(spec: OpSpec) -> list[str]:
     ]
 
 
-def _compare_names(kind: str, expected: Sequence[str], found: Sequence[str]) -> list[str]:
+def _compare_names(kind: str, expected: Sequence[str], written: Sequence[str]) -> list[str]:
     """Report names that are missing, and those that are there in another order."""
-    missing = [f"{kind} {name!r} is missing" for name in expected if name not in found]
-    in_spec = [name for name in expected if name in found]
-    in_text = [name for name in found if name in expected]
+    missing = [f"{kind} {name!r} is missing" for name in expected if name not in written]
+    in_spec = [name for name in expected if name in written]
+    in_text = [name for name in written if name in expected]
     return missing + [
         f"{kind} {got!r} stands where {wanted!r} should be"
         for got, wanted in zip(in_text, in_spec, strict=True)
@@ -126,19 +126,19 @@ def _declarations(text: str) -> list[tuple[str, str]]:
 
 
 def _compare_declarations(
-    kind: str, expected: Sequence[tuple[str, str | None]], found: Sequence[tuple[str, str]]
+    kind: str, expected: Sequence[tuple[str, str | None]], written: Sequence[tuple[str, str]]
 ) -> list[str]:
-    wanted, types = dict(expected), dict(found)
+    wanted, types = dict(expected), dict(written)
     findings = _compare_names(kind, list(wanted), list(types))
     findings += [
         f"{kind} {name!r} has type {types[name]}, should have {should}"
         for name, should in expected
         if types.get(name, should) != should
     ]
-    last = max((i for i, (name, _) in enumerate(found) if name in wanted), default=-1)
+    last = max((i for i, (name, _) in enumerate(written) if name in wanted), default=-1)
     return findings + [
         f"{kind} {name!r} is not in the spec"
-        for i, (name, type_) in enumerate(found)
+        for i, (name, type_) in enumerate(written)
         if name not in wanted and (i < last or type_ == "Tensor")
     ]
 

@@ -50,8 +50,8 @@ def _specialise(launch: Launch, target: str) -> tuple[Any, Job]:
 def _build(launch: Launch, target: str) -> Built:
     with jobs.front_end:
         traced = trace(launch.kernel, launch.kwargs)
-    found, products = cubin.compiled(traced, target), cubin.products(traced)
-    return Built(found.shared, found.usage, products, tuple(_rounded(products)), found.remarks)
+    facts, products = cubin.compiled(traced, target), cubin.products(traced)
+    return Built(facts.shared, facts.usage, products, tuple(_rounded(products)), facts.remarks)
 
 
 def _rounded(products: Iterable[Product]) -> Iterator[str]:

@@ -118,9 +118,9 @@ def _kept(function: Any, target: str) -> Path:
 
 
 def _parsed(text: str) -> Compiled:
-    found = json.loads(text)
-    usage, remarks = Usage(**found["usage"]), tuple(found["remarks"])
-    return Compiled(**found | {"usage": usage, "remarks": remarks})
+    fields = json.loads(text)
+    usage, remarks = Usage(**fields["usage"]), tuple(fields["remarks"])
+    return Compiled(**fields | {"usage": usage, "remarks": remarks})
 
 
 def _keep(path: Path, result: Compiled) -> None:
@@ -187,12 +187,12 @@ def read(dynamic: int, cubin: bytes, report: str) -> Compiled:
 
 def products(function: Any) -> list[Product]:
     """Return the matrix products of tiles in a traced function."""
-    found: list[Product] = []
+    gemms: list[Product] = []
 
     def visit(node: Any) -> None:
         if isinstance(node, tvm.tirx.Call) and node.op.name == "tl.tileop.gemm":
             m, n, k = map(int, node.args[5:8])
-            found.append(Product(m, n, k, str(node.args[0].args[0].buffer.dtype)))
+            gemms.append(Product(m, n, k, str(node.args[0].args[0].buffer.dtype)))
 
     tvm.tirx.stmt_functor.post_order_visit(function.body, visit)
-    return found
+    return gemms

@@ -71,14 +71,14 @@ class Language:
         """
         import tilelang.language
 
-        found = getattr(tilelang.language, name)
+        value = getattr(tilelang.language, name)
         if name in _NOTHING:
             return _nothing
-        module = getattr(found, "__module__", None) or ""
-        elsewhere = callable(found) and module.startswith(_ABSENT_MODULES)
+        module = getattr(value, "__module__", None) or ""
+        elsewhere = callable(value) and module.startswith(_ABSENT_MODULES)
         if name in _ABSENT or (elsewhere and name not in _FORWARDED):
             raise NotImplementedError(f"T.{name} has no emulation on CPU tensors")
-        return found
+        return value
 
     def Kernel(self, *grid: Any, threads: int = 128) -> Any:
         """Run every program of the grid, one after the other.

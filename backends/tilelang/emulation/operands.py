@@ -92,8 +92,8 @@ def tile(operand: Any, operation: str) -> Tile:
 
 def whole(operand: Any, operation: str) -> Tile:
     """Return the rectangle of an operand; an element is a rectangle of size 1."""
-    found = tile(operand, operation)
-    return found if found.extents else found._replace(extents=[1] * len(found.start))
+    part = tile(operand, operation)
+    return part if part.extents else part._replace(extents=[1] * len(part.start))
 
 
 def matched(src: Any, dst: Any, operation: str) -> tuple[Tile, Tile]:

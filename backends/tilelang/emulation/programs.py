@@ -245,16 +245,16 @@ class Emulated:
             raise ValueError(f"{name} is on {value.device}, should be on cpu")
         if not value.is_contiguous():
             raise ValueError(f"{name} has strides {value.stride()}, should be contiguous")
-        shape, found = parameter.shape or [], list(value.shape)
-        if len(found) == len(shape):
+        shape, actual = parameter.shape or [], list(value.shape)
+        if len(actual) == len(shape):
             expected = [
                 sizes.setdefault(n, size) if isinstance(n, str) else size if n is None else n
-                for n, size in zip(shape, found, strict=True)
+                for n, size in zip(shape, actual, strict=True)
             ]
-            if found == expected:
+            if actual == expected:
                 return value.data_ptr()
         known = (f"{n} = {sizes[n]}" if n in sizes else str(n) for n in shape)
-        raise ValueError(f"{name} has shape {tuple(found)}, should be ({', '.join(known)})")
+        raise ValueError(f"{name} has shape {tuple(actual)}, should be ({', '.join(known)})")
 
 
 def _tiles(size: int) -> int:

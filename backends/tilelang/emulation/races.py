@@ -133,17 +133,17 @@ class Accesses:
 
     def _variables(self, expressions: Iterable[Any]) -> set[Any]:
         """Return the variables of expressions, including those in the values of bound variables."""
-        found: set[Any] = set()
+        variables: set[Any] = set()
 
         def visit(node: Any) -> None:
-            if isinstance(node, tirx.Var) and node not in found:
-                found.add(node)
+            if isinstance(node, tirx.Var) and node not in variables:
+                variables.add(node)
                 if node in self._values:
                     tirx.stmt_functor.post_order_visit(self._values[node], visit)
 
         for expression in expressions:
             tirx.stmt_functor.post_order_visit(expression, visit)
-        return found
+        return variables
 
 
 def _is_parallel(loop: Any) -> bool:

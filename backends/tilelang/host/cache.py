@@ -129,8 +129,8 @@ def stored(name: str) -> Path | None:
 
 def description(entry: Path) -> dict[str, Any]:
     """Return the description that a cache entry was stored with."""
-    found: dict[str, Any] = json.loads((entry / "kernel.json").read_text())
-    return found
+    facts: dict[str, Any] = json.loads((entry / "kernel.json").read_text())
+    return facts
 
 
 def store(name: str, library: Path, description: dict[str, Any]) -> Path:

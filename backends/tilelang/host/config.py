@@ -123,10 +123,10 @@ def segment_chunks(device: torch.device, s: Sizes, C: int, config: Config) -> in
         return config.segment
     programs = s.N * s.HV * -(-s.V // columns(device, s, config.states.BV))
     chunks = -(-s.B * s.T // (max(s.N, 1) * C))
-    found = processors(device)
-    if not _cuts or chunks < LEAST_CHUNKS or 2 * programs >= found:
+    processor_count = processors(device)
+    if not _cuts or chunks < LEAST_CHUNKS or 2 * programs >= processor_count:
         return ONE_SEGMENT // C
-    return max(LEAST_SEGMENT, -(-chunks // (found // programs)))
+    return max(LEAST_SEGMENT, -(-chunks // (processor_count // programs)))
 
 
 _cuts = environment_choice("GDN_OPS_TILELANG_SEGMENTS", ("on", "off")) == "on"

@@ -154,8 +154,8 @@ class Given(NamedTuple):
     def inverses(self) -> Tensor:
         """Return T of all chunks, or a placeholder for rules without an error term."""
         plan = self.plan
-        found = self.saved.inverses if self.call.rule.has_erase else None
-        return self.known(found, 1, 1, plan.C, plan.C, dtype=plan.low)
+        saved_inverses = self.saved.inverses if self.call.rule.has_erase else None
+        return self.known(saved_inverses, 1, 1, plan.C, plan.C, dtype=plan.low)
 
     @property
     def starts(self) -> Tensor | None:

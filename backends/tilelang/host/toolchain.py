@@ -26,9 +26,9 @@ def compiler() -> str | None:
     """Return the path of the C++ compiler: CXX, or else g++, clang++ or c++; None without one."""
     named = os.environ.get("CXX")
     for name in (named,) if named else ("g++", "clang++", "c++"):
-        found = shutil.which(name)
-        if found is not None:
-            return found
+        path = shutil.which(name)
+        if path is not None:
+            return path
     return None
 
 
@@ -48,9 +48,9 @@ def nvcc() -> Path | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home is not None:
         return _program(Path(home))
-    found = shutil.which("nvcc")
-    if found is not None:
-        return Path(found)
+    on_path = shutil.which("nvcc")
+    if on_path is not None:
+        return Path(on_path)
     return _packaged() or _program(DEFAULT_CUDA)
 
 
@@ -87,14 +87,14 @@ def version_reasons() -> list[str]:
         TileLang is not installed: that is a reason of its own.
     """
     try:
-        found = importlib.metadata.version("tilelang")
+        version = importlib.metadata.version("tilelang")
     except importlib.metadata.PackageNotFoundError:
         return []
     reasons = []
-    if not re.fullmatch(re.escape(TILELANG) + r"([.+-].*)?", found):
+    if not re.fullmatch(re.escape(TILELANG) + r"([.+-].*)?", version):
         cure = "pip install 'gdn_ops[tilelang]'"
-        reasons.append(f"tilelang is {found}, should be {TILELANG}: {cure}")
-    return reasons + _ffi_reasons(found)
+        reasons.append(f"tilelang is {version}, should be {TILELANG}: {cure}")
+    return reasons + _ffi_reasons(version)
 
 
 def _ffi_reasons(tilelang: str) -> list[str]:
@@ -106,12 +106,12 @@ def _ffi_reasons(tilelang: str) -> list[str]:
     wanted = wanted.partition(";")[0].removeprefix(name).strip()
     cure = f"pip install '{name}{wanted}'"
     try:
-        found = importlib.metadata.version(name)
+        version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return [f"{name} is not installed, tilelang {tilelang} needs it: {cure}"]
-    if all(_allows(part.strip(), found) for part in wanted.split(",") if part.strip()):
+    if all(_allows(part.strip(), version) for part in wanted.split(",") if part.strip()):
         return []
-    return [f"{name} is {found}, tilelang {tilelang} needs {wanted}: {cure}"]
+    return [f"{name} is {version}, tilelang {tilelang} needs {wanted}: {cure}"]
 
 
 def _allows(clause: str, version: str) -> bool:

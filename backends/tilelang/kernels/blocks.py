@@ -61,9 +61,9 @@ def named(allocate: Callable[..., Any], dtype: str, **shapes: tuple[int, ...]) -
     return {name: allocate(shape, dtype) for name, shape in shapes.items()}
 
 
-def macros(*found: Any) -> SimpleNamespace:
+def macros(*members: Any) -> SimpleNamespace:
     """Return macros as attributes, by their names."""
-    return SimpleNamespace(**{macro.name: macro for macro in found})
+    return SimpleNamespace(**{macro.name: macro for macro in members})
 
 
 def fitting(threads: int, stages: int, *sides: int) -> tuple[int, int]:
@@ -73,8 +73,8 @@ def fitting(threads: int, stages: int, *sides: int) -> tuple[int, int]:
     split into those that load and those that multiply: then there is no pipeline.
     """
     side = min(sides)
-    found = min(threads, 32 * (sides[0] // 16) * (side // 8))
-    return found, stages if found >= 128 else 0
+    active = min(threads, 32 * (sides[0] // 16) * (side // 8))
+    return active, stages if active >= 128 else 0
 
 
 @functools.cache

@@ -29,10 +29,10 @@ def chunk_tiles(T: Any, C: int, dtype: str, bulk: bool) -> SimpleNamespace:
         """Copy C rows of x (M, heads, D) into an operand."""
         if is_split:
             for i, j in T.Parallel(C, width):
-                found = T.if_then_else(
+                element = T.if_then_else(
                     i < rest and column + j < x.shape[2], x[first + i, head, column + j], 0.0
                 )
-                b.put(parts, i, j, found)
+                b.put(parts, i, j, element)
         else:
             load(x, first, head, column, width, rest, parts[0])
 

@@ -142,8 +142,8 @@ def _updates(
 
     def value(m: Any, i: Any, j: Any, column: Any) -> Any:
         """Return element (i, j) of V, 0 in the columns of a map."""
-        found = T.cast(m.v[i, j], F32)
-        return T.if_then_else(column < columns, found, 0.0) if is_map else found
+        element = T.cast(m.v[i, j], F32)
+        return T.if_then_else(column < columns, element, 0.0) if is_map else element
 
     @T.macro
     def start_map(S, column):

@@ -33,21 +33,21 @@ def usage(compiled: Any) -> Usage:
     if kept is not None:
         return Usage(**json.loads(Path(kept).read_text()))
     if "cubin" in compiled.asm:
-        found = cubin_usage(compiled.asm["cubin"], [_TOOLS])
+        facts = cubin_usage(compiled.asm["cubin"], [_TOOLS])
     else:
-        found = amd_usage(compiled.asm["amdgcn"])
-    cache.put(json.dumps(found._asdict()), _KEPT, binary=False)
-    return found
+        facts = amd_usage(compiled.asm["amdgcn"])
+    cache.put(json.dumps(facts._asdict()), _KEPT, binary=False)
+    return facts
 
 
 def amd_usage(assembly: str) -> Usage:
     """Return the resources that AMD code uses, from the metadata at the end of its assembly."""
 
     def read(key: str) -> int:
-        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
-        if found is None:
+        entry = re.search(rf"\.{key}:\s+(\d+)", assembly)
+        if entry is None:
             raise ValueError(f"the assembly has no .{key}")
-        return int(found[1])
+        return int(entry[1])
 
     names = (name.upper() for name in _AMD_MATRIX.findall(assembly))
     return Usage(

@@ -115,8 +115,8 @@ class _Reduction(interpreter.ReduceOps):  # type: ignore[misc]
         extreme: Any = (np.fmax if is_max else np.fmin).reduce
 
         def leftmost(values: Any, axis: Any, keepdims: bool) -> Any:
-            found = values == extreme(values, axis=axis, keepdims=True)
-            return np.argmax(found, axis=axis, keepdims=keepdims)
+            is_extreme = values == extreme(values, axis=axis, keepdims=True)
+            return np.argmax(is_extreme, axis=axis, keepdims=keepdims)
 
         return super().min_max(input, extreme, idx_reduce_op and leftmost)
 
@@ -127,8 +127,8 @@ def _rounded_once(operation: Any, input: Any) -> Any:
     wider = inputs
     if operation.combine_fn.fn.__module__ == tl.standard.__name__:
         wider = tuple(SEMANTIC.cast(x, _WIDE.get(x.dtype.name, x.dtype)) for x in inputs)
-    found = zip(operation.apply(wider), inputs, strict=False)
-    out = tuple(SEMANTIC.cast(y, x.dtype) for y, x in found)
+    pairs = zip(operation.apply(wider), inputs, strict=False)
+    out = tuple(SEMANTIC.cast(y, x.dtype) for y, x in pairs)
     return out if isinstance(input, tuple) else out[0]
 
 

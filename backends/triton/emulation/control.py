@@ -29,8 +29,8 @@ def truth(value: Any) -> Any:
 
 def types_of(values: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Return the types of those names that hold tensors before a loop."""
-    found = ((name, values.get(name)) for name in names)
-    return {name: value.type for name, value in found if isinstance(value, tl.tensor)}
+    pairs = ((name, values.get(name)) for name in names)
+    return {name: value.type for name, value in pairs if isinstance(value, tl.tensor)}
 
 
 def check_types(before: dict[str, Any], values: dict[str, Any]) -> None:

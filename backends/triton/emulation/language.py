@@ -53,16 +53,16 @@ def _import(
     level: int = 0,
 ) -> Any:
     """Import for a copied module: from a copy where there is one."""
-    found = __import__(name, globals, locals, fromlist or (), level)
-    if found is jit:
+    module = __import__(name, globals, locals, fromlist or (), level)
+    if module is jit:
         # Triton's own functions are interpreted, not compiled.
         return SimpleNamespace(**{**vars(jit), "jit": _interpreted})
-    if not fromlist or found.__name__ not in COPIED:
-        return found
+    if not fromlist or module.__name__ not in COPIED:
+        return module
     for part in fromlist:
-        if f"{found.__name__}.{part}" in COPIED:
-            copied(f"{found.__name__}.{part}")
-    return copied(found.__name__)
+        if f"{module.__name__}.{part}" in COPIED:
+            copied(f"{module.__name__}.{part}")
+    return copied(module.__name__)
 
 
 def _interpreted(function: Any) -> Any:

@@ -76,12 +76,12 @@ def _values(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 @functools.cache
 def _launch_options() -> frozenset[str]:
     """Return the names of all options that a compiler of this Triton knows."""
-    found: set[str] = set()
+    fields: set[str] = set()
     for compiler in compilers.values():
         for name, value in vars(inspect.getmodule(compiler.compiler)).items():
             if name.endswith("Options") and dataclasses.is_dataclass(value):
-                found |= {field.name for field in dataclasses.fields(value)}
-    return frozenset(found)
+                fields |= {field.name for field in dataclasses.fields(value)}
+    return frozenset(fields)
 
 
 def _extent(name: str, x: torch.Tensor) -> Extent:

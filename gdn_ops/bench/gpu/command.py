@@ -40,7 +40,7 @@ def make_plan(backends: Sequence[str], peers: Sequence[str], seconds: float) -> 
     check_peers(peers, "cuda")
     known = registry.known_backends()
     wanted = tuple(backends) or tuple(n for n in registry.auto_order("cuda") if n != "naive")
-    found, left_out = [], []
+    usable, left_out = [], []
     for name in wanted:
         if not backends and name not in known:
             left_out.append((name, "this version has no such backend"))
@@ -51,8 +51,8 @@ def make_plan(backends: Sequence[str], peers: Sequence[str], seconds: float) -> 
         elif not {"*", "cuda"} & set(backend.limits.devices):
             left_out.append((name, f"device cuda (supported: {', '.join(backend.limits.devices)})"))
         else:
-            found.append(name)
-    return Plan(tuple(found), tuple(peers), seconds, tuple(left_out))
+            usable.append(name)
+    return Plan(tuple(usable), tuple(peers), seconds, tuple(left_out))
 
 
 def system(seconds: float) -> dict[str, Any]:

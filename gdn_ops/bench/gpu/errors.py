@@ -48,8 +48,8 @@ def _sequences(x: Inputs) -> list[tuple[slice, slice, slice]]:
     if x.cu_seqlens is None:
         return [(_ALL, slice(0, x.q.shape[1]), _ALL)]
     bounds = list(pairwise(x.cu_seqlens.tolist()))
-    found = [(slice(0, 1), slice(a, b), slice(n, n + 1)) for n, (a, b) in enumerate(bounds)]
-    return found[::-1]
+    slices = [(slice(0, 1), slice(a, b), slice(n, n + 1)) for n, (a, b) in enumerate(bounds)]
+    return slices[::-1]
 
 
 def exact_forward(
@@ -63,11 +63,11 @@ def exact_forward(
     start = clock()
 
     def walk(rows: slice, tokens: slice, states: slice) -> tuple[Tensor, Tensor]:
-        found = define(
+        outputs = define(
             replace(x.select(rows, tokens, _ALL, _ALL), state=_state_of(x)[states]).double()
         )
         finish()
-        return found
+        return outputs
 
     with torch.no_grad():
         pace = 0.0
@@ -126,5 +126,5 @@ def exact_backward(x: Inputs, d_o: Tensor, d_state: Tensor) -> list[Part]:
 
 def worst_error(parts: Sequence[Part], results: Sequence[Tensor]) -> tuple[float, str]:
     """Return the largest error and the name of its result; NaN counts as the largest."""
-    found = [(part.error(results), part.what) for part in parts]
-    return max(found, key=lambda e: float("inf") if e[0] != e[0] else e[0])
+    errors = [(part.error(results), part.what) for part in parts]
+    return max(errors, key=lambda e: float("inf") if e[0] != e[0] else e[0])

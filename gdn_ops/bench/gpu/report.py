@@ -44,12 +44,12 @@ def _remark(row: GpuRow, o: Outcome) -> str:
 
 
 def _published(row: GpuRow, who: str) -> str:
-    found = [
+    texts = [
         f"{p.ms:g}" + ("" if p.what == "kernel" else f" {p.what}")
         for p in row.published
         if p.who == who
     ]
-    return ", ".join(found) or "-"
+    return ", ".join(texts) or "-"
 
 
 def _cells(row: GpuRow, o: Outcome) -> tuple[str, ...]:
@@ -101,8 +101,8 @@ def write(result: GpuResult, folder: Path) -> list[Path | str]:
         f"gdn_ops {s['versions']['gdn_ops']}, {s['device']}, kernel time, {s['date']}\n"
         "hatched: published by others, not measured here"
     )
-    found = [_panel(row, outcomes) for row, outcomes in result.rows]
-    panels = [panel for panel in found if panel.bars]
+    panels_of_rows = [_panel(row, outcomes) for row, outcomes in result.rows]
+    panels = [panel for panel in panels_of_rows if panel.bars]
     return [result.write_json(folder), *draw(panels, title, folder / f"{result.stem}.png")]
 
 

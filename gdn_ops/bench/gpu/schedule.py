@@ -112,12 +112,12 @@ class _Bench:
             self.result.conformance = [check.result() for check in checks]
             for done in warm:
                 self.log(done.result())
-        for found in self.result.conformance:
-            self.log(f"conformance of {found}")
+        for conformance in self.result.conformance:
+            self.log(f"conformance of {conformance}")
 
     def _check(self, name: str, ready: float) -> Conformance:
         """Run the short check of a backend in a process of its own."""
-        found = Conformance(name, True, 0, 0)
+        conformance = Conformance(name, True, 0, 0)
         seconds = ready - self.clock()
         # It stops by itself, between two calls, before it is stopped.
         order = {"do": "check", "backend": name, "seconds": 0.8 * seconds}
@@ -125,12 +125,12 @@ class _Bench:
             with closing(self.start()) as worker:
                 for event in worker.ask(order, seconds):
                     if "conformance" in event:
-                        found = Conformance(**event["conformance"])
+                        conformance = Conformance(**event["conformance"])
         except StoppedError as error:
             # Too slow is not wrong, but a process that dies is.
-            passed = found.passed and isinstance(error, TimeUpError)
-            return replace(found, passed=passed, text=str(error))
-        return found
+            passed = conformance.passed and isinstance(error, TimeUpError)
+            return replace(conformance, passed=passed, text=str(error))
+        return conformance
 
     def _warm(self, name: str, what: str, ready: float) -> str:
         """Let a contender compile for one direction; return a line that reports it."""
@@ -154,29 +154,29 @@ class _Bench:
 
     def _row(self, row: GpuRow, rows_left: int) -> None:
         """Measure one row, then write the result so far."""
-        found: dict[str, Outcome] = {}
+        by_name: dict[str, Outcome] = {}
         names = []
         for name in self._names():
             stopped = self.stops.get((name, row.what), [])
             if len(stopped) >= MOST_STOPS:
                 reason = f"left out after it was stopped {len(stopped)} times: {stopped[-1]}"
-                found[name] = self._left_out(name, reason)
+                by_name[name] = self._left_out(name, reason)
             else:
                 names.append(name)
         # A row that had to be stopped is tried again without the one who was at work.
-        while names and self._measure(row, names, rows_left, found):
-            names = [name for name in names if name not in found]
+        while names and self._measure(row, names, rows_left, by_name):
+            names = [name for name in names if name not in by_name]
         for name in self._names():
-            found.setdefault(name, self._left_out(name, "not measured: time"))
-        outcomes = [found[name] for name in self._names()]
+            by_name.setdefault(name, self._left_out(name, "not measured: time"))
+        outcomes = [by_name[name] for name in self._names()]
         self.result.rows.append((row, outcomes))
         self.result.write_json(self.folder)
         self.log(report.line(row, outcomes))
 
     def _measure(
-        self, row: GpuRow, names: list[str], rows_left: int, found: dict[str, Outcome]
+        self, row: GpuRow, names: list[str], rows_left: int, by_name: dict[str, Outcome]
     ) -> bool:
-        """Order one row; return whether to order it again without the contenders in `found`."""
+        """Order one row; return whether to order it again without the contenders in `by_name`."""
         left = self.end - self.clock()
         least, most = ROW_SECONDS
         if left < least:
@@ -196,10 +196,10 @@ class _Bench:
                     at = event["broken"].partition(":")[0]
                 if "outcome" in event:
                     outcome = Outcome(**event["outcome"])
-                    found[outcome.contender] = outcome
+                    by_name[outcome.contender] = outcome
         except StoppedError as error:
             self._end_worker()
-            return self._blame(row, at, str(error), names, found)
+            return self._blame(row, at, str(error), names, by_name)
         return False
 
     def _end_worker(self) -> None:
@@ -208,14 +208,14 @@ class _Bench:
         self.worker = None
 
     def _blame(
-        self, row: GpuRow, at: str, why: str, names: list[str], found: dict[str, Outcome]
+        self, row: GpuRow, at: str, why: str, names: list[str], by_name: dict[str, Outcome]
     ) -> bool:
         """Blame the contender at work when the worker ended; return whether to go on without it."""
         if at not in names:
             for name in names:
-                found.setdefault(name, self._left_out(name, f"not measured: {why}, at {at}"))
+                by_name.setdefault(name, self._left_out(name, f"not measured: {why}, at {at}"))
             return False
-        found[at] = self._left_out(at, f"not measured: {why}", "failed")
+        by_name[at] = self._left_out(at, f"not measured: {why}", "failed")
         self.stops.setdefault((at, row.what), []).append(why)
         return True
 

@@ -34,9 +34,9 @@ class Desk:
         """Carry out one order and emit its events; end the process that has a broken device."""
         kind = order["do"]
         if kind == "row":
-            row, found = find_row(order["row"]), self._contenders(order["contenders"])
+            row, contenders = find_row(order["row"]), self._contenders(order["contenders"])
             try:
-                measure_row(row, found, self.device, order["seconds"], self.emit)
+                measure_row(row, contenders, self.device, order["seconds"], self.emit)
             except BrokenDeviceError as error:
                 self.emit({"broken": str(error)})
                 raise SystemExit(3) from None
@@ -52,7 +52,7 @@ class Desk:
 
     def _contenders(self, names: list[str]) -> list[Contender]:
         """Return the contenders that are available; emit the outcome of the others at once."""
-        found = []
+        usable = []
         for name in names:
             self.emit({"at": name})
             if name not in self.known:
@@ -61,8 +61,8 @@ class Desk:
             if isinstance(c, str):
                 self.emit({"outcome": asdict(Outcome(name, "", name in PEERS, "unsupported", c))})
             else:
-                found.append(c)
-        return found
+                usable.append(c)
+        return usable
 
     def _warm(self, row: GpuRow, name: str) -> None:
         """Run a short version of a row, so that its kernels are in the compiler's cache."""
