@@ -100,15 +100,15 @@ def model(family: str) -> Any:
         pytest.skip(f"this transformers has no {model_name}")
     torch.manual_seed(0)
     config = getattr(transformers, config_name)(**COMMON, **more)
-    found = getattr(transformers, model_name)(config).eval()
+    tiny = getattr(transformers, model_name)(config).eval()
     # The default one has no float64.
-    found.config._experts_implementation = "eager"
+    tiny.config._experts_implementation = "eager"
     with torch.no_grad():
         # As built, logits are 0.02 wide and most greedy tokens are ties in all but name.
-        for parameter in found.parameters():
+        for parameter in tiny.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3)
-    return found
+    return tiny
 
 
 def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
@@ -120,9 +120,9 @@ def gradients(model: Any, ids: Tensor, **options: Any) -> dict[str, Tensor]:
     """Return the gradient of the loss with respect to every parameter that has one."""
     model.zero_grad()
     model(ids, labels=ids, use_cache=False, **options).loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return grads
 
 
 @contextlib.contextmanager
@@ -149,11 +149,11 @@ def exact_gradients(family: str, rows: int, length: int) -> dict[str, Tensor]:
         return gradients(wide, tokens(rows, length))
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.detach(), expected.detach()
+def relative(computed: Tensor, expected: Tensor) -> float:
+    computed, expected = computed.detach(), expected.detach()
     norm = float(expected.norm())
     # An absolute difference from zero: what is not used has no gradient.
-    return float((found - expected).norm()) / (norm or 1.0)
+    return float((computed - expected).norm()) / (norm or 1.0)
 
 
 def run(model: Any, ids: Tensor, **options: Any) -> Tensor:
@@ -172,8 +172,10 @@ def originals(family: str) -> dict[str, Any]:
     module = module_of(family)
     classes = [x for x in vars(module).values() if isinstance(x, type)]
     own = [cls for cls in classes if cls.__module__ == module.__name__]
-    found = {f"{cls.__name__}.{n}": x for cls in own for n, x in vars(cls).items() if n[:2] != "__"}
-    return found | {name: x for name, x in vars(module).items() if callable(x)}
+    methods = {
+        f"{cls.__name__}.{n}": x for cls in own for n, x in vars(cls).items() if n[:2] != "__"
+    }
+    return methods | {name: x for name, x in vars(module).items() if callable(x)}
 
 
 def has_convolutions(family: str) -> None:

@@ -81,9 +81,9 @@ class FakeDevice:
 
 def contender(name: str = "torch") -> Contender:
     """Return a backend or a peer that is there."""
-    found = find_contender(name)
-    assert isinstance(found, Contender), found
-    return found
+    real = find_contender(name)
+    assert isinstance(real, Contender), real
+    return real
 
 
 def stand_in(

@@ -78,11 +78,11 @@ def forbid_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "contiguous", no_copy)
 
 
-def assert_same_bits(found: Tensor, expected: Tensor) -> None:
+def assert_same_bits(computed: Tensor, expected: Tensor) -> None:
     """Compare every bit, but for what kind of NaN a NaN is."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(computed, expected, rtol=0, atol=0, equal_nan=True)
     number = ~expected.isnan()
-    assert torch.equal(found[number].signbit(), expected[number].signbit())
+    assert torch.equal(computed[number].signbit(), expected[number].signbit())
 
 
 def check_definition(backend: str, example: Example) -> None:
@@ -102,18 +102,18 @@ def check_reason(backend: str, arguments: dict[str, Any], reason: str) -> None:
     assert lines[1].startswith(given)
     assert lines[2] == f"  {backend}: {reason}"
     assert lines[3] == '  try backend="torch"'
-    found = gdn_ops.explain(**arguments, backend=backend)
-    assert "; ".join(dict(found.reasons)[backend]) == reason
-    assert [backend, reason] in [line.split(maxsplit=1) for line in str(found).splitlines()]
+    explanation = gdn_ops.explain(**arguments, backend=backend)
+    assert "; ".join(dict(explanation.reasons)[backend]) == reason
+    assert [backend, reason] in [line.split(maxsplit=1) for line in str(explanation).splitlines()]
 
 
 def reasons_on_a_gpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return what a backend has against a call that says it is on a GPU."""
     call = meta_call(**SIZES)
     monkeypatch.setattr(type(call), "device", property(lambda self: torch.device("cuda")))
-    found = get_backend(backend)
-    assert isinstance(found, Backend)
-    return found.reasons(call)
+    instance = get_backend(backend)
+    assert isinstance(instance, Backend)
+    return instance.reasons(call)
 
 
 def part(backend: str, module: str) -> Any:

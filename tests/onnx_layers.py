@@ -72,8 +72,8 @@ def shapes_of(values: Any) -> dict[str, list[str | int]]:
     }
 
 
-def assert_same(found: Any, expected: Any, allowed: float = 2e-6) -> None:
-    for x, y in zip(found, expected, strict=True):
+def assert_same(computed: Any, expected: Any, allowed: float = 2e-6) -> None:
+    for x, y in zip(computed, expected, strict=True):
         assert x.shape == tuple(y.shape)
         assert np.abs(x - y.detach().numpy()).max(initial=0.0) <= allowed
 

@@ -108,13 +108,13 @@ class Node:
         """Assert that the node gives what naive gives, as nearly as its types allow."""
         arithmetic = ARITHMETIC.get(self.types["state"], 1e-6)
         pairs = zip(OUTPUTS, self(**tensors), self.expected(**tensors), strict=True)
-        for name, found, expected in pairs:
-            assert found.shape == expected.shape
+        for name, computed, expected in pairs:
+            assert computed.shape == expected.shape
             if not expected.numel():
                 continue
             # float32 cannot hold what a float64 state gives.
             rounding = 2**-24 if self.types[name] == "float32" else ROUNDING[self.types[name]]
-            error = ((found - expected).abs().max() / expected.abs().max()).item()
+            error = ((computed - expected).abs().max() / expected.abs().max()).item()
             assert error <= arithmetic + rounding, f"{name} is off by {error:.1e}"
 
 

@@ -72,8 +72,8 @@ class Step:
     def options(self) -> dict[str, Any]:
         sizes = ("num_qk_heads", "num_v_heads", "head_k_dim", "head_v_dim")
         others = ("dtype", "state_dtype", "rule", "scale", "qk_l2norm", "has_beta")
-        found = dict(zip(sizes, (self.H, self.HV, self.K, self.V), strict=True))
-        return found | {name: getattr(self, name) for name in others}
+        sizes_by_name = dict(zip(sizes, (self.H, self.HV, self.K, self.V), strict=True))
+        return sizes_by_name | {name: getattr(self, name) for name in others}
 
     @property
     def has_decay(self) -> bool:
@@ -169,13 +169,13 @@ def assert_right(step: Step, tokens: list[dict[str, Tensor]], start: Tensor, run
         # The definition has the same precision: sums over K in another order.
         band += step.K * rounding("float64")
 
-    def check(name: str, found: Any, exact: Tensor, allowed: float) -> None:
-        assert found.shape == tuple(exact.shape)
-        got = relative_error(found, exact)
+    def check(name: str, computed: Any, exact: Tensor, allowed: float) -> None:
+        assert computed.shape == tuple(exact.shape)
+        got = relative_error(computed, exact)
         assert got <= allowed, f"{name}: got {got:.3g}, but should be <= {allowed:.3g}"
 
-    for t, (found, own, exact) in enumerate(zip(found_o, own_o, exact_o, strict=True)):
-        check(f"o of token {t}", found, exact, 2 * relative_error(own, exact) + band)
+    for t, (o, own, exact) in enumerate(zip(found_o, own_o, exact_o, strict=True)):
+        check(f"o of token {t}", o, exact, 2 * relative_error(own, exact) + band)
     allowed = {"float32": 1e-6, "float64": 1e-14}.get(step.state_dtype)
     if allowed is None:
         allowed = 2 * relative_error(own_state, exact_state) + rounding(step.state_dtype)

@@ -229,9 +229,9 @@ def test_every_default_configuration_is_fit_for(name: str, target: str) -> None:
     rows = list(ahead(name, target, sampling.samples(DEFAULTS[name])))
     assert failures(rows) == []
     assert all(row.registers > 0 for row in rows)
-    found = [row.kernel for row in rows if row.sample.startswith(sampling.REFERENCE)]
-    assert {"solve", "states"} < set(found) and "tokens" in {row.kernel for row in rows}
-    assert len(set(found) if name == "triton" else found) <= MOST[name], found
+    kernels = [row.kernel for row in rows if row.sample.startswith(sampling.REFERENCE)]
+    assert {"solve", "states"} < set(kernels) and "tokens" in {row.kernel for row in rows}
+    assert len(set(kernels) if name == "triton" else kernels) <= MOST[name], kernels
 
 
 TARGETS = {

@@ -113,8 +113,8 @@ def test_without_its_package_a_backend_is_not_installed(name: str) -> None:
     indirect=["name"],
 )
 def test_an_unknown_choice_is_refused(name: str, variable: str, value: str, choices: str) -> None:
-    found = python("-c", f"import gdn_ops.backends.{name}", **{variable: value})
-    assert found.stderr.strip().splitlines()[-1] == (
+    done = python("-c", f"import gdn_ops.backends.{name}", **{variable: value})
+    assert done.stderr.strip().splitlines()[-1] == (
         f"ValueError: {variable} is {value!r}, should be one of {choices}"
     )
 
@@ -157,8 +157,8 @@ def test_float32_means_float32(
 ) -> None:
     reference = judgement(example).reference
     with using(name, example, **changes):
-        found = example.run(name)
-    for result, x in found.items():
+        results = example.run(name)
+    for result, x in results.items():
         error = (x.double() - reference[result]).norm() / reference[result].norm()
         assert error < most, result
 
@@ -190,7 +190,7 @@ def test_no_kernel_touches_memory_that_is_not_its_own(
     with using(name, example, **changes):
         expected = run(arguments, name, (d_o, d_state))
         allocated.clear()
-        found = run(between, name, cotangents)
+        results = run(between, name, cotangents)
         assert len(allocated) >= LEAST[name]
         assert_untouched(allocated)
         allocated.clear()
@@ -198,10 +198,10 @@ def test_no_kernel_touches_memory_that_is_not_its_own(
             forward = gdn_ops.gated_delta(**between, return_state=True, backend=name)
         assert_untouched(allocated)
     # NaN from a fence, or from what nothing has written, would be in the results.
-    for x in (*forward, *found.values()):
+    for x in (*forward, *results.values()):
         assert not bool(x.isnan().any())
     for result, x in expected.items():
-        assert torch.equal(found[result], x), result
+        assert torch.equal(results[result], x), result
 
 
 # Launches, from what a call on the meta device would launch.
@@ -268,9 +268,9 @@ def test_every_gpu_gets_a_row_that_it_can_run(
     configs = part(name, "host.config")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     configs._target_of.cache_clear()
-    found = configs.tables.target(torch.device("cuda", 0))
+    target = configs.tables.target(torch.device("cuda", 0))
     configs._target_of.cache_clear()
-    assert found == row
+    assert target == row
 
 
 def test_every_row_names_its_kernels_and_is_source_text(name: str) -> None:

@@ -103,14 +103,14 @@ def test_a_wrong_contender_is_refused(change: Callable[[Tensor], Tensor], what: 
 def test_rows_hold_the_ratio_of_medians_to_the_peer_and_the_floor() -> None:
     x = make_inputs(TINY.sizes, torch.float32)
     both = [stand_in("peer", FakeDevice()), contender()]
-    found = measures.sequence_rows("forward", TINY, x, both, Setting(repeats=2), RATES)
-    assert [row.comparator for row in found] == ["peer", "torch"]
-    assert found[0].ratio == 1.0
-    assert found[1].ratio == pytest.approx(found[0].median / found[1].median)
-    assert {row.samples for row in found} == {2}
+    measured = measures.sequence_rows("forward", TINY, x, both, Setting(repeats=2), RATES)
+    assert [row.comparator for row in measured] == ["peer", "torch"]
+    assert measured[0].ratio == 1.0
+    assert measured[1].ratio == pytest.approx(measured[0].median / measured[1].median)
+    assert {row.samples for row in measured} == {2}
     cost = GATED_DELTA.cost
     expected = max(cost.flops(TINY.sizes, CHUNK) / 1e11, cost.bytes(TINY.sizes, 4) / 1e10)
-    assert found[1].floor == pytest.approx(expected * 1e3)
+    assert measured[1].floor == pytest.approx(expected * 1e3)
 
 
 @pytest.mark.parametrize(
@@ -153,10 +153,10 @@ def test_every_target_names_a_measurement_and_a_case_that_exist() -> None:
 def test_the_eager_steps_compute_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "REPEATS", 3)
     case = find_case("tiny-step")
-    found = steps.step_rows(case, ["torch"], Setting(), RATES)
-    assert [row.comparator for row in found] == ["torch", *steps.EAGER_STEPS]
-    best = min(row.median for row in found[1:])
-    assert found[0].ratio == pytest.approx(found[0].median / best)
+    measured = steps.step_rows(case, ["torch"], Setting(), RATES)
+    assert [row.comparator for row in measured] == ["torch", *steps.EAGER_STEPS]
+    best = min(row.median for row in measured[1:])
+    assert measured[0].ratio == pytest.approx(measured[0].median / best)
 
 
 def test_a_wrong_eager_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

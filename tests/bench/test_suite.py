@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("given_rates")
 
 def put_peer(patch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
     """Put a stand-in, whose results are changed, in the place of transformers."""
-    found = stand_in("transformers", FakeDevice(), change=change)
-    patch.setitem(peers.PEERS, "transformers", peers.Peer(lambda: found, ("*",)))
+    peer = stand_in("transformers", FakeDevice(), change=change)
+    patch.setitem(peers.PEERS, "transformers", peers.Peer(lambda: peer, ("*",)))
 
 
 def test_an_absent_peer_is_a_reason_and_its_rows_are_left_out(

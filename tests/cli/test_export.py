@@ -37,9 +37,11 @@ def write(path: Path, *options: object) -> str:
 
 def test_export_writes_a_checked_file_and_prints_its_errors(tmp_path: Path) -> None:
     path = tmp_path / "step.onnx"
-    found = write(path, "--qk-l2norm", "--scale", 0.3)
-    assert f"{path.stat().st_size} bytes, passes the full checker" in found
-    rows = re.findall(r"(standard|ort|onnx) +│ +(\S+) +│ +(\S+) +│ +(\S+) +│ +(\S+) +│ pass", found)
+    exported = write(path, "--qk-l2norm", "--scale", 0.3)
+    assert f"{path.stat().st_size} bytes, passes the full checker" in exported
+    rows = re.findall(
+        r"(standard|ort|onnx) +│ +(\S+) +│ +(\S+) +│ +(\S+) +│ +(\S+) +│ pass", exported
+    )
     assert tuple(row[0] for row in rows) == export.available_bodies()
     for _, o, allowed_o, state, allowed_state in rows:
         assert 0 < float(o) <= float(allowed_o) < 1e-6
@@ -55,8 +57,8 @@ def test_export_writes_the_onnx_body_at_an_opset_that_has_it(
     options: tuple[object, ...], tmp_path: Path
 ) -> None:
     path = tmp_path / "step.onnx"
-    found = write(path, "--body", "onnx", *options)
-    assert len(re.findall(r"│ pass", found)) == len(export.available_bodies())
+    exported = write(path, "--body", "onnx", *options)
+    assert len(re.findall(r"│ pass", exported)) == len(export.available_bodies())
     model = onnx.load(path)
     assert export.bodies_of(model) == ("onnx",)
     assert model.opset_import[0].version == (28 if "--opset" in options else 27)
@@ -81,11 +83,11 @@ def test_export_says_why_the_body_that_it_wrote_was_not_run(
 
 def test_export_writes_a_prompt_reader_and_says_what_it_left_out(tmp_path: Path) -> None:
     path = tmp_path / "prefill.onnx"
-    found = write(path, "--prefill", "--dtype", "float64")
+    exported = write(path, "--prefill", "--dtype", "float64")
     (node,) = export.nodes_of(onnx.load(path))
     assert node.proto.op_type == "GatedDelta"
     if "ort" in export.available_bodies():
-        assert "left out: body ort: gdn_ops::GatedDelta: the state is float64" in found
+        assert "left out: body ort: gdn_ops::GatedDelta: the state is float64" in exported
 
 
 def test_inspect_lists_nodes_bodies_and_states(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def recurrence(
     return torch.stack(outputs, 1), S
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+def close(computed: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(computed.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("function", BOTH)
@@ -65,11 +65,13 @@ def test_output_and_state_are_those_of_the_definition(
     x, state = inputs(tokens=tokens), torch.randn(B, HV, K, V)
     expected, final = recurrence(**x, state=state)
     given, wanted = (state.mT, final.mT) if v_first else (state, final)
-    o, found = function(**x, initial_state=given, output_final_state=True, state_v_first=v_first)
+    o, final_state = function(
+        **x, initial_state=given, output_final_state=True, state_v_first=v_first
+    )
     close(o, expected)
-    close(found, wanted)
+    close(final_state, wanted)
     assert o.dtype == x["v"].dtype
-    assert found.is_contiguous()
+    assert final_state.is_contiguous()
 
 
 @pytest.mark.parametrize("function", BOTH)

@@ -51,9 +51,9 @@ def assert_same(
     assert y.dtype == dtype
     assert y.is_contiguous()
     d_y = drawn(*y.shape, seed=9).to(dtype)
-    found = torch.autograd.grad(y, own, d_y)
+    grads = torch.autograd.grad(y, own, d_y)
     wanted = torch.autograd.grad(reference, exact, d_y.double())
-    for a, b, operand in zip((y, *found), (reference, *wanted), (y, *operands), strict=True):
+    for a, b, operand in zip((y, *grads), (reference, *wanted), (y, *operands), strict=True):
         assert a.dtype == operand.dtype
         bound = ROUNDING[dtype] * max(1.0, float(b.detach().abs().amax()) if b.numel() else 0.0)
         assert torch.all((a.double() - b).abs() <= bound)
@@ -159,8 +159,8 @@ def test_each_gradient_is_made_alone_too(case: Case) -> None:
     expected = torch.autograd.grad(function(*operands).sum(), operands)
     for i in range(len(operands)):
         alone = [x.detach().clone().requires_grad_(j == i) for j, x in enumerate(operands)]
-        (found,) = torch.autograd.grad(function(*alone).sum(), alone[i])
-        assert torch.equal(found, expected[i])
+        (grad,) = torch.autograd.grad(function(*alone).sum(), alone[i])
+        assert torch.equal(grad, expected[i])
 
 
 def test_only_operands_are_kept_for_the_backward(case: Case) -> None:

@@ -37,5 +37,5 @@ def test_the_layer_decodes_in_onnxruntime(name: str, tmp_path: Path) -> None:
     for t in range(STEPS):
         with torch.no_grad():
             expected, state = layer(x[:, t : t + 1], state)
-        found = session.step(x[:, t : t + 1].numpy())
-        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+        y = session.step(x[:, t : t + 1].numpy())
+        torch.testing.assert_close(torch.from_numpy(y), expected, rtol=1e-5, atol=1e-5)

@@ -37,9 +37,9 @@ def examples() -> Iterator[Any]:
 def points(examples: Any) -> list[Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found: list[Any] = examples["memory"].measure(24)
+    measured: list[Any] = examples["memory"].measure(24)
     torch.set_num_threads(threads)
-    return found
+    return measured
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,8 @@ def test_memory_draws_every_plot_and_writes_what_it_drew(
     memory.main(["--memories", "3", "--out", str(tmp_path)])
     for name in ("collisions", "writing", "retention"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    found = [memory.Point(**p) for p in json.loads((tmp_path / "memory.json").read_text())]
-    assert memory.table(found, "collisions") in capsys.readouterr().out
+    drawn = [memory.Point(**p) for p in json.loads((tmp_path / "memory.json").read_text())]
+    assert memory.table(drawn, "collisions") in capsys.readouterr().out
 
 
 # Needles and the tasks that separate the rules.
@@ -162,27 +162,27 @@ def test_behind_a_switch_old_keys_are_answered_with_none(examples: Any) -> None:
 def test_a_run_is_repeatable_and_depends_on_the_seed(examples: Any) -> None:
     niah = examples["niah"]
     settings = niah.Settings(lessons=12, steps=3, rows=8, stretches=(1,))
-    found = niah.run("delta", 0, settings)
-    assert found == niah.run("delta", 0, settings)
-    assert found != niah.run("delta", 1, settings)
+    run = niah.run("delta", 0, settings)
+    assert run == niah.run("delta", 0, settings)
+    assert run != niah.run("delta", 1, settings)
 
 
 @pytest.mark.slow
 def test_the_error_term_learns_to_overwrite_and_the_decay_to_switch(examples: Any) -> None:
     niah = examples["niah"]
     settings = niah.Settings(stretches=(1,))
-    found = {
+    accuracy = {
         (row["task"], row["rule"]): row["accuracy"]
         for rule in niah.RULES
         for row in niah.run(rule, 0, settings)
     }
     for rule in niah.RULES:
-        assert found["recall", rule] > 0.9
+        assert accuracy["recall", rule] > 0.9
     for rule in ("delta", "gated_delta"):
-        assert found["overwrite", rule] > found["overwrite", "linear"] + 0.2
+        assert accuracy["overwrite", rule] > accuracy["overwrite", "linear"] + 0.2
     for rule in ("gated", "gated_delta"):
-        assert found["switch", rule] > found["switch", "linear"] + 0.25
-        assert found["switch", rule] > found["switch", "delta"]
+        assert accuracy["switch", rule] > accuracy["switch", "linear"] + 0.25
+        assert accuracy["switch", rule] > accuracy["switch", "delta"]
 
 
 def test_needles_are_looked_for_with_one_command(

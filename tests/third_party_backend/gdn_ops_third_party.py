@@ -23,12 +23,12 @@ class ThirdParty(Backend):
 
     def reasons(self, call):
         """Say what limits cannot: only alpha, and q and k as they are."""
-        found = []
+        against = []
         if call.tokens.log_alpha is not None:
-            found.append("log_alpha is not supported")
+            against.append("log_alpha is not supported")
         if call.qk_l2norm:
-            found.append("qk_l2norm is not supported")
-        return found
+            against.append("qk_l2norm is not supported")
+        return against
 
     def forward(self, call):
         """Run `gated_delta`."""

@@ -185,11 +185,11 @@ def controls(T: Any, *, steps: int, parts: int) -> Any:
 
     @T.macro
     def largest(values, n):
-        found = T.alloc_var("int32", init=0)
+        best = T.alloc_var("int32", init=0)
         for i in T.serial(n):
-            if values[i] > found:
-                found = values[i]
-        return found
+            if values[i] > best:
+                best = values[i]
+        return best
 
     @T.prim_func
     def controls(values: T.Tensor((8,), "int32"), out: T.Tensor((6, 8), "int32"), n: T.int32):

@@ -122,8 +122,8 @@ def declared() -> list[str]:
 
 def lowest(package: str) -> str:
     """Return the lower bound of a package in pyproject.toml."""
-    found = (re.match(rf"{package}>=([\d.]+)", text) for text in declared())
-    return next(match[1] for match in found if match)
+    bounds = (re.match(rf"{package}>=([\d.]+)", text) for text in declared())
+    return next(match[1] for match in bounds if match)
 
 
 def select(names: Sequence[str]) -> list[Cell]:
@@ -134,7 +134,7 @@ def select(names: Sequence[str]) -> list[Cell]:
     Raises:
         UnknownCellError: a name or pattern means no cell.
     """
-    found: dict[str, Cell] = {}
+    chosen: dict[str, Cell] = {}
     for name in names or ["*"]:
         matching = [CELLS[known] for known in fnmatch.filter(CELLS, name)]
         package, _, version = name.rpartition("-")
@@ -142,11 +142,11 @@ def select(names: Sequence[str]) -> list[Cell]:
             matching = [replace(c, version=version) for c in PACKAGES if c.package == package]
         if not matching:
             raise UnknownCellError(f"no cell is called {name!r}, known: {', '.join(CELLS)}")
-        found |= {cell.name: cell for cell in matching}
-    return [found[name] for name in in_order(found)]
+        chosen |= {cell.name: cell for cell in matching}
+    return [chosen[name] for name in in_order(chosen)]
 
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Return names of cells as the table has them, those of no table after them."""
-    found = set(names)
-    return [*(name for name in CELLS if name in found), *sorted(found - CELLS.keys())]
+    wanted = set(names)
+    return [*(name for name in CELLS if name in wanted), *sorted(wanted - CELLS.keys())]

@@ -29,8 +29,8 @@ Runner = Callable[[list[str], dict[str, str]], None]
 
 def environment() -> list[str]:
     """Return the Python that runs this, and every package that is installed for it."""
-    found = {f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}
-    return [platform.python_version(), *sorted(found)]
+    installed = {f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}
+    return [platform.python_version(), *sorted(installed)]
 
 
 def install(cell: Cell, run: Runner) -> dict[str, str]:
@@ -44,8 +44,8 @@ def install(cell: Cell, run: Runner) -> dict[str, str]:
     if cell.version == "newest" or there != {**there, **asked}:
         options = [] if cell.deps else ["--no-deps"]
         options += ["--upgrade"] if cell.version == "newest" else []
-        found = resolve(*options, *cell.requirements, run=lambda command: run(command, {}))
-        versions = {canonicalize_name(entry["name"]): entry["version"] for entry in found}
+        packages = resolve(*options, *cell.requirements, run=lambda command: run(command, {}))
+        versions = {canonicalize_name(entry["name"]): entry["version"] for entry in packages}
         wanted = {**asked, "versions": versions}
         if there != wanted:
             shutil.rmtree(folder, ignore_errors=True)
@@ -68,18 +68,24 @@ def interpreter(cell: Cell, run: Runner) -> str:
     if cell.package != "python":
         return sys.executable
     here = sys.version_info[:2]
-    found = {**find_pythons(), here: sys.executable}
-    wanted = max(found)
+    pythons = {**find_pythons(), here: sys.executable}
+    wanted = max(pythons)
     if cell.version != "newest":
         wanted = tuple(map(int, cell.version.split(".")[:2]))
     elif wanted == here:
         raise NotRunError(f"no Python newer than {here[0]}.{here[1]}", excused=True)
-    if wanted not in found:
+    if wanted not in pythons:
         raise NotRunError(f"no Python {cell.version}")
     if wanted == here:
         return sys.executable
     folder = FOLDER / f"python-{'.'.join(map(str, wanted))}"
-    command = ["make", "--no-print-directory", "venv", f"VENV={folder}", f"PYTHON={found[wanted]}"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "venv",
+        f"VENV={folder}",
+        f"PYTHON={pythons[wanted]}",
+    ]
     run(command, {"MAKEFLAGS": ""})
     return str(folder / "bin" / "python")
 
@@ -87,11 +93,11 @@ def interpreter(cell: Cell, run: Runner) -> str:
 def find_pythons() -> dict[tuple[int, ...], str]:
     """Return an interpreter for each Python from 3.11 on, of the PATH or of pyenv, by version."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    found: dict[tuple[int, ...], str] = {}
+    pythons: dict[tuple[int, ...], str] = {}
     for folder in (*map(Path, os.get_exec_path()), *pyenv.glob("versions/*/bin")):
         for path in folder.glob("python3.[0-9][0-9]"):
             minor = int(path.name.removeprefix("python3."))
             # pyenv's shims are there for versions that it then refuses to run.
             if minor >= 11 and folder.name != "shims":
-                found.setdefault((3, minor), str(path))
-    return found
+                pythons.setdefault((3, minor), str(path))
+    return pythons

@@ -48,7 +48,7 @@ def write_lock(versions: dict[str, str]) -> str:
 
 def refused(lock: dict[str, str]) -> set[str]:
     """Return the names whose locked version is not allowed by torch or by what it requires."""
-    found: set[str] = set()
+    lines: set[str] = set()
     waiting = [("torch", frozenset[str]())]
     # The list grows while it is read.
     for name, extras in waiting:
@@ -63,10 +63,10 @@ def refused(lock: dict[str, str]) -> set[str]:
             needed = canonicalize_name(requirement.name)
             version = lock.get(needed)
             if version and not requirement.specifier.contains(version, prereleases=True):
-                found.add(needed)
+                lines.add(needed)
             if (key := (needed, frozenset(requirement.extras))) not in waiting:
                 waiting.append(key)
-    return found
+    return lines
 
 
 def constrain(lock: Path) -> None:
@@ -94,8 +94,8 @@ def resolve(*arguments: str, run: Callable[[list[str]], None] = run_pip) -> list
         report = Path(folder) / "report.json"
         options = ("--dry-run", "--quiet", "--report", str(report))
         run([sys.executable, "-m", "pip", "install", *options, *arguments])
-        found = json.loads(report.read_text(encoding="utf-8"))["install"]
-    return [entry["metadata"] for entry in found]
+        packages = json.loads(report.read_text(encoding="utf-8"))["install"]
+    return [entry["metadata"] for entry in packages]
 
 
 def stand_in(torch: dict[str, Any], folder: Path) -> Path:
@@ -119,9 +119,9 @@ def stand_in(torch: dict[str, Any], folder: Path) -> Path:
 
 def versions_of(packages: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Return the public versions of packages by their normalized names, without gdn_ops."""
-    found = {canonicalize_name(p["name"]): Version(p["version"]).public for p in packages}
-    found.pop("gdn-ops", None)
-    return found
+    versions = {canonicalize_name(p["name"]): Version(p["version"]).public for p in packages}
+    versions.pop("gdn-ops", None)
+    return versions
 
 
 def changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
@@ -136,9 +136,9 @@ def changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 def refresh(lock: Path, torch: str) -> None:
     """Resolve everything anew, show what changes, and only then write the lock."""
-    found = resolve("--ignore-installed", "--no-deps", *shlex.split(torch))
+    packages = resolve("--ignore-installed", "--no-deps", *shlex.split(torch))
     with tempfile.TemporaryDirectory() as folder:
-        wheel = stand_in(found[0], Path(folder))
+        wheel = stand_in(packages[0], Path(folder))
         new = versions_of(resolve("--ignore-installed", str(wheel), *PROJECT))
     old = read_lock(lock.read_text(encoding="utf-8")) if lock.exists() else {}
     lines = changes(old, new)

@@ -60,16 +60,16 @@ def results_text(results: dict[str, Result]) -> str:
 
 def tested_ranges(results: Iterable[Result]) -> dict[str, list[str]]:
     """Return the oldest and the newest version of each package that passed."""
-    found = defaultdict(list)
+    results_of = defaultdict(list)
     for result in results:
         if result.state == "passed":
             version = result.versions[result.package].partition("+")[0]
             if result.package == "python":
                 version = version.rpartition(".")[0]
-            found[result.package].append(version)
+            results_of[result.package].append(version)
     return {
         name: [min(versions, key=Version), max(versions, key=Version)]
-        for name, versions in sorted(found.items())
+        for name, versions in sorted(results_of.items())
     }
 
 
@@ -115,8 +115,8 @@ def tables(results: list[Result]) -> list[str]:
         [reason, str(count), "all" if len(names) == len(ran) else ", ".join(names)]
         for (reason, count), names in sorted(cells.items())
     ]
-    found = [(head, rows), (["skipped because", "tests", "in"], skips)]
-    return [table(head, rows) + "\n" for head, rows in found if rows]
+    sections = [(head, rows), (["skipped because", "tests", "in"], skips)]
+    return [table(head, rows) + "\n" for head, rows in sections if rows]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

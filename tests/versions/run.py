@@ -34,11 +34,11 @@ SHOWN = (
 PROBE = """
 import importlib, importlib.metadata, json, platform, sys
 module, *names = sys.argv[1:]
-found = {name: importlib.metadata.version(name) for name in {module, *names}}
+installed = {name: importlib.metadata.version(name) for name in {module, *names}}
 imported = importlib.import_module(module).__version__
-if imported.partition("+")[0] != found[module].partition("+")[0]:
-    sys.exit(f"{module} {imported} is imported, {found[module]} is installed")
-print(json.dumps({"python": platform.python_version(), **found}))
+if imported.partition("+")[0] != installed[module].partition("+")[0]:
+    sys.exit(f"{module} {imported} is imported, {installed[module]} is installed")
+print(json.dumps({"python": platform.python_version(), **installed}))
 """
 
 
@@ -88,8 +88,8 @@ def default_jobs() -> int:
 def available_memory() -> int:
     """Return the memory that is free for processes, in bytes; 0 where it is not known."""
     with contextlib.suppress(OSError):
-        if found := re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text()):
-            return int(found[1]) << 10
+        if line := re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text()):
+            return int(line[1]) << 10
     return 0
 
 
@@ -218,13 +218,13 @@ def test_arguments(cell: Cell) -> list[str]:
     Raises:
         CellFailedError: the table names a test that is not there.
     """
-    tests, found = ROOT / "tests", []
+    tests, arguments = ROOT / "tests", []
     for pattern in cell.tests:
         matching = [tests / pattern] if "::" in pattern else sorted(tests.glob(pattern))
         if not matching:
             raise CellFailedError(f"no test file is called {pattern}")
-        found += map(str, matching)
-    return [*dict.fromkeys(found), *(["-k", cell.keyword] if cell.keyword else [])]
+        arguments += map(str, matching)
+    return [*dict.fromkeys(arguments), *(["-k", cell.keyword] if cell.keyword else [])]
 
 
 def probe(
@@ -253,20 +253,20 @@ def probe(
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no output"]
         raise CellFailedError(f"cannot be imported: {lines[-1].replace(str(ROOT), '.')}")
-    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    check_versions(cell, versions, found)
-    return {name: found[name] for name in shown}
+    answers: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    check_versions(cell, versions, answers)
+    return {name: answers[name] for name in shown}
 
 
-def check_versions(cell: Cell, versions: dict[str, str], found: dict[str, str]) -> None:
+def check_versions(cell: Cell, versions: dict[str, str], imported: dict[str, str]) -> None:
     """Raise CellFailedError unless the versions that were found are those of the cell."""
     wanted = lowest(cell.package) if cell.version == "lowest" else cell.version
-    version = found[cell.package]
+    version = imported[cell.package]
     if wanted[0].isdigit() and not f"{version}.".startswith(f"{wanted}."):
         raise CellFailedError(f"{cell.package} {version} would run, should be {wanted}")
     for name, should_be in versions.items():
-        if found.get(name, should_be) != should_be:
-            raise CellFailedError(f"{name} {found[name]} would run, should be {should_be}")
+        if imported.get(name, should_be) != should_be:
+            raise CellFailedError(f"{name} {imported[name]} would run, should be {should_be}")
 
 
 def read_junit(path: Path) -> tuple[int, list[str], dict[str, int]]:
@@ -287,8 +287,8 @@ def skip_reason(element: ElementTree.Element) -> str:
     """Return why a test was skipped, without the path that pytest adds for a whole file."""
     text = element.get("message") or ""
     if text == "collection skipped":
-        found = re.search(r"Skipped: (.*?)[\"']\)?$", (element.text or "").strip(), re.DOTALL)
-        text = found[1] if found else text
+        skipped = re.search(r"Skipped: (.*?)[\"']\)?$", (element.text or "").strip(), re.DOTALL)
+        text = skipped[1] if skipped else text
     text = text.replace(str(ROOT), ".").strip().splitlines()[0] if text.strip() else "no reason"
     return f"expected to fail: {text}" if element.get("type") == "pytest.xfail" else text
 

@@ -34,7 +34,7 @@ def test_the_lowest_cell_is_the_lower_bound_that_users_get(package: str) -> None
     first = next(cell for cell in CELLS.values() if cell.package == package).requirements[0]
     assert first.removesuffix(".*") == f"{package}=={lowest(package)}"
     bounds = [re.match(rf"{package}(\[\w+\])?>=([\d.]+)", text) for text in declared()]
-    assert {found[2] for found in bounds if found} == {lowest(package)}
+    assert {bound[2] for bound in bounds if bound} == {lowest(package)}
 
 
 def test_the_range_of_triton_is_the_one_that_its_backend_accepts() -> None:
@@ -58,11 +58,11 @@ def test_a_test_that_is_not_there_is_an_error() -> None:
 
 def test_cells_are_chosen_by_name_pattern_and_any_version() -> None:
     assert select([]) == list(CELLS.values())
-    found = select(["triton-*", "transformers-5.7", "onnx-newest", "triton-3.6"])
-    assert [cell.name for cell in found] == [
+    cells = select(["triton-*", "transformers-5.7", "onnx-newest", "triton-3.6"])
+    assert [cell.name for cell in cells] == [
         *("onnx-newest", "triton-3.6", "triton-3.9", "transformers-5.7")
     ]
-    assert found[-1].requirements == ("transformers==5.7.*",)
+    assert cells[-1].requirements == ("transformers==5.7.*",)
 
 
 @pytest.mark.parametrize("name", ["nope", "jax-1.0", "triton-", "transformers-best", "jax-*"])

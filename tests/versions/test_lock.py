@@ -97,8 +97,8 @@ def test_changes_of_a_lock_are_shown() -> None:
 def test_locked_versions_have_no_local_part_and_normalized_names() -> None:
     packages = [("torch", "2.13.0+cpu"), ("PyYAML", "6.0.4"), ("ml_dtypes", "0.6.0")]
     metadata = [{"name": n, "version": v} for n, v in [*packages, ("gdn_ops", "0.1.0")]]
-    found = lock.versions_of(metadata)
-    assert found == {"torch": "2.13.0", "pyyaml": "6.0.4", "ml-dtypes": "0.6.0"}
+    versions = lock.versions_of(metadata)
+    assert versions == {"torch": "2.13.0", "pyyaml": "6.0.4", "ml-dtypes": "0.6.0"}
 
 
 def test_the_stand_in_for_torch_needs_what_every_build_needs(tmp_path: Path) -> None:
@@ -136,8 +136,10 @@ def test_a_refreshed_lock_is_written_whole(
 
     def resolve(*arguments: str) -> list[dict[str, Any]]:
         asked.append(arguments)
-        found = [{"name": "torch", "version": "2.14.1", "requires_dist": []}]
-        return found if "--no-deps" in arguments else [*found, {"name": "numpy", "version": "2"}]
+        packages = [{"name": "torch", "version": "2.14.1", "requires_dist": []}]
+        return (
+            packages if "--no-deps" in arguments else [*packages, {"name": "numpy", "version": "2"}]
+        )
 
     monkeypatch.setattr(lock, "resolve", resolve)
     lock.refresh(path, "torch==2.14.1 --index-url here")

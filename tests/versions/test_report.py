@@ -60,8 +60,8 @@ def test_only_what_passed_counts_as_tested() -> None:
 
 
 def test_versions_are_ordered_as_numbers() -> None:
-    found = [result(f"onnx-{v}", "passed", v) for v in ("1.9.0", "1.18.0", "1.20.1")]
-    assert report.tested_ranges(found) == {"onnx": ["1.9.0", "1.20.1"]}
+    results = [result(f"onnx-{v}", "passed", v) for v in ("1.9.0", "1.18.0", "1.20.1")]
+    assert report.tested_ranges(results) == {"onnx": ["1.9.0", "1.20.1"]}
 
 
 def test_the_page_shows_every_cell_with_how_it_ended() -> None:

@@ -66,7 +66,7 @@ def test_junit_is_counted_with_the_reasons_of_skips(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "found", "message"),
+    ("version", "imported", "message"),
     [
         ("1.0", {"numpy": "1.0.1"}, None),
         ("1.0", {"numpy": "1.0"}, None),
@@ -80,12 +80,12 @@ def test_junit_is_counted_with_the_reasons_of_skips(tmp_path: Path) -> None:
     ],
 )
 def test_a_cell_runs_its_own_version_and_what_was_installed_or_fails(
-    version: str, found: dict[str, str], message: str | None
+    version: str, imported: dict[str, str], message: str | None
 ) -> None:
     said = None
     try:
         installed = {"tokenizers": "0.22.2", "regex": "1"}
-        run.check_versions(replace(SMALL, version=version), installed, found)
+        run.check_versions(replace(SMALL, version=version), installed, imported)
     except CellFailedError as error:
         said = str(error)
     assert said == message

@@ -64,10 +64,10 @@ def test_explaining_a_call_does_not_load_tilelang() -> None:
 def test_a_certificate_names_what_compiles_the_kernels() -> None:
     from gdn_ops.environment.provenance import circumstances
 
-    found = circumstances(backend.TileLang, "cpu")
-    assert found["compiler"] not in ("none", "unknown")
-    assert {"tilelang", "apache-tvm-ffi", "source"} <= set(found)
-    assert circumstances(backend.TileLang, "cuda:0")["compiler"] != found["compiler"]
+    facts = circumstances(backend.TileLang, "cpu")
+    assert facts["compiler"] not in ("none", "unknown")
+    assert {"tilelang", "apache-tvm-ffi", "source"} <= set(facts)
+    assert circumstances(backend.TileLang, "cuda:0")["compiler"] != facts["compiler"]
 
 
 # Configurations.
@@ -83,13 +83,13 @@ def test_there_is_a_row_for_every_width_on_every_target() -> None:
 
 def test_a_key_too_wide_for_a_small_gpu_is_a_reason() -> None:
     sizes = SIZES | {"K": 144, "V": 16}
-    for dtype, found in (
+    for dtype, reasons in (
         ("bfloat16", []),
         ("float32", ["float32 with K=144 on sm_120a (supported: K up to 128)"]),
     ):
         call = meta_call(**sizes, dtype=getattr(torch, dtype))
         with recording("sm_120a"):
-            assert configs.shape_reasons(call) == found
+            assert configs.shape_reasons(call) == reasons
         with recording("sm_90a"):
             assert configs.shape_reasons(call) == []
 

@@ -36,9 +36,9 @@ CHUNKS = Example(
 """Two chunks of 64, and two tokens."""
 
 
-def _same(found: Results, expected: Results) -> None:
+def _same(results: Results, expected: Results) -> None:
     for name, x in expected.items():
-        assert torch.equal(found[name], x), name
+        assert torch.equal(results[name], x), name
 
 
 # Segments and configurations.
@@ -99,8 +99,8 @@ def test_a_sequence_has_the_gradients_that_it_has_alone(segment: int | None) -> 
                 _without(x, name, length, begin, n)
                 for name, x in zip(("o", "final_state"), cotangents, strict=True)
             )
-            found = run(arguments | given | alone, "tilelang", (d_o, d_state))
-            _same(found, {k: _without(x, k, length, begin, n) for k, x in packed.items()})
+            results = run(arguments | given | alone, "tilelang", (d_o, d_state))
+            _same(results, {k: _without(x, k, length, begin, n) for k, x in packed.items()})
             begin += length
 
 
@@ -114,15 +114,15 @@ def test_no_number_reaches_another_sequence() -> None:
     for x in (*spoilt.values(), d_o):
         x[:, begin:end] = torch.nan
     d_state[3] = torch.inf
-    found = run(arguments | spoilt, "tilelang", (d_o, d_state))
+    results = run(arguments | spoilt, "tilelang", (d_o, d_state))
     for name, x in expected.items():
         if name.endswith("state"):
             others = [0, 1, 2, 4, 5]
-            assert torch.equal(found[name][others], x[others]), name
+            assert torch.equal(results[name][others], x[others]), name
         else:
-            assert torch.equal(found[name][:, :begin], x[:, :begin]), name
-            assert torch.equal(found[name][:, end:], x[:, end:]), name
-    assert bool(found["d_q"][:, begin:end].isnan().all())
+            assert torch.equal(results[name][:, :begin], x[:, :begin]), name
+            assert torch.equal(results[name][:, end:], x[:, end:]), name
+    assert bool(results["d_q"][:, begin:end].isnan().all())
 
 
 @pytest.mark.parametrize("at", [1, 63, 64, 100])
@@ -131,13 +131,13 @@ def test_a_reset_passes_no_gradient_back(at: int) -> None:
     arguments, (d_o, d_state) = example.arguments(), example.cotangents()
     arguments["alpha"][:, at] = 0.0
     d_o[:, :at] = 0.0
-    found = run(arguments, "tilelang", (d_o, d_state))
+    results = run(arguments, "tilelang", (d_o, d_state))
     for name in OF_TOKENS:
-        assert not bool(found[name][:, :at].any()), name
-        assert bool(found[name][:, at:].any()), name
-    assert not bool(found["d_initial_state"].any())
+        assert not bool(results[name][:, :at].any()), name
+        assert bool(results[name][:, at:].any()), name
+    assert not bool(results["d_initial_state"].any())
     # The gate that is 0 has a gradient all the same: it would let the past through.
-    assert bool((found["d_alpha"][:, at] != 0).all())
+    assert bool((results["d_alpha"][:, at] != 0).all())
 
 
 @pytest.mark.parametrize("at", [5, 64, 90])
@@ -146,10 +146,10 @@ def test_what_is_asked_of_the_past_changes_no_bit_of_the_present(at: int) -> Non
     expected = run(arguments, "tilelang", (d_o, d_state))
     changed = d_o.clone()
     changed[:, :at] *= -3.0
-    found = run(arguments, "tilelang", (changed, d_state))
+    results = run(arguments, "tilelang", (changed, d_state))
     for name in OF_TOKENS:
-        assert torch.equal(found[name][:, at:], expected[name][:, at:]), name
-        assert not torch.equal(found[name][:, :at], expected[name][:, :at]), name
+        assert torch.equal(results[name][:, at:], expected[name][:, at:]), name
+        assert not torch.equal(results[name][:, :at], expected[name][:, :at]), name
 
 
 @pytest.mark.parametrize("segment", [None, 1])
@@ -161,13 +161,13 @@ def test_tokens_of_no_sequence_are_not_written(
     boundaries = torch.tensor([0, end], dtype=torch.int32)
     monkeypatch.setattr(plan, "cu_of", lambda call: boundaries)
     with using("tilelang", PACKED, segment=segment):
-        found = run(PACKED.arguments(), "tilelang", PACKED.cotangents())
+        results = run(PACKED.arguments(), "tilelang", PACKED.cotangents())
     for name in ("o", *OF_TOKENS):
-        assert bool(found[name][:, :end].isfinite().all()), name
-        assert bool(found[name][:, end:].isnan().all()), name
+        assert bool(results[name][:, :end].isfinite().all()), name
+        assert bool(results[name][:, end:].isnan().all()), name
     for name in ("final_state", "d_initial_state"):
-        assert bool(found[name][0].isfinite().all()), name
-        assert bool(found[name][1:].isnan().all()), name
+        assert bool(results[name][0].isfinite().all()), name
+        assert bool(results[name][1:].isnan().all()), name
 
 
 # Launches.

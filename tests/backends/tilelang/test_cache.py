@@ -183,10 +183,10 @@ def test_a_cache_that_cannot_be_written_is_elsewhere(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "file"))
-    found = cache.folder()
-    assert found.is_dir() and tmp_path not in found.parents
-    assert cache.folder() == found
-    found.rmdir()
+    folder = cache.folder()
+    assert folder.is_dir() and tmp_path not in folder.parents
+    assert cache.folder() == folder
+    folder.rmdir()
 
 
 def test_two_processes_may_keep_the_same_kernel(cold: Path) -> None:

@@ -109,13 +109,13 @@ extern "C" __global__ void serial(float* y, unsigned long long a, unsigned long 
 def test_what_ptxas_says_costs_time_is_a_failure_of_a_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = cubin.read(1000, *cubin.assembled(SERIAL, "sm_90a"))
-    assert found.usage.instructions == {"HGMMA": 4}
+    kernel = cubin.read(1000, *cubin.assembled(SERIAL, "sm_90a"))
+    assert kernel.usage.instructions == {"HGMMA": 4}
     # What the host asks for and what the source declares.
-    assert found.shared == 1000 + 256 * 4
-    (remark,) = found.remarks
+    assert kernel.shared == 1000 + 256 * 4
+    (remark,) = kernel.remarks
     assert remark.startswith("wgmma.mma_async instructions are serialized due to ")
-    monkeypatch.setattr(cubin, "compiled", lambda *_: found)
+    monkeypatch.setattr(cubin, "compiled", lambda *_: kernel)
     launches = launching(kernels.product, **TILE)
     assert compiled("tilelang", "sm_90a", launches).failures == (remark,)
     assert compiled("tilelang", "sm_90a", launches, is_reference=False).failures == ()

@@ -81,11 +81,11 @@ def test_a_pool_of_any_strides_is_updated_in_place(kind: str) -> None:
     o, state = gdn_ops.gated_delta_steps(
         **given, state=pool.clone(), inplace=True, backend="tilelang"
     )
-    found, updated = gdn_ops.gated_delta_steps(
+    written, updated = gdn_ops.gated_delta_steps(
         **given, state=pool, inplace=True, backend="tilelang"
     )
     assert updated is pool
-    assert torch.equal(found, o) and torch.equal(pool, state)
+    assert torch.equal(written, o) and torch.equal(pool, state)
     # Nothing else of the memory has changed, and slot 1 is named by no row.
     pool.copy_(torch.nan * pool)
     assert torch.equal(wide[wide.isfinite()], before[wide.isfinite()])
@@ -101,8 +101,8 @@ def test_strided_tokens_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch)
     forbid_copies(monkeypatch)
     for other in (apart, gaps):
         assert not other["q"].is_contiguous()
-        found = gdn_ops.gated_delta_steps(**(arguments | other), backend="tilelang")
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        results = gdn_ops.gated_delta_steps(**(arguments | other), backend="tilelang")
+        assert torch.equal(results[0], expected[0]) and torch.equal(results[1], expected[1])
 
 
 def test_rows_that_are_skipped_cost_no_memory_access() -> None:

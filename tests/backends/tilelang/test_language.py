@@ -83,8 +83,8 @@ def test_arithmetic_in_a_low_dtype_rounds_after_every_operation(dtype: torch.dty
     # NumPy's square root is the nearest float; torch's may not be.
     expected += [torch.from_numpy(numpy.sqrt(a.abs().float().numpy())).to(dtype)]
     expected += [(a.float() * 3).to(dtype) - a]
-    for found, should_be in zip(low, expected, strict=True):
-        assert_same_bits(found, should_be)
+    for emulated, should_be in zip(low, expected, strict=True):
+        assert_same_bits(emulated, should_be)
     assert_same_bits(wide[0], a.float() * b.float())
     assert_same_bits(wide[1], (a * b).float())
     finite = wide.isfinite().all(0)
@@ -95,8 +95,8 @@ def test_arithmetic_in_a_low_dtype_rounds_after_every_operation(dtype: torch.dty
 def test_a_constant_of_a_low_dtype_is_the_nearest(dtype: torch.dtype) -> None:
     x = around(dtype)
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(2))[:20_000]]
-    found = torch.tensor([nearest(value, name_of(dtype)) for value in x.tolist()])
-    assert_same_bits(found, x.to(dtype).float())
+    rounded = torch.tensor([nearest(value, name_of(dtype)) for value in x.tolist()])
+    assert_same_bits(rounded, x.to(dtype).float())
     assert nearest(1e300, name_of(dtype)) == float("inf")
     assert nearest(-1e300, name_of(dtype)) == float("-inf")
 
@@ -223,8 +223,8 @@ def test_an_index_outside_of_a_tile_is_an_error(index: int) -> None:
     x = torch.zeros(8)
     launch(tiles.strays, {}, x, 3)
     assert x.tolist() == [3.0] * 4 + [6.0] * 4
-    found = message_of(IndexError, launch, tiles.strays, {}, x, index)
-    assert found == "strays: an index is outside of the tile tile"
+    message = message_of(IndexError, launch, tiles.strays, {}, x, index)
+    assert message == "strays: an index is outside of the tile tile"
     launch(tiles.strays, {}, x, 0)
 
 
@@ -233,8 +233,8 @@ def test_a_loop_that_runs_past_the_end_of_a_tile_is_an_error() -> None:
     x = torch.zeros(8)
     launch(tiles.sweeps, {"n": 4}, x)
     assert x.tolist() == [3.0] * 4 + [0.0] * 4
-    found = message_of(IndexError, launch, tiles.sweeps, {"n": 5}, x)
-    assert found == "sweeps: an index is outside of the tile tile"
+    message = message_of(IndexError, launch, tiles.sweeps, {"n": 5}, x)
+    assert message == "sweeps: an index is outside of the tile tile"
 
 
 def test_only_an_index_that_may_be_outside_is_checked() -> None:

@@ -85,8 +85,8 @@ REDUCTION: dict[str, Any] = {"scopes": "ff", "dtypes": ("float32", "float32")}
 def test_a_tile_operation_that_a_gpu_has_not_is_refused(
     constants: dict[str, Any], text: str
 ) -> None:
-    found = message_of(ValueError, traced, wrong.tile_operation, **{**PRODUCT, **constants})
-    assert found == text.replace("{}", "a tile")
+    message = message_of(ValueError, traced, wrong.tile_operation, **{**PRODUCT, **constants})
+    assert message == text.replace("{}", "a tile")
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_what_only_looks_like_a_race_is_none() -> None:
     ],
 )
 def test_what_has_no_emulation_says_so(kernel: Any, constants: dict[str, Any], what: str) -> None:
-    found = message_of(NotImplementedError, traced, kernel, **constants)
-    assert found == f"{what} has no emulation on CPU tensors"
+    message = message_of(NotImplementedError, traced, kernel, **constants)
+    assert message == f"{what} has no emulation on CPU tensors"
 
 
 def test_a_name_that_tilelang_does_not_have_is_no_attribute() -> None:
@@ -150,5 +150,5 @@ def test_a_hint_does_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("threads", [0, 48, 2048])
 def test_a_number_of_threads_that_no_gpu_has_is_refused(threads: int) -> None:
-    found = message_of(ValueError, traced, wrong.named, name="sync_threads", threads=threads)
-    assert found == f"T.Kernel: threads={threads}, should be a multiple of 32 up to 1024"
+    message = message_of(ValueError, traced, wrong.named, name="sync_threads", threads=threads)
+    assert message == f"T.Kernel: threads={threads}, should be a multiple of 32 up to 1024"

@@ -102,8 +102,8 @@ def test_an_argument_that_the_kernel_does_not_take_is_an_error(
 
 @needs_compiler
 def test_a_wrong_number_of_arguments_is_an_error() -> None:
-    found = message_of(TypeError, launch, tiny.scaled, CONSTANTS, torch.ones(4, 8))
-    assert found == "scaled: 1 arguments, should be 4: X, Y, scale, rows"
+    message = message_of(TypeError, launch, tiny.scaled, CONSTANTS, torch.ones(4, 8))
+    assert message == "scaled: 1 arguments, should be 4: X, Y, scale, rows"
 
 
 # Launches are noted.

@@ -45,8 +45,8 @@ def test_slots_of_chunks_and_segments_are_enough_for_any_lengths() -> None:
         key = configs.tables.key(CPU, 16, 16, torch.bfloat16)
         row = Row(key, dataclasses.replace(table.SEQUENCE[key], segment=L))
         with configs.tables.using(row):
-            found = make_plan(call)
-        for tokens, room in ((C, found.chunk_slots), (C * L, found.segment_slots)):
+            layout = make_plan(call)
+        for tokens, room in ((C, layout.chunk_slots), (C * L, layout.segment_slots)):
             taken: list[int] = []
             begin = 0
             for n, length in enumerate(lengths):
@@ -59,9 +59,9 @@ def test_slots_of_chunks_and_segments_are_enough_for_any_lengths() -> None:
 def test_boundaries_are_made_once_per_shape() -> None:
     call = Example(B=3, T=5, K=16, V=16).arguments()
     bound = bind(GATED_DELTA, arguments_of(GATED_DELTA, {"backend": "tilelang", **call}))
-    found = plan.cu_of(bound)
-    assert found.tolist() == [0, 5, 10, 15] and found.dtype == torch.int32
-    assert plan.cu_of(bound) is found
+    boundaries = plan.cu_of(bound)
+    assert boundaries.tolist() == [0, 5, 10, 15] and boundaries.dtype == torch.int32
+    assert plan.cu_of(bound) is boundaries
 
 
 # Segments.
@@ -69,9 +69,9 @@ def test_boundaries_are_made_once_per_shape() -> None:
 
 def _segments(**changes: Any) -> int | None:
     """Return the chunks per segment that the rule chooses, or None for one segment."""
-    found = make_plan(meta_call(**(SIZES | changes)))
-    assert found.is_segmented == (found.C * found.L < configs.ONE_SEGMENT)
-    return found.L if found.is_segmented else None
+    layout = make_plan(meta_call(**(SIZES | changes)))
+    assert layout.is_segmented == (layout.C * layout.L < configs.ONE_SEGMENT)
+    return layout.L if layout.is_segmented else None
 
 
 SMALL = Sizes(B=1, T=64, H=1, HV=1, K=128, V=128, N=1)

@@ -87,8 +87,8 @@ def test_the_nvcc_of_a_wheel_is_a_program_in_its_bin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def file(path: str) -> Any:
-        found = tmp_path / path
-        return SimpleNamespace(name=found.name, parent=found.parent, locate=lambda: found)
+        program = tmp_path / path
+        return SimpleNamespace(name=program.name, parent=program.parent, locate=lambda: program)
 
     paths = ["nvidia/cu13/bin/nvcc.profile", "doc/nvcc", "nvidia/cu13/bin/nvcc"]
     monkeypatch.setattr(toolchain.importlib.metadata, "files", lambda name: map(file, paths))
@@ -136,9 +136,9 @@ def test_versions_that_do_not_fit_are_reasons(
         raise toolchain.importlib.metadata.PackageNotFoundError(name)
 
     wanted = ["torch", "apache-tvm-ffi<0.1.13,>=0.1.11", "numpy>=1.23.5"]
-    found = wanted if requires is None else requires
+    installed = wanted if requires is None else requires
     monkeypatch.setattr(toolchain.importlib.metadata, "version", version)
-    monkeypatch.setattr(toolchain.importlib.metadata, "requires", lambda name: found)
+    monkeypatch.setattr(toolchain.importlib.metadata, "requires", lambda name: installed)
     assert toolchain.version_reasons() == expected
 
 

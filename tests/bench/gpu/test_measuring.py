@@ -34,8 +34,8 @@ def device() -> FakeDevice:
 def measure(
     device: FakeDevice, row: GpuRow, *contenders: Contender, seconds: float = 1000.0
 ) -> dict[str, Outcome]:
-    found = measure_row(row, contenders, device, seconds, lambda event: None)
-    return {o.contender: o for o in found}
+    outcomes = measure_row(row, contenders, device, seconds, lambda event: None)
+    return {o.contender: o for o in outcomes}
 
 
 def measure_one(device: FakeDevice, row: GpuRow = FORWARD, **work: Any) -> Outcome:
@@ -46,8 +46,8 @@ def measure_one(device: FakeDevice, row: GpuRow = FORWARD, **work: Any) -> Outco
 def test_a_row_has_every_number_of_everybody(row: GpuRow, device: FakeDevice) -> None:
     events: list[dict[str, Any]] = []
     both = [stand_in("a", device), stand_in("b", device, 4e-3)]
-    found = measure_row(row, both, device, 1000.0, events.append)
-    for o, ms in zip(found, (1.0, 4.0), strict=True):
+    outcomes = measure_row(row, both, device, 1000.0, events.append)
+    for o, ms in zip(outcomes, (1.0, 4.0), strict=True):
         assert (o.status, o.kernel_by, o.samples) == ("measured", "graph", turns.ROUNDS[1])
         assert o.kernel == pytest.approx(ms)
         assert o.wall == o.host == pytest.approx(ms)
@@ -76,9 +76,9 @@ def test_short_work_is_captured_several_times_and_divided(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measuring, "MOST_REPEATS", 4)
-    found = measure(device, FORWARD, stand_in("a", device, 5e-4), stand_in("b", device, 1e-9))
+    outcomes = measure(device, FORWARD, stand_in("a", device, 5e-4), stand_in("b", device, 1e-9))
     assert device.captured == [2, 4]
-    assert found["a"].kernel == pytest.approx(0.5)
+    assert outcomes["a"].kernel == pytest.approx(0.5)
 
 
 def test_a_step_works_on_states_that_are_larger_than_the_cache() -> None:
@@ -90,10 +90,10 @@ def test_a_step_works_on_states_that_are_larger_than_the_cache() -> None:
         assert x.state is not None
         seen.add(x.state.data_ptr())
 
-    found = measure_one(device, STEP, before=look)
+    outcome = measure_one(device, STEP, before=look)
     assert len(seen) == 5
     assert device.captured == [5]
-    assert found.kernel == pytest.approx(1.0), "per step, not per graph"
+    assert outcome.kernel == pytest.approx(1.0), "per step, not per graph"
     device = FakeDevice(l2=1 << 40)
     measure_one(device, STEP, seconds=1.0)
     assert device.captured == [measuring.MOST_COPIES]
@@ -110,11 +110,11 @@ def test_what_cannot_be_captured_is_timed_by_events_and_says_so(device: FakeDevi
 def test_wrong_numbers_have_no_time(device: FakeDevice) -> None:
     wrong = stand_in("wrong", device, change=lambda o: o * 1.1)
     nan = stand_in("nan", device, change=lambda o: o * math.nan)
-    found = measure(device, FORWARD, wrong, nan, stand_in("right", device))
-    assert found["wrong"].status == found["nan"].status == "wrong"
-    assert found["wrong"].kernel is None
-    assert found["wrong"].reason == "o is off by 0.1, more than 0.01: no time is shown"
-    assert found["right"].status == "measured"
+    outcomes = measure(device, FORWARD, wrong, nan, stand_in("right", device))
+    assert outcomes["wrong"].status == outcomes["nan"].status == "wrong"
+    assert outcomes["wrong"].kernel is None
+    assert outcomes["wrong"].reason == "o is off by 0.1, more than 0.01: no time is shown"
+    assert outcomes["right"].status == "measured"
 
 
 def test_an_exception_is_a_row_with_its_text_and_not_the_end(device: FakeDevice) -> None:
@@ -122,10 +122,10 @@ def test_an_exception_is_a_row_with_its_text_and_not_the_end(device: FakeDevice)
         raise NotImplementedError("Triton 3.6 on Hopper\ngets the backward wrong")
 
     fla = stand_in("fla", device, before=fail)
-    found = measure(device, FORWARD, fla, stand_in("b", device))
-    assert found["fla"].status == "failed"
-    assert found["fla"].reason == "NotImplementedError: Triton 3.6 on Hopper"
-    assert found["b"].status == "measured"
+    outcomes = measure(device, FORWARD, fla, stand_in("b", device))
+    assert outcomes["fla"].status == "failed"
+    assert outcomes["fla"].reason == "NotImplementedError: Triton 3.6 on Hopper"
+    assert outcomes["b"].status == "measured"
 
 
 def test_reasons_are_told_without_running(
@@ -140,10 +140,10 @@ def test_reasons_are_told_without_running(
 
 def test_who_comes_after_the_time_is_named(device: FakeDevice) -> None:
     both = (stand_in("slow", device, 50.0), stand_in("late", device))
-    found = measure(device, FORWARD, *both, seconds=60.0)
-    assert found["slow"].status == "measured"
-    assert found["slow"].samples == turns.ROUNDS[0]
-    late = found["late"]
+    outcomes = measure(device, FORWARD, *both, seconds=60.0)
+    assert outcomes["slow"].status == "measured"
+    assert outcomes["slow"].samples == turns.ROUNDS[0]
+    late = outcomes["late"]
     assert (late.status, late.reason) == ("left out", "not measured: time")
 
 
@@ -193,18 +193,18 @@ def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_short_check_passes_a_right_backend(small_calls: None) -> None:
-    found = list(conformance.short_check("torch", "cpu", 100.0))
-    assert all(c.passed for c in found)
-    assert found[-1].examples == found[-1].total == len(conformance.CALLS)
-    assert 0 < found[-1].worst <= 1
+    checks = list(conformance.short_check("torch", "cpu", 100.0))
+    assert all(c.passed for c in checks)
+    assert checks[-1].examples == checks[-1].total == len(conformance.CALLS)
+    assert 0 < checks[-1].worst <= 1
 
 
 def test_the_short_check_stops_at_its_time(small_calls: None) -> None:
     now = iter([0.0, 100.0])
-    found = list(conformance.short_check("torch", "cpu", 10.0, lambda: next(now)))
-    assert [c.passed for c in found] == [True, True]
-    assert (found[-1].examples, found[-1].total) == (1, len(conformance.CALLS))
-    assert found[-1].text == "the time of 10 s was up"
+    checks = list(conformance.short_check("torch", "cpu", 10.0, lambda: next(now)))
+    assert [c.passed for c in checks] == [True, True]
+    assert (checks[-1].examples, checks[-1].total) == (1, len(conformance.CALLS))
+    assert checks[-1].text == "the time of 10 s was up"
 
 
 def test_the_short_check_fails_a_wrong_backend_with_the_call_as_code(
@@ -219,16 +219,16 @@ def test_the_short_check_fails_a_wrong_backend_with_the_call_as_code(
         return out._replace(final_state=out.final_state * 1.5)
 
     monkeypatch.setattr(Torch, "forward", wrong)
-    (found,) = conformance.short_check("torch", "cpu", 10.0)
-    assert not found.passed
-    assert found.text.startswith("WRONG: final_state")
-    assert "print(judge(Example(dtype='bfloat16'" in found.text
+    (check,) = conformance.short_check("torch", "cpu", 10.0)
+    assert not check.passed
+    assert check.text.startswith("WRONG: final_state")
+    assert "print(judge(Example(dtype='bfloat16'" in check.text
 
 
 @pytest.mark.slow
 def test_the_wide_calls_of_the_short_check_are_right() -> None:
-    found = list(conformance.short_check("torch", "cpu", 1e6))
-    assert [c.passed for c in found] == [True] * len(conformance.CALLS)
+    checks = list(conformance.short_check("torch", "cpu", 1e6))
+    assert [c.passed for c in checks] == [True] * len(conformance.CALLS)
 
 
 def test_a_backend_is_asked_only_what_it_can() -> None:

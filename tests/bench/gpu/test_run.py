@@ -171,7 +171,7 @@ def test_a_contender_that_hangs_costs_itself_and_is_left_out_in_the_end(script: 
     everybody = [(row.name, ["triton", "torch", "fla"]) for row in ROWS[:4]]
     assert script.rows() == [*everybody, (ROWS[4].name, ["triton", "torch"])]
     by_row = [{o.contender: o for o in outcomes} for _, outcomes in result.rows]
-    assert all(found["triton"].status == "measured" for found in by_row)
+    assert all(of_row["triton"].status == "measured" for of_row in by_row)
     assert by_row[0]["fla"].status == "failed"
     assert by_row[0]["fla"].reason == "not measured: stopped after 90 s"
     assert by_row[1]["fla"].reason == "not measured: stopped after 45 s"
@@ -294,8 +294,8 @@ def test_the_plan_takes_what_can_run_on_a_gpu_and_says_what_cannot(
 ) -> None:
     answers = {"triton": "package 'triton' is not installed"}
     monkeypatch.setattr(registry, "known_backends", lambda: ["triton", "torch", "naive"])
-    found = registry.get_backend
-    monkeypatch.setattr(registry, "get_backend", lambda n: answers.get(n) or found(n))
+    get_backend = registry.get_backend
+    monkeypatch.setattr(registry, "get_backend", lambda n: answers.get(n) or get_backend(n))
     plan = command.make_plan([], command.PEERS, 450.0)
     assert plan.backends == ("torch",)
     assert plan.left_out == (

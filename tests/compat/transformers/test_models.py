@@ -41,11 +41,11 @@ ALLOWED = 4e-6
 """Largest relative difference to what transformers itself computes in float32."""
 
 
-def assert_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert any("A_log" in name for name in found)
+def assert_gradients(computed: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert computed.keys() == expected.keys()
+    assert any("A_log" in name for name in computed)
     for name, grad in expected.items():
-        assert relative(found[name].double(), grad.double()) < 1e-4, name
+        assert relative(computed[name].double(), grad.double()) < 1e-4, name
 
 
 def padded(lengths: tuple[int, ...], length: int) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -80,9 +80,9 @@ def test_logits_and_gradients_are_those_of_transformers(family: str, backend: st
         assert relative(run(tiny, ids), expected) < ALLOWED
         real = mask.bool()
         assert relative(run(tiny, short, **masked)[real], expected_masked[real]) < ALLOWED
-        found = gradients(tiny, ids)
-    assert_gradients(found, exact)
-    assert relative(all_of(found), all_of(expected_gradients)) < ALLOWED
+        ours = gradients(tiny, ids)
+    assert_gradients(ours, exact)
+    assert relative(all_of(ours), all_of(expected_gradients)) < ALLOWED
     layers = tiny.config.layer_types.count("linear_attention")
     assert used.calls == {(architecture(family), "gated_delta", backend): 3 * layers}
 
@@ -97,9 +97,9 @@ def test_64_greedy_tokens_are_those_of_transformers(family: str, backend: str) -
     ids, tiny = tokens(2, 9), model(family)
     expected = greedy(tiny, ids, 64)
     with accelerate(backend) as used:
-        found = greedy(tiny, ids, 64)
-    assert found.shape == (2, 9 + 64)
-    assert torch.equal(found, expected)
+        ours = greedy(tiny, ids, 64)
+    assert ours.shape == (2, 9 + 64)
+    assert torch.equal(ours, expected)
     layers = tiny.config.layer_types.count("linear_attention")
     key = (architecture(family), "gated_delta_step", backend)
     assert used.calls[key] == 63 * layers
@@ -124,10 +124,10 @@ def test_16_tokens_after_left_padding_are_those_of_transformers_and_of_the_rows(
     ids, mask, rows = padded((9, 5), 9)
     expected = greedy(tiny, ids, 16, attention_mask=mask)
     with accelerate() as used:
-        found = greedy(tiny, ids, 16, attention_mask=mask)
+        ours = greedy(tiny, ids, 16, attention_mask=mask)
         alone = greedy(tiny, rows[1], 16)
-    assert torch.equal(found, expected)
-    assert torch.equal(found[1, 4:], alone[0])
+    assert torch.equal(ours, expected)
+    assert torch.equal(ours[1, 4:], alone[0])
     assert used.calls[architecture(family), "gated_delta_step", "torch"] > 0
 
 
@@ -190,9 +190,9 @@ def test_a_compiled_model_follows_accelerate_and_its_undo() -> None:
         # A graph for each of the three layers; where torch breaks graphs, one may be made again.
         assert used.calls.keys() == {key}
         assert used.calls[key] >= 3
-        found = gradients(graph, ids)
-        found = {name.removeprefix("_orig_mod."): grad for name, grad in found.items()}
-        assert_gradients(found, expected_gradients)
+        grads = gradients(graph, ids)
+        grads = {name.removeprefix("_orig_mod."): grad for name, grad in grads.items()}
+        assert_gradients(grads, expected_gradients)
     traced = dict(used.calls)
     assert relative(run(graph, ids, use_cache=False), expected) < 1e-5
     assert dict(used.calls) == traced

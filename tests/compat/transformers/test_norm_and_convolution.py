@@ -36,8 +36,8 @@ def test_the_norm_is_that_of_transformers(family: str, dtype: torch.dtype) -> No
         expected = layer(x, gate)
         with accelerate() as used:
             assert f"{type(layer).__name__}.forward" in used.replaced
-            found = layer(x, gate)
-    torch.testing.assert_close(found, expected)
+            y = layer(x, gate)
+    torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,8 +59,8 @@ def test_the_convolutions_are_those_of_transformers(family: str, dtype: torch.dt
     with torch.no_grad():
         expected = results()
         with accelerate():
-            found = results()
-    for a, b in zip(found, expected, strict=True):
+            ours = results()
+    for a, b in zip(ours, expected, strict=True):
         assert a.shape == b.shape
         torch.testing.assert_close(a, b)
 
@@ -115,8 +115,8 @@ def test_a_norm_without_an_activation_is_replaced() -> None:
     assert norm.incompatibility_of(Norm) is None
     replacement = norm.gated_norm(Norm.forward)
     expected = layer(x, gate)
-    for found in (replacement(layer, x, gate), replacement(layer, x, gate=gate)):
-        torch.testing.assert_close(found, expected)
+    for y in (replacement(layer, x, gate), replacement(layer, x, gate=gate)):
+        torch.testing.assert_close(y, expected)
     with pytest.raises(TypeError):
         replacement(layer, x)
 
@@ -214,11 +214,11 @@ def test_a_convolution_that_cannot_keep_sequences_apart_refuses_them(options: An
 
 
 def test_a_gpu_keeps_sequences_apart_by_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: set[str] = set()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in found or None)
+    packages: set[str] = set()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in packages or None)
     with pytest.raises(gdn_ops.SpecError):
         packing.check_package("cuda")
-    found.add("causal_conv1d")
+    packages.add("causal_conv1d")
     packing.check_package("cuda")
     with pytest.raises(gdn_ops.SpecError):
         packing.check_package("cpu")

@@ -43,9 +43,9 @@ def test_packed_sequences_are_kept_apart(
     layer, x = packed
     more = {} if cuts is None else {"cu_seq_lens_q": cuts}
     with accelerate(), torch.no_grad():
-        found = layer(x, seq_idx=numbers, **more)
+        y = layer(x, seq_idx=numbers, **more)
         alone = [layer(part) for part in x.split(LENGTHS, 1)]
-    assert relative(found, torch.cat(alone, 1)) < 1e-5
+    assert relative(y, torch.cat(alone, 1)) < 1e-5
 
 
 def test_gradients_of_packed_sequences_are_those_of_each(packed: tuple[Any, Tensor]) -> None:
@@ -53,12 +53,12 @@ def test_gradients_of_packed_sequences_are_those_of_each(packed: tuple[Any, Tens
     weights = torch.randn(x.shape).split(LENGTHS, 1)
     with accelerate():
         y = layer(x.requires_grad_(), seq_idx=NUMBERS)
-        (found,) = torch.autograd.grad(y, x, torch.cat(weights, 1))
+        (d_x,) = torch.autograd.grad(y, x, torch.cat(weights, 1))
         alone = []
         for part, weight in zip(x.detach().split(LENGTHS, 1), weights, strict=True):
             leaf = part.clone().requires_grad_()
             alone += torch.autograd.grad(layer(leaf), leaf, weight)
-    assert relative(found, torch.cat(alone, 1)) < 1e-5
+    assert relative(d_x, torch.cat(alone, 1)) < 1e-5
 
 
 @pytest.mark.parametrize(

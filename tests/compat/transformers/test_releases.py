@@ -130,11 +130,11 @@ def test_what_is_not_known_runs_as_transformers_has_it(loaded: Load) -> None:
     with only(strict=True) as used:
         for more in ({"lower_bound": None}, {"use_cache": True}, {}):
             module.torch_chunk_gated_delta_rule(**arguments, **more)
-        found = module.torch_chunk_gated_delta_rule(**arguments, lower_bound=-0.5)[0]
+        o = module.torch_chunk_gated_delta_rule(**arguments, lower_bound=-0.5)[0]
         positional = module.torch_chunk_gated_delta_rule(
             *arguments.values(), 64, None, False, False, -0.5
         )[0]
-    assert torch.equal(found, expected)
+    assert torch.equal(o, expected)
     assert torch.equal(positional, expected)
     assert used.calls == {
         ("someones_model", "gated_delta", "torch"): 3,

@@ -128,10 +128,10 @@ if "onnx" in export.available_bodies():
 
 
 def test_onnxruntime_runs_the_onnx_body_where_it_is_told_to_take_new_opsets() -> None:
-    found = printed(RUN_ONNX_BODY, ALLOW_RELEASED_ONNX_OPSET_ONLY="0")
-    if not found:
+    result = printed(RUN_ONNX_BODY, ALLOW_RELEASED_ONNX_OPSET_ONLY="0")
+    if not result:
         pytest.skip(why_not("onnx"))
-    assert found == f"ran {len(RULES)}"
+    assert result == f"ran {len(RULES)}"
 
 
 @st.composite
@@ -181,11 +181,11 @@ def assert_close(step: Step, tokens: Any, start: Any, run: Any) -> None:
     size = max([1.0, *(float(x["v"].abs().max()) for x in tokens if x["v"].numel())])
     if start.numel():
         size = max(size, float(start.abs().max())) * (1 + step.K) * len(tokens)
-    for found, own, exact in triples:
-        if not found.size:
-            assert found.shape == tuple(exact.shape)
+    for computed, own, exact in triples:
+        if not computed.size:
+            assert computed.shape == tuple(exact.shape)
             continue
-        error = np.abs(found - exact.numpy()).max()
+        error = np.abs(computed - exact.numpy()).max()
         allowed = 2 * float((own - exact).abs().max()) + 2e-7 * size
         assert error <= allowed, f"{step}: got {error:.3g}, but should be <= {allowed:.3g}"
 

@@ -64,8 +64,8 @@ def test_a_prompt_is_right_in_every_dtype(body: str, dtype: tuple[str, str]) -> 
     skip_without(body, dtype[1])
     for i, rule in enumerate(RULES):
         step = varied(Step(rule, *dtype, qk_l2norm=i % 2 == 0, has_beta=i != 1), i)
-        found = compare(step.prefill_model(body), body, batch=3, tokens=40)
-        assert found.passed, found
+        errors = compare(step.prefill_model(body), body, batch=3, tokens=40)
+        assert errors.passed, errors
 
 
 @pytest.mark.parametrize("rule", RULES)

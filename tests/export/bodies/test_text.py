@@ -70,5 +70,5 @@ def test_a_float32_state_is_never_copied_by_a_cast(body: str) -> None:
         step = Step(state_dtype=state_dtype)
         for model in (step.model(body), step.prefill_model(body)):
             nodes = model.functions[0].node
-            found = [n.op_type for n in nodes if "state" in n.input and "Cast" in n.op_type]
-            assert found == casts
+            readers = [n.op_type for n in nodes if "state" in n.input and "Cast" in n.op_type]
+            assert readers == casts

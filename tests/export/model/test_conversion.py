@@ -36,8 +36,8 @@ def test_a_file_of_an_older_opset_is_converted_for_the_onnx_body(
         assert path.read_bytes() == before
         prompt = step.prefill_model("standard", opset)
         written = prompt.SerializeToString()
-        found = compare(prompt, "onnx", batch=3, tokens=40)
-        assert found.passed, found
+        errors = compare(prompt, "onnx", batch=3, tokens=40)
+        assert errors.passed, errors
         assert prompt.SerializeToString() == written
 
 
@@ -189,8 +189,8 @@ CANNOT: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("name", CANNOT)
 def test_what_cannot_be_converted_for_the_onnx_body_is_refused_with_the_cure(name: str) -> None:
     make, text = CANNOT[name]
-    found = refusal(export.DecodeSession, make(), batch=2, body="onnx")
-    assert found == text or (".+" in text and re.fullmatch(text, found, re.DOTALL))
+    message = refusal(export.DecodeSession, make(), batch=2, body="onnx")
+    assert message == text or (".+" in text and re.fullmatch(text, message, re.DOTALL))
 
 
 @needs_onnx_body

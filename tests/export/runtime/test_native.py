@@ -24,8 +24,8 @@ pytestmark = needs_library
 HEADS = ((1, 1), (2, 2), (2, 4), (2, 6))
 
 
-def assert_equal(found: Any, expected: Any) -> None:
-    for x, y in zip(found, expected, strict=True):
+def assert_equal(computed: Any, expected: Any) -> None:
+    for x, y in zip(computed, expected, strict=True):
         assert np.array_equal(x, y)
 
 
@@ -66,8 +66,8 @@ def _levels() -> list[str]:
         try:
             ort.SessionOptions().register_custom_ops_library(str(ORT_LIBRARY))
         except Exception as error:
-            found = re.search(r"should be one of (.*) on this machine", str(error))
-            return found[1].split(", ") if found else []
+            levels = re.search(r"should be one of (.*) on this machine", str(error))
+            return levels[1].split(", ") if levels else []
     return []
 
 
@@ -105,8 +105,8 @@ def test_every_16_bit_number_comes_back_as_it_was(level: str, narrow: str) -> No
     zero, one = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
     # Nothing is written, and o reads the state as float32.
     o, new_state = node(q=one, k=zero, v=torch.zeros(1, 1, 2**16), beta=zero[0], state=state)
-    for found in (o.flatten(), new_state.flatten()):
-        torch.testing.assert_close(found, state.flatten(), rtol=0, atol=0, equal_nan=True)
+    for copied in (o.flatten(), new_state.flatten()):
+        torch.testing.assert_close(copied, state.flatten(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("narrow", ["float16", "bfloat16"])
@@ -165,8 +165,8 @@ def test_an_infinite_state_gives_what_naive_gives() -> None:
     tensors = node.draw(B=2)
     tensors["state"][0, 0] = torch.inf
     tensors["log_alpha"][0, 0] = -torch.inf
-    found, expected = node(**tensors), node.expected(**tensors)
-    for x, y in zip(found, expected, strict=True):
+    computed, expected = node(**tensors), node.expected(**tensors)
+    for x, y in zip(computed, expected, strict=True):
         assert y.isnan().any()
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, equal_nan=True)
 
@@ -197,8 +197,8 @@ def test_in_place_equals_ping_pong_equals_float64_over_256_steps(types: str) -> 
         expected_o, expected = node.expected(**drawn | {"state": expected})
     assert np.array_equal(one.numpy(), two.numpy())
     limit = {"float32": 1e-6, "float16": 4e-3}[types]
-    for found, wanted in ((one.numpy(), expected), (o_in_place, expected_o)):
-        error = np.abs(found - wanted.numpy()).max() / wanted.abs().max().item()
+    for computed, wanted in ((one.numpy(), expected), (o_in_place, expected_o)):
+        error = np.abs(computed - wanted.numpy()).max() / wanted.abs().max().item()
         assert error <= limit, f"off by {error:.1e}"
 
 

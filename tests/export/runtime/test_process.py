@@ -76,5 +76,5 @@ def test_a_process_without_torch_and_without_this_library_decodes(
             outputs.append(o.numpy())
     saved |= {f"final.{name}": x.numpy() for name, x in zip(names, states, strict=True)}
     np.savez(values, x=torch.stack(xs).numpy(), output=np.stack(outputs), **saved)
-    found = printed(DECODE_WITHOUT_TORCH, path, values)
-    assert found.split()[:2] == ["32", "True"], found
+    results = printed(DECODE_WITHOUT_TORCH, path, values)
+    assert results.split()[:2] == ["32", "True"], results

@@ -71,8 +71,8 @@ def test_a_wrong_input_is_refused_before_onnxruntime_runs(
 def test_inputs_that_are_missing_or_too_many_are_named(
     args: tuple[int, ...], kwargs: dict[str, int], text: str, session: export.DecodeSession
 ) -> None:
-    found = message_of(gdn_ops.SpecTypeError, session.step, *args, **kwargs)
-    assert found == f"DecodeSession.step: {text}"
+    message = message_of(gdn_ops.SpecTypeError, session.step, *args, **kwargs)
+    assert message == f"DecodeSession.step: {text}"
 
 
 @pytest.mark.parametrize(
