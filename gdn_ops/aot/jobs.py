@@ -79,7 +79,7 @@ def compile_ahead(
     unique: dict[Any, Job] = {}
     for sample in samples:
         with recording(target) as launches:
-            # Asked in here, for some reasons hang on the target.
+            # Asked in here, because some reasons depend on the target.
             if reasons_against(backend, sample):
                 continue
             run(backend, sample)
