@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import FunctionType
 from typing import Any, ClassVar
@@ -40,6 +40,7 @@ class Compile(Torch):
     compiler: ClassVar[str] = "inductor"
 
     chunking = CHUNKING
+    chunking_without_gradients: ClassVar[Mapping[str, tuple[int, int]]] = {}
     chunks_to_try = (1,)
 
     def plan(self, call: Call) -> SegmentPlan:
