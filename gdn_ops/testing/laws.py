@@ -25,7 +25,7 @@ from gdn_ops.testing.oracle import Verdict, inner_product, judgement, judgement_
 from gdn_ops.testing.runs import Law, compare, forward, token_slice
 
 _OF_UNIT_KEYS: dict[str, Any] = {"lengths": None, "rule": "gated_delta", "qk_l2norm": False}
-"""What laws change of an example to have rows of `gated_delta` with the keys as they are drawn."""
+"""Change an example to rows of `gated_delta` whose keys stay as they are drawn."""
 
 
 def two_segments_equal_one_run(backend: str, example: Example) -> Verdict:

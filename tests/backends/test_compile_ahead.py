@@ -1,4 +1,4 @@
-"""Kernels compiled without a GPU, by both compilers: what is wrong for one is found."""
+"""Compile kernels without a GPU by both compilers, and find what is wrong for one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BFLOAT16 = {"triton": "bf16", "tilelang": "bfloat16"}
 
 @pytest.fixture(params=HOPPER)
 def name(request: pytest.FixtureRequest) -> str:
-    """A backend whose compiler is installed."""
+    """Return the name of a backend whose compiler is installed."""
     pytest.importorskip(request.param)
     if request.param == "tilelang":
         try:

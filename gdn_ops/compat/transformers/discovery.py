@@ -58,8 +58,7 @@ def known_architectures() -> tuple[str, ...]:
 def _architectures_in(folders: tuple[str, ...]) -> frozenset[str]:
     """Return the model folders whose modeling files name both functions."""
     files = [p for folder in folders for p in Path(folder, "models").glob("*/modeling_*.py")]
+    sources = ((path.parent.name, path.read_bytes()) for path in files)
     return frozenset(
-        path.parent.name
-        for path in files
-        if all(name.encode() in path.read_bytes() for name in FUNCTIONS)
+        folder for folder, source in sources if all(name.encode() in source for name in FUNCTIONS)
     )

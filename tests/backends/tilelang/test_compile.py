@@ -1,4 +1,4 @@
-"""TileLang kernels compiled without a GPU: what is wrong for one is found."""
+"""Compile TileLang kernels without a GPU, and find what is wrong for one."""
 
 from __future__ import annotations
 

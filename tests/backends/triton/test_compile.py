@@ -1,4 +1,4 @@
-"""What Triton compiles without a GPU: as a launch does, and the defaults are right."""
+"""Compile by Triton without a GPU: as a launch does, and with defaults that are right."""
 
 from __future__ import annotations
 
