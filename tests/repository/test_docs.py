@@ -173,6 +173,18 @@ def test_every_section_of_the_mathematics_that_code_cites_exists() -> None:
     assert cited <= set(re.findall(r"^## §(\d) ", page, re.MULTILINE))
 
 
+def test_katex_knows_every_command_of_every_equation() -> None:
+    katex = (ROOT / "docs" / "assets" / "katex" / "katex.min.js").read_text(encoding="utf-8")
+    known = set(re.findall(r"\\\\([A-Za-z]+)", katex))
+    equations = "".join(
+        "".join(re.findall(r"^\$\$\n(.*?)^\$\$$", path.read_text(encoding="utf-8"), re.M | re.S))
+        for path in PAGES
+    )
+    used = set(re.findall(r"\\([A-Za-z]+)", equations)) - {"begin", "end"}
+    assert {"alpha", "top", "text"} <= used
+    assert used - known == set()
+
+
 def test_the_picture_of_the_folders_is_the_folders_in_the_order_of_their_layers() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     picture = page.partition("```text\n")[2].partition("\n```")[0].splitlines()
