@@ -2,6 +2,7 @@
 
 export_decode, export_prefill            a torch module to a model
 make_decode_model, make_prefill_model    a model of one node, without a module
+load_model                               a model from a file, or what is wrong with the file
 set_body                                 exchange the function body of a model's nodes
 DecodeSession                            decode with onnxruntime, states updated in place
 """
@@ -16,6 +17,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from gdn_ops.export.bodies.table import decode_function
+from gdn_ops.export.model.files import load_model
 from gdn_ops.export.model.functions import bodies_of, set_body
 from gdn_ops.export.model.naming import states_of
 from gdn_ops.export.model.nodes import nodes_of
@@ -33,6 +35,7 @@ __all__ = [
     "decode_function",
     "export_decode",
     "export_prefill",
+    "load_model",
     "make_decode_model",
     "make_prefill_model",
     "nodes_of",

@@ -7,7 +7,7 @@ import copy
 from onnx import FunctionProto, ModelProto, helper
 
 from gdn_ops.export.bodies.table import body_of, check_body, decode_function
-from gdn_ops.export.model.nodes import nodes_of, opset_of, own_nodes
+from gdn_ops.export.model.nodes import check_type, nodes_of, opset_of, own_nodes
 from gdn_ops.export.node.attributes import Variant
 from gdn_ops.export.node.schema import DOMAIN, OPERATORS, VERSION, Operator
 
@@ -20,7 +20,7 @@ def set_body(model: ModelProto, body: str | None) -> ModelProto:
 
     Setting the body that is there changes no byte, and neither does setting another one and the
     first one again. The body of a file whose weights lie in another one is set without them:
-    `onnx.load(path, load_external_data=False)`.
+    `load_model` loads it so.
 
     Args:
         model: with nodes of this library; it is not modified.
@@ -30,6 +30,7 @@ def set_body(model: ModelProto, body: str | None) -> ModelProto:
     Raises:
         SpecError: the model has no such node, or the body cannot do what a node asks for.
     """
+    check_type("set_body", model)
     changed = copy.deepcopy(model)
     _drop_functions(changed)
     nodes, opset = nodes_of(changed), opset_of(changed)
@@ -99,4 +100,5 @@ def _drop_functions(model: ModelProto) -> None:
 
 def bodies_of(model: ModelProto) -> tuple[str, ...]:
     """Return the bodies that a model holds for our nodes: none or one, unless it was edited."""
+    check_type("bodies_of", model)
     return tuple(dict.fromkeys(body_of(function) for function in _own_functions(model)))

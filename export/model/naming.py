@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
-from gdn_ops.export.model.nodes import nodes_of, subgraphs
+from gdn_ops.export.model.nodes import check_type, nodes_of, subgraphs
 from gdn_ops.spec.errors import SpecError
 
 Names = tuple[Sequence[str | None], Sequence[str | None]]
@@ -32,10 +32,14 @@ def states_of(model: ModelProto) -> dict[str, str]:
 
     The metadata written at export count; without them, the names that onnxruntime-genai uses,
     `past_key_values.{i}.recurrent_state` and `present.{i}.recurrent_state`.
+
+    Raises:
+        SpecError: the metadata hold something else.
     """
+    check_type("states_of", model)
     written = next((p.value for p in model.metadata_props if p.key == STATES_KEY), None)
     if written is not None:
-        return dict(json.loads(written))
+        return _states_as_written(written)
     outputs = {value.name for value in model.graph.output}
     pairs = {
         value.name: "present." + value.name.removeprefix("past_key_values.")
@@ -43,6 +47,20 @@ def states_of(model: ModelProto) -> dict[str, str]:
         if value.name.startswith("past_key_values.")
     }
     return {name: output for name, output in pairs.items() if output in outputs}
+
+
+def _states_as_written(text: str) -> dict[str, str]:
+    """Return the states that the metadata hold as JSON."""
+    try:
+        states = json.loads(text)
+    except (ValueError, RecursionError):
+        states = None
+    if not (isinstance(states, dict) and all(isinstance(x, str) for x in states.values())):
+        raise SpecError(
+            f"the model's metadata {STATES_KEY!r} hold {text[:60]!r}, should hold an object of "
+            f"names: which output is the next value of which input"
+        )
+    return states
 
 
 def write_states(model: ModelProto, states: Mapping[str, str]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from gdn_ops.export.node.attributes import Attributes, Variant
-from gdn_ops.export.node.schema import DOMAIN, INPUTS, OPERATORS
-from gdn_ops.spec.errors import SpecError
+from gdn_ops.export.node.schema import DOMAIN, ELEMENT_TYPES, INPUTS, OPERATORS
+from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 _STATE = INPUTS.index("state")
 
@@ -55,6 +56,7 @@ def nodes_of(model: ModelProto) -> list[Node]:
     Raises:
         SpecError: there is none, or one of them is not as the schema says.
     """
+    check_type("nodes_of", model)
     protos = list(own_nodes(model.graph.node))
     for function in model.functions:
         if any(own_nodes(function.node)):
@@ -70,6 +72,19 @@ def nodes_of(model: ModelProto) -> list[Node]:
         )
     types = _element_types(model, {proto.input[_STATE] for proto in protos if len(proto.input) > 5})
     return [_read(proto, types) for proto in protos]
+
+
+def check_type(label: str, model: Any) -> None:
+    """Refuse what is no model where a model is given.
+
+    Raises:
+        SpecTypeError: it is none.
+    """
+    if not isinstance(model, ModelProto):
+        raise SpecTypeError(
+            f"{label}: model has type {type(model).__name__}, should be an onnx.ModelProto; "
+            f"gdn_ops.export.load_model reads one from a file"
+        )
 
 
 def all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
@@ -115,7 +130,11 @@ def _element_types(model: ModelProto, names: set[str]) -> Mapping[str, int]:
     """Return the element types of values by name, inferred where the model does not state them."""
     types = _written_types(model)
     if not names <= set(types):
-        types |= _written_types(onnx.shape_inference.infer_shapes(model))
+        # Its errors have no common base but Exception.
+        try:
+            types |= _written_types(onnx.shape_inference.infer_shapes(model))
+        except Exception as error:
+            raise SpecError(f"onnx cannot infer the types of the model: {error}") from error
     return types
 
 
@@ -143,6 +162,11 @@ def _read(proto: NodeProto, types: Mapping[str, int]) -> Node:
             f"value_info: onnx.shape_inference.infer_shapes writes it"
         )
     operator, state_type = OPERATORS[proto.op_type], types[inputs["state"]]
+    if state_type not in ELEMENT_TYPES.values():
+        raise SpecError(
+            f"{label}: the state {inputs['state']!r} has ONNX element type {state_type}, should "
+            f"be one of {', '.join(ELEMENT_TYPES)}"
+        )
     attributes.check(label, operator)
     is_double = state_type == TensorProto.DOUBLE
     variant = Variant(

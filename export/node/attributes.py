@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from onnx import NodeProto, helper
+from onnx import AttributeProto, NodeProto, helper
 
 from gdn_ops.export.node.schema import ATTRIBUTES, Operator
 from gdn_ops.spec.errors import SpecError
@@ -28,16 +28,25 @@ class Attributes:
         """Return the attributes of a node in a model.
 
         Raises:
-            SpecError: one is missing.
+            SpecError: one is missing, has another type, or the scale is not finite.
         """
-        given = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
-        missing = [name for name in ATTRIBUTES if name not in given]
-        if missing:
-            raise SpecError(f"{label}: attribute {missing[0]} is missing, should be written")
-        values = {name: given[name] for name in ATTRIBUTES}
-        return cls(
-            **values | {"rule": values["rule"].decode(), "qk_l2norm": bool(values["qk_l2norm"])}
-        )
+        given = {a.name: a for a in proto.attribute}
+        values: dict[str, Any] = {}
+        for name, kind in ATTRIBUTES.items():
+            if name not in given:
+                raise SpecError(f"{label}: attribute {name} is missing, should be written")
+            attribute = given[name]
+            if attribute.type != kind:
+                types = AttributeProto.AttributeType
+                got = types.Name(attribute.type) if attribute.type in types.values() else "unknown"
+                raise SpecError(
+                    f"{label}: attribute {name} has type {got}, should be {types.Name(kind)}"
+                )
+            values[name] = helper.get_attribute_value(attribute)
+        if not math.isfinite(values["scale"]):
+            raise SpecError(f"{label}: scale is {values['scale']}, should be a finite number")
+        values["rule"] = values["rule"].decode(errors="replace")
+        return cls(**values | {"qk_l2norm": bool(values["qk_l2norm"])})
 
     def as_onnx(self) -> dict[str, Any]:
         """Return the attributes as ONNX writes them: it has no booleans."""

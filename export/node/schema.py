@@ -25,7 +25,14 @@ VERSION = 1
 
 INPUTS = ("q", "k", "v", "log_alpha", "beta", "state")
 OUTPUTS = ("o", "new_state")
-ATTRIBUTES = ("num_qk_heads", "num_v_heads", "scale", "rule", "qk_l2norm")
+ATTRIBUTES = {
+    "num_qk_heads": onnx.AttributeProto.INT,
+    "num_v_heads": onnx.AttributeProto.INT,
+    "scale": onnx.AttributeProto.FLOAT,
+    "rule": onnx.AttributeProto.STRING,
+    "qk_l2norm": onnx.AttributeProto.INT,
+}
+"""Names and types of the attributes, all of which are always written."""
 
 ELEMENT_TYPES = {
     "float64": onnx.TensorProto.DOUBLE,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,13 @@ from onnx import TensorProto, helper
 from gdn_ops.export.runtime.sessions import onnxruntime
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.language import printed_shape
+
+_ELEMENT_TYPES = {
+    f"tensor({name.lower()})": kind
+    for name, kind in TensorProto.DataType.items()
+    if name not in ("UNDEFINED", "STRING")
+}
+"""ONNX element types by onnxruntime's names of tensors of them, such as tensor(float)."""
 
 _ALIGNMENT = 64
 """Bytes of a cache line, and of the widest vector: without it every load of a row takes two."""
@@ -69,11 +77,20 @@ def ports_of(session: Any, batch: int) -> tuple[dict[str, Port], dict[str, Port]
     symbols: dict[str, str] = {}
 
     def port(value: Any) -> Port:
+        if value.type not in _ELEMENT_TYPES:
+            raise SpecError(
+                f"DecodeSession: {value.name} is a {value.type}, should be a tensor of numbers"
+            )
         for axis, size in enumerate(value.shape):
             if not isinstance(size, int):
                 symbols.setdefault(str(size), f"{value.name} has it in axis {axis}")
         shape = tuple(size if isinstance(size, int) else batch for size in value.shape)
-        return Port(value.name, _element_type(value.type), shape, tuple(map(str, value.shape)))
+        if any(size < 0 for size in shape):
+            raise SpecError(
+                f"DecodeSession: {value.name} has shape {shape}, should have sizes of 0 and more"
+            )
+        symbolic = tuple(map(str, value.shape))
+        return Port(value.name, _ELEMENT_TYPES[value.type], shape, symbolic)
 
     inputs = {value.name: port(value) for value in session.get_inputs()}
     outputs = {value.name: port(value) for value in session.get_outputs()}
@@ -86,10 +103,29 @@ def ports_of(session: Any, batch: int) -> tuple[dict[str, Port], dict[str, Port]
     return inputs, outputs
 
 
-def _element_type(name: str) -> int:
-    """Return the ONNX element type of a name of onnxruntime's, such as tensor(float)."""
-    inner = name.removeprefix("tensor(").removesuffix(")")
-    return int(TensorProto.DataType.Value(inner.upper()))
+def check_memory(ports: Sequence[Port], copies: int) -> None:
+    """Check that buffers for all ports, `copies` of each, can fit into this machine.
+
+    Raises:
+        SpecError: they take more than its memory.
+    """
+    sizes = {port.name: math.prod(port.shape) * port.dtype.itemsize for port in ports}
+    needed, here = copies * sum(sizes.values()), _memory()
+    if needed > here:
+        largest = max(ports, key=lambda port: sizes[port.name])
+        raise SpecError(
+            f"DecodeSession: {largest.name} has shape {largest.shape}, and all buffers take "
+            f"{needed / 2**30:.4g} GiB, should take at most the {here / 2**30:.4g} GiB of this "
+            f"machine: take a smaller batch, or look at the sizes with gdn-ops export --inspect"
+        )
+
+
+def _memory() -> int:
+    """Return the bytes of memory that this machine has; 1 TiB where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**40
 
 
 class Buffer:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import ModelProto
 
 from gdn_ops.export.model.conversion import with_body
+from gdn_ops.export.model.files import about_file, load_model
 from gdn_ops.export.model.naming import states_of
 from gdn_ops.export.model.nodes import nodes_of, opset_of
-from gdn_ops.export.runtime.buffers import Buffer, Port, Results, ports_of
-from gdn_ops.export.runtime.sessions import CUSTOM, choose_body, open_session
+from gdn_ops.export.runtime.buffers import Buffer, Port, Results, check_memory, ports_of
+from gdn_ops.export.runtime.sessions import CUSTOM, choose_body, open_session, refusal_to_run
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 Array = np.ndarray[Any, Any]
@@ -64,7 +64,7 @@ class DecodeSession:
         Raises:
             SpecError: an argument is wrong, the model is none that decodes, or the installed
                 onnx or onnxruntime is too old for the body.
-            BackendUnsupportedError: onnxruntime does not take the model.
+            BackendUnsupportedError: onnxruntime does not take the model; it is a SpecError too.
             ModuleNotFoundError: onnxruntime is not installed.
         """
         _check_count("batch", batch, 0)
@@ -73,7 +73,9 @@ class DecodeSession:
         model, folder = _loaded(model_or_path)
         self.batch = batch
         has_library = custom_op_library is not None
-        chosen = choose_body(nodes_of(model), body, has_library, opset_of(model))
+        with about_file(model_or_path):
+            nodes = nodes_of(model)
+        chosen = choose_body(nodes, body, has_library, opset_of(model))
         if chosen is not None and batch < chosen.min_rows:
             raise SpecError(
                 f"DecodeSession: batch is {batch}, should be at least {chosen.min_rows} for body "
@@ -81,17 +83,19 @@ class DecodeSession:
                 f"body='standard'"
             )
         self.body = CUSTOM if chosen is None else chosen.name
-        model = with_body(model, None if chosen is None else chosen.name, "DecodeSession")
-        self._ort = open_session(model, folder, threads, custom_op_library)
-        inputs, outputs = ports_of(self._ort, batch)
-        states = states_of(model)
-        self._check_states(states, inputs, outputs)
+        copies = 1 if in_place else 2
+        with about_file(model_or_path):
+            model = with_body(model, None if chosen is None else chosen.name, "DecodeSession")
+            self._ort = open_session(model, folder, threads, custom_op_library)
+            inputs, outputs = ports_of(self._ort, batch)
+            states = states_of(model)
+            self._check_states(states, inputs, outputs)
+            check_memory([*inputs.values(), *outputs.values()], copies)
         written = set(states.values())
         self._inputs = {p.name: Buffer(p) for p in inputs.values() if p.name not in states}
         # What a step looks at, in few places: it runs cold after the pass over the states.
         self._taken = tuple((b.array, b.shape, b.dtype, b) for b in self._inputs.values())
         self._ports = [port for port in outputs.values() if port.name not in written]
-        copies = 1 if in_place else 2
         # What is read next is at [turn % copies].
         self._states = {name: [Buffer(inputs[name]) for _ in range(copies)] for name in states}
         self._memories = {id(buffer.memory) for buffer in self._inputs.values()}
@@ -153,6 +157,8 @@ class DecodeSession:
         Raises:
             SpecError: an input is missing, unknown, or has another shape or dtype; the states
                 have not changed.
+            BackendUnsupportedError: onnxruntime fails, as on a damaged model; states may be half
+                updated. It is a SpecError too.
         """
         if kwargs or len(args) != len(self._taken):
             args = self._in_order(args, kwargs)
@@ -176,7 +182,10 @@ class DecodeSession:
                 break
         else:
             results = self._new_results()
-        self._ort.run_with_iobinding(results.bindings[self._turn])
+        try:
+            self._ort.run_with_iobinding(results.bindings[self._turn])
+        except Exception as error:
+            raise refusal_to_run(error) from error
         self._turn = (self._turn + 1) % self._copies
         return results.given()
 
@@ -264,9 +273,5 @@ def _loaded(model_or_path: ModelProto | str | os.PathLike[str]) -> tuple[ModelPr
         raise SpecTypeError(
             f"DecodeSession: model_or_path has type {kind}, should be a path or an onnx.ModelProto"
         )
-    path = Path(model_or_path)
-    if not path.is_file():
-        raise SpecError(
-            f"DecodeSession: model_or_path is {str(path)!r}, should be an existing file"
-        )
-    return onnx.load(path, load_external_data=False), path.absolute().parent
+    model = load_model(model_or_path, label="DecodeSession: model_or_path")
+    return model, Path(model_or_path).absolute().parent

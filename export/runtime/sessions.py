@@ -25,6 +25,11 @@ from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
 
 logger = logging.getLogger("gdn_ops")
 
+
+class ModelRefusedError(SpecError, BackendUnsupportedError):
+    """Report a model that onnxruntime does not take, or that it cannot run."""
+
+
 CUSTOM = "custom"
 """The body of a session whose kernel a custom-op library brings."""
 
@@ -199,7 +204,7 @@ def open_session(
 
     Raises:
         SpecError: the library cannot be loaded.
-        BackendUnsupportedError: onnxruntime does not take the model.
+        ModelRefusedError: onnxruntime does not take the model.
     """
     runtime = onnxruntime()
     options = runtime.SessionOptions()
@@ -234,9 +239,15 @@ def open_session(
         cure = _cure_of_opset(model)
         if custom_op_library is not None and not cure:
             cure = "; the library has no kernel for these types: leave custom_op_library out"
-        raise BackendUnsupportedError(
+        raise ModelRefusedError(
             f"onnxruntime {runtime.__version__} does not take the model: {str(error).strip()}{cure}"
         ) from error
+
+
+def refusal_to_run(error: Exception) -> ModelRefusedError:
+    """Return the error of a run that failed in onnxruntime."""
+    version = onnxruntime().__version__
+    return ModelRefusedError(f"onnxruntime {version} cannot run the model: {str(error).strip()}")
 
 
 def _with_absolute_weights(model: ModelProto, folder: Path) -> ModelProto | None:
