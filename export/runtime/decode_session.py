@@ -83,14 +83,23 @@ class DecodeSession:
                 f"body='standard'"
             )
         self.body = CUSTOM if chosen is None else chosen.name
-        copies = 1 if in_place else 2
         with about_file(model_or_path):
             model = with_body(model, None if chosen is None else chosen.name, "DecodeSession")
             self._ort = open_session(model, folder, threads, custom_op_library)
             inputs, outputs = ports_of(self._ort, batch)
             states = states_of(model)
             self._check_states(states, inputs, outputs)
-            check_memory([*inputs.values(), *outputs.values()], copies)
+            check_memory([*inputs.values(), *outputs.values()], 1 if in_place else 2)
+        self._hold(states, inputs, outputs, 1 if in_place else 2)
+
+    def _hold(
+        self,
+        states: dict[str, str],
+        inputs: Mapping[str, Port],
+        outputs: Mapping[str, Port],
+        copies: int,
+    ) -> None:
+        """Make the buffers of inputs and states; a state has one or two that take turns."""
         written = set(states.values())
         self._inputs = {p.name: Buffer(p) for p in inputs.values() if p.name not in states}
         # What a step looks at, in few places: it runs cold after the pass over the states.
