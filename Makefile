@@ -7,6 +7,7 @@
 #   make lock                 refresh constraints.txt and show what changed
 #   make versions             the tests with other versions of torch, transformers, onnx, ...
 #   make versions CELL='triton-3.6 transformers-*'     some of them
+#   make pages                the pages of docs/ that are made from the code
 #   make native               the custom-op library for onnxruntime (ORT_INCLUDE=<its headers>)
 #
 # torch is installed first and once, if none is there. Which build is up to you:
@@ -37,7 +38,7 @@ CONSTRAINTS := $(VENV)/constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv lock test check static pytest versions demo fuzz bench docs native wheel clean distclean
+.PHONY: venv lock test check static pytest versions demo fuzz bench docs pages native wheel clean distclean
 
 venv: $(STAMP)
 
@@ -73,6 +74,9 @@ versions: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet
+
+pages: $(STAMP)
+	$(BIN)/python docs/generate.py
 
 demo: $(STAMP)
 	$(BIN)/gdn-ops demo

@@ -1,15 +1,19 @@
-"""Build hooks: pages and tables that are made from the code, so that they cannot go stale.
+"""Build hooks: what the site has beside the files of this folder as they lie.
 
-Generated pages: one per op, from its spec and `examples/`; the contributing guide and the
-changelog, from the files at the repository's root. `<!-- laws -->`, `<!-- mutants -->` and
-`<!-- bodies -->` in a page become tables.
+The contributing guide and the changelog stand at the repository's root; the reference's part of
+the navigation follows from the public names; `<!-- laws -->`, `<!-- mutants -->` and
+`<!-- bodies -->` in a page become tables. Pages that are made of the code are written by
+generate.py, and committed.
 """
 
 from __future__ import annotations
 
 import html
+import re
+import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -24,19 +28,24 @@ def _prefer_this_checkout() -> None:
         sys.path.insert(0, str(ROOT))
 
 
-def generated_pages() -> dict[str, str]:
-    """Return the generated pages, Markdown by path."""
-    _prefer_this_checkout()
-    from gdn_ops.spec import docs
-    from gdn_ops.spec.ops import OPS
-
+def root_pages() -> dict[str, str]:
+    """Return the pages whose files stand at the repository's root, Markdown by path in the site."""
     pages = {}
-    for op in OPS:
-        examples = ROOT / "docs" / "examples" / f"{op.name}.md"
-        pages[f"ops/{op.name}.md"] = f"{docs.page(op)}\n{examples.read_text(encoding='utf-8')}"
     for name in ("CONTRIBUTING", "CHANGELOG"):
-        pages[f"{name.lower()}.md"] = (ROOT / f"{name}.md").read_text(encoding="utf-8")
+        text = (ROOT / f"{name}.md").read_text(encoding="utf-8")
+        pages[f"{name.lower()}.md"] = text.replace("](docs/", "](")
     return pages
+
+
+def reference_pages() -> list[dict[str, list[Any]]]:
+    """Return the navigation of the API reference: a section per module, a page per public name."""
+    _prefer_this_checkout()
+    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    sections = []
+    for module in generate["MODULES"]:
+        pages = [{x.name: x.path} for x in generate["public_names"]() if x.module == module]
+        sections.append({module: [f"reference/{module}/index.md", *pages]})
+    return sections
 
 
 def laws_table() -> str:
@@ -71,6 +80,8 @@ def bodies_table() -> str:
     return bodies_table()
 
 
+ROOT_LINK = re.compile(r"\]\(\.\./((?:\.\./)*)(CONTRIBUTING|CHANGELOG)\.md")
+
 TABLES = {
     "<!-- laws -->": laws_table,
     "<!-- mutants -->": mutants_table,
@@ -78,16 +89,23 @@ TABLES = {
 }
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add the pages of public names to the group of the reference."""
+    for group in config.nav or ():
+        group.get("Reference", []).extend(reference_pages())
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages."""
-    for path, text in generated_pages().items():
+    """Add the pages whose files stand at the repository's root."""
+    for path, text in root_pages().items():
         files.append(File.generated(config, path, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in the tables."""
+    """Fill in the tables, and let links to files at the root lead to their pages."""
     for mark, table in TABLES.items():
         if mark in markdown:
             markdown = markdown.replace(mark, table())
-    return markdown
+    return ROOT_LINK.sub(lambda link: f"]({link[1]}{link[2].lower()}.md", markdown)

@@ -21,6 +21,13 @@ from gdn_ops.nn.gated_delta_net import run_rule
 from gdn_ops.nn.gates import gate
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
+__all__ = [
+    "chunk_gated_delta_rule",
+    "chunk_gdn",
+    "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gdn",
+]
+
 
 def chunk_gated_delta_rule(
     q: Tensor,

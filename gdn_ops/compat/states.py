@@ -22,6 +22,8 @@ from torch import Tensor
 
 from gdn_ops.spec.errors import SpecError
 
+__all__ = ["gate_from", "gate_to", "state_from", "state_to"]
+
 
 class Layout(NamedTuple):
     """Describe how another library lays out states and decay gates.
@@ -84,7 +86,7 @@ def gate_from(layout: str, gate: Tensor) -> dict[str, Tensor]:
 
     Args:
         layout: a name out of LAYOUTS.
-        gate: α or log α, whichever that library uses, of any shape.
+        gate: (...), α or log α, whichever that library uses.
 
     Returns:
         {"alpha": gate} or {"log_alpha": gate}.
@@ -110,8 +112,8 @@ def gate_to(layout: str, alpha: Tensor | None = None, *, log_alpha: Tensor | Non
 
     Args:
         layout: a name out of LAYOUTS.
-        alpha: the gate in [0, 1].
-        log_alpha: the gate in [-inf, 0]; exactly one of the two.
+        alpha: (...), the gate in [0, 1].
+        log_alpha: (...), the gate in [-inf, 0]; exactly one of the two.
 
     Returns:
         α or log α; log 0 is -inf.

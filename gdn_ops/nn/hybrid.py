@@ -204,7 +204,18 @@ class HybridLM(nn.Module):
     def hidden(
         self, tokens: Tensor, state: Sequence[LayerState] | None = None
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
-        """Return the hidden vectors that `logits` reads, (B, T, hidden_size), and the states."""
+        """Return the hidden vectors that `logits` reads, and the states.
+
+        Args:
+            tokens: (B, T) integers.
+            state: what an earlier call returned, or None to start.
+
+        Returns:
+            (B, T, hidden_size), and the state of every layer.
+
+        Raises:
+            SpecError: a shape does not fit, or there are not as many states as layers.
+        """
         if tokens.dim() != 2:
             _fail(f"tokens has shape {tuple(tokens.shape)}, should be (B, T)")
         if state is not None and len(state) != len(self.blocks):
@@ -216,7 +227,14 @@ class HybridLM(nn.Module):
         return self.norm(x), tuple(after)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return the logits (..., vocab_size) of hidden vectors that `hidden` returned."""
+        """Return the logits of hidden vectors.
+
+        Args:
+            x: (..., hidden_size), as `hidden` returned it.
+
+        Returns:
+            (..., vocab_size).
+        """
         return functional.linear(x, self.embedding.weight)
 
     @torch.no_grad()

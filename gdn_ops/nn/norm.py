@@ -161,7 +161,7 @@ class GatedRMSNorm(nn.Module):
 
         Args:
             x: (..., width), any float dtype.
-            z: like x, or None for no gate.
+            z: (..., width) like x, or None for no gate.
 
         Returns:
             Like x.

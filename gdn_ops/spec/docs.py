@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from gdn_ops.spec.language import Attr, OpSpec, TensorArg
 
 _RETURNS = {
@@ -19,6 +21,45 @@ _RETURNS = {
         "float32. With inplace=True state is the given tensor. To go back to after n tokens, take",
         "states[:, n - 1]. It is meant for a few tokens, up to 8; gated_delta is for more.",
     ),
+}
+
+_EXAMPLES = {
+    "gated_delta": """
+>>> import torch
+>>> from gdn_ops import gated_delta
+>>> B, T, H, HV, K, V = 1, 100, 2, 4, 16, 32
+>>> q, k = torch.randn(2, B, T, H, K)
+>>> v = torch.randn(B, T, HV, V)
+>>> alpha, beta = torch.rand(2, B, T, HV)
+>>> o, state = gated_delta(q, k, v, alpha, beta, qk_l2norm=True, return_state=True)
+>>> o.shape, state.shape
+(torch.Size([1, 100, 4, 32]), torch.Size([1, 4, 16, 32]))
+""",
+    "gated_delta_step": """
+>>> import torch
+>>> from gdn_ops import gated_delta_step
+>>> B, H, HV, K, V = 1, 2, 4, 16, 32
+>>> q, k = torch.randn(2, B, H, K)
+>>> v = torch.randn(B, HV, V)
+>>> alpha, beta = torch.rand(2, B, HV)
+>>> state = torch.zeros(B, HV, K, V)
+>>> o, state = gated_delta_step(q, k, v, alpha, beta, state, qk_l2norm=True, inplace=True)
+>>> o.shape, state.shape
+(torch.Size([1, 4, 32]), torch.Size([1, 4, 16, 32]))
+""",
+    "gated_delta_steps": """
+>>> import torch
+>>> from gdn_ops import gated_delta_steps
+>>> B, T, H, HV, K, V = 1, 4, 2, 4, 16, 32
+>>> q, k = torch.randn(2, B, T, H, K)
+>>> v = torch.randn(B, T, HV, V)
+>>> alpha, beta = torch.rand(2, B, T, HV)
+>>> state = torch.zeros(B, HV, K, V)
+>>> draft = q, k, v, alpha, beta, state
+>>> o, state, states = gated_delta_steps(*draft, qk_l2norm=True, return_states=True)
+>>> o.shape, states.shape
+(torch.Size([1, 4, 4, 32]), torch.Size([1, 4, 4, 16, 32]))
+""",
 }
 
 _RAISES = (
@@ -63,13 +104,23 @@ def docstring(spec: OpSpec) -> str:
     lines += [f"    {name}: {when}" for name, when in _RAISES]
     lines += ["", "Source:"]
     lines += [f"    {source}" for source in spec.sources]
+    lines += ["", "Example:"]
+    lines += [f"    {line}" for line in _EXAMPLES[spec.name].strip().splitlines()]
     return "\n".join(lines) + "\n"
+
+
+def tex(equation: str) -> str:
+    """Return an equation of a spec in TeX, aligned at its "="."""
+    named = re.sub(r"\b(alpha|beta)_", r"\\\1_", equation.replace("^T", r"^\top"))
+    return named.replace("scale ", "s \\, ").replace(" = ", " &= ", 1)
 
 
 def page(spec: OpSpec) -> str:
     """Return the Markdown page of an op."""
     lines = [f"# `{spec.name}`", "", spec.summary, "", "```text", *_signature(spec), "```", ""]
-    lines += ["## What it computes", "", "```text", *spec.equations, "```", ""]
+    lines += ["## What it computes", "", "$$", "\\begin{aligned}"]
+    lines += [f"{tex(equation)} \\\\" for equation in spec.equations]
+    lines += ["\\end{aligned}", "$$", ""]
     lines += ["## Arguments", "", "| argument | shape | dtype | domain | meaning |"]
     lines += ["|---|---|---|---|---|"]
     for arg in spec.args:

@@ -184,6 +184,7 @@ GATED_DELTA = OpSpec(
     cost=CostModel(forward_flops, forward_bytes, state_bytes),
     cases=CASES,
 )
+"""The specification of `gated_delta` as a value: arguments, rules, equations, cost, workloads."""
 
 _ALPHA_1, _BETA_1, _LOG_ALPHA_1 = _gates("B HV")
 
@@ -212,6 +213,7 @@ GATED_DELTA_STEP = replace(
     cost=CostModel(step_flops, step_bytes, state_bytes),
     cases=STEP_CASES,
 )
+"""The specification of `gated_delta_step` as a value."""
 
 GATED_DELTA_STEPS = replace(
     GATED_DELTA_STEP,
@@ -252,5 +254,6 @@ GATED_DELTA_STEPS = replace(
     ),
     cases=STEPS_CASES,
 )
+"""The specification of `gated_delta_steps` as a value."""
 
 OPS = (GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS)

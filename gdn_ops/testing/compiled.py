@@ -10,6 +10,8 @@ from typing import Any
 
 from gdn_ops.spec.rules import Limits
 
+__all__ = ["COMPILED", "per_shape", "per_width"]
+
 ShapeClass = Mapping[str, Any]
 """Fields of an example that are not drawn."""
 

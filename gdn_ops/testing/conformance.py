@@ -26,6 +26,16 @@ from gdn_ops.testing.oracle import Verdict, judge
 from gdn_ops.testing.runs import Check, Law, installed
 from gdn_ops.testing.strategies import calls
 
+__all__ = [
+    "CheckReport",
+    "CheckRow",
+    "ConformanceError",
+    "Subject",
+    "check",
+    "run_subject",
+    "subjects",
+]
+
 EXAMPLES_PER_ROUND = 10
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from gdn_ops.spec.docs import tex
 from gdn_ops.spec.language import Attr, OpSpec, TensorArg
 
 _SCHEMA = re.compile(r"^[\w:.]*\((?P<arguments>.*)\) -> (?P<outputs>.*)$")
@@ -164,8 +165,10 @@ def _check_documentation(spec: OpSpec, documentation: str) -> Iterable[str]:
             _entries(documentation, "rule")
         ):
             yield f"rule {rule.name!r} is missing"
-    lines = {line.strip() for line in documentation.splitlines()}
-    yield from (f"equation {text!r} is missing" for text in spec.equations if text not in lines)
+    lines = {line.strip().removesuffix(r" \\") for line in documentation.splitlines()}
+    for text in spec.equations:
+        if not {text, tex(text)} & lines:
+            yield f"equation {text!r} is missing"
 
 
 def _entries(documentation: str, name: str) -> list[str]:

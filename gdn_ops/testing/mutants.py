@@ -19,6 +19,8 @@ from gdn_ops.testing.compiled import COMPILED
 from gdn_ops.testing.runs import installed
 from gdn_ops.torch_ops import eager
 
+__all__ = ["MUTATIONS", "mutant"]
+
 Mutation = Callable[[Backend, Call], tuple[Tensor, Tensor]]
 """A function from a backend and a call of `gated_delta` to wrong (o, final_state)."""
 

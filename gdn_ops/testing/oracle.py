@@ -33,6 +33,8 @@ from torch import Tensor
 from gdn_ops.call.numerics import compute_dtype
 from gdn_ops.testing.example import Example, Results, run
 
+__all__ = ["Verdict", "judge"]
+
 CHUNK = 64
 """The longest chunk that the band allows for."""
 
