@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, Never, overload
 
 from torch import Tensor
 
 from gdn_ops.call.bind import Arguments, Tokens, arguments_of, bind
+from gdn_ops.call.pointers import refuse_unknown
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.explain import Explanation, explain_call
 from gdn_ops.environment import certificate as certificate  # registers its veto
 from gdn_ops.spec.docs import docstring
-from gdn_ops.spec.errors import SpecError
+from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
 from gdn_ops.torch_ops import eager, tracing
@@ -71,7 +72,10 @@ def gated_delta(
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
+    **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    if unknown:
+        refuse_unknown(GATED_DELTA, unknown)
     tokens, start = eager.autocast(Tokens(q, k, v, alpha, log_alpha, beta), initial_state)
     arguments = Arguments(
         tokens,
@@ -107,7 +111,10 @@ def gated_delta_step(
     state_indices: Tensor | None = None,
     inplace: bool = False,
     backend: str = "auto",
+    **unknown: Never,
 ) -> tuple[Tensor, Tensor]:
+    if unknown:
+        refuse_unknown(GATED_DELTA_STEP, unknown)
     tokens, start = eager.autocast(Tokens(q, k, v, alpha, log_alpha, beta), state)
     arguments = Arguments(
         tokens,
@@ -177,7 +184,10 @@ def gated_delta_steps(
     inplace: bool = False,
     return_states: bool = False,
     backend: str = "auto",
+    **unknown: Never,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    if unknown:
+        refuse_unknown(GATED_DELTA_STEPS, unknown)
     tokens, start = eager.autocast(Tokens(q, k, v, alpha, log_alpha, beta), state)
     arguments = Arguments(
         tokens,
@@ -217,6 +227,13 @@ def explain(*args: Any, op: str | Callable[..., Any] = "gated_delta", **kwargs: 
     Raises:
         SpecError: the call breaks the spec, or there is no such op.
         TypeError: the op has no such argument.
+
+    Example:
+        >>> import torch
+        >>> from gdn_ops import explain
+        >>> q = torch.randn(1, 100, 4, 16)
+        >>> explain(q, q, q, rule="linear", backend="torch").backend
+        'torch'
     """
     if args and callable(args[0]) and not isinstance(args[0], Tensor):
         op, *args = args  # type: ignore[assignment]
@@ -224,8 +241,13 @@ def explain(*args: Any, op: str | Callable[..., Any] = "gated_delta", **kwargs: 
     if name not in _FUNCTIONS:
         raise SpecError(f"explain: op is {name!r}, should be one of {', '.join(_FUNCTIONS)}")
     spec, function = _FUNCTIONS[name]
+    unknown = [key for key in kwargs if key not in {arg.name for arg in spec.args}]
     try:
+        if unknown:
+            refuse_unknown(spec, unknown)
         named = inspect.signature(function).bind(*args, **kwargs).arguments
+    except SpecTypeError as error:
+        raise SpecTypeError(f"explain: {error}; op= says which op is called") from None
     except TypeError as error:
         raise TypeError(f"explain: {name}: {error}; op= says which op is called") from None
     arguments = arguments_of(spec, named)
@@ -244,3 +266,7 @@ _FUNCTIONS: dict[str, tuple[OpSpec, Callable[..., Any]]] = {
 
 for _spec, _function in _FUNCTIONS.values():
     _function.__doc__ = docstring(_spec)
+    # Arguments that an op does not have are taken only to be refused.
+    _signature = inspect.signature(_function)
+    _own = [p for p in _signature.parameters.values() if p.name != "unknown"]
+    _function.__signature__ = _signature.replace(parameters=_own)  # type: ignore[attr-defined]

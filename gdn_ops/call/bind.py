@@ -291,7 +291,7 @@ def _check_values(spec: OpSpec, arguments: Arguments, sizes: Sizes) -> None:
             fail(spec, f"{arg.name} has values in {values}, should be in {domain}{hint}")
     boundaries = arguments.cu_seqlens
     if boundaries is not None:
-        _check_boundaries(spec, boundaries.tolist(), sizes.T)
+        _check_boundaries(spec, boundaries.tolist(), sizes)
     slots, pool = arguments.state_indices, arguments.state
     if slots is not None and pool is not None:
         _check_slots(spec, slots.tolist(), pool.shape[0])
@@ -304,7 +304,7 @@ def _digits(value: float, domain: Interval) -> str:
     return next(t for t in texts if (domain.low <= float(t) <= domain.high) == inside)
 
 
-def _check_boundaries(spec: OpSpec, boundaries: list[int], tokens: int) -> None:
+def _check_boundaries(spec: OpSpec, boundaries: list[int], sizes: Sizes) -> None:
     if boundaries[0] != 0:
         fail(spec, f"cu_seqlens starts with {boundaries[0]}, should start with 0")
     for i in range(1, len(boundaries)):
@@ -314,8 +314,10 @@ def _check_boundaries(spec: OpSpec, boundaries: list[int], tokens: int) -> None:
                 f"cu_seqlens decreases at index {i} ({boundaries[i - 1]} to {boundaries[i]}), "
                 f"should be non-decreasing",
             )
-    if boundaries[-1] != tokens:
-        fail(spec, f"cu_seqlens ends with {boundaries[-1]}, should end with T = {tokens}")
+    if boundaries[-1] != sizes.T:
+        is_turned = boundaries[-1] == sizes.H
+        hint = "; q looks like (B, H, T, K): q.transpose(1, 2) turns it" if is_turned else ""
+        fail(spec, f"cu_seqlens ends with {boundaries[-1]}, should end with T = {sizes.T}{hint}")
 
 
 def _check_slots(spec: OpSpec, slots: list[int], count: int) -> None:

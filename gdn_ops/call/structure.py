@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from gdn_ops.call.layouts import Given, layout_hint
 from gdn_ops.call.numerics import compute_dtype
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.language import Attr, OpSpec, Sizes, TensorArg, printed_shape
@@ -167,9 +168,9 @@ def _check_tensors(spec: OpSpec, arguments: Arguments) -> Sizes:
                 f"the device of q",
             )
         axes = _axes_of(spec, arg, arguments)
-        _check_shape(spec, arg.name, axes, value, bound)
+        _check_shape(spec, arg.name, axes, arguments, bound)
         if arg.name == "cu_seqlens":
-            _bind_sequences(spec, value, bound)
+            _bind_sequences(spec, arguments, bound)
     for axis in spec.axes:
         size, holder = bound.get(axis.name, (axis.minimum, ""))
         if axis.minimum and size < axis.minimum:
@@ -180,7 +181,7 @@ def _check_tensors(spec: OpSpec, arguments: Arguments) -> Sizes:
             fail(
                 spec,
                 f"{constraint.holder} has {constraint.axis}={count} {constraint.meaning}, "
-                f"should be a multiple of {constraint.of}={of}",
+                f"should be a multiple of {constraint.of}={of}{_layout_hint(spec, arguments)}",
             )
     sizes = {name: bound[name][0] for name in bound if name not in ("N+1", "P")}
     sizes.setdefault("T", 1)
@@ -220,11 +221,11 @@ def _check_shape(
     spec: OpSpec,
     name: str,
     axes: tuple[str, ...],
-    value: Tensor,
+    arguments: Arguments,
     bound: dict[str, tuple[int, str]],
 ) -> None:
     """Check rank and sizes of one tensor; axes not seen before are bound to its sizes."""
-    shape = value.shape
+    shape = arguments.value(spec.tensor[name].field).shape
     if len(shape) != len(axes):
         fail(
             spec,
@@ -244,8 +245,19 @@ def _check_shape(
         fail(
             spec,
             f"{name} has shape {tuple(shape)}, should be {printed_shape(axes)} = {should}; "
-            f"{reasons}",
+            f"{reasons}{_layout_hint(spec, arguments)}",
         )
+
+
+def _layout_hint(spec: OpSpec, arguments: Arguments) -> str:
+    """Return which tensors of a call look as if they had axes in another order, as a text."""
+    given: dict[str, Given] = {}
+    for arg in spec.binding_order:
+        value = arguments.value(arg.field)
+        if isinstance(value, Tensor):
+            axes = next((s.axes for s in arg.shapes if len(s.axes) == value.dim()), arg.axes)
+            given[arg.name] = Given(axes, tuple(value.shape))
+    return layout_hint(spec, given)
 
 
 def _axes_of(spec: OpSpec, arg: TensorArg, arguments: Arguments) -> tuple[str, ...]:
@@ -260,10 +272,12 @@ def _axes_of(spec: OpSpec, arg: TensorArg, arguments: Arguments) -> tuple[str, .
     fail(spec, f"{arg.name} has shape {tuple(shape)}, should be {should}")
 
 
-def _bind_sequences(spec: OpSpec, cu_seqlens: Tensor, bound: dict[str, tuple[int, str]]) -> None:
+def _bind_sequences(spec: OpSpec, arguments: Arguments, bound: dict[str, tuple[int, str]]) -> None:
     """Bind N = len(cu_seqlens) - 1 and check that the packed batch has one row."""
+    cu_seqlens = arguments.value("cu_seqlens")
     if cu_seqlens.shape[0] < 1:
         fail(spec, "cu_seqlens is empty, should be 0, ..., T")
     if bound["B"][0] != 1:
-        fail(spec, f"q has B={bound['B'][0]} rows, should be 1 when cu_seqlens is given")
+        hint = _layout_hint(spec, arguments)
+        fail(spec, f"q has B={bound['B'][0]} rows, should be 1 when cu_seqlens is given{hint}")
     bound["N"] = (cu_seqlens.shape[0] - 1, "cu_seqlens")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gdn_ops.call.bind import Call
+from gdn_ops.call.layouts import layout_notes
 from gdn_ops.dispatch.backend import installed_version
 from gdn_ops.dispatch.order import order_for
 from gdn_ops.dispatch.registry import (
@@ -50,6 +51,7 @@ class Explanation:
         backend: the backend that would run, or None.
         reasons: (backend, reasons against it) in the order of preference.
         pinned: whether the call names its backend.
+        notes: what is allowed, and looks like a mistake.
     """
 
     op: str
@@ -57,6 +59,7 @@ class Explanation:
     backend: str | None
     reasons: tuple[tuple[str, tuple[str, ...]], ...]
     pinned: bool = False
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         width = max((len(name) for name, _ in self.reasons), default=0)
@@ -70,6 +73,7 @@ class Explanation:
             is_pinned = any(not against for _, against in self.reasons)
             who = "the pinned backend cannot" if is_pinned else "no backend can"
             lines.append(f"{who} run this call")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -94,11 +98,18 @@ def explain_call(call: Call, name: str = "auto") -> Explanation:
         if not against and chosen is None and name in ("auto", candidate):
             chosen = candidate
         rows.append((candidate, tuple(against)))
-    return Explanation(call.op.name, call.describe(), chosen, tuple(rows), name != "auto")
+    notes = layout_notes(call.sizes)
+    return Explanation(call.op.name, call.describe(), chosen, tuple(rows), name != "auto", notes)
 
 
 def list_backends() -> tuple[BackendInfo, ...]:
-    """Return every known backend with its version, limits and status on this machine."""
+    """Return every known backend with its version, limits and status on this machine.
+
+    Example:
+        >>> from gdn_ops import list_backends
+        >>> [backend.name for backend in list_backends() if backend.name == "torch"]
+        ['torch']
+    """
     return tuple(_info(name) for name in known_backends())
 
 

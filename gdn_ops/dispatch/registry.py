@@ -51,6 +51,15 @@ def register_backend(cls: type[Backend]) -> type[Backend]:
     Raises:
         TypeError: `cls` is no Backend subclass with a name and limits.
         ValueError: another class has the name already.
+
+    Example:
+        >>> from gdn_ops import Backend, Limits, list_backends, register_backend
+        >>> @register_backend
+        ... class Mine(Backend):
+        ...     name = "mine"
+        ...     limits = Limits(devices=("cpu",))
+        >>> "mine" in [info.name for info in list_backends()]
+        True
     """
     if not (isinstance(cls, type) and issubclass(cls, Backend)):
         raise TypeError(f"{cls!r} is not a subclass of gdn_ops.Backend")
@@ -313,6 +322,14 @@ class use_backend:  # noqa: N801  (reads as a verb, like torch.no_grad)
 
     Raises:
         SpecError: no backend has that name.
+
+    Example:
+        >>> import torch
+        >>> from gdn_ops import explain, use_backend
+        >>> q = torch.randn(1, 100, 4, 16)
+        >>> with use_backend("naive"):
+        ...     explain(q, q, q, rule="linear").backend
+        'naive'
     """
 
     def __init__(self, name: str) -> None:

@@ -48,7 +48,8 @@ BAD_SHAPES = [
         sequence,
         "initial_state",
         (2, 8, 6, 16),
-        "(N, HV, K, V) = (2, 8, 16, 6); K is fixed by q, V is fixed by v",
+        "(N, HV, K, V) = (2, 8, 16, 6); K is fixed by q, V is fixed by v; initial_state "
+        "looks like (N, HV, V, K): initial_state.transpose(-1, -2) turns it",
     ),
     (sequence, "initial_state", (3, 8, 16, 6), "(N, HV, K, V) = (2, 8, 16, 6); N is fixed by q"),
     (token, "q", (2, 1, 4, 16), "(B, H, K): 3 dimensions, not 4"),
@@ -59,7 +60,8 @@ BAD_SHAPES = [
         token,
         "state",
         (2, 8, 6, 16),
-        "(B, HV, K, V) = (2, 8, 16, 6); K is fixed by q, V is fixed by v",
+        "(B, HV, K, V) = (2, 8, 16, 6); K is fixed by q, V is fixed by v; state looks like "
+        "(B, HV, V, K): state.transpose(-1, -2) turns it",
     ),
     (token, "state", (8, 16, 6), "(B, HV, K, V): 4 dimensions, not 3"),
     (pool, "state", (5, 1, 16, 6), "(P, HV, K, V) = (5, 8, 16, 6); HV is fixed by v"),

@@ -232,7 +232,8 @@ def test_explain_is_told_the_op_by_its_function_or_its_name() -> None:
     [
         (
             TypeError,
-            "gated_delta: got an unexpected keyword argument 'state'; op= says which op is called",
+            "gated_delta: got an unknown argument 'state', should be initial_state; op= says which "
+            "op is called",
             (),
             draft(),
         ),
