@@ -89,7 +89,7 @@ def _draw(model: ModelProto, batch: int, tokens: int) -> dict[str, Tensor]:
         kind = value.type.tensor_type
         sizes = [d.dim_value for d in kind.shape.dim if not d.dim_param]
         shape = [batch, *([] if value.name == state_name else [tokens]), *sizes]
-        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         if value.name == "k":
             x = torch.nn.functional.normalize(x, dim=-1)
         elif value.name == "log_alpha":

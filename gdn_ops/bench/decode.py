@@ -251,7 +251,9 @@ def measure(
     result.checks += _check(model, case, batch, library)
     sizes = Sizes(batch, 1, heads, heads, width, width, batch)
     x = make_step_inputs(sizes, torch.float32).map(torch.Tensor.contiguous)
-    state = torch.randn(batch, heads, width, width, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    made: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    state = torch.randn(batch, heads, width, width, generator=generator, **made)
     feeds = [y.numpy() for y in x.operands()]
     others = [*_own_ways(model, batch, feeds, library), *_torch_ways(x, state)]
     if "ort" in _bodies():

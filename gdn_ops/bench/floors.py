@@ -50,10 +50,13 @@ def measure_rates(dtype: torch.dtype, device: str = "cpu", repeats: int = 10) ->
     kind = device.partition(":")[0]
     n = _SQUARE.get(kind, _SQUARE["cpu"])
     batch = n * n // 16384
-    square = torch.randn(n, n, device=device).to(dtype)
-    small = torch.randn(batch, 128, 128, device=device).to(dtype)
+    square = torch.randn(n, n, dtype=torch.float32, device=device).to(dtype)
+    small = torch.randn(batch, 128, 128, dtype=torch.float32, device=device).to(dtype)
     source = torch.ones(_COPY_BYTES.get(kind, _COPY_BYTES["cpu"]), dtype=torch.uint8, device=device)
-    target, state = torch.empty_like(source), torch.ones((2 << 20) // 4, device=device)
+    target, state = (
+        torch.empty_like(source),
+        torch.ones((2 << 20) // 4, dtype=torch.float32, device=device),
+    )
     out, small_out = torch.empty_like(square), torch.empty_like(small)
     with torch.no_grad():
         timing = interleave(

@@ -121,10 +121,10 @@ class _Drawing:
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.device)
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, device=self.device)
+        return torch.rand(shape, generator=self.generator, dtype=torch.float32, device=self.device)
 
 
 def find_case(name: str) -> Case:
@@ -171,7 +171,11 @@ def make_kernel_inputs(
     log_alpha = functional.logsigmoid(draw.normal(*tokens, s.HV)) / 16
     log_alpha[..., ::4] = 0
     beta = torch.sigmoid(draw.normal(*tokens, s.HV))
-    bounds = None if lengths is None else torch.tensor((0, *accumulate(lengths)), device=device)
+    bounds = (
+        None
+        if lengths is None
+        else torch.tensor((0, *accumulate(lengths)), dtype=torch.int64, device=device)
+    )
     return Inputs(q.to(dtype), k.to(dtype), v.to(dtype), log_alpha, beta, state, bounds)
 
 

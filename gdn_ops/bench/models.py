@@ -112,7 +112,7 @@ def build(shape: Shape) -> Any:
 def prompt(shape: Shape) -> Tensor:
     """Return the tokens of the prompt, (1, T)."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(1, shape.vocabulary, (1, shape.tokens), generator=generator)
+    return torch.randint(1, shape.vocabulary, (1, shape.tokens), generator=generator, device="cpu")
 
 
 def way(name: str) -> AbstractContextManager[Any]:

@@ -125,7 +125,7 @@ def _timed_steps(x: Inputs, case: Case, steps: dict[str, Step], s: Setting) -> d
     sizes = case.sizes
     generator = torch.Generator(s.device).manual_seed(2)
     shape = (sizes.B, sizes.HV, sizes.K, sizes.V)
-    start = torch.randn(shape, generator=generator, device=s.device)
+    start = torch.randn(shape, generator=generator, dtype=torch.float32, device=s.device)
     exact = define_step(replace(x, state=start))
     states = {name: start.clone() for name in steps}
     for name, step in steps.items():

@@ -140,7 +140,7 @@ def _call(
 def _step_actions(backend: Backend, case: Case, setting: Setting) -> Found:
     """Check the candidates for a step; yield those that pass."""
     s = case.sizes
-    start = torch.randn(s.B, s.HV, s.K, s.V, device=setting.device)
+    start = torch.randn(s.B, s.HV, s.K, s.V, dtype=torch.float32, device=setting.device)
     x = replace(make_step_inputs(s, setting.torch_dtype, setting.device), state=start)
     exact = define_step(x)
     space = candidates(backend, _bound(GATED_DELTA_STEP, x, inplace=True))

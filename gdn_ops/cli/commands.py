@@ -121,7 +121,7 @@ def check(
     if importlib.util.find_spec("hypothesis") is None:
         fail("check needs the testing extra: pip install 'gdn_ops[testing]'")
     try:
-        torch.empty(0, device=device or "cpu")
+        torch.empty(0, dtype=torch.float32, device=device or "cpu")
     except (RuntimeError, AssertionError) as error:
         fail(f"device {device!r} is not available: {str(error).splitlines()[0]}")
     console = Console()

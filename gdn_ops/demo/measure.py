@@ -132,7 +132,7 @@ def reset_effect(
     memory: Memory, x: Tensor, cuts: tuple[int, ...], backend: str = "auto"
 ) -> ResetEffect:
     """Compare a memory that is cleared at every boundary with one that is not."""
-    soon = torch.zeros(len(x) - 1, dtype=torch.bool)
+    soon = torch.zeros(len(x) - 1, dtype=torch.bool, device="cpu")
     for cut in cuts:
         soon[cut : cut + AFTER] = True
     rates, leaks = [], []

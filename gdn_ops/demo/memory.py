@@ -80,7 +80,7 @@ def make_memory(
     generator = torch.Generator().manual_seed(0)
 
     def signs(*shape: int) -> Tensor:
-        return torch.randint(0, 2, shape, generator=generator).float() * 2 - 1
+        return torch.randint(0, 2, shape, generator=generator, device="cpu").float() * 2 - 1
 
     table = signs(len(contexts), max(contexts), 256, key_width)
     return Memory(contexts, table, signs(256, value_width) / value_width**0.5)
@@ -122,7 +122,7 @@ def operands(memory: Memory, x: Tensor, resets: tuple[int, ...] = ()) -> Operand
     """
     # The empty context before the first byte is n zero bytes.
     phi = features(memory, torch.cat((x.new_zeros(1), x)))
-    alpha = torch.full((1, len(x), memory.heads), DECAY)
+    alpha = torch.full((1, len(x), memory.heads), DECAY, dtype=torch.float32, device="cpu")
     alpha[:, list(resets)] = 0.0
     v = memory.codes[x].unsqueeze(1).expand(-1, memory.heads, -1)
     return Operands(phi[None, 1:], phi[None, :-1], v[None].contiguous(), alpha)
@@ -170,7 +170,7 @@ def continue_text(
     """
     recent = x[-max(memory.contexts) - 1 :]
     added, outputs, byte = [], [], first
-    alpha = torch.full((1, memory.heads), DECAY)
+    alpha = torch.full((1, memory.heads), DECAY, dtype=torch.float32, device="cpu")
     for _ in range(count):
         recent = torch.cat((recent, recent.new_tensor([byte])))
         phi = features(memory, recent)

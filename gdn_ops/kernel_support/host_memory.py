@@ -40,7 +40,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 def settle_allocator() -> None:
     """Make glibc's malloc keep temporaries of up to 31 MiB on its heap; once per process."""
     if sys.platform == "linux":
-        torch.empty(31 << 20, dtype=torch.uint8)
+        torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -133,7 +133,7 @@ class _Blocked(torch.autograd.Function):
             window = operands.window(start, stop)
             d_p = d_y[:, start:stop].to(dtype)
             if ctx.silu:
-                p = torch.empty(d_p.shape, dtype=dtype)
+                p = torch.empty(d_p.shape, dtype=dtype, device=d_p.device)
                 operands.convolve(window, p)
                 d_p = torch.ops.aten.silu_backward(d_p, p)
             if needed[1]:

@@ -34,13 +34,13 @@ def gate(a: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
 
 def draw_A_log(heads: int, device: torch.device | str | None = None) -> Tensor:
     """Draw A_log = log A with A ~ U(0, 16), (heads,) float32; never log 0."""
-    A = torch.empty(heads, device=device).uniform_(0, LARGEST_A)
+    A = torch.empty(heads, dtype=torch.float32, device=device).uniform_(0, LARGEST_A)
     return A.clamp_(min=torch.finfo(torch.float32).tiny).log_()
 
 
 def draw_dt_bias(heads: int, device: torch.device | str | None = None) -> Tensor:
     """Draw dt_bias with softplus(dt_bias) log-uniform in DT_RANGE, (heads,) float32."""
     low, high = (math.log(x) for x in DT_RANGE)
-    dt = torch.empty(heads, device=device).uniform_(low, high).exp_()
+    dt = torch.empty(heads, dtype=torch.float32, device=device).uniform_(low, high).exp_()
     # softplus⁻¹(dt) = log(eᵈᵗ − 1) = dt + log(1 − e⁻ᵈᵗ)
     return dt + torch.log(-torch.expm1(-dt))

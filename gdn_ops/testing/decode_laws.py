@@ -79,7 +79,9 @@ class _Decoding:
             state = state.to(getattr(torch, example.state_dtype))
         device = tokens["v"].device
         if example.slots is None:
-            return _Decoding(example, tokens, state, None, torch.ones(example.B).bool().to(device))
+            return _Decoding(
+                example, tokens, state, None, torch.ones(example.B, dtype=torch.bool, device=device)
+            )
         slots = torch.tensor(example.slots, dtype=torch.int64, device=device)
         for name in ("q", "k", "v"):
             tokens[name][slots < 0] = torch.nan

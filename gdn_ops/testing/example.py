@@ -161,14 +161,14 @@ class _Drawing:
         self.wide = compute_dtype(self.dtype)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64, device="cpu")
 
     def pick(self, values: tuple[float, ...], shape: tuple[int, ...]) -> Tensor:
-        index = torch.randint(len(values), shape, generator=self.generator)
-        return torch.tensor(values, dtype=torch.float64)[index]
+        index = torch.randint(len(values), shape, generator=self.generator, device="cpu")
+        return torch.tensor(values, dtype=torch.float64, device="cpu")[index]
 
     def arguments(self) -> dict[str, Any]:
         e, s = self.example, self.example.sizes
@@ -188,7 +188,11 @@ class _Drawing:
             state = self.normal(s.N, s.HV, s.K, s.V)
             arguments["initial_state"] = state.to(self.wide).to(e.device)
         if e.lengths is not None:
-            arguments["cu_seqlens"] = torch.tensor((0, *e.lengths)).cumsum(0).to(e.device)
+            arguments["cu_seqlens"] = (
+                torch.tensor((0, *e.lengths), dtype=torch.int64, device="cpu")
+                .cumsum(0)
+                .to(e.device)
+            )
         return arguments | {
             "rule": e.rule,
             "qk_l2norm": e.qk_l2norm,
@@ -203,7 +207,7 @@ class _Drawing:
         if e.keys == "parallel":
             keys = self.normal(s.B, 1, s.H, s.K) + 1e-3 * keys
         elif e.keys == "repeated":
-            index = torch.randint(3, (s.T,), generator=self.generator)
+            index = torch.randint(3, (s.T,), generator=self.generator, device="cpu")
             keys = self.normal(s.B, 3, s.H, s.K)[:, index]
         return functional.normalize(keys, dim=-1)
 
@@ -220,8 +224,8 @@ class _Drawing:
                 self.pick((0.0, 0.0, 1.0, 1 - 2**-24, 1e-30), shape),
             ),
             "strong": lambda: torch.exp(-20 - uniform),
-            "one": lambda: torch.ones(shape, dtype=torch.float64),
-            "zero": lambda: torch.zeros(shape, dtype=torch.float64),
+            "one": lambda: torch.ones(shape, dtype=torch.float64, device="cpu"),
+            "zero": lambda: torch.zeros(shape, dtype=torch.float64, device="cpu"),
         }
         return kinds[self.example.gate]()
 

@@ -168,7 +168,9 @@ def a_rotation_changes_no_output(backend: str, example: Example) -> Verdict:
     example = replace(example, lengths=None, initial_state=True, dtype=_wide(example))
     arguments = example.arguments()
     generator = torch.Generator().manual_seed(example.seed)
-    square = torch.randn(example.K, example.K, generator=generator, dtype=torch.float64)
+    square = torch.randn(
+        example.K, example.K, generator=generator, dtype=torch.float64, device="cpu"
+    )
     omega = torch.linalg.qr(square)[0].to(arguments["q"])
     turned = dict(arguments)
     for name in ("q", "k"):
@@ -274,7 +276,9 @@ def orthogonal_keys_need_no_correction(backend: str, example: Example) -> Verdic
     changes: dict[str, Any] = {"T": tokens, "initial_state": False, "dtype": _wide(example)}
     example = replace(example, **_OF_UNIT_KEYS, **changes)
     arguments = example.arguments()
-    keys = torch.eye(example.K)[:tokens, None].expand(example.B, tokens, example.H, example.K)
+    keys = torch.eye(example.K, dtype=torch.float32, device="cpu")[:tokens, None].expand(
+        example.B, tokens, example.H, example.K
+    )
     arguments["k"] = keys.to(arguments["k"])
     rules = ("gated_delta", "gated")
     with_erase, without = (forward(arguments | {"rule": rule}, backend) for rule in rules)

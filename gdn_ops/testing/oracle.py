@@ -102,7 +102,7 @@ def _moved(arguments: dict[str, Any], seed: int, inner: float) -> dict[str, Any]
     moved = dict(arguments)
     for name, x in arguments.items():
         if isinstance(x, Tensor) and x.is_floating_point():
-            signs = torch.randint(2, x.shape, generator=generator)
+            signs = torch.randint(2, x.shape, generator=generator, device="cpu")
             noise = signs.to(torch.float64) * 2 - 1
             stored = arguments["q"].dtype if name.endswith("state") else x.dtype
             size = unit_roundoff(stored) + (0 if name == "alpha" else inner)

@@ -261,5 +261,5 @@ def _tiles(size: int) -> int:
     """Return the address of this thread's memory for the tiles of one program."""
     memory = getattr(_memory, "tiles", None)
     if memory is None or memory.numel() < size + 64:
-        memory = _memory.tiles = torch.empty(size + 64, dtype=torch.uint8)
+        memory = _memory.tiles = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
     return (memory.data_ptr() + 63) & ~63

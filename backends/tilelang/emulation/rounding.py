@@ -80,7 +80,7 @@ def lowered(function: Any) -> tuple[Any, list[str]]:
 
 def nearest(value: float, dtype: str) -> float:
     """Return the value of a low dtype that is nearest to a float, ties to even."""
-    return float(torch.tensor(value, dtype=torch.float64).to(getattr(torch, dtype)))
+    return float(torch.tensor(value, dtype=torch.float64, device="cpu").to(getattr(torch, dtype)))
 
 
 def _call(dtype: str, name: str, *arguments: Any) -> Any:

@@ -70,7 +70,7 @@ def incompatibility_of(cls: type[nn.Module]) -> str | None:
     with plain_torch():
         try:
             norm: Any = cls(4, eps=0.5)
-            norm.weight.copy_(torch.arange(1.0, 5.0))
+            norm.weight.copy_(torch.arange(1.0, 5.0, dtype=torch.float32, device="cpu"))
         except Exception as error:
             return f"{cls.__name__} cannot be tried: {type(error).__name__}: {error}"
         x, gate = drawn((3, 4), (3, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ ALLOWED = 1e-4
 def drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
     """Return a tensor of normal numbers for each shape, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+    made: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    return [torch.randn(shape, generator=generator, **made) for shape in shapes]
 
 
 @contextlib.contextmanager
