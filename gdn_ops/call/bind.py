@@ -291,7 +291,12 @@ def _check_values(spec: OpSpec, arguments: Arguments, sizes: Sizes) -> None:
             fail(spec, f"{arg.name} has values in {values}, should be in {domain}{hint}")
     boundaries = arguments.cu_seqlens
     if boundaries is not None:
-        _check_boundaries(spec, boundaries.tolist(), sizes)
+        places = boundaries.tolist()
+        fault = fault_of_boundaries(places, sizes.T)
+        if fault is not None:
+            is_turned = places[0] == 0 and places[-1] == sizes.H
+            hint = "; q looks like (B, H, T, K): q.transpose(1, 2) turns it" if is_turned else ""
+            fail(spec, fault + hint)
     slots, pool = arguments.state_indices, arguments.state
     if slots is not None and pool is not None:
         _check_slots(spec, slots.tolist(), pool.shape[0])
@@ -304,20 +309,21 @@ def _digits(value: float, domain: Interval) -> str:
     return next(t for t in texts if (domain.low <= float(t) <= domain.high) == inside)
 
 
-def _check_boundaries(spec: OpSpec, boundaries: list[int], sizes: Sizes) -> None:
+def fault_of_boundaries(boundaries: list[int], tokens: int) -> str | None:
+    """Return what is wrong with the boundaries of packed sequences of so many tokens, or None."""
     if boundaries[0] != 0:
-        fail(spec, f"cu_seqlens starts with {boundaries[0]}, should start with 0")
+        is_lengths = sum(boundaries) == tokens
+        hint = "; lengths become boundaries as 0 and their running sums" if is_lengths else ""
+        return f"cu_seqlens starts with {boundaries[0]}, should start with 0{hint}"
     for i in range(1, len(boundaries)):
         if boundaries[i] < boundaries[i - 1]:
-            fail(
-                spec,
+            return (
                 f"cu_seqlens decreases at index {i} ({boundaries[i - 1]} to {boundaries[i]}), "
-                f"should be non-decreasing",
+                f"should be non-decreasing"
             )
-    if boundaries[-1] != sizes.T:
-        is_turned = boundaries[-1] == sizes.H
-        hint = "; q looks like (B, H, T, K): q.transpose(1, 2) turns it" if is_turned else ""
-        fail(spec, f"cu_seqlens ends with {boundaries[-1]}, should end with T = {sizes.T}{hint}")
+    if boundaries[-1] != tokens:
+        return f"cu_seqlens ends with {boundaries[-1]}, should end with T = {tokens}"
+    return None
 
 
 def _check_slots(spec: OpSpec, slots: list[int], count: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from gdn_ops.nn.attention import KeyValueRing, SlidingWindowAttention
 from gdn_ops.nn.convolution import ShortConvolution
+from gdn_ops.nn.decay_groups import optimizer_groups, parameters_without_weight_decay
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
-from gdn_ops.nn.gates import gate
+from gdn_ops.nn.gates import DecayGate, gate
 from gdn_ops.nn.hybrid import PAPER, HybridLM
 from gdn_ops.nn.norm import GatedRMSNorm
 from gdn_ops.nn.state import State
@@ -13,6 +14,7 @@ from gdn_ops.nn.weights import from_fla, from_transformers
 
 __all__ = [
     "PAPER",
+    "DecayGate",
     "GatedDeltaNet",
     "GatedRMSNorm",
     "HybridLM",
@@ -23,4 +25,6 @@ __all__ = [
     "from_fla",
     "from_transformers",
     "gate",
+    "optimizer_groups",
+    "parameters_without_weight_decay",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gdn_ops.nn.state import made_in
 from gdn_ops.spec.errors import SpecError
 
 ROPE_BASE = 10000.0
@@ -33,6 +34,9 @@ class KeyValueRing(NamedTuple):
     keys: Tensor
     values: Tensor
     tokens: Tensor
+
+
+torch.serialization.add_safe_globals([KeyValueRing])
 
 
 def rotate(x: Tensor, positions: Tensor, base: float = ROPE_BASE) -> Tensor:
@@ -98,10 +102,12 @@ class SlidingWindowAttention(nn.Module):
 
     def zero_state(self, rows: int) -> KeyValueRing:
         """Return the empty ring, before any token."""
-        weight = self.o_proj.weight
-        empty = weight.new_zeros(rows, self.num_heads, self.window, self.head_dim)
-        tokens = torch.zeros((), dtype=torch.int64, device=weight.device)
-        return KeyValueRing(empty, empty, tokens)
+        return self._empty_ring(rows, *made_in(self.o_proj, self))
+
+    def _empty_ring(self, rows: int, dtype: torch.dtype, device: torch.device) -> KeyValueRing:
+        shape = (rows, self.num_heads, self.window, self.head_dim)
+        empty = torch.zeros(shape, dtype=dtype, device=device)
+        return KeyValueRing(empty, empty, torch.zeros((), dtype=torch.int64, device=device))
 
     def forward(self, x: Tensor, state: KeyValueRing | None = None) -> tuple[Tensor, KeyValueRing]:
         """Attend within whole sequences, or continue them by any number of tokens.
@@ -121,7 +127,7 @@ class SlidingWindowAttention(nn.Module):
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        ring = self.zero_state(x.shape[0]) if state is None else state
+        ring = self._empty_ring(x.shape[0], k.dtype, k.device) if state is None else state
         positions = ring.tokens + torch.arange(x.shape[1], device=x.device)
         q, k = (rotate(y, positions, self.rope_base) for y in (q, k))
         written = self._write(ring, k, v, positions)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from gdn_ops.nn.blocks import runs_in_blocks
 from gdn_ops.nn.causal import causal_convolution, convolved_window
+from gdn_ops.nn.packing import check_boundaries, check_lengths
 from gdn_ops.spec.errors import SpecError
 
 
@@ -55,7 +56,8 @@ class ShortConvolution(nn.Module):
 
     def zero_state(self, rows: int) -> Tensor:
         """Return the state before any token: (rows, channels, kernel_size - 1)."""
-        return self.weight.new_zeros(rows, self.channels, self.kernel_size - 1)
+        shape = (rows, self.channels, self.kernel_size - 1)
+        return torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device)
 
     def forward(
         self,
@@ -76,7 +78,11 @@ class ShortConvolution(nn.Module):
 
         Returns:
             y like x, and the state after the last token of every sequence.
+
+        Raises:
+            SpecError: a shape or a value does not fit.
         """
+        self._check(x, state, lengths, cu_seqlens)
         if cu_seqlens is not None:
             return self._packed(x, state, cu_seqlens)
         reach, tokens = self.kernel_size - 1, x.shape[1]
@@ -90,6 +96,37 @@ class ShortConvolution(nn.Module):
             last = window.gather(1, index[..., None].expand(-1, -1, self.channels))
         # A copy: a view would keep the whole window alive.
         return self._convolve(window), last.mT.contiguous()
+
+    def _check(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> None:
+        owner = "ShortConvolution"
+        if x.dim() != 3 or x.shape[2] != self.channels:
+            raise SpecError(
+                f"{owner}: x has shape {tuple(x.shape)}, should be (B, T, channels) with "
+                f"channels = {self.channels}"
+            )
+        rows = x.shape[0]
+        if cu_seqlens is not None:
+            if lengths is not None:
+                raise SpecError(
+                    f"{owner}: lengths and cu_seqlens are both given, should be one of them: "
+                    f"packing has no padding"
+                )
+            check_boundaries(owner, cu_seqlens, x)
+            rows = cu_seqlens.shape[0] - 1
+        if lengths is not None:
+            check_lengths(owner, lengths, x)
+        expected = (rows, self.channels, self.kernel_size - 1)
+        if state is not None and tuple(state.shape) != expected:
+            raise SpecError(
+                f"{owner}: state has shape {tuple(state.shape)}, should be (N, channels, "
+                f"kernel_size - 1) = {expected}"
+            )
 
     def _convolve(self, window: Tensor) -> Tensor:
         """Convolve (B, reach + T, channels) to (B, T, channels)."""

@@ -7,15 +7,18 @@ y = W (RMSNorm(rule(q, k, v, α, β)) ⊙ SiLU(W x))
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from gdn_ops.nn.convolution import ShortConvolution
-from gdn_ops.nn.gates import draw_A_log, draw_dt_bias, gate
+from gdn_ops.nn.decay_groups import parameters_without_weight_decay
+from gdn_ops.nn.gates import DecayGate
+from gdn_ops.nn.names import refuse_input, refuse_option
 from gdn_ops.nn.norm import GATE_ACTIVATIONS, GatedRMSNorm
 from gdn_ops.nn.options import (
     FEATURE_MAPS,
@@ -25,8 +28,9 @@ from gdn_ops.nn.options import (
     key_width,
     value_width,
 )
+from gdn_ops.nn.packing import check_boundaries, check_mask
 from gdn_ops.nn.padding import Padding
-from gdn_ops.nn.state import State, check_state
+from gdn_ops.nn.state import State, check_state, made_in
 from gdn_ops.ops import gated_delta, gated_delta_step
 from gdn_ops.spec.ops import GATED_DELTA
 
@@ -106,8 +110,11 @@ class GatedDeltaNet(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown: Never,
     ) -> None:
         super().__init__()
+        if unknown:
+            refuse_option("GatedDeltaNet", unknown, _OPTIONS)
         check_choice("rule", rule, tuple(GATED_DELTA.rule))
         check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
         check_choice("qk_norm", qk_norm, QK_NORMS)
@@ -130,15 +137,15 @@ class GatedDeltaNet(nn.Module):
         width, heads = self.hidden_size, self.num_value_heads
         keys, values = self.num_heads * self.head_dim, heads * self.value_dim
         self._split = [keys, keys, values]
+        # First among the modules: parameters keep the order that they had in older checkpoints.
+        self.register_module("decay", None)
         self.q_proj = nn.Linear(width, keys, bias=False, **made)
         self.k_proj = nn.Linear(width, keys, bias=False, **made)
         self.v_proj = nn.Linear(width, values, bias=False, **made)
         self.b_proj = nn.Linear(width, heads, bias=False, **made)
         if GATED_DELTA.rule[self.rule].has_decay:
             self.a_proj = nn.Linear(width, heads, bias=False, **made)
-            self.A_log = nn.Parameter(draw_A_log(heads, made["device"]))
-            self.dt_bias = nn.Parameter(draw_dt_bias(heads, made["device"]))
-            self.mark_weight_decay()
+            self.decay = DecayGate(heads, made["device"])
         self.conv: ShortConvolution | None = None
         if kernel:
             channels = sum(self._split)
@@ -150,21 +157,41 @@ class GatedDeltaNet(nn.Module):
             self.o_norm = GatedRMSNorm(self.value_dim, eps, activation, **made)
         self.o_proj = nn.Linear(values, width, bias=False, **made)
 
-    def mark_weight_decay(self) -> None:
-        """Mark the parameters of the decay gate, which take no weight decay.
+    @property
+    def A_log(self) -> Tensor:
+        """Return the log of the rate A, (HV,): `decay.A_log`."""
+        return self._of_decay("A_log")
 
-        Set-ups of optimizers read the mark, as they do for FLA and Mamba.
-        """
-        for name in ("A_log", "dt_bias"):
-            if hasattr(self, name):
-                getattr(self, name)._no_weight_decay = True
+    @property
+    def dt_bias(self) -> Tensor:
+        """Return the bias of the step size, (HV,): `decay.dt_bias`."""
+        return self._of_decay("dt_bias")
+
+    def _of_decay(self, name: str) -> Tensor:
+        if self.decay is None:
+            raise AttributeError(f"GatedDeltaNet with rule {self.rule!r} has no {name}")
+        parameter: Tensor = getattr(self.decay, name)
+        return parameter
+
+    def parameters_without_weight_decay(self) -> list[str]:
+        """Return the names of the parameters that take no weight decay."""
+        return parameters_without_weight_decay(self)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Take the parameters of the gate by the names that they had in the layer, too."""
+        for name in ("A_log", "dt_bias") if self.decay is not None else ():
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}decay.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def zero_state(self, rows: int) -> State:
         """Return the state before any token."""
-        weight = self.o_proj.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype, device = made_in(self.o_proj, self)
+        dtype = torch.promote_types(dtype, torch.float32)
         shape = (rows, self.num_value_heads, self.head_dim, self.value_dim)
-        memory = torch.zeros(shape, dtype=dtype, device=weight.device)
+        memory = torch.zeros(shape, dtype=dtype, device=device)
         return State(None if self.conv is None else self.conv.zero_state(rows), memory)
 
     def forward(
@@ -174,6 +201,7 @@ class GatedDeltaNet(nn.Module):
         *,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        **unknown: Never,
     ) -> tuple[Tensor, State]:
         """Mix whole sequences, or continue them by any number of tokens.
 
@@ -191,8 +219,10 @@ class GatedDeltaNet(nn.Module):
         Raises:
             SpecError: a shape does not fit.
         """
+        if unknown:
+            refuse_input("GatedDeltaNet", unknown, ("x", "state", "mask", "cu_seqlens"))
         self._check(x, state, mask, cu_seqlens)
-        padding = None if mask is None else Padding.of(mask, x)
+        padding = None if mask is None else Padding.of(mask)
         if padding is not None:
             x = padding.front(x)
         lengths = None if padding is None else padding.lengths
@@ -230,8 +260,8 @@ class GatedDeltaNet(nn.Module):
         if self.allow_neg_eigval:
             beta = 2 * beta
         log_alpha = None
-        if GATED_DELTA.rule[self.rule].has_decay:
-            log_alpha = gate(self.a_proj(x), self.A_log, self.dt_bias)
+        if self.decay is not None:
+            log_alpha = self.decay(self.a_proj(x))
         if padding is not None:
             # A padded token is the identity: α = 1, β = 0.
             behind = padding.behind()
@@ -263,6 +293,10 @@ class GatedDeltaNet(nn.Module):
             fail(
                 "mask and cu_seqlens are both given, should be one of them: packing has no padding"
             )
+        if mask is not None:
+            check_mask("GatedDeltaNet", mask, x)
+        if cu_seqlens is not None:
+            check_boundaries("GatedDeltaNet", cu_seqlens, x)
         if state is not None:
             rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             conv = self.conv
@@ -278,3 +312,10 @@ class GatedDeltaNet(nn.Module):
             f"num_value_heads={self.num_value_heads}, head_dim={self.head_dim}, "
             f"value_dim={self.value_dim}, rule={self.rule!r}"
         )
+
+
+_OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(GatedDeltaNet).parameters.items()
+    if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+)

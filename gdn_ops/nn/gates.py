@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 LARGEST_A = 16.0
@@ -44,3 +46,50 @@ def draw_dt_bias(heads: int, device: torch.device | str | None = None) -> Tensor
     dt = torch.empty(heads, dtype=torch.float32, device=device).uniform_(low, high).exp_()
     # softplus⁻¹(dt) = log(eᵈᵗ − 1) = dt + log(1 − e⁻ᵈᵗ)
     return dt + torch.log(-torch.expm1(-dt))
+
+
+class DecayGate(nn.Module):
+    """Compute log α = −exp(A_log) softplus(a + dt_bias), with parameters that stay float32.
+
+    They are a module of their own, so that what wants parameters of one dtype, such as
+    `torch.distributed.fsdp.fully_shard`, can take them apart from the rest of a layer.
+
+    Args:
+        heads: HV.
+        device: of the parameters.
+    """
+
+    def __init__(self, heads: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(draw_A_log(heads, device))
+        self.dt_bias = nn.Parameter(draw_dt_bias(heads, device))
+        self.mark()
+
+    def mark(self) -> None:
+        """Mark the parameters as free of weight decay.
+
+        Set-ups of optimizers read the mark, as they do for FLA and Mamba. What makes new
+        parameters loses it: it is set again here where the module notices.
+        """
+        for parameter in self.parameters():
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def forward(self, a: Tensor) -> Tensor:
+        """Map a (..., HV) to log α of the same shape, float32 at least."""
+        return gate(a, self.A_log, self.dt_bias)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Mark the parameters of a copy."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.mark()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DecayGate:
+        """Mark the parameters that `to_empty` and conversions make."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.mark()
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        """Mark the parameters that are loaded with `assign=True`."""
+        super()._load_from_state_dict(*arguments, **options)
+        self.mark()

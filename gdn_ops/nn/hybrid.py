@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gdn_ops.nn.attention import KeyValueRing, SlidingWindowAttention
+from gdn_ops.nn.decay_groups import optimizer_groups, parameters_without_weight_decay
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
 from gdn_ops.nn.state import State
 from gdn_ops.spec.errors import SpecError
@@ -184,22 +185,28 @@ class HybridLM(nn.Module):
                 nn.init.normal_(module.weight, std=std / shrink)
 
     def forward(
-        self, tokens: Tensor, state: Sequence[LayerState] | None = None
+        self,
+        tokens: Tensor,
+        state: Sequence[LayerState] | None = None,
+        *,
+        is_last_only: bool = False,
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
         """Read whole sequences, or continue them by any number of tokens.
 
         Args:
             tokens: (B, T) int64.
             state: what an earlier call returned, or None to start. It is not changed.
+            is_last_only: whether logits are wanted behind the last token alone; T > 0 then.
 
         Returns:
-            logits (B, T, vocab_size) of each next token, and the state of every layer.
+            logits (B, T, vocab_size) of each next token, or (B, 1, vocab_size) of the one behind
+            the last, and the state of every layer.
 
         Raises:
             SpecError: a shape does not fit.
         """
         x, after = self.hidden(tokens, state)
-        return self.logits(x), after
+        return self.logits(x[:, -1:] if is_last_only else x), after
 
     def hidden(
         self, tokens: Tensor, state: Sequence[LayerState] | None = None
@@ -235,7 +242,13 @@ class HybridLM(nn.Module):
         Returns:
             (..., vocab_size).
         """
-        return functional.linear(x, self.embedding.weight)
+        weight: Any = self.embedding.weight
+        if not isinstance(weight, Tensor):
+            _fail(
+                f"embedding is a {type(self.embedding).__name__} without a weight tensor, should "
+                f"be a torch.nn.Embedding: it is the output matrix too"
+            )
+        return functional.linear(x, weight)
 
     @torch.no_grad()
     def generate(
@@ -257,10 +270,11 @@ class HybridLM(nn.Module):
         Returns:
             (B, T + count), the prompts and what follows.
         """
-        x, state = self.hidden(tokens)
+        # By a call of the model, not of its parts: what shards or compiles it notices calls alone.
+        logits, state = self(tokens, is_last_only=True)
         parts = [tokens]
         for place in range(count):
-            logits = self.logits(x[:, -1])
+            logits = logits[:, -1]
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
@@ -268,19 +282,16 @@ class HybridLM(nn.Module):
                 token = torch.multinomial(chances, 1, generator=generator)
             parts.append(token)
             if place + 1 < count:
-                x, state = self.hidden(token, state)
+                logits, state = self(token, state, is_last_only=True)
         return torch.cat(parts, 1)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return optimizer groups: matrices with weight decay; norms, gates, embedding without."""
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, parameter in self.named_parameters():
-            kept = getattr(parameter, "_no_weight_decay", False) or parameter.dim() < 2
-            groups[not kept and not name.startswith("embedding")].append(parameter)
-        return [
-            {"params": groups[True], "weight_decay": weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ]
+        return optimizer_groups(self, weight_decay)
+
+    def parameters_without_weight_decay(self) -> list[str]:
+        """Return the names of the parameters that take no weight decay."""
+        return parameters_without_weight_decay(self)
 
 
 def _check_pattern(pattern: str) -> None:

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.spec.errors import SpecError
-
 
 class Padding(NamedTuple):
     """Hold how the tokens of a batch of rows are moved to the front, padding behind.
@@ -26,21 +24,8 @@ class Padding(NamedTuple):
     lengths: Tensor
 
     @staticmethod
-    def of(mask: Tensor, x: Tensor) -> Padding:
-        """Return the padding that a mask describes.
-
-        Args:
-            mask: (B, T), 0 or False where a token is padding.
-            x: (B, T, width).
-
-        Raises:
-            SpecError: the mask has another shape.
-        """
-        if mask.shape != x.shape[:2]:
-            raise SpecError(
-                f"GatedDeltaNet: mask has shape {tuple(mask.shape)}, should be (B, T) = "
-                f"{tuple(x.shape[:2])}, 0 where a token is padding"
-            )
+    def of(mask: Tensor) -> Padding:
+        """Return the padding that a mask (B, T) describes, 0 or False where a token is padding."""
         is_token = mask.ne(0)
         order = torch.argsort(is_token.logical_not().byte(), dim=1, stable=True)
         return Padding(is_token, order, is_token.sum(1))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gdn_ops.spec.errors import SpecError
 
@@ -20,6 +21,29 @@ class State(NamedTuple):
 
     conv: Tensor | None
     memory: Tensor
+
+
+# `torch.load(weights_only=True)` reads what it knows; a state holds tensors and nothing else.
+torch.serialization.add_safe_globals([State])
+
+
+def made_in(*modules: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Return the dtype and the device of the first floating parameter or buffer of modules.
+
+    A layer that was quantised, wrapped or sharded need not have a `weight` that is a tensor.
+
+    Args:
+        modules: looked at in this order.
+
+    Returns:
+        Those of the first one; float32 on the CPU where there is none, as of modules that were
+        quantised dynamically.
+    """
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point() and tensor.element_size() > 1:
+                return tensor.dtype, tensor.device
+    return torch.float32, torch.device("cpu")
 
 
 def check_state(

@@ -133,7 +133,6 @@ def _filled(
     )
     copies = {name: weight.detach().clone() for name, weight in weights.items()}
     layer.load_state_dict(copies, strict=True, assign=True)
-    layer.mark_weight_decay()
     return layer
 
 

@@ -221,7 +221,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     shown = [[names[id(p)] for p in group["params"]] for group in (decayed, kept)]
     assert sorted(shown[0] + shown[1]) == sorted(names.values())
     assert "blocks.0.mixer.q_proj.weight" in shown[0]
-    gates = {"blocks.0.mixer.A_log", "blocks.1.mixer.dt_bias"}
+    gates = {"blocks.0.mixer.decay.A_log", "blocks.1.mixer.decay.dt_bias"}
     assert {"embedding.weight", "norm.weight", *gates} <= set(shown[1])
 
 

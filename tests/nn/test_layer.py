@@ -106,7 +106,7 @@ def test_every_option_trains(options: dict[str, Any]) -> None:
 def test_a_rule_has_the_parameters_it_needs(rule: str) -> None:
     names = {name.partition(".")[0] for name, _ in make(rule=rule).named_parameters()}
     has_decay = rule in ("gated_delta", "gated")
-    of_the_decay = {"a_proj", "A_log", "dt_bias"}
+    of_the_decay = {"a_proj", "decay"}
     assert of_the_decay & names == (of_the_decay if has_decay else set())
     assert "b_proj" in names
 
@@ -172,7 +172,7 @@ def test_the_gate_starts_as_published() -> None:
     assert abs(float(alpha.quantile(0.5)) - 0.941) < 0.005
     assert abs(float(alpha.quantile(0.01)) - 0.31) < 0.05
     marked = {n for n, p in layer.named_parameters() if getattr(p, "_no_weight_decay", False)}
-    assert marked == {"A_log", "dt_bias"}
+    assert marked == {"decay.A_log", "decay.dt_bias"}
 
 
 # The parts.

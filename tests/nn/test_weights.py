@@ -95,7 +95,7 @@ def test_a_layer_of_fla_keeps_its_function(options: dict[str, Any]) -> None:
     with torch.no_grad():
         torch.testing.assert_close(ours(x)[0], theirs(x), rtol=1e-5, atol=1e-5)
     marked = {n for n, p in ours.named_parameters() if getattr(p, "_no_weight_decay", False)}
-    assert marked == {"A_log", "dt_bias"}
+    assert marked == {"decay.A_log", "decay.dt_bias"}
     assert all(p.requires_grad for p in ours.parameters())
 
 

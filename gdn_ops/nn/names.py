@@ -1,0 +1,76 @@
+"""Point from the names of other libraries' layers to those of the layers here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NoReturn
+
+from gdn_ops.call.pointers import unknown_option
+from gdn_ops.spec.errors import SpecTypeError
+
+_BOUNDARIES = "cu_seqlens, the boundaries of sequences packed along T: 0, ..., T"
+_NOT_HERE = "left out: a layer here"
+
+OPTIONS: dict[str, str] = {
+    # flash-linear-attention
+    "num_v_heads": "num_value_heads",
+    "use_gate": "output_gate, 'silu' or None",
+    "use_short_conv": "short_conv, the kernel size; 0 for none",
+    "conv_size": "short_conv",
+    "mode": f"{_NOT_HERE} takes sequences and tokens alike",
+    "layer_idx": f"{_NOT_HERE} has no cache; its state is an argument and a result",
+    "expand_k": "head_dim",
+    # transformers
+    "num_attention_heads": "num_heads",
+    "linear_num_key_heads": "num_heads",
+    "linear_num_value_heads": "num_value_heads",
+    "linear_key_head_dim": "head_dim",
+    "linear_value_head_dim": "expand_v, the width of a value head over that of a key head",
+    "linear_conv_kernel_dim": "short_conv",
+    "linear_allow_neg_eigval": "allow_neg_eigval",
+    "rms_norm_eps": "norm_eps",
+    "hidden_act": "feature_map",
+    "config": "hidden_size, num_heads, ...; gdn_ops.nn.from_transformers converts a layer",
+    # Mamba
+    "d_model": "hidden_size",
+    "d_state": "head_dim",
+    "d_conv": "short_conv",
+    "expand": "expand_v",
+    "headdim": "head_dim",
+}
+OPTIONS |= {
+    "num_k_heads": "num_heads",
+    "head_k_dim": "head_dim",
+    "head_v_dim": OPTIONS["linear_value_head_dim"],
+    "conv_kernel_size": "short_conv",
+    "use_qk_l2norm": "qk_norm, 'l2', 'l1' or None",
+    "bias": f"{_NOT_HERE} has projections without a bias; conv_bias is that of the convolution",
+}
+"""What is meant by options of other layers."""
+
+INPUTS: dict[str, str] = {
+    "attention_mask": "mask, (B, T), 0 where a token is padding",
+    "past_key_values": "state",
+    "cache_params": "state",
+    "cache": "state",
+    "use_cache": f"{_NOT_HERE} always returns its state",
+    "cu_seq_lens_q": _BOUNDARIES,
+    "cu_seq_lens": _BOUNDARIES,
+    "seq_idx": _BOUNDARIES,
+    "position_ids": _BOUNDARIES,
+    "cache_position": f"{_NOT_HERE} has no positions",
+    "output_attentions": f"{_NOT_HERE} has no attention weights",
+}
+"""What is meant by inputs of other layers."""
+
+
+def refuse_option(owner: str, unknown: Iterable[str], known: Iterable[str]) -> NoReturn:
+    """Refuse options that a layer does not have, saying what is meant by the first of them."""
+    name = next(iter(unknown))
+    raise SpecTypeError(unknown_option(owner, name, known, OPTIONS))
+
+
+def refuse_input(owner: str, unknown: Iterable[str], known: Iterable[str]) -> NoReturn:
+    """Refuse inputs that a layer does not have, saying what is meant by the first of them."""
+    name = next(iter(unknown))
+    raise SpecTypeError(unknown_option(owner, name, known, INPUTS))
