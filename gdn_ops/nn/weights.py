@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
+from gdn_ops.nn.sources import Source, named, split, split_by_head, with_biases
 from gdn_ops.spec.errors import SpecError
 
 
@@ -31,10 +32,12 @@ def from_transformers(layer: nn.Module) -> GatedDeltaNet:
         layer: `model.layers[i].linear_attn` of Qwen3-Next, Qwen3.5 (dense or MoE) or OLMo-Hybrid.
 
     Returns:
-        A GatedDeltaNet with copies of its weights, on its device and in its dtypes.
+        A GatedDeltaNet with copies of its weights, on its device and in its dtypes; projections
+        have a bias where its own have one.
 
     Raises:
-        SpecError: the layer is of another kind, or has an activation other than SiLU.
+        SpecError: the layer is of another kind, has an activation other than SiLU, or has weights
+            that cannot be read or would be lost: adapters, quantised, sharded or offloaded ones.
     """
     if not hasattr(layer, "conv1d") or not hasattr(layer, "num_k_heads"):
         _refuse("from_transformers", layer, "Qwen3-Next, Qwen3.5 or OLMo-Hybrid")
@@ -43,29 +46,25 @@ def from_transformers(layer: nn.Module) -> GatedDeltaNet:
         raise SpecError(
             f"from_transformers: the layer's activation is {source.activation!r}, should be 'silu'"
         )
+    read = Source("from_transformers", layer)
     if hasattr(layer, "in_proj_qkvz"):
-        projections = _interleaved(source)
+        projections = _interleaved(source, read)
     elif hasattr(layer, "in_proj_qkv"):
         sizes = [source.key_dim, source.key_dim, source.value_dim]
-        others = (source.in_proj_z, source.in_proj_b, source.in_proj_a)
-        projections = [*source.in_proj_qkv.weight.split(sizes), *(p.weight for p in others)]
+        projections = split(read.linear("in_proj_qkv"), sizes)
+        projections += [read.linear(f"in_proj_{n}") for n in "zba"]
     elif hasattr(layer, "g_proj"):
-        projections = [getattr(source, f"{name}_proj").weight for name in "qkvgba"]
+        projections = [read.linear(f"{n}_proj") for n in "qkvgba"]
     else:
         _refuse("from_transformers", layer, "Qwen3-Next, Qwen3.5 or OLMo-Hybrid")
-    norm = source.norm if hasattr(layer, "norm") else source.o_norm
-    output = source.out_proj if hasattr(layer, "out_proj") else source.o_proj
-    weights = {f"{n}_proj.weight": w for n, w in zip("qkvgba", projections, strict=True)}
-    weights |= {
-        "conv.weight": source.conv1d.weight.squeeze(1),
-        "A_log": source.A_log,
-        "dt_bias": source.dt_bias,
-        "o_norm.weight": norm.weight,
-        "o_proj.weight": output.weight,
-    }
-    if source.conv1d.bias is not None:
-        weights["conv.bias"] = source.conv1d.bias
-    return _filled(source, source.num_k_heads, norm, weights)
+    norm = "norm" if hasattr(layer, "norm") else "o_norm"
+    weights: dict[str, Tensor] = {}
+    for n, pair in zip("qkvgba", projections, strict=True):
+        weights |= named(f"{n}_proj", pair)
+    weights |= named("conv", read.convolution("conv1d"))
+    weights |= named("o_proj", read.linear("out_proj" if hasattr(layer, "out_proj") else "o_proj"))
+    weights["o_norm.weight"] = read.tensor(f"{norm}.weight")
+    return _filled(source, read, source.num_k_heads, getattr(source, norm), weights)
 
 
 def from_fla(layer: nn.Module) -> GatedDeltaNet:
@@ -75,49 +74,54 @@ def from_fla(layer: nn.Module) -> GatedDeltaNet:
         layer: the layer.
 
     Returns:
-        A GatedDeltaNet with copies of its weights, on its device and in its dtypes.
+        A GatedDeltaNet with copies of its weights, on its device and in its dtypes; projections
+        have a bias where its own have one.
 
     Raises:
-        SpecError: the layer is of another kind.
+        SpecError: the layer is of another kind, or has weights that cannot be read or would be
+            lost: adapters, quantised, sharded or offloaded ones.
     """
     if not all(hasattr(layer, name) for name in ("use_short_conv", "use_gate", "num_v_heads")):
         _refuse("from_fla", layer, "fla.layers.GatedDeltaNet")
     source: Any = layer
-    names = ["q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "o_proj", "o_norm"]
-    if source.use_gate:
-        names.append("g_proj")
-    weights = {f"{name}.weight": getattr(source, name).weight for name in names}
-    weights |= {"A_log": source.A_log, "dt_bias": source.dt_bias}
+    read = Source("from_fla", layer)
+    weights: dict[str, Tensor] = {}
+    for n in "qkvabog" if source.use_gate else "qkvabo":
+        weights |= named(f"{n}_proj", read.linear(f"{n}_proj"))
+    weights["o_norm.weight"] = read.tensor("o_norm.weight")
     if source.use_short_conv:
-        convolutions = [getattr(source, f"{name}_conv1d") for name in "qkv"]
-        weights["conv.weight"] = torch.cat([c.weight.squeeze(1) for c in convolutions])
-        if convolutions[0].bias is not None:
-            weights["conv.bias"] = torch.cat([c.bias for c in convolutions])
+        names = [f"{n}_conv1d" for n in "qkv"]
+        parts = [read.tensor(f"{n}.weight").squeeze(1) for n in names]
+        weights["conv.weight"] = torch.cat(parts)
+        if getattr(source, names[0]).bias is not None:
+            weights["conv.bias"] = torch.cat([read.tensor(f"{n}.bias") for n in names])
     activation = getattr(source.o_norm, "activation", "swish")
     output_gate = {"swish": "silu"}.get(activation, activation) if source.use_gate else None
-    return _filled(source, source.num_heads, source.o_norm, weights, output_gate)
+    return _filled(source, read, source.num_heads, source.o_norm, weights, output_gate)
 
 
-def _interleaved(source: Any) -> list[Tensor]:
+def _interleaved(source: Any, read: Source) -> list[tuple[Tensor, ...]]:
     """Return the six projections of Qwen3-Next, interleaved by key head: q, k, v, z; b, a."""
     heads, group = source.num_k_heads, source.num_v_heads // source.num_k_heads
     values = group * source.head_v_dim
     sizes = [source.head_k_dim, source.head_k_dim, values, values]
-    weights = [
-        *source.in_proj_qkvz.weight.unflatten(0, (heads, -1)).split(sizes, 1),
-        *source.in_proj_ba.weight.unflatten(0, (heads, -1)).split([group, group], 1),
+    return [
+        *split_by_head(read.linear("in_proj_qkvz"), heads, sizes),
+        *split_by_head(read.linear("in_proj_ba"), heads, [group, group]),
     ]
-    return [weight.flatten(0, 1) for weight in weights]
 
 
 def _filled(
     source: Any,
+    read: Source,
     key_heads: int,
     norm: Any,
     weights: dict[str, Tensor],
     output_gate: str | None = "silu",
 ) -> GatedDeltaNet:
     """Return a GatedDeltaNet of the sizes of another layer, which holds copies of the weights."""
+    weights |= {name: read.tensor(name) for name in ("A_log", "dt_bias")}
+    read.check_all_read()
     layer = GatedDeltaNet(
         source.hidden_size,
         key_heads,
@@ -131,7 +135,8 @@ def _filled(
         allow_neg_eigval=bool(getattr(source, "allow_neg_eigval", False)),
         device="meta",
     )
-    copies = {name: weight.detach().clone() for name, weight in weights.items()}
+    with_biases(layer, weights)
+    copies = {name: weight.clone() for name, weight in weights.items()}
     layer.load_state_dict(copies, strict=True, assign=True)
     return layer
 

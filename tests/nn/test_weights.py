@@ -103,6 +103,8 @@ def test_an_fla_layer_without_convolution_keeps_its_shape() -> None:
     torch.manual_seed(0)
     theirs = FlaLayer(use_gate=True, bias=False, activation="swish", negative=False)
     theirs.use_short_conv = False
+    for name in "qkv":
+        delattr(theirs, f"{name}_conv1d")
     ours = from_fla(theirs)
     assert ours.conv is None
     assert ours(torch.randn(1, 3, WIDTH))[1].conv is None
