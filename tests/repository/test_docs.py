@@ -93,7 +93,7 @@ def restored(registry_as_found: None) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_page_prints_what_it_shows(path: Path, restored: None) -> None:
+def test_a_page_prints_what_it_shows(path: Path, restored: None, one_thread: None) -> None:
     page = path.read_text(encoding="utf-8")
     count = run_page(page, str(path))
     assert count == len(re.findall(r"^ *```python", page, re.MULTILINE))
