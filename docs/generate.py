@@ -204,8 +204,14 @@ def _parameter(parameter: inspect.Parameter) -> str:
         text += f": {_type(parameter.annotation)}"
     if parameter.default is not parameter.empty:
         default = parameter.default
-        text += f' = "{default}"' if isinstance(default, str) else f" = {default!r}"
+        text += f' = "{default}"' if isinstance(default, str) else f" = {_value(default)}"
     return text
+
+
+def _value(default: Any) -> str:
+    """Return a default as text; one that is no plain value says nothing that a reader could use."""
+    plain = default is None or isinstance(default, bool | int | float | tuple)
+    return repr(default) if plain else "..."
 
 
 def _annotation(function: Any) -> str:
