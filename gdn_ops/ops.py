@@ -118,7 +118,7 @@ def gated_delta_step(
     tokens, start = eager.autocast(Tokens(q, k, v, alpha, log_alpha, beta), state)
     arguments = Arguments(
         tokens,
-        start,
+        state if inplace else start,
         state_indices=state_indices,
         rule=rule,
         scale=scale,
@@ -191,7 +191,7 @@ def gated_delta_steps(
     tokens, start = eager.autocast(Tokens(q, k, v, alpha, log_alpha, beta), state)
     arguments = Arguments(
         tokens,
-        start,
+        state if inplace else start,
         state_indices=state_indices,
         rule=rule,
         scale=scale,
@@ -253,6 +253,7 @@ def explain(*args: Any, op: str | Callable[..., Any] = "gated_delta", **kwargs: 
     arguments = arguments_of(spec, named)
     tokens, start = eager.autocast(arguments.tokens, arguments.state)
     backend = registry.resolve(arguments.backend)
+    start = arguments.state if arguments.inplace else start
     arguments = arguments._replace(tokens=tokens, state=start, backend=backend)
     return explain_call(bind(spec, arguments), arguments.backend)
 

@@ -132,11 +132,12 @@ def decode_many(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     stored = wide if given is None else given.dtype
     shape = (s.B * s.HV, s.K, s.V)
     if given is None:
-        state = torch.zeros(shape, dtype=wide, device=call.device)
+        held = torch.zeros(shape, dtype=wide, device=call.device)
     else:
-        state = given.to(wide).reshape(shape)
+        held = given.to(wide).contiguous()
+    state = held.view(shape)
     # Ours to overwrite: a conversion, or the very tensor that the caller wants updated.
-    inplace = given is None or given.dtype != wide or call.inplace
+    inplace = held is not given or call.inplace
     states = None
     if call.return_states:
         states = empty((s.B, s.T, s.HV, s.K, s.V), stored, call.device)
@@ -151,7 +152,7 @@ def decode_many(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     if given is None:
         return o, new, states
     if call.inplace:
-        updated = states is None and given.dtype == wide and given.is_contiguous()
+        updated = states is None and held is given
         return o, given if updated else given.copy_(new), states
     # With T = 0 the state is still the given one, which no result may be a view of.
     return o, new.to(stored, copy=not s.T), states

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gdn_ops.call.memory import overlaps_itself
 from gdn_ops.call.structure import Structure, check_structure, fail, is_narrow
 from gdn_ops.call.structure import dtype_name as dtype_name
 from gdn_ops.spec.language import Interval, OpSpec, Sizes
@@ -198,6 +199,8 @@ def bind(spec: OpSpec, arguments: Arguments, *, check_values: bool = True) -> Ca
             if len(_checked) >= MOST_CHECKED:
                 _checked.clear()
             _checked[key] = checked
+    if arguments.inplace:
+        _check_memory(spec, arguments.state)
     if check_values and (checked.device.type == "cpu" or CHECK_VALUES_EVERYWHERE):
         _check_values(spec, arguments, checked.sizes)
     needs_grad = torch.is_grad_enabled() and _requires_grad(arguments)
@@ -251,6 +254,17 @@ def _requires_grad(arguments: Arguments) -> bool:
     tokens, state, cu_seqlens, state_indices, *_ = arguments
     given = (*tokens, state, cu_seqlens, state_indices)
     return any([x is not None and x.requires_grad for x in given])
+
+
+def _check_memory(spec: OpSpec, state: Tensor | None) -> None:
+    """Check that a state that is updated in place has memory of its own for every element."""
+    if state is not None and overlaps_itself(state):
+        fail(
+            spec,
+            f"state has shape {tuple(state.shape)} and strides {tuple(state.stride())}, so that "
+            f"elements share memory; inplace needs memory for every element: pass "
+            f"state.contiguous(), or inplace=False",
+        )
 
 
 def check_gradients(spec: OpSpec, arguments: Arguments) -> None:

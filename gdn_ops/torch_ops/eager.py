@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.call.bind import Call, Tokens
+from gdn_ops.call.memory import apart
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.decode_fallbacks import through_rows
 from gdn_ops.spec.ops import GATED_DELTA
@@ -113,11 +114,10 @@ def run_sequence(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
             return run_sequence(backend, call)
     if call.needs_grad and not backend.differentiable:
         return _Function.apply(backend, call, *call.tokens, call.state)  # type: ignore[no-untyped-call, no-any-return]
-    if call.needs_grad or not torch.is_grad_enabled():
+    if call.needs_grad:
+        return tied(call, *backend.forward(call)[:2])
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         out = backend.forward(call)
-    else:
-        with torch.no_grad():
-            out = backend.forward(call)
     return out.o, out.final_state
 
 
@@ -129,10 +129,31 @@ def run_step(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     if not call.needs_grad and torch.is_grad_enabled():
         with torch.no_grad():
             return decode_one(backend, call)
-    if not call.needs_grad or backend.differentiable or backend.traceable_step:
+    if not call.needs_grad:
         return decode_one(backend, call)
+    if backend.differentiable or backend.traceable_step:
+        return tied(call, *decode_one(backend, call))
     o, state = run_sequence(backend, as_sequence(call))
     return o.squeeze(1), state if call.state is None else state.to(call.state.dtype)
+
+
+def tied(call: Call, o: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the results of a call, each of them a function of every input, for autograd.
+
+    Plain torch code makes results that depend on what they are computed from only: a state never
+    on q, and without tokens o on nothing. What has no influence has a gradient of zeros.
+    """
+    inputs = [x for x in (*call.tokens, call.state) if x is not None and x.requires_grad]
+    if not call.has_tokens:
+        return _with_graph(o, inputs), _with_graph(state, inputs)
+    return o, _with_graph(state, [x for x in inputs if x is call.tokens.q])
+
+
+def _with_graph(result: Tensor, inputs: list[Tensor]) -> Tensor:
+    """Return a result plus 0, the sum of no elements of every input."""
+    for x in inputs:
+        result = result + x.flatten()[:0].sum().to(result.dtype)
+    return result
 
 
 def run_steps(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -143,6 +164,8 @@ def run_steps(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | No
 
 def decode_one(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Decode one token, also on a pool that the backend does not support."""
+    if call.inplace and not torch.compiler.is_compiling():
+        call = apart(call)
     if call.state_indices is None:
         return backend.decode_one(call)
     if backend.limits.pools:
@@ -153,6 +176,8 @@ def decode_one(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
 
 def decode_many(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Decode a few tokens, also on a pool that the backend does not support."""
+    if call.inplace and not torch.compiler.is_compiling():
+        call = apart(call)
     if call.state_indices is None:
         return backend.decode_many(call)
     if backend.limits.pools:

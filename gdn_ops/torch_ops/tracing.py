@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdn_ops.call.bind import Arguments, bind, check_gradients
+from gdn_ops.call.bind import Arguments, Call, bind, check_gradients
 from gdn_ops.call.structure import is_narrow
 from gdn_ops.dispatch import registry
+from gdn_ops.dispatch.backend import Backend
 from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
 from gdn_ops.torch_ops import eager, onnx_export
@@ -35,12 +37,25 @@ def traced_step(arguments: Arguments) -> tuple[Tensor, Tensor]:
         # The operator passes over a backend with reasons against it, or refuses it in words.
         if not registry.reasons_under_auto(backend, call):
             with eager.full_precision(call.device.type):
-                return eager.decode_one(backend, call)
+                return _traced_through(backend, call)
     if _needs_grad(arguments):
         check_gradients(GATED_DELTA_STEP, arguments)
     if arguments.inplace and arguments.state is not None:
         return torch.ops.gdn_ops.gated_delta_step_(*values), arguments.state
     return torch.ops.gdn_ops.gated_delta_step(*values)  # type: ignore[no-any-return]
+
+
+def _traced_through(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Trace through a step. In place, the state is written when all is read.
+
+    A graph does not say which of its inputs share memory: one may lie within the state.
+    """
+    if call.needs_grad:
+        return eager.tied(call, *eager.decode_one(backend, call))
+    if not call.inplace or call.state is None or call.state_indices is not None:
+        return eager.decode_one(backend, call)
+    o, new = eager.decode_one(backend, replace(call, inplace=False))
+    return o, call.state.copy_(new)
 
 
 def traced_steps(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from gdn_ops import BackendUnsupportedError, gated_delta, gated_delta_step
+from gdn_ops.dispatch.registry import Backend, get_backend, known_backends
 from good_calls import HV, B, K, T, V, ints, packed, sequence, token, zeros
 
 BACKENDS = ("naive", "torch")
+
+INSTALLED = [name for name in known_backends() if isinstance(get_backend(name), Backend)]
 
 # NaN in, NaN out.
 
@@ -84,18 +87,63 @@ def test_an_empty_sequence_returns_its_initial_state(backend: str) -> None:
     assert torch.equal(of_int32[0], o) and torch.equal(of_int32[1], state)
 
 
+EDGES: dict[str, dict[str, Any]] = {
+    "no tokens": sequence(t=0, v=zeros(B, 0, HV, 16), initial_state=zeros(B, HV, K, 16)),
+    "no rows": sequence(b=0, v=zeros(0, T, HV, 16), initial_state=zeros(0, HV, K, 16)),
+    "no sequences": packed(ints(0), t=0, v=zeros(1, 0, HV, 16), initial_state=zeros(0, HV, K, 16)),
+    "empty sequences": packed(
+        ints(0, 0, 0), t=0, v=zeros(1, 0, HV, 16), initial_state=zeros(2, HV, K, 16)
+    ),
+}
+"""Calls without tokens, of a V that every backend has."""
+
+
+def results_and_inputs(
+    arguments: dict[str, Any], needed: str, **options: Any
+) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """Return (o, state) of a call whose inputs, or one of them, require a gradient, and these."""
+    inputs = {
+        name: x.clone().requires_grad_(needed in (name, "every input"))
+        for name, x in arguments.items()
+        if x.is_floating_point()
+    }
+    if "state" in arguments:
+        results = gated_delta_step(**arguments | inputs | options)
+    else:
+        results = gated_delta(**arguments | inputs | options, return_state=True)
+    return results, [x for x in inputs.values() if x.requires_grad]
+
+
+NEEDED = ("q", "k", "v", "alpha", "beta", "initial_state", "every input")
+
+
+@pytest.mark.filterwarnings("ignore:backend '.*' emulates its kernels")
+@pytest.mark.parametrize("backend", INSTALLED)
+@pytest.mark.parametrize("edge", EDGES)
+def test_without_tokens_both_results_have_a_graph_and_gradients(backend: str, edge: str) -> None:
+    for needed in NEEDED:
+        results, inputs = results_and_inputs(EDGES[edge], needed, backend=backend)
+        for result in results:
+            gradients = torch.autograd.grad(result.sum(), inputs, retain_graph=True)
+            for x, gradient in zip(inputs, gradients, strict=True):
+                is_carried = result is results[1] and x.dim() == 4 and x.shape == result.shape
+                assert torch.equal(gradient, torch.full_like(x, float(is_carried)))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("edge", [{"t": 0}, {"b": 0}])
-def test_empty_axes_have_empty_or_zero_gradients(backend: str, edge: dict[str, int]) -> None:
-    arguments = sequence(**edge)
-    inputs = [x.requires_grad_() for x in arguments.values()]
-    o, state = gated_delta(**arguments, return_state=True, backend=backend)
-    gradients = torch.autograd.grad(
-        o.sum() + state.sum(), inputs, allow_unused=True, materialize_grads=True
-    )
-    for x, gradient in zip(inputs, gradients, strict=True):
-        assert gradient.shape == x.shape
-        assert not gradient.any()
+@pytest.mark.parametrize("rule", ["gated_delta", "linear"])
+@pytest.mark.parametrize("op", ["sequence", "step"])
+def test_an_input_without_influence_has_a_gradient_of_zeros(
+    backend: str, rule: str, op: str
+) -> None:
+    arguments = sequence(initial_state=ones_like_memory(B)) if op == "sequence" else token()
+    if rule == "linear":
+        arguments = {name: x for name, x in arguments.items() if name != "alpha"}
+    for needed in ("q", "every input"):
+        results, inputs = results_and_inputs(arguments, needed, rule=rule, backend=backend)
+        assert all(result.requires_grad for result in results)
+        of_q, *others = torch.autograd.grad(results[1].sum(), inputs)
+        assert not of_q.any() and all(bool(gradient.any()) for gradient in others)
 
 
 def test_a_chunk_too_long_for_the_torch_backend_is_a_reason() -> None:
