@@ -1,13 +1,14 @@
 """Write the pages that are made from the code: `python docs/generate.py`, or `make pages`.
 
 They are committed, so that every link leads somewhere when the files are read as they lie: a page
-per op, from its spec and `examples/`, and a page per public name, from its docstring. A test says
-when they are out of date.
+per op, from its spec and `examples/`, a page per public name, from its docstring, and the tables of
+laws, mutants and bodies. A test says when they are out of date.
 """
 
 from __future__ import annotations
 
 import ast
+import html
 import importlib
 import inspect
 import itertools
@@ -298,6 +299,54 @@ def _relative(path: str, at: str) -> str:
     return "/".join([".."] * len(here) + there)
 
 
+def laws_table() -> str:
+    """Return the laws as a table: number, name of the function, what it says."""
+    from gdn_ops.testing.laws import LAWS
+
+    rows = ["| §8 | function | law |", "|---|---|---|"]
+    for law in LAWS:
+        shown = html.escape(law.text, quote=False).replace("|", "\\|")
+        rows.append(f"| {law.number} | `{law.name}` | {shown} |")
+    return "\n".join(rows)
+
+
+def mutants_table() -> str:
+    """Return the mistakes that the kit is shown to catch, as a table."""
+    from gdn_ops.testing.mutants import MUTATIONS
+
+    rows = ["| mutant | mistake |", "|---|---|"]
+    for name, mutation in MUTATIONS.items():
+        text = (mutation.__doc__ or "").strip().splitlines()[0]
+        rows.append(f"| `{name}` | {html.escape(text, quote=False)} |")
+    return "\n".join(rows)
+
+
+def bodies_table() -> str:
+    """Return the function bodies of ONNX nodes as a table: name, what it is, where to use it."""
+    from gdn_ops.export.bodies.table import bodies_table
+
+    return bodies_table()
+
+
+TABLES = {"laws": laws_table, "mutants": mutants_table, "bodies": bodies_table}
+"""What stands between `<!-- laws -->` and `<!-- /laws -->` in a page, and so on."""
+
+
+def filled_pages() -> dict[str, str]:
+    """Return the pages that hold tables made from the code, Markdown by path in docs/."""
+    pages = {}
+    for path in sorted(DOCS.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        for name, table in TABLES.items():
+            begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+            if begin in text:
+                before, _, rest = text.partition(begin)
+                pages[path.name] = text = (
+                    f"{before}{begin}\n{table()}\n\n{end}{rest.partition(end)[2]}"
+                )
+    return pages
+
+
 def main() -> None:
     """Write every generated page, and remove those that are no longer made."""
     pages = generated_pages()
@@ -305,7 +354,7 @@ def main() -> None:
         for path in (DOCS / folder).rglob("*.md"):
             if path.relative_to(DOCS).as_posix() not in pages:
                 path.unlink()
-    for path, text in pages.items():
+    for path, text in (pages | filled_pages()).items():
         (DOCS / path).parent.mkdir(parents=True, exist_ok=True)
         (DOCS / path).write_text(text, encoding="utf-8")
     print(f"{len(pages)} pages")

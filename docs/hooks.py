@@ -1,14 +1,12 @@
 """Build hooks: what the site has beside the files of this folder as they lie.
 
 The contributing guide and the changelog stand at the repository's root; the reference's part of
-the navigation follows from the public names; `<!-- laws -->`, `<!-- mutants -->` and
-`<!-- bodies -->` in a page become tables. Pages that are made of the code are written by
-generate.py, and committed.
+the navigation follows from the public names. What is made of the code is written by generate.py,
+and committed.
 """
 
 from __future__ import annotations
 
-import html
 import re
 import runpy
 import sys
@@ -48,45 +46,7 @@ def reference_pages() -> list[dict[str, list[Any]]]:
     return sections
 
 
-def laws_table() -> str:
-    """Return the laws as a table: number, name of the function, what it says."""
-    _prefer_this_checkout()
-    from gdn_ops.testing.laws import LAWS
-
-    rows = ["| §8 | function | law |", "|---|---|---|"]
-    for law in LAWS:
-        shown = html.escape(law.text, quote=False).replace("|", "\\|")
-        rows.append(f"| {law.number} | `{law.name}` | {shown} |")
-    return "\n".join(rows)
-
-
-def mutants_table() -> str:
-    """Return the mistakes that the kit is shown to catch, as a table."""
-    _prefer_this_checkout()
-    from gdn_ops.testing.mutants import MUTATIONS
-
-    rows = ["| mutant | mistake |", "|---|---|"]
-    for name, mutation in MUTATIONS.items():
-        text = (mutation.__doc__ or "").strip().splitlines()[0]
-        rows.append(f"| `{name}` | {html.escape(text, quote=False)} |")
-    return "\n".join(rows)
-
-
-def bodies_table() -> str:
-    """Return the function bodies of ONNX nodes as a table: name, what it is, where to use it."""
-    _prefer_this_checkout()
-    from gdn_ops.export.bodies.table import bodies_table
-
-    return bodies_table()
-
-
 ROOT_LINK = re.compile(r"\]\(\.\./((?:\.\./)*)(CONTRIBUTING|CHANGELOG)\.md")
-
-TABLES = {
-    "<!-- laws -->": laws_table,
-    "<!-- mutants -->": mutants_table,
-    "<!-- bodies -->": bodies_table,
-}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -104,8 +64,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in the tables, and let links to files at the root lead to their pages."""
-    for mark, table in TABLES.items():
-        if mark in markdown:
-            markdown = markdown.replace(mark, table())
+    """Let links to files at the root lead to their pages."""
     return ROOT_LINK.sub(lambda link: f"]({link[1]}{link[2].lower()}.md", markdown)

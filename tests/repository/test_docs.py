@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import doctest
-import html
 import io
 import re
-import runpy
 import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 
 import gdn_ops
 from gdn_ops.dispatch import registry
-from gdn_ops.testing.laws import LAWS
-from gdn_ops.testing.mutants import MUTATIONS
 from paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -118,23 +113,6 @@ def test_blocks_of_a_page_share_a_namespace() -> None:
     page = "```python\nx = 1\n```\ntext\n\n    ```python\n    print(x)\n    ```\n"
     shown = '    ```text title="prints"\n    1\n    ```\n'
     assert run_page(page + shown, "page") == 2
-
-
-def load_hooks() -> Any:
-    pytest.importorskip("mkdocs")
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "hooks.py")))
-
-
-def test_every_law_is_listed_with_its_docstring() -> None:
-    table = load_hooks().laws_table()
-    for law in LAWS:
-        assert f"| {law.number} | `{law.name}` |" in table
-        assert law.text and law.text in html.unescape(table).replace("\\|", "|")
-
-
-def test_every_mutant_is_listed() -> None:
-    table = load_hooks().mutants_table()
-    assert [name for name in MUTATIONS if f"`{name}`" not in table] == []
 
 
 def test_every_public_name_and_every_backend_is_documented() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import inspect
 import re
@@ -19,6 +20,8 @@ from gdn_ops import Backend, Limits, register_backend
 from gdn_ops.spec import docs
 from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import OPS
+from gdn_ops.testing.laws import LAWS
+from gdn_ops.testing.mutants import MUTATIONS
 from paths import ROOT
 
 GENERATE = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "generate.py")))
@@ -45,6 +48,30 @@ def test_equations_of_a_spec_are_typeset() -> None:
     lines = [docs.tex(equation) for equation in gdn_ops.GATED_DELTA.equations]
     assert lines[1] == r"u_t &= \beta_t (v_t - S'^\top k_t)"
     assert lines[3] == r"o_t &= s \, S_t^\top q_t"
+
+
+def test_every_law_is_listed_with_its_docstring() -> None:
+    table = GENERATE.laws_table()
+    for law in LAWS:
+        assert f"| {law.number} | `{law.name}` |" in table
+        assert law.text and law.text in html.unescape(table).replace("\\|", "|")
+
+
+def test_every_mutant_is_listed() -> None:
+    table = GENERATE.mutants_table()
+    assert [name for name in MUTATIONS if f"`{name}`" not in table] == []
+
+
+def test_pages_made_from_the_code_are_current() -> None:
+    made = GENERATE.generated_pages() | GENERATE.filled_pages()
+    assert {"testing.md", "onnx.md", "ops/gated_delta.md"} <= set(made)
+    written = {path: (ROOT / "docs" / path) for path in made}
+    stale = [
+        path
+        for path, file in written.items()
+        if not file.exists() or file.read_text(encoding="utf-8") != made[path]
+    ]
+    assert stale == [], "make pages writes them"
 
 
 def test_every_public_name_has_a_page_and_a_line_in_its_module() -> None:
@@ -192,3 +219,19 @@ def test_every_reason_that_troubleshooting_lists_is_one_that_explain_gives(
         pattern = ".*".join(re.escape(part) for part in text.split("..."))
         where = certificate if text.startswith("not certified") else given
         assert re.search(pattern, where), f"{text!r} is no reason that explain gives"
+
+
+def test_the_site_has_all_that_its_pages_load() -> None:
+    """Scripts, styles and fonts lie in docs/; none is asked of another host."""
+    yaml = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert re.search(r"^  font: false$", yaml, re.MULTILINE)
+    extra = yaml.partition("extra_css:")[2].partition("\nplugins:")[0]
+    loaded = re.findall(r"^  - (.+)$", extra, re.MULTILINE)
+    assert len(loaded) >= 4
+    for path in loaded:
+        text = (ROOT / "docs" / path).read_text(encoding="utf-8")
+        for url in re.findall(r"url\(([^)]+)\)|@import ([^;]+)", text):
+            assert (ROOT / "docs" / path).parent.joinpath("".join(url)).exists(), f"{path}: {url}"
+    pages = "\n".join(FENCED.sub("", text) for text in TEXTS.values())
+    assert re.findall(r"<(?:script|img|link|iframe)[^>]*https?:", pages) == []
+    assert re.findall(r"!\[[^]]*\]\(https?:", pages) == []
