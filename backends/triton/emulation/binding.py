@@ -16,6 +16,7 @@ import numpy as np
 
 from gdn_ops.backends.triton.emulation.builder import Builder, wide
 from gdn_ops.backends.triton.emulation.language import interpreter, tl
+from gdn_ops.kernel_support.sources import reading
 
 
 class _Once(type):
@@ -26,7 +27,8 @@ class _Once(type):
     def __call__(cls, element_ty: Any, shape: Any) -> Any:
         key = element_ty.name, tuple(map(int, shape))
         if key not in cls._made:
-            cls._made[key] = super().__call__(element_ty, list(key[1]))
+            # Of two threads that make one, both take the first.
+            cls._made.setdefault(key, super().__call__(element_ty, list(key[1])))
         return cls._made[key]
 
 
@@ -143,6 +145,13 @@ def _scan(input: Any, axis: Any, combine_fn: Any, reverse: Any = False, **_: Any
     return _rounded_once(interpreter.ScanOps(axis, combine_fn, reverse), input)
 
 
+def _interpreted(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of Triton's own, which is rewritten when it is first called."""
+    with reading:
+        rewritten = function.rewrite()
+    return rewritten(*args, **kwargs)
+
+
 def _bind() -> None:
     """Patch the copy of the language as the interpreter does, and with what is above."""
     tl.block_type = tl.core.block_type = BlockType
@@ -157,9 +166,7 @@ def _bind() -> None:
     # Triton asks `if other` and means whether there is one.
     del tl.tensor.__bool__
     # The stock call of a jitted function patches the language again, and hides the type of errors.
-    interpreter.InterpretedFunction.__call__ = lambda function, *args, **kwargs: function.rewrite()(
-        *args, **kwargs
-    )
+    interpreter.InterpretedFunction.__call__ = _interpreted
 
 
 _bind()

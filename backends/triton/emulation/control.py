@@ -60,7 +60,10 @@ HELPERS = {
 
 
 def rewritten(fn: FunctionType) -> CodeType:
-    """Return the code of a kernel, rewritten by `_Rewriter`, with the same line numbers."""
+    """Return the code of a kernel, rewritten by `_Rewriter`, with the same line numbers.
+
+    The caller holds `sources.reading`.
+    """
     lines, first = inspect.getsourcelines(fn)
     tree = _Rewriter(fn.__name__).visit(ast.parse(textwrap.dedent("".join(lines))))
     ast.fix_missing_locations(tree)

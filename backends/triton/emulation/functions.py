@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from gdn_ops.backends.triton.emulation.control import HELPERS, rewritten
 from gdn_ops.backends.triton.emulation.language import COPIED, copied, tl
+from gdn_ops.kernel_support.sources import reading
 
 
 class Namespace:
@@ -64,14 +65,20 @@ _twins: dict[int, tuple[Any, Any]] = {}
 def emulated(jitted: Any) -> Callable[..., Any]:
     """Return the Python function that emulates a jitted one; the same one every time."""
     if id(jitted) not in _twins:
-        fn: FunctionType = jitted.fn
-        names = Globals(fn.__globals__)
-        for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-            names[name] = translated(cell.cell_contents)
-        defaults = tuple(map(translated, fn.__defaults__ or ()))
-        function: Any = FunctionType(rewritten(fn), names, fn.__name__, defaults)
-        function.__kwdefaults__ = fn.__kwdefaults__
-        # A reduction calls the function of a combination by this name.
-        function.fn = function
-        _twins[id(jitted)] = function, jitted
+        with reading:
+            _twins.setdefault(id(jitted), (_twin(jitted), jitted))
     return _twins[id(jitted)][0]  # type: ignore[no-any-return]
+
+
+def _twin(jitted: Any) -> Any:
+    """Make the Python function that emulates a jitted one."""
+    fn: FunctionType = jitted.fn
+    names = Globals(fn.__globals__)
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        names[name] = translated(cell.cell_contents)
+    defaults = tuple(map(translated, fn.__defaults__ or ()))
+    function: Any = FunctionType(rewritten(fn), names, fn.__name__, defaults)
+    function.__kwdefaults__ = fn.__kwdefaults__
+    # A reduction calls the function of a combination by this name.
+    function.fn = function
+    return function

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import linecache
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -230,6 +232,34 @@ def test_a_kernel_compiles_after_it_was_emulated_and_runs_after_it_was_compiled(
         torch.testing.assert_close(y, x + 1 + x * x + 0.5)
         assert len(compile_helpers(n)) > 1000
     launch(control.with_helpers, (1,), x, y, N=16)
+
+
+def test_threads_that_emulate_a_kernel_for_the_first_time_rewrite_it_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill, ready = linecache.updatecache, threading.Barrier(8)
+
+    def slow(filename: str, module_globals: Any = None) -> Any:
+        # As it is while a file is read: not in the cache.
+        linecache.cache.pop(filename, None)
+        time.sleep(0.002)
+        return fill(filename, module_globals)
+
+    monkeypatch.setattr(linecache, "updatecache", slow)
+    monkeypatch.setattr(functions, "_twins", {})
+    linecache.clearcache()
+
+    def work(n: int) -> Any:
+        x, y = torch.linspace(-1, 1, 16) + n, torch.empty(16)
+        ready.wait()
+        launch(control.with_helpers, (1,), x, y, N=16)
+        return x, y, functions.emulated(control.with_helpers)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(8)))
+    assert len({id(function) for _, _, function in results}) == 1
+    for x, y, _ in results:
+        torch.testing.assert_close(y, x + 1 + x * x + 0.5)
 
 
 def test_threads_emulate_different_grids_and_compile_at_the_same_time() -> None:
