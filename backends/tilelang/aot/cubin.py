@@ -8,6 +8,7 @@ is cached on disk, by the text of the traced function and everything else that s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -124,11 +125,12 @@ def _parsed(text: str) -> Compiled:
 
 
 def _keep(path: Path, result: Compiled) -> None:
-    """Write a result to its cache file, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(result._asdict() | {"usage": result.usage._asdict()}, file)
-    os.replace(file.name, path)
+    """Write a result to its cache file, atomically; a full disk only costs time later."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(result._asdict() | {"usage": result.usage._asdict()}, file)
+        os.replace(file.name, path)
 
 
 def lowered(function: Any, target: str) -> tuple[str, int]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import shutil
@@ -29,23 +31,65 @@ EMULATION: Final = Path(__file__).resolve().parents[1] / "emulation"
 """The folder of the modules that decide what is emulated, and how."""
 
 
+DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a disk that is full, of one that is read-only, and of a folder of someone else."""
+
+CURE: Final = "set TILELANG_CACHE_DIR to a folder that can be written"
+
+_log = logging.getLogger("gdn_ops")
+_given_up: dict[Path, Path] = {}
+"""Folders that could not be written, and those for temporary files that took their place."""
+
+
+def configured() -> Path:
+    """Return TILELANG_CACHE_DIR, or ~/.tilelang/cache, TileLang's own folder."""
+    return Path(os.environ.get("TILELANG_CACHE_DIR") or "~/.tilelang/cache").expanduser()
+
+
 def folder() -> Path:
     """Return the folder of emulated kernels and of the logs of failed compilations.
 
-    TILELANG_CACHE_DIR, or ~/.tilelang/cache, and "gdn_ops" in it; where that cannot be written, a
-    folder for temporary files.
+    "gdn_ops" in `configured()`; where that cannot be written, a folder for temporary files.
     """
-    own = os.environ.get("TILELANG_CACHE_DIR") or "~/.tilelang/cache"
-    return _writable(Path(own).expanduser() / "gdn_ops")
+    path = configured() / "gdn_ops"
+    if path not in _given_up:
+        try:
+            _check(path)
+        except OSError as error:
+            return instead_of(path, error)
+    return _given_up.get(path, path)
 
 
 @functools.cache
-def _writable(path: Path) -> Path:
-    with contextlib.suppress(OSError):
-        path.mkdir(parents=True, exist_ok=True)
-        if os.access(path, os.W_OK):
-            return path
-    return Path(tempfile.mkdtemp(prefix="gdn_ops-tilelang-"))
+def _check(path: Path) -> None:
+    """Make a folder and write to it.
+
+    Raises:
+        OSError: that is not possible.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path) as file:
+        file.write(bytes(4096))
+        file.flush()
+
+
+def instead_of(path: Path, error: OSError) -> Path:
+    """Return a folder for temporary files, from now on taken instead of one that failed.
+
+    Raises:
+        OSError: there is none either.
+    """
+    given_up = next((own for own, other in _given_up.items() if other == path), path)
+    _given_up[given_up] = Path(tempfile.mkdtemp(prefix="gdn_ops-tilelang-"))
+    reason = error.strerror or error
+    _log.warning("tilelang: kernels are not kept: %s: %s; %s", given_up, reason, CURE)
+    return _given_up[given_up]
+
+
+def disk_error(text: str) -> OSError | None:
+    """Return the error of a disk that a compiler reports in its own words, or None."""
+    number = next((n for n in DISK_ERRORS if os.strerror(n) in text), None)
+    return None if number is None else OSError(number, os.strerror(number))
 
 
 def key(make: Callable[..., Any], constants: dict[str, Any], *more: Any) -> str:
@@ -133,10 +177,10 @@ def description(entry: Path) -> dict[str, Any]:
     return facts
 
 
-def store(name: str, library: Path, description: dict[str, Any]) -> Path:
-    """Store a library and its description under a name, atomically."""
-    entry = folder() / name
-    scratch = folder() / f".{name}-{uuid.uuid4().hex}"
+def store(name: str, library: Path, description: dict[str, Any], where: Path | None = None) -> Path:
+    """Store a library and its description under a name, atomically; `where`: not in `folder()`."""
+    own = folder() if where is None else where
+    entry, scratch = own / name, own / f".{name}-{uuid.uuid4().hex}"
     scratch.mkdir()
     shutil.move(library, scratch / "kernel.so")
     (scratch / "kernel.json").write_text(json.dumps(description))
@@ -148,10 +192,12 @@ def store(name: str, library: Path, description: dict[str, Any]) -> Path:
     return entry
 
 
-def keep_log(name: str, text: str) -> Path:
-    """Write the text of a failed compilation to a log file, and return its path."""
-    logs = folder() / "failed"
-    logs.mkdir(exist_ok=True)
-    path = logs / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.log"
-    path.write_text(text)
-    return path
+def keep_log(name: str, text: str) -> Path | None:
+    """Write the text of a failed compilation to a log file; None where that is not possible."""
+    with contextlib.suppress(OSError):
+        logs = folder() / "failed"
+        logs.mkdir(exist_ok=True)
+        path = logs / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.log"
+        path.write_text(text)
+        return path
+    return None

@@ -31,6 +31,7 @@ from gdn_ops.backends.tilelang.emulation.language import CPU
 from gdn_ops.backends.tilelang.emulation.programs import Emulated, Parameter, Program, program
 from gdn_ops.backends.tilelang.host import cache, toolchain
 from gdn_ops.kernel_support.launches import Launch, note
+from gdn_ops.kernel_support.sources import reading
 
 FLAGS: Final = (
     *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w"),
@@ -132,11 +133,16 @@ def _explained(make: Function, constants: Constants, target: str) -> Iterator[No
     try:
         yield
     except Exception as error:
-        output = error.output if isinstance(error, _CompilerError) else traceback.format_exc()
         name = _named(make, constants, target)
+        if isinstance(error, OSError) and error.errno in cache.DISK_ERRORS:
+            path = error.filename or cache.configured()
+            what = f"tilelang: cannot write {name} to disk: {path}: {error.strerror}; {cache.CURE}"
+            raise RuntimeError(what) from error
+        output = error.output if isinstance(error, _CompilerError) else traceback.format_exc()
         summary = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         log = cache.keep_log(make.__name__, f"{name}\n\n{output}")
-        raise RuntimeError(f"tilelang: cannot compile {name}: {summary}; see {log}") from error
+        see = "" if log is None else f"; see {log}"
+        raise RuntimeError(f"tilelang: cannot compile {name}: {summary}{see}") from error
 
 
 @contextlib.contextmanager
@@ -185,9 +191,16 @@ def _emulated(make: Function, constants: Constants, target: str) -> tuple[Functi
         except (OSError, ValueError):
             # A disk that was full, or a library of another system.
             shutil.rmtree(entry, ignore_errors=True)
-    with _quiet():
+    with _quiet(), reading:
         source = program(trace(make, constants, CPU))
-    return _loaded(make, _run([compiler, *flags], name, source)), "compiled"
+    folder = cache.folder()
+    try:
+        entry = _run([compiler, *flags], name, source, folder)
+    except OSError as error:
+        if error.errno not in cache.DISK_ERRORS:
+            raise
+        entry = _run([compiler, *flags], name, source, cache.instead_of(folder, error))
+    return _loaded(make, entry), "compiled"
 
 
 def _loaded(make: Callable[..., Any], entry: Path) -> Emulated:
@@ -204,19 +217,23 @@ def _identity(compiler: str) -> tuple[str, int, int]:
     return str(path), path.stat().st_size, path.stat().st_mtime_ns
 
 
-def _run(compiler: list[str], name: str, source: Program) -> Path:
-    """Compile a program by a compiler with its flags; return its entry in the disk cache.
+def _run(compiler: list[str], name: str, source: Program, folder: Path) -> Path:
+    """Compile a program by a compiler with its flags; return its entry in a folder of the cache.
 
     Raises:
+        OSError: the folder cannot be written.
         _CompilerError: the compiler fails.
     """
-    with tempfile.TemporaryDirectory(dir=cache.folder()) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
         file, library = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
         file.write_text(source.text)
         command = [*compiler, str(file), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
+            disk_error = cache.disk_error(done.stderr)
+            if disk_error is not None:
+                raise disk_error
             said = f"{' '.join(command)}\n{done.stdout}{done.stderr}\n{source.text}"
             raise _CompilerError(f"{compiler[0]} exits with {done.returncode}", said)
         kept = {field: getattr(source, field) for field in ("parameters", "order", "tiles")}
-        return cache.store(name, library, kept)
+        return cache.store(name, library, kept, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -17,12 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from errors import message_of
 from paths import ROOT
 from processes import python
 
 tilelang = pytest.importorskip("tilelang")
 
-from gdn_ops.backends.tilelang.host import cache  # noqa: E402
+from gdn_ops.backends.tilelang.host import cache, launcher, toolchain  # noqa: E402
 from gdn_ops.backends.tilelang.host.launcher import launch  # noqa: E402
 from tilelang_kernels import tiny  # noqa: E402
 from tilelang_kernels.launching import CONSTANTS, NAME, forget, needs_compiler, run  # noqa: E402
@@ -187,6 +189,51 @@ def test_a_cache_that_cannot_be_written_is_elsewhere(
     assert folder.is_dir() and tmp_path not in folder.parents
     assert cache.folder() == folder
     folder.rmdir()
+
+
+@needs_compiler
+def test_a_full_disk_costs_the_cache_and_no_call(
+    tmp_path: Path, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = tmp_path / "full"
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(full))
+    compiler = tmp_path / "compiler"
+    error = "/usr/bin/ld: final link failed: No space left on device"
+    own = toolchain.compiler()
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *{full}*) echo "{error}" >&2; exit 1;; esac\nexec {own} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    forget(monkeypatch)
+    run()
+    run({**CONSTANTS, "N": 16})
+    warning, *lines = said()
+    assert warning == (
+        f"tilelang: kernels are not kept: {full}/gdn_ops: No space left on device; "
+        f"set TILELANG_CACHE_DIR to a folder that can be written"
+    )
+    assert [line.partition(" in ")[0] for line in lines] == [
+        f"tilelang: {NAME} compiled",
+        "tilelang: scaled (N=16, dtype=float32) for cpu compiled",
+    ]
+    assert not list((full / "gdn_ops").iterdir())
+    shutil.rmtree(cache.folder())
+
+
+def test_a_disk_that_cannot_be_written_at_all_is_named(
+    cold: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere")
+
+    monkeypatch.setattr(launcher, "_emulated", full)
+    assert message_of(RuntimeError, run) == (
+        f"tilelang: cannot write {NAME} to disk: /somewhere: No space left on device; "
+        f"set TILELANG_CACHE_DIR to a folder that can be written"
+    )
+    monkeypatch.setattr(cache, "folder", full)
+    assert cache.keep_log("name", "text") is None
 
 
 def test_two_processes_may_keep_the_same_kernel(cold: Path) -> None:
