@@ -247,6 +247,19 @@ def strays(T: Any) -> Any:
     return strays
 
 
+def wide_grid(T: Any) -> Any:
+    """Have a grid whose second axis may be longer than a GPU's."""
+
+    @T.prim_func
+    def wide_grid(x: T.Tensor((1,), "float32"), rows: T.int32, columns: T.int32):
+        with T.Kernel(columns, rows, threads=32):
+            tile = T.alloc_shared((1,), "float32")
+            tile[0] = 1.0
+            x[0] = tile[0]
+
+    return wide_grid
+
+
 def sweeps(T: Any, *, n: int) -> Any:
     """Read the first n elements of a tile of four."""
 

@@ -14,6 +14,11 @@ from typing import Any
 import tilelang  # noqa: F401, it is what brings tvm
 from tvm import arith, ir, tirx
 
+from gdn_ops.backends.tilelang.emulation.programs import GRID
+
+MOST_PROGRAMS = 65535
+"""Programs of a GPU along the second and the third axis of a grid; an int32 may be larger."""
+
 
 class Bounds:
     """Track the bounds of variables at the place that a pass visits.
@@ -34,6 +39,19 @@ class Bounds:
         """Record the bounds of a variable, those of the value bound to it."""
         if str(variable.dtype).startswith("int"):
             self._analyzer.update(variable, self._analyzer.const_int_bound(value), True)
+
+    def of_grid(self, extents: dict[str, Any]) -> list[Any]:
+        """Return statements that check the sizes of a grid, by the names of its axes."""
+        checks = []
+        for axis in ("blockIdx.y", "blockIdx.z"):
+            extent = extents.get(axis, 1)
+            if isinstance(extent, int | tirx.IntImm) and int(extent) <= MOST_PROGRAMS:
+                continue
+            self.tiles.append(f"{GRID}{axis[-1]}, of at most {MOST_PROGRAMS} programs")
+            last = tirx.Cast("int64", extent) - 1
+            call = ("int32", "gdn_ops_index", last, MOST_PROGRAMS, len(self.tiles))
+            checks.append(tirx.Evaluate(tirx.call_extern(*call)))
+        return checks
 
     @contextlib.contextmanager
     def condition(self, condition: Any) -> Iterator[None]:

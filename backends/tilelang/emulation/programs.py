@@ -31,6 +31,9 @@ _ARRAY: Final = re.compile(r"^ +(\w+) (\w+)\[(\d\d+|[2-9])\];$", re.MULTILINE)
 _PROTOTYPE: Final = re.compile(r"#ifdef __cplusplus\nextern \"C\"\n#endif\n\w+ \w+\([^{;]*\);\n")
 _memory = threading.local()
 
+GRID: Final = "the grid along "
+"""What the names of axes of the grid begin with, among those of tiles."""
+
 
 class Parameter(NamedTuple):
     """Describe a parameter of a kernel.
@@ -217,7 +220,8 @@ class Emulated:
         fault = self.call(_tiles(self.size), *[values[name] for name in self.order])
         if fault:
             tile = self.tiles[fault - 1]
-            raise IndexError(f"{self.name}: an index is outside of the tile {tile}")
+            kind = "" if tile.startswith(GRID) else "the tile "
+            raise IndexError(f"{self.name}: an index is outside of {kind}{tile}")
 
     def _number(self, parameter: Parameter, value: Any) -> Any:
         """Check a number against its parameter, and return it."""

@@ -125,6 +125,7 @@ class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
         self.accesses = Accesses()
         self.bounds = Bounds()
         self.refused: Exception | None = None
+        self.grid: dict[str, Any] = {}
 
     def _refuse(self, what: str) -> Exception:
         self.refused = NotImplementedError(f"{what} has no emulation on CPU tensors")
@@ -165,13 +166,16 @@ class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
         tiles = [self.tile(buffer) for buffer in op.alloc_buffers]
         poison = [_poison(tile) for tile in tiles if str(tile.dtype).startswith("float")]
         body = self.visit_stmt(op.body)
-        if poison:
-            body = tirx.SeqStmt([*poison, body])
+        checks, self.grid = self.bounds.of_grid(self.grid), {}
+        if checks or poison:
+            body = tirx.SeqStmt([*checks, *poison, body])
         return tirx.SBlock(op.iter_vars, [], [], op.name_hint, body, None, tiles)
 
     def visit_for_(self, op: Any) -> Any:
         low, extent = self.visit_expr(op.min), self.visit_expr(op.extent)
         self.bounds.loop(op)
+        if op.kind == tirx.ForKind.THREAD_BINDING:
+            self.grid[str(op.thread_binding.thread_tag)] = extent
         with self.accesses.loop(op):
             body = self.visit_stmt(op.body)
         if op.kind == tirx.ForKind.THREAD_BINDING:

@@ -237,6 +237,17 @@ def test_a_loop_that_runs_past_the_end_of_a_tile_is_an_error() -> None:
     assert message == "sweeps: an index is outside of the tile tile"
 
 
+@needs_compiler
+def test_a_grid_that_no_gpu_has_is_an_error() -> None:
+    x = torch.zeros(1)
+    launch(tiles.wide_grid, {}, x, 65535, 1)
+    launch(tiles.wide_grid, {}, x, 1, 65536)
+    assert x.item() == 1
+    assert message_of(IndexError, launch, tiles.wide_grid, {}, x, 65536, 1) == (
+        "wide_grid: an index is outside of the grid along y, of at most 65535 programs"
+    )
+
+
 def test_only_an_index_that_may_be_outside_is_checked() -> None:
     body = traced(tiles.strays).text.partition("gdn_ops_call(")[2]
     assert body.count("tile[gdn_ops_index(((int64_t)i), (int64_t)4, (int64_t)1)]") == 1
