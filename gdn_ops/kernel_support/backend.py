@@ -28,6 +28,9 @@ from gdn_ops.spec.rules import Limits
 MOST_STEPS: Final = 8
 """Tokens per row up to which a call without gradients takes the decode kernel."""
 
+MOST_HEADS: Final = 65535
+"""Programs along the second and the third axis of a GPU's grid, where heads and, in blocks of
+columns, V are. Rows, sequences and chunks are along the first one, of 2**31 - 1 programs."""
 
 Choices = Mapping[str, Sequence[Any]]
 """Field of a configuration -> the values to try."""
@@ -39,7 +42,7 @@ class Tables:
     """Choose configurations from a backend's rows, or from one row instead of theirs.
 
     Keys are (device class, width class, dtype class) for the sequence op, and (device class, width
-    class) for decoding. The dtype class is "float32", or "low" for bfloat16 and float16.
+    class) for decoding. The dtype class is "low" for bfloat16, "float16" or "float32".
 
     Args:
         rows: the configurations by key.
@@ -78,7 +81,7 @@ class Tables:
     ) -> tuple[Any, ...]:
         """Return the key of a row of the sequence op, or of decoding where no dtype is given."""
         key = self.target(device), self._width_of(K, V)
-        return key if dtype is None else (*key, "float32" if dtype == torch.float32 else "low")
+        return key if dtype is None else (*key, _CLASSES.get(dtype, "low"))
 
     def choose(self, device: torch.device, K: int, V: int, dtype: torch.dtype | None = None) -> Any:
         """Return the configuration of a call, of which `key` returns the key."""
@@ -118,6 +121,11 @@ class Tables:
         return tuple(Row(row.key, config) for config in dict.fromkeys(configs))
 
 
+_CLASSES = {torch.bfloat16: "low", torch.float16: "float16", torch.float32: "float32"}
+"""Classes of the sequence op's configurations by dtype: the memory of operands is in one dtype, of
+two parts, or three."""
+
+
 def _varied(config: Any, choices: Choices) -> list[Any]:
     """Return a dataclass with one field after the other set to each of its choices."""
     return [replace(config, **{k: v}) for k, values in choices.items() for v in values]
@@ -150,7 +158,7 @@ class KernelBackend(Backend):
         devices=("cuda",),
         emulated_devices=("cpu",),
         dtypes=("bfloat16", "float16", "float32"),
-        state_dtypes=("float32", "bfloat16"),
+        state_dtypes=("float32", "bfloat16", "float16"),
         min_capability=(8, 0),
         pools=True,
     )
@@ -164,7 +172,11 @@ class KernelBackend(Backend):
     run_decode: ClassVar[Callable[..., None]]
 
     def reasons(self, call: Call) -> list[str]:
-        return [*self.tool_reasons(call.device.type)]
+        too_many = [f"HV={call.sizes.HV} (supported: up to {MOST_HEADS})"]
+        return [
+            *self.tool_reasons(call.device.type),
+            *(too_many if call.sizes.HV > MOST_HEADS else ()),
+        ]
 
     def saved_like(self, call: Call) -> tuple[Tensor, ...]:
         return self.empty_saved(call, self.make_plan(call))
@@ -174,6 +186,9 @@ class KernelBackend(Backend):
             return without_tokens(call, self.saved_like(call) if call.needs_grad else ())
         is_planned = call.needs_grad or call.cu_seqlens is not None or call.chunk_size
         if call.sizes.T <= MOST_STEPS and not is_planned:
+            if call.state is not None and call.state.dtype != torch.float32:
+                # A final state is float32, where decode ops keep the dtype of the given one.
+                call = replace(call, state=call.state.to(torch.float32))
             return Forward(*self.decode_many(call)[:2])
         return self.run_forward(call, self.make_plan(call))
 

@@ -87,6 +87,27 @@ def test_what_it_cannot_run_is_a_reason(name: str, changes: dict[str, Any], reas
     check_reason(name, linear_arguments(**changes), reason)
 
 
+def test_more_heads_than_a_grid_has_programs_are_a_reason(name: str) -> None:
+    for HV, reasons in ((65535, ()), (65536, ("HV=65536 (supported: up to 65535)",))):
+        q, v = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, HV, 16)
+        explanation = gdn_ops.explain(q, q, v, rule="linear", backend=name)
+        assert dict(explanation.reasons)[name] == reasons
+
+
+def test_more_sequences_than_65535_are_along_the_first_axis_of_a_grid() -> None:
+    pytest.importorskip("tilelang")
+    N, T, K = 70_000, 3, 16
+    x = torch.ones(1, T, 1, K)
+    # All of them empty but the last one.
+    cu_seqlens = torch.zeros(N + 1, dtype=torch.int64)
+    cu_seqlens[-1] = T
+    given = {"q": x, "k": x, "v": x, "rule": "linear", "scale": 1.0, "cu_seqlens": cu_seqlens}
+    o, state = gdn_ops.gated_delta(**given, return_state=True, backend="tilelang")
+    assert o[0, :, 0, 0].tolist() == [16.0, 32.0, 48.0]
+    assert state.shape == (N, 1, K, K)
+    assert not state[:-1].any() and bool((state[-1] == 3).all())
+
+
 def test_without_its_package_a_backend_is_not_installed(name: str) -> None:
     code = (
         f"import sys; sys.modules[{name!r}] = None\n"

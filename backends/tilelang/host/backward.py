@@ -47,12 +47,12 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
 
     def per_chunk(*shape: int) -> Tensor:
         whole = (s.HV, plan.chunk_slots, *shape)
-        return torch.empty(whole, dtype=plan.low, device=call.device)
+        return torch.empty(whole, dtype=plan.kept, device=call.device)
 
     # S at every chunk start, and U, which a rule without an error term does not keep.
     chunk_states = per_chunk(s.K, s.V)
     kept = per_chunk(plan.C, s.V) if call.rule.has_erase else None
-    u = x.known(kept, 1, 1, plan.C, s.V, dtype=plan.low)
+    u = x.known(kept, 1, 1, plan.C, s.V, dtype=plan.kept)
     run_states(x, "states", x.starts, chunk_states=chunk_states, u=u)
     d_ends = d_final = aligned(d_final.to(torch.float32))
     if plan.is_segmented:
@@ -92,9 +92,9 @@ def run_state_gradients(
         state_gradients, walked(x, plan.config.state_gradients, mode),
         x.q, x.k, d_o, x.saved.gates, x.saved.inv_norms, x.inverses,
         x.known(d_ends, 1, 1, s.K, s.V), x.cu,
-        x.known(d_rhs, 1, 1, plan.C, s.V, dtype=plan.low),
-        x.known(d_states, 1, 1, s.K, s.V, dtype=plan.low),
-        d_starts, float(x.call.scale), plan.L, plan.segment_slots,
+        x.known(d_rhs, 1, 1, plan.C, s.V, dtype=plan.kept),
+        x.known(d_states, 1, 1, s.K, s.V, dtype=plan.kept),
+        d_starts, float(x.call.scale), int(x.call.qk_l2norm), plan.L, plan.segment_slots,
     )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ and between them, where whole sequences would leave a GPU idle,
     states    per segment, head and block       M and R of the segment (docs/math.md §6)
     compose   per sequence, head and V block    the state at the start of every segment
 
-For bfloat16 and float16 the operands of products are rounded to that dtype; gates, sums, the solve
-and the state are float32. For float32 every product is float32 (`kernels.blocks`).
+For bfloat16 the operands of products are rounded to it, for float16 to the 16 bits of two bfloat16,
+which have the range of float32; gates, sums, the solve and the state are float32. For float32 every
+product is float32 (`kernels.blocks`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ COMPOSED: Final = 32
 def common(call: Call, plan: Plan, tiles: Tiles) -> dict[str, Any]:
     """Return the constants that all kernels over chunks share."""
     return {
-        "K": call.sizes.K, "BK": plan.BK, "C": plan.C, "dtype": dtype_name(plan.low),
+        "K": call.sizes.K, "BK": plan.BK, "C": plan.C, "dtype": dtype_name(call.tokens.q.dtype),
         "erase": call.rule.has_erase, "threads": 32 * tiles.warps,
     }  # fmt: skip
 
@@ -83,12 +84,12 @@ def run_states(x: Given, mode: str, starts: Tensor | None, **outputs: Tensor) ->
             zero.
         outputs: the tensors that the mode writes, by their names in the kernel.
     """
-    plan, s, low, f32 = x.plan, x.call.sizes, x.plan.low, torch.float32
+    plan, s, kept, f32 = x.plan, x.call.sizes, x.plan.kept, torch.float32
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "o": (low, (1, 1, s.V)),
+        "o": (x.v.dtype, (1, 1, s.V)),
         "final": (f32, (1, 1, s.K, s.V)),
-        "chunk_states": (low, (1, 1, s.K, s.V)),
-        "u": (low, (1, 1, plan.C, s.V)),
+        "chunk_states": (kept, (1, 1, s.K, s.V)),
+        "u": (kept, (1, 1, plan.C, s.V)),
         "maps": (f32, (1, 1, s.K, s.K)),
         "shifts": (f32, (1, 1, s.K, s.V)),
     }
@@ -97,7 +98,8 @@ def run_states(x: Given, mode: str, starts: Tensor | None, **outputs: Tensor) ->
         x.q, x.k, x.v, x.saved.gates, x.saved.inv_norms, x.inverses,
         x.known(starts, 1, 1, s.K, s.V), x.cu,
         *(x.known(outputs.get(name), *shape, dtype=d) for name, (d, shape) in shapes.items()),
-        float(x.call.scale), int(starts is not None), plan.L, plan.segment_slots,
+        float(x.call.scale), int(x.call.qk_l2norm), int(starts is not None), plan.L,
+        plan.segment_slots,
     )  # fmt: skip
 
 

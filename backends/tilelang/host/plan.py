@@ -11,8 +11,10 @@ from torch import Tensor
 
 from gdn_ops.backends.tilelang.host import config as configs
 from gdn_ops.backends.tilelang.host.table import Config
-from gdn_ops.backends.tilelang.kernels.blocks import ALPHA, LOG_ALPHA, NO_DECAY
+from gdn_ops.backends.tilelang.kernels.blocks import ALPHA, LOG_ALPHA, NO_DECAY, kept_of
+from gdn_ops.backends.tilelang.kernels.gates import Norm
 from gdn_ops.call.bind import Call
+from gdn_ops.call.structure import dtype_name
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Plan:
         L: chunks per segment.
         chunk_slots: how many chunks the tensors kept per chunk have room for.
         segment_slots: how many segments the tensors kept per segment have room for.
-        low: dtype of q, of T and of all that is kept per chunk but gates and inv_norms.
+        kept: dtype of T and of all that is kept per chunk but gates and inv_norms.
         is_segmented: whether a sequence may be more than one segment.
     """
 
@@ -36,7 +38,7 @@ class Plan:
     L: int
     chunk_slots: int
     segment_slots: int
-    low: torch.dtype
+    kept: torch.dtype
     is_segmented: bool
 
 
@@ -53,7 +55,7 @@ def make_plan(call: Call) -> Plan:
         L=L,
         chunk_slots=tokens // C + s.N,
         segment_slots=tokens // (C * L) + s.N,
-        low=call.tokens.q.dtype,
+        kept=getattr(torch, kept_of(dtype_name(call.tokens.q.dtype))),
         is_segmented=C * L < configs.ONE_SEGMENT,
     )
 
@@ -63,7 +65,7 @@ class Saved(NamedTuple):
 
     Attributes:
         gates: (HV, chunk_slots, 4, C) float32: G as hi and lo, z, β.
-        inv_norms: (H, chunk_slots, 2, C) float32: 1/‖q‖ and 1/‖k‖, or 1.
+        inv_norms: (H, chunk_slots, 4, C) float32: 1/‖q‖ and 1/‖k‖, or 1; see `gates.Norm`.
         inverses: (HV, chunk_slots, C, C), empty without an error term.
         starts: (segment_slots, HV, K, V) float32, the state at the start of every segment; empty
             where a sequence is one.
@@ -87,8 +89,8 @@ def empty_saved(call: Call, plan: Plan) -> Saved:
     cuts, segments = plan.is_segmented, plan.segment_slots
     return Saved(
         empty(s.HV, slots, 4, C),
-        empty(s.H, slots, 2, C),
-        empty(s.HV, slots, C, C, dtype=plan.low, needed=call.rule.has_erase),
+        empty(s.H, slots, Norm.COUNT, C),
+        empty(s.HV, slots, C, C, dtype=plan.kept, needed=call.rule.has_erase),
         empty(segments, s.HV, s.K, s.V, needed=cuts),
         empty(segments, s.HV, s.K, s.K, needed=cuts),
     )
@@ -155,7 +157,7 @@ class Given(NamedTuple):
         """Return T of all chunks, or a placeholder for rules without an error term."""
         plan = self.plan
         saved_inverses = self.saved.inverses if self.call.rule.has_erase else None
-        return self.known(saved_inverses, 1, 1, plan.C, plan.C, dtype=plan.low)
+        return self.known(saved_inverses, 1, 1, plan.C, plan.C, dtype=plan.kept)
 
     @property
     def starts(self) -> Tensor | None:

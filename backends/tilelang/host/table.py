@@ -4,7 +4,9 @@ A row is pasted into a table as `gdn-ops bench --tune tilelang` prints it, and s
 measured. What no GPU has measured was chosen because it compiles without spilling at K = V = 128 in
 16 bits; without a row of its own, a device class has that of sm_90a.
 
-The width class is K padded to a multiple of 64; the dtype class is "low" for bfloat16 and float16.
+The width class is K padded to a multiple of 64; the dtype class is "low" for bfloat16. For float16,
+whose operands are two tiles where those of float32 are three, it is "float16", with the rows of
+float32 where it has none of its own.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ _HOPPER: dict[tuple[int, str], Config] = {
     (256, "float32"): _row(32, Tiles(16, 4, 0), Tiles(16, 4, 0), Tiles(16, 4, 0)),
 }
 
-SEQUENCE: dict[tuple[str, int, str], Config] = {
+_OWN: dict[tuple[str, int, str], Config] = {
     **{
         (target, *key): config
         for target in ("sm_90a", "sm_80", "sm_100a") for key, config in _HOPPER.items()
@@ -71,7 +73,13 @@ SEQUENCE: dict[tuple[str, int, str], Config] = {
     ("sm_120a", 128, "low"): _row(32, Tiles(32, 4, 1), Tiles(32, 4, 1), Tiles(32, 8, 0)),
     ("sm_120a", 128, "float32"): _row(32, Tiles(16, 4, 0), Tiles(16, 4, 0), Tiles(16, 4, 0)),
     ("sm_120a", 192, "low"): _row(32, Tiles(16, 4, 0), Tiles(16, 4, 0), Tiles(16, 4, 0)),
+    ("sm_120a", 192, "float16"): _row(32, Tiles(16, 4, 0), Tiles(16, 4, 0), Tiles(16, 4, 0)),
     ("sm_120a", 256, "low"): _row(32, Tiles(16, 4, 0), Tiles(16, 4, 0), Tiles(16, 4, 0)),
+}
+
+SEQUENCE: dict[tuple[str, int, str], Config] = {
+    **{(*key[:2], "float16"): row for key, row in _OWN.items() if key[2] == "float32"},
+    **_OWN,
 }
 """(device class, width class, dtype class) -> how the sequence op is launched."""
 

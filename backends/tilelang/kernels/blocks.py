@@ -9,16 +9,22 @@ chunks, and `+ n` gives it one more. So what is kept per chunk needs no table of
 no look at cu_seqlens from the host. A slot may be empty. Segments of several chunks have
 slots too, by the same formula with C times their length.
 
-A low-precision operand of a product is one tile. A float32 operand is three bfloat16 tiles that
-add up to it, and a product is the sum of the six products that matter (to 2**-24 of it): tensor
-cores then multiply in float32, and no TF32 is involved. Both are lists of tiles here.
+An operand of a product is a list of bfloat16 tiles that add up to it. For bfloat16 it is one. For
+float32 there are three, and a product is the sum of the six products that matter (to 2**-24 of it):
+tensor cores then multiply in float32, and no TF32 is involved. For float16 there are two, which
+hold its 11 bits, and three products: a state, an inverse or a gradient may be far beyond 65504
+where the results are not, so that a tile of float16 could not hold it.
+
+Rows of q and k that are normalised are scaled in their tiles by a power of two, exactly, to norms
+below 2; what is left of 1 / norm is a factor of at most 1. Otherwise a zero key would have the
+factor 1000 multiplied into values, which it is a zero for.
 
 The factories of kernels and of macros take the language T, and constants:
 
     K, BK       width of a key, and of the tile that holds it, a multiple of 64
     V, BV       width of a value, and of the block of columns that a program, or a turn of it, has
     C           tokens per chunk: 32 or 64
-    dtype       of q, k, v, dO and of what is kept per chunk
+    dtype       of q, k, v and dO; `kept_of` it is that of what is kept per chunk
     erase       whether the rule has an error term
     mode        which results are written, one of the kernel's MODES
     threads     per program, at most
@@ -42,18 +48,25 @@ SMALLEST_NORMAL = 1.1754943508222875e-38
 NO_DECAY, ALPHA, LOG_ALPHA = 0, 1, 2
 """Forms in which a call may give the decay."""
 
-PAIRS = {1: ((0, 0),), 3: ((0, 2), (1, 1), (2, 0), (0, 1), (1, 0), (0, 0))}
+PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}
+"""Tiles of an operand, by the dtype of a call."""
+
+PAIRS = {
+    1: ((0, 0),),
+    2: ((0, 1), (1, 0), (0, 0)),
+    3: ((0, 2), (1, 1), (2, 0), (0, 1), (1, 0), (0, 0)),
+}
 """Pairs of parts that are multiplied, small products first, by the number of parts."""
 
 
 def parts_of(dtype: str) -> int:
     """Return how many tiles an operand of a product consists of."""
-    return 3 if dtype == "float32" else 1
+    return PARTS[dtype]
 
 
-def low_of(dtype: str) -> str:
-    """Return the dtype of the tiles of an operand."""
-    return "bfloat16" if dtype == "float32" else dtype
+def kept_of(dtype: str) -> str:
+    """Return the dtype of what is kept per chunk, which has the range of float32."""
+    return dtype if dtype == "bfloat16" else F32
 
 
 def named(allocate: Callable[..., Any], dtype: str, **shapes: tuple[int, ...]) -> dict[str, Any]:
@@ -83,7 +96,7 @@ def blocks(T: Any) -> SimpleNamespace:
 
     def operand(shape: tuple[int, ...], dtype: str) -> list[Any]:
         """Allocate the tiles of an operand of products in shared memory."""
-        return [T.alloc_shared(shape, low_of(dtype)) for _ in range(parts_of(dtype))]
+        return [T.alloc_shared(shape, "bfloat16") for _ in range(parts_of(dtype))]
 
     @T.macro
     def owner(cu, N, tokens, p):
@@ -103,14 +116,15 @@ def blocks(T: Any) -> SimpleNamespace:
     def put(parts, i, j, x):
         """Set element (i, j) of an operand to the float32 value x."""
         if len(parts) == 1:
-            parts[0][i, j] = T.cast(x, parts[0].dtype)
+            parts[0][i, j] = T.cast(x, "bfloat16")
         else:
             high = T.cast(x, "bfloat16")
             rest = x - T.cast(high, "float32")
             middle = T.cast(rest, "bfloat16")
             parts[0][i, j] = high
             parts[1][i, j] = middle
-            parts[2][i, j] = T.cast(rest - T.cast(middle, "float32"), "bfloat16")
+            if len(parts) == 3:
+                parts[2][i, j] = T.cast(rest - T.cast(middle, "float32"), "bfloat16")
 
     def value(parts: list[Any], i: Any, j: Any) -> Any:
         """Return element (i, j) of an operand, float32."""

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import blocks, macros, parts_of
+from gdn_ops.backends.tilelang.kernels.blocks import F32, blocks, macros, parts_of
 
 
 def chunk_tiles(T: Any, C: int, dtype: str, bulk: bool) -> SimpleNamespace:
@@ -30,11 +30,20 @@ def chunk_tiles(T: Any, C: int, dtype: str, bulk: bool) -> SimpleNamespace:
         if is_split:
             for i, j in T.Parallel(C, width):
                 element = T.if_then_else(
-                    i < rest and column + j < x.shape[2], x[first + i, head, column + j], 0.0
+                    i < rest and column + j < x.shape[2],
+                    T.cast(x[first + i, head, column + j], F32),
+                    0.0,
                 )
                 b.put(parts, i, j, element)
         else:
             load(x, first, head, column, width, rest, parts[0])
+
+    @T.macro
+    def scale_rows(parts, factors, row, width):
+        """Multiply the rows of an operand by powers of two, which is exact."""
+        for part in parts:
+            for i, j in T.Parallel(C, width):
+                part[i, j] = T.cast(T.cast(part[i, j], F32) * factors[row, i], part.dtype)
 
     @T.macro
     def load_inverse(inverses, hv, slot, parts):
@@ -56,7 +65,7 @@ def chunk_tiles(T: Any, C: int, dtype: str, bulk: bool) -> SimpleNamespace:
         """Round a fragment to an operand."""
         if is_split:
             for i, j in T.Parallel(height, width):
-                b.put(parts, i, j, x[i, j])
+                b.put(parts, i, j, T.cast(x[i, j], F32))
         else:
             T.copy(x, parts[0])
 
@@ -67,4 +76,4 @@ def chunk_tiles(T: Any, C: int, dtype: str, bulk: bool) -> SimpleNamespace:
             from_start[i] = b.start_decay(g, i, 0)
             to_end[i] = b.pair_decay(g, C - 1, i, 0)
 
-    return macros(load, load_operand, load_inverse, clear_tail, lower, chunk_decay)
+    return macros(load, load_operand, scale_rows, load_inverse, clear_tail, lower, chunk_decay)

@@ -22,11 +22,11 @@ def compose(
 ) -> Any:
     """Make the kernel; `reverse`: gradients go from the end to the start.
 
-    Grid (ceil(V / BV), N, HV).
+    Grid (N ceil(V / BV), HV).
     """
     # Columns of M, or rows of Mᵀ, that are multiplied at a time: 96 KiB of tiles at most.
     width = 64 if BK <= 128 else 32
-    b = blocks(T)
+    b, columns = blocks(T), -(-V // BV)
     segment_slots, HV, N1, first_N, first_HV = T.dynamic("segment_slots, HV, N1, first_N, first_HV")
     shape = (width, BK) if reverse else (BK, width)
 
@@ -41,11 +41,12 @@ def compose(
         L: T.int32,
         N: T.int32,
     ):
-        with T.Kernel(T.ceildiv(V, BV), N, HV, threads=threads) as (column, n, hv):
+        with T.Kernel(columns * N, HV, threads=threads) as (program, hv):
             factor = b.operand(shape, F32)
             S_low = b.operand((BK, BV), F32)
             S = T.alloc_fragment((BK, BV), F32)
-            dv = column * BV
+            n = program // columns
+            dv = program % columns * BV
             tokens = C * L
             first = cu[n] // tokens + n
             segments = T.max(T.ceildiv(cu[n + 1] - cu[n], tokens), 1)

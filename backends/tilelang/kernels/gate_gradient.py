@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from gdn_ops.backends.tilelang.kernels.blocks import ALPHA, F32, blocks, macros
+from gdn_ops.backends.tilelang.kernels.gates import Norm
 
 QUARTERS = 4
 """Parts of a row or a column that threads sum at once."""
@@ -58,11 +59,11 @@ def gate_gradient(T: Any, C: int, BK: int, erase: bool) -> SimpleNamespace:
             for part in [*range(1, BK // C)]:
                 t[Row.CORNER, i] += m.corners[part * C + i]
             t[Row.START, i] = T.if_then_else(
-                i < rest, t[Row.START, i] * (scale * m.inv_norm[0, i]), 0.0
+                i < rest, t[Row.START, i] * (scale * m.inv_norm[Norm.QUERY, i]), 0.0
             )
-            t[Row.END, i] = t[Row.END, i] * m.inv_norm[1, i]
+            t[Row.END, i] = t[Row.END, i] * m.inv_norm[Norm.KEY, i]
             if erase:
-                t[Row.ERASED, i] = t[Row.ERASED, i] * m.inv_norm[1, i]
+                t[Row.ERASED, i] = t[Row.ERASED, i] * m.inv_norm[Norm.KEY, i]
                 t[Row.START, i] -= m.g[3, i] * t[Row.ERASED, i]
                 t[Row.BETA, i] += t[Row.PAIR, i] - t[Row.FROM_START, i] * t[Row.ERASED, i]
 

@@ -15,6 +15,19 @@ from gdn_ops.backends.tilelang.kernels.blocks import (
 LOWEST = -3.4028234663852886e38
 """The lowest finite float32: what is below it is -inf."""
 
+POWERS = [(2.0**n, 2.0**-n) for n in (64, 32, 16, 8, 4, 2, 1)]
+"""Powers of two, and their inverses, that bring any normal float32 to (1/2, 2]."""
+
+
+class Norm:
+    """Name the rows of the norms of a chunk: 1 / norm is a power of two times a factor."""
+
+    QUERY = 0  # the factor, in (1/2, 1], or 1 without qk_l2norm
+    KEY = 1
+    QUERY_POWER = 2
+    KEY_POWER = 3
+    COUNT = 4
+
 
 def gates_of_chunk(T: Any, C: int, BK: int) -> SimpleNamespace:
     """Return the macros."""
@@ -34,13 +47,25 @@ def gates_of_chunk(T: Any, C: int, BK: int) -> SimpleNamespace:
                 z[1 - source, i] = z[source, i] + T.if_then_else(i >= apart, z[source, before], 0.0)
 
     @T.macro
-    def inverse_norms(x, squares, sums, to, row):
-        """Set a row of `to` (2, C) to 1 / sqrt(sum(x²) + 1e-6) of the rows of a tile."""
+    def inverse_norms(x, squares, sums, to, row, rest):
+        """Set a factor and a power of two of `to` to 1 / sqrt(sum(x²) + 1e-6) of a tile's rows."""
         for i, j in T.Parallel(C, BK):
             squares[i, j] = T.cast(x[i, j], F32) * T.cast(x[i, j], F32)
         T.reduce_sum(squares, sums, dim=1, clear=True)
+        factor = T.alloc_var(F32)
+        power = T.alloc_var(F32)
+        step = T.alloc_var(F32)
         for i in T.Parallel(C):
-            to[row, i] = 1.0 / T.sqrt(sums[i] + L2NORM_EPSILON)
+            factor = T.if_then_else(i < rest, 1.0 / T.sqrt(sums[i] + L2NORM_EPSILON), 1.0)
+            power = 1.0
+            for large, small in POWERS:
+                step = T.if_then_else(factor <= small, large, 1.0)
+                step = T.if_then_else(factor > large, small, step)
+                factor = factor * step
+                power = power / step
+            step = T.if_then_else(factor > 1.0, 0.5, 1.0)
+            to[row, i] = factor * step
+            to[row + Norm.QUERY_POWER, i] = power / step
 
     @T.macro
     def form(m, gate, beta, at, kind, has_beta):

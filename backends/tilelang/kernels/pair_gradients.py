@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from gdn_ops.backends.tilelang.kernels.blocks import blocks, macros
+from gdn_ops.backends.tilelang.kernels.gates import Norm
 
 
 def pair_gradients(T: Any, C: int, slices: int, width: int, erase: bool) -> SimpleNamespace:
@@ -21,13 +22,15 @@ def pair_gradients(T: Any, C: int, slices: int, width: int, erase: bool) -> Simp
         b.multiply_rows(m.q, m.k, f.pair, False, True, True)
         for i, j in T.Parallel(C, C):
             own = T.if_then_else(i >= j and i < rest, f.dP[i, j] * scale, 0.0)
-            f.dP[i, j] = own * (f.pair[i, j] * (m.inv_norm[0, i] * m.inv_norm[1, j]))
+            both = m.inv_norm[Norm.QUERY, i] * m.inv_norm[Norm.KEY, j]
+            f.dP[i, j] = own * (f.pair[i, j] * both)
             m.squares[0][i, j] += own * f.D[i, j]
         if erase:
             b.multiply_rows(m.k, m.k, f.pair, False, True, True)
             for i, j in T.Parallel(C, C):
                 own = T.if_then_else(i > j, -f.dA[i, j], 0.0)
-                f.dA[i, j] = own * (f.pair[i, j] * (m.inv_norm[1, i] * m.inv_norm[1, j]))
+                both = m.inv_norm[Norm.KEY, i] * m.inv_norm[Norm.KEY, j]
+                f.dA[i, j] = own * (f.pair[i, j] * both)
                 f.dP[i, j] += f.dA[i, j] * m.g[3, i]
                 f.dA[i, j] = f.dA[i, j] * f.D[i, j]
                 m.squares[1][i, j] += own * (f.D[i, j] * m.g[3, i])

@@ -5,16 +5,16 @@ are `chunk_local_cumsum` and `chunk_gated_delta_rule_fwd_kkt_solve`.
 
     reads   k, and q with qk_l2norm, (M, H, K); α or log α, β (M, HV) float32
     writes  gates (HV, chunk_slots, 4, C) float32: G as hi and lo, z, β (docs/math.md §4)
-            inv_norms (H, chunk_slots, 2, C) float32: 1/‖q‖, 1/‖k‖, or 1
-            T (HV, chunk_slots, C, C) in the dtype of k                 (docs/math.md §3)
+            inv_norms (H, chunk_slots, 4, C) float32: 1/‖q‖, 1/‖k‖, or 1, as factors and powers
+            T (HV, chunk_slots, C, C) in the dtype of what is kept      (docs/math.md §3)
 """
 
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import F32, blocks, named, parts_of
+from gdn_ops.backends.tilelang.kernels.blocks import F32, blocks, kept_of, named, parts_of
 from gdn_ops.backends.tilelang.kernels.chunk_tiles import chunk_tiles
-from gdn_ops.backends.tilelang.kernels.gates import gates_of_chunk
+from gdn_ops.backends.tilelang.kernels.gates import Norm, gates_of_chunk
 from gdn_ops.backends.tilelang.kernels.inverse import ROWS, inverse
 
 
@@ -24,7 +24,7 @@ def solve(T: Any, *, K: int, BK: int, C: int, dtype: str, erase: bool, threads: 
     inverse_of = inverse(T, C)
     M, H, HV, N1, chunk_slots, T_HV, T_slots = T.dynamic("M, H, HV, N1, chunk_slots, T_HV, T_slots")
     gate_M, gate_HV, beta_M, beta_HV = T.dynamic("gate_M, gate_HV, beta_M, beta_HV")
-    is_split, last = parts_of(dtype) > 1, gates_of.last
+    is_split, last, kept = parts_of(dtype) > 1, gates_of.last, kept_of(dtype)
 
     @T.prim_func
     def solve(
@@ -34,8 +34,8 @@ def solve(T: Any, *, K: int, BK: int, C: int, dtype: str, erase: bool, threads: 
         beta: T.Tensor((beta_M, beta_HV), F32),
         cu: T.Tensor((N1,), "int32"),
         gates: T.Tensor((HV, chunk_slots, 4, C), F32),
-        inv_norms: T.Tensor((H, chunk_slots, 2, C), F32),
-        inverses: T.Tensor((T_HV, T_slots, C, C), dtype),
+        inv_norms: T.Tensor((H, chunk_slots, Norm.COUNT, C), F32),
+        inverses: T.Tensor((T_HV, T_slots, C, C), kept),
         kind: T.int32,
         has_beta: T.int32,
         has_norm: T.int32,
@@ -51,16 +51,20 @@ def solve(T: Any, *, K: int, BK: int, C: int, dtype: str, erase: bool, threads: 
                 T.fill(m.inv_norm, 1.0)
                 if has_norm != 0:
                     T.copy(q[first : first + C, h, 0:BK], m.landing)
-                    gates_of.inverse_norms(m.landing, m.squares, m.sums, m.inv_norm, 0)
+                    gates_of.inverse_norms(
+                        m.landing, m.squares, m.sums, m.inv_norm, Norm.QUERY, rest
+                    )
                 T.copy(k[first : first + C, h, 0:BK], m.landing)
                 if rest < C:
                     chunk_of.clear_tail(m.landing, rest, BK)
                 if has_norm != 0:
-                    gates_of.inverse_norms(m.landing, m.squares, m.sums, m.inv_norm, 1)
-                T.copy(m.inv_norm, inv_norms[h, slot, 0:2, 0:C])
+                    gates_of.inverse_norms(m.landing, m.squares, m.sums, m.inv_norm, Norm.KEY, rest)
+                T.copy(m.inv_norm, inv_norms[h, slot, 0 : Norm.COUNT, 0:C])
                 if erase:
                     if is_split:
                         chunk_of.lower(m.landing, m.k, C, BK)
+                    if has_norm != 0:
+                        chunk_of.scale_rows(m.k, m.inv_norm, Norm.KEY_POWER, BK)
                     # §3 K Kᵀ, once for the R value heads                        [C, C]
                     b.multiply(m.k, m.k, m.kk, False, True, True)
                 for r in T.serial(R):
@@ -76,7 +80,8 @@ def solve(T: Any, *, K: int, BK: int, C: int, dtype: str, erase: bool, threads: 
                                 m.hi[i], m.lo[i], m.z_sums[last, i],
                                 m.hi[j], m.lo[j], m.z_sums[last, j], 0,
                             )  # fmt: skip
-                            scaled = m.kk[i, j] * (m.inv_norm[1, i] * m.inv_norm[1, j]) * m.beta[i]
+                            both = m.inv_norm[Norm.KEY, i] * m.inv_norm[Norm.KEY, j]
+                            scaled = m.kk[i, j] * both * m.beta[i]
                             m.a[i, j] = T.if_then_else(i > j, scaled * D, 0.0)
                         # §3 T = (I + A)⁻¹                                       [C, C]
                         inverse_of.form(m)
@@ -93,7 +98,8 @@ def _tiles(T: Any, BK: int, C: int, dtype: str) -> SimpleNamespace:
         landing=landing,
         k=b.operand((C, BK), dtype) if parts_of(dtype) > 1 else [landing],
         x_sums=T.alloc_shared((2, C), "float64"),
-        **named(T.alloc_shared, F32, inv_norm=(2, C), z_sums=(2, C), beta=(C,), hi=(C,), lo=(C,)),
+        **named(T.alloc_shared, F32, z_sums=(2, C), beta=(C,), hi=(C,), lo=(C,)),
+        inv_norm=T.alloc_shared((Norm.COUNT, C), F32),
         **named(T.alloc_shared, F32, a=(C, C), x=(C, C)),
         **named(T.alloc_shared, F32, blocks_right=(half, ROWS), blocks_lower=(half, ROWS)),
         **named(b.operand, F32, left=(half, half), right=(half, half)),

@@ -7,8 +7,8 @@ K dS, Tᵀ dU and Kᵀ dRHS. FLA's name for the walk is `chunk_gated_delta_rule_
     reads   q, k (M, H, K), dO (M, HV, V); gates, inv_norms, T; dS where segments end
             (segment_slots, HV, K, V) float32
     writes  gradients   dRHS (HV, chunk_slots, C, V), dS at every chunk's end
-                        (HV, chunk_slots, K, V), dtype of q; dS of the initial states
-                        (N, HV, K, V) float32
+                        (HV, chunk_slots, K, V), in the dtype of what is kept; dS of the initial
+                        states (N, HV, K, V) float32
             shift       what a segment adds to the dS that it passes on (docs/math.md §6),
                         dS -> Mᵀ dS + R': R' (segment_slots, HV, K, V) float32, walked from dS = 0
 """
@@ -21,11 +21,13 @@ from gdn_ops.backends.tilelang.kernels.blocks import (
     I32,
     blocks,
     fitting,
+    kept_of,
     macros,
     named,
     parts_of,
 )
 from gdn_ops.backends.tilelang.kernels.chunk_tiles import chunk_tiles
+from gdn_ops.backends.tilelang.kernels.gates import Norm
 
 MODES = ("gradients", "shift")
 PLAIN = {"disable_tma": True}
@@ -43,7 +45,7 @@ def state_gradients(
     T_HV, T_slots, kept_HV, kept_slots = T.dynamic("T_HV, T_slots, kept_HV, kept_slots")
     out_slots, ends_HV = T.dynamic("out_slots, ends_HV")
     threads, stages = fitting(threads, stages, C, BV)
-    step = _steps(T, BK, BV, C, dtype, erase)
+    step, kept = _steps(T, BK, BV, C, dtype, erase), kept_of(dtype)
 
     @T.prim_func
     def state_gradients(
@@ -51,14 +53,15 @@ def state_gradients(
         k: T.Tensor((M, H, K), dtype),
         d_o: T.Tensor((M, HV, V), dtype),
         gates: T.Tensor((HV, chunk_slots, 4, C), F32),
-        inv_norms: T.Tensor((H, chunk_slots, 2, C), F32),
-        inverses: T.Tensor((T_HV, T_slots, C, C), dtype),
+        inv_norms: T.Tensor((H, chunk_slots, Norm.COUNT, C), F32),
+        inverses: T.Tensor((T_HV, T_slots, C, C), kept),
         d_ends: T.Tensor((segment_slots, ends_HV, K, V), F32),
         cu: T.Tensor((N1,), "int32"),
-        d_rhs: T.Tensor((kept_HV, kept_slots, C, V), dtype),
-        d_states: T.Tensor((kept_HV, kept_slots, K, V), dtype),
+        d_rhs: T.Tensor((kept_HV, kept_slots, C, V), kept),
+        d_states: T.Tensor((kept_HV, kept_slots, K, V), kept),
         d_starts: T.Tensor((out_slots, HV, K, V), F32),
         scale: T.float32,
+        has_norm: T.int32,
         L: T.int32,
         grid: T.int32,
     ):
@@ -86,13 +89,16 @@ def state_gradients(
                 chunk_of.load_operand(q, first, h, 0, BK, rest, m.q)
                 chunk_of.load_operand(d_o, first, hv, dv, BV, rest, m.d_o)
                 T.copy(gates[hv, slot, 0:4, 0:C], m.g)
-                T.copy(inv_norms[h, slot, 0:2, 0:C], m.inv_norm)
+                T.copy(inv_norms[h, slot, 0 : Norm.COUNT, 0:C], m.inv_norm)
                 if erase:
                     chunk_of.load_inverse(inverses, hv, slot, m.x)
                 if bulk and not is_split and rest < C:
                     chunk_of.clear_tail(m.k[0], rest, BK)
                     chunk_of.clear_tail(m.q[0], rest, BK)
                     chunk_of.clear_tail(m.d_o[0], rest, BV)
+                if has_norm != 0:
+                    chunk_of.scale_rows(m.k, m.inv_norm, Norm.KEY_POWER, BK)
+                    chunk_of.scale_rows(m.q, m.inv_norm, Norm.QUERY_POWER, BK)
                 # §3 b, d; b_C is the last b                                     [C], [C]
                 chunk_of.chunk_decay(m.g, m.from_start, m.to_end)
                 # §5 s Pᵀ = s (K Qᵀ) ⊙ Dᵀ                                        [C, C]
@@ -130,7 +136,8 @@ def _tiles(T: Any, BK: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
     return SimpleNamespace(
         **named(b.operand, dtype, q=(C, BK), k=(C, BK), x=(C, C), P=(C, C), dS_low=(BK, BV)),
         **named(b.operand, dtype, d_o=(C, BV), low=(C, BV)),
-        **named(T.alloc_shared, F32, g=(4, C), inv_norm=(2, C), from_start=(C,), to_end=(C,)),
+        **named(T.alloc_shared, F32, g=(4, C), from_start=(C,), to_end=(C,)),
+        inv_norm=T.alloc_shared((Norm.COUNT, C), F32),
         **named(T.alloc_fragment, F32, dS=(BK, BV), kq=(C, C), dU=(C, BV), dR=(C, BV)),
     )
 
@@ -145,7 +152,8 @@ def _steps(T: Any, BK: int, BV: int, C: int, dtype: str, erase: bool) -> SimpleN
         b.multiply(m.k, m.q, m.kq, False, True, True)
         for i, j in T.Parallel(C, C):
             D = b.pair_decay(m.g, j, i, 0)
-            scaled = m.kq[i, j] * (m.inv_norm[1, i] * m.inv_norm[0, j] * scale) * D
+            both = m.inv_norm[Norm.KEY, i] * m.inv_norm[Norm.QUERY, j]
+            scaled = m.kq[i, j] * (both * scale) * D
             m.kq[i, j] = T.if_then_else(i <= j, scaled, 0.0)
         chunk_of.lower(m.kq, m.P, C, C)
 
@@ -154,7 +162,7 @@ def _steps(T: Any, BK: int, BV: int, C: int, dtype: str, erase: bool) -> SimpleN
         """Set dU from dS and dO."""
         b.multiply(m.k, m.dS_low, m.dU, False, False, True)
         for i, j in T.Parallel(C, BV):
-            m.dU[i, j] = m.dU[i, j] * (m.to_end[i] * m.inv_norm[1, i])
+            m.dU[i, j] = m.dU[i, j] * (m.to_end[i] * m.inv_norm[Norm.KEY, i])
         b.multiply(m.P, m.d_o, m.dU, False, False, False)
 
     @T.macro
@@ -172,12 +180,14 @@ def _steps(T: Any, BK: int, BV: int, C: int, dtype: str, erase: bool) -> SimpleN
         for i, j in T.Parallel(BK, BV):
             m.dS[i, j] = m.dS[i, j] * m.from_start[C - 1]
         for i, j in T.Parallel(C, BV):
-            m.dU[i, j] = b.value(m.d_o, i, j) * (m.from_start[i] * m.inv_norm[0, i] * scale)
+            left = m.from_start[i] * m.inv_norm[Norm.QUERY, i]
+            m.dU[i, j] = b.value(m.d_o, i, j) * (left * scale)
         chunk_of.lower(m.dU, m.low, C, BV)
         b.multiply(m.q, m.low, m.dS, True, False, False)
         if erase:
             for i, j in T.Parallel(C, BV):
-                m.dR[i, j] = -m.dR[i, j] * (m.g[3, i] * m.from_start[i] * m.inv_norm[1, i])
+                left = m.g[3, i] * m.from_start[i] * m.inv_norm[Norm.KEY, i]
+                m.dR[i, j] = -m.dR[i, j] * left
             chunk_of.lower(m.dR, m.low, C, BV)
             b.multiply(m.k, m.low, m.dS, True, False, False)
 

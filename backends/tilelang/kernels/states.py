@@ -7,7 +7,7 @@ walk is `chunk_gated_delta_rule_fwd_h`, and for the output `chunk_fwd_o`.
     reads   q, k (M, H, K), v (M, HV, V); gates, inv_norms, T; the states that segments start from
     writes  output   o (M, HV, V); the final states (N, HV, K, V) float32
             states   S at every chunk start (HV, chunk_slots, K, V), U (HV, chunk_slots, C, V),
-                     dtype of q
+                     in the dtype of what is kept
             map      M (segment_slots, HV, K, K), R (segment_slots, HV, K, V) float32: what a
                      segment does to the state it starts from, S -> M S + R (docs/math.md §6)
 
@@ -17,8 +17,16 @@ M and R are walked like a state: R from 0, and M from the identity with no value
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import F32, blocks, macros, named, parts_of
+from gdn_ops.backends.tilelang.kernels.blocks import (
+    F32,
+    blocks,
+    kept_of,
+    macros,
+    named,
+    parts_of,
+)
 from gdn_ops.backends.tilelang.kernels.chunk_tiles import chunk_tiles
+from gdn_ops.backends.tilelang.kernels.gates import Norm
 
 MODES = ("output", "states", "map")
 
@@ -27,7 +35,7 @@ def states(
     T: Any, *, K: int, BK: int, V: int, BV: int, C: int, dtype: str, erase: bool, mode: str,
     threads: int, stages: int, bulk: bool = True,
 ) -> Any:  # fmt: skip
-    """Make the kernel. Grid (ceil(V / BV), segment_slots, HV); a map has ceil(K / BV) more."""
+    """Make the kernel. Grid (segment_slots ceil(V / BV), HV), with ceil(K / BV) more for a map."""
     b, chunk_of = blocks(T), chunk_tiles(T, C, dtype, bulk)
     M, H, HV, N, N1, segments = T.dynamic("M, H, HV, N, N1, segments")
     chunk_slots, segment_slots, starts_HV = T.dynamic("chunk_slots, segment_slots, starts_HV")
@@ -35,6 +43,7 @@ def states(
     states_HV, states_slots, o_M, o_HV = T.dynamic("states_HV, states_slots, o_M, o_HV")
     final_HV, map_slots, map_HV = T.dynamic("final_HV, map_slots, map_HV")
     is_split, has_output, is_map = parts_of(dtype) > 1, mode == "output", mode == "map"
+    kept = kept_of(dtype)
     columns = -(-V // BV)
     all_columns = columns + (-(-K // BV) if is_map else 0)
     update = _updates(T, BK, BV, C, erase, columns, is_map)
@@ -46,23 +55,26 @@ def states(
         k: T.Tensor((M, H, K), dtype),
         v: T.Tensor((M, HV, V), dtype),
         gates: T.Tensor((HV, chunk_slots, 4, C), F32),
-        inv_norms: T.Tensor((H, chunk_slots, 2, C), F32),
-        inverses: T.Tensor((T_HV, T_slots, C, C), dtype),
+        inv_norms: T.Tensor((H, chunk_slots, Norm.COUNT, C), F32),
+        inverses: T.Tensor((T_HV, T_slots, C, C), kept),
         starts: T.Tensor((segment_slots, starts_HV, K, V), F32),
         cu: T.Tensor((N1,), "int32"),
         o: T.Tensor((o_M, o_HV, V), dtype),
         final: T.Tensor((N, final_HV, K, V), F32),
-        chunk_states: T.Tensor((states_HV, states_slots, K, V), dtype),
-        u: T.Tensor((u_HV, u_slots, C, V), dtype),
+        chunk_states: T.Tensor((states_HV, states_slots, K, V), kept),
+        u: T.Tensor((u_HV, u_slots, C, V), kept),
         maps: T.Tensor((map_slots, map_HV, K, K), F32),
         shifts: T.Tensor((segments, map_HV, K, V), F32),
         scale: T.float32,
+        has_norm: T.int32,
         has_start: T.int32,
         L: T.int32,
         grid: T.int32,
     ):
-        with T.Kernel(all_columns, grid, HV, threads=threads) as (column, slot_of_segment, hv):
+        with T.Kernel(all_columns * grid, HV, threads=threads) as (program, hv):
             m = _tiles(T, BK, BV, C, dtype)
+            slot_of_segment = program // all_columns
+            column = program % all_columns
             R = HV // H
             h = hv // R
             n = b.owner(cu, N1 - 1, C * L, slot_of_segment)
@@ -87,7 +99,7 @@ def states(
                 chunk_of.load_operand(k, first, h, 0, BK, rest, m.k)
                 chunk_of.load(v, first, hv, dv, BV, rest, m.v)
                 T.copy(gates[hv, slot, 0:4, 0:C], m.g)
-                T.copy(inv_norms[h, slot, 0:2, 0:C], m.inv_norm)
+                T.copy(inv_norms[h, slot, 0 : Norm.COUNT, 0:C], m.inv_norm)
                 if erase:
                     chunk_of.load_inverse(inverses, hv, slot, m.x)
                 if has_output:
@@ -96,6 +108,10 @@ def states(
                     if not is_split:
                         chunk_of.clear_tail(m.k[0], rest, BK)
                     chunk_of.clear_tail(m.v, rest, BV)
+                if has_norm != 0:
+                    chunk_of.scale_rows(m.k, m.inv_norm, Norm.KEY_POWER, BK)
+                    if has_output:
+                        chunk_of.scale_rows(m.q, m.inv_norm, Norm.QUERY_POWER, BK)
                 # §3 b, d; b_C is the last b                                     [C], [C]
                 chunk_of.chunk_decay(m.g, m.from_start, m.to_end)
                 chunk_of.lower(m.S, m.S_low, BK, BV)
@@ -129,7 +145,8 @@ def _tiles(T: Any, BK: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
         **named(b.operand, dtype, q=(C, BK), k=(C, BK), x=(C, C), P=(C, C), S_low=(BK, BV)),
         **named(b.operand, dtype, E=(C, BV), U_low=(C, BV), weighted=(C, BV)),
         **named(T.alloc_shared, dtype, v=(C, BV), out_tile=(C, BV)),
-        **named(T.alloc_shared, F32, g=(4, C), inv_norm=(2, C), from_start=(C,), to_end=(C,)),
+        **named(T.alloc_shared, F32, g=(4, C), from_start=(C,), to_end=(C,)),
+        inv_norm=T.alloc_shared((Norm.COUNT, C), F32),
         **named(T.alloc_fragment, F32, S=(BK, BV), read=(C, BV), U=(C, BV), out=(C, BV), qk=(C, C)),
     )
 
@@ -158,7 +175,8 @@ def _updates(
         if erase:
             b.multiply(m.k, m.S_low, m.read, False, False, True)
             for i, j in T.Parallel(C, BV):
-                x = value(m, i, j, column) - m.read[i, j] * (m.from_start[i] * m.inv_norm[1, i])
+                left = m.from_start[i] * m.inv_norm[Norm.KEY, i]
+                x = value(m, i, j, column) - m.read[i, j] * left
                 b.put(m.E, i, j, x * m.g[3, i])
             b.multiply(m.x, m.E, m.U, False, False, True)
         else:
@@ -169,7 +187,7 @@ def _updates(
     def advance(m):
         """Carry S to the end of the chunk."""
         for i, j in T.Parallel(C, BV):
-            b.put(m.weighted, i, j, m.U[i, j] * (m.to_end[i] * m.inv_norm[1, i]))
+            b.put(m.weighted, i, j, m.U[i, j] * (m.to_end[i] * m.inv_norm[Norm.KEY, i]))
         for i, j in T.Parallel(BK, BV):
             m.S[i, j] = m.S[i, j] * m.from_start[C - 1]
         b.multiply(m.k, m.weighted, m.S, True, False, False)
@@ -189,11 +207,12 @@ def _outputs(T: Any, V: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
         b.multiply(m.q, m.k, m.qk, False, True, True)
         for i, j in T.Parallel(C, C):
             D = b.pair_decay(m.g, i, j, 0)
-            scaled = m.qk[i, j] * (m.inv_norm[0, i] * m.inv_norm[1, j]) * D
+            both = m.inv_norm[Norm.QUERY, i] * m.inv_norm[Norm.KEY, j]
+            scaled = m.qk[i, j] * both * D
             b.put(m.P, i, j, T.if_then_else(i >= j and i < rest, scaled, 0.0))
         b.multiply(m.q, m.S_low, m.out, False, False, True)
         for i, j in T.Parallel(C, BV):
-            m.out[i, j] = m.out[i, j] * (m.from_start[i] * m.inv_norm[0, i])
+            m.out[i, j] = m.out[i, j] * (m.from_start[i] * m.inv_norm[Norm.QUERY, i])
         b.multiply(m.P, m.U_low, m.out, False, False, False)
         for i, j in T.Parallel(C, BV):
             m.out_tile[i, j] = T.cast(m.out[i, j] * scale, dtype)

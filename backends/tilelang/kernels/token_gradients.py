@@ -8,7 +8,7 @@ time, so that what is multiplied fits the registers beside dQ and dK. FLA forms 
 
     reads   q, k (M, H, K), v, dO (M, HV, V), α or log α (M, HV) float32; gates, inv_norms;
             U, dRHS (HV, chunk_slots, C, V); S at the starts, dS at the ends of chunks
-            (HV, chunk_slots, K, V)
+            (HV, chunk_slots, K, V), in the dtype of what is kept
     writes  dq, dk (M, H, K), dv (M, HV, V) in their dtype; dα or d log α, dβ (M, HV) float32
 
 What is quadratic in the chunk is in `pair_gradients`, the gate's part in `gate_gradient`.
@@ -23,12 +23,14 @@ from gdn_ops.backends.tilelang.kernels.blocks import (
     NO_DECAY,
     blocks,
     fitting,
+    kept_of,
     macros,
     named,
     parts_of,
 )
 from gdn_ops.backends.tilelang.kernels.chunk_tiles import chunk_tiles
 from gdn_ops.backends.tilelang.kernels.gate_gradient import QUARTERS, Row, gate_gradient
+from gdn_ops.backends.tilelang.kernels.gates import Norm
 from gdn_ops.backends.tilelang.kernels.pair_gradients import pair_gradients
 
 SLICE = 64
@@ -46,9 +48,9 @@ def token_gradients(
     M, H, HV, N1, chunk_slots, u_HV, u_slots = T.dynamic("M, H, HV, N1, chunk_slots, u_HV, u_slots")
     gate_M, gate_HV, beta_M, beta_HV = T.dynamic("gate_M, gate_HV, beta_M, beta_HV")
     threads, stages = fitting(threads, stages, C, C)
-    columns = -(-V // BV)
+    columns, kept = -(-V // BV), kept_of(dtype)
     # Element by element: TileLang 0.1.15 would wait for a whole copy inside the pipelined loop.
-    load_rows = chunk_tiles(T, C, dtype, False).load_operand
+    rows_of = chunk_tiles(T, C, dtype, False)
     turn_of = _turns(T, BK, V, BV, C, dtype, erase)
     pairs = pair_gradients(T, C, BK // SLICE, SLICE, erase)
     gate_of = gate_gradient(T, C, BK, erase)
@@ -62,11 +64,11 @@ def token_gradients(
         d_o: T.Tensor((M, HV, V), dtype),
         gate: T.Tensor((gate_M, gate_HV), F32),
         gates: T.Tensor((HV, chunk_slots, 4, C), F32),
-        inv_norms: T.Tensor((H, chunk_slots, 2, C), F32),
-        u: T.Tensor((u_HV, u_slots, C, V), dtype),
-        d_rhs: T.Tensor((HV, chunk_slots, C, V), dtype),
-        states: T.Tensor((HV, chunk_slots, K, V), dtype),
-        d_states: T.Tensor((HV, chunk_slots, K, V), dtype),
+        inv_norms: T.Tensor((H, chunk_slots, Norm.COUNT, C), F32),
+        u: T.Tensor((u_HV, u_slots, C, V), kept),
+        d_rhs: T.Tensor((HV, chunk_slots, C, V), kept),
+        states: T.Tensor((HV, chunk_slots, K, V), kept),
+        d_states: T.Tensor((HV, chunk_slots, K, V), kept),
         cu: T.Tensor((N1,), "int32"),
         d_q: T.Tensor((M, H, K), dtype),
         d_k: T.Tensor((M, H, K), dtype),
@@ -89,10 +91,13 @@ def token_gradients(
             rest = T.alloc_var(I32, cu[n + 1] - first)
             first_head = T.alloc_var(I32, h * (HV // H))
             turns = T.alloc_var(I32, T.if_then_else(rest > 0, HV // H * columns, 0))
-            load_rows(q, first, h, 0, BK, rest, m.q)
-            load_rows(k, first, h, 0, BK, rest, m.k)
-            for row, i in T.Parallel(2, C):
+            rows_of.load_operand(q, first, h, 0, BK, rest, m.q)
+            rows_of.load_operand(k, first, h, 0, BK, rest, m.k)
+            for row, i in T.Parallel(Norm.COUNT, C):
                 m.inv_norm[row, i] = inv_norms[h, slot, row, i]
+            if has_norm != 0:
+                rows_of.scale_rows(m.q, m.inv_norm, Norm.QUERY_POWER, BK)
+                rows_of.scale_rows(m.k, m.inv_norm, Norm.KEY_POWER, BK)
             for tile in [*f.dQ, *f.dK, *m.squares]:
                 T.clear(tile)
             for turn in T.Pipelined(turns, num_stages=stages):
@@ -123,15 +128,15 @@ def token_gradients(
                     if kind != NO_DECAY:
                         gate_of.form_gate(gate, d_gate, first, hv, m, f, kind, rest)
             # §5 (dP ⊙ D) K to dQ, (dP ⊙ D)ᵀ Q to dK, of the normalised q, k       [C, BK]
-            pairs.multiply(m, 0, 1, 1, m.k, f.dQ)
-            pairs.multiply(m, 0, 0, 0, m.q, f.dK)
+            pairs.multiply(m, 0, Norm.KEY, 1, m.k, f.dQ)
+            pairs.multiply(m, 0, Norm.QUERY, 0, m.q, f.dK)
             if erase:
                 # §5 M K + Mᵀ K to dK                                            [C, BK]
-                pairs.multiply(m, 1, 1, 1, m.k, f.dK)
-                pairs.multiply(m, 1, 1, 0, m.k, f.dK)
+                pairs.multiply(m, 1, Norm.KEY, 1, m.k, f.dK)
+                pairs.multiply(m, 1, Norm.KEY, 0, m.k, f.dK)
             if has_norm != 0:
-                finish.project(f.dQ, m.q, 0, m, f, sums)
-                finish.project(f.dK, m.k, 1, m, f, sums)
+                finish.project(f.dQ, m.q, Norm.QUERY, m, f, sums)
+                finish.project(f.dK, m.k, Norm.KEY, m, f, sums)
             finish.store(f.dQ, d_q, first, h, rest)
             finish.store(f.dK, d_k, first, h, rest)
 
@@ -146,11 +151,12 @@ def _tiles(T: Any, BK: int, BV: int, C: int, dtype: str, erase: bool) -> SimpleN
         S=S,
         **named(b.operand, dtype, q=(C, BK), k=(C, BK), pairs=(C, C)),
         **named(b.operand, dtype, U=(C, BV), dR=(C, BV), d_o=(C, BV)),
-        # float32 operands take three tiles: there dS replaces S.
+        # Operands of several tiles take more memory: there dS replaces S.
         dS=S if parts_of(dtype) > 1 else b.operand((BK, BV), dtype),
         v=T.alloc_shared((C, BV), dtype),
         squares=[T.alloc_shared((C, C + PAD), F32) for _ in range(2 if erase else 1)],
-        **named(T.alloc_shared, F32, g=(4, C), inv_norm=(2, C), X=(C, C + 1), t=(Row.COUNT, C)),
+        **named(T.alloc_shared, F32, g=(4, C), X=(C, C + 1), t=(Row.COUNT, C)),
+        inv_norm=T.alloc_shared((Norm.COUNT, C), F32),
         **named(T.alloc_shared, F32, corners=(BK,), before=(QUARTERS, C), partial=(QUARTERS, C)),
     )
 
@@ -295,6 +301,7 @@ def _results(T: Any, K: int, BK: int, C: int, dtype: str) -> SimpleNamespace:
                 squared = m.inv_norm[row, i] * m.inv_norm[row, i]
                 same = squared * m.t[Row.START, i] * b.value(tile, i, at * SLICE + j)
                 x[at][i, j] = (x[at][i, j] - same) * m.inv_norm[row, i]
+                x[at][i, j] = x[at][i, j] * m.inv_norm[row + Norm.QUERY_POWER, i]
 
     @T.macro
     def store(x, to, first, head, rest):

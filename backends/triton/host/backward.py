@@ -88,10 +88,10 @@ def _walk_back(given: _Given, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gradient of the initial state (N, HV, K, V) float32.
     """
     call, plan, saved, q, k, _, d_o, constants = given
-    s, device, low = call.sizes, call.device, plan.low
+    s, device, kept = call.sizes, call.device, plan.kept
     cu, scale = dense(call.cu_seqlens), float(call.scale)
     shared = (plan.chunk_slots, *strides(q), *strides(k), *strides(d_o))
-    d_rhs = torch.empty((s.HV, plan.chunk_slots, plan.C, s.V), dtype=low, device=device)
+    d_rhs = torch.empty((s.HV, plan.chunk_slots, plan.C, s.V), dtype=kept, device=device)
     tiles = plan.config.local_gradients
     BV = width(tiles, s.V)
     launch(
@@ -99,7 +99,7 @@ def _walk_back(given: _Given, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, d_o, saved.gates, saved.inv_norms, d_rhs, cu, scale,
         s.N, s.T, *shared, **constants, BV=BV, **options(tiles),
     )  # fmt: skip
-    d_states = torch.empty((s.HV, plan.chunk_slots, s.K, s.V), dtype=low, device=device)
+    d_states = torch.empty((s.HV, plan.chunk_slots, s.K, s.V), dtype=kept, device=device)
     d_initial = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
     tiles = plan.config.state_gradients
     BV = width(tiles, s.V)
@@ -122,8 +122,8 @@ def _pair_gradients(given: _Given, u: Tensor, d_rhs: Tensor) -> tuple[Tensor, Te
     call, plan, saved, q, k, v, d_o, constants = given
     s, erase, tiles = call.sizes, call.rule.has_erase, plan.config.pair_gradients
     squares = (s.H, plan.chunk_slots, plan.C, plan.C)
-    d_qk = torch.empty(squares, dtype=plan.low, device=call.device)
-    d_kk = torch.empty(squares if erase else (0,), dtype=plan.low, device=call.device)
+    d_qk = torch.empty(squares, dtype=plan.kept, device=call.device)
+    d_kk = torch.empty(squares if erase else (0,), dtype=plan.kept, device=call.device)
     rows = min(plan.config.pair_rows, plan.C)
     parts = plan.C // rows
     shape = (parts + 2, s.HV, plan.chunk_slots, plan.C)

@@ -4,8 +4,9 @@
     states    per sequence, head, V block  the serial walk: U, the states it keeps, final state
     output    per chunk, fully parallel    o
 
-For bfloat16 and float16 the operands of products are rounded to that dtype; gates, sums, the solve
-and the state are float32. For float32 every product is float32 (`config.float32_products`).
+For bfloat16 the operands of products are rounded to it, for float16 to TF32, which has its 11 bits
+and the range of float32; gates, sums, the solve and the state are float32. For float32 every
+product is float32 (`config.float32_products`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ def gate_kind(call: Call) -> int:
 def common(call: Call, plan: Plan) -> dict[str, Any]:
     """Return the compile-time constants that all kernels share."""
     s = call.sizes
-    is_amd = configs.tables.target(call.device).startswith("gfx")
     return {
         "H": s.H,
         "R": s.HV // s.H,
@@ -46,8 +46,15 @@ def common(call: Call, plan: Plan) -> dict[str, Any]:
         "GATE": gate_kind(call),
         "NORM": call.qk_l2norm,
         "VARLEN": call.cu_seqlens is not None,
-        "PRECISION": "ieee" if is_amd else configs.float32_products,
+        "PRECISION": precision(call),
     }
+
+
+def precision(call: Call) -> str:
+    """Return how products of float32 operands are formed in a call; beside float16, by TF32."""
+    if configs.tables.target(call.device).startswith("gfx"):
+        return "ieee"
+    return "tf32" if call.tokens.q.dtype == torch.float16 else configs.float32_products
 
 
 def options(tiles: Tiles) -> dict[str, Any]:
@@ -73,13 +80,14 @@ def run_solve(call: Call, plan: Plan, k: Tensor) -> Saved:
     """Launch the kernel that forms the gates and T of all chunks."""
     s, saved = call.sizes, empty_saved(call, plan)
     beta = dense(call.tokens.beta)
-    constants = common(call, plan)
+    is_amd = configs.tables.target(call.device).startswith("gfx")
     launch(
         solve.solve, (plan.chunk_slots, s.H),
         k, gate_of(call), beta, *saved, dense(call.cu_seqlens),
-        s.N, s.T, plan.chunk_slots, *strides(k), **constants,
+        s.N, s.T, plan.chunk_slots, *strides(k), **common(call, plan),
         HAS_BETA=beta is not None, ERASE=call.rule.has_erase,
-        SOLVE_PRECISION=constants["PRECISION"], **options(plan.config.solve),
+        SOLVE_PRECISION="ieee" if is_amd else configs.float32_products,
+        **options(plan.config.solve),
     )  # fmt: skip
     return saved
 
@@ -91,8 +99,8 @@ def run_states(
     s, device = call.sizes, call.device
     state_slots = plan.chunk_slots if chunks_per_state == 1 else plan.state_slots
     rows = (s.HV, plan.chunk_slots, plan.C, s.V) if call.rule.has_erase else (0,)
-    u = torch.empty(rows, dtype=plan.low, device=device)
-    chunk_states = torch.empty((s.HV, state_slots, s.K, s.V), dtype=plan.low, device=device)
+    u = torch.empty(rows, dtype=plan.kept, device=device)
+    chunk_states = torch.empty((s.HV, state_slots, s.K, s.V), dtype=plan.kept, device=device)
     final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
     initial = dense(call.state)
     tiles = plan.config.states

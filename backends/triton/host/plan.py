@@ -22,20 +22,22 @@ class Plan:
         C: tokens per chunk.
         chunk_slots: how many chunks the tensors kept per chunk have room for.
         state_slots: how many states are kept, one per `chunks_per_state` chunks.
-        low: dtype of operands of products: that of q.
+        kept: dtype of what is kept per chunk: that of q, but float32 for float16, whose range
+            a state, an inverse or a gradient may leave where no result does.
     """
 
     config: Config
     C: int
     chunk_slots: int
     state_slots: int
-    low: torch.dtype
+    kept: torch.dtype
 
 
 def make_plan(call: Call) -> Plan:
     """Return the plan of a call, from its shapes and attributes alone."""
     s = call.sizes
-    config: Config = configs.tables.choose(call.device, s.K, s.V, call.tokens.q.dtype)
+    dtype = call.tokens.q.dtype
+    config: Config = configs.tables.choose(call.device, s.K, s.V, dtype)
     C = call.chunk_size or config.C
 
     def slots(tokens: int) -> int:
@@ -46,7 +48,7 @@ def make_plan(call: Call) -> Plan:
         C=C,
         chunk_slots=slots(C),
         state_slots=slots(C * config.chunks_per_state),
-        low=call.tokens.q.dtype,
+        kept=torch.float32 if dtype == torch.float16 else dtype,
     )
 
 
@@ -72,7 +74,7 @@ def empty_saved(call: Call, plan: Plan) -> Saved:
     return Saved(
         torch.empty((4, s.HV, slots, C), dtype=torch.float32, device=device),
         torch.empty(norms, dtype=torch.float32, device=device),
-        torch.empty(inverses, dtype=plan.low, device=device),
+        torch.empty(inverses, dtype=plan.kept, device=device),
     )
 
 

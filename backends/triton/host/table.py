@@ -6,7 +6,8 @@ because it compiles without spilling at K = V = 128 in 16 bits; what was tried i
 docs/backends.md.
 
 The head-dim class is the larger of K and V, padded to a power of two, at least 64; the dtype class
-is "low" for bfloat16 and float16.
+is "low" for bfloat16. For float16, whose operands are TF32, it is "float16", with the rows of
+float32 where it has none of its own.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ _UNMEASURED: dict[tuple[int, str], Config] = {
     ),
 }
 
-SEQUENCE: dict[tuple[str, int, str], Config] = {
+_OWN: dict[tuple[str, int, str], Config] = {
     **{(target, *key): config for target in TARGETS for key, config in _UNMEASURED.items()},
     ("sm_80", 128, "low"): replace(
         _HOPPER, states=Tiles(64, 8, 2), pair_gradients=Tiles(64, 4, 1),
@@ -97,6 +98,11 @@ SEQUENCE: dict[tuple[str, int, str], Config] = {
         _HOPPER, output=Tiles(128, 8, 1), state_gradients=Tiles(64, 4, 2),
         pair_gradients=Tiles(64, 4, 1),
     ),
+}
+
+SEQUENCE: dict[tuple[str, int, str], Config] = {
+    **{(*key[:2], "float16"): row for key, row in _OWN.items() if key[2] == "float32"},
+    **_OWN,
 }
 """(device class, head-dim class, dtype class) -> how the sequence op is launched."""
 

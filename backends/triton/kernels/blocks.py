@@ -33,6 +33,14 @@ LOG_FLOOR = tl.constexpr(-1000.0)
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 """The conventions of `gdn_ops.call.numerics`, for float32."""
 
+EXPONENT = tl.constexpr(0x7F800000)
+LEAST_EXPONENT = tl.constexpr(0x00800000)
+TWICE_ONE_EXPONENT = tl.constexpr(0x7F000000)
+"""The bits of a float32's exponent; those of the smallest normal, and twice those of 1."""
+HALF_OF_TF32 = tl.constexpr(0x1000)
+UPPER_OF_TF32 = tl.constexpr(-0x2000)
+"""Half of the last bit of TF32 in a float32, and the bits of sign, exponent and mantissa."""
+
 
 @triton.jit
 def sequence(n, cu_seqlens, T, C: tl.constexpr, VARLEN: tl.constexpr):
@@ -121,6 +129,42 @@ def inverse_norm(x):
     """Return 1 / sqrt(sum(x²) + 1e-6) of every row, float32."""
     wide = x.to(tl.float32)
     return 1.0 / tl.sqrt(tl.sum(wide * wide, 1) + L2NORM_EPSILON)
+
+
+@triton.jit
+def scaled_rows(x, inv_norm):
+    """Return the rows of x times powers of two, and the factors that are left of 1 / norm.
+
+    The powers are exact and bring the norms below 2; the factors are at most 1. Otherwise a zero
+    key would have the factor 1000 multiplied into values, which it is a zero for.
+    """
+    exponent = (inv_norm.to(tl.int32, bitcast=True) & EXPONENT) + LEAST_EXPONENT
+    power = exponent.to(tl.float32, bitcast=True)
+    inverse = (-exponent + TWICE_ONE_EXPONENT).to(tl.float32, bitcast=True)
+    return (x.to(tl.float32) * power[:, None]).to(x.dtype), inv_norm * inverse
+
+
+# Beside tiles of float16, everything else is a TF32 operand, rounded here, since a GPU cuts off.
+# It has the same 11 bits and the range of float32: a state, an inverse or a gradient may be far
+# beyond 65504 where the results are not.
+
+
+@triton.jit
+def widened(tile):
+    """Return a tile as an operand beside states: float16 in float32, exactly."""
+    if tile.dtype == tl.float16:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Return float32 values as an operand of products, rounded to a dtype, or to TF32."""
+    if PRECISION == "tf32" and dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True) + HALF_OF_TF32
+        # Adding to the bits of a NaN may make a number of it.
+        x = tl.where(x == x, (bits & UPPER_OF_TF32).to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 # T = (I + A)⁻¹ by halves (docs/math.md §3): [[X, 0], [-Y B X, Y]] of [[X⁻¹, 0], [B, Y⁻¹]]. Every

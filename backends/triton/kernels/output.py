@@ -20,11 +20,14 @@ from gdn_ops.backends.triton.kernels.blocks import (
     chunk_rows,
     decay,
     inverse_norm,
+    operand,
     owner,
     read_beta,
     read_gates,
     rows,
+    scaled_rows,
     sequence,
+    widened,
 )
 from gdn_ops.backends.triton.kernels.states import chunk_decay
 
@@ -32,16 +35,16 @@ from gdn_ops.backends.triton.kernels.states import chunk_decay
 @triton.jit
 def written(
     u, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv, valid, in_v, HV,
-    chunk_slots, V: tl.constexpr, C: tl.constexpr, ERASE: tl.constexpr,
+    chunk_slots, V: tl.constexpr, C: tl.constexpr, ERASE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return U of a chunk (C, BV): kept, or diag(β) V for rules without an error term."""
     if ERASE:
         from_u = chunk_rows(u, hv, slot, i, dv, chunk_slots, C, V)
         return tl.load(from_u, mask=in_v[None, :], other=0.0)
     from_v = rows(v, row, v_batch, first, v_token, hv, v_head, i, dv)
-    values = tl.load(from_v, mask=valid[:, None] & in_v[None, :], other=0.0)
+    values = widened(tl.load(from_v, mask=valid[:, None] & in_v[None, :], other=0.0))
     beta = read_beta(gates, hv, slot, i, HV, chunk_slots, C)
-    return (values.to(tl.float32) * beta[:, None]).to(values.dtype)
+    return operand(values.to(tl.float32) * beta[:, None], values.dtype, PRECISION)
 
 
 @triton.jit
@@ -83,15 +86,18 @@ def output(
         in_rows = valid[:, None] & in_k[None, :]
         from_q = rows(q, row, q_batch, first, q_token, h, q_head, i, dk)
         from_k = rows(k, row, k_batch, first, k_token, h, k_head, i, dk)
-        q_tile = tl.load(from_q, mask=in_rows, other=0.0)
-        k_tile = tl.load(from_k, mask=in_rows, other=0.0)
+        q_tile = widened(tl.load(from_q, mask=in_rows, other=0.0))
+        k_tile = widened(tl.load(from_k, mask=in_rows, other=0.0))
+        if NORM:
+            inv_norm = tl.load(chunk_row(inv_norms, h, slot, i, chunk_slots, C))
+            k_tile, inv_norm = scaled_rows(k_tile, inv_norm)
+            q_tile, inv_norm_q = scaled_rows(q_tile, inverse_norm(q_tile))
         # Q Kᵀ, once for HEADS value heads                                       [C, C]
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         factor = tl.full([C], scale, tl.float32)
         if NORM:
-            inv_norm = tl.load(chunk_row(inv_norms, h, slot, i, chunk_slots, C))
             qk *= inv_norm[None, :]
-            factor *= inverse_norm(q_tile)
+            factor *= inv_norm_q
         qk = tl.where(causal, qk, 0.0)
         for r in range(HEADS):
             hv = hv_0 + r
@@ -99,10 +105,10 @@ def output(
                 from_states = chunk_rows(states, hv, state_slot, dk, dv, state_slots, K, V)
                 S_low = tl.load(from_states, mask=in_state, other=0.0)
             else:
-                S_low = S.to(q_tile.dtype)
+                S_low = operand(S, q_tile.dtype, PRECISION)
             U = written(
                 u, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv, valid, in_v,
-                HV, chunk_slots, V, C, ERASE,
+                HV, chunk_slots, V, C, ERASE, PRECISION,
             )  # fmt: skip
             # §3 O = s (diag(b) Q S + lower(Q Kᵀ ⊙ D) U)                         [C, BV]
             x = tl.dot(q_tile, S_low, input_precision=PRECISION)
@@ -114,7 +120,7 @@ def output(
                 P = qk * decay(
                     hi[:, None], lo[:, None], z[:, None], hi[None, :], lo[None, :], z[None, :], 0
                 )
-            x += tl.dot(P.to(U.dtype), U, input_precision=PRECISION)
+            x += tl.dot(operand(P, U.dtype, PRECISION), U, input_precision=PRECISION)
             x *= factor[:, None]
             to_o = rows(o, row * T, HV * V, first, HV * V, hv, V, i, dv)
             tl.store(to_o, x.to(o.dtype.element_ty), mask=valid[:, None] & in_v[None, :])
@@ -126,5 +132,5 @@ def output(
                 if GATE != NO_DECAY:
                     weighted *= d[:, None]
                     S *= b_C
-                weighted = weighted.to(k_tile.dtype)
+                weighted = operand(weighted, k_tile.dtype, PRECISION)
                 S += tl.dot(tl.trans(k_tile), weighted, input_precision=PRECISION)

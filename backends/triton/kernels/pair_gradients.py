@@ -1,8 +1,8 @@
 """Form the terms that are quadratic in a chunk, summed over the R value heads of a key head.
 
     reads   q, k, v, dO; gates, inv_norms; U, dRHS (HV, chunk_slots, C, V)
-    writes  Σ s dP ⊙ D and Σ M (H, chunk_slots, C, C) in the dtype of q; their parts of d log α and
-            dβ, (parts + 1, HV, chunk_slots, C) float32
+    writes  Σ s dP ⊙ D and Σ M (H, chunk_slots, C, C) in the dtype of what is kept; their parts of
+            d log α and dβ, (parts + 1, HV, chunk_slots, C) float32
 
 No sum leaves a program: no atomics, and the same call gives the same bits. In FLA they are part of
 `chunk_bwd_dqkwg` and `prepare_wy_repr_bwd`.
@@ -19,11 +19,13 @@ from gdn_ops.backends.triton.kernels.blocks import (
     chunk_rows,
     decay,
     inverse_norm,
+    operand,
     owner,
     read_beta,
     read_gates,
     rows,
     sequence,
+    widened,
 )
 from gdn_ops.backends.triton.kernels.output import written
 
@@ -97,10 +99,10 @@ def pair_gradients(
             in_v = dv < V
             U = written(
                 u, v, gates, hv, slot, j, first, row, v_batch, v_token, v_head, dv, valid_j, in_v,
-                HV, chunk_slots, V, C, ERASE,
+                HV, chunk_slots, V, C, ERASE, PRECISION,
             )  # fmt: skip
             from_o = rows(d_o, row, o_batch, first, o_token, hv, o_head, i, dv)
-            g = tl.load(from_o, mask=valid_i[:, None] & in_v[None, :], other=0.0)
+            g = widened(tl.load(from_o, mask=valid_i[:, None] & in_v[None, :], other=0.0))
             # §5 dP = s lower(dO Uᵀ),  dA = −strict_lower(dRHS Uᵀ)               [ROWS, C]
             dP += tl.dot(g, tl.trans(U), input_precision=PRECISION)
             if ERASE:
@@ -142,7 +144,7 @@ def pair_gradients(
             tl.store(to_sums + 1, sums, mask=inner)
             tl.store(to_sums, tl.zeros([C], tl.float32), mask=j == 0)
     to_qk = chunk_rows(d_qk, h, slot, i, j, chunk_slots, C, C)
-    tl.store(to_qk, sum_qk.to(d_qk.dtype.element_ty))
+    tl.store(to_qk, operand(sum_qk, d_qk.dtype.element_ty, PRECISION))
     if ERASE:
         to_kk = chunk_rows(d_kk, h, slot, i, j, chunk_slots, C, C)
-        tl.store(to_kk, sum_kk.to(d_kk.dtype.element_ty))
+        tl.store(to_kk, operand(sum_kk, d_kk.dtype.element_ty, PRECISION))

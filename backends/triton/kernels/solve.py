@@ -6,7 +6,7 @@ are `chunk_local_cumsum` and `chunk_gated_delta_rule_fwd_kkt_solve`.
     reads   k (B, T, H, K); α or log α, β (B, T, HV)
     writes  gates (4, HV, chunk_slots, C) float32: G as hi and lo, z, β       (docs/math.md §4)
             inv_norms (H, chunk_slots, C) float32: 1/‖k‖, only with qk_l2norm
-            T (HV, chunk_slots, C, C) in the dtype of k                       (docs/math.md §3)
+            T (HV, chunk_slots, C, C) in the dtype of what is kept            (docs/math.md §3)
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gdn_ops.backends.triton.kernels.blocks import (
     chunk_rows,
     decay,
     inverse_norm,
+    operand,
     owner,
     rows,
     sequence,
@@ -107,4 +108,4 @@ def solve(
                 )
             x = unit_lower_inverse(a, C, SOLVE_PRECISION)
             to_T = chunk_rows(inverses, hv, slot, i, i, chunk_slots, C, C)
-            tl.store(to_T, x.to(inverses.dtype.element_ty))
+            tl.store(to_T, operand(x, inverses.dtype.element_ty, PRECISION))

@@ -5,8 +5,8 @@ sequence backwards with dS, (K, BV) float32, in registers. FLA's names are `chun
 `chunk_gated_delta_rule_bwd_dhu`.
 
     reads   q, k, dO (B, T, ., .); gates, inv_norms, T; dS of the final state (N, HV, K, V)
-    writes  dRHS (HV, chunk_slots, C, V) over s Pᵀ dO, in the dtype of v
-            dS at every chunk's end (HV, chunk_slots, K, V), in the dtype of v
+    writes  dRHS (HV, chunk_slots, C, V) over s Pᵀ dO, in the dtype of what is kept
+            dS at every chunk's end (HV, chunk_slots, K, V), in that dtype
             dS of the initial state (N, HV, K, V) float32
 """
 
@@ -21,11 +21,14 @@ from gdn_ops.backends.triton.kernels.blocks import (
     chunk_rows,
     decay,
     inverse_norm,
+    operand,
     owner,
     read_beta,
     read_gates,
     rows,
+    scaled_rows,
     sequence,
+    widened,
 )
 from gdn_ops.backends.triton.kernels.states import chunk_decay
 
@@ -70,9 +73,9 @@ def local_gradients(
                 hi[None, :], lo[None, :], z[None, :], hi[:, None], lo[:, None], z[:, None], 0
             )
         from_o = rows(d_o, row, o_batch, first, o_token, hv, o_head, i, dv)
-        g = tl.load(from_o, mask=valid[:, None] & in_v[None, :], other=0.0)
+        g = widened(tl.load(from_o, mask=valid[:, None] & in_v[None, :], other=0.0))
         # §5 the first part of dU = s Pᵀ dO + diag(d) K dS_C                     [C, BV]
-        x = tl.dot(P.to(g.dtype), g, input_precision=PRECISION)
+        x = tl.dot(operand(P, g.dtype, PRECISION), g, input_precision=PRECISION)
         to_rhs = chunk_rows(d_rhs, hv, slot, i, dv, chunk_slots, C, V)
         tl.store(to_rhs, x.to(d_rhs.dtype.element_ty), mask=in_v[None, :])
 
@@ -102,23 +105,28 @@ def state_gradients(
         chunk = chunks - 1 - step
         slot = first_slot + chunk
         to_states = chunk_rows(d_states, hv, slot, dk, dv, chunk_slots, K, V)
-        tl.store(to_states, dS.to(d_states.dtype.element_ty), mask=in_state)
+        kept = operand(dS, d_states.dtype.element_ty, PRECISION)
+        tl.store(to_states, kept, mask=in_state)
         valid = chunk * C + i < length
         first = begin + chunk * C
         in_rows = valid[:, None] & in_k[None, :]
         from_q = rows(q, row, q_batch, first, q_token, h, q_head, i, dk)
         from_k = rows(k, row, k_batch, first, k_token, h, k_head, i, dk)
-        q_tile = tl.load(from_q, mask=in_rows, other=0.0)
-        k_tile = tl.load(from_k, mask=in_rows, other=0.0)
+        q_tile = widened(tl.load(from_q, mask=in_rows, other=0.0))
+        k_tile = widened(tl.load(from_k, mask=in_rows, other=0.0))
+        if NORM:
+            inv_norm = tl.load(chunk_row(inv_norms, h, slot, i, chunk_slots, C))
+            k_tile, inv_norm = scaled_rows(k_tile, inv_norm)
+            q_tile, inv_norm_q = scaled_rows(q_tile, inverse_norm(q_tile))
         from_o = rows(d_o, row, o_batch, first, o_token, hv, o_head, i, dv)
         g = tl.load(from_o, mask=valid[:, None] & in_v[None, :], other=0.0).to(tl.float32) * scale
         at_rhs = chunk_rows(d_rhs, hv, slot, i, dv, chunk_slots, C, V)
         # §5 dU = s Pᵀ dO + diag(d) K dS_C                                       [C, BV]
-        dU = tl.dot(k_tile, dS.to(k_tile.dtype), input_precision=PRECISION)
+        dS_low = operand(dS, k_tile.dtype, PRECISION)
+        dU = tl.dot(k_tile, dS_low, input_precision=PRECISION)
         if NORM:
-            inv_norm = tl.load(chunk_row(inv_norms, h, slot, i, chunk_slots, C))
             dU *= inv_norm[:, None]
-            g *= inverse_norm(q_tile)[:, None]
+            g *= inv_norm_q[:, None]
         if GATE != NO_DECAY:
             b, d, b_C = chunk_decay(gates, hv, slot, i, HV, chunk_slots, C, 0)
             dU *= d[:, None]
@@ -127,18 +135,20 @@ def state_gradients(
         if ERASE:
             # §5 dRHS = Tᵀ dU                                                    [C, BV]
             x = tl.load(chunk_rows(inverses, hv, slot, i, i, chunk_slots, C, C))
-            dU = tl.dot(tl.trans(x), dU.to(x.dtype), input_precision=PRECISION)
-        tl.store(at_rhs, dU.to(d_rhs.dtype.element_ty), mask=in_v[None, :])
+            dU = operand(dU, x.dtype, PRECISION)
+            dU = tl.dot(tl.trans(x), dU, input_precision=PRECISION)
+        tl.store(at_rhs, operand(dU, d_rhs.dtype.element_ty, PRECISION), mask=in_v[None, :])
         # §5 dS_0 = b_C dS_C + s (diag(b) Q)ᵀ dO − (diag(βb) K)ᵀ dRHS            [BK, BV]
         if GATE != NO_DECAY:
             dS *= b_C
-        dS += tl.dot(tl.trans(q_tile), g.to(q_tile.dtype), input_precision=PRECISION)
+        g = operand(g, q_tile.dtype, PRECISION)
+        dS += tl.dot(tl.trans(q_tile), g, input_precision=PRECISION)
         if ERASE:
             dU *= read_beta(gates, hv, slot, i, HV, chunk_slots, C)[:, None]
             if NORM:
                 dU *= inv_norm[:, None]
             if GATE != NO_DECAY:
                 dU *= b[:, None]
-            dU = (-dU).to(k_tile.dtype)
+            dU = operand(-dU, k_tile.dtype, PRECISION)
             dS += tl.dot(tl.trans(k_tile), dU, input_precision=PRECISION)
     tl.store(d_initial + own + cell, dS, mask=in_state)

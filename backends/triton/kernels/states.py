@@ -5,8 +5,8 @@ stays in registers. Three products per chunk depend on it: K S, T E and Kᵀ U. 
 walk is `chunk_gated_delta_rule_fwd_h`.
 
     reads   k, v (B, T, ., .); gates, inv_norms, T; the initial state (N, HV, K, V)
-    writes  U (HV, chunk_slots, C, V) in the dtype of v, only with an error term
-            states (HV, state_slots, K, V) in the dtype of v: S at the start of every
+    writes  U (HV, chunk_slots, C, V) in the dtype of what is kept, only with an error term
+            states (HV, state_slots, K, V) in that dtype: S at the start of every
             CHUNKS_PER_STATE-th chunk
             the final state (N, HV, K, V) float32
 """
@@ -21,10 +21,13 @@ from gdn_ops.backends.triton.kernels.blocks import (
     chunk_row,
     chunk_rows,
     decay,
+    operand,
     read_beta,
     read_gates,
     rows,
+    scaled_rows,
     sequence,
+    widened,
 )
 
 
@@ -69,11 +72,12 @@ def states(
         if chunk % CHUNKS_PER_STATE == 0:
             state_slot = first_state_slot + chunk // CHUNKS_PER_STATE
             to_states = chunk_rows(states, hv, state_slot, dk, dv, state_slots, K, V)
-            tl.store(to_states, S.to(states.dtype.element_ty), mask=in_state)
+            kept = operand(S, states.dtype.element_ty, PRECISION)
+            tl.store(to_states, kept, mask=in_state)
         valid = chunk * C + i < length
         first = begin + chunk * C
         from_k = rows(k, row, k_batch, first, k_token, h, k_head, i, dk)
-        k_tile = tl.load(from_k, mask=valid[:, None] & in_k[None, :], other=0.0)
+        k_tile = widened(tl.load(from_k, mask=valid[:, None] & in_k[None, :], other=0.0))
         from_v = rows(v, row, v_batch, first, v_token, hv, v_head, i, dv)
         v_tile = tl.load(from_v, mask=valid[:, None] & in_v[None, :], other=0.0)
         beta = read_beta(gates, hv, slot, i, HV, chunk_slots, C)
@@ -81,9 +85,11 @@ def states(
             b, d, b_C = chunk_decay(gates, hv, slot, i, HV, chunk_slots, C, 0)
         if NORM:
             inv_norm = tl.load(chunk_row(inv_norms, h, slot, i, chunk_slots, C))
+            k_tile, inv_norm = scaled_rows(k_tile, inv_norm)
         if ERASE:
             # §3 E = V − diag(b) K S                                             [C, BV]
-            kS = tl.dot(k_tile, S.to(k_tile.dtype), input_precision=PRECISION)
+            S_low = operand(S, k_tile.dtype, PRECISION)
+            kS = tl.dot(k_tile, S_low, input_precision=PRECISION)
             if NORM:
                 kS *= inv_norm[:, None]
             if GATE != NO_DECAY:
@@ -91,9 +97,9 @@ def states(
             E = (v_tile.to(tl.float32) - kS) * beta[:, None]
             # §3 U = T diag(β) E                                                 [C, BV]
             x = tl.load(chunk_rows(inverses, hv, slot, i, i, chunk_slots, C, C))
-            U = tl.dot(x, E.to(x.dtype), input_precision=PRECISION)
+            U = tl.dot(x, operand(E, x.dtype, PRECISION), input_precision=PRECISION)
             to_u = chunk_rows(u, hv, slot, i, dv, chunk_slots, C, V)
-            tl.store(to_u, U.to(u.dtype.element_ty), mask=in_v[None, :])
+            tl.store(to_u, operand(U, u.dtype.element_ty, PRECISION), mask=in_v[None, :])
         else:
             U = v_tile.to(tl.float32) * beta[:, None]
         # §3 S_C = b_C S + (diag(d) K)ᵀ U                                        [BK, BV]
@@ -102,5 +108,6 @@ def states(
         if GATE != NO_DECAY:
             U *= d[:, None]
             S *= b_C
-        S += tl.dot(tl.trans(k_tile), U.to(k_tile.dtype), input_precision=PRECISION)
+        U = operand(U, k_tile.dtype, PRECISION)
+        S += tl.dot(tl.trans(k_tile), U, input_precision=PRECISION)
     tl.store(final + own + cell, S, mask=in_state)

@@ -19,11 +19,13 @@ from gdn_ops.backends.triton.kernels.blocks import (
     chunk_row,
     chunk_rows,
     inverse_norm,
+    operand,
     owner,
     read_beta,
     read_gates,
     rows,
     sequence,
+    widened,
 )
 from gdn_ops.backends.triton.kernels.output import written
 from gdn_ops.backends.triton.kernels.pair_gradients import zeros_at
@@ -94,10 +96,10 @@ def through_states(
             from_states = chunk_rows(states, hv, slot, dk, dv, chunk_slots, K, V)
             S = tl.load(from_states, mask=in_state, other=0.0)
             from_o = rows(d_o, row, o_batch, first, o_token, hv, o_head, i, dv)
-            g = tl.load(from_o, mask=valid[:, None] & in_v[None, :], other=0.0)
+            g = widened(tl.load(from_o, mask=valid[:, None] & in_v[None, :], other=0.0))
             # §5 s diag(b) dO Sᵀ to dQ; E_i,start += s rowsum(dO ⊙ Q S)          [C, BK]
             x = tl.dot(g, tl.trans(S), input_precision=PRECISION) * scale
-            start += tl.sum(x * q_tile.to(tl.float32), 1) * inv_norm_q
+            start += tl.sum(x * (q_tile.to(tl.float32) * inv_norm_q[:, None]), 1)
             d_x += x * b[:, None]
         if GATE != NO_DECAY:
             tl.store(chunk_row(starts, hv, slot, i, chunk_slots, C), start)
@@ -137,7 +139,7 @@ def key_terms(
             x = tl.dot(dR, tl.trans(S), input_precision=PRECISION)
             if RELOAD:
                 k_tile = tl.load(from_k, mask=in_rows, other=0.0)
-            erased += tl.sum(x * k_tile.to(tl.float32), 1) * inv_norm_k
+            erased += tl.sum(x * (k_tile.to(tl.float32) * inv_norm_k[:, None]), 1)
             d_x -= x * (beta * b)[:, None]
         # §5 dV = diag(β) dRHS,  dβ = rowsum(dRHS ⊙ V) ...                   [C, BV]
         from_v = rows(v, row, v_batch, first, v_token, hv, v_head, i, dv)
@@ -154,12 +156,12 @@ def key_terms(
             corner += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
         U = written(
             u, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv, valid, in_v,
-            HV, chunk_slots, V, C, ERASE,
+            HV, chunk_slots, V, C, ERASE, PRECISION,
         )  # fmt: skip
         x = tl.dot(U, tl.trans(dS), input_precision=PRECISION)
         if RELOAD:
             k_tile = tl.load(from_k, mask=in_rows, other=0.0)
-        end += tl.sum(x * k_tile.to(tl.float32), 1) * inv_norm_k
+        end += tl.sum(x * (k_tile.to(tl.float32) * inv_norm_k[:, None]), 1)
         d_x += x * d[:, None]
     return d_x, end, erased, d_b, corner
 
@@ -201,9 +203,9 @@ def token_gradients(
         inv_norm_k = inverse_norm(k_tile)
     # First dQ, then dK: both sums at once would not fit the registers.
     pairs = tl.load(chunk_rows(d_qk, h, slot, i, i, chunk_slots, C, C))
-    hat = k_tile
+    hat = widened(k_tile)
     if NORM:
-        hat = (k_tile.to(tl.float32) * inv_norm_k[:, None]).to(k_tile.dtype)
+        hat = operand(k_tile.to(tl.float32) * inv_norm_k[:, None], hat.dtype, PRECISION)
     # §5 (dP ⊙ D) K to dQ, of the normalised q, k                                [C, BK]
     d_x = tl.dot(pairs, hat, input_precision=PRECISION)
     d_x = through_states(
@@ -218,9 +220,10 @@ def token_gradients(
     tl.debug_barrier()
 
     # §5 (dP ⊙ D)ᵀ Q,  (M + Mᵀ) K to dK                                          [C, BK]
+    q_hat = widened(q_tile)
     if NORM:
-        q_tile = (q_tile.to(tl.float32) * inv_norm_q[:, None]).to(q_tile.dtype)
-    d_x = tl.dot(tl.trans(pairs), q_tile, input_precision=PRECISION)
+        q_hat = operand(q_tile.to(tl.float32) * inv_norm_q[:, None], q_hat.dtype, PRECISION)
+    d_x = tl.dot(tl.trans(pairs), q_hat, input_precision=PRECISION)
     if ERASE:
         M = tl.load(chunk_rows(d_kk, h, slot, i, i, chunk_slots, C, C))
         d_x += tl.dot(M, hat, input_precision=PRECISION)
