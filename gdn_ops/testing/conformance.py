@@ -193,9 +193,12 @@ def subjects(backend: Backend) -> tuple[Subject, ...]:
     return tuple(rows)
 
 
+_ORDINARY = {"magnitude": "unit"}
+"""Finite differences take steps of one size."""
+
 _TINY = (
-    {"B": 1, "H": 1, "R": 2, "K": 2, "V": 3, "scale": None, "chunk_size": None},
-    {"B": 2, "H": 1, "R": 1, "K": 3, "V": 2, "scale": 1.0, "chunk_size": None},
+    {"B": 1, "H": 1, "R": 2, "K": 2, "V": 3, "scale": None, "chunk_size": None, **_ORDINARY},
+    {"B": 2, "H": 1, "R": 1, "K": 3, "V": 2, "scale": 1.0, "chunk_size": None, **_ORDINARY},
 )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,23 @@ BETAS = ("unit", "wide", "edges", "none")
 KEYS = ("random", "parallel", "repeated")
 """How keys of norm 1 are drawn: independent; nearly parallel; from three vectors."""
 
+MAGNITUDES = ("unit", "half_range", "large_gradients", "tiny_keys")
+"""How large numbers are: of the order of 1; values near 3e4 with alternating signs and states
+beyond 65504, read by tiny queries; gradients that large, with tiny keys and values; zero and tiny
+keys among others. What a call results in fits float16, what is formed on the way may not."""
+
 Results = dict[str, Tensor]
+
+
+class Units(NamedTuple):
+    """Hold what the random numbers of an example are multiplied by."""
+
+    q: float = 1.0
+    k: float = 1.0
+    v: float = 1.0
+    state: float = 1.0
+    d_o: float = 1.0
+    d_state: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,7 @@ class Example:
         dtype: of q, k, v.
         B, T, H, R, K, V: sizes; R is value heads per key head.
         lengths: lengths of packed sequences (then B is 1 and T their sum), or None.
-        gate, beta, keys: how values are drawn, see GATES, BETAS, KEYS.
+        gate, beta, keys, magnitude: how values are drawn, see GATES, BETAS, KEYS, MAGNITUDES.
         log_gate: whether the gate is given as log_alpha.
         initial_state: whether there is one.
         qk_l2norm, scale, chunk_size: as in the call.
@@ -64,6 +80,7 @@ class Example:
     gate: str = "uniform"
     beta: str = "unit"
     keys: str = "random"
+    magnitude: str = "unit"
     log_gate: bool = False
     initial_state: bool = False
     qk_l2norm: bool = False
@@ -92,6 +109,30 @@ class Example:
         n = self.B if self.lengths is None else len(self.lengths)
         return Sizes(self.B, self.T, self.H, self.H * self.R, self.K, self.V, n)
 
+    @property
+    def units(self) -> Units:
+        """Return what the random numbers are multiplied by, for results that fit float16.
+
+        What is normalised is divided by 1e-3 at least: it is smaller by 2**-10.
+        """
+        small = 2.0**-10
+        normed = small if self.qk_l2norm else 1.0
+        kinds = {
+            "unit": Units(),
+            "half_range": Units(
+                q=small * normed, v=3e4, state=2.0**17, d_o=small * normed, d_state=small
+            ),
+            "large_gradients": Units(
+                k=normed * 2.0**-8,
+                v=normed * 2.0**-12,
+                state=normed * 2.0**-12,
+                d_o=3e4,
+                d_state=2.0**17,
+            ),
+            "tiny_keys": Units(v=100.0, state=100.0, d_o=2.0**-14, d_state=2.0**-14),
+        }
+        return kinds[self.magnitude]
+
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of the call, without `backend` and `return_state`."""
         return _Drawing(self).arguments()
@@ -100,7 +141,8 @@ class Example:
         """Return random gradients of o (B, T, HV, V) and of the final state."""
         s = self.sizes
         draw = _Drawing(replace(self, seed=self.seed + 1))
-        d_o, d_state = draw.normal(s.B, s.T, s.HV, s.V), draw.normal(s.N, s.HV, s.K, s.V)
+        d_o = draw.in_units(draw.normal(s.B, s.T, s.HV, s.V), self.units.d_o)
+        d_state = draw.normal(s.N, s.HV, s.K, s.V) * self.units.d_state
         return d_o.to(draw.dtype).to(self.device), d_state.to(draw.wide).to(self.device)
 
     def run(self, backend: str, *, gradients: bool = True, **changes: Any) -> Results:
@@ -171,10 +213,10 @@ class _Drawing:
         return torch.tensor(values, dtype=torch.float64, device="cpu")[index]
 
     def arguments(self) -> dict[str, Any]:
-        e, s = self.example, self.example.sizes
+        e, s, units = self.example, self.example.sizes, self.example.units
         rule = GATED_DELTA.rule[e.rule]
-        q, k = self.normal(s.B, s.T, s.H, s.K), self.key_vectors()
-        v = self.normal(s.B, s.T, s.HV, s.V)
+        q, k = self.normal(s.B, s.T, s.H, s.K) * units.q, self.key_vectors() * units.k
+        v = self.in_units(self.normal(s.B, s.T, s.HV, s.V), units.v)
         arguments: dict[str, Any] = {
             name: self.laid_out(x.to(self.dtype)) for name, x in (("q", q), ("k", k), ("v", v))
         }
@@ -185,7 +227,7 @@ class _Drawing:
         if e.beta != "none":
             arguments["beta"] = self.strength().to(self.wide).to(e.device)
         if e.initial_state:
-            state = self.normal(s.N, s.HV, s.K, s.V)
+            state = self.normal(s.N, s.HV, s.K, s.V) * units.state
             arguments["initial_state"] = state.to(self.wide).to(e.device)
         if e.lengths is not None:
             arguments["cu_seqlens"] = (
@@ -209,7 +251,17 @@ class _Drawing:
         elif e.keys == "repeated":
             index = torch.randint(3, (s.T,), generator=self.generator, device="cpu")
             keys = self.normal(s.B, 3, s.H, s.K)[:, index]
-        return functional.normalize(keys, dim=-1)
+        keys = functional.normalize(keys, dim=-1)
+        if e.magnitude == "tiny_keys":
+            keys = keys * self.pick((0.0, 0.0, 1e-6, 1e-4, 1e-3, 1.0), (s.B, s.T, s.H, 1))
+        return keys
+
+    def in_units(self, x: Tensor, unit: float) -> Tensor:
+        """Return random numbers (B, T, HV, V) in a unit; large ones lie near it, of both signs."""
+        if unit < 1e4:
+            return x * unit
+        signs = 1 - 2 * (torch.arange(x.shape[1]) % 2).double()
+        return (1 + x / 64) * unit * signs[:, None, None]
 
     def decay(self) -> Tensor:
         s = self.example.sizes

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.call.bind import Call
+from gdn_ops.call.numerics import inverse_norm
 from gdn_ops.dispatch.registry import Backend, Forward
 from gdn_ops.spec.ops import GATED_DELTA_STEP
 from gdn_ops.testing.compiled import COMPILED
@@ -142,6 +143,30 @@ def _ten_bits(x: Tensor) -> Tensor:
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
+def half_states_of_chunks(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Keep the state in float16 between chunks of 16 tokens, in calls of float16."""
+    if call.tokens.q.dtype != torch.float16 or call.cu_seqlens is not None or not call.has_tokens:
+        return eager.run_sequence(backend, call)
+    outputs, state = [], call.state
+    for start in range(0, call.sizes.T, 16):
+        part = _tokens(call, slice(start, min(start + 16, call.sizes.T)), state)
+        o, state = eager.run_sequence(backend, part)
+        outputs.append(o)
+        state = state.to(torch.float16).to(state.dtype)
+    assert state is not None
+    return torch.cat(outputs, 1), state
+
+
+def normalised_values(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Multiply 1 / norm of a key into the values instead, in their dtype, in calls of float16."""
+    k, v = call.tokens.k, call.tokens.v
+    if not call.qk_l2norm or v.dtype != torch.float16:
+        return eager.run_sequence(backend, call)
+    inverse = inverse_norm(k.float()).repeat_interleave(call.sizes.R, 2)
+    scaled = (v * inverse).to(v.dtype)
+    return eager.run_sequence(backend, _with(call, v=(scaled / inverse).to(v.dtype)))
+
+
 def skipped_rows_run(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Let a row that should be skipped, slot -1, read and write slot 0."""
     if call.state_indices is not None:
@@ -194,6 +219,8 @@ SEQUENCE_MUTATIONS: dict[str, Mutation] = {
         tiled_heads,
         state_of_the_padded_tail,
         narrow_products,
+        half_states_of_chunks,
+        normalised_values,
     )
 }
 """Mistakes in `gated_delta`, by name."""

@@ -16,8 +16,9 @@ reference is no better than the backend, the error of `naive` is its float32 err
 the ratio of the roundings. The band is one rounding of the dtype of q, k, v, in which
 results are stored and the operands of matrix products may be, plus n u, plus |G| u for decays
 formed from differences of log sums G over a chunk. What a state carries across is formed as a
-difference too, b S - (d K)^T W S: an erased part leaves n u of what it was before. In float16,
-operands below 2**-24 are lost, which is an absolute allowance.
+difference too, b S - (d K)^T W S: an erased part leaves n u of what it was before. What is stored
+in float16 is off by 2**-25, which is an absolute allowance for results; what is formed on the way
+has the range of float32 in every dtype, and no such allowance.
 """
 
 from __future__ import annotations
@@ -212,10 +213,9 @@ def judgement_of(
         rounding += inner_product(stored, example)
         rounding += _largest_log_sum(arguments) * unit_roundoff(compute_dtype(stored))
         allowance[name] = 2 * error + rounding * torch.maximum(own, typical)
-        if example.dtype == "float16":
-            # Operands below 2**-24 are lost. Examples are drawn in units of 1, so this is absolute.
-            lost = (example.K + CHUNK) * 2**-24
-            allowance[name] += lost * (y.numel() / max(own.numel(), 1)) ** 0.5
+        if stored == torch.float16:
+            # Half of the smallest number in every element.
+            allowance[name] += 2**-25 * (y.numel() / max(own.numel(), 1)) ** 0.5
         if name.endswith("state"):
             before = arguments.get("initial_state")
             if name != "final_state" and cotangents is not None:

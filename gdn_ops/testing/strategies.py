@@ -12,7 +12,7 @@ from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.rules import FLOAT_DTYPES, Limits
 from gdn_ops.testing.compiled import ShapeClass
-from gdn_ops.testing.example import BETAS, GATES, KEYS, Example
+from gdn_ops.testing.example import BETAS, GATES, KEYS, MAGNITUDES, Example
 
 TOKENS = (0, 1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70, 127, 129, 150)
 """Lengths around the edges of chunks of 16, 32 and 64 and of segments of 128."""
@@ -67,6 +67,11 @@ def calls(
     drawn = {name: draw(own) for name, own in free.items() if name not in fixed} | dict(fixed)
     if lengths is not None:
         drawn["B"] = 1
+    if "magnitude" not in drawn:
+        # Most of them are about float16.
+        rest = MAGNITUDES if drawn["dtype"] == "float16" else ("unit", "unit", *MAGNITUDES)
+        drawn["magnitude"] = draw(st.sampled_from(("unit", *rest)))
+    is_normed = drawn["magnitude"] == "tiny_keys" or draw(st.booleans())
     example = Example(
         rule=rule.name,
         T=draw(tokens) if lengths is None else sum(lengths),
@@ -77,7 +82,7 @@ def calls(
         log_gate=rule.has_decay and draw(st.booleans()),
         initial_state=draw(st.booleans()),
         # A normalised single number is its sign: its gradient is nothing but cancellation.
-        qk_l2norm=drawn["K"] > 1 and draw(st.booleans()),
+        qk_l2norm=drawn["K"] > 1 and is_normed,
         strided=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
         device=device,
@@ -114,6 +119,9 @@ def _decoding(draw: st.DrawFn, example: Example, limits: Limits) -> Example:
     """Draw the state of a decode op: its dtype, and maybe slots of a pool, some rows skipped."""
     wide = ("float64",) if example.dtype == "float64" else ()
     stored = [d for d in FLOAT_DTYPES if d in limits.state_dtypes and (d != "float64" or wide)]
+    if example.magnitude == "half_range":
+        # A state beyond 65504 is the point of it.
+        stored.remove("float16")
     state_dtype = draw(st.sampled_from([None, *stored]))
     if draw(st.booleans()):
         return replace(example, state_dtype=state_dtype)

@@ -69,6 +69,8 @@ def test_the_list_of_mutants_is_the_one_that_is_promised() -> None:
         "tiled_heads",
         "state_of_the_padded_tail",
         "narrow_products",
+        "half_states_of_chunks",
+        "normalised_values",
         "skipped_rows_run",
         "states_before_each_token",
         "a_copied_pool",
