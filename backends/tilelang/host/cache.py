@@ -166,9 +166,14 @@ def _machine() -> tuple[str, ...]:
 
 
 def stored(name: str) -> Path | None:
-    """Return the folder of a cache entry, or None if there is none."""
-    path = folder() / name
-    return path if (path / "kernel.json").is_file() else None
+    """Return the folder of a cache entry, or None if there is none.
+
+    A disk that cannot be written may still hold it.
+    """
+    for own in (configured() / "gdn_ops", folder()):
+        if (own / name / "kernel.json").is_file():
+            return own / name
+    return None
 
 
 def description(entry: Path) -> dict[str, Any]:

@@ -221,6 +221,17 @@ def test_a_full_disk_costs_the_cache_and_no_call(
     shutil.rmtree(cache.folder())
 
 
+@needs_compiler
+def test_a_cache_that_can_only_be_read_is_read(
+    cold: Path, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    forget(monkeypatch)
+    monkeypatch.setattr(cache, "_given_up", {cold: cold.parent / "elsewhere"})
+    run()
+    assert f"{NAME} taken from disk in " in said()[-1]
+
+
 def test_a_disk_that_cannot_be_written_at_all_is_named(
     cold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
