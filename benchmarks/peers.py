@@ -178,7 +178,10 @@ def main() -> None:
             rows += measure(case, given.seconds, names)
             for row in rows[-len(names) :]:
                 print(row)
-    write_json({"system": describe_system(device="cpu"), "rows": rows}, given.out)
+    write_json(
+        {"system": describe_system(device="cpu", threads=torch.get_num_threads()), "rows": rows},
+        given.out,
+    )
 
 
 if __name__ == "__main__":

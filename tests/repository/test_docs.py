@@ -11,6 +11,7 @@ import contextlib
 import doctest
 import io
 import re
+import shlex
 import textwrap
 import tomllib
 from collections.abc import Iterator
@@ -189,3 +190,31 @@ def test_every_command_and_option_is_documented() -> None:
         options = [o for p in command.params for o in p.opts if o.startswith("--")]
         missing = [o for o in options if o != "--help" and o not in section]
         assert not missing, f"docs/cli.md, {name}: {missing}"
+
+
+def commands_of(pages: list[Path]) -> list[tuple[str, list[str]]]:
+    """Return every call of gdn-ops in the shell blocks of pages, and where it is."""
+    found = []
+    for path in pages:
+        for block in blocks_of(path.read_text(encoding="utf-8")):
+            for line in block.text.splitlines() if block.language == "sh" else []:
+                if line.startswith("gdn-ops "):
+                    words = shlex.split(line.partition(" > ")[0], comments=True)
+                    words = [__file__ if word == "FILE" else word for word in words]
+                    found.append((f"{path.name}: {line}", words[1:]))
+    return found
+
+
+def test_every_command_in_a_shell_block_can_be_parsed() -> None:
+    typer = pytest.importorskip("typer")
+    from gdn_ops.cli.commands import app
+
+    group = typer.main.get_command(app)
+    found = commands_of(PAGES)
+    assert len(found) > 25
+    for where, (name, *arguments) in found:
+        try:
+            with group.make_context("gdn-ops", [], resilient_parsing=True) as parent:
+                group.commands[name].make_context(name, arguments, parent=parent)
+        except Exception as error:
+            raise AssertionError(f"{where}: {error}") from error
