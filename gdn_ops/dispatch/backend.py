@@ -101,6 +101,9 @@ class Backend:
                 differentiably where gradients are enabled (second derivatives).
             d_o: (B, T, HV, V) gradient of the output.
             d_state: (N, HV, K, V) gradient of the final state.
+
+        Raises:
+            NotImplementedError: the backend has none; its limits say `grad=False`.
         """
         raise NotImplementedError
 

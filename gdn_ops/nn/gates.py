@@ -28,6 +28,9 @@ def gate(a: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., HV) in [-inf, 0], float32, or float64 if any argument is. It stays exact where α is
         close to 1, which α in a narrow dtype could not be.
+
+    Raises:
+        RuntimeError: the sizes do not fit; it is torch's own.
     """
     dtype = torch.promote_types(torch.promote_types(a.dtype, A_log.dtype), torch.float32)
     step = a.to(dtype) if dt_bias is None else a.to(dtype) + dt_bias.to(dtype)
@@ -75,7 +78,11 @@ class DecayGate(nn.Module):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(self, a: Tensor) -> Tensor:
-        """Map a (..., HV) to log α of the same shape, float32 at least."""
+        """Map a (..., HV) to log α of the same shape, float32 at least.
+
+        Raises:
+            RuntimeError: the sizes do not fit; it is torch's own.
+        """
         return gate(a, self.A_log, self.dt_bias)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

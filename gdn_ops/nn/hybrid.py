@@ -241,6 +241,9 @@ class HybridLM(nn.Module):
 
         Returns:
             (..., vocab_size).
+
+        Raises:
+            RuntimeError: the sizes do not fit; it is torch's own.
         """
         weight: Any = self.embedding.weight
         if not isinstance(weight, Tensor):
@@ -269,6 +272,9 @@ class HybridLM(nn.Module):
 
         Returns:
             (B, T + count), the prompts and what follows.
+
+        Raises:
+            SpecError: the prompts are not (B, T).
         """
         # By a call of the model, not of its parts: what shards or compiles it notices calls alone.
         logits, state = self(tokens, is_last_only=True)

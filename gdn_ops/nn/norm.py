@@ -165,6 +165,9 @@ class GatedRMSNorm(nn.Module):
 
         Returns:
             Like x.
+
+        Raises:
+            RuntimeError: the sizes do not fit; it is torch's own.
         """
         return gated_rms_norm(x, self.weight, z, eps=self.eps, activation=self.activation)
 

@@ -126,6 +126,16 @@ def test_a_docstring_gives_the_shape_of_every_tensor(name: str, function: Any) -
             assert refers or SHAPE.search(entry), f"{name}: {parameter.name}: {entry!r}"
 
 
+@pytest.mark.parametrize(("name", "function"), documented_functions(), ids=lambda x: str(x)[:60])
+def test_a_docstring_of_what_takes_tensors_says_which_errors_it_raises(
+    name: str, function: Any
+) -> None:
+    text = inspect.getdoc(function) or ""
+    parameters = inspect.signature(function).parameters.values()
+    if any(re.search(r"\bTensor\b", str(parameter.annotation)) for parameter in parameters):
+        assert re.search(r"^Raises:|\braises\b|\bas in\b", text, re.MULTILINE), name
+
+
 def slugs(page: str) -> set[str]:
     """Return the anchors of the headings of a page that the site and a forge agree on."""
     headings = re.findall(r"^#{1,6} (.+)$", FENCED.sub("", page), re.MULTILINE)
