@@ -17,6 +17,7 @@ from torch import nn
 from gdn_ops.compat.transformers import convolution, norm
 from gdn_ops.compat.transformers.discovery import CHUNK, FUNCTIONS, RECURRENT
 from gdn_ops.compat.transformers.padding import MASK
+from gdn_ops.compat.transformers.positions import INPUTS, POSITIONS
 from gdn_ops.compat.transformers.rule import Rule, examine_rule
 from gdn_ops.compat.transformers.signatures import mentions, modules_of, parameter_names
 
@@ -49,6 +50,7 @@ class Plan:
     Attributes:
         rules: the two functions, by name.
         layers: the classes that run them.
+        models: the classes that take tokens, a mask and positions, with their parameters' names.
         convolutions: the replacement of each convolution, by name.
         norms: the classes whose forward is replaced.
         left: parts that are there and do not fit, each with the reason.
@@ -57,6 +59,7 @@ class Plan:
 
     rules: dict[str, Rule]
     layers: list[Layer]
+    models: list[tuple[type[nn.Module], tuple[str, ...]]]
     convolutions: dict[str, Any]
     norms: list[type[nn.Module]]
     left: list[str]
@@ -96,7 +99,14 @@ def examine(module: ModuleType) -> Plan | list[str]:
             norms.append(cls)
         else:
             left.append(incompatibility)
-    return Plan(rules, layers, convolutions, norms, left, absent)
+    return Plan(rules, layers, _models(module), convolutions, norms, left, absent)
+
+
+def _models(module: ModuleType) -> list[tuple[type[nn.Module], tuple[str, ...]]]:
+    """Return the classes of a module that take tokens, a mask and positions."""
+    named = ((cls, parameter_names(vars(cls)["forward"])) for cls in modules_of(module))
+    wanted = {MASK, POSITIONS, *INPUTS}
+    return [(cls, names) for cls, names in named if wanted <= set(names)]
 
 
 def _layers(module: ModuleType) -> list[Layer]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdn_ops.nn.packing import has_values
 from gdn_ops.spec.errors import SpecError
 
 WITHOUT_NUMBERS = (
@@ -50,6 +51,36 @@ def _has_package() -> bool:
 
 # What torch.compiler.assume_constant_result does: run while tracing, and leave no code in a graph.
 _has_package._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def check_arguments(named: dict[str, Any], cache: Any) -> None:
+    """Check what a layer is told of packed sequences, as far as it shows outside of graphs.
+
+    Raises:
+        SpecError: a list where a tensor belongs, boundaries of the keys alone, or a cache, which
+            has one state per row, on a CPU.
+    """
+    for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens"):
+        value = named.get(name)
+        if value is not None and not isinstance(value, Tensor):
+            raise SpecError(
+                f"accelerate: {name} has type {type(value).__name__}, should be a torch.Tensor"
+            )
+    numbers, queries, keys = (
+        named.get(name) for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+    )
+    if keys is not None and numbers is None and queries is None:
+        raise SpecError(
+            "accelerate: cu_seq_lens_k is given without seq_idx, should be given with it: linear "
+            "attention would mix the packed sequences"
+        )
+    if numbers is None or cache is None or not has_values(numbers):
+        return
+    if numbers.dim() == 2 and numbers.diff().ne(0).any():
+        raise SpecError(
+            "accelerate: packed sequences are given with a cache, should be without: a cache has "
+            "one state per row, and attention layers would mix them; pass use_cache=False"
+        )
 
 
 def is_packed(options: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn_ops.compat.transformers import packing
+from gdn_ops.compat.transformers.positions import check_positions
 from gdn_ops.spec.errors import SpecError
 
 _current = threading.local()
@@ -49,6 +50,8 @@ def with_context(
         mask = named.get(MASK)
         if not torch.compiler.is_compiling():
             cache = next((x for x in named.values() if hasattr(x, "has_previous_state")), None)
+            packing.check_arguments(named, cache)
+            check_positions(named)
             if cache is not None:
                 _check_padding(self, cache, mask)
         mixes = holds_functions and getattr(self, "causal_conv1d_fn", None) is None

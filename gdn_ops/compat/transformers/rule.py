@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,9 +59,16 @@ class Rule:
             note: told the op and the backend of every call.
         """
         further, names = self.further, (*PARAMETERS[self.name], *self.further)
+        takes_any = any(
+            p.kind is inspect.Parameter.VAR_KEYWORD
+            for p in inspect.signature(self.definition).parameters.values()
+        )
 
         def replacement(*positional: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
             given = dict(zip(names, positional, strict=False)) | keywords
+            if not _binds(names, positional, keywords, given, takes_any):
+                # The original says what is wrong, as it always does.
+                return self.original(*positional, **keywords)  # type: ignore[no-any-return]
             for name, default in further.items():
                 if given.get(name, default) is not default:
                     note("gated_delta", LEFT)
@@ -82,6 +90,19 @@ class Rule:
 
         setattr(replacement, ORIGINAL, self.original)
         return replacement
+
+
+def _binds(
+    names: tuple[str, ...],
+    positional: tuple[Any, ...],
+    keywords: dict[str, Any],
+    given: dict[str, Any],
+    takes_any: bool,
+) -> bool:
+    """Return whether a function with parameters of these names can be called like that."""
+    is_once_each = len(given) == len(positional) + len(keywords)
+    is_known = takes_any or all(name in names or name in _PACKING for name in keywords)
+    return is_once_each and is_known and all(name in given for name in _TENSORS)
 
 
 def original_of(function: Any) -> Any:

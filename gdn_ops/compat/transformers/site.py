@@ -15,6 +15,7 @@ from gdn_ops.compat.transformers.discovery import architecture_of
 from gdn_ops.compat.transformers.examine import HELD, PACKAGE, Plan
 from gdn_ops.compat.transformers.norm import gated_norm
 from gdn_ops.compat.transformers.padding import with_context
+from gdn_ops.compat.transformers.positions import with_positions
 
 _MISSING = object()
 
@@ -86,6 +87,8 @@ class Site:
             self._set(self.module, name, function, vars(self.module)[name])
         for cls in plan.norms:
             self._set(cls, "forward", gated_norm(vars(cls)["forward"]))
+        for model, names in plan.models:
+            self._set(model, "forward", with_positions(vars(model)["forward"], names))
         for layer in plan.layers:
             forward = vars(layer.cls)["forward"]
             self._set(layer.cls, "forward", with_context(forward, layer.parameters, layer.holds))
