@@ -9,6 +9,7 @@ how to work, `cu_seqlens_cpu` and `chunk_indices`, are accepted and not needed.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -70,7 +71,7 @@ def chunk_gated_delta_rule(
             of `state_v_first`.
 
     Returns:
-        o (B, T, HV, V), and the final state or None.
+        o (B, T, HV, V) in the dtype of v, and the final state or None.
 
     Raises:
         SpecError: an argument breaks the spec of gdn_ops, or is not supported.
@@ -165,6 +166,11 @@ def _v_first(name: str, state_v_first: bool, kwargs: dict[str, Any]) -> bool:
             stacklevel=3,
         )
         state_v_first = kwargs.pop("transpose_state_layout")
+    if kwargs.pop("head_first", False):
+        raise SpecError(
+            f"{name}: head_first is True, should be False: tokens come before heads, "
+            f"(B, T, H, K); q.transpose(1, 2) turns (B, H, T, K)"
+        )
     for other in kwargs:
         raise SpecTypeError(f"{name}: got an unknown keyword argument {other!r}")
     return state_v_first
@@ -180,21 +186,45 @@ def _run(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """Run a call of either function, whose states may be V-first."""
-    q, v, log_alpha = tokens["q"], tokens["v"], tokens["log_alpha"]
+    tokens, dtype = _promoted(tokens)
+    q, v, log_alpha, beta = (tokens[key] for key in ("q", "v", "log_alpha", "beta"))
+    if beta is not None and beta.dim() == v.dim() == 4:
+        raise SpecError(
+            f"{name}: beta has shape {tuple(beta.shape)}, should be (B, T, HV) = "
+            f"{tuple(v.shape[:3])}: a write strength per channel is not supported"
+        )
     if state is not None and is_v_first:
         state = state.mT.contiguous()
     elif state is not None and q.dim() == v.dim() == 4:
-        rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        is_packed = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1
+        rows = cu_seqlens.shape[0] - 1 if is_packed else q.shape[0]  # type: ignore[union-attr]
         check_state(name, "initial_state", state, (rows, v.shape[2], q.shape[3], v.shape[3]))
+    if state is not None:
+        # FLA keeps states in float32, whatever the dtype of the one that it is given.
+        state = state.to(torch.promote_types(state.dtype, torch.float32))
     rule = "delta" if log_alpha is None else "gated_delta"
     try:
         o, final = run_rule(tokens, state, cu_seqlens, rule=rule, **options)
     except SpecError as error:
         _explain(name, log_alpha, error)
         raise
+    o = o.to(dtype)
     if not is_returned:
         return o, None
     return o, final.mT.contiguous() if is_v_first else final
+
+
+def _promoted(tokens: dict[str, Any]) -> tuple[dict[str, Any], torch.dtype]:
+    """Return tokens whose q, k and v have one dtype, as FLA's kernels promote, and that of o.
+
+    o has the dtype of v.
+    """
+    names = ("q", "k", "v")
+    dtypes = {tokens[name].dtype for name in names}
+    if len(dtypes) == 1:
+        return tokens, tokens["v"].dtype
+    wide = functools.reduce(torch.promote_types, dtypes)
+    return tokens | {name: tokens[name].to(wide) for name in names}, tokens["v"].dtype
 
 
 def _log_alpha(

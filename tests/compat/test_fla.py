@@ -170,6 +170,27 @@ def test_the_signatures_are_those_of_fla() -> None:
     assert fla_ops.fused_recurrent_gdn is fused_recurrent_gated_delta_rule
 
 
+@pytest.mark.parametrize("function", BOTH)
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, T])
+def test_tokens_of_several_dtypes_are_promoted(
+    function: Any, narrow: torch.dtype, tokens: int
+) -> None:
+    x = inputs(tokens=tokens)
+    state = torch.randn(B, HV, K, V).to(narrow)
+    mixed = x | {"v": x["v"].to(narrow), "beta": x["beta"].to(narrow)}
+    o, final = function(**mixed, initial_state=state, output_final_state=True, head_first=False)
+    expected, last = recurrence(**mixed, state=state)
+    assert (o.dtype, final.dtype) == (narrow, torch.float32)
+    torch.testing.assert_close(o, expected.to(narrow), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(final.double(), last, rtol=1e-5, atol=1e-5)
+    # The other way around, too: o is like v.
+    wide = x | {"q": x["q"].to(narrow), "k": x["k"].to(narrow)}
+    o, _ = function(**wide)
+    assert o.dtype == torch.float32
+    close(o, recurrence(**wide)[0])
+
+
 REFUSED: dict[str, dict[str, Any]] = {
     "chunk_gated_delta_rule: cp_context is given, should be None: context parallelism over devices "
     "is not supported": {"cp_context": object()},
@@ -186,7 +207,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "True": {"use_gate_in_kernel": True, "g": None},
     "fused_recurrent_gated_delta_rule: beta is None, should be a torch.Tensor: "
     "use_beta_sigmoid_in_kernel is True": {"use_beta_sigmoid_in_kernel": True, "beta": None},
-    "chunk_gated_delta_rule: got an unknown keyword argument 'head_first'": {"head_first": True},
+    "chunk_gated_delta_rule: got an unknown keyword argument 'lens'": {"lens": None},
+    "chunk_gated_delta_rule: head_first is True, should be False: tokens come before heads, "
+    "(B, T, H, K); q.transpose(1, 2) turns (B, H, T, K)": {"head_first": True},
+    "fused_recurrent_gated_delta_rule: beta has shape (2, 9, 4, 6), should be (B, T, HV) = "
+    "(2, 9, 4): a write strength per channel is not supported": {"beta": torch.ones(B, T, HV, V)},
     "chunk_gated_delta_rule: state_v_first and transpose_state_layout are both given, should be "
     "state_v_first: the other is its older name": {
         "state_v_first": True,
