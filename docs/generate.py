@@ -188,7 +188,8 @@ def signature_of(name: str, value: Any) -> list[str]:
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and not any(p.startswith("*") for p in parts):
             parts.append("*")
-        if parameter.name != "self":
+        # What is `Never` is taken only to be refused by name.
+        if parameter.name != "self" and parameter.annotation != "Never":
             parts.append(_parameter(parameter))
     ending = "" if kind or not _annotation(value) else f" -> {_annotation(value)}"
     line = f"{kind}{name}({', '.join(parts)}){ending}"
