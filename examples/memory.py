@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from laws import delta_error, gated_error, overwritten_error
-from plots import Point, draw, panels, save, table
+from plots import Point, draw, name_ends, panels, save, table
 from torch import Tensor
 from torch.nn import functional
 
@@ -231,17 +231,17 @@ def measure(memories: int) -> list[Point]:
 
 def plot(points: list[Point], folder: Path) -> list[Path]:
     """Draw every law; return the files."""
-    squared, pairs = "mean ‖Sᵀk − v‖²", "pairs / key width"
-    kept = "amplitude of the needle"
+    squared, pairs = "mean ‖Sᵀk − v‖²", "pairs over key width"
+    kept = "amplitude of the needle over that written"
     sheets = {
         "collisions": (
             ("collisions", "more pairs than dimensions", pairs, squared),
-            ("nearest value", "the trap: nearest of 256 values", pairs, "right"),
+            ("nearest value", "the trap: nearest of 256 values", pairs, "share of right answers"),
         ),
         "writing": (
             ("written again", "written again: the new value", "keys written again, of 32", squared),
             ("left alone", "left alone: the old value", "keys written again, of 32", squared),
-            ("clearing", "clearing", "tokens that erase", "‖S‖² left"),
+            ("clearing", "clearing", "tokens that erase", "share of ‖S‖² that is left"),
         ),
         "retention": (
             ("repeated haystack", f"repeated haystack, {SENTENCE} keys", "tokens", kept),
@@ -250,16 +250,14 @@ def plot(points: list[Point], folder: Path) -> list[Path]:
     }
     paths = []
     for name, sheet in sheets.items():
-        figure, axes = panels(len(sheet), 3.8 if len(sheet) == 2 else 3.4, 4.2)
+        figure, axes = panels(len(sheet), 4.6, 3.4)
         for axis, (law, *texts) in zip(axes, sheet, strict=True):
-            draw(axis, points, law, *texts)
-            if law not in ("written again", "left alone"):
-                axis.set_xscale("log", base=2)
-                axis.xaxis.set_major_formatter("{x:g}")
+            is_log = law not in ("written again", "left alone")
+            ends = draw(axis, points, law, *texts, is_log=is_log)
             if name == "retention":
                 # Without a decay or a correction the spread grows with the haystack.
                 axis.set_ylim(-0.2, 1.4)
-            axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+            name_ends(axis, ends)
         paths.append(folder / f"{name}.png")
         save(figure, paths[-1])
     return paths

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plots import COLOURS, NAMES, panels, save, titled
+from plots import COLOURS, MARKERS, NAMES, STYLES, fit_width, moved, panels, save, titled
 from tasks import NEEDLES, OTHERS, SILENT, VOCABULARY, draw
 from torch.nn import functional
 
@@ -149,21 +149,38 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = panels(4, 3.0)
+    figure, axes = panels(4, 3.4)
     titles = ("1: repeated haystack", "2: fresh haystack", "3: fresh, long value")
     lengths = sorted({r["length"] for r in rows if r["task"] in NEEDLES})
     for axis, task, title in zip(axes, NEEDLES, titles, strict=False):
-        for rule in RULES:
+        for i, rule in enumerate(RULES):
             accuracies = [cells(rows, rule, task, length) for length in lengths]
             mean = [statistics.mean(x) for x in accuracies]
-            axis.plot(lengths, mean, "o-", ms=3, color=COLOURS[rule], label=NAMES[rule])
-            low, high = [min(x) for x in accuracies], [max(x) for x in accuracies]
-            axis.fill_between(lengths, low, high, color=COLOURS[rule], alpha=0.15, linewidth=0)
+            # From the worst to the best seed.
+            spread = (
+                [m - min(x) for m, x in zip(mean, accuracies, strict=True)],
+                [max(x) - m for m, x in zip(mean, accuracies, strict=True)],
+            )
+            axis.errorbar(
+                lengths,
+                mean,
+                spread,
+                fmt=MARKERS[i],
+                linestyle=STYLES[i],
+                ms=4.5,
+                lw=1.2,
+                elinewidth=0.7,
+                capsize=2,
+                mfc="white",
+                color=COLOURS[rule],
+                label=NAMES[rule],
+                transform=moved(axis, i, len(RULES)),
+            )
         axis.axvline(lengths[0], color="black", linewidth=0.6, linestyle=":")
         axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [str(x) for x in lengths])
-        axis.set_ylim(-0.03, 1.03)
-        titled(axis, title, "tokens (trained at the dotted line)", "needles found")
+        fit_width(axis, lengths)
+        axis.set_ylim(-0.05, 1.07)
+        titled(axis, title, "tokens (trained at the dotted line)", "share of needles found")
     axes[0].legend(fontsize=7, frameon=False, loc="lower left")
     for place, task in enumerate(OTHERS):
         for shift, rule in enumerate(RULES):
@@ -172,7 +189,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axes[3].plot([x] * len(accuracies), accuracies, "k_", ms=6)
     axes[3].set_xticks(range(len(OTHERS)), list(OTHERS))
     axes[3].set_ylim(0, 1.03)
-    titled(axes[3], "recall, overwrite, context switch", "", "right answers (a mark per seed)")
+    titled(axes[3], "recall, overwrite, switch", "task", "share of right answers (a mark per seed)")
     save(figure, path)
 
 

@@ -71,27 +71,130 @@ class Point:
     expected: float | None
 
 
-def draw(axis: Any, points: list[Point], law: str, title: str, x: str, y: str) -> None:
-    """Draw the closed forms as lines and what was measured as marks with two standard errors."""
+MARKERS = "osD^v"
+STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+"""Of the first, second, ... line of a panel, so that they differ in print too."""
+
+APART = (3.0, 0.8)
+"""Points by which each line is moved to the right and up: equal values are seen beside another."""
+
+FARTHEST = 0.15
+"""Share of an axis by which a name may stand away from the end of its line."""
+
+
+def moved(axis: Any, i: int, count: int) -> Any:
+    """Return the transform of line i of some: its data, moved by a little that is no value."""
+    from matplotlib.transforms import ScaledTranslation
+
+    right, up = ((i - (count - 1) / 2) * points / 72 for points in APART)
+    return axis.transData + ScaledTranslation(right, up, axis.figure.dpi_scale_trans)
+
+
+def fit_width(axis: Any, values: list[float]) -> None:
+    """Set the limits of x, which lines that are moved do not set, and a tick at each value."""
+    low, high = min(values), max(values)
+    if axis.get_xscale() == "log":
+        axis.set_xlim(low / (high / low) ** 0.06, high * (high / low) ** 0.06)
+    else:
+        axis.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    axis.set_xticks(sorted(set(values)), [f"{x:g}" for x in sorted(set(values))])
+
+
+def name_ends(axis: Any, ends: dict[str, tuple[str, float]]) -> None:
+    """Write the names of lines beside their right ends, at heights where none hides another.
+
+    Where too many lines end at one height, they stand in a legend, the uppermost first.
+
+    Args:
+        axis: whose limits and scales are final; its lines have these names as labels.
+        ends: by name, the colour and the last value.
+    """
+    low, high = axis.get_ylim()
+    heights = {name: (y - low) / (high - low) for name, (_, y) in ends.items()}
+    order = sorted(heights, key=heights.__getitem__)
+    gap = 0.042
+    need = [gap * (1 + name.count("\n")) for name in order]
+    places: list[float] = []
+    for i, name in enumerate(order):
+        least = places[-1] + (need[i - 1] + need[i]) if places else 0.0
+        places.append(max(heights[name], least))
+    # What was pushed out above comes down, and pushes what is below it.
+    most = 1.0
+    for i in reversed(range(len(order))):
+        places[i] = min(places[i], most)
+        most = places[i] - (need[i] + need[i - 1])
+    if max(abs(heights[n] - y) for n, y in zip(order, places, strict=True)) > FARTHEST:
+        handles, names = axis.get_legend_handles_labels()
+        by_name = dict(zip(names, handles, strict=True))
+        shown = order[::-1]
+        axis.legend(
+            [by_name[n] for n in shown],
+            shown,
+            fontsize=7,
+            frameon=False,
+            loc="center left",
+            bbox_to_anchor=(1.02, 0.5),
+            handlelength=3.2,
+        )
+        return
+    for name, place in zip(order, places, strict=True):
+        colour = ends[name][0]
+        axis.annotate(
+            name,
+            (1.0, heights[name]),
+            (1.06, place),
+            xycoords="axes fraction",
+            fontsize=7,
+            color=colour,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6},
+            annotation_clip=False,
+        )
+
+
+def draw(
+    axis: Any, points: list[Point], law: str, title: str, x: str, y: str, *, is_log: bool
+) -> dict[str, tuple[str, float]]:
+    """Draw the closed forms as lines and what was measured as marks with two standard errors.
+
+    Returns:
+        What `name_ends` writes beside the lines.
+    """
     lines: dict[str, list[Point]] = {}
     for p in points:
         if p.law == law:
             lines.setdefault(p.line, []).append(p)
-    seen: list[str] = []
-    for label, line in lines.items():
-        rule = line[0].rule
-        # The second line of a rule is dashed, the third dotted.
-        style = ("-", "--", ":")[seen.count(rule)]
-        seen.append(rule)
+    ends: dict[str, tuple[str, float]] = {}
+    for i, (label, line) in enumerate(lines.items()):
+        colour, place = COLOURS[line[0].rule], moved(axis, i, len(lines))
         where, measured = [p.x for p in line], [p.measured for p in line]
         form = [p.measured if p.expected is None else p.expected for p in line]
-        # Thinner and thinner, so that a line below another is seen.
-        thin = 1 / len(seen) ** 0.5
-        axis.plot(where, form, style, color=COLOURS[rule], linewidth=3 * thin, label=label)
-        errors = [2 * p.error for p in line]
-        axis.errorbar(where, measured, errors, fmt="o", ms=7 * thin, lw=1, color=COLOURS[rule])
-    axis.set_xticks(sorted({p.x for line in lines.values() for p in line}))
+        name = label.replace(", ", ",\n", 1)
+        axis.plot(where, form, linestyle=STYLES[i], color=colour, lw=1.4, transform=place)
+        axis.errorbar(
+            where,
+            measured,
+            [2 * p.error for p in line],
+            fmt=MARKERS[i],
+            ms=4.5,
+            lw=1,
+            color=colour,
+            mfc="white",
+            transform=place,
+        )
+        # For a legend: the line with its mark.
+        style = {"linestyle": STYLES[i], "marker": MARKERS[i], "ms": 4.5, "mfc": "white"}
+        axis.plot([], [], color=colour, lw=1.4, label=name, **style)
+        ends[name] = colour, form[-1]
+    values = [v for line in lines.values() for p in line for v in (p.measured, p.expected or 0.0)]
+    low, high = min(0.0, *values), max(values)
+    # A line that is moved counts for no limit.
+    axis.set_ylim(low - 0.05 * (high - low), high + 0.07 * (high - low))
+    if is_log:
+        axis.set_xscale("log", base=2)
+    fit_width(axis, [p.x for line in lines.values() for p in line])
     titled(axis, title, x, y)
+    return ends
 
 
 def table(points: list[Point], law: str) -> str:
