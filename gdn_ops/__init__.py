@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gdn_ops import _interrupt as _interrupt  # isort: skip, first: what follows takes seconds
 from gdn_ops._version import __version__ as __version__
 from gdn_ops.dispatch.backend import Backend, Forward, Grads
 from gdn_ops.dispatch.explain import BackendInfo, Explanation, list_backends

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from typer.testing import CliRunner, Result
+import contextlib
+import io
+import os
+from dataclasses import dataclass
+from unittest import mock
 
-from gdn_ops.cli import commands
+from gdn_ops import cli
 
 
-def run(*arguments: object) -> Result:
-    """Run `gdn-ops` with arguments, in a wide terminal."""
-    return CliRunner().invoke(commands.app, [*map(str, arguments)], env={"COLUMNS": "200"})
+@dataclass(frozen=True)
+class Result:
+    """Hold how a command ended and what it printed."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+
+def run(*arguments: object, columns: int = 200) -> Result:
+    """Run `gdn-ops` with arguments, in a terminal that is wide unless its columns are given."""
+    out, err = io.StringIO(), io.StringIO()
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with mock.patch.dict(os.environ, COLUMNS=str(columns)), streams[0], streams[1]:
+        code = cli.run([*map(str, arguments)])
+    return Result(code, out.getvalue(), err.getvalue())

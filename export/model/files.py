@@ -37,6 +37,12 @@ _FOREIGN = {
 
 _ORT_MAGIC = slice(4, 8)
 
+_TAGS = frozenset(b"\x08\x12\x1a\x22\x28\x32\x3a\x42\x72\xa2\xca")
+"""The first bytes of the fields of a ModelProto: one of them begins the file."""
+
+_LARGE = 2**20
+"""Bytes above which a file is looked at before it is read."""
+
 
 def load_model(
     path: str | os.PathLike[str], *, with_weights: bool = False, label: str = "load_model: path"
@@ -94,6 +100,8 @@ def _read(where: str, path: Path) -> bytes:
             kind = _foreign(head, size)
             if kind is not None:
                 raise SpecError(f"{where} {kind}, should be an ONNX file")
+            if size > _LARGE and head[0] not in _TAGS and not _is_text(head):
+                raise SpecError(f"{where} a foreign file, should be an ONNX file")
             if size > MOST_BYTES:
                 raise SpecError(
                     f"{where} which has {size} bytes, should have at most {MOST_BYTES}, protobuf's "

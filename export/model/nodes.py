@@ -10,7 +10,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from gdn_ops.export.node.attributes import Attributes, Variant
-from gdn_ops.export.node.schema import DOMAIN, ELEMENT_TYPES, INPUTS, OPERATORS
+from gdn_ops.export.node.schema import DOMAIN, ELEMENT_TYPES, INPUTS, OPERATORS, VERSION
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 _STATE = INPUTS.index("state")
@@ -69,6 +69,12 @@ def nodes_of(model: ModelProto) -> list[Node]:
             f"the model holds no {' or '.join(f'{DOMAIN}::{name}' for name in OPERATORS)} node; "
             f"export a module that calls gated_delta_step or gated_delta with "
             f"gdn_ops.export.export_decode or export_prefill"
+        )
+    version = opset_of(model, DOMAIN)
+    if version > VERSION:
+        raise SpecError(
+            f"the model imports {DOMAIN} {version}, should import {VERSION}, which this release of "
+            f"gdn_ops knows: a newer release wrote it"
         )
     types = _element_types(model, {proto.input[_STATE] for proto in protos if len(proto.input) > 5})
     return [_read(proto, types) for proto in protos]

@@ -50,7 +50,7 @@ _PARAMETER_MEANINGS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Operator:
     """Describe one operator of the domain: its op type, and the spec of its op."""
 
@@ -67,7 +67,7 @@ class Operator:
             return ("B", "HV", "K", "V")
         return self.argument("v" if name == "o" else name).axes
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{DOMAIN}::{self.name}"
 
 

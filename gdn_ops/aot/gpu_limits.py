@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from gdn_ops.aot.results import CompiledKernel
+from gdn_ops.spec.names import unknown
 
 
 class Budget(NamedTuple):
@@ -57,7 +58,7 @@ def refusal(target: str, known: Sequence[str]) -> str:
     """
     if f"{target}a" in known:
         return f"target {target!r} is compiled without wgmma and its like: use {target}a"
-    return f"unknown target {target!r}, known: {', '.join(known)}"
+    return unknown("target", target, known)
 
 
 class Product(NamedTuple):

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import Case, Sizes
+from gdn_ops.spec.names import unknown
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 
 OPERANDS = ("q", "k", "v", "log_alpha", "beta", "state")
@@ -131,13 +133,13 @@ def find_case(name: str) -> Case:
     """Return the case of a name; a family's name, `qwen-16-32`, gives its shortest sequence.
 
     Raises:
-        ValueError: no case has that name.
+        SpecError: no case has that name.
     """
     cases = {**GATED_DELTA.case, **GATED_DELTA_STEP.case}
     family = (case for n, case in GATED_DELTA.case.items() if n.rpartition("-")[0] == name)
     known = cases.get(name) or next(family, None)
     if known is None:
-        raise ValueError(f"unknown case {name!r}, known: {', '.join(cases)}")
+        raise SpecError(unknown("case", name, cases))
     return known
 
 

@@ -35,6 +35,9 @@ PEER = "transformers"
 ALLOWED = 1e-4
 """Largest relative difference of logits and loss that is the same model in float32."""
 
+STAGES = 4
+"""Lines that `run` logs."""
+
 DECODED = 8
 """Tokens per timed decode."""
 

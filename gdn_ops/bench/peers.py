@@ -8,6 +8,7 @@ with each peer:
     ours, FLA, FlashQLA   log gates, state (N, HV, K, V)
     FlashInfer            linear alpha for sequences, raw gates for steps, state (N, HV, V, K)
     transformers          log gates, no state is passed
+    onnxruntime           log gates, heads joined with their width, float32 only
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from gdn_ops.bench.device import Run
 from gdn_ops.bench.inputs import Inputs
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import installed_version
+from gdn_ops.spec.errors import SpecError
+from gdn_ops.spec.names import unknown
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Contender:
         version: of the package that brings it.
         is_peer: whether it is another library's.
         lacks: why it cannot run a direction: forward, backward or step.
+        dtypes: of q, k and v that it computes in or more precisely; empty for all.
         context: entered around a run and around the backward of what it returned.
     """
 
@@ -76,6 +80,7 @@ class Contender:
     version: str = ""
     is_peer: bool = False
     lacks: Mapping[str, str] = field(default_factory=dict)
+    dtypes: tuple[str, ...] = ()
     context: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def output(self, x: Inputs) -> Tensor:
@@ -93,6 +98,9 @@ class Contender:
     def reasons(self, x: Inputs, what: str) -> list[str]:
         """Return why it cannot run inputs, as far as is known without running it."""
         if self.is_peer:
+            dtype = str(x.q.dtype).removeprefix("torch.")
+            if self.dtypes and dtype not in self.dtypes:
+                return [f"does not compute in {dtype}, only in {', '.join(self.dtypes)}"]
             return [self.lacks[what]] if what in self.lacks else []
         given: dict[str, Any] = {"log_alpha": x.log_alpha, "beta": x.beta, "backend": self.name}
         if what == "step":
@@ -149,7 +157,57 @@ def _transformers() -> Contender:
 
         return Prepared(run, _one)
 
-    return Contender("transformers", sequence, is_peer=True)
+    # It computes in float32, whatever it is given.
+    dtypes = ("float32", "bfloat16", "float16")
+    return Contender("transformers", sequence, is_peer=True, dtypes=dtypes)
+
+
+_LINEAR_ATTENTION = """<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+sequence (float[b, t, q_width] q, float[b, t, k_width] k, float[b, t, v_width] v,
+          float[b, heads, k_size, v_size] state, float[b, t, heads] log_alpha,
+          float[b, t, heads] beta)
+      => (float[b, t, v_width] o, float[b, heads, k_size, v_size] new_state) {{
+  o, new_state = com.microsoft.LinearAttention <q_num_heads: int = {q_heads},
+    kv_num_heads: int = {v_heads}, scale: float = {scale}, update_rule = "gated_delta">
+    (q, k, v, state, log_alpha, beta)
+}}"""
+
+
+def _onnxruntime() -> Contender:
+    """Return onnxruntime's com.microsoft::LinearAttention on CPUs, with torch's threads."""
+    runtime, parser = map(importlib.import_module, ("onnxruntime", "onnx.parser"))
+
+    def session(q_heads: int, v_heads: int, scale: float) -> Any:
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        # What it cannot do is raised.
+        options.log_severity_level = 4
+        text = _LINEAR_ATTENTION.format(q_heads=q_heads, v_heads=v_heads, scale=scale)
+        model = parser.parse_model(text).SerializeToString()
+        return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def sequence(x: Inputs) -> Prepared:
+        if x.state is not None:
+            raise ValueError("onnxruntime's sequences are measured without a state")
+        B, _, H, K = x.q.shape
+        HV, V = x.v.shape[2:]
+        tensors = {"q": x.q.flatten(2), "k": x.k.flatten(2), "v": x.v.flatten(2)}
+        tensors |= {"log_alpha": x.log_alpha, "beta": x.beta, "state": x.v.new_zeros(B, HV, K, V)}
+        feeds = {name: y.detach().contiguous().numpy() for name, y in tensors.items()}
+        made = session(H, HV, K**-0.5)
+
+        def read(results: list[Any]) -> tuple[Tensor, ...]:
+            return (torch.from_numpy(results[0]).view(x.v.shape),)
+
+        return Prepared(lambda: made.run(None, feeds), read)
+
+    # An older release does not have it.
+    session(1, 1, 1.0)
+    lacks = {"backward": "has no backward"}
+    version = str(runtime.__version__)
+    return Contender(
+        "onnxruntime", sequence, version=version, is_peer=True, lacks=lacks, dtypes=("float32",)
+    )
 
 
 def _fla_arguments(x: Inputs) -> dict[str, Any]:
@@ -275,27 +333,28 @@ class Peer:
 
 PEERS = {
     "transformers": Peer(_transformers, ("*",), "package 'transformers' is not usable"),
+    "onnxruntime": Peer(_onnxruntime, ("cpu",)),
     "fla": Peer(_fla),
     "flash_qla": Peer(_flash_qla),
     "flashinfer": Peer(_flashinfer),
 }
 
 
-def check_peers(names: Iterable[str], device: str) -> None:
-    """Refuse names that are no peers of a type of device.
+def check_peers(names: Iterable[str], *devices: str) -> None:
+    """Refuse names that are no peers of types of devices.
 
     Raises:
-        ValueError: a name is unknown.
+        SpecError: a name is unknown.
     """
-    known = peers_on(device)
+    known = peers_on(*devices)
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown peer {name!r}, known: {', '.join(known)}")
+            raise SpecError(unknown("peer", name, known))
 
 
-def peers_on(device: str) -> tuple[str, ...]:
-    """Return the names of the peers of a type of device: "cuda", or "*" for any."""
-    return tuple(name for name, peer in PEERS.items() if device in peer.devices)
+def peers_on(*devices: str) -> tuple[str, ...]:
+    """Return the names of the peers of types of devices: "cuda", "cpu", or "*" for any."""
+    return tuple(name for name, peer in PEERS.items() if {*devices} & {*peer.devices})
 
 
 def find_contender(name: str) -> Contender | str:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from gdn_ops.bench.rows import Result, Row, write_json
+from gdn_ops.terminal.tables import table, wrapped
 
 Log = Callable[[str], None]
 
 _COLOURS = ("#4c6ef5", "#12b886", "#f59f00", "#e64980", "#868e96", "#7950f2", "#228be6")
-_HEAD = ("", "median", "best", "floor", "ratio", "against", "target")
-_TIMED = ("forward", "forward+backward", "memory", "step")
+_HEAD = ("", "median", "best", "ratio", "against", "target")
+_TIMED = ("forward", "forward+backward", "memory", "step", "many short sequences", "decode",
+          "prefill", "training step")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,13 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """Hold one panel of a plot: its title, bars, and a floor as a line if there is one."""
+    """Hold one panel of a plot: title, bars, what its axis shows, and a floor as a line."""
 
     title: str
     bars: Sequence[Bar]
+    axis: str
     floor: float | None = None
+    floor_text: str = ""
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -46,44 +50,39 @@ def _whole(value: float | None) -> str:
     return number(value) if value is None or abs(value) < 100 else f"{value:.0f}"
 
 
-def table(head: Sequence[str], sections: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> str:
-    """Return a table in plain text; a section is (heading, rows of cells, which may end early)."""
-    rows = [head, *(cells for _, section_rows in sections for cells in section_rows)]
-    widths = [max(len(r[i]) for r in rows if len(r) > i) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (f"{c:<{w}}" for c, w in zip(cells, widths, strict=False))
-        return "  ".join(padded).rstrip()
-
-    lines = [line(head)]
-    for heading, section_rows in sections:
-        lines += [heading, *map(line, section_rows)]
-    return "\n".join(lines)
-
-
 def _ratio(row: Row) -> str:
     """Return the ratio of a row in words."""
     if row.ratio is None or row.comparator == row.against:
         return "-"
     if row.what == "memory":
-        return f"{row.ratio:.2f}x the memory"
+        return f"{row.ratio:.2f}x memory"
     if row.what == "step":
-        return f"{row.ratio:.2f}x the time"
+        return f"{row.ratio:.2f}x time"
     return f"{row.ratio:.2f}x faster" if row.ratio >= 1 else f"{1 / row.ratio:.2f}x slower"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    unit = "" if row.unit == "x" else f" {row.unit}"
+    unit = "x" if row.unit == "x" else ""
     word = {None: "not measured", True: "reached", False: "not reached"}[row.reached]
     return (
         f"  {row.comparator}",
         _whole(row.median) + unit,
         _whole(row.best) + unit,
-        _whole(row.floor),
         _ratio(row),
         row.against or "-",
         "" if row.target is None else f"{row.target}: {word}",
     )
+
+
+def _heading(rows: Sequence[Row]) -> str:
+    """Return what rows of a case measure, in which unit, and their floor."""
+    what, case, unit = rows[0].what, rows[0].case, rows[0].unit
+    name = what if case == "-" else f"{what}, {case}"
+    parts = [name if unit == "x" else f"{name}, in {unit}"]
+    floor = next((row.floor for row in rows if row.floor is not None), None)
+    if floor is not None:
+        parts.append(f"floor {_whole(floor)}")
+    return "; ".join(parts)
 
 
 def text(result: Result) -> str:
@@ -97,9 +96,15 @@ def text(result: Result) -> str:
         )
     lines += [f"conformance: {check}" for check in result.checks]
     groups = groupby(result.rows, key=lambda row: (row.what, row.case))
-    sections = [(", ".join(group), [_cells(row) for row in rows]) for group, rows in groups]
-    lines.append(table(_HEAD, sections))
-    lines += [f"left out: {name} ({what}): {reason}" for what, name, reason in result.skipped]
+    sections = []
+    for _, group in groups:
+        rows = list(group)
+        sections.append((_heading(rows), [_cells(row) for row in rows]))
+    lines = [wrapped(line, indent="  ") for line in lines]
+    if sections:
+        lines.append(table(_HEAD, sections))
+    left_out = (f"left out: {name} ({what}): {reason}" for what, name, reason in result.skipped)
+    lines += [wrapped(line, indent="  ") for line in left_out]
     verdicts = [row.reached for row in result.rows if row.reached is not None]
     if verdicts:
         lines.append(f"targets reached: {sum(verdicts)} of {len(verdicts)}")
@@ -110,42 +115,55 @@ def _machine(system: dict[str, Any]) -> str:
     cpu = system["devices"][0]
     threads = system["threads"]["torch"]
     name = f"{system['device']} ({cpu['name']}, {cpu['capability']})"
-    return f"{name}, {threads} threads, {system['dtype']}"
+    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}, {system['dtype']}"
 
 
 def panels(result: Result) -> list[Panel]:
     """Return a panel for each measurement and case that has times or sizes."""
-    shown = (row for row in result.rows if row.what in _TIMED)
+    # Differences and ratios of bars are no bars.
+    times = (row for row in result.rows if row.what in _TIMED and row.unit != "x")
+    shown = (row for row in times if row.what != "decode" or row.ratio is not None)
     drawn = []
     for (what, case), group in groupby(shown, key=lambda row: (row.what, row.case)):
         rows = list(group)
-        ratios = ["" if _ratio(row) == "-" else f"  ({_ratio(row)})" for row in rows]
+        unit = rows[0].unit
         bars = [
-            Bar(row.comparator, row.median, f"{_whole(row.median)} {row.unit}{ratio}")
-            for row, ratio in zip(rows, ratios, strict=True)
+            Bar(r.comparator, r.median, f"{_whole(r.median)} {unit}{_against(r)}") for r in rows
         ]
         floor = next((row.floor for row in rows if row.floor is not None), None)
-        dashed = "" if floor is None else f"; dashed: floor {_whole(floor)}"
-        title = f"{what}, {case} ({rows[0].unit}, shorter is better{dashed})"
-        drawn.append(Panel(title, bars, floor))
+        shows = "peak memory" if what == "memory" else "median time"
+        text = "" if floor is None else f"floor {_whole(floor)} {unit}"
+        axis = f"{shows} in {unit}, shorter is better"
+        drawn.append(Panel(f"{what}, {case}", bars, axis, floor, text))
     return drawn
 
 
-def write(result: Result, folder: Path) -> list[Path | str]:
-    """Write a result as JSON and plot; return the paths, or why the plot is missing."""
+def _against(row: Row) -> str:
+    """Return the ratio of a row and what it is a ratio to, for the end of a bar."""
+    ratio = _ratio(row)
+    link = "than" if row.what not in ("memory", "step") else "of"
+    return "" if ratio == "-" else f"  ({ratio} {link} {row.against})"
+
+
+def write(result: Result, folder: Path, kind: str = "") -> list[Path | str]:
+    """Write a result as JSON and plot, named after its kind if it has one.
+
+    Returns:
+        The paths, or why the plot is missing.
+    """
     system = result.system
     stem = f"{system['device'].replace(':', '-')}-{system['dtype']}"
-    title = f"gdn_ops {system['versions']['gdn_ops']}, {_machine(system)}"
+    stem = f"{kind}-{stem}" if kind else stem
     written = write_json(result.to_json(), folder / f"{stem}.json")
-    return [written, *draw(panels(result), title, folder / f"{stem}.png")]
+    return [written, *write_plot(result, folder / f"{stem}.png")]
 
 
-def publish(result: Result, kind: str, folder: Path | None) -> None:
-    """Print a result as text; write its JSON, named after its kind, if there is a folder."""
-    print(text(result))
-    if folder is not None:
-        stem = f"{kind}-{result.system['device']}-{result.system['dtype']}"
-        print(write_json(result.to_json(), folder / f"{stem}.json"))
+def write_plot(result: Result, path: Path) -> list[Path | str]:
+    """Draw a result into a file; return its path, or why the plot is missing."""
+    system = result.system
+    return draw(
+        panels(result), f"gdn_ops {system['versions']['gdn_ops']}, {_machine(system)}", path
+    )
 
 
 def draw(to_draw: Sequence[Panel], title: str, path: Path) -> list[Path | str]:
@@ -157,7 +175,7 @@ def draw(to_draw: Sequence[Panel], title: str, path: Path) -> list[Path | str]:
     except ModuleNotFoundError as error:
         return [f"no plot: package {error.name!r} is not installed"]
     heights = [0.6 + 0.34 * len(panel.bars) for panel in to_draw]
-    figure = Figure(figsize=(8, 0.8 + sum(0.25 + h for h in heights)))
+    figure = Figure(figsize=(9, 0.8 + sum(0.55 + h for h in heights)))
     axes = figure.subplots(len(to_draw), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
     names = dict.fromkeys(bar.name for panel in to_draw for bar in panel.bars)
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
@@ -178,11 +196,13 @@ def _draw_panel(axis: Any, panel: Panel, colours: dict[str, str]) -> None:
         axis.text(bar.value, i, f" {bar.text}", va="center", fontsize=8)
     names = [f"{bar.name} (published)" if bar.published else bar.name for bar in panel.bars]
     axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1.4 * max(bar.value for bar in panel.bars))
+    axis.set_xlim(0, 1.7 * max(bar.value for bar in panel.bars))
     if panel.floor is not None:
         axis.axvline(panel.floor, color="black", linewidth=1, linestyle="--")
+        axis.text(panel.floor, -0.55, f" {panel.floor_text}", fontsize=7, va="bottom")
+    axis.set_ylim(len(names) - 0.5, -1.1 if panel.floor is not None else -0.6)
     axis.set_title(panel.title, fontsize=9, loc="left")
+    axis.set_xlabel(panel.axis, fontsize=8)
     axis.tick_params(labelsize=8)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)

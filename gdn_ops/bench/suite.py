@@ -10,7 +10,7 @@ from gdn_ops.bench import measures
 from gdn_ops.bench.child import call
 from gdn_ops.bench.floors import measure_rates
 from gdn_ops.bench.inputs import Setting, find_case, make_inputs
-from gdn_ops.bench.peers import Contender, check_peers, find_contender
+from gdn_ops.bench.peers import Contender, check_peers, find_contender, peers_on
 from gdn_ops.bench.report import Log
 from gdn_ops.bench.rows import TARGETS, Result, describe_system, with_target
 from gdn_ops.bench.steps import step_rows
@@ -18,7 +18,9 @@ from gdn_ops.bench.verify import verify
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.explain import list_backends
 from gdn_ops.environment.devices import threads
+from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import Case
+from gdn_ops.spec.names import unknown
 
 WHAT = ("forward", "forward+backward", "memory", "step", "scaling", "overhead", "import")
 """Every measurement, in the order in which they run."""
@@ -27,6 +29,19 @@ REFERENCE = ("qwen-16-32-2048", "qwen-16-32-4096", "qwen-16-32-step-b1")
 """Cases of the reference table: of the times, of memory, of the step."""
 
 SCALING_TIMES = 8
+
+SEQUENCES = ("forward", "forward+backward", "memory", "scaling")
+"""Measurements of cases of sequences; "step" is of cases of one token."""
+
+USES = {
+    "peer": SEQUENCES[:3],
+    "repeats": ("forward", "forward+backward", "scaling"),
+    "backend": tuple(what for what in WHAT if what != "import"),
+    "dtype": tuple(what for what in WHAT if what != "import"),
+    "device": tuple(what for what in WHAT if what != "import"),
+    "threads": tuple(what for what in WHAT if what != "import"),
+}
+"""The measurements that an option has an effect on."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +83,12 @@ def make_plan(
     """Turn names into a plan; without cases, it is the plan of the reference table.
 
     Raises:
-        ValueError: a name is unknown.
+        SpecError: a name is unknown.
     """
     for name in what:
         if name not in WHAT:
-            raise ValueError(f"unknown measurement {name!r}, known: {', '.join(WHAT)}")
-    check_peers(peers, "*")
+            raise SpecError(unknown("measurement", name, WHAT))
+    check_peers(peers, *_kinds(setting.device))
     for name in backends:
         registry.get_backend(name)
     chosen = tuple(find_case(name) for name in cases or REFERENCE)
@@ -82,6 +97,38 @@ def make_plan(
     if not cases:
         timed, weighed = timed[:1], timed[1:]
     return Plan(tuple(what), timed, weighed, steps, tuple(backends), tuple(peers), setting)
+
+
+def check_effect(cases: Sequence[str], what: Sequence[str]) -> None:
+    """Refuse cases that none of the measurements takes, and measurements without a case.
+
+    Raises:
+        SpecError: there is one.
+    """
+    steps = {name: find_case(name).sizes.T == 1 for name in cases}
+    for name, is_step in steps.items():
+        wanted = ("step",) if is_step else SEQUENCES
+        if not set(wanted) & set(what):
+            kind = "a case of one token" if is_step else "a sequence"
+            raise SpecError(
+                f"case {name!r} is {kind}, which --what {','.join(what)} does not measure: "
+                f"{', '.join(wanted)} does"
+            )
+    for name in what:
+        needs = {"step": True, **dict.fromkeys(SEQUENCES, False)}.get(name)
+        if cases and needs is not None and needs not in steps.values():
+            kind = "of one token" if needs else "of a sequence"
+            raise SpecError(f"--what {name} needs a case {kind}, got {', '.join(cases)}")
+
+
+def default_peers(device: str) -> tuple[str, ...]:
+    """Return the names of the peers that run on a device, installed or not."""
+    return peers_on(*_kinds(device))
+
+
+def _kinds(device: str) -> tuple[str, ...]:
+    # The peers of GPUs have a benchmark of their own.
+    return ("*", "cpu") if device == "cpu" else ("*",)
 
 
 def default_backends() -> tuple[str, ...]:
@@ -134,8 +181,10 @@ class _Suite:
         # get the pages that the next fresh result needs.
         for case in plan.memory_cases if "memory" in plan.what else ():
             self.log(f"memory, {case.name}")
-            names = [c.name for c in contenders]
-            peer = next((c.name for c in contenders if c.is_peer), None)
+            x = make_inputs(case.sizes, s.torch_dtype, s.device).with_grad()
+            weighed = [c for c in contenders if not c.reasons(x, "backward")]
+            names = [c.name for c in weighed]
+            peer = next((c.name for c in weighed if c.is_peer), None)
             peak = functools.partial(call, measures.measure_peak, sizes=case.sizes, s=s)
             measures.memory_rows(case.name, names, peer, peak, result)
         if s.has_targets:
@@ -160,17 +209,24 @@ class _Suite:
         s, gradients = self.plan.setting, "forward+backward" in wanted
         x = make_inputs(case.sizes, s.torch_dtype, s.device)
         self.log(f"conformance, {case.name}")
-        asked = x.with_grad() if gradients else x
-        reasons = {c.name: "; ".join(c.reasons(asked, "forward")) for c in contenders}
-        self.result.skipped += [(case.name, name, why) for name, why in reasons.items() if why]
-        contenders = [c for c in contenders if not reasons[c.name]]
+        against = {c.name: "; ".join(c.reasons(x, "forward")) for c in contenders}
+        contenders = [c for c in contenders if not against[c.name]]
+        backward = {c.name: "; ".join(c.reasons(x.with_grad(), "backward")) for c in contenders}
+        self.result.skipped += [(case.name, name, why) for name, why in against.items() if why]
+        if gradients:
+            self.result.skipped += [
+                (f"forward+backward, {case.name}", name, why)
+                for name, why in backward.items()
+                if why
+            ]
         if contenders:
-            self.result.checks += verify(contenders, case, x, gradients=gradients)
+            differentiable = {c.name for c in contenders if gradients and not backward[c.name]}
+            self.result.checks += verify(contenders, case, x, gradients=differentiable)
         for what in wanted:
             self.log(f"{what}, {case.name}")
-            if contenders:
-                rows = measures.sequence_rows(what, case, x, contenders, s, self.rates)
-                self.result.rows += rows
+            timed = [c for c in contenders if what == "forward" or not backward[c.name]]
+            if timed:
+                self.result.rows += measures.sequence_rows(what, case, x, timed, s, self.rates)
 
     def _own(self, names: list[str]) -> None:
         """Measure step, scaling, overhead and import, which concern this library alone."""

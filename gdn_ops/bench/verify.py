@@ -11,7 +11,7 @@ precision plus one rounding band; two contenders may differ by what both are all
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -192,10 +192,10 @@ class _Definition:
         """Compare a contender's o and gradients with the definition."""
         return self._worst(name, self.parts, results, self.allowed)
 
-    def agree(self, name: str, results: list[Tensor], others: list[Tensor]) -> Check:
+    def agree(self, name: str, results: list[Tensor], other: str, others: list[Tensor]) -> Check:
         """Compare all of a contender's results with those of another one."""
         parts = [
-            Part(f"{what} against the first comparator", i, take(), y.double(), head_axes(y))
+            Part(f"{what} against {other}", i, take(), y.double(), head_axes(y))
             for i, (what, y) in enumerate(zip(("o", *GRADIENTS[:5]), others, strict=False))
         ]
         return self._worst(name, parts, results, [2 * allowed for allowed in self.allowed[1:]])
@@ -204,17 +204,25 @@ class _Definition:
         self, name: str, parts: list[Part], results: list[Tensor], allowed: list[float]
     ) -> Check:
         """Return the check of the part that uses most of its allowance; NaN comes first."""
+        # Of a contender without a backward there is o and nothing else.
         checks = [
             Check(name, self.case, part.what, part.error(results), allowance)
-            for part, allowance in zip(parts, allowed, strict=True)
+            for part, allowance in zip(parts, allowed, strict=False)
+            if part.index < len(results)
         ]
         return max(checks, key=lambda c: math.inf if math.isnan(c.error) else c.error / c.allowance)
 
 
 def verify(
-    contenders: Sequence[Contender], case: Case, x: Inputs, *, gradients: bool
+    contenders: Sequence[Contender], case: Case, x: Inputs, *, gradients: bool | Collection[str]
 ) -> list[Check]:
-    """Check every contender on the operands of a case, and their gradients if wanted.
+    """Check every contender on the operands of a case, and gradients where they are wanted.
+
+    Args:
+        contenders: what is checked.
+        case: of the operands.
+        x: the operands.
+        gradients: whether gradients are checked, or the names of those whose gradients are.
 
     Returns:
         A check per contender, the one that used most of its allowance.
@@ -223,17 +231,19 @@ def verify(
         RefusedError: one of them failed.
     """
     d_o = make_output_gradient(case.sizes, x.v.dtype, str(x.v.device))
-    definition = _Definition(case, x, d_o, gradients)
+    if isinstance(gradients, bool):
+        gradients = [c.name for c in contenders] if gradients else []
+    definition = _Definition(case, x, d_o, bool(gradients))
     checks: list[Check] = []
     first: list[Tensor] | None = None
     for c in contenders:
         with c.context():
-            results = _outputs(c.output, x, d_o, gradients)
+            results = _outputs(c.output, x, d_o, c.name in gradients)
         verdicts = [definition.check(c.name, results)]
         if first is None:
             first = results
         else:
-            verdicts.append(definition.agree(c.name, results, first))
+            verdicts.append(definition.agree(c.name, results, contenders[0].name, first))
         checks.append(next((check for check in verdicts if not check.passed), verdicts[0]))
     failed = "; ".join(str(check) for check in checks if not check.passed)
     if failed:

@@ -2,19 +2,114 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import traceback
+import warnings
+from collections.abc import Sequence
 
-NEEDS_EXTRA = "gdn-ops needs the cli extra: pip install 'gdn_ops[cli]'"
+from gdn_ops import _interrupt
+from gdn_ops.cli import exit_codes
+
+TRACEBACK = "GDN_OPS_TRACEBACK"
+"""Where this is 1 in the environment, an unforeseen error shows where it was raised."""
+
+EXTRAS = {
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "hypothesis": "testing",
+    "transformers": "bench",
+    "matplotlib": "cli",
+    "triton": "triton",
+    "tilelang": "tilelang",
+}
+"""The extra that brings a package, by the name of its import."""
 
 
-def main() -> None:
-    """Run the command line, or exit with code 2 where typer or rich is not installed."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, and exit with the code that says how it went."""
+    _make_streams_safe()
+    warnings.showwarning = _show_warning
+    _interrupt.listen(_interrupt.interrupt_then_end)
+    raise SystemExit(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command and return its exit code; what goes wrong is a line on stderr."""
     try:
-        import rich  # noqa: F401
-        import typer  # noqa: F401
-    except ModuleNotFoundError:
-        print(NEEDS_EXTRA, file=sys.stderr)
-        raise SystemExit(2) from None
-    from gdn_ops.cli.commands import app
+        from gdn_ops.cli.commands import run_command
 
-    app(prog_name="gdn-ops")
+        try:
+            code = run_command(arguments)
+        except SystemExit:
+            # argparse ends so after --help and --version.
+            code = exit_codes.DONE
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\ngdn-ops: interrupted", file=sys.stderr)
+        return exit_codes.INTERRUPTED
+    except BrokenPipeError:
+        _drop_output()
+        return exit_codes.CLOSED_PIPE
+    except Exception as error:
+        code, text = _verdict(error)
+        if code == exit_codes.UNFORESEEN and os.environ.get(TRACEBACK) == "1":
+            traceback.print_exc()
+        print(f"gdn-ops: {' '.join(text.split())}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _drop_output()
+        return code
+
+
+def _verdict(error: Exception) -> tuple[int, str]:
+    """Return the exit code of an error, and what is said about it."""
+    from gdn_ops.bench.verify import RefusedError
+    from gdn_ops.cli.parser import UsageError
+    from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
+
+    text = str(error).strip()
+    if isinstance(error, UsageError):
+        return error.code, text
+    if isinstance(error, RefusedError):
+        return exit_codes.WRONG, text
+    if isinstance(error, MemoryError):
+        return exit_codes.NOT_POSSIBLE, f"there is not enough memory: {text or 'MemoryError'}"
+    if isinstance(error, ModuleNotFoundError) and "pip install" not in text:
+        extra = EXTRAS.get(str(error.name).partition(".")[0])
+        cure = f": pip install 'gdn_ops[{extra}]'" if extra else ""
+        return exit_codes.NOT_POSSIBLE, f"package {error.name!r} is not installed{cure}"
+    expected = (SpecError, BackendUnsupportedError, ModuleNotFoundError)
+    if isinstance(error, OSError) and error.filename is not None:
+        return exit_codes.NOT_POSSIBLE, f"{os.fspath(error.filename)!r}: {error.strerror}"
+    if isinstance(error, (*expected, OSError)) or type(error) is ValueError:
+        return exit_codes.NOT_POSSIBLE, text
+    tell = f"a fault of gdn_ops; {TRACEBACK}=1 shows where, please report it"
+    return exit_codes.UNFORESEEN, f"{type(error).__name__}: {text} ({tell})"
+
+
+def _drop_output() -> None:
+    """Send what is left in the buffer of stdout nowhere: it would raise again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _make_streams_safe() -> None:
+    """Let no text fail to be printed: neither in ASCII nor where a stream is closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning in one line, without the place in the code that gave it."""
+    with contextlib.suppress(OSError):
+        print(f"gdn-ops: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -2,32 +2,118 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib.util
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.syntax import Syntax
-from rich.table import Table
 
+import gdn_ops
+from gdn_ops.cli import exit_codes
+from gdn_ops.cli.parser import Options, UsageError, add_command, integer, names, real
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
+from gdn_ops.dispatch.explain import device_status, runs_or_emulates_here
 from gdn_ops.environment import certificate
+from gdn_ops.environment.devices import check_device
+from gdn_ops.terminal.output import print_json
+from gdn_ops.terminal.progress import progress
+from gdn_ops.terminal.tables import table, wrapped
 
 if TYPE_CHECKING:
     from gdn_ops.testing.conformance import CheckReport
 
+SCHEMA = 1
+"""Version of the JSON layout; raised when a field changes its meaning."""
 
-def run(name: str, seconds: float, seed: int | None, device: str, console: Console) -> bool:
-    """Check one backend and record the result; return whether it passed.
+SECONDS = 60.0
+
+
+def add_to(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "check",
+        run,
+        "Certify backends on this machine: random calls against the definition.",
+        more="Judges outputs, states and gradients against float64, and the laws of the "
+        "recurrence. The result is recorded for this device and these versions.",
+        examples=("gdn-ops check", "gdn-ops check --backend torch --seconds 10 --seed 1"),
+    )
+    parser.add_argument(
+        "--backend",
+        type=names,
+        metavar="NAMES",
+        help='backends, with commas between; "all" is every one that is available here (default)',
+    )
+    parser.add_argument(
+        "--seconds",
+        type=real(0.1),
+        metavar="SECONDS",
+        default=SECONDS,
+        help="time for each backend (default 60)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=integer(0, 2**32 - 1),
+        metavar="NUMBER",
+        help="repeat the same random calls (default: others each time)",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="a torch device (default: a GPU that the backend runs on, else cpu)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: Options) -> int:
+    """Check backends one after the other; return the exit code."""
+    if importlib.util.find_spec("hypothesis") is None:
+        raise UsageError("check needs the testing extra: pip install 'gdn_ops[testing]'")
+    if options.device is not None:
+        check_device(options.device)
+    reports = []
+    for name in checkable(options.backend or ("all",)):
+        report = judge(name, options.seconds, options.seed, options.device or "")
+        backend = registry.get_backend(name)
+        assert not isinstance(backend, str)
+        kept = record(backend, report)
+        reports.append((report, kept))
+        if not options.json:
+            show(report)
+            print(wrapped(kept, indent="  ") + "\n", flush=True)
+    if options.json:
+        print_json({"schema": SCHEMA, "reports": [as_data(*pair) for pair in reports]})
+    passed = all(report.passed for report, _ in reports)
+    return exit_codes.DONE if passed else exit_codes.WRONG
+
+
+def checkable(given: tuple[str, ...]) -> list[str]:
+    """Return the names of the backends to check.
+
+    Raises:
+        SpecError, UsageError: one is unknown, or not available here, for a reason that is said.
+    """
+    if given == ("all",):
+        return [i.name for i in gdn_ops.list_backends() if i.status == "available"]
+    for name in given:
+        backend = registry.get_backend(name)
+        if isinstance(backend, str):
+            raise UsageError(f"backend {name!r} is not available: {backend}")
+        if not runs_or_emulates_here(backend.limits):
+            raise UsageError(f"backend {name!r} is not available: {device_status(backend.limits)}")
+    return list(given)
+
+
+def judge(name: str, seconds: float, seed: int | None, device: str) -> CheckReport:
+    """Check one backend and return what came out.
 
     Args:
         name: of a backend that is available.
         seconds: how long.
         seed: of the random calls; random if None.
         device: torch device; where the backend runs best if empty.
-        console: to print on.
     """
     # The kit needs hypothesis, which is looked for before.
     from gdn_ops.testing.conformance import check
@@ -39,18 +125,15 @@ def run(name: str, seconds: float, seed: int | None, device: str, console: Conso
     try:
         certificate.suspend(type(backend), where)
     except OSError as error:
-        console.print(f"the old certificate could not be taken back: {error}", markup=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(name, total=1.0)
-
-        def on_progress(share: float, text: str) -> None:
-            progress.update(task, completed=share, description=f"{name}: {text}")
-
-        report = check(name, seconds, on_progress=on_progress, seed=seed, device=where)
-    show(report, console)
-    console.print(record(backend, report) + "\n", markup=False, highlight=False)
-    return report.passed
+        print(f"the old certificate could not be taken back: {error}")
+    with progress(None, name) as advance:
+        return check(
+            name,
+            seconds,
+            on_progress=lambda share, text: advance(f"{name}, {share:.0%}: {text}"),
+            seed=seed,
+            device=where,
+        )
 
 
 def best_device(backend: Backend) -> str:
@@ -59,21 +142,25 @@ def best_device(backend: Backend) -> str:
     return "cuda" if on_gpu else "cpu"
 
 
-def show(report: CheckReport, console: Console) -> None:
+def show(report: CheckReport) -> None:
     """Print a row per subject, and the smallest failing calls as code."""
-    title = f"backend {report.backend} on {report.device}"
-    table = Table("subject", "examples", "worst error / allowance", "", title=title)
-    for row in report.rows:
-        verdict = "[green]pass[/green]" if row.passed else "[red]FAIL[/red]"
-        table.add_row(escape(row.subject), str(row.examples), f"{row.worst:.3g}", verdict)
-    console.print(table)
+    rows = [
+        (r.subject, str(r.examples), f"{r.worst:.3g}", "pass" if r.passed else "FAIL")
+        for r in report.rows
+    ]
+    print(f"backend {report.backend} on {report.device}; error in units of what is allowed")
+    print(table(("subject", "calls", "error", ""), [("", rows)]))
     for row in report.rows:
         if row.failure is not None:
-            console.print(f"\n[red]{escape(row.subject)}[/red]: the smallest call that fails")
-            console.print(Syntax(row.failure, "python", word_wrap=True))
-    verdict = "[green]passed[/green]" if report.passed else "[red]failed[/red]"
-    calls = f"{report.examples} calls in {report.seconds:.0f} s"
-    console.print(f"{report.backend}: {calls}, {verdict}")
+            print(f"\n{row.subject}: the smallest call that fails\n{row.failure}")
+    verdict = "passed" if report.passed else "failed"
+    print(f"{report.backend}: {report.examples} calls in {report.seconds:.0f} s, {verdict}")
+
+
+def as_data(report: CheckReport, kept: str) -> dict[str, Any]:
+    """Return a report as plain data; `kept` says where it was recorded."""
+    whole = {"passed": report.passed, "examples": report.examples, "recorded": kept}
+    return {**asdict(report), **whole}
 
 
 def record(backend: Backend, report: CheckReport) -> str:

@@ -7,105 +7,134 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from typing import Any
 
 from gdn_ops.aot.gpu_limits import refusal
 from gdn_ops.aot.results import CompiledKernel, CompilesAhead
 from gdn_ops.aot.sampling import samples
+from gdn_ops.cli import exit_codes
+from gdn_ops.cli.parser import Options, UsageError, add_command, names, path
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend, installed_version
 from gdn_ops.spec.language import Case
+from gdn_ops.spec.names import unknown
 from gdn_ops.spec.ops import OPS
+from gdn_ops.terminal.output import check_file
+from gdn_ops.terminal.progress import progress
+from gdn_ops.terminal.tables import table, wrapped
 
-COLUMNS = ("kernel", "launched by", "options", "shared", "registers", "spills", "stack", "matrix")
+COLUMNS = ("launched by", "options", "shared", "registers", "spills", "stack", "matrix", "")
 
 
-def run(
-    backend_name: str,
-    targets: Sequence[str],
-    cases: Sequence[str],
-    *,
-    everything: bool,
-    path: Path | None,
-) -> bool:
-    """Compile kernels, print a table per target, and return whether every kernel passes.
+def add_to(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "compile",
+        run,
+        "Compile kernels for GPUs that this machine need not have; judge the code.",
+        more="A row of the table is a launch of a kernel: shared memory in bytes, registers, "
+        "spilled registers, stack in bytes, and instructions of matrix units.",
+        examples=(
+            "gdn-ops compile --backend triton",
+            "gdn-ops compile qwen-16-32-8192 --backend triton --target sm_90,gfx942",
+        ),
+    )
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help="named cases of any op (default: all)"
+    )
+    parser.add_argument(
+        "--backend", required=True, metavar="NAME", help="a backend that compiles ahead of time"
+    )
+    parser.add_argument(
+        "--target", type=names, metavar="GPUS", help="GPUs, with commas between (default: all)"
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="compile also what can be asked for beside the defaults; minutes per GPU",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--out", type=path, metavar="FILE", help="write the JSON to a file")
 
-    Args:
-        backend_name: a backend with `targets`.
-        targets: names of some of those `targets`; all if empty.
-        cases: names of cases of any op; all if there is none.
-        everything: also what the public API allows beside the defaults.
-        path: a file for the rows as JSON.
+
+def run(options: Options) -> int:
+    """Compile kernels and show them, a table per target; return the exit code.
 
     Raises:
-        ValueError: a backend, target or case is unknown, or the backend is not available.
+        SpecError, UsageError: a backend, target or case is unknown, or the backend is not
+            available.
     """
-    backend = registry.get_backend(backend_name)
+    backend = registry.get_backend(options.backend)
     if isinstance(backend, str):
-        raise ValueError(f"backend {backend_name!r} is not available: {backend}")
+        raise UsageError(f"backend {options.backend!r} is not available: {backend}")
     if not isinstance(backend, CompilesAhead):
-        raise ValueError(f"backend {backend_name!r} compiles nothing ahead of time")
-    chosen = targets or backend.targets
+        raise UsageError(f"backend {options.backend!r} compiles nothing ahead of time")
+    chosen = options.target or backend.targets
     for target in chosen:
         if target not in backend.targets:
-            raise ValueError(refusal(target, backend.targets))
-    named = find_cases(cases)
-    console = Console()
+            raise UsageError(refusal(target, backend.targets))
+    named = find_cases(options.cases)
+    check_file("--out", options.out)
     rows: list[CompiledKernel] = []
     for target in chosen:
         own: list[CompiledKernel] = []
-        with console.status(f"compiling for {target}") as status:
-            for row in backend.compile_ahead(target, samples(named, everything=everything)):
+        with progress(None, f"compiling for {target}") as advance:
+            for row in backend.compile_ahead(target, samples(named, everything=options.all)):
                 own.append(row)
-                status.update(f"compiling for {target}: {len(own)} kernels, {row.kernel}")
-        show(own, target, console)
+                advance(f"compiling for {target}: {len(own)} kernels, {row.kernel}")
+        if not options.json:
+            show(own, target)
         rows += own
-    if path is not None:
-        path.write_text(as_json(backend, rows), encoding="utf-8")
-        console.print(str(path), markup=False, highlight=False)
-    return not any(row.failures for row in rows)
+    if options.json:
+        print(as_json(backend, rows), end="")
+    write(backend, rows, options.out, is_told=not options.json)
+    return exit_codes.WRONG if any(row.failures for row in rows) else exit_codes.DONE
+
+
+def write(
+    backend: Backend, rows: Iterable[CompiledKernel], where: Path | None, *, is_told: bool
+) -> None:
+    """Write the rows as JSON, if a file is named."""
+    if where is not None:
+        where.write_text(as_json(backend, rows), encoding="utf-8")
+        if is_told:
+            print(where)
 
 
 def find_cases(names: Sequence[str]) -> list[Case]:
     """Return the cases with the given names, or all cases of every op if none is given.
 
     Raises:
-        ValueError: no case has that name.
+        UsageError: no case has that name.
     """
     known = {case.name: case for op in OPS for case in op.cases}
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown case {name!r}, known: {', '.join(known)}")
+            raise UsageError(unknown("case", name, known))
     return [known[name] for name in names] or list(known.values())
 
 
-def show(rows: Iterable[CompiledKernel], target: str, console: Console) -> None:
+def show(rows: Sequence[CompiledKernel], target: str) -> None:
     """Print a table of the kernels of one target, then the text of every failure."""
-    table = Table(title=f"compiled for {target}")
-    for column in (*COLUMNS, ""):
-        table.add_column(column, no_wrap=column not in ("launched by", "options"))
+    kernels = dict.fromkeys(row.kernel for row in rows)
+    sections = [(name, [cells(row) for row in rows if row.kernel == name]) for name in kernels]
+    print(f"compiled for {target}")
+    print(table(COLUMNS, sections))
     for row in rows:
-        verdict = "[red]FAIL[/red]" if row.failures else "[green]pass[/green]"
-        verdict = "[yellow]granted[/yellow]" if row.note and not row.failures else verdict
-        table.add_row(*map(escape, cells(row)), verdict)
-    console.print(table)
-    for row in rows:
-        where = escape(f"{row.kernel} ({row.sample}, {target})")
-        for failure in row.failures:
-            console.print(f"[red]{where}[/red]: {escape(failure)}", highlight=False, soft_wrap=True)
-        if row.note:
-            console.print(f"[yellow]{where}[/yellow]: {escape(row.note)}", highlight=False)
+        where = f"{row.kernel} ({row.sample}, {target})"
+        for text in (*row.failures, *([row.note] if row.note else [])):
+            print(wrapped(f"{where}: {text}", indent="  "))
+    print(flush=True)
 
 
 def cells(row: CompiledKernel) -> tuple[str, ...]:
-    """Return the table cells of a kernel as text."""
+    """Return the table cells of a launch as text."""
     matrix = ", ".join(f"{name} {count}" for name, count in sorted(row.instructions.items()))
     options = ", ".join(filter(None, (_option(*item) for item in row.options.items())))
     numbers = map(str, (row.shared, row.registers, row.spills, row.stack))
-    return row.kernel, row.sample, options, *numbers, matrix or "-"
+    verdict = "FAIL" if row.failures else "granted" if row.note else "pass"
+    return f"  {row.sample}", options, *numbers, matrix or "-", verdict
 
 
 def _option(name: str, value: int | bool | str) -> str:
@@ -118,7 +147,7 @@ def _option(name: str, value: int | bool | str) -> str:
 
 
 def as_json(backend: Backend, rows: Iterable[CompiledKernel]) -> str:
-    """Return the rows and the versions behind them as JSON; without seconds, for comparing."""
+    """Return the rows and versions as JSON; seconds are left out, so that runs can be compared."""
     names = ("gdn_ops", "torch", *backend.requires)
     head = {
         "backend": backend.name,

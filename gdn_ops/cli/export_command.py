@@ -2,147 +2,261 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.console import Console
-from rich.table import Table
-
-from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
+from gdn_ops.cli import exit_codes
+from gdn_ops.cli.parser import (
+    Options,
+    UsageError,
+    add_command,
+    integer,
+    one_of,
+    path,
+    real,
+    refuse_without_effect,
+)
+from gdn_ops.spec.errors import SpecError
+from gdn_ops.spec.ops import RULES
+from gdn_ops.spec.rules import FLOAT_DTYPES
+from gdn_ops.terminal.output import check_file, print_json
+from gdn_ops.terminal.progress import Advance, progress
+from gdn_ops.terminal.tables import table, wrapped
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
     from gdn_ops.export.runtime.comparison import Comparison
 
+SCHEMA = 1
+"""Version of the JSON layout; raised when a field changes its meaning."""
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    """End a command with a reason and an exit code."""
-    print(f"gdn-ops: {message}", file=sys.stderr)
-    raise typer.Exit(code)
+TOKENS = 64
+"""Tokens over which bodies are compared with the definition."""
+
+WRITING = (
+    *("heads", "value_heads", "key_dim", "value_dim", "out", "rule", "scale", "qk_l2norm"),
+    *("dtype", "state_dtype", "opset", "body", "prefill"),
+)
+"""Options that say what is written."""
+
+NO_BODY = "none"
 
 
-def export(
-    heads: Annotated[int | None, typer.Option(help="H, query/key heads.")] = None,
-    value_heads: Annotated[int | None, typer.Option(help="HV; H without.")] = None,
-    key_dim: Annotated[int | None, typer.Option(help="K, key and query width.")] = None,
-    value_dim: Annotated[int | None, typer.Option(help="V, value width; K without.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The file to write.", dir_okay=False)] = None,
-    inspect: Annotated[
-        Path | None, typer.Option(help="Show what a file holds instead.", dir_okay=False)
-    ] = None,
-    rule: Annotated[str, typer.Option(help="Member of the family.")] = "gated_delta",
-    scale: Annotated[float | None, typer.Option(help="Factor on q; K ** -0.5 without.")] = None,
-    qk_l2norm: Annotated[bool, typer.Option("--qk-l2norm", help="Normalise q and k.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of q, k, v and o.")] = "float32",
-    state_dtype: Annotated[
-        str | None, typer.Option(help="Of the state; float32 without, float64 for float64.")
-    ] = None,
-    opset: Annotated[
-        int | None, typer.Option(help="Of ai.onnx; 21 without, or the oldest that the body has.")
-    ] = None,
-    body: Annotated[str, typer.Option(help='standard, ort, onnx, or "none".')] = "standard",
-    prefill: Annotated[bool, typer.Option("--prefill", help="Read T tokens, not one.")] = False,
-) -> None:
-    """Write the op as an ONNX model, checked and run against the definition; or inspect a file."""
-    try:
-        if inspect is not None:
-            _inspect(inspect)
-            return
-        if heads is None or key_dim is None or out is None:
-            fail("export needs --heads, --key-dim and --out, or --inspect FILE")
-        from gdn_ops.export import make_decode_model, make_prefill_model
-        from gdn_ops.export.bodies.body import DEFAULT_OPSET
-        from gdn_ops.export.bodies.table import BODIES
+def add_to(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "export",
+        run,
+        "Write a decode step as an ONNX model, checked and run; or inspect a file.",
+        more="What is written passes onnx's full checker, and every function body that the "
+        "installed onnxruntime runs is compared with the definition in float64.",
+        examples=(
+            "gdn-ops export --heads 16 --value-heads 32 --key-dim 128 --out step.onnx",
+            "gdn-ops export --inspect step.onnx",
+        ),
+    )
+    size, dtype = integer(1), one_of("dtype", FLOAT_DTYPES)
+    rule = one_of("rule", [r.name for r in RULES])
+    for name, kind, metavar, text in (
+        ("--heads", size, "H", "query and key heads"),
+        ("--value-heads", size, "HV", "value heads, a multiple of H (default: H)"),
+        ("--key-dim", size, "K", "width of keys and queries"),
+        ("--value-dim", size, "V", "width of values (default: K)"),
+        ("--out", path, "FILE", "the file to write; its folder is made"),
+        ("--inspect", path, "FILE", "show the nodes, body and states of a file instead"),
+        ("--rule", rule, "RULE", f"one of {', '.join(r.name for r in RULES)} (default: the first)"),
+        ("--scale", real(), "NUMBER", "factor on q (default: 1 over the square root of K)"),
+        ("--dtype", dtype, "DTYPE", "of q, k, v and o (default: float32)"),
+        ("--state-dtype", dtype, "DTYPE", "of the state (default: float32, or float64 as q)"),
+        ("--opset", integer(1), "NUMBER", "of ai.onnx (default: 21, or the body's oldest)"),
+        (
+            "--body",
+            str,
+            "BODY",
+            'standard, ort, onnx, or "none" for no function (default: standard)',
+        ),
+    ):
+        parser.add_argument(name, type=kind, metavar=metavar, help=text)
+    parser.add_argument("--qk-l2norm", action="store_true", help="normalise q and k")
+    parser.add_argument("--prefill", action="store_true", help="read T tokens, not one")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
-        if opset is None:
-            opset = BODIES[body].opset if body in BODIES else DEFAULT_OPSET
-        model = (make_prefill_model if prefill else make_decode_model)(
-            num_qk_heads=heads,
-            num_v_heads=value_heads or heads,
-            head_k_dim=key_dim,
-            head_v_dim=value_dim or key_dim,
-            dtype=dtype,
-            state_dtype=state_dtype,
-            rule=rule,
-            scale=scale,
-            qk_l2norm=qk_l2norm,
-            opset=opset,
-            body=None if body == "none" else body,
+
+def run(options: Options) -> int:
+    """Write a model and judge it, or inspect a file; return the exit code."""
+    if options.inspect is not None:
+        refuse_without_effect(options, WRITING, "with --inspect")
+        inspect(options.inspect, as_json=options.json)
+        return exit_codes.DONE
+    missing = [
+        f"--{name.replace('_', '-')}"
+        for name in ("heads", "key_dim", "out")
+        if getattr(options, name) is None
+    ]
+    if missing:
+        raise UsageError(
+            f"export needs --heads, --key-dim and --out, or --inspect FILE: "
+            f"{', '.join(missing)} missing"
         )
-        _write(model, out)
-        comparisons = _run_bodies(out)
-    except (SpecError, BackendUnsupportedError, ModuleNotFoundError) as error:
-        fail(str(error))
+    check_file("--out", options.out)
+    with progress(None, "onnx") as advance:
+        model = make(options)
+        advance("checks")
+        check(model)
+        write(model, options.out)
+        comparisons, left_out = judge(options.out, advance)
+    size = options.out.stat().st_size
+    if options.json:
+        rows = [{**asdict(c), "passed": c.passed} for c in comparisons]
+        head = {"schema": SCHEMA, "path": str(options.out), "bytes": size, "tokens": TOKENS}
+        print_json({**head, "comparisons": rows, "left_out": left_out})
+    else:
+        show(options.out, size, comparisons, left_out)
     if not all(c.passed for c in comparisons):
-        fail("the numbers are wrong", 1)
+        raise UsageError("the numbers are wrong", exit_codes.WRONG)
+    return exit_codes.DONE
 
 
-def _write(model: ModelProto, path: Path) -> None:
-    """Check a model and write it."""
-    import onnx
+def make(options: Options) -> ModelProto:
+    """Return the model that options describe.
 
-    from gdn_ops.export.model.nodes import check_model
+    Raises:
+        SpecError: a value is not allowed.
+        ModuleNotFoundError: onnx or onnxruntime is not installed.
+    """
+    from gdn_ops.export import make_decode_model, make_prefill_model
+    from gdn_ops.export.bodies.body import DEFAULT_OPSET
+    from gdn_ops.export.bodies.table import BODIES
+    from gdn_ops.export.runtime.sessions import onnxruntime
+    from gdn_ops.spec.names import unknown
 
-    check_model(model)
-    onnx.save(model, path)
-    typer.echo(
-        f"{path}: {path.stat().st_size} bytes, passes the full checker and strict shape inference"
+    onnxruntime()
+    body = "standard" if options.body is None else options.body
+    if body not in (*BODIES, NO_BODY):
+        raise UsageError(unknown("body", body, (*BODIES, NO_BODY)))
+    opset = options.opset
+    if opset is None:
+        opset = BODIES[body].opset if body in BODIES else DEFAULT_OPSET
+    return (make_prefill_model if options.prefill else make_decode_model)(
+        num_qk_heads=options.heads,
+        num_v_heads=options.value_heads or options.heads,
+        head_k_dim=options.key_dim,
+        head_v_dim=options.value_dim or options.key_dim,
+        dtype=options.dtype or "float32",
+        state_dtype=options.state_dtype,
+        rule=options.rule or RULES[0].name,
+        scale=options.scale,
+        qk_l2norm=options.qk_l2norm,
+        opset=opset,
+        body=None if body == NO_BODY else body,
     )
 
 
-def _run_bodies(path: Path) -> list[Comparison]:
-    """Run a model with every body that onnxruntime has and the model allows."""
-    import onnx
+def check(model: ModelProto) -> None:
+    """Run onnx's checks.
 
-    from gdn_ops.export import available_bodies, bodies_of
+    Raises:
+        SpecError: the model is invalid.
+    """
+    from gdn_ops.export.model.nodes import check_model
+
+    # Its errors have no common base but Exception.
+    try:
+        check_model(model)
+    except Exception as error:
+        raise SpecError(f"onnx does not take the model: {error}") from error
+
+
+def write(model: ModelProto, where: Path) -> None:
+    """Write a model, whole or not at all."""
+    partial = where.with_name(f".{where.name}.partial")
+    partial.write_bytes(model.SerializeToString())
+    partial.replace(where)
+
+
+def judge(where: Path, advance: Advance) -> tuple[list[Comparison], list[str]]:
+    """Run a file with every body that onnxruntime has and the model allows.
+
+    Returns:
+        The comparisons, and what was left out with the reason.
+    """
+    from gdn_ops.export import available_bodies, bodies_of, load_model
     from gdn_ops.export.runtime.comparison import compare
     from gdn_ops.export.runtime.sessions import why_not
 
-    model, comparisons = onnx.load(path), []
-    for body in bodies_of(model):
-        if body not in available_bodies():
-            typer.echo(f"left out: {why_not(body)}")
+    model, comparisons = load_model(where), []
+    left_out = [why_not(body) for body in bodies_of(model) if body not in available_bodies()]
     for body in available_bodies():
+        advance(f"body {body}")
         try:
-            comparisons.append(compare(model, body))
+            comparisons.append(compare(model, body, tokens=TOKENS))
         except SpecError as error:
-            typer.echo(f"left out: body {body}: {error}")
-    table = Table("body", "error of o", "allowed", "error of state", "allowed", "")
-    for c in comparisons:
-        verdict = "[green]pass[/green]" if c.passed else "[red]FAIL[/red]"
-        numbers = (c.o, c.allowed_o, c.state, c.allowed_state)
-        table.add_row(c.body, *(f"{number:.2g}" for number in numbers), verdict)
-    typer.echo("against the definition in float64, over 64 tokens:")
-    Console().print(table)
-    return comparisons
+            left_out.append(f"body {body}: {error}")
+    return comparisons, left_out
 
 
-def _inspect(path: Path) -> None:
-    """Print the nodes, bodies and states of a file."""
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+def show(where: Path, size: int, comparisons: list[Comparison], left_out: list[str]) -> None:
+    """Print what was written, and the errors of every body beside what is allowed."""
+    print(where)
+    print(f"{size} bytes, passes the full checker and strict shape inference")
+    for text in left_out:
+        print(wrapped(f"left out: {text}", indent="  "))
+    rows = [
+        (c.body, *(f"{x:.2g}" for x in (c.o, c.allowed_o, c.state, c.allowed_state)), verdict(c))
+        for c in comparisons
+    ]
+    head = ("body", "error of o", "allowed", "error of state", "allowed", "")
+    print(f"against the definition in float64, over {TOKENS} tokens:")
+    print(table(head, [("", rows)]))
 
-    from gdn_ops.export import bodies_of, nodes_of, states_of
 
-    if not path.is_file():
-        fail(f"{str(path)!r} is no file")
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except DecodeError:
-        fail(f"{str(path)!r} is no ONNX model")
-    imports = ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import)
-    typer.echo(f"imports  {imports}")
-    bodies = ", ".join(bodies_of(model)) or "none: a custom-op library must bring the kernel"
-    typer.echo(f"body     {bodies}")
-    for node in nodes_of(model):
+def verdict(comparison: Comparison) -> str:
+    """Return a word: whether a comparison passed."""
+    return "pass" if comparison.passed else "FAIL"
+
+
+def inspect(where: Path, *, as_json: bool) -> None:
+    """Print the imports, bodies, nodes and states of a file.
+
+    Raises:
+        SpecError: it is no model of ours.
+        ModuleNotFoundError: onnx is not installed.
+    """
+    from gdn_ops.export import bodies_of, load_model, nodes_of, states_of
+    from gdn_ops.export.model.files import about_file
+
+    model = load_model(where, label="--inspect")
+    with about_file(where):
+        bodies, nodes, states = bodies_of(model), nodes_of(model), states_of(model)
+    imports = {o.domain or "ai.onnx": int(o.version) for o in model.opset_import}
+    if as_json:
+        rows = [
+            {
+                "operator": str(node.variant.operator),
+                "name": str(node.proto.name),
+                "H": node.num_qk_heads,
+                "HV": node.num_v_heads,
+                "rule": node.variant.rule,
+                "scale": node.scale,
+                "qk_l2norm": node.variant.qk_l2norm,
+                "state": node.state,
+            }
+            for node in nodes
+        ]
+        head = {"schema": SCHEMA, "path": str(where), "imports": imports, "bodies": list(bodies)}
+        print_json({**head, "nodes": rows, "states": states})
+        return
+    lines = [f"imports  {', '.join(f'{name} {number}' for name, number in imports.items())}"]
+    lines.append(f"body     {', '.join(bodies) or 'none: a custom-op library brings the kernel'}")
+    for node in nodes:
         norm = ", qk_l2norm" if node.variant.qk_l2norm else ""
-        typer.echo(
+        lines.append(
             f"node     {node.variant.operator} {node.proto.name}: H={node.num_qk_heads} "
             f"HV={node.num_v_heads}, rule {node.variant.rule}, scale {node.scale:.6g}{norm}, "
             f"reads {node.state}"
         )
-    for old, new in states_of(model).items():
-        typer.echo(f"state    {old} -> {new}")
+    lines += [f"state    {old} -> {new}" for old, new in states.items()]
+    print("\n".join(wrapped(line, indent=" " * 9) for line in lines))

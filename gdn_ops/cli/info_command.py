@@ -1,4 +1,4 @@
-"""Collect what `gdn-ops info` shows: versions, devices, backends, certificates."""
+"""Run `gdn-ops info`: collect and show versions, devices, backends, certificates."""
 
 from __future__ import annotations
 
@@ -7,12 +7,70 @@ import platform
 from typing import Any
 
 import gdn_ops
+from gdn_ops.cli.parser import Options, add_command
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.registry import listed
 from gdn_ops.environment import certificate, versions
 from gdn_ops.environment.devices import devices, threads
 from gdn_ops.environment.provenance import driver_version
 from gdn_ops.spec.ops import OPS
+from gdn_ops.terminal.output import print_json
+from gdn_ops.terminal.progress import progress
+from gdn_ops.terminal.tables import table, wrapped
+
+LABELS = 14
+
+
+def add_to(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "info",
+        run,
+        "Show versions, devices, threads, and what every backend can run here.",
+        examples=("gdn-ops info", "gdn-ops info --json"),
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: Options) -> int:
+    """Show what is here; return the exit code."""
+    with progress(None, "looking at backends"):
+        collected = collect()
+    if options.json:
+        print_json(collected)
+    else:
+        show(collected)
+    return 0
+
+
+def show(collected: dict[str, Any]) -> None:
+    """Print a line per fact and a block per backend."""
+    threads = collected["threads"]
+    facts = [(name, version or "not installed") for name, version in collected["versions"].items()]
+    facts += [("warning", text) for text in collected["warnings"]]
+    if collected["driver"] is not None:
+        facts.append(("driver", collected["driver"]))
+    facts.append(("platform", collected["platform"]))
+    facts += [(d["device"], f"{d['name']} {d['capability']}") for d in collected["devices"]]
+    facts.append(("threads", f"{threads['torch']} of {threads['cores']} cores"))
+    for name, fact in facts:
+        line = f"{name:<{LABELS}}{fact}"
+        # A warning is copied into reports: it stays a line.
+        print(line if name == "warning" else wrapped(line, indent=" " * LABELS))
+    print()
+    rows = []
+    for backend in gdn_ops.list_backends():
+        (certificates,) = (
+            row["certificates"] for row in collected["backends"] if row["name"] == backend.name
+        )
+        checks = ", ".join(map(": ".join, certificates.items())) or "-"
+        rows.append((backend.name, backend.version or "-", backend.status, checks))
+    print(table(("backend", "version", "status", "check"), [("", rows)]))
+    print()
+    for backend in gdn_ops.list_backends():
+        line = f"{backend.name:<{LABELS}}{limits_text(backend.limits)}"
+        print(wrapped(line, indent=" " * LABELS))
 
 
 def collect() -> dict[str, Any]:

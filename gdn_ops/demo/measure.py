@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +18,9 @@ from gdn_ops.spec.ops import RULES
 
 AFTER = 400
 """Bytes after a boundary that count as shortly after it."""
+
+ROUNDS = 3
+"""How often each backend is timed on each length, in turns with the others."""
 
 PREFIX = 1024
 """Tokens on which backends are compared with the definition, which is slow."""
@@ -48,17 +53,17 @@ class BackendRow:
 
     Attributes:
         name: of the backend.
-        first: seconds of the first call on the prefix (compilation included).
-        prefix: seconds of the second.
-        whole: seconds on the whole text, None where the definition would be too slow.
+        prefix: median seconds on the prefix, after a call of that length that does not count.
+        whole: the same on the whole text; None where the definition would be too slow.
+        first: seconds that the first calls took beyond these medians: mostly compiling.
         error: worst over heads of max |o - o64| / max |o64| on the prefix.
         reason: why it was not run, or None.
     """
 
     name: str
-    first: float = 0.0
     prefix: float = 0.0
     whole: float | None = None
+    first: float = 0.0
     error: float = 0.0
     reason: str | None = None
 
@@ -160,29 +165,79 @@ def definition(given: Operands) -> Tensor:
     return read_through(_prefix(given, PREFIX, torch.float64), backend="naive")[0]
 
 
-def backend_row(name: str, given: Operands, exact: Tensor) -> BackendRow:
-    """Time one backend and compare it with the definition, or say why it did not run.
+def backend_rows(
+    names: Sequence[str],
+    given: Operands,
+    exact: Tensor,
+    now: Callable[[str], None] = lambda text: None,
+) -> list[BackendRow]:
+    """Compare backends with the definition, and time them in turns, or say why one did not run.
+
+    A backend may compile for each length: so each length is run once before any time counts.
 
     Args:
-        name: of the backend.
+        names: of the backends.
         given: operands of the whole text.
         exact: what `definition` returned for them.
+        now: is told what starts.
+    """
+    prefix = _prefix(given, PREFIX, given.q.dtype)
+    warm: dict[str, _Warm] = {}
+    reasons: dict[str, str] = {}
+    for name in names:
+        now(f"backend {name}")
+        try:
+            warm[name] = _warm_up(name, (prefix,) if name == "naive" else (prefix, given), exact)
+        except BackendUnsupportedError as refusal:
+            reasons[name] = " ".join(str(refusal).split())
+    now("backends in turns")
+    times: dict[tuple[str, int], list[float]] = {}
+    for turn in range(ROUNDS):
+        order = list(warm)[turn % max(1, len(warm)) :] + list(warm)[: turn % max(1, len(warm))]
+        for name in order:
+            for i, tokens in enumerate(warm[name].lengths):
+                seconds, _ = _timed(name, tokens)
+                times.setdefault((name, i), []).append(seconds)
+    rows = []
+    for name in names:
+        if name in reasons:
+            rows.append(BackendRow(name, reason=reasons[name]))
+            continue
+        medians = [statistics.median(times[name, i]) for i in range(len(warm[name].lengths))]
+        first = max(0.0, sum(warm[name].seconds) - sum(medians))
+        whole = medians[1] if len(medians) > 1 else None
+        rows.append(BackendRow(name, medians[0], whole, first, warm[name].error))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Warm:
+    """Hold a backend that has run once on each length: the operands, its seconds, its error."""
+
+    lengths: tuple[Operands, ...]
+    seconds: tuple[float, ...]
+    error: float
+
+
+def _timed(name: str, given: Operands) -> tuple[float, Tensor]:
+    start = time.perf_counter()
+    o, _ = read_through(given, backend=name)
+    return time.perf_counter() - start, o
+
+
+def _warm_up(name: str, lengths: tuple[Operands, ...], exact: Tensor) -> _Warm:
+    """Run a backend once on each length; the first is compared with the definition.
+
+    Raises:
+        BackendUnsupportedError: it is not available here, or cannot run this.
     """
     info = next(info for info in explain.list_backends() if info.name == name)
     if info.status != "available":
-        return BackendRow(name, reason=info.status)
-    prefix = _prefix(given, PREFIX, given.q.dtype)
-    times = []
-    try:
-        for operand in (prefix, prefix, given) if name != "naive" else (prefix, prefix):
-            start = time.perf_counter()
-            o, _ = read_through(operand, backend=name)
-            times.append(time.perf_counter() - start)
-    except BackendUnsupportedError as refusal:
-        return BackendRow(name, reason=" ".join(str(refusal).split()))
-    difference = (o[:, : exact.shape[1]].double() - exact).abs().amax((0, 1, 3))
+        raise BackendUnsupportedError(info.status)
+    results = [_timed(name, given) for given in lengths]
+    difference = (results[0][1][:, : exact.shape[1]].double() - exact).abs().amax((0, 1, 3))
     error = float((difference / exact.abs().amax((0, 1, 3))).max())
-    return BackendRow(name, times[0], times[1], times[2] if len(times) > 2 else None, error)
+    return _Warm(lengths, tuple(seconds for seconds, _ in results), error)
 
 
 def decode(memory: Memory, x: Tensor, count: int, backend: str = "auto") -> Decode:

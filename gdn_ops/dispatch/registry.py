@@ -27,6 +27,7 @@ from gdn_ops.dispatch.order import AUTO_ORDER as AUTO_ORDER
 from gdn_ops.dispatch.order import auto_order as auto_order
 from gdn_ops.dispatch.order import order_for
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
+from gdn_ops.spec.names import unknown
 from gdn_ops.spec.rules import Limits
 
 logger = logging.getLogger("gdn_ops")
@@ -115,7 +116,7 @@ def get_backend(name: str) -> Backend | str:
         return instance
     _discover()
     if name not in _backends:
-        raise SpecError(f"unknown backend {name!r}, known: {', '.join(known_backends())}")
+        raise SpecError(unknown("backend", name, known_backends()))
     source = _backends[name]
     if isinstance(source, str):
         loaded = load(source)

@@ -60,12 +60,18 @@ class Certificate:
 
 
 def cache_folder() -> Path:
-    """Return the user's cache folder: GDN_OPS_CACHE, or gdn_ops in the XDG cache."""
+    """Return the user's cache: GDN_OPS_CACHE, gdn_ops in the XDG cache, or in the temporary one."""
     own = os.environ.get("GDN_OPS_CACHE")
     if own:
         return Path(own).expanduser()
     xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".cache") / "gdn_ops"
+    if xdg:
+        return Path(xdg) / "gdn_ops"
+    try:
+        return Path.home() / ".cache" / "gdn_ops"
+    except RuntimeError:
+        # A user without a home, as in a container.
+        return Path(tempfile.gettempdir()) / f"gdn_ops-{os.getuid()}"
 
 
 def certificates_path() -> Path:

@@ -8,6 +8,8 @@ import platform
 import torch
 
 from gdn_ops.environment.provenance import cpu_model
+from gdn_ops.spec.errors import SpecError
+from gdn_ops.spec.names import nearest
 
 
 def devices() -> list[dict[str, str]]:
@@ -26,3 +28,17 @@ def devices() -> list[dict[str, str]]:
 def threads() -> dict[str, int]:
     """Return the cores of the machine and the threads torch computes with."""
     return {"cores": os.cpu_count() or 1, "torch": torch.get_num_threads()}
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not see here.
+
+    Raises:
+        SpecError: it is none of `devices`.
+    """
+    here = [row["device"] for row in devices()]
+    known = dict.fromkeys([*here, *(x.partition(":")[0] for x in here)])
+    if name not in known:
+        near = nearest(name, known)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise SpecError(f"device {name!r} is not available: torch sees {', '.join(here)}{hint}")

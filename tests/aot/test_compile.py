@@ -159,13 +159,13 @@ def test_a_backend_says_what_it_cannot_run_but_for_the_meta_device() -> None:
 def test_compile_shows_a_table_and_fails_with_one_where_a_kernel_fails(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     cases = ("qwen-16-32-2048", "qwen-16-32-step-b1", "tiny")
-    result = run("compile", *cases, "--backend", "ahead", "--json", path)
+    result = run("compile", *cases, "--backend", "ahead", "--out", path)
     assert result.exit_code == 1, result.output
     assert "compiled for here" in result.stdout and "compiled for there" in result.stdout
     failure = "kernel[x] (qwen-16-32-2048 training, there): spills are 7, should be none"
     assert failure in result.stdout.splitlines()
     row = next(line for line in result.stdout.splitlines() if "b1" in line and "granted" in line)
-    for text in ("kernel[x]", "warps 4", "1024", "255", "HGMMA 8, HMMA 2"):
+    for text in ("warps 4", "1024", "255", "HGMMA 8, HMMA 2"):
         assert text in row
     data = json.loads(path.read_text())
     assert data["backend"] == "ahead" and data["versions"]["torch"] == torch.__version__
@@ -187,7 +187,7 @@ def test_compile_ends_with_zero_where_all_pass() -> None:
     assert result.exit_code == 0, result.output
     assert "compiled for there" not in result.stdout
     # Of K = V = 128 in bfloat16: 9 sequences, in inference and in training, 2 steps, 2 drafts.
-    assert sum("│ kernel[x]" in line for line in result.stdout.splitlines()) == 22
+    assert sum(line.endswith(("  pass", "  granted")) for line in result.stdout.splitlines()) == 22
     more = run("compile", "qwen-16-32-2048", "--backend", "ahead", "--target", "here", "--all")
     assert more.exit_code == 0
     assert "rule delta training" in more.stdout

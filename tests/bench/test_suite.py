@@ -68,7 +68,7 @@ def test_a_run_becomes_json_a_plot_and_a_table(
         (what, name) for what in plan.what for name in ("transformers", "torch")
     ]
     lines = report.text(result).splitlines()
-    at = lines.index("forward+backward, tiny")
+    at = lines.index("forward+backward, tiny, in ms")
     assert [line.split()[0] for line in lines[at + 1 :][:2]] == ["transformers", "torch"]
     assert (tmp_path / "results" / "cpu-float32.png").read_bytes()[1:4] == b"PNG"
 
@@ -101,3 +101,33 @@ def test_transformers_computes_the_same_function() -> None:
 
 def test_a_family_name_means_its_shortest_sequence() -> None:
     assert find_case("qwen-16-32").name == "qwen-16-32-2048"
+
+
+def test_float64_is_judged_by_the_definition_and_not_by_a_peer_in_float32() -> None:
+    pytest.importorskip("transformers")
+    what = ("forward", "forward+backward")
+    setting = Setting("float64", "cpu", 1)
+    plan = suite.make_plan(["tiny"], what, ["torch"], suite.default_peers("cpu"), setting)
+    result = suite.run(plan)
+    assert {row.comparator for row in result.rows} == {"torch"}
+    assert all(check.passed for check in result.checks)
+    reasons = {name: reason for case, name, reason in result.skipped if case == "tiny"}
+    assert "does not compute in float64, only in float32" in reasons["transformers"]
+
+
+def test_onnxruntime_is_a_peer_of_forwards_in_float32() -> None:
+    found = find_contender("onnxruntime")
+    if isinstance(found, str):
+        pytest.skip(found)
+    x = make_inputs(TINY.sizes, torch.float32)
+    (check,) = verify([found], TINY, x, gradients=False)
+    assert check.passed
+    plan = _tiny_plan(("forward", "forward+backward"), ("onnxruntime",))
+    result = suite.run(plan)
+    assert [(row.what, row.comparator) for row in result.rows] == [
+        ("forward", "onnxruntime"),
+        ("forward", "torch"),
+        ("forward+backward", "torch"),
+    ]
+    assert result.rows[1].against == "onnxruntime"
+    assert ("forward+backward, tiny", "onnxruntime", "has no backward") in result.skipped

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import io
+import json
+import re
 
 import pytest
 import torch
-from rich.console import Console
+from torch import Tensor
 
+from gdn_ops import SpecError
 from gdn_ops.demo import measure, show
 from gdn_ops.demo.memory import (
     Memory,
+    Operands,
     continue_text,
     features,
     make_memory,
@@ -99,34 +102,77 @@ def test_a_text_without_chapters_is_cut_in_the_middle() -> None:
     assert measure.boundaries(b"x" * 100) == (50,)
 
 
-def test_backends_agree_with_the_definition_and_others_say_why_not(memory: Memory) -> None:
+def row_of(name: str, given: Operands, exact: Tensor) -> measure.BackendRow:
+    (row,) = measure.backend_rows([name], given, exact)
+    return row
+
+
+def test_backends_agree_with_the_definition(memory: Memory) -> None:
     given = operands(memory, to_bytes(REPETITIVE[:200]))
     exact = measure.definition(given)
     for name in ("torch", "naive"):
-        assert measure.backend_row(name, given, exact).error < 1e-5
+        assert row_of(name, given, exact).error < 1e-5
     wrong = exact.clone()
     wrong[:, :, 1] *= 1.1
-    assert measure.backend_row("torch", given, wrong).error > 0.05
+    assert row_of("torch", given, wrong).error > 0.05
 
 
-def test_everything_measured_is_printed(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_first_call_of_each_length_costs_is_kept_out_of_the_times(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: set[tuple[str, int]] = set()
+    order: list[str] = []
+    seconds = {"torch": 1.0, "compile": 0.25}
+
+    def timed(name: str, given: Operands) -> tuple[float, Tensor]:
+        key = name, given.q.shape[1]
+        order.append(name)
+        compiling = 0.0 if key in seen or name == "torch" else 30.0
+        seen.add(key)
+        return seconds[name] + compiling, exact
+
+    given = operands(memory, to_bytes(REPETITIVE[:100] * 20))
+    exact = torch.ones(1, measure.PREFIX, 1, 4, dtype=torch.float64)
+    monkeypatch.setattr(measure, "_timed", timed)
+    torch_row, compile_row = measure.backend_rows(["torch", "compile"], given, exact)
+    assert (torch_row.prefix, torch_row.whole, torch_row.first) == (1.0, 1.0, 0.0)
+    assert (compile_row.prefix, compile_row.whole, compile_row.first) == (0.25, 0.25, 60.0)
+    # After the first calls, whoever begins a round is another one each time.
+    rounds = order[4:]
+    assert [rounds[i : i + 4] for i in range(0, 12, 4)] == [
+        ["torch", "torch", "compile", "compile"],
+        ["compile", "compile", "torch", "torch"],
+        ["torch", "torch", "compile", "compile"],
+    ]
+    show._show_backends([torch_row, compile_row], given.q.shape[1])
+    lines = capsys.readouterr().out.splitlines()
+    line = "  ".join(next(re.split(" {2,}", x) for x in lines if x.startswith("compile")))
+    assert line == "compile  250 ms  0.25  250 ms  0.25  60.0 s  0.0e+00"
+
+
+def test_everything_measured_is_printed(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     only_torch = [info for info in show.explain.list_backends() if info.name == "torch"]
     monkeypatch.setattr(show.explain, "list_backends", lambda: only_torch)
-    stream = io.StringIO()
-    findings = show.run(REPETITIVE, Console(file=stream, width=120), count=8, memory=memory)
-    printed = stream.getvalue()
+    findings = show.measure_all(REPETITIVE, count=8, memory=memory)
+    show.show(findings)
+    printed = capsys.readouterr().out
     for rule, rate in findings.rules:
         assert f'rule="{rule}"' in printed
         assert f"{rate:.1%}" in printed
     assert f"{findings.majority:.1%}" in printed
-    assert "exactly nothing of the past is left" in printed
+    assert "exactly nothing of the past is left" in " ".join(printed.split())
     assert "same next byte at 8 of 8 positions" in " ".join(printed.split())
     assert findings.decode.added.decode() in printed.replace(chr(10), " ")
+    data = json.loads(json.dumps(show.as_data(findings)))
+    assert data["decode"]["same_bytes"] == 8
+    assert [row["name"] for row in data["backends"]] == ["torch"]
 
 
 def test_a_text_too_short_is_an_error() -> None:
-    with pytest.raises(ValueError, match="the text has 3 bytes, should have at least 64"):
-        show.run(b"abc", Console(file=io.StringIO()))
+    with pytest.raises(SpecError, match="the text has 3 bytes, should have at least 64"):
+        show.measure_all(b"abc")
 
 
 def test_the_shipped_text_has_chapters() -> None:

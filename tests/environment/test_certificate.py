@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,9 @@ from unittest import mock
 
 import pytest
 import torch
-from typer.testing import Result
 
 import gdn_ops
-from command_line import run
+from command_line import Result, run
 from constant_backends import arguments, step_arguments
 from gdn_ops import Backend, gated_delta
 from gdn_ops.dispatch import registry
@@ -91,7 +91,7 @@ def test_a_check_that_passes_is_a_certificate(kernel: type[Backend], nothing_kno
     cpu = provenance.cpu_model()
     assert f"certificate for {cpu} recorded in {path}" in " ".join(result.output.split())
     (row,) = json.loads(path.read_text())["certificates"]
-    assert "worst error / allowance" in result.output
+    assert "error in units of what is allowed" in result.output
     examples = int(re.findall(r"kernel: (\d+) calls in \d+ s, passed", result.output)[0])
     assert (row["backend"], row["device"], row["passed"]) == ("kernel", cpu, True)
     assert (row["examples"], row["seed"]) == (examples, 1)
@@ -346,3 +346,10 @@ def test_every_backend_that_emulates_says_that_it_brings_kernels() -> None:
     backends = [registry.get_backend(name) for name in registry.known_backends()]
     emulating = [b for b in backends if isinstance(b, Backend) and b.limits.emulated_devices]
     assert [b.name for b in emulating if not b.kernels] == []
+
+
+def test_a_user_without_a_home_has_a_temporary_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GDN_OPS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError("no home")))
+    assert certificate.cache_folder() == Path(tempfile.gettempdir()) / f"gdn_ops-{os.getuid()}"

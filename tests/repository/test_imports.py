@@ -14,7 +14,7 @@ from processes import printed
 
 OPTIONAL = (
     *("triton", "tilelang", "onnx", "onnxruntime", "onnxscript"),
-    *("hypothesis", "transformers", "typer", "rich", "matplotlib"),
+    *("hypothesis", "transformers", "rich", "matplotlib"),
 )
 
 BLOCK = f"""

@@ -122,14 +122,31 @@ def test_a_fact_and_a_rule_of_an_op_stand_in_its_spec_alone(house: Path) -> None
 
 def test_a_command_is_a_module_and_a_line(house: Path) -> None:
     cli = house / "gdn_ops" / "cli"
-    source = '"""Say hello."""\n\n\ndef hello() -> None:\n    """Greet."""\n    print("hello")\n'
+    source = '''"""Say hello."""
+
+from gdn_ops.cli.parser import add_command
+
+
+def add_to(commands):
+    """Add the command."""
+    add_command(commands, "hello", run, "Greet.")
+
+
+def run(options):
+    """Greet; return the exit code."""
+    print("hello")
+    return 0
+'''
     (cli / "hello_command.py").write_text(source, encoding="utf-8")
     edit(
         cli / "commands.py",
-        "app.command()(export_command.export)\n",
-        "app.command()(export_command.export)\n"
-        "from gdn_ops.cli import hello_command\n"
-        "app.command()(hello_command.hello)\n",
+        "    completion_command,\n)\n",
+        "    completion_command,\n    hello_command,\n)\n",
+    )
+    edit(
+        cli / "commands.py",
+        "export_command,\n    info",
+        "export_command,\n    hello_command,\n    info",
     )
     assert output_of("-m", "gdn_ops", "hello", cwd=house) == "hello"
     assert "Greet." in output_of("-m", "gdn_ops", "--help", cwd=house)

@@ -54,9 +54,9 @@ def summary(results: list[Result]) -> str:
 def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python tests/versions", description=__doc__)
-    parser.add_argument("cells", nargs="*", metavar="CELL", help="names or patterns; all without")
+    parser.add_argument("cells", nargs="*", metavar="CELL", help="names or patterns (default: all)")
     parser.add_argument("--list", action="store_true", help="name the cells and end")
-    parser.add_argument("--jobs", type=int, help="cells at once; by cores and memory without")
+    parser.add_argument("--jobs", type=int, help="cells at once (default: by cores and memory)")
     parser.add_argument("--minutes", type=float, default=60, help="time limit of a cell")
     parser.add_argument("--record", action="store_true", help="record also what was named")
     parser.add_argument("--render", action="store_true", help="write the page of what is recorded")

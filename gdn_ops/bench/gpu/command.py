@@ -12,6 +12,7 @@ goes on without it. The result is written after every row, and what was left out
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +20,15 @@ from typing import Any
 
 import torch
 
+from gdn_ops import _interrupt
 from gdn_ops.bench.gpu import report
 from gdn_ops.bench.gpu.schedule import SECONDS as SECONDS
 from gdn_ops.bench.gpu.schedule import Plan, run
 from gdn_ops.bench.peers import check_peers, peers_on
-from gdn_ops.bench.report import Log
 from gdn_ops.bench.rows import describe_system
 from gdn_ops.dispatch import registry
 from gdn_ops.environment.provenance import driver_version
+from gdn_ops.terminal.output import print_json
 
 PEERS = peers_on("cuda")
 
@@ -69,33 +71,57 @@ def system(seconds: float) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark from command-line arguments; return the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--backend", default="", help="backends, comma-separated")
+    parser = argparse.ArgumentParser(
+        prog="python -m gdn_ops.bench.gpu", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--backend", default="", help="backends, with commas between")
     parser.add_argument("--peer", default=",".join(PEERS), help='peers, or "none"')
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time for everything")
     parser.add_argument("--out", type=Path, default=None, help="folder of the result")
     options = parser.parse_args(arguments)
     backends = [n for n in options.backend.split(",") if n]
     peers = [n for n in options.peer.split(",") if n not in ("", "none")]
+    _interrupt.listen(_interrupt.interrupt_then_end)
     try:
-        return show_run(backends, peers, options.seconds, options.out, print)
-    except ValueError as error:
+        if not (math.isfinite(options.seconds) and options.seconds >= 1):
+            raise ValueError(f"--seconds is {options.seconds}, should be at least 1")
+        return show_run(backends, peers, options.seconds, options.out)
+    except (ValueError, OSError) as error:
         print(f"bench gpu: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nbench gpu: interrupted", file=sys.stderr)
+        return _interrupt.CODE
 
 
 def show_run(
-    backends: Sequence[str], peers: Sequence[str], seconds: float, out: Path | None, log: Log
+    backends: Sequence[str],
+    peers: Sequence[str],
+    seconds: float,
+    out: Path | None,
+    *,
+    plot: Path | None = None,
+    as_json: bool = False,
 ) -> int:
     """Run the benchmark, show and write its result; return 1 if a backend of ours is wrong, else 0.
+
+    What happens is told line by line on stdout; where that is for JSON, on stderr.
 
     Raises:
         ValueError: a name is unknown, or there is no GPU.
     """
     folder = report.default_folder() if out is None else out
     plan = make_plan(backends, peers, seconds)
-    result = run(plan, system(seconds), folder, log)
-    log(report.text(result))
-    for path in report.write(result, folder):
-        log(str(path))
+    result = run(plan, system(seconds), folder, _tell_on_stderr if as_json else print)
+    written = report.write(result, folder, plot)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print(report.text(result))
+        for path in written:
+            print(path)
     return 1 if result.failed else 0
+
+
+def _tell_on_stderr(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -8,7 +8,8 @@ from pathlib import Path
 import gdn_ops
 from gdn_ops.bench.gpu.result import GpuResult, Outcome, reached
 from gdn_ops.bench.gpu.rows import PUBLISHED_ON, GpuRow
-from gdn_ops.bench.report import Bar, Panel, draw, number, table
+from gdn_ops.bench.report import Bar, Panel, draw, number
+from gdn_ops.terminal.tables import table, wrapped
 
 _HEAD = ("", "kernel ms", "theirs", "wall ms", "host us", "error", "peak MiB", "roofline", "")
 
@@ -76,6 +77,7 @@ def text(result: GpuResult) -> str:
     lines = [f"{s['device']}, driver {s['driver']}, torch {s['versions']['torch']}, {s['date']}"]
     lines += [f"conformance of {c}" for c in result.conformance]
     lines += [f"left out: {name}: {reason}" for name, reason in result.left_out]
+    lines = [wrapped(line, indent="  ") for line in lines]
     if not result.rows:
         return "\n".join([*lines, "nothing was timed"])
     sections = []
@@ -88,14 +90,18 @@ def text(result: GpuResult) -> str:
     lines.append(table(_HEAD, sections))
     goals = [reached(g, o) for row, os in result.rows for o in os for g in row.goals
              if g.backend == o.contender]  # fmt: skip
-    lines.append(f"theirs: published, not measured here ({PUBLISHED_ON})")
+    lines.append(wrapped(f"theirs: published, not measured here ({PUBLISHED_ON})", indent="  "))
     lines.append(f"goals reached: {goals.count(True)} of {len(goals)}, "
                  f"not measured: {goals.count(None)}")  # fmt: skip
     return "\n".join(lines)
 
 
-def write(result: GpuResult, folder: Path) -> list[Path | str]:
-    """Write the result as JSON and plot; return the paths, or why the plot is missing."""
+def write(result: GpuResult, folder: Path, plot: Path | None = None) -> list[Path | str]:
+    """Write the result as JSON and plot, into the folder if no file is named for it.
+
+    Returns:
+        The paths, or why the plot is missing.
+    """
     s = result.system
     title = (
         f"gdn_ops {s['versions']['gdn_ops']}, {s['device']}, kernel time, {s['date']}\n"
@@ -103,7 +109,7 @@ def write(result: GpuResult, folder: Path) -> list[Path | str]:
     )
     panels_of_rows = [_panel(row, outcomes) for row, outcomes in result.rows]
     panels = [panel for panel in panels_of_rows if panel.bars]
-    return [result.write_json(folder), *draw(panels, title, folder / f"{result.stem}.png")]
+    return [result.write_json(folder), *draw(panels, title, plot or folder / f"{result.stem}.png")]
 
 
 def _panel(row: GpuRow, outcomes: Sequence[Outcome]) -> Panel:
@@ -111,4 +117,4 @@ def _panel(row: GpuRow, outcomes: Sequence[Outcome]) -> Panel:
     bars = [Bar(o.contender, o.kernel, number(o.kernel)) for o in outcomes if o.kernel is not None]
     theirs = [p for p in row.published if p.what == "kernel"]
     bars += [Bar(p.who, p.ms, number(p.ms), published=True) for p in theirs]
-    return Panel(f"{row.name} (ms, shorter is better)", bars)
+    return Panel(row.name, bars, "kernel time in ms, shorter is better")

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from errors import message_of
 
 tilelang = pytest.importorskip("tilelang")
 
 from ahead_of_time import Launching, compile_for, compiled  # noqa: E402
+from command_line import Result, run  # noqa: E402
 from gdn_ops.backends.tilelang.aot import cubin  # noqa: E402
 from gdn_ops.backends.tilelang.host import toolchain  # noqa: E402
 from gdn_ops.backends.tilelang.host.launcher import launch, trace  # noqa: E402
-from gdn_ops.cli.commands import app  # noqa: E402
 from tilelang_kernels import compiled as kernels  # noqa: E402
 
 GPUS = ("sm_90a", "sm_80")
@@ -126,7 +125,7 @@ def test_what_ptxas_says_costs_time_is_a_failure_of_a_reference(
 
 def command(*arguments: str) -> Result:
     """Run `gdn-ops compile` for the backend."""
-    return CliRunner().invoke(app, ["compile", "--backend", "tilelang", *arguments])
+    return run("compile", "--backend", "tilelang", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -214,8 +213,8 @@ def test_offsets_take_64_bits_where_sizes_are_not_known() -> None:
 
 def test_the_command_compiles_a_named_case(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    arguments = ("tiny-step", "--backend", "tilelang", "--target", "sm_80", "--json", str(path))
-    result = CliRunner().invoke(app, ["compile", *arguments], env={"COLUMNS": "160"})
+    arguments = ("tiny-step", "--backend", "tilelang", "--target", "sm_80", "--out", str(path))
+    result = run("compile", *arguments)
     assert result.exit_code == 0, result.output
     data = json.loads(path.read_text())
     assert data["backend"] == "tilelang"

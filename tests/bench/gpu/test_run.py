@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
+import command_line
 import gdn_ops
 from gdn_ops.bench.child import StoppedError, TimeUpError
 from gdn_ops.bench.gpu import command, report, schedule
 from gdn_ops.bench.gpu.result import Conformance, GpuResult, Outcome
 from gdn_ops.bench.gpu.rows import ROWS
 from gdn_ops.bench.gpu.schedule import Plan, run
-from gdn_ops.cli import commands
 from gdn_ops.dispatch import registry
 
 SYSTEM = {
@@ -228,7 +227,10 @@ def test_a_wrong_row_of_ours_fails_the_run_and_of_a_peer_does_not(script: Script
 # The report.
 
 
-def test_the_report_names_times_goals_and_what_is_not_ours(script: Script) -> None:
+def test_the_report_names_times_goals_and_what_is_not_ours(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     script.dies = {"torch"}
     result, _ = script.go(rows=ROWS[:4])
     text = report.text(result)
@@ -311,11 +313,11 @@ def test_the_plan_takes_what_can_run_on_a_gpu_and_says_what_cannot(
 
 def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = CliRunner().invoke(commands.app, ["bench", "gpu"])
+    result = command_line.run("bench", "gpu")
     assert result.exit_code == 2
     assert result.stderr == "gdn-ops: no GPU: torch.cuda.is_available() is False\n"
     assert command.main([]) == 2
-    result = CliRunner().invoke(commands.app, ["bench", "gpu", "--peer", "x"])
+    result = command_line.run("bench", "gpu", "--peer", "x")
     assert result.exit_code == 2
     assert "unknown peer 'x'" in result.stderr
 
@@ -334,7 +336,7 @@ def test_the_command_runs_shows_and_ends_with_the_verdict(
     monkeypatch.setattr(command, "run", fake)
     monkeypatch.setattr(command, "system", lambda seconds: SYSTEM)
     arguments = ["bench", "gpu", "--backend", "torch", "--peer", "fla", "--seconds", "60"]
-    result = CliRunner().invoke(commands.app, [*arguments, "--out", str(tmp_path)])
+    result = command_line.run(*arguments, "--out", tmp_path)
     assert result.exit_code == int(wrong), result.output
     assert ("nothing was timed" in result.output) == wrong
     assert str(tmp_path / "gpu-nvidia-h200.json") in result.output

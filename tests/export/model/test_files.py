@@ -137,6 +137,20 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     )
 
 
+def test_a_large_foreign_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.onnx"
+    with path.open("wb") as file:
+        file.write(b"\xf7" * 64)
+        file.truncate(2**33)
+    monkeypatch.setattr(onnx, "load_model_from_string", None)
+    for message in refusals(path):
+        assert message.endswith(f"is {str(path)!r}, a foreign file, should be an ONNX file")
+    with path.open("r+b") as file:
+        file.write(b"\x08")
+    for message in refusals(path):
+        assert "which has 8589934592 bytes, should have at most 2147483647" in message
+
+
 def test_a_torch_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"weight": torch.ones(3)}, path)
@@ -161,6 +175,8 @@ def test_a_torch_file_is_named(tmp_path: Path) -> None:
         ),
         f"gdn_ops::GatedDeltaStep 'GatedDeltaStep': the state {STATE!r} has ONNX element type 7, "
         f"should be one of float64, float32, bfloat16, float16": with_state_type(TensorProto.INT64),
+        "the model imports gdn_ops 2, should import 1, which this release of gdn_ops knows: a "
+        "newer release wrote it": lambda model: setattr(model.opset_import[1], "version", 2),
         "gdn_ops::GatedDeltaStep 'GatedDeltaStep': has 5 inputs, should have 6: q, k, v, "
         "log_alpha, beta, state, an empty name for one that is not given": (
             lambda model: model.graph.node[0].input.pop()
