@@ -1,8 +1,9 @@
 """Run the chunkwise form through torch.compile, which fuses the torch backend's functions.
 
-One chunk is compiled, not a sequence: a new T never recompiles. Every shape class (rows x
-key heads, R, C, K, V, dtype, rule, zeros or not) has a compiled function of its own with
-static shapes; its first call costs seconds, logged at INFO. It needs a C++ compiler on CPUs.
+One chunk is compiled, not a sequence: a new T never recompiles, because no operand tells by its
+strides what it is a part of. Every shape class (rows x key heads, R, C, K, V, dtype, rule, zeros or
+not) has a compiled function of its own with static shapes; its first call costs seconds, logged at
+INFO. It needs a C++ compiler on CPUs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from gdn_ops.backends.torch import Torch
 from gdn_ops.backends.torch.chunk_backward import SegmentGrads, backward_segment
-from gdn_ops.backends.torch.chunk_forward import Segment, advance_segment, forward_segment
+from gdn_ops.backends.torch.chunk_forward import Segment, forward_segment
 from gdn_ops.backends.torch.decode import StepOptions, advance_token, decode_one
 from gdn_ops.backends.torch.segments import SegmentPlan
 from gdn_ops.call.bind import Call
@@ -49,7 +50,8 @@ class Compile(Torch):
             return Torch().plan(call)
         return replace(
             super().plan(call),
-            pad_segments=True,
+            is_static=True,
+            side_by_side=Torch().plan(call),
             forward=_forward,
             advance=_advance,
             backward=_backward,
@@ -134,25 +136,48 @@ def _forward(
     x: Segment, state: Tensor, scale: float, has_erase: bool, out: Sequence[Tensor]
 ) -> Tensor:
     (view,) = out
-    whole = view
-    if view.shape[3] < x.tokens():
-        # The last chunk is padded; a shorter output would be a shape class of its own.
-        whole = view.new_empty(*view.shape[:3], x.tokens(), view.shape[4])
-    function = _compiled(_forward_chunk, (scale, has_erase), (*x, state, whole))
-    state = function(x, state, whole, scale, has_erase)
-    if whole is not view:
-        view.copy_(whole[..., : view.shape[3], :])
+    rows, heads, _, tokens, _ = view.shape
+    # A shorter output, that of the last chunk, would be a shape class of its own, and so would each
+    # distance in memory from one row of a batch to the next.
+    if rows == 1 and tokens == x.tokens() and view.dtype == x.v.dtype:
+        return _run_chunk(x, state, view, scale, has_erase)
+    whole = _empty_output(x)
+    state = _run_chunk(x, state, whole, scale, has_erase)
+    view.copy_(whole[0].unflatten(0, (rows, heads))[..., :tokens, :])
     return state
 
 
+def _run_chunk(x: Segment, state: Tensor, out: Tensor, scale: float, has_erase: bool) -> Tensor:
+    x = _laid_out(x)
+    function = _compiled(_forward_chunk, (scale, has_erase), (*x, state, out))
+    return function(x, state, out, scale, has_erase)  # type: ignore[no-any-return]
+
+
+def _empty_output(x: Segment) -> Tensor:
+    """Return an empty (1, G, R, C, V) that lies in memory like a chunk of o in one row."""
+    n, G, R, C, V = x.v.shape
+    return x.v.new_empty((n, C, G, R, V)).permute(0, 2, 3, 1, 4)
+
+
+def _laid_out(x: Segment) -> Segment:
+    """Return a segment whose v does not tell from its strides what it is a part of."""
+    if x.v.is_contiguous():
+        return x
+    # There is one chunk; a new first axis gets its stride from the others.
+    tokens_first = x.v.movedim(3, 1).contiguous()[0].unsqueeze(0)
+    return x._replace(v=tokens_first.movedim(1, 3))
+
+
 def _advance(x: Segment, state: Tensor, scale: float, has_erase: bool) -> Tensor:
-    function = _compiled(advance_segment, (scale, has_erase), (*x, state))
-    return function(x, state, scale, has_erase)  # type: ignore[no-any-return]
+    # The function of a forward, whose output nobody reads: one without would be compiled once T has
+    # more chunks than states are kept.
+    return _run_chunk(x, state, _empty_output(x), scale, has_erase)
 
 
 def _backward(
     x: Segment, state: Tensor, d_o: Tensor, d_state: Tensor, scale: float, has_erase: bool
 ) -> SegmentGrads:
+    x = _laid_out(x)
     function = _compiled(backward_segment, (scale, has_erase), (*x, state, d_o, d_state))
     return function(x, state, d_o, d_state, scale, has_erase)  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""Run the forward and the backward over whole calls: allocate, walk the sequences, collect."""
+"""Run the forward and the backward over whole calls: allocate, walk the cohorts, collect."""
 
 from __future__ import annotations
 
@@ -13,14 +13,9 @@ from torch import Tensor
 
 from gdn_ops.backends.torch.chunk_backward import SegmentGrads
 from gdn_ops.backends.torch.decode import decode_many, decode_one
-from gdn_ops.backends.torch.segments import (
-    SegmentLoader,
-    SegmentPlan,
-    TokenSpan,
-    pack_state,
-    sequences,
-    unpack_state,
-)
+from gdn_ops.backends.torch.loading import SegmentLoader, joined, pack_state, unpack_state
+from gdn_ops.backends.torch.segments import SegmentPlan
+from gdn_ops.backends.torch.spans import Span
 from gdn_ops.call.bind import Call
 from gdn_ops.call.numerics import LogGate, l2norm_backward
 from gdn_ops.dispatch.registry import Backend, Forward, Grads
@@ -86,27 +81,27 @@ class Torch(Backend):
     def forward(self, call: Call) -> Forward:
         """Run `gated_delta`; save the states that the backward starts from."""
         s, plan = call.sizes, self.plan(call)
-        heads = s.H, s.HV // s.H
         settle_allocator()
-        loader = SegmentLoader(call, plan.chunk_size)
+        loader = SegmentLoader(call)
         o = empty(call.tokens.v.shape, call.tokens.v.dtype, call.device)
         final = torch.empty(s.N, s.HV, s.K, s.V, dtype=loader.dtype, device=call.device)
-        saved = None
+        saved, kept = None, 0
         if call.needs_grad:
             saved = empty(plan.shape_of_states(call), loader.dtype, call.device)
-        segments_per_state, saved_states = plan.segments_per_state(s.T), 0
-        for states, start, stop in sequences(call):
-            state = loader.initial_state(states)
-            for j, span in enumerate(plan.spans(start, stop)):
-                if saved is not None and j % segments_per_state == 0:
-                    saved[saved_states] = state
-                    saved_states += 1
-                x, out = loader.segment(span), loader.output_views(o, span)
-                state = plan.forward(x, state, call.scale, call.rule.has_erase, out)
-            final.unflatten(1, heads)[states] = unpack_state(state, *heads)
+        for cohort in plan.cohorts(call):
+            state = loader.initial_state(cohort)
+            segments_per_state = cohort.plan.segments_per_state(s.T)
+            for j, spans in enumerate(cohort.rounds()):
+                if saved is not None and j and j % segments_per_state == 0:
+                    rows = spans[-1].rows.stop
+                    saved[kept : kept + rows] = state[: rows * s.H].unflatten(0, (rows, s.H))
+                    kept += rows
+                for span in spans:
+                    state = _forward_span(loader, cohort.plan, span, state, o)
+            final.unflatten(1, (s.H, s.R))[cohort.sequences] = unpack_state(state, s.H, s.R)
         if saved is None:
             return Forward(o, final)
-        saved[saved_states:] = 0  # the shape is an upper bound for packed sequences
+        saved[kept:] = 0  # the shape is an upper bound for packed sequences
         return Forward(o, final, (saved,))
 
     def backward(
@@ -118,22 +113,27 @@ class Torch(Backend):
         of the inputs.
         """
         s, plan, kept = call.sizes, self.plan(call), saved[0] if saved else None
-        loader, into = SegmentLoader(call, plan.chunk_size), _Gradients.empty(call)
-        segments_per_state, earlier_states = plan.segments_per_state(s.T), 0
-        for states, start, stop in sequences(call):
-            spans = plan.spans(start, stop)
-            d_packed = pack_state(d_state[states].to(loader.dtype), s.H)
-            block = max(1, len(spans)) if kept is None else segments_per_state
-            starts = range(0, len(spans), block)
-            for j in reversed(starts):
-                if kept is None:
-                    first = loader.initial_state(states)
+        loader, into = SegmentLoader(call), _Gradients.empty(call)
+        earlier = 0
+        for cohort in plan.cohorts(call):
+            rounds = cohort.rounds()
+            d_packed = pack_state(d_state[cohort.sequences].to(loader.dtype), s.H)
+            block = cohort.plan.segments_per_state(s.T)
+            if kept is None:
+                block = max(1, len(rounds))
+            starts = range(0, len(rounds), block)
+            rows = [rounds[j][-1].rows.stop if j else 0 for j in starts]
+            for j, count in zip(reversed(starts), reversed(rows), strict=True):
+                if j == 0 or kept is None:
+                    first = loader.initial_state(cohort)
                 else:
-                    first = kept[earlier_states + j // block]
-                some = spans[j : j + block]
-                d_packed = _backward_block(loader, plan, some, first, d_o, d_packed, into)
-            earlier_states += len(starts)
-            into.state.unflatten(1, (s.H, s.R))[states] = unpack_state(d_packed, s.H, s.R)
+                    end = earlier + sum(rows[: j // block + 1])
+                    first = kept[end - count : end].flatten(0, 1)
+                some = rounds[j : j + block]
+                d_packed = _backward_block(loader, cohort.plan, some, first, d_o, d_packed, into)
+            earlier += sum(rows)
+            d_initial = unpack_state(d_packed, s.H, s.R)
+            into.state.unflatten(1, (s.H, s.R))[cohort.sequences] = d_initial
         return into.finished(call, loader.gate)
 
     def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
@@ -159,10 +159,28 @@ class Torch(Backend):
             self.tried = previous
 
 
+def _forward_span(
+    loader: SegmentLoader, plan: SegmentPlan, span: Span, state: Tensor, o: Tensor
+) -> Tensor:
+    """Run a segment of some rows of a cohort; return the state of all, which may be overwritten."""
+    call, x, before = loader.call, loader.segment(span), loader.state_rows(state, span)
+    view = span.view(o)
+    out = loader.output_buffer(span) if view is None else view
+    chunks = loader.output_views(out, span)
+    after = plan.forward(x, before, call.scale, call.rule.has_erase, chunks)
+    if view is None:
+        span.write(o, out.unflatten(1, (span.chunks, span.chunk_size)))
+    if before.shape == state.shape:
+        return after
+    if after is not before:
+        before.copy_(after)
+    return state
+
+
 def _backward_block(
     loader: SegmentLoader,
     plan: SegmentPlan,
-    block: list[TokenSpan],
+    block: list[list[Span]],
     state: Tensor,
     d_o: Tensor,
     d_state: Tensor,
@@ -171,13 +189,20 @@ def _backward_block(
     """Walk back over the segments after a kept state; return its gradient."""
     options = loader.call.scale, loader.call.rule.has_erase
     states = [state]
-    for span in block[:-1]:
-        states.append(plan.advance(loader.segment(span), states[-1], *options))
-    for span, start in zip(reversed(block), reversed(states), strict=True):
-        d_span = loader.values(d_o, span).contiguous()
-        grads = plan.backward(loader.segment(span), start, d_span, d_state, *options)
-        into.store(loader, span, grads)
-        d_state = grads.state
+    for spans in block[:-1]:
+        rows = [loader.state_rows(states[-1], span) for span in spans]
+        segments = zip(spans, rows, strict=True)
+        states.append(joined([plan.advance(loader.segment(x), y, *options) for x, y in segments]))
+    for spans, start in zip(reversed(block), reversed(states), strict=True):
+        d_rows = []
+        for span in spans:
+            d_span = loader.values(d_o, span).contiguous()
+            before, d_after = (loader.state_rows(x, span) for x in (start, d_state))
+            grads = plan.backward(loader.segment(span), before, d_span, d_after, *options)
+            into.store(loader, span, grads)
+            d_rows.append(grads.state)
+        # Sequences that are over by then keep theirs.
+        d_state = joined([*d_rows, d_state[sum(x.shape[0] for x in d_rows) :]])
     return d_state
 
 
@@ -203,7 +228,7 @@ class _Gradients(NamedTuple):
             empty((s.N, s.HV, s.K, s.V), dtype, device),
         )
 
-    def store(self, loader: SegmentLoader, span: TokenSpan, grads: SegmentGrads) -> None:
+    def store(self, loader: SegmentLoader, span: Span, grads: SegmentGrads) -> None:
         """Store the gradients of one segment."""
         call, d_q, d_k = loader.call, grads.q, grads.k
         if call.qk_l2norm:

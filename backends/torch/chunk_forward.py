@@ -124,6 +124,9 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         # A sum that the compiler can fuse; it would make baddbmm_ a copy and a product.
         return total + bmm(a, b)
+    if a.shape[-1] == 1:
+        # A product for every matrix costs more than one pass over all of them.
+        return total.addcmul_(a, b)
     operands = (total.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3))
     if total.is_contiguous():
         operands[0].baddbmm_(*operands[1:])

@@ -1,8 +1,10 @@
-"""Cut sequences into segments and load these, so that the working set stays in cache.
+"""Cut sequences into segments, so that the working set stays in cache.
 
 On a CPU one batched product over all chunks runs at a fifth of the speed of one that stays
 in cache, so nothing as long as the sequence is formed except inputs, outputs and, for a
-backward, the state at every few segments.
+backward, the state at every few segments. For the same reason packed sequences run side by side,
+in cohorts of those about as long: what a segment costs besides arithmetic is paid once per cohort,
+however many sequences are packed.
 """
 
 from __future__ import annotations
@@ -10,27 +12,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from gdn_ops.backends.torch.chunk_backward import SegmentGrads, backward_segment
 from gdn_ops.backends.torch.chunk_forward import Segment, advance_segment, forward_segment
+from gdn_ops.backends.torch.spans import EvenSpan, GatheredSpan, Numbers, Span
 from gdn_ops.call.bind import Call
-from gdn_ops.call.numerics import LogGate, l2norm, log_gate
 
 MOST_STATES = 64
 """States kept for a backward; a longer sequence keeps every n-th and recomputes the rest."""
 
-
-class TokenSpan(NamedTuple):
-    """Describe one segment: its tokens start..stop, and how many chunks hold them."""
-
-    start: int
-    stop: int
-    chunks: int
+COHORT_BYTES = 8 << 20
+"""Bytes of the operands and states of several sequences that run side by side, at most. Measured on
+a CPU with 1 MiB of L2 per core and 32 MiB of L3, where 8 and 16 MiB are about equal."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +37,17 @@ class SegmentPlan:
     Attributes:
         chunk_size: C, tokens per chunk.
         chunks: n, chunks per segment.
-        pad_segments: whether a short last segment is padded to n chunks (static shapes).
+        is_static: whether every segment has n chunks of C tokens, for compiled functions. Without,
+            a sequence shorter than a chunk has a chunk of a power of two of tokens.
+        side_by_side: how packed sequences that share their segments run; None: like any other.
         forward, advance, backward: like `forward_segment`, `advance_segment` and
             `backward_segment`.
     """
 
     chunk_size: int
     chunks: int
-    pad_segments: bool = False
+    is_static: bool = False
+    side_by_side: SegmentPlan | None = None
     forward: Callable[[Segment, Tensor, float, bool, Sequence[Tensor]], Tensor] = forward_segment
     advance: Callable[[Segment, Tensor, float, bool], Tensor] = advance_segment
     backward: Callable[[Segment, Tensor, Tensor, Tensor, float, bool], SegmentGrads] = (
@@ -60,116 +60,137 @@ class SegmentPlan:
         return torch.sym_max(1, -(-segments // MOST_STATES))  # type: ignore[no-any-return]
 
     def shape_of_states(self, call: Call) -> tuple[int, ...]:
-        """Return the shape of the kept states; with cu_seqlens, an upper bound."""
+        """Return the shape of the kept states; with cu_seqlens, an upper bound.
+
+        That at the start of a sequence is not kept.
+        """
         s = call.sizes
         stride = self.chunk_size * self.chunks * self.segments_per_state(s.T)
+        shape = s.H, s.K, s.HV // s.H * s.V
+        if call.cu_seqlens is None:
+            return torch.sym_max(0, -(-s.T // stride) - 1) * s.B, *shape
+        if self.side_by_side is not None:
+            others = self.side_by_side.shape_of_states(call)[0]
+            return torch.sym_max(s.T // stride, others), *shape
+        return s.T // stride, *shape
+
+    def chunk_of(self, lengths: Numbers) -> Numbers:
+        """Return the tokens of a chunk of sequences, which depend on their own length alone."""
+        full = numpy.full_like(lengths, self.chunk_size)
+        if self.is_static:
+            return full
+        powers: Numbers = 1 << numpy.ceil(numpy.log2(numpy.maximum(lengths, 1))).astype(numpy.int64)
+        smaller: Numbers = numpy.minimum(powers, full)
+        return smaller
+
+    def cohorts(self, call: Call) -> Iterator[Cohort]:
+        """Yield what runs one after the other: rows of a batch, or packed sequences."""
         if call.cu_seqlens is not None:
-            return s.T // stride + s.N, s.H, s.K, s.HV // s.H * s.V
-        return -(-s.T // stride), s.B * s.H, s.K, s.HV // s.H * s.V
+            yield from self._packed_cohorts(call, call.cu_seqlens)
+            return
+        s, lengths = call.sizes, numpy.full(1, call.sizes.T)
+        size = int(self.chunk_of(lengths)[0])
+        most = s.B if self.is_static else _most_rows(call, size, min(s.T, size * self.chunks))
+        for first in range(0, s.B, max(1, most)):
+            which = slice(first, min(s.B, first + most))
+            yield Cohort(self, which, which.stop - first, lengths, size, call.device)
 
-    def spans(self, start: int, stop: int) -> list[TokenSpan]:
-        """Cut the tokens start..stop into segments."""
-        spans = []
-        for a in range(start, stop, self.chunk_size * self.chunks):
-            b = min(a + self.chunk_size * self.chunks, stop)
-            needed = -(-(b - a) // self.chunk_size)
-            spans.append(TokenSpan(a, b, self.chunks if self.pad_segments else needed))
+    def _packed_cohorts(self, call: Call, cu_seqlens: Tensor) -> Iterator[Cohort]:
+        """Yield packed sequences from the longest to the shortest, as many as stay in cache."""
+        bounds = cu_seqlens.cpu().numpy().astype(numpy.int64)
+        lengths = numpy.diff(bounds)
+        order = numpy.argsort(-lengths, kind="stable")
+        starts, lengths = bounds[:-1][order], lengths[order]
+        shared = self.side_by_side or self
+        sizes = shared.chunk_of(lengths)
+        first = 0
+        while first < len(order):
+            size, length = int(sizes[first]), int(lengths[first])
+            tokens = min(size * shared.chunks, -(-length // size) * size)
+            last = int(numpy.searchsorted(-sizes, -size, side="right"))
+            last = min(last, first + _most_rows(call, size, tokens))
+            plan = shared
+            if last - first == 1 and shared is not self:
+                plan, size = self, self.chunk_size
+            some = slice(first, last)
+            index = _indices(order[some], call.device)
+            yield Cohort(plan, index, last - first, lengths[some], size, call.device, starts[some])
+            first = last
+
+
+def _most_rows(call: Call, chunk_size: int, tokens: int) -> int:
+    """Return how many sequences may run a segment of so many tokens side by side."""
+    s = call.sizes
+    per_token = s.H * 2 * s.K + s.HV * (2 * s.V + 3 * chunk_size)
+    numbers = tokens * per_token + s.HV * s.K * s.V
+    return max(1, COHORT_BYTES // (numbers * call.compute_dtype.itemsize))
+
+
+def _indices(which: Numbers, device: torch.device) -> slice | Tensor:
+    """Return indices as a slice, if they are one after the other, or as a tensor."""
+    first, last = int(which[0]), int(which[-1])
+    if last - first == len(which) - 1 and (numpy.diff(which) == 1).all():
+        return slice(first, last + 1)
+    return torch.from_numpy(which).to(device)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Hold sequences that run side by side, the longest first.
+
+    Attributes:
+        plan: how they run.
+        sequences: which of the call, by index.
+        rows: how many.
+        lengths: tokens of each; of a batch, those of all.
+        chunk_size: tokens per chunk.
+        device: that of the call.
+        starts: the first token of each, of packed ones.
+    """
+
+    plan: SegmentPlan
+    sequences: slice | Tensor
+    rows: int
+    lengths: Numbers
+    chunk_size: int
+    device: torch.device
+    starts: Numbers | None = None
+
+    def rounds(self) -> list[list[Span]]:
+        """Return the segments in their order; in each, the spans of the rows that are not over."""
+        size, chunks, longest = self.chunk_size, self.plan.chunks, int(self.lengths[0])
+        steps = range(0, longest, size * chunks)
+        place = self._place()
+        if place is None:
+            return [self._gathered(begin) for begin in steps]
+        rounds: list[list[Span]] = []
+        for begin in steps:
+            end = min(begin + size * chunks, longest)
+            needed = chunks if self.plan.is_static else -(-(end - begin) // size)
+            rounds.append([EvenSpan(slice(0, self.rows), size, needed, begin, end, place)])
+        return rounds
+
+    def _place(self) -> tuple[int, int, int] | slice | None:
+        """Return the `place` of spans, if rows are equally long and lie side by side."""
+        if self.starts is None:
+            assert isinstance(self.sequences, slice)
+            return self.sequences
+        length, first = int(self.lengths[0]), int(self.starts[0])
+        places = first + length * numpy.arange(self.rows)
+        if self.lengths[-1] == length and (self.starts == places).all():
+            return first, self.rows, length
+        return None
+
+    def _gathered(self, begin: int) -> list[Span]:
+        """Return the spans of one segment: one for each number of chunks, the most first."""
+        assert self.starts is not None
+        left = self.lengths[self.lengths > begin] - begin
+        needed = numpy.minimum(-(-left // self.chunk_size), self.plan.chunks)
+        edges = [0, *(numpy.flatnonzero(numpy.diff(needed)) + 1).tolist(), len(left)]
+        spans: list[Span] = []
+        for a, b in itertools.pairwise(edges):
+            begins, n = self.starts[a:b] + begin, int(needed[a])
+            spans.append(
+                GatheredSpan.of(slice(a, b), begins, left[a:b], self.chunk_size, n, self.device)
+            )
         return spans
-
-
-def sequences(call: Call) -> Iterator[tuple[slice, int, int]]:
-    """Yield (which states, first token, end) of every sequence; a batch counts as one."""
-    if call.cu_seqlens is None:
-        if call.sizes.B:
-            yield slice(0, call.sizes.N), 0, call.sizes.T
-        return
-    bounds = call.cu_seqlens.tolist()
-    for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        yield slice(n, n + 1), start, stop
-
-
-def pack_state(state: Tensor, key_heads: int) -> Tensor:
-    """Reshape (N, HV, K, V) to (N H, K, R V)."""
-    x: Tensor = state.unflatten(1, (key_heads, -1)).transpose(2, 3)
-    return x.flatten(3).flatten(0, 1)
-
-
-def unpack_state(state: Tensor, key_heads: int, heads: int) -> Tensor:
-    """Reshape (N H, K, R V) to a view (N, HV, K, V) split as (N, H, R, K, V)."""
-    x: Tensor = state.unflatten(0, (-1, key_heads)).unflatten(-1, (heads, -1))
-    return x.transpose(2, 3)
-
-
-class SegmentLoader:
-    """Hand out the tensors of a call segment by segment, and store results of segments."""
-
-    def __init__(self, call: Call, chunk_size: int) -> None:
-        self.call = call
-        self.chunk_size = chunk_size
-        self.dtype = call.compute_dtype
-        self.gate: LogGate | None = None
-        if call.rule.has_decay:
-            self.gate = log_gate(call.tokens.alpha, call.tokens.log_alpha, self.dtype)
-        s = call.sizes
-        self.beta = (
-            torch.ones(s.B, s.T, s.HV, dtype=self.dtype, device=call.device)
-            if call.tokens.beta is None
-            else call.tokens.beta.to(self.dtype)
-        )
-
-    def segment(self, span: TokenSpan) -> Segment:
-        """Return the operands of one segment; padded tokens are the identity (α=1, β=0)."""
-        call = self.call
-        G = z = None
-        if self.gate is not None:
-            # §4 G and z, inclusive sums within the chunk           [C]
-            G = self._load(self.gate.log, span).flatten(1, 2).cumsum(-1)
-            if self.gate.zero is not None:
-                z = self._load(self.gate.zero, span).flatten(1, 2).cumsum(-1)
-        qk = torch.cat([self._load(x, span) for x in (call.tokens.q, call.tokens.k)], 4)
-        qk = qk.flatten(1, 3).to(self.dtype)
-        beta = self._load(self.beta, span).flatten(1, 2).contiguous()
-        return Segment(
-            l2norm(qk) if call.qk_l2norm else qk, self.values(call.tokens.v, span), beta, G, z
-        )
-
-    def keys(self, x: Tensor, span: TokenSpan) -> Tensor:
-        """Return tokens of (B, T, H, K) as (n, G, C, K) in the compute dtype."""
-        return self._load(x, span).flatten(1, 3).to(self.dtype)
-
-    def values(self, x: Tensor, span: TokenSpan) -> Tensor:
-        """Return tokens of (B, T, HV, V) as (n, G, R, C, V) in the compute dtype."""
-        return self._load(x, span).flatten(1, 2).to(self.dtype)
-
-    def _load(self, x: Tensor, span: TokenSpan) -> Tensor:
-        """Return tokens of (B, T, H R, ...) as (n, B, H, R, C, ...), padded with zeros."""
-        x = x[:, span.start : span.stop]
-        missing = span.chunks * self.chunk_size - x.shape[1]
-        if missing:
-            x = functional.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
-        x = x.unflatten(1, (span.chunks, self.chunk_size)).unflatten(3, (self.call.sizes.H, -1))
-        return x.movedim((1, 0, 3, 4, 2), (0, 1, 2, 3, 4))
-
-    def store(self, into: Tensor, span: TokenSpan, x: Tensor) -> None:
-        """Write (n, G, R, C, ...) into tokens of (B, T, H R, ...), without the padding."""
-        H, tokens = self.call.sizes.H, span.stop - span.start
-        # to (B, n, C, H, R, ...)
-        x = x.unflatten(1, (-1, H)).movedim((1, 0, 4), (0, 1, 2))
-        target = into[:, span.start : span.stop].unflatten(2, (H, -1))
-        if tokens == span.chunks * self.chunk_size:
-            target.unflatten(1, x.shape[1:3]).copy_(x)
-        else:
-            target.copy_(x.flatten(1, 2)[:, :tokens])
-
-    def output_views(self, o: Tensor, span: TokenSpan) -> list[Tensor]:
-        """Return the chunks of a segment in o (B, T, HV, V) as views (B, H, R, c, V)."""
-        tokens = o[:, span.start : span.stop].unflatten(2, (self.call.sizes.H, -1))
-        return [chunk.permute(0, 2, 3, 1, 4) for chunk in tokens.split(self.chunk_size, 1)]
-
-    def initial_state(self, states: slice) -> Tensor:
-        """Return the packed state that the sequences `states` start from, in memory of its own."""
-        s, state = self.call.sizes, self.call.state
-        if state is not None:
-            return pack_state(state[states].to(self.dtype, copy=True), s.H)
-        shape = ((states.stop - states.start) * s.H, s.K, s.HV // s.H * s.V)
-        return torch.zeros(shape, dtype=self.dtype, device=self.call.device)

@@ -6,6 +6,7 @@ The checks are derived from the op's spec. Those of shapes, dtypes and attribute
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -329,12 +330,10 @@ def fault_of_boundaries(boundaries: list[int], tokens: int) -> str | None:
         is_lengths = sum(boundaries) == tokens
         hint = "; lengths become boundaries as 0 and their running sums" if is_lengths else ""
         return f"cu_seqlens starts with {boundaries[0]}, should start with 0{hint}"
-    for i in range(1, len(boundaries)):
-        if boundaries[i] < boundaries[i - 1]:
-            return (
-                f"cu_seqlens decreases at index {i} ({boundaries[i - 1]} to {boundaries[i]}), "
-                f"should be non-decreasing"
-            )
+    if boundaries != sorted(boundaries):  # without a loop over sequences in Python
+        pairs = enumerate(itertools.pairwise(boundaries), 1)
+        i, before, after = next((i, a, b) for i, (a, b) in pairs if b < a)
+        return f"cu_seqlens decreases at index {i} ({before} to {after}), should be non-decreasing"
     if boundaries[-1] != tokens:
         return f"cu_seqlens ends with {boundaries[-1]}, should end with T = {tokens}"
     return None
