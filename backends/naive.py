@@ -189,7 +189,7 @@ class Naive(Backend):
     """Run the recurrence as docs/math.md §2 writes it, line by line."""
 
     name = "naive"
-    limits = Limits(devices=("*",), second_grad=True)
+    limits = Limits(devices=("*",), second_grad=True, forward_mode=True)
     differentiable = True
 
     def forward(self, call: Call) -> Forward:
@@ -220,6 +220,9 @@ class Naive(Backend):
             torch.cat([part[-1] for part in parts]),
         )
         return _raised(call, x, tuple(operands), d_start)
+
+    def pure(self, call: Call) -> tuple[Tensor, Tensor]:
+        return self.forward(call)[:2]
 
     def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         o, state = _run(call)

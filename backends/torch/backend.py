@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -14,12 +14,14 @@ from torch import Tensor
 from gdn_ops.backends.torch.chunk_backward import SegmentGrads
 from gdn_ops.backends.torch.decode import decode_many, decode_one
 from gdn_ops.backends.torch.loading import SegmentLoader, joined, pack_state, unpack_state
+from gdn_ops.backends.torch.pure import pure
 from gdn_ops.backends.torch.segments import SegmentPlan
 from gdn_ops.backends.torch.spans import Span
 from gdn_ops.call.bind import Call
 from gdn_ops.call.numerics import LogGate, l2norm_backward
 from gdn_ops.dispatch.registry import Backend, Forward, Grads
 from gdn_ops.kernel_support.host_memory import empty, settle_allocator
+from gdn_ops.kernel_support.tuning import TRIED, trying
 from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.rules import Limits
 
@@ -51,22 +53,21 @@ class Torch(Backend):
         chunking: the table of the backend, see CHUNKING.
         chunking_without_gradients: its rows for calls without gradients, where they are others.
         chunk_sizes_to_try, chunks_to_try: what tuning pairs up.
-        tried: the row that runs instead of the table's while tuning.
     """
 
     name = "torch"
-    limits = Limits(devices=("*",), second_grad=True, chunk_sizes=range(1, 257))
+    limits = Limits(devices=("*",), second_grad=True, forward_mode=True, chunk_sizes=range(1, 257))
     traceable_step = True
     chunking: ClassVar[Mapping[str, tuple[int, int]]] = CHUNKING
     chunking_without_gradients: ClassVar[Mapping[str, tuple[int, int]]] = CHUNKING_WITHOUT_GRADIENTS
     chunk_sizes_to_try: ClassVar[Sequence[int]] = (16, 32, 64)
     chunks_to_try: ClassVar[Sequence[int]] = (1, 2, 4, 8)
-    tried: ChunkingRow | None = None
 
     def plan(self, call: Call) -> SegmentPlan:
         """Return how a call is cut into segments, and what runs them."""
-        if self.tried is not None:
-            chunk_size, chunks = self.tried.chunk_size, self.tried.chunks
+        row: ChunkingRow | None = TRIED.get().get(self.name)
+        if row is not None:
+            chunk_size, chunks = row.chunk_size, row.chunks
         else:
             own = {} if call.needs_grad else self.chunking_without_gradients
             table = {**self.chunking, **own}
@@ -136,6 +137,9 @@ class Torch(Backend):
             into.state.unflatten(1, (s.H, s.R))[cohort.sequences] = d_initial
         return into.finished(call, loader.gate)
 
+    def pure(self, call: Call) -> tuple[Tensor, Tensor]:
+        return pure(call)
+
     def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         return decode_one(call)
 
@@ -148,15 +152,10 @@ class Torch(Backend):
         pairs = itertools.product(self.chunk_sizes_to_try, self.chunks_to_try)
         return tuple(ChunkingRow(call.device.type, *pair) for pair in pairs)
 
-    @contextlib.contextmanager
-    def using(self, config: object) -> Iterator[None]:
+    def using(self, config: object) -> AbstractContextManager[None]:
         if not isinstance(config, ChunkingRow):
             raise TypeError(f"config is {type(config).__name__}, should be one of `tunables`")
-        previous, self.tried = self.tried, config
-        try:
-            yield
-        finally:
-            self.tried = previous
+        return trying(self.name, config)
 
 
 def _forward_span(

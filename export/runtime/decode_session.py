@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from onnx import ModelProto
@@ -15,6 +15,7 @@ from gdn_ops.export.model.files import about_file, load_model
 from gdn_ops.export.model.naming import states_of
 from gdn_ops.export.model.nodes import nodes_of, opset_of
 from gdn_ops.export.runtime.buffers import Buffer, Port, Results, check_memory, ports_of
+from gdn_ops.export.runtime.exclusive import Exclusive
 from gdn_ops.export.runtime.sessions import CUSTOM, choose_body, open_session, refusal_to_run
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
@@ -31,7 +32,8 @@ class DecodeSession:
     unless it is one of `buffers`, where a caller may write the next token.
     What it returns belongs to the caller; its memory is written again only when nothing refers to
     it any more. In place, a state is one buffer, bound as the input and as the output. If a run
-    fails midway its states may be half updated: set them again.
+    fails midway its states may be half updated: set them again. A session is used by one thread at
+    a time, in the process that made it, and is neither copied nor pickled.
 
     Attributes:
         batch: the number of rows.
@@ -100,6 +102,7 @@ class DecodeSession:
         copies: int,
     ) -> None:
         """Make the buffers of inputs and states; a state has one or two that take turns."""
+        self._exclusive = Exclusive("DecodeSession")
         written = set(states.values())
         self._inputs = {p.name: Buffer(p) for p in inputs.values() if p.name not in states}
         # What a step looks at, in few places: it runs cold after the pass over the states.
@@ -171,6 +174,10 @@ class DecodeSession:
         """
         if kwargs or len(args) != len(self._taken):
             args = self._in_order(args, kwargs)
+        with self._exclusive:
+            return self._step(args)
+
+    def _step(self, args: tuple[Array, ...]) -> Any:
         is_own = True
         for (array, shape, dtype, buffer), x in zip(self._taken, args, strict=True):
             if x is not array:
@@ -231,7 +238,9 @@ class DecodeSession:
     @property
     def state(self) -> dict[str, Array]:
         """Return copies of the states, by the name of their input."""
-        return {name: buffers[self._turn].array.copy() for name, buffers in self._states.items()}
+        with self._exclusive:
+            turn = self._turn
+            return {name: buffers[turn].array.copy() for name, buffers in self._states.items()}
 
     @state.setter
     def state(self, states: Mapping[str, Array] | Array) -> None:
@@ -243,6 +252,10 @@ class DecodeSession:
                     f"from names of states: {', '.join(self._states)}"
                 )
             states = dict.fromkeys(self._states, states)
+        with self._exclusive:
+            self._set(states)
+
+    def _set(self, states: Mapping[str, Array]) -> None:
         for name, x in states.items():
             if name not in self._states:
                 raise SpecError(
@@ -255,8 +268,13 @@ class DecodeSession:
 
     def reset(self) -> None:
         """Set every state to zero."""
-        for buffers in self._states.values():
-            buffers[self._turn].array.fill(0)
+        with self._exclusive:
+            for buffers in self._states.values():
+                buffers[self._turn].array.fill(0)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled, by name."""
+        self._exclusive.__reduce__()
 
     def __repr__(self) -> str:
         return (

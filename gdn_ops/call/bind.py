@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from gdn_ops.call import transforms
 from gdn_ops.call.memory import overlaps_itself
 from gdn_ops.call.structure import Structure, check_structure, fail, is_narrow
 from gdn_ops.call.structure import dtype_name as dtype_name
+from gdn_ops.call.transforms import NONE, Transforms
 from gdn_ops.spec.language import Interval, OpSpec, Sizes
 from gdn_ops.spec.rules import Rule, Widths
 
@@ -116,6 +119,7 @@ class Call:
         cu_seqlens: (N+1,), or None.
         state_indices: (B,), the slot of the pool that a row reads and updates, every slot at
             most once; -1 where the row is skipped; or None.
+        transforms: what of torch.func and of forward mode concerns its tensors.
     """
 
     op: OpSpec
@@ -135,6 +139,7 @@ class Call:
     state: Tensor | None
     cu_seqlens: Tensor | None
     state_indices: Tensor | None
+    transforms: Transforms = NONE
 
     @property
     def has_tokens(self) -> bool:
@@ -167,6 +172,10 @@ class Call:
             parts.append(f"state_indices into a pool of {self.state.shape[0]}")
         if self.needs_grad:
             parts.append("gradients needed")
+        if self.transforms.has_tangent:
+            parts.append("forward-mode tangents")
+        if self.transforms.maps:
+            parts.append("mapped by vmap")
         return ", ".join(parts)
 
     def __getattr__(self, name: str) -> Any:
@@ -200,11 +209,15 @@ def bind(spec: OpSpec, arguments: Arguments, *, check_values: bool = True) -> Ca
             if len(_checked) >= MOST_CHECKED:
                 _checked.clear()
             _checked[key] = checked
+    under = NONE
+    if check_values and (transforms.any_active() or forward_ad._current_level >= 0):
+        arguments, under = _seen_through(spec, arguments)
     if arguments.inplace:
         _check_memory(spec, arguments.state)
-    if check_values and (checked.device.type == "cpu" or CHECK_VALUES_EVERYWHERE):
-        _check_values(spec, arguments, checked.sizes)
-    needs_grad = torch.is_grad_enabled() and _requires_grad(arguments)
+    is_readable = checked.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
+    if check_values and is_readable and not (transforms.modes() and transforms.is_recording()):
+        _check_values(spec, arguments, checked.sizes, under.wraps)
+    needs_grad = torch.is_grad_enabled() and (_requires_grad(arguments) or under.differentiates)
     if needs_grad:
         check_gradients(spec, arguments)
     return Call(
@@ -220,6 +233,7 @@ def bind(spec: OpSpec, arguments: Arguments, *, check_values: bool = True) -> Ca
         state=arguments.state,
         cu_seqlens=arguments.cu_seqlens,
         state_indices=arguments.state_indices,
+        transforms=under,
     )
 
 
@@ -288,10 +302,53 @@ def check_gradients(spec: OpSpec, arguments: Arguments) -> None:
             )
 
 
-def _check_values(spec: OpSpec, arguments: Arguments, sizes: Sizes) -> None:
+def _seen_through(spec: OpSpec, arguments: Arguments) -> tuple[Arguments, Transforms]:
+    """Return arguments whose integers have values, and what transforms concern the rest.
+
+    Raises:
+        SpecError: a transform concerns an argument that it cannot.
+    """
+    given = {arg.name: arguments.value(arg.field) for arg in spec.tensors}
+    under = transforms.transforms_of(x for x in given.values() if x is not None)
+    if not (under.maps or under.differentiates or under.has_tangent):
+        return arguments, NONE
+    if arguments.inplace:
+        fail(spec, "inplace is True, should be False under vmap, grad, vjp and jvp")
+    if arguments.state_indices is not None and (under.maps or under.has_tangent):
+        fail(
+            spec,
+            "state_indices is for decoding: it is given, should be None under vmap and jvp; give "
+            "the rows of the pool as state",
+        )
+    for arg in spec.tensors:
+        x = given[arg.name]
+        if x is None or arg.differentiable:
+            continue
+        if x.is_floating_point():
+            own = transforms.transforms_of((x,))
+            if own.has_tangent or (own.differentiates and torch.is_grad_enabled()):
+                what = "has a tangent" if own.has_tangent else "requires a gradient"
+                fail(
+                    spec,
+                    f"{arg.name} {what}, should not: {spec.name} is for decoding, under "
+                    f"torch.no_grad(); gated_delta has derivatives",
+                )
+        elif transforms.is_mapped(x):
+            fail(
+                spec,
+                f"{arg.name} is mapped by vmap, should be the same for all: give it in_dims None",
+            )
+    if arguments.cu_seqlens is not None:
+        arguments = arguments._replace(cu_seqlens=transforms.innermost(arguments.cu_seqlens))
+    return arguments, under
+
+
+def _check_values(spec: OpSpec, arguments: Arguments, sizes: Sizes, is_wrapped: bool) -> None:
     """Check domains, sequence boundaries and slots. NaN passes: NaN in, NaN out."""
     for arg, domain in spec.bounded:
         value = getattr(arguments.tokens, arg.name)
+        if value is not None and is_wrapped:
+            value = transforms.innermost(value)
         if value is None or value.numel() == 0:
             continue
         smallest, largest = torch.aminmax(value.detach() if value.requires_grad else value)

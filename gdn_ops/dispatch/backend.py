@@ -107,6 +107,17 @@ class Backend:
         """
         raise NotImplementedError
 
+    def pure(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Run `gated_delta` so that every transform of torch.func sees through.
+
+        A backend with `limits.forward_mode` has it. Nothing is written in place, and no value of a
+        tensor is read except those of `call.cu_seqlens`.
+
+        Returns:
+            o (B, T, HV, V) in the dtype of v, final state (N, HV, K, V) in the compute dtype.
+        """
+        raise NotImplementedError
+
     def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run `gated_delta_step`.
 

@@ -189,6 +189,8 @@ def _limit_reasons(limits: Limits, call: Call, on_any_device: bool) -> list[str]
     check("{} write", call.widths.write, limits.writes)
     if call.needs_grad and not limits.grad:
         against.append("gradients needed (supported: forward only)")
+    if call.transforms.has_tangent and not limits.forward_mode:
+        against.append("forward-mode tangents (supported: reverse mode)")
     if call.cu_seqlens is not None and not limits.varlen:
         against.append("cu_seqlens is not supported")
     sizes = limits.chunk_sizes

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar, Final
@@ -21,7 +20,7 @@ from gdn_ops.dispatch.backend import (
     without_tokens,
 )
 from gdn_ops.kernel_support.launches import recorded_target
-from gdn_ops.kernel_support.tuning import Row, StepConfig, Tiles
+from gdn_ops.kernel_support.tuning import TRIED, Row, StepConfig, Tiles, trying
 from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.rules import Limits
 
@@ -67,7 +66,6 @@ class Tables:
         self.rows = rows
         self._target_of, self._emulated, self._width_of = target_of, emulated, width_of
         self._step, self._sequence, self._allows = step, sequence, allows
-        self._override: Row | None = None
 
     def target(self, device: torch.device) -> str:
         """Return the device class that launches on a device are configured for."""
@@ -93,18 +91,14 @@ class Tables:
         return self._row(self.key(call.device, call.sizes.K, call.sizes.V, dtype))
 
     def _row(self, key: tuple[Any, ...]) -> Row:
-        if self._override is not None and self._override.key == key:
-            return self._override
+        row: Row | None = TRIED.get().get(self)
+        if row is not None and row.key == key:
+            return row
         return Row(key, self.rows[key])
 
-    @contextlib.contextmanager
-    def using(self, row: Row) -> Iterator[None]:
-        """Run with a row instead of the table's, on every thread."""
-        previous, self._override = self._override, row
-        try:
-            yield
-        finally:
-            self._override = previous
+    def using(self, row: Row) -> AbstractContextManager[None]:
+        """Return a context in which the calls of this thread run with a row, not the table's."""
+        return trying(self, row)
 
     def neighbours(self, row: Row) -> tuple[Row, ...]:
         """Return a row, and after it the rows that differ from it in a single choice."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,10 +23,25 @@ class Tunable(Protocol):
         """
 
     def using(self, config: object) -> AbstractContextManager[object]:
-        """Return a context in which every call, on any thread, runs with one of `tunables`.
+        """Return a context in which the calls of this thread run with one of `tunables`.
 
-        Any thread: autograd runs a backward on a thread of its own.
+        So do the backwards of these calls, on whichever thread autograd runs them. Calls of other
+        threads do not.
         """
+
+
+TRIED: ContextVar[Mapping[Hashable, Any]] = ContextVar("tried", default={})  # noqa: B039
+"""What this thread tries in place of the choice of an owner."""
+
+
+@contextlib.contextmanager
+def trying(owner: Hashable, choice: object) -> Iterator[None]:
+    """Try a choice in place of that of `owner`, in this thread and in backwards of its calls."""
+    token = TRIED.set({**TRIED.get(), owner: choice})
+    try:
+        yield
+    finally:
+        TRIED.reset(token)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gdn_ops.call.transforms import are_active
+
 _BLOCK = 1 << 19
 """Numbers in a block: with its results it stays in the caches of two cores."""
 
@@ -20,12 +22,12 @@ _FEW = 16
 
 
 def is_plain(x: Tensor) -> bool:
-    """Return whether x is an ordinary CPU tensor, outside of graphs and functorch transforms."""
+    """Return whether x is an ordinary CPU tensor, outside of graphs, transforms, forward mode."""
     return (
         x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not are_active()
     )
 
 

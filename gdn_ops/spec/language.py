@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 from gdn_ops.spec.rules import FLOAT_DTYPES, Rule, require
 
@@ -325,6 +326,10 @@ class OpSpec:
         # Filled now: torch.compile cannot trace the lock that fills a cached property.
         _ = self.attrs, self.tensor, self.rule, self.case, self.binding_order, self.bounded
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what copies and pickles it: its fields; an op of this library stays the one."""
+        return _restored, (tuple(getattr(self, f.name) for f in dataclasses.fields(self)),)
+
     @cached_property
     def tensors(self) -> tuple[TensorArg, ...]:
         """Return the tensor arguments, in public order."""
@@ -380,6 +385,16 @@ class OpSpec:
     def __str__(self) -> str:
         outputs = ", ".join(str(output) for output in self.outputs)
         return f"{self.name}({', '.join(self.printed_parameters())}) -> {outputs}"
+
+
+OPS_BY_NAME: dict[str, OpSpec] = {}
+"""The ops of this library, which the module `ops` enters: code compares them by identity."""
+
+
+def _restored(values: tuple[Any, ...]) -> OpSpec:
+    spec = OpSpec(*values)
+    known = OPS_BY_NAME.get(spec.name)
+    return known if known == spec and known is not None else spec
 
 
 def _default(arg: TensorArg | Attr) -> object:

@@ -20,6 +20,7 @@ from gdn_ops.spec.cases import (
     step_flops,
 )
 from gdn_ops.spec.language import (
+    OPS_BY_NAME,
     Attr,
     Axis,
     CostModel,
@@ -257,3 +258,4 @@ GATED_DELTA_STEPS = replace(
 """The specification of `gated_delta_steps` as a value."""
 
 OPS = (GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS)
+OPS_BY_NAME.update({op.name: op for op in OPS})

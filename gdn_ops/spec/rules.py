@@ -69,6 +69,7 @@ class Limits:
         ops: names of the ops.
         grad: whether it has gradients.
         second_grad: whether gradients of gradients exist.
+        forward_mode: whether forward-mode derivatives exist (`torch.func.jvp`, dual tensors).
         varlen: whether cu_seqlens is supported.
         chunk_sizes: allowed chunk_size, or None for all.
         min_capability: lowest CUDA capability, or None.
@@ -89,6 +90,7 @@ class Limits:
     ops: tuple[str, ...] = ("gated_delta", "gated_delta_step", "gated_delta_steps")
     grad: bool = True
     second_grad: bool = False
+    forward_mode: bool = False
     varlen: bool = True
     chunk_sizes: range | tuple[int, ...] | None = None
     min_capability: tuple[int, int] | None = None

@@ -16,10 +16,15 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import FlakyFailure
 
-import gdn_ops
 from gdn_ops.dispatch.registry import Backend
 from gdn_ops.spec.errors import BackendUnsupportedError
 from gdn_ops.testing.compiled import COMPILED
+from gdn_ops.testing.derivatives import (
+    second_derivatives,
+    second_derivatives_at_the_ends,
+    tangents,
+    vmap_equals_a_loop,
+)
 from gdn_ops.testing.example import Example
 from gdn_ops.testing.laws import LAWS
 from gdn_ops.testing.oracle import Verdict, judge
@@ -149,29 +154,6 @@ def forward_and_gradients(backend: str, example: Example) -> Verdict:
     return judge(example, backend, gradients=installed(backend).limits.grad)
 
 
-def second_derivatives(backend: str, example: Example) -> Verdict:
-    """Compare gradients of gradients with finite differences (torch.autograd.gradgradcheck)."""
-    arguments = example.arguments()
-    names = [n for n, x in arguments.items() if torch.is_tensor(x) and x.is_floating_point()]
-    if "log_alpha" in names or example.T == 0 or example.B == 0 or example.sizes.N == 0:
-        return Verdict(0.0, "nothing to differentiate", 0.0, 0.0)
-    # Finite differences need room on both sides: gates stay off the ends of their domains.
-    for name, low, high in (("alpha", 0.2, 0.9), ("beta", 0.2, 1.8)):
-        if name in arguments and arguments[name] is not None:
-            arguments[name] = arguments[name].clamp(low, high)
-    inputs = [arguments[n].detach().requires_grad_() for n in names]
-
-    def function(*tensors: torch.Tensor) -> Any:
-        changed = arguments | dict(zip(names, tensors, strict=True))
-        return gdn_ops.gated_delta(**changed, return_state=True, backend=backend)
-
-    # fast_mode compares one random direction per pair, which bounds the time.
-    passed = torch.autograd.gradgradcheck(
-        function, inputs, raise_exception=False, fast_mode=True
-    ) and torch.autograd.gradcheck(function, inputs, raise_exception=False, fast_mode=True)
-    return Verdict.exact(passed, "gradgradcheck")
-
-
 def subjects(backend: Backend) -> tuple[Subject, ...]:
     """Return the subjects that a backend has to pass, given its limits."""
     limits = backend.limits
@@ -187,9 +169,14 @@ def subjects(backend: Backend) -> tuple[Subject, ...]:
         if law.concerns(limits):
             options = (("decode", True),) if law.draws_decode else ()
             rows.append(Subject(law.name.replace("_", " "), law.check, options, law))
+    rows.append(Subject("vmap equals a loop", vmap_equals_a_loop))
+    small = (("dtypes", ("float64",)), ("max_tokens", 3), ("shape_classes", _TINY))
     if limits.second_grad and "float64" in limits.dtypes:
-        small = (("dtypes", ("float64",)), ("max_tokens", 3), ("shape_classes", _TINY))
         rows.append(Subject("second derivatives exist and are right", second_derivatives, small))
+        rows.append(Subject("so they are at gates of 0", second_derivatives_at_the_ends, small))
+    if limits.grad and limits.forward_mode and "float64" in limits.dtypes:
+        wide = (("dtypes", ("float64",)),)
+        rows.append(Subject("tangents are the adjoint of gradients", tangents, wide))
     return tuple(rows)
 
 

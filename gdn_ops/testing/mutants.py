@@ -250,7 +250,7 @@ def mutant(mutation: str, base: str) -> type[Backend]:
 
     class Mutant(Backend):
         name = f"{mutation}_in_{base}"
-        limits = replace(instance.limits, second_grad=False, pools=True)
+        limits = replace(instance.limits, second_grad=False, forward_mode=False, pools=True)
         differentiable = True
 
         def forward(self, call: Call) -> Forward:

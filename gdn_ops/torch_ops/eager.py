@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gdn_ops.call import transforms
 from gdn_ops.call.bind import Call, Tokens
 from gdn_ops.call.memory import apart
 from gdn_ops.dispatch.backend import Backend
@@ -19,6 +22,12 @@ SECOND_ORDER = (
     "second derivatives of gated_delta need eager mode and a backend that has them: "
     'backend="torch" or backend="naive"'
 )
+
+BATCHED_GRADIENTS = (
+    "is_grads_batched of torch.autograd.grad (vectorize=True of torch.autograd.functional) does "
+    "not reach a backward in one go: torch.func.jacrev and torch.func.hessian do"
+)
+
 
 # Asked once, at import: Dynamo of torch 2.11 does not trace the question.
 _WITHOUT_AUTOCAST = frozenset(
@@ -60,12 +69,15 @@ def _widened(x: Any) -> Any:
 
 
 def is_traced(q: Any) -> bool:
-    """Return whether a graph is traced, or q is on meta or of a tensor subclass."""
+    """Return whether a graph is traced or recorded, or q is on meta or of a tensor subclass."""
     if torch.compiler.is_compiling():
         return True
     if not isinstance(q, Tensor):
         return False
-    return q.is_meta or type(q) not in (Tensor, torch.nn.Parameter)
+    if q.is_meta or type(q) not in (Tensor, torch.nn.Parameter):
+        return True
+    # What transforms make of a call is recorded, not the call.
+    return bool(transforms.modes()) and transforms.is_recording() and not transforms.are_active()
 
 
 class _Function(torch.autograd.Function):
@@ -78,6 +90,8 @@ class _Function(torch.autograd.Function):
         # Detached, so that a backend which compiles does not look for the gradients of non-leaves.
         out = backend.forward(_on(call, _detached(tensors)))
         ctx.backend, ctx.count = backend, len(tensors)
+        # What is tried while tuning: the backward may run on another thread.
+        ctx.context = copy_context()
         ctx.call = _on(call, tuple(None for _ in tensors))
         ctx.save_for_backward(*tensors, *out.saved)
         return out.o, out.final_state
@@ -88,12 +102,21 @@ class _Function(torch.autograd.Function):
         # Read once: under activation checkpointing a second read is an error.
         kept = ctx.saved_tensors
         tensors, saved = kept[: ctx.count], kept[ctx.count :]
+        if transforms.is_grads_batched(d_o, d_state):
+            raise RuntimeError(f"backend {backend.name!r}: {BATCHED_GRADIENTS}")
         second = torch.is_grad_enabled()
         if second and not backend.limits.second_grad:
             raise RuntimeError(f"backend {backend.name!r}: {SECOND_ORDER}")
-        call = _on(ctx.call, tensors if second else _detached(tensors))
-        with full_precision(d_o.device.type):
-            grads = backend.backward(call, None if second else saved, d_o, d_state)
+        grads: Sequence[Tensor | None]
+        if second and backend.limits.forward_mode:
+            from gdn_ops.torch_ops import transformed  # stands on this module
+
+            grads = transformed.differentiable_backward(backend, ctx.call, tensors, d_o, d_state)
+        else:
+            call = _on(ctx.call, tensors if second else _detached(tensors))
+            with full_precision(d_o.device.type):
+                kept_states = None if second else saved
+                grads = ctx.context.copy().run(backend.backward, call, kept_states, d_o, d_state)
         wanted = zip(grads, ctx.needs_input_grad[2:], strict=True)
         return None, None, *(grad if needed else None for grad, needed in wanted)
 
@@ -109,6 +132,10 @@ def _detached(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
 
 def run_sequence(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Run a bound `gated_delta` call eagerly; return (o, final_state)."""
+    if call.transforms is not transforms.NONE:
+        from gdn_ops.torch_ops import transformed  # stands on this module
+
+        return transformed.run_sequence(backend, call)
     if is_autocast_on(call.device.type):
         with torch.autocast(call.device.type, enabled=False):
             return run_sequence(backend, call)
@@ -123,6 +150,10 @@ def run_sequence(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
 
 def run_step(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Run a bound `gated_delta_step` call eagerly; return (o, state)."""
+    if call.transforms is not transforms.NONE:
+        from gdn_ops.torch_ops import transformed  # stands on this module
+
+        return transformed.run_step(backend, call)
     if is_autocast_on(call.device.type):
         with torch.autocast(call.device.type, enabled=False):
             return run_step(backend, call)
@@ -158,6 +189,10 @@ def _with_graph(result: Tensor, inputs: list[Tensor]) -> Tensor:
 
 def run_steps(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a bound `gated_delta_steps` call eagerly; return (o, state, states or None)."""
+    if call.transforms is not transforms.NONE:
+        from gdn_ops.torch_ops import transformed  # stands on this module
+
+        return transformed.run_steps(backend, call)
     with full_precision(call.device.type), torch.no_grad():
         return decode_many(backend, call)
 
