@@ -37,7 +37,7 @@ from gdn_ops.testing.example import Example, Results, run
 __all__ = ["Verdict", "judge"]
 
 CHUNK = 64
-"""The longest chunk that the band allows for."""
+"""The longest chunk that the band allows for, where the call does not ask for a longer one."""
 
 PERTURBATIONS = 2
 """Runs on inputs moved by one rounding."""
@@ -211,7 +211,9 @@ def judgement_of(
         stored = runs[0][name].dtype
         rounding = 2 * unit_roundoff(getattr(torch, example.dtype))
         rounding += inner_product(stored, example)
-        rounding += _largest_log_sum(arguments) * unit_roundoff(compute_dtype(stored))
+        rounding += _largest_log_sum(arguments, _chunk(example)) * unit_roundoff(
+            compute_dtype(stored)
+        )
         allowance[name] = 2 * error + rounding * torch.maximum(own, typical)
         if stored == torch.float16:
             # Half of the smallest number in every element.
@@ -229,7 +231,12 @@ def judgement_of(
 
 def inner_product(stored: torch.dtype, example: Example) -> float:
     """Return n u, the a-priori bound on the error of an inner product of length n = K + C."""
-    return (example.K + CHUNK) * unit_roundoff(compute_dtype(stored))
+    return (example.K + _chunk(example)) * unit_roundoff(compute_dtype(stored))
+
+
+def _chunk(example: Example) -> int:
+    """Return C, the tokens of the longest chunk that a backend may form for a call."""
+    return max(CHUNK, min(example.chunk_size or 0, example.T))
 
 
 def _carried(arguments: dict[str, Any], example: Example) -> Tensor:
@@ -247,15 +254,15 @@ def _carried(arguments: dict[str, Any], example: Example) -> Tensor:
     return torch.stack([part.prod(0) for part in parts]) if parts else wide.new_ones(0, s.HV)
 
 
-def _largest_log_sum(arguments: dict[str, Any]) -> float:
-    """Return the largest |G|: the sum of the finite log gates over at most CHUNK tokens."""
+def _largest_log_sum(arguments: dict[str, Any], chunk: int) -> float:
+    """Return the largest |G|: the sum of the finite log gates over at most `chunk` tokens."""
     gate = arguments.get("log_alpha")
     if arguments.get("alpha") is not None:
         gate = arguments["alpha"].double().log()
     if gate is None or gate.numel() == 0:
         return 0.0
     log = torch.where(gate.isfinite(), gate.double(), 0.0)
-    return float(-log.unfold(1, min(CHUNK, log.shape[1]), 1).sum(-1).min())
+    return float(-log.unfold(1, min(chunk, log.shape[1]), 1).sum(-1).min())
 
 
 def _scaled_error(
