@@ -109,7 +109,10 @@ def documented_functions() -> list[tuple[str, Any]]:
     return functions
 
 
-@pytest.mark.parametrize(("name", "function"), documented_functions(), ids=lambda x: str(x)[:60])
+FUNCTIONS = documented_functions()
+
+
+@pytest.mark.parametrize(("name", "function"), FUNCTIONS, ids=[name for name, _ in FUNCTIONS])
 def test_a_docstring_gives_the_shape_of_every_tensor(name: str, function: Any) -> None:
     """An argument that is a tensor has an entry with its shape, or one that refers to another."""
     text = inspect.getdoc(function) or ""
@@ -126,7 +129,7 @@ def test_a_docstring_gives_the_shape_of_every_tensor(name: str, function: Any) -
             assert refers or SHAPE.search(entry), f"{name}: {parameter.name}: {entry!r}"
 
 
-@pytest.mark.parametrize(("name", "function"), documented_functions(), ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(("name", "function"), FUNCTIONS, ids=[name for name, _ in FUNCTIONS])
 def test_a_docstring_of_what_takes_tensors_says_which_errors_it_raises(
     name: str, function: Any
 ) -> None:
