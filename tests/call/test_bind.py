@@ -366,7 +366,7 @@ def test_an_unknown_backend_lists_the_known_ones(function: Callable[..., Any]) -
     arguments = sequence() if function is gated_delta else token()
     known = ", ".join(info.name for info in gdn_ops.list_backends())
     message = message_of(SpecError, function, **arguments, backend="tirton")
-    assert message == f"unknown backend 'tirton', known: {known}"
+    assert message == f"unknown backend 'tirton', known: {known}; did you mean 'triton'?"
 
 
 def test_explain_checks_the_call_like_the_call_itself() -> None:
