@@ -46,7 +46,7 @@ def second_derivatives_at_the_ends(backend: str, example: Example) -> Verdict:
     exact, _ = differentiable(example, "naive")
     if not all(x.numel() for x in inputs):
         return Verdict(0.0, "nothing to differentiate", 0.0, 0.0)
-    directions = tuple(torch.cos(torch.arange(x.numel()) + 1.0).view_as(x).to(x) for x in inputs)
+    directions = tuple(torch.cos(_counted(x)) for x in inputs)
 
     def product(of: Callable[..., tuple[Tensor, ...]]) -> Tensor:
         def loss(*tensors: Tensor) -> Tensor:
@@ -62,11 +62,11 @@ def tangents(backend: str, example: Example) -> Verdict:
     """Judge that <u, J v> = <J^T u, v>, and that J v is the definition's."""
     function, inputs = differentiable(example, backend)
     exact, _ = differentiable(example, "naive")
-    directions = tuple(torch.cos(torch.arange(x.numel()) + 1.0).view_as(x).to(x) for x in inputs)
+    directions = tuple(torch.cos(_counted(x)) for x in inputs)
     pushed = torch.func.jvp(function, inputs, directions)[1]
     right = torch.func.jvp(exact, inputs, directions)[1]
     pull = torch.func.vjp(function, *inputs)[1]
-    cotangents = tuple(torch.sin(torch.arange(x.numel()) + 1.0).view_as(x).to(x) for x in pushed)
+    cotangents = tuple(torch.sin(_counted(x)) for x in pushed)
     pairs = ((cotangents, pushed), (pull(cotangents), directions))
     terms = [_flat(one) * _flat(other) for one, other in pairs]
     size = max(float(x.abs().sum()) for x in terms) or 1.0
@@ -114,6 +114,11 @@ def differentiable(
         return gdn_ops.gated_delta(**changed, return_state=True, backend=backend)
 
     return function, inputs
+
+
+def _counted(x: Tensor) -> Tensor:
+    """Return 1, 2, 3, ... in the shape, dtype and device of a tensor."""
+    return torch.arange(1, x.numel() + 1, dtype=x.dtype, device=x.device).view_as(x)
 
 
 def _flat(tensors: tuple[Tensor, ...]) -> Tensor:

@@ -260,7 +260,7 @@ class _Drawing:
         """Return random numbers (B, T, HV, V) in a unit; large ones lie near it, of both signs."""
         if unit < 1e4:
             return x * unit
-        signs = 1 - 2 * (torch.arange(x.shape[1]) % 2).double()
+        signs = 1 - 2 * (torch.arange(x.shape[1], device=x.device) % 2).double()
         return (1 + x / 64) * unit * signs[:, None, None]
 
     def decay(self) -> Tensor:
