@@ -97,7 +97,7 @@ class SegmentPlan:
 
     def _packed_cohorts(self, call: Call, cu_seqlens: Tensor) -> Iterator[Cohort]:
         """Yield packed sequences from the longest to the shortest, as many as stay in cache."""
-        bounds = cu_seqlens.cpu().numpy().astype(numpy.int64)
+        bounds = numpy.asarray(cu_seqlens.tolist(), numpy.int64)
         lengths = numpy.diff(bounds)
         order = numpy.argsort(-lengths, kind="stable")
         starts, lengths = bounds[:-1][order], lengths[order]

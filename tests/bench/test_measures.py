@@ -89,7 +89,7 @@ def _late_head(o: Tensor) -> Tensor:
         (lambda o: o * float("nan"), "o of all heads off by nan"),
         (lambda o: torch.cat((o[:, :70], 2 * o[:, 70:]), 1), "o off by"),
         (_WrongGradient.apply, "d[a-z_]+ off by 0.01"),
-        (_late_head, "[a-z]+ against the first comparator off by"),
+        (_late_head, "[a-z]+ against torch off by"),
     ],
     ids=("scaled", "nan", "tail", "gradient", "one head late"),
 )

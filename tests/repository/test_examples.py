@@ -211,8 +211,9 @@ def test_the_page_shows_the_recorded_results(examples: Any) -> None:
     points = [memory.Point(**p) for p in recorded]
     for law in ("collisions", "nearest value", "written again", "stale"):
         assert memory.table(points, law) in page, law
+    start = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     for image in folder.glob("*.png"):
-        assert f"(img/{image.name})" in page
+        assert f"(img/{image.name})" in (start if image.name == "speed.png" else page)
         assert image.stat().st_size < 150_000
 
 
