@@ -117,4 +117,7 @@ def test_a_target_without_its_letter_is_refused_for_what_it_leaves_out() -> None
     assert refusal("sm_90", known) == (
         "target 'sm_90' is compiled without wgmma and its like: use sm_90a"
     )
-    assert refusal("sm_70", known) == "unknown target 'sm_70', known: sm_80, sm_90a; did you mean 'sm_80'?"
+    assert (
+        refusal("sm_70", known)
+        == "unknown target 'sm_70', known: sm_80, sm_90a; did you mean 'sm_80'?"
+    )

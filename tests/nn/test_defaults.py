@@ -28,7 +28,7 @@ DEFAULTS = {
 @pytest.fixture(params=DEFAULTS)
 def default(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     """Return what sets other defaults, which are taken back behind the test."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    dtype = torch.get_default_dtype()
     other_dtype, other_device = DEFAULTS[request.param]
 
     def change() -> None:
@@ -37,7 +37,8 @@ def default(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
 
     yield change
     torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
+    # Any device, cpu too, leaves a mode behind that torch.compile cannot trace through.
+    torch.set_default_device(None)
 
 
 Change = Callable[[], None]

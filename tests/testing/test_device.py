@@ -39,7 +39,7 @@ def test_the_kit_keeps_every_tensor_on_the_device_under_test() -> None:
     laws = [
         s for s in conformance.subjects(installed("torch")) if not dict(s.options).get("decode")
     ]
-    subjects = [s for s in laws if "second" not in s.name]
+    subjects = [s for s in laws if s.judge.__module__ != "gdn_ops.testing.derivatives"]
     pairs = [(subject, PACKED) for subject in subjects] + [(subjects[0], e) for e in EXAMPLES]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
