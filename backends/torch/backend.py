@@ -18,7 +18,7 @@ from gdn_ops.backends.torch.pure import pure
 from gdn_ops.backends.torch.segments import SegmentPlan
 from gdn_ops.backends.torch.spans import Span
 from gdn_ops.call.bind import Call
-from gdn_ops.call.numerics import LogGate, l2norm_backward
+from gdn_ops.call.numerics import l2norm_backward
 from gdn_ops.dispatch.registry import Backend, Forward, Grads
 from gdn_ops.kernel_support.host_memory import empty, settle_allocator
 from gdn_ops.kernel_support.tuning import TRIED, trying
@@ -135,7 +135,7 @@ class Torch(Backend):
             earlier += sum(rows)
             d_initial = unpack_state(d_packed, s.H, s.R)
             into.state.unflatten(1, (s.H, s.R))[cohort.sequences] = d_initial
-        return into.finished(call, loader.gate)
+        return into.finished(call)
 
     def pure(self, call: Call) -> tuple[Tensor, Tensor]:
         return pure(call)
@@ -212,7 +212,7 @@ class _Gradients(NamedTuple):
     k: Tensor
     v: Tensor
     beta: Tensor
-    log_decay: Tensor
+    alpha: Tensor
     state: Tensor
 
     @staticmethod
@@ -237,22 +237,18 @@ class _Gradients(NamedTuple):
         loader.store(self.k, span, d_k.unsqueeze(2))
         loader.store(self.v, span, grads.v)
         loader.store(self.beta, span, grads.beta)
-        if grads.log_decay is not None:
-            loader.store(self.log_decay, span, grads.log_decay)
+        if grads.alpha is not None:
+            loader.store(self.alpha, span, grads.alpha)
 
-    def finished(self, call: Call, gate: LogGate | None) -> Grads:
+    def finished(self, call: Call) -> Grads:
         """Return the gradients in the dtypes of the arguments."""
         d_alpha = d_log_alpha = None
-        if call.tokens.alpha is not None:
-            # §5 dα_t = d log α_t / α_t where α_t > 0; at 0 the sum is dα_t already
-            alpha = call.tokens.alpha.to(self.log_decay.dtype)
-            if gate is not None and gate.zero is not None:
-                alpha = torch.where(gate.zero, 1.0, alpha)
-            d_alpha = (self.log_decay / alpha).to(call.tokens.alpha.dtype)
-        elif call.tokens.log_alpha is not None:
-            # §5 d log α at −inf is 0
-            d_log = torch.where(torch.isneginf(call.tokens.log_alpha), 0.0, self.log_decay)
-            d_log_alpha = d_log.to(call.tokens.log_alpha.dtype)
+        alpha, log_alpha = call.tokens.alpha, call.tokens.log_alpha
+        if alpha is not None:
+            d_alpha = self.alpha.to(alpha.dtype)
+        elif log_alpha is not None:
+            # §5 d log α = α dα, 0 at −inf
+            d_log_alpha = (self.alpha * log_alpha.to(self.alpha.dtype).exp()).to(log_alpha.dtype)
         return Grads(
             self.q,
             self.k,

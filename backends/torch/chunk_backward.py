@@ -18,7 +18,6 @@ from gdn_ops.backends.torch.chunk_forward import (
     SegmentTerms,
     add_product_,
     bmm,
-    decay_factors,
     decay_state,
     next_state,
     packed,
@@ -32,14 +31,14 @@ class SegmentGrads(NamedTuple):
     """Hold the gradients of a segment, in the shapes of `Segment`, and of the state at its start.
 
     Attributes:
-        log_decay: d log α where α > 0 (and dα where α = 0, if `zeros` was given).
+        alpha: dα, where α = 0 too; None where nothing decays.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     beta: Tensor
-    log_decay: Tensor | None
+    alpha: Tensor | None
     state: Tensor
 
 
@@ -119,11 +118,11 @@ def backward_segment(
         M = (dA_D * beta).sum(2)
         dK = add_product_(dK, M + M.mT, x.k())
         E = torch.addcmul(E, dA * beta, terms.KK)
-    d_log = None
+    d_alpha = None
     if terms.decay is not None:
         edges = _gate_edges(terms, forward, reverse, d_o, dV, scale)
-        d_log = _gate_gradient(x, terms.decay, E, edges)
-    return SegmentGrads(dQ, dK, dV, d_beta, d_log, reverse.d_state)
+        d_alpha = _gate_gradient(terms.decay, E, edges)
+    return SegmentGrads(dQ, dK, dV, d_beta, d_alpha, reverse.d_state)
 
 
 def _forward_values(x: Segment, terms: SegmentTerms, state: Tensor) -> ForwardValues:
@@ -233,26 +232,17 @@ def _gate_edges(
     return GateEdges(start, end, inner.unflatten(-1, (R, V)).sum((-3, -1)))
 
 
-def _gate_gradient(x: Segment, decay: Decay, E: Tensor, edges: GateEdges) -> Tensor:
-    """Return d log α, and dα where α = 0, (n, G, R, C)."""
-    d_log = _straddling(E, edges, decay)
-    across_zeros = None if x.zeros is None else decay_factors(x, crossings=1)
-    if x.zeros is None or across_zeros is None:
-        return d_log
-    # §5 at α_t = 0, the same sum over the pairs with one zero between them
-    before = functional.pad(x.zeros[..., :-1], (1, 0))
-    return torch.where(x.zeros > before, _straddling(E, edges, across_zeros), d_log)
+def _gate_gradient(decay: Decay, E: Tensor, edges: GateEdges) -> Tensor:
+    """Return dα, (n, G, R, C): Σ D_it E_ij D_{t−1,j} over the pairs i ≥ t > j.
 
-
-def _straddling(E: Tensor, edges: GateEdges, decay: Decay) -> Tensor:
-    """Return d log α_t of §5: the sum of X = E ⊙ D over the pairs i ≥ t > j, (n, G, R, C).
-
-    Only straddling pairs are added, none is subtracted, so that a tiny α keeps its relative
-    precision: every term holds α_t as a factor.
+    D_it D_{t−1,j} is D_ij without its factor α_t, so nothing is divided by α_t, which may be tiny
+    or 0. Pairs on one side of t are left out, not subtracted.
     """
-    ones = torch.ones(E.shape[-2:], dtype=E.dtype, device=E.device)
-    # Σ_{i≥t} X_ij by a product with ones, then Σ_{j<t}            [C, C] -> [C]
-    inner = _rowsum(bmm(ones.triu().expand(E.shape), E * decay.D), ones.tril(-1))
-    from_start = (edges.start * decay.b).flip(-1).cumsum(-1).flip(-1)
-    to_end = functional.pad((edges.end * decay.d)[..., :-1].cumsum(-1), (1, 0))
-    return inner + from_start + to_end + (edges.corner * decay.b_C).unsqueeze(-1)
+    D, d = decay.D, decay.d
+    # §5 Σ_{i≥t} D_it E_ij, with the row C of E: d_t E_Cj          [C, C]
+    reading = torch.addcmul(bmm(D.mT, E), d.unsqueeze(-1), edges.end.unsqueeze(-2))
+    inner = _rowsum(reading[..., 1:, :], D[..., :-1, :])
+    # §5 the same of the column start, b_{t−1} Σ_{i≥t} D_it E_i,start   [C]
+    of_start = (D * edges.start.unsqueeze(-1)).sum(-2) + d * edges.corner.unsqueeze(-1)
+    b_before = functional.pad(decay.b[..., :-1], (1, 0), value=1.0)
+    return functional.pad(inner, (1, 0)) + b_before * of_start

@@ -146,11 +146,8 @@ def decay_state(b_C: Tensor | None, state: Tensor, inplace: bool = False) -> Ten
     return state
 
 
-def decay_factors(x: Segment, crossings: int = 0) -> Decay | None:
-    """Form D, b, d and b_C, keeping only pairs with `crossings` zeros of α between them.
-
-    crossings=0 gives the factors of §3, crossings=1 the D¹ of §5.
-    """
+def decay_factors(x: Segment) -> Decay | None:
+    """Form D, b, d and b_C of §3: of pairs with no zero of α between them, and 0 of others."""
     G, z = x.log_decay_cumsum, x.zeros
     if G is None:
         return None
@@ -160,10 +157,10 @@ def decay_factors(x: Segment, crossings: int = 0) -> Decay | None:
     b_C = b[..., -1]
     dropped = ~_causal(x)
     if z is not None:
-        dropped = dropped | (z.unsqueeze(-1) - z.unsqueeze(-2) != crossings)
-        b = b * (z == crossings)
-        d = d * (z[..., -1:] - z == crossings)
-        b_C = b_C * (z[..., -1] == crossings)
+        dropped = dropped | (z.unsqueeze(-1) != z.unsqueeze(-2))
+        b = b * (z == 0)
+        d = d * (z[..., -1:] == z)
+        b_C = b_C * (z[..., -1] == 0)
     # §4 D_ij = exp(G_i − G_j) [z_i = z_j],  i ≥ j      [C, C]
     return Decay(D.masked_fill_(dropped, -torch.inf).exp_(), b, d, b_C)
 

@@ -38,7 +38,7 @@ class SegmentLoader:
         self.dtype = call.compute_dtype
         self.gate: LogGate | None = None
         if call.rule.has_decay:
-            self.gate = log_gate(call.tokens.alpha, call.tokens.log_alpha, self.dtype)
+            self.gate = log_gate(call.tokens.alpha, call.tokens.log_alpha)
         s = call.sizes
         self.beta = (
             torch.ones(s.B, s.T, s.HV, dtype=self.dtype, device=call.device)

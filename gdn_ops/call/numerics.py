@@ -60,16 +60,14 @@ def l2norm_backward(x: Tensor, d_normalised: Tensor) -> Tensor:
     return r * (d_normalised - y * (y * d_normalised).sum(-1, keepdim=True))
 
 
-def log_gate(alpha: Tensor | None, log_alpha: Tensor | None, dtype: torch.dtype) -> LogGate:
+def log_gate(alpha: Tensor | None, log_alpha: Tensor | None) -> LogGate:
     """Split a gate into a finite logarithm and a mask of its zeros (docs/math.md §4).
 
-    A positive alpha below the smallest normal number counts as 0: the result differs by
-    less than that number, and its gradient is the exact one of 0.
+    A positive alpha acts as itself, however small: only 0 counts as 0.
 
     Args:
         alpha: the gate in [0, 1], or None.
         log_alpha: the gate in [-inf, 0]; exactly one of the two is given.
-        dtype: the compute dtype. `log` is in the dtype of cumulative sums.
     """
     given = log_alpha if alpha is None else alpha
     if given is None:
@@ -77,7 +75,7 @@ def log_gate(alpha: Tensor | None, log_alpha: Tensor | None, dtype: torch.dtype)
     wide = cumulative_dtype(given.device)
     gate = given.to(wide)
     if alpha is not None:
-        zero = gate < torch.finfo(dtype).tiny
+        zero = gate == 0
         log = torch.where(zero, 1.0, gate).log()
     else:
         zero = torch.isneginf(gate)

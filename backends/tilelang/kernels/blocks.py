@@ -42,8 +42,15 @@ F32, I32 = "float32", "int32"
 
 L2NORM_EPSILON = 1e-6
 LOG_FLOOR = -1000.0
-SMALLEST_NORMAL = 1.1754943508222875e-38
 """The conventions of `gdn_ops.call.numerics`, for float32."""
+
+LIFTED = -1
+LIFT, EXP_OF_LIFT = 60.0, 1.1420073898156842e26
+"""Stand in place of a count of zeros for decays that are e**60 times as large, and 1 at most.
+
+With α_t below e**-60 that is what its gradient is formed of, so that neither a product with α_t
+nor a quotient by it leaves the range of float32 (docs/math.md §5).
+"""
 
 NO_DECAY, ALPHA, LOG_ALPHA = 0, 1, 2
 """Forms in which a call may give the decay."""
@@ -158,10 +165,14 @@ def blocks(T: Any) -> SimpleNamespace:
         """Return exp(G_i - G_j) where `crossed` zeros lie between, else 0 (docs/math.md §4).
 
         G = hi + lo: equal parts cancel exactly, so a difference of large sums keeps its
-        precision. It is at most 0 for i >= j; the minimum keeps the other half finite.
+        precision. It is at most 0 for i >= j; the other half is kept finite. A minimum would lose
+        NaN.
         """
         log = (hi_i - hi_j) + (lo_i - lo_j)
-        return T.if_then_else(z_i - z_j == float(crossed), T.exp(T.min(log, 0.0)), 0.0)
+        if crossed == LIFTED:
+            log, crossed = log + LIFT, 0
+        factor = T.exp(T.if_then_else(log > 0.0, 0.0, log))
+        return T.if_then_else(z_i - z_j == float(crossed), factor, 0.0)
 
     def pair_decay(g: Any, i: Any, j: Any, crossed: int) -> Any:
         """Return D_ij of a chunk with gates g (4, C), or D¹_ij."""

@@ -6,7 +6,15 @@ What they work on are vectors (Row.COUNT, C) and squares (C, C) in shared memory
 from types import SimpleNamespace
 from typing import Any
 
-from gdn_ops.backends.tilelang.kernels.blocks import ALPHA, F32, blocks, macros
+from gdn_ops.backends.tilelang.kernels.blocks import (
+    ALPHA,
+    EXP_OF_LIFT,
+    F32,
+    LIFT,
+    LIFTED,
+    blocks,
+    macros,
+)
 from gdn_ops.backends.tilelang.kernels.gates import Norm
 
 QUARTERS = 4
@@ -121,6 +129,17 @@ def gate_gradient(T: Any, C: int, BK: int, erase: bool) -> SimpleNamespace:
             for i in T.Parallel(C):
                 if t[Row.IS_ZERO, i] > 0.0:
                     t[Row.TOTAL, i] = t[Row.PAIR, i]
+        if kind == ALPHA and g[0, C - 1] < -LIFT:
+            # §5 dα_t where 0 < α_t < e⁻⁶⁰: X is e⁶⁰ E ⊙ D                           [C]
+            for i, j in T.Parallel(C, C):
+                m.X[i, j] = f.dP[i, j] * b.pair_decay(g, i, j, LIFTED)
+            chunk_decay(g, t, LIFTED)
+            sum_straddling(m, Row.PAIR)
+            for i in T.Parallel(C):
+                hi = T.if_then_else(i > 0, g[0, T.max(i - 1, 0)], 0.0)
+                lo = T.if_then_else(i > 0, g[1, T.max(i - 1, 0)], 0.0)
+                if i < rest and (g[0, i] - hi) + (g[1, i] - lo) < -LIFT:
+                    t[Row.TOTAL, i] = t[Row.PAIR, i] / (gate[first + i, hv] * EXP_OF_LIFT)
         for i in T.Parallel(C):
             if i < rest:
                 d_gate[first + i, hv] = t[Row.TOTAL, i]

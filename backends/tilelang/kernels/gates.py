@@ -9,7 +9,6 @@ from gdn_ops.backends.tilelang.kernels.blocks import (
     L2NORM_EPSILON,
     LOG_FLOOR,
     NO_DECAY,
-    SMALLEST_NORMAL,
 )
 
 LOWEST = -3.4028234663852886e38
@@ -72,10 +71,11 @@ def gates_of_chunk(T: Any, C: int, BK: int) -> SimpleNamespace:
         """Set G, z and β of a head in shared memory; z is the last row of its sums."""
         for i in T.Parallel(C):
             given = T.if_then_else(kind != NO_DECAY and i < at.rest, gate[at.first + i, at.hv], 0.0)
-            is_zero = T.if_then_else(kind == ALPHA, given < SMALLEST_NORMAL, given < LOWEST)
+            is_zero = T.if_then_else(kind == ALPHA, given == 0.0, given < LOWEST)
             is_zero = is_zero and i < at.rest and kind != NO_DECAY
             alpha = T.if_then_else(is_zero or kind != ALPHA or i >= at.rest, 1.0, given)
-            in_logs = T.if_then_else(is_zero or kind == ALPHA, 0.0, T.max(given, LOG_FLOOR))
+            in_logs = T.if_then_else(is_zero or kind == ALPHA, 0.0, given)
+            in_logs = T.if_then_else(in_logs < LOG_FLOOR, LOG_FLOOR, in_logs)
             m.x_sums[0, i] = T.log(T.cast(alpha, "float64")) + T.cast(in_logs, "float64")
             m.z_sums[0, i] = T.if_then_else(is_zero, 1.0, 0.0)
             m.beta[i] = T.if_then_else(

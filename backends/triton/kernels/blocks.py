@@ -30,7 +30,6 @@ LOG_ALPHA = tl.constexpr(2)
 
 L2NORM_EPSILON = tl.constexpr(1e-6)
 LOG_FLOOR = tl.constexpr(-1000.0)
-SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 """The conventions of `gdn_ops.call.numerics`, for float32."""
 
 EXPONENT = tl.constexpr(0x7F800000)
@@ -40,6 +39,15 @@ TWICE_ONE_EXPONENT = tl.constexpr(0x7F000000)
 HALF_OF_TF32 = tl.constexpr(0x1000)
 UPPER_OF_TF32 = tl.constexpr(-0x2000)
 """Half of the last bit of TF32 in a float32, and the bits of sign, exponent and mantissa."""
+
+LIFTED = tl.constexpr(-1)
+LIFT = tl.constexpr(60.0)
+EXP_OF_LIFT = tl.constexpr(1.1420073898156842e26)
+"""Stand in place of a count of zeros for decays that are e**60 times as large, and 1 at most.
+
+With α_t below e**-60 that is what its gradient is formed of, so that neither a product with α_t
+nor a quotient by it leaves the range of float32 (docs/math.md §5).
+"""
 
 
 @triton.jit
@@ -81,10 +89,14 @@ def decay(hi_i, lo_i, z_i, hi_j, lo_j, z_j, CROSSED: tl.constexpr):
     """Return exp(G_i - G_j) where CROSSED zeros lie between, else 0 (docs/math.md §4).
 
     G = hi + lo: equal parts cancel exactly, so a difference of large sums keeps its precision.
-    It is at most 0 for i >= j; the minimum keeps the other half finite.
+    It is at most 0 for i >= j; the other half is kept finite. A minimum would lose NaN.
     """
     log = (hi_i - hi_j) + (lo_i - lo_j)
-    return tl.where(z_i - z_j == CROSSED, tl.exp(tl.minimum(log, 0.0)), 0.0)
+    zeros = CROSSED
+    if CROSSED == LIFTED:
+        log += LIFT
+        zeros = 0
+    return tl.where(z_i - z_j == zeros, tl.exp(tl.where(log > 0.0, 0.0, log)), 0.0)
 
 
 @triton.jit

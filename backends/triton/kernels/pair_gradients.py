@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import (
+    ALPHA,
+    LIFT,
+    LIFTED,
     NO_DECAY,
     chunk_row,
     chunk_rows,
@@ -35,6 +38,15 @@ def zeros_at(gates, hv, slot, t, HV, chunk_slots, C: tl.constexpr):
     """Return whether α_t = 0 for tokens t of a chunk, from the running count z: bool, like t."""
     z = chunk_row(gates, 2 * HV + hv, slot, t, chunk_slots, C)
     return tl.load(z) > tl.load(z - 1, mask=t > 0, other=0.0)
+
+
+@triton.jit
+def faint_at(gates, hv, slot, t, HV, chunk_slots, C: tl.constexpr):
+    """Return whether 0 < α_t < e**-60 for tokens t of a chunk, from its log sums: bool, like t."""
+    hi = chunk_row(gates, hv, slot, t, chunk_slots, C)
+    lo = chunk_row(gates, HV + hv, slot, t, chunk_slots, C)
+    rest = tl.load(lo) - tl.load(lo - 1, mask=t > 0, other=0.0)
+    return (tl.load(hi) - tl.load(hi - 1, mask=t > 0, other=0.0)) + rest < -LIFT
 
 
 @triton.jit
@@ -140,6 +152,16 @@ def pair_gradients(
                 )  # fmt: skip
                 is_zero = zeros_at(gates, hv, slot, tl.minimum(j + 1, C - 1), HV, chunk_slots, C)
                 sums = tl.where(is_zero, straddling(E * D, i, j), sums)
+            if GATE == ALPHA:  # noqa: SIM102  (known when compiled, the next one is not)
+                if tl.min(hi, 0) < -LIFT:
+                    D = decay(
+                        hi_i[:, None], lo_i[:, None], z_i[:, None],
+                        hi[None, :], lo[None, :], z[None, :], LIFTED,
+                    )  # fmt: skip
+                    is_faint = faint_at(
+                        gates, hv, slot, tl.minimum(j + 1, C - 1), HV, chunk_slots, C
+                    )
+                    sums = tl.where(is_faint, straddling(E * D, i, j), sums)
             to_sums = chunk_row(gate_sums, part * HV + hv, slot, j, chunk_slots, C)
             tl.store(to_sums + 1, sums, mask=inner)
             tl.store(to_sums, tl.zeros([C], tl.float32), mask=j == 0)

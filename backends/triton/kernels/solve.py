@@ -18,7 +18,6 @@ from gdn_ops.backends.triton.kernels.blocks import (
     ALPHA,
     LOG_FLOOR,
     NO_DECAY,
-    SMALLEST_NORMAL,
     chunk_row,
     chunk_rows,
     decay,
@@ -40,12 +39,13 @@ def log_sums(gate, valid, GATE: tl.constexpr):
     """
     if GATE == ALPHA:
         alpha = tl.load(gate, mask=valid, other=1.0).to(tl.float32)
-        zero = alpha < SMALLEST_NORMAL
+        zero = alpha == 0.0
         log = tl.log(tl.where(zero, 1.0, alpha).to(tl.float64))
     else:
         given = tl.load(gate, mask=valid, other=0.0).to(tl.float32)
         zero = given == float("-inf")
-        log = tl.maximum(tl.where(zero, 0.0, given), LOG_FLOOR).to(tl.float64)
+        finite = tl.where(zero, 0.0, given)
+        log = tl.where(finite < LOG_FLOOR, LOG_FLOOR, finite).to(tl.float64)
     G = tl.cumsum(log, 0)
     hi = G.to(tl.float32)
     return hi, (G - hi.to(tl.float64)).to(tl.float32), tl.cumsum(zero.to(tl.float32), 0)

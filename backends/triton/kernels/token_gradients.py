@@ -15,6 +15,9 @@ import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import (
     ALPHA,
+    EXP_OF_LIFT,
+    LIFT,
+    LIFTED,
     NO_DECAY,
     chunk_row,
     chunk_rows,
@@ -28,7 +31,7 @@ from gdn_ops.backends.triton.kernels.blocks import (
     widened,
 )
 from gdn_ops.backends.triton.kernels.output import written
-from gdn_ops.backends.triton.kernels.pair_gradients import zeros_at
+from gdn_ops.backends.triton.kernels.pair_gradients import faint_at, zeros_at
 from gdn_ops.backends.triton.kernels.states import chunk_decay
 
 
@@ -57,10 +60,17 @@ def gate_total(
     is_zero = zeros_at(gates, hv, slot, i, HV, chunk_slots, C)
     if GATE == ALPHA:
         total = total / tl.where(is_zero, 1.0, given)
-        _hi_C, _lo_C, z_C = read_gates(gates, hv, slot, C - 1, HV, chunk_slots, C)
+        hi_C, _lo_C, z_C = read_gates(gates, hv, slot, C - 1, HV, chunk_slots, C)
         if z_C > 0:
             at_zero = gate_gradient(start, end, corner, gates, hv, slot, i, HV, chunk_slots, C, 1)
             total = tl.where(is_zero, at_zero + sums, total)
+        if hi_C < -LIFT:
+            is_faint = faint_at(gates, hv, slot, i, HV, chunk_slots, C)
+            lifted = gate_gradient(
+                start, end, corner, gates, hv, slot, i, HV, chunk_slots, C, LIFTED
+            )
+            quotient = (lifted + sums) / tl.where(is_faint, given * EXP_OF_LIFT, 1.0)
+            total = tl.where(is_faint, quotient, total)
     else:
         total = tl.where(is_zero, 0.0, total)
     return total
