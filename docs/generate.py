@@ -188,7 +188,7 @@ def signature_of(name: str, value: Any) -> list[str]:
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and not any(p.startswith("*") for p in parts):
             parts.append("*")
-        # What is `Never` is taken only to be refused by name.
+        # Leave out arguments typed `Never`: they are only refused by name.
         if parameter.name != "self" and parameter.annotation != "Never":
             parts.append(_parameter(parameter))
     ending = "" if kind or not _annotation(value) else f" -> {_annotation(value)}"
@@ -330,7 +330,7 @@ def bodies_table() -> str:
 
 
 TABLES = {"laws": laws_table, "mutants": mutants_table, "bodies": bodies_table}
-"""What stands between `<!-- laws -->` and `<!-- /laws -->` in a page, and so on."""
+"""Makes the text between `<!-- laws -->` and `<!-- /laws -->` of a page, and so on."""
 
 
 def filled_pages() -> dict[str, str]:

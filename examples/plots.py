@@ -118,7 +118,7 @@ def name_ends(axis: Any, ends: dict[str, tuple[str, float]]) -> None:
     for i, name in enumerate(order):
         least = places[-1] + (need[i - 1] + need[i]) if places else 0.0
         places.append(max(heights[name], least))
-    # What was pushed out above comes down, and pushes what is below it.
+    # Move labels past the upper edge down, and those below them with them.
     most = 1.0
     for i in reversed(range(len(order))):
         places[i] = min(places[i], most)

@@ -33,7 +33,7 @@ _FOREIGN = {
     b"ORTM": "a model of onnxruntime's own format: keep the .onnx file it was made of",
     b"version https://git-lfs": "a Git LFS pointer: git lfs pull fetches the file",
 }
-"""What a file is, by its first bytes."""
+"""Names a kind of file by its first bytes."""
 
 _ORT_MAGIC = slice(4, 8)
 

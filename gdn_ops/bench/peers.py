@@ -180,7 +180,7 @@ def _onnxruntime() -> Contender:
     def session(q_heads: int, v_heads: int, scale: float) -> Any:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # What it cannot do is raised.
+        # Let its error through where it cannot do the call.
         options.log_severity_level = 4
         text = _LINEAR_ATTENTION.format(q_heads=q_heads, v_heads=v_heads, scale=scale)
         model = parser.parse_model(text).SerializeToString()

@@ -32,7 +32,7 @@ _PROTOTYPE: Final = re.compile(r"#ifdef __cplusplus\nextern \"C\"\n#endif\n\w+ \
 _memory = threading.local()
 
 GRID: Final = "the grid along "
-"""What the names of axes of the grid begin with, among those of tiles."""
+"""Tells the axes of the grid from those of tiles: their names begin so."""
 
 
 class Parameter(NamedTuple):
