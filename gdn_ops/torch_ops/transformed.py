@@ -107,7 +107,17 @@ def unfold(plain: Plain, rows: int, x: Tensor, is_of_tokens: bool) -> Tensor:
     return x.reshape(rows, s.B, *x.shape[1:])
 
 
-class _Forward(torch.autograd.Function):
+class _KeepingInputs(torch.autograd.Function):
+    """Keep the call and its tensors for a backward."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        plain, *tensors = inputs
+        ctx.plain = plain
+        ctx.save_for_backward(*tensors)
+
+
+class _Forward(_KeepingInputs):
     """Run a call of any op on a backend; its gradients are those of `_Backward`."""
 
     @staticmethod
@@ -122,12 +132,6 @@ class _Forward(torch.autograd.Function):
             else:
                 results = plain.backend.decode_many(call)
         return tuple(x for x in results if x is not None)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        plain, *tensors = inputs
-        ctx.plain = plain
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plain: Plain, *tensors: Tensor | None) -> Any:
@@ -167,7 +171,7 @@ def differentiable_backward(
     return [None if x is None else next(grads) for x in tensors]
 
 
-class _Backward(torch.autograd.Function):
+class _Backward(_KeepingInputs):
     """Return the gradients of a sequence call by the tensors that are there."""
 
     @staticmethod
@@ -181,12 +185,6 @@ class _Backward(torch.autograd.Function):
         return tuple(
             torch.zeros_like(x) if grad is None else grad for grad, x in present if x is not None
         )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        plain, *tensors = inputs
-        ctx.plain = plain
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plain: Plain, *tensors: Tensor | None) -> Any:
