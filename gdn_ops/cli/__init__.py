@@ -32,12 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, and exit with the code that says how it went."""
     _make_streams_safe()
     warnings.showwarning = _show_warning
-    _interrupt.listen(_interrupt.interrupt_then_end)
-    raise SystemExit(run(sys.argv[1:] if arguments is None else list(arguments)))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    code = _interrupt.run(lambda: run(given))
+    if code == exit_codes.INTERRUPTED:
+        _drop_output()
+    raise SystemExit(code)
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command and return its exit code; what goes wrong is a line on stderr."""
+    """Run a command and return its exit code; what goes wrong is a line on stderr.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came.
+    """
     try:
         from gdn_ops.cli.commands import run_command
 
@@ -48,13 +55,12 @@ def run(arguments: list[str]) -> int:
             code = exit_codes.DONE
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print("\ngdn-ops: interrupted", file=sys.stderr)
-        return exit_codes.INTERRUPTED
     except BrokenPipeError:
         _drop_output()
         return exit_codes.CLOSED_PIPE
     except Exception as error:
+        if _interrupt.came():
+            raise KeyboardInterrupt from error
         code, text = _verdict(error)
         if code == exit_codes.UNFORESEEN and os.environ.get(TRACEBACK) == "1":
             traceback.print_exc()

@@ -81,17 +81,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     backends = [n for n in options.backend.split(",") if n]
     peers = [n for n in options.peer.split(",") if n not in ("", "none")]
-    _interrupt.listen(_interrupt.interrupt_then_end)
-    try:
-        if not (math.isfinite(options.seconds) and options.seconds >= 1):
-            raise ValueError(f"--seconds is {options.seconds}, should be at least 1")
-        return show_run(backends, peers, options.seconds, options.out)
-    except (ValueError, OSError) as error:
-        print(f"bench gpu: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nbench gpu: interrupted", file=sys.stderr)
-        return _interrupt.CODE
+
+    def measure() -> int:
+        try:
+            if not (math.isfinite(options.seconds) and options.seconds >= 1):
+                raise ValueError(f"--seconds is {options.seconds}, should be at least 1")
+            return show_run(backends, peers, options.seconds, options.out)
+        except (ValueError, OSError) as error:
+            print(f"bench gpu: {error}", file=sys.stderr)
+            return 2
+
+    return _interrupt.run(measure)
 
 
 def show_run(
