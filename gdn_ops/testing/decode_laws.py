@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops.call.numerics import compute_dtype
+from gdn_ops.spec.errors import SpecError
+from gdn_ops.testing.decoding import Decoding
 from gdn_ops.testing.example import Example
-from gdn_ops.testing.oracle import Judgement, Verdict, judgement, judgement_of, unit_roundoff, worst
+from gdn_ops.testing.oracle import Judgement, Verdict, worst
 from gdn_ops.testing.runs import compare, single, token_slice
 
 
@@ -38,95 +39,43 @@ def single_steps_equal_one_prefill(backend: str, example: Example) -> Verdict:
 
 def an_in_place_step_equals_a_step(backend: str, example: Example) -> Verdict:
     """Law 3, in place: the state tensor itself is updated, to the same values."""
-    example = replace(example, lengths=None, T=1, initial_state=True)
-    arguments = example.arguments()
-    arguments.pop("chunk_size")
-    state = arguments.pop("initial_state")
-    token = single(arguments)
-    mine = state.clone()
-    o, returned = gdn_ops.gated_delta_step(**token, state=mine, inplace=True, backend=backend)
-    if returned is not mine:
-        return Verdict.exact(False, "the returned state is not the given tensor")
-    got = {"o": o.unsqueeze(1), "final_state": mine}
-    return judgement(example, False).judge(got)
+    call = Decoding.of(replace(example, lengths=None, T=1, initial_state=True, slots=None))
+
+    def step(state: Tensor | None, inplace: bool) -> tuple[Tensor, ...]:
+        tokens = single(call.tokens_in(state))
+        o, new = gdn_ops.gated_delta_step(**tokens, state=state, inplace=inplace, backend=backend)
+        return o.unsqueeze(1), new
+
+    return worst(_verdicts(call, [call.judgement(1)], step, inplace=True))
 
 
-@dataclass(frozen=True)
-class _Decoding:
-    """Hold one call of a decode op, made from an example.
-
-    Attributes:
-        example: the example, without packed sequences.
-        tokens: the arguments but the state, with a token axis; NaN in rows that are skipped.
-        state: the rows' states (B, HV, K, V), or None.
-        slots: (B,) int64, or None where there is no pool.
-        live: (B,) bool, the rows that are not skipped.
-    """
-
-    example: Example
-    tokens: dict[str, Any]
-    state: Tensor | None
-    slots: Tensor | None
-    live: Tensor
-
-    @staticmethod
-    def of(example: Example) -> _Decoding:
-        example = replace(example, lengths=None)
-        tokens = example.arguments()
-        tokens.pop("chunk_size")
-        state = tokens.pop("initial_state", None)
-        if state is not None and example.state_dtype is not None:
-            state = state.to(getattr(torch, example.state_dtype))
-        device = tokens["v"].device
-        if example.slots is None:
-            return _Decoding(
-                example, tokens, state, None, torch.ones(example.B, dtype=torch.bool, device=device)
-            )
-        slots = torch.tensor(example.slots, dtype=torch.int64, device=device)
-        for name in ("q", "k", "v"):
-            tokens[name][slots < 0] = torch.nan
-        return _Decoding(example, tokens, state, slots, slots >= 0)
-
-    def pool(self) -> tuple[Tensor, Tensor]:
-        """Return (buffer, pool): NaN but for the rows' states in their slots.
-
-        The pool is a part of the buffer, with NaN before and behind, and between the slots too
-        if the example is strided.
-        """
-        assert self.state is not None and self.slots is not None
-        layers = 2 if self.example.strided else 1
-        shape = (self.example.pool + 2, layers, *self.state.shape[1:])
-        buffer = torch.full(shape, torch.nan, dtype=self.state.dtype, device=self.state.device)
-        pool = buffer[1:-1, 0]
-        pool[self.slots[self.live]] = self.state[self.live]
-        return buffer, pool
-
-    def indices(self) -> Tensor | None:
-        """Return `state_indices`, as int32 or int64 depending on the seed; None without a pool."""
-        if self.slots is None:
-            return None
-        return self.slots.to(torch.int32 if self.example.seed % 2 else torch.int64)
-
-    def judgement(self, tokens: int) -> Judgement:
-        """Return the reference and the allowances of the live rows after some tokens."""
-        arguments = token_slice(self.tokens, slice(0, tokens))
-        arguments = {
-            name: x[self.live] if isinstance(x, Tensor) else x for name, x in arguments.items()
-        }
-        wide = compute_dtype(self.tokens["q"].dtype)
-        stored = wide if self.state is None else self.state.dtype
-        if self.state is not None:
-            arguments["initial_state"] = self.state[self.live].to(wide)
-        rows = int(self.live.sum())
-        judged = judgement_of(arguments, None, replace(self.example, B=rows, T=tokens, slots=None))
-        if stored == wide:
-            return judged
-        # The state is rounded once more, when it is stored.
-        size = judged.scale["final_state"]
-        least = torch.finfo(stored).smallest_normal * torch.finfo(stored).eps
-        rounding = unit_roundoff(stored) * size + least * (self.example.K * self.example.V) ** 0.5
-        allowance = {**judged.allowance, "final_state": judged.allowance["final_state"] + rounding}
-        return replace(judged, allowance=allowance)
+def an_overlapping_state_is_refused(backend: str, example: Example) -> Verdict:
+    """Law 3, memory: a state or pool with elements at one address is not updated in place."""
+    call = Decoding.of(replace(example, lengths=None, T=min(example.T, 3), initial_state=True))
+    given = call.state if call.slots is None else call.pool()[1]
+    assert given is not None
+    axes = [axis for axis, size in enumerate(given.shape) if size > 1]
+    if not axes or not given.numel():
+        return Verdict.exact(True, "no two elements")
+    axis = axes[example.seed % len(axes)]
+    state = given.narrow(axis, 0, 1).expand(given.shape)
+    options: dict[str, Any] = {"state": state, "state_indices": call.indices(), "inplace": True}
+    tokens = call.tokens
+    calls: list[Callable[[], object]] = [
+        lambda: gdn_ops.gated_delta_steps(**tokens, **options, backend=backend)
+    ]
+    if call.example.T == 1:
+        token = single(tokens)
+        calls.append(lambda: gdn_ops.gated_delta_step(**token, **options, backend=backend))
+    for run in calls:
+        try:
+            run()
+        except SpecError as error:
+            if "share memory" in str(error):
+                continue
+            return Verdict.exact(False, f"the message does not speak of memory: {error}")
+        return Verdict.exact(False, f"axis {axis} of the state is expanded, and was accepted")
+    return Verdict.exact(True, "refused")
 
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -140,7 +89,7 @@ def _same_bits(x: Tensor, y: Tensor) -> bool:
 
 
 def _broken_fence(
-    call: _Decoding, before: Tensor, buffer: Tensor, pool: Tensor, new: Tensor, inplace: bool
+    call: Decoding, before: Tensor, buffer: Tensor, pool: Tensor, new: Tensor, inplace: bool
 ) -> Iterator[Verdict]:
     """Yield a failing verdict for each change to memory that no row names.
 
@@ -169,12 +118,12 @@ def a_pool_equals_separate_states(backend: str, example: Example) -> Verdict:
     example = replace(example, lengths=None, T=1, initial_state=True)
     if example.slots is None:
         example = replace(example, slots=tuple(reversed(range(example.B))), pool=example.B + 1)
-    call = _Decoding.of(example)
+    call = Decoding.of(example)
     wanted = [call.judgement(1)]
 
     def step(state: Tensor | None, inplace: bool) -> tuple[Tensor, ...]:
         o, new = gdn_ops.gated_delta_step(
-            **single(call.tokens),
+            **single(call.tokens_in(state)),
             state=state,
             state_indices=call.indices(),
             inplace=inplace,
@@ -189,12 +138,12 @@ def steps_equal_one_step_after_another(backend: str, example: Example) -> Verdic
     """Law 3, a few steps: o and the state after every token equal those of single steps."""
     if example.slots is not None:
         example = replace(example, initial_state=True)
-    call = _Decoding.of(replace(example, lengths=None, T=min(example.T, 20)))
+    call = Decoding.of(replace(example, lengths=None, T=min(example.T, 20)))
     wanted = [call.judgement(t + 1) for t in range(call.example.T)]
 
     def steps(state: Tensor | None, inplace: bool) -> tuple[Tensor, ...]:
         return gdn_ops.gated_delta_steps(  # type: ignore[no-any-return]
-            **call.tokens,
+            **call.tokens_in(state),
             state=state,
             state_indices=call.indices(),
             inplace=inplace,
@@ -208,7 +157,7 @@ def steps_equal_one_step_after_another(backend: str, example: Example) -> Verdic
 
 
 def _verdicts(
-    call: _Decoding,
+    call: Decoding,
     wanted: list[Judgement],
     run: Callable[[Tensor | None, bool], tuple[Tensor, ...]],
     inplace: bool,
@@ -226,7 +175,7 @@ def _verdicts(
         yield from _broken_fence(call, before, buffer, pool, new, inplace)
         final = new[call.slots[live]]
     else:
-        state = None if given is None else given.clone()
+        state = call.own_state()
         o, new, *states = run(state, inplace)
         if inplace and new is not state:
             yield Verdict.exact(False, "the returned state is not the given tensor")

@@ -5,6 +5,7 @@ An `Example` prints as the code that makes it, so a failure is reproduced by pas
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -28,10 +29,24 @@ BETAS = ("unit", "wide", "edges", "none")
 KEYS = ("random", "parallel", "repeated")
 """How keys of norm 1 are drawn: independent; nearly parallel; from three vectors."""
 
-MAGNITUDES = ("unit", "half_range", "large_gradients", "tiny_keys")
+MAGNITUDES = ("unit", "half_range", "large_gradients", "tiny_keys", "faint")
 """How large numbers are: of the order of 1; values near 3e4 with alternating signs and states
 beyond 65504, read by tiny queries; gradients that large, with tiny keys and values; zero and tiny
-keys among others. What a call results in fits float16, what is formed on the way may not."""
+keys among others; one decay per sequence around the smallest normal float32, after which a large
+state is as small as the values that follow. What a call of float16 results in fits float16, what is
+formed on the way may not."""
+
+FAINT_DECAYS = (2.0**-123, 2.0**-126, 2.0**-127, 2.0**-128)
+"""The decays of `faint`: two normal numbers of float32, two subnormal ones."""
+
+FAINT = 2.0**-127
+"""What a large state is multiplied by in `faint`, about."""
+
+STATE_LAYOUTS = ("dense", "transposed", "gaps", "heads_last")
+"""How the state of a call of a decode op lies in memory, as a part of it or with other strides."""
+
+SHARED = ("q", "k", "v", "gate", "beta")
+"""What may lie in the memory of the state that a decode op updates in place."""
 
 Results = dict[str, Tensor]
 
@@ -62,6 +77,9 @@ class Example:
         qk_l2norm, scale, chunk_size: as in the call.
         strided: whether q, k, v are views with gaps.
         state_dtype: of the state in a call of a decode op; the compute dtype by default.
+        state_layout: in a call of a decode op, see STATE_LAYOUTS.
+        shared: in a call of a decode op in place, the argument that is a view of the state, or
+            None; see SHARED.
         slots: in a call of a decode op, `state_indices` into a pool, or None for no pool.
         pool: how many slots the pool has.
         seed: of every random number.
@@ -88,6 +106,8 @@ class Example:
     chunk_size: int | None = None
     strided: bool = False
     state_dtype: str | None = None
+    state_layout: str = "dense"
+    shared: str | None = None
     slots: tuple[int, ...] | None = None
     pool: int = 0
     seed: int = 0
@@ -130,8 +150,34 @@ class Example:
                 d_state=2.0**17,
             ),
             "tiny_keys": Units(v=100.0, state=100.0, d_o=2.0**-14, d_state=2.0**-14),
+            "faint": Units(),
         }
+        if self.is_faint:
+            return Units(v=self._large * FAINT, state=self._large)
         return kinds[self.magnitude]
+
+    @property
+    def is_faint(self) -> bool:
+        """Return whether one decay per sequence is one of FAINT_DECAYS: where not all are 1."""
+        has_decay = GATED_DELTA.rule[self.rule].has_decay and self.gate != "one"
+        return self.magnitude == "faint" and has_decay
+
+    @property
+    def _large(self) -> float:
+        """Return the size of the state before a faint decay, for values that the dtype can hold."""
+        return 2.0**115 if self.dtype == "float16" else 2.0**66
+
+    def faint_tokens(self) -> list[int]:
+        """Return the tokens whose decay is one of FAINT_DECAYS: one per sequence that has any."""
+        if not self.is_faint:
+            return []
+        tokens, start = [], 0
+        for length in (self.T,) if self.lengths is None else self.lengths:
+            # Values beside a large state would not fit float16: there the first token has it.
+            within = length // 2 if self.seed % 2 and self.dtype != "float16" else 0
+            tokens += [start + within] if length else []
+            start += length
+        return tokens
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of the call, without `backend` and `return_state`."""
@@ -217,6 +263,7 @@ class _Drawing:
         rule = GATED_DELTA.rule[e.rule]
         q, k = self.normal(s.B, s.T, s.H, s.K) * units.q, self.key_vectors() * units.k
         v = self.in_units(self.normal(s.B, s.T, s.HV, s.V), units.v)
+        v = v * self.before_faint_decays()
         arguments: dict[str, Any] = {
             name: self.laid_out(x.to(self.dtype)) for name, x in (("q", q), ("k", k), ("v", v))
         }
@@ -263,7 +310,23 @@ class _Drawing:
         signs = 1 - 2 * (torch.arange(x.shape[1], device=x.device) % 2).double()
         return (1 + x / 64) * unit * signs[:, None, None]
 
+    def before_faint_decays(self) -> Tensor:
+        """Return what values are multiplied by, (T, 1, 1): more where a faint decay follows."""
+        e = self.example
+        factor = torch.ones(e.T, 1, 1, dtype=torch.float64, device="cpu")
+        ends = (0, *itertools.accumulate(e.lengths or (e.T,)))
+        for token in e.faint_tokens():
+            factor[max(end for end in ends if end <= token) : token] = 1 / FAINT
+        return factor
+
     def decay(self) -> Tensor:
+        """Return the decays (B, T, HV), the faint ones among them."""
+        decay, s = self.ordinary_decay(), self.example.sizes
+        for token in self.example.faint_tokens():
+            decay[:, token] = self.pick(FAINT_DECAYS, (s.B, s.HV))
+        return decay
+
+    def ordinary_decay(self) -> Tensor:
         s = self.example.sizes
         shape = (s.B, s.T, s.HV)
         uniform = self.uniform(*shape)

@@ -17,6 +17,7 @@ from gdn_ops.spec.rules import Limits
 from gdn_ops.testing.decode_laws import (
     a_pool_equals_separate_states,
     an_in_place_step_equals_a_step,
+    an_overlapping_state_is_refused,
     single_steps_equal_one_prefill,
     steps_equal_one_step_after_another,
 )
@@ -294,7 +295,8 @@ LAWS: tuple[Law, ...] = (
     Law(packing_equals_separate_calls, needs=lambda limits: limits.varlen),
     Law(padding_changes_nothing),
     Law(single_steps_equal_one_prefill, op=GATED_DELTA_STEP),
-    Law(an_in_place_step_equals_a_step, op=GATED_DELTA_STEP),
+    Law(an_in_place_step_equals_a_step, op=GATED_DELTA_STEP, draws_decode=True),
+    Law(an_overlapping_state_is_refused, op=GATED_DELTA_STEPS, draws_decode=True),
     Law(a_pool_equals_separate_states, op=GATED_DELTA_STEP, draws_decode=True),
     Law(steps_equal_one_step_after_another, op=GATED_DELTA_STEPS, draws_decode=True),
     Law(later_tokens_change_nothing_before),

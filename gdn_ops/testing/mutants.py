@@ -6,12 +6,17 @@ call it gets or the result it gives, so that the same mutants test the kit on ev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from gdn_ops.call import bind
 from gdn_ops.call.bind import Call
 from gdn_ops.call.numerics import inverse_norm
 from gdn_ops.dispatch.registry import Backend, Forward
@@ -20,7 +25,7 @@ from gdn_ops.testing.compiled import COMPILED
 from gdn_ops.testing.runs import installed
 from gdn_ops.torch_ops import eager
 
-__all__ = ["MUTATIONS", "mutant"]
+__all__ = ["MUTATIONS", "mutant", "unguarded"]
 
 Mutation = Callable[[Backend, Call], tuple[Tensor, Tensor]]
 """A function from a backend and a call of `gated_delta` to wrong (o, final_state)."""
@@ -167,6 +172,17 @@ def normalised_values(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     return eager.run_sequence(backend, _with(call, v=(scaled / inverse).to(v.dtype)))
 
 
+def flushed_decays(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Let decays below 1e-37 act as 0."""
+    alpha, log_alpha = call.tokens.alpha, call.tokens.log_alpha
+    if alpha is not None:
+        call = _with(call, alpha=torch.where(alpha < 1e-37, alpha * 0, alpha))
+    if log_alpha is not None:
+        exact_zero = torch.full_like(log_alpha, -torch.inf)
+        call = _with(call, log_alpha=torch.where(log_alpha < -85.2, exact_zero, log_alpha))
+    return eager.run_sequence(backend, call)
+
+
 def skipped_rows_run(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Let a row that should be skipped, slot -1, read and write slot 0."""
     if call.state_indices is not None:
@@ -189,6 +205,38 @@ def a_copied_pool(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor 
     named = call.state_indices[call.state_indices >= 0].long()
     fresh[named] = new[named]
     return o, new.copy_(fresh), states
+
+
+def states_in_order_of_memory(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Write new states in place as if the given tensor lay in memory without other strides."""
+    state = call.state
+    if state is None or not call.inplace:
+        return _decoded(backend, call)
+    o, new, states = _decoded(backend, replace(call, state=state.clone(), inplace=False))
+    in_memory = state.permute(sorted(range(state.dim()), key=state.stride, reverse=True))
+    in_memory.copy_(new.reshape(in_memory.shape))
+    return o, state, states
+
+
+def inputs_read_late(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Read q, k, v and the gates for o after the state, which may hold them, was written."""
+    state = call.state
+    if state is None or not call.inplace:
+        return _decoded(backend, call)
+    before = state.clone()
+    _, new, states = _decoded(backend, replace(call, state=before.clone(), inplace=False))
+    state.copy_(new)
+    late = replace(call, tokens=call.tokens.map(Tensor.clone), state=before, inplace=False)
+    return _decoded(backend, late)[0], state, states
+
+
+def an_overlap_is_allowed(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Take a state whose elements share memory, and return what was written last."""
+    state = call.state
+    if state is None or not call.inplace:
+        return _decoded(backend, call)
+    o, _, states = _decoded(backend, replace(call, state=state.clone()))
+    return o, state, states
 
 
 def _decoded(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -221,18 +269,47 @@ SEQUENCE_MUTATIONS: dict[str, Mutation] = {
         narrow_products,
         half_states_of_chunks,
         normalised_values,
+        flushed_decays,
     )
 }
 """Mistakes in `gated_delta`, by name."""
 
 DECODE_MUTATIONS: dict[str, DecodeMutation] = {
     mutation.__name__: mutation
-    for mutation in (skipped_rows_run, states_before_each_token, a_copied_pool)
+    for mutation in (
+        skipped_rows_run,
+        states_before_each_token,
+        a_copied_pool,
+        states_in_order_of_memory,
+        inputs_read_late,
+        an_overlap_is_allowed,
+    )
 }
 """Mistakes in the decode ops, by name."""
 
+_GUARDS: dict[str, tuple[ModuleType, str, Callable[..., Any]]] = {
+    "inputs_read_late": (eager, "apart", lambda call: call),
+    "an_overlap_is_allowed": (bind, "overlaps_itself", lambda state: False),
+}
+"""What keeps a mistake from being seen, by the mistake: a function, and one that does not guard."""
+
 MUTATIONS: dict[str, Mutation | DecodeMutation] = {**SEQUENCE_MUTATIONS, **DECODE_MUTATIONS}
 """Every mistake by name."""
+
+
+@contextlib.contextmanager
+def unguarded(mutation: str) -> Iterator[None]:
+    """Take away, within a `with` statement, what would mend a mistake before a backend is asked.
+
+    Inputs that lie in the memory of the state are copied, and a state that overlaps itself is
+    refused, for all backends alike: only without that can a backend do it wrong.
+    """
+    if mutation not in _GUARDS:
+        yield
+        return
+    module, name, replacement = _GUARDS[mutation]
+    with mock.patch.object(module, name, replacement):
+        yield
 
 
 def mutant(mutation: str, base: str) -> type[Backend]:

@@ -16,9 +16,11 @@ reference is no better than the backend, the error of `naive` is its float32 err
 the ratio of the roundings. The band is one rounding of the dtype of q, k, v, in which
 results are stored and the operands of matrix products may be, plus n u, plus |G| u for decays
 formed from differences of log sums G over a chunk. What a state carries across is formed as a
-difference too, b S - (d K)^T W S: an erased part leaves n u of what it was before. What is stored
-in float16 is off by 2**-25, which is an absolute allowance for results; what is formed on the way
-has the range of float32 in every dtype, and no such allowance.
+difference too, b S - (d K)^T W S: an erased part leaves n u of what it was before. A decay that is
+part of a product is right to 2**-133 (docs/math.md §4), which is granted of what would be there if
+nothing decayed, were erased or cancelled. What is stored in float16 is off by 2**-25, which is an
+absolute allowance for results; what is formed on the way has the range of float32 in every dtype,
+and no such allowance.
 """
 
 from __future__ import annotations
@@ -41,6 +43,13 @@ CHUNK = 64
 
 PERTURBATIONS = 2
 """Runs on inputs moved by one rounding."""
+
+FAINT_PERTURBATIONS = 8
+"""Those of calls with a faint decay: the largest gradient of a gate is one number, which two runs
+may both have right by luck."""
+
+LEAST_DECAY = 2.0**-133
+"""The smallest number of bfloat16, of which operands of products in float32 may be made."""
 
 
 @dataclass(frozen=True)
@@ -193,11 +202,12 @@ def judgement_of(
     reference = run(_upcast(arguments, torch.float64), "naive", cotangents)
     runs = [run(arguments, "naive", cotangents)]
     inner = inner_product(runs[0]["final_state"].dtype, example)
-    for seed in range(PERTURBATIONS):
+    for seed in range(FAINT_PERTURBATIONS if example.is_faint else PERTURBATIONS):
         moved = _moved(arguments, example.seed + seed, inner)
         wide = moved if example.dtype == "float64" else _upcast(moved, torch.float32)
         runs.append(run(wide, "naive", cotangents))
     scaled = _scaled_error(arguments, cotangents, example) if example.dtype == "float64" else None
+    kept = _kept(arguments, cotangents, example)
     allowance, scale = {}, {}
     for name, y in reference.items():
         own = norms(y, name, example)
@@ -215,6 +225,8 @@ def judgement_of(
             compute_dtype(stored)
         )
         allowance[name] = 2 * error + rounding * torch.maximum(own, typical)
+        if name in kept:
+            allowance[name] += 2 * LEAST_DECAY * kept[name]
         if stored == torch.float16:
             # Half of the smallest number in every element.
             allowance[name] += 2**-25 * (y.numel() / max(own.numel(), 1)) ** 0.5
@@ -227,6 +239,24 @@ def judgement_of(
                 # beta <= 2: what is taken off is at most twice what was there.
                 allowance[name] += 2 * inner_product(stored, example) * carried
     return Judgement(example, reference, allowance, scale)
+
+
+def _kept(
+    arguments: dict[str, Any], cotangents: tuple[Tensor, Tensor] | None, example: Example
+) -> dict[str, Tensor]:
+    """Return the norms of results if nothing decayed, were erased or cancelled.
+
+    Only where decays are that small; a float64 has numbers for every decay that is drawn.
+    """
+    if not example.is_faint or example.dtype == "float64":
+        return {}
+    sizes = {
+        name: x.abs() if isinstance(x, Tensor) else x
+        for name, x in _upcast(arguments, torch.float64).items()
+    }
+    sizes |= {"rule": "linear", "alpha": None, "log_alpha": None}
+    given = None if cotangents is None else (cotangents[0].abs(), cotangents[1].abs())
+    return {name: norms(x, name, example) for name, x in run(sizes, "naive", given).items()}
 
 
 def inner_product(stored: torch.dtype, example: Example) -> float:

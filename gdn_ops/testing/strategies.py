@@ -12,7 +12,15 @@ from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.rules import FLOAT_DTYPES, Limits
 from gdn_ops.testing.compiled import ShapeClass
-from gdn_ops.testing.example import BETAS, GATES, KEYS, MAGNITUDES, Example
+from gdn_ops.testing.example import (
+    BETAS,
+    GATES,
+    KEYS,
+    MAGNITUDES,
+    SHARED,
+    STATE_LAYOUTS,
+    Example,
+)
 
 TOKENS = (0, 1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70, 127, 129, 150)
 """Lengths around the edges of chunks of 16, 32 and 64 and of segments of 128."""
@@ -116,17 +124,22 @@ def _head_dims(limits: Limits) -> list[int]:
 
 @st.composite
 def _decoding(draw: st.DrawFn, example: Example, limits: Limits) -> Example:
-    """Draw the state of a decode op: its dtype, and maybe slots of a pool, some rows skipped."""
+    """Draw the state of a decode op: its dtype, where it lies, and maybe slots of a pool."""
     wide = ("float64",) if example.dtype == "float64" else ()
     stored = [d for d in FLOAT_DTYPES if d in limits.state_dtypes and (d != "float64" or wide)]
-    if example.magnitude == "half_range":
-        # A state beyond 65504 is the point of it.
+    if example.magnitude in ("half_range", "faint"):
+        # A state beyond 65504 is the point of them.
         stored.remove("float16")
-    state_dtype = draw(st.sampled_from([None, *stored]))
+    example = replace(
+        example,
+        state_dtype=draw(st.sampled_from([None, *stored])),
+        state_layout=draw(st.sampled_from(("dense", *STATE_LAYOUTS))),
+        shared=draw(st.sampled_from((None, None, None, *SHARED))),
+    )
     if draw(st.booleans()):
-        return replace(example, state_dtype=state_dtype)
+        return example
     pool = example.B + draw(st.sampled_from((1, 0, 2, 5)))
     order = draw(st.permutations(range(pool)))[: example.B]
     skipped = draw(st.lists(st.booleans(), min_size=example.B, max_size=example.B))
     slots = tuple(-1 if skip else slot for slot, skip in zip(order, skipped, strict=True))
-    return replace(example, state_dtype=state_dtype, slots=slots, pool=pool, initial_state=True)
+    return replace(example, slots=slots, pool=pool, initial_state=True)

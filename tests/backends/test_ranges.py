@@ -162,3 +162,22 @@ def test_a_magnitude_is_what_its_example_says(magnitude: str) -> None:
             "tiny_keys": 1000 * given.arguments()["v"].float(),
         }
         assert float(sizes[magnitude].abs().max()) > 65504
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_faint_decay_leaves_of_a_large_state_what_is_as_large_as_the_values(dtype: str) -> None:
+    example = Example(
+        T=9, K=16, V=16, R=2, lengths=(4, 0, 5), dtype=dtype, gate="slow", magnitude="faint",
+        initial_state=True, seed=3,
+    )  # fmt: skip
+    given = {
+        n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for n, x in example.arguments().items()
+    }
+    state = run(given, "naive", None)["final_state"]
+    flushed = given | {"alpha": torch.where(given["alpha"] < 1e-37, 0.0, given["alpha"])}
+    lost = run(flushed, "naive", None)["final_state"] - state
+    sizes = state.flatten(2).norm(dim=-1)
+    assert (given["alpha"] < 1.2e-38).any() and (given["alpha"] > 0).all()
+    assert (lost[::2].flatten(2).norm(dim=-1) > 0.05 * sizes[::2]).all()
+    assert lost[1].norm() == 0 and state[1].norm() > 1e12
