@@ -41,8 +41,9 @@ def add(path: Path, report: dict[str, Any], sources: str) -> dict[str, Any]:
     for row in report["rows"]:
         kept = summary["subjects"].setdefault(row["subject"], {"calls": 0, "worst": 0.0})
         kept["calls"] += row["examples"]
-        kept["worst"] = max(kept["worst"], row["worst"])
-        if row["failure"] is not None:
+        if row["failure"] is None:
+            kept["worst"] = max(kept["worst"], row["worst"])
+        else:
             kept.setdefault("failures", []).append(row["failure"])
     summary["calls"] += report["examples"]
     summary["passed"] &= report["passed"]

@@ -86,14 +86,18 @@ class Decoding:
         return call
 
     def shared(self) -> str | None:
-        """Return the name of the argument that can share the memory of the state, or None."""
+        """Return the name of the argument that can share the memory of the state, or None.
+
+        A state is finite: the logarithm of a decay of 0 cannot be a part of it.
+        """
         e = self.example
         gate = "log_alpha" if e.log_gate else "alpha"
         name = gate if e.shared == "gate" else e.shared
         if name not in self.tokens or self.state is None or not bool(self.live.all()):
             return None
-        is_alike = self.tokens[name].dtype == self.state.dtype
-        return name if is_alike and self.place(self.state) is not None else None
+        given = self.tokens[name]
+        can_be = given.dtype == self.state.dtype and bool(given.isfinite().all())
+        return name if can_be and self.place(self.state) is not None else None
 
     def place(self, state: Tensor | None) -> Tensor | None:
         """Return the view of the rows' states, or of a pool, that the shared argument may be."""
