@@ -39,7 +39,8 @@ class SegmentPlan:
         chunks: n, chunks per segment.
         is_static: whether every segment has n chunks of C tokens, for compiled functions. Without,
             a sequence shorter than a chunk has a chunk of a power of two of tokens.
-        side_by_side: how packed sequences that share their segments run; None: like any other.
+        side_by_side: how packed sequences that share their segments run, and rows of a batch that
+            fill at most half a chunk; None: like any other.
         forward, advance, backward: like `forward_segment`, `advance_segment` and
             `backward_segment`.
     """
@@ -89,11 +90,15 @@ class SegmentPlan:
             yield from self._packed_cohorts(call, call.cu_seqlens)
             return
         s, lengths = call.sizes, numpy.full(1, call.sizes.T)
-        size = int(self.chunk_of(lengths)[0])
-        most = s.B if self.is_static else _most_rows(call, size, min(s.T, size * self.chunks))
+        plan = self
+        if self.side_by_side is not None and s.B > 1 and self.chunk_size // 2 >= s.T:
+            # Chunks of a fixed size would be padding for the most part.
+            plan = self.side_by_side
+        size = int(plan.chunk_of(lengths)[0])
+        most = s.B if plan.is_static else _most_rows(call, size, min(s.T, size * plan.chunks))
         for first in range(0, s.B, max(1, most)):
             which = slice(first, min(s.B, first + most))
-            yield Cohort(self, which, which.stop - first, lengths, size, call.device)
+            yield Cohort(plan, which, which.stop - first, lengths, size, call.device)
 
     def _packed_cohorts(self, call: Call, cu_seqlens: Tensor) -> Iterator[Cohort]:
         """Yield packed sequences from the longest to the shortest, as many as stay in cache."""

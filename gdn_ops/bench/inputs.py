@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gdn_ops.spec.cases import PACKED_CASES
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import Case, Sizes
 from gdn_ops.spec.names import unknown
@@ -135,7 +136,8 @@ def find_case(name: str) -> Case:
     Raises:
         SpecError: no case has that name.
     """
-    cases = {**GATED_DELTA.case, **GATED_DELTA_STEP.case}
+    packed = {case.name: case for case in PACKED_CASES}
+    cases = {**GATED_DELTA.case, **GATED_DELTA_STEP.case, **packed}
     family = (case for n, case in GATED_DELTA.case.items() if n.rpartition("-")[0] == name)
     known = cases.get(name) or next(family, None)
     if known is None:

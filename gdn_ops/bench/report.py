@@ -8,15 +8,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gdn_ops.bench.rows import Result, Row, write_json
+from gdn_ops.bench.rows import PACKED, TIME_RATIOS, Result, Row, write_json
 from gdn_ops.terminal.tables import table, wrapped
 
 Log = Callable[[str], None]
 
 _COLOURS = ("#4c6ef5", "#12b886", "#f59f00", "#e64980", "#868e96", "#7950f2", "#228be6")
 _HEAD = ("", "median", "best", "ratio", "against", "target")
-_TIMED = ("forward", "forward+backward", "memory", "step", "many short sequences", "decode",
-          "prefill", "training step")  # fmt: skip
+_TIMED = ("forward", "forward+backward", "memory", "step", *PACKED.values(), "decode", "prefill",
+          "training step")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _ratio(row: Row) -> str:
         return "-"
     if row.what == "memory":
         return f"{row.ratio:.2f}x memory"
-    if row.what == "step":
+    if row.what in TIME_RATIOS:
         return f"{row.ratio:.2f}x time"
     return f"{row.ratio:.2f}x faster" if row.ratio >= 1 else f"{1 / row.ratio:.2f}x slower"
 
@@ -141,7 +141,7 @@ def panels(result: Result) -> list[Panel]:
 def _against(row: Row) -> str:
     """Return the ratio of a row and what it is a ratio to, for the end of a bar."""
     ratio = _ratio(row)
-    link = "than" if row.what not in ("memory", "step") else "of"
+    link = "of" if row.what in ("memory", *TIME_RATIOS) else "than"
     return "" if ratio == "-" else f"  ({ratio} {link} {row.against})"
 
 

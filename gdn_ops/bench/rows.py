@@ -18,20 +18,27 @@ from gdn_ops.environment.versions import installed_versions
 SCHEMA = 1
 """Version of the JSON layouts; raised when a field changes its meaning."""
 
+PACKED = {"forward": "packed forward", "forward+backward": "packed forward+backward"}
+"""The rows of packed sequences, by what is timed."""
+
+TIME_RATIOS = ("step", *PACKED.values())
+"""Rows whose ratio is time over time, not speed over speed."""
+
 
 @dataclass(frozen=True)
 class Row:
     """Hold one measured number.
 
     Attributes:
-        what: forward, forward+backward, memory, step, scaling, overhead or import.
+        what: forward, forward+backward, packed forward, packed forward+backward, memory, step,
+            scaling, overhead or import.
         case: name of the case.
         comparator: name of the backend, peer or expression.
         unit: of median, best and floor: ms, us, s, MiB, or x for a bare ratio.
         median: the result.
         best: the smallest sample.
         samples: how many there were.
-        ratio: speed: peer's median / this median; memory and step: this / the peer's.
+        ratio: speed: peer's median / this median; memory, step and packed: this / the other's.
         against: name of what the ratio is against.
         floor: what the cost model asks for at the machine's measured rates, in `unit`.
         target: as text, or None.
@@ -122,7 +129,7 @@ def timed_rows(
         ratio = None
         if against is not None:
             own = timing[against].median
-            ratio = t.median / own if what == "step" else own / t.median
+            ratio = t.median / own if what in TIME_RATIOS else own / t.median
         median, best = t.median * times / per, t.best * times / per
         rows.append(
             Row(what, case, name, unit, median, best, len(t.samples), ratio, against, least)

@@ -10,6 +10,7 @@ from gdn_ops.bench import measures
 from gdn_ops.bench.child import call
 from gdn_ops.bench.floors import measure_rates
 from gdn_ops.bench.inputs import Setting, find_case, make_inputs
+from gdn_ops.bench.packed import packed_rows
 from gdn_ops.bench.peers import Contender, check_peers, find_contender, peers_on
 from gdn_ops.bench.report import Log
 from gdn_ops.bench.rows import TARGETS, Result, describe_system, with_target
@@ -22,20 +23,23 @@ from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import Case
 from gdn_ops.spec.names import unknown
 
-WHAT = ("forward", "forward+backward", "memory", "step", "scaling", "overhead", "import")
+WHAT = ("forward", "forward+backward", "memory", "step", "packed", "scaling", "overhead", "import")
 """Every measurement, in the order in which they run."""
 
-REFERENCE = ("qwen-16-32-2048", "qwen-16-32-4096", "qwen-16-32-step-b1")
-"""Cases of the reference table: of the times, of memory, of the step."""
+REFERENCE = (
+    *("qwen-16-32-2048", "qwen-16-32-4096", "qwen-16-32-step-b1"),
+    *("packed-8192x1", "packed-2048x4-8"),
+)
+"""Cases of the reference table: of the times, of memory, of the step, of packed sequences."""
 
 SCALING_TIMES = 8
 
 SEQUENCES = ("forward", "forward+backward", "memory", "scaling")
-"""Measurements of cases of sequences; "step" is of cases of one token."""
+"""Measurements of cases of sequences; "step" is of one token, "packed" of many in one row."""
 
 USES = {
     "peer": SEQUENCES[:3],
-    "repeats": ("forward", "forward+backward", "scaling"),
+    "repeats": ("forward", "forward+backward", "packed", "scaling"),
     "backend": tuple(what for what in WHAT if what != "import"),
     "dtype": tuple(what for what in WHAT if what != "import"),
     "device": tuple(what for what in WHAT if what != "import"),
@@ -53,12 +57,14 @@ class Plan:
         cases: sequence cases for forward, forward+backward and scaling.
         memory_cases: sequence cases for memory.
         step_cases: step cases.
+        packed_cases: cases of many short sequences in one row.
     """
 
     what: tuple[str, ...]
     cases: tuple[Case, ...]
     memory_cases: tuple[Case, ...]
     step_cases: tuple[Case, ...]
+    packed_cases: tuple[Case, ...]
     backends: tuple[str, ...]
     peers: tuple[str, ...]
     setting: Setting
@@ -70,6 +76,7 @@ class Plan:
         per_case = timed + (timed > 0) + ("scaling" in self.what)
         total = 1 + len(self.cases) * per_case + len({"overhead", "import"} & set(self.what))
         total += ("memory" in self.what) * len(self.memory_cases)
+        total += ("packed" in self.what) * len(self.packed_cases)
         return total + ("step" in self.what) * len(self.step_cases)
 
 
@@ -92,11 +99,27 @@ def make_plan(
     for name in backends:
         registry.get_backend(name)
     chosen = tuple(find_case(name) for name in cases or REFERENCE)
-    steps = tuple(case for case in chosen if case.sizes.T == 1)
-    timed = weighed = tuple(case for case in chosen if case.sizes.T != 1)
+    packed, steps, timed = (
+        tuple(case for case in chosen if _kind(case) == kind) for kind in _KINDS
+    )
+    weighed = timed
     if not cases:
         timed, weighed = timed[:1], timed[1:]
-    return Plan(tuple(what), timed, weighed, steps, tuple(backends), tuple(peers), setting)
+    return Plan(tuple(what), timed, weighed, steps, packed, tuple(backends), tuple(peers), setting)
+
+
+_KINDS = {
+    "packed": (("packed",), "many sequences in one row"),
+    "step": (("step",), "a case of one token"),
+    "sequence": (SEQUENCES, "a sequence"),
+}
+"""Kinds of cases: the measurements of each, and what it is in words."""
+
+
+def _kind(case: Case) -> str:
+    if case.lengths:
+        return "packed"
+    return "step" if case.sizes.T == 1 else "sequence"
 
 
 def check_effect(cases: Sequence[str], what: Sequence[str]) -> None:
@@ -105,20 +128,19 @@ def check_effect(cases: Sequence[str], what: Sequence[str]) -> None:
     Raises:
         SpecError: there is one.
     """
-    steps = {name: find_case(name).sizes.T == 1 for name in cases}
-    for name, is_step in steps.items():
-        wanted = ("step",) if is_step else SEQUENCES
+    kinds = {name: _kind(find_case(name)) for name in cases}
+    for name, kind in kinds.items():
+        wanted, words = _KINDS[kind]
         if not set(wanted) & set(what):
-            kind = "a case of one token" if is_step else "a sequence"
             raise SpecError(
-                f"case {name!r} is {kind}, which --what {','.join(what)} does not measure: "
+                f"case {name!r} is {words}, which --what {','.join(what)} does not measure: "
                 f"{', '.join(wanted)} does"
             )
+    needed = {"packed": "of packed sequences", "step": "of one token", "sequence": "of a sequence"}
     for name in what:
-        needs = {"step": True, **dict.fromkeys(SEQUENCES, False)}.get(name)
-        if cases and needs is not None and needs not in steps.values():
-            kind = "of one token" if needs else "of a sequence"
-            raise SpecError(f"--what {name} needs a case {kind}, got {', '.join(cases)}")
+        needs = next((kind for kind, (takes, _) in _KINDS.items() if name in takes), None)
+        if cases and needs is not None and needs not in kinds.values():
+            raise SpecError(f"--what {name} needs a case {needed[needs]}, got {', '.join(cases)}")
 
 
 def default_peers(device: str) -> tuple[str, ...]:
@@ -229,11 +251,14 @@ class _Suite:
                 self.result.rows += measures.sequence_rows(what, case, x, timed, s, self.rates)
 
     def _own(self, names: list[str]) -> None:
-        """Measure step, scaling, overhead and import, which concern this library alone."""
+        """Measure step, packed, scaling, overhead and import, which concern this library alone."""
         plan, s, rows = self.plan, self.plan.setting, self.result.rows
         for case in plan.step_cases if "step" in plan.what else ():
             self.log(f"step, {case.name}")
             rows += step_rows(case, names, s, self.rates)
+        for case in plan.packed_cases if "packed" in plan.what else ():
+            self.log(f"packed sequences, {case.name}")
+            packed_rows(case, names, s, self.result)
         for case in plan.cases if "scaling" in plan.what else ():
             self.log(f"scaling, {case.name}")
             for name in names:

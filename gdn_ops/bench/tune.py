@@ -35,6 +35,7 @@ from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.kernel_support.tuning import Tunable
+from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import Case, OpSpec
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 from gdn_ops.torch_ops import eager
@@ -89,6 +90,10 @@ def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
         raise ValueError(f"backend {name!r} only emulates on {kind}: tune it with --device cuda")
     for case_name in cases or ["qwen-16-32-2048"]:
         case = find_case(case_name)
+        if case.lengths:
+            raise SpecError(
+                f"case {case.name!r} is many sequences in one row, which --tune does not measure"
+            )
         yield f"{case}, {setting.dtype}"
         tuned = _step_actions if case.sizes.T == 1 else _sequence_actions
         for what, runs, failed in tuned(backend, case, setting):

@@ -106,11 +106,13 @@ def _add_cases(below: Any) -> None:
         _run_cases,
         "Measure named workloads; without any, the reference table.",
         more="Whatever is timed is first compared with the definition on the same operands. "
-        "The pages of the ops list the workloads.",
+        "The pages of the ops list the workloads; packed-8192x1 and packed-2048x4-8 are many short "
+        "sequences in one row, against the same as a batch.",
         examples=(
             "gdn-ops bench",
             "gdn-ops bench tiny olmo-hybrid-2048 --plot speed.png",
             "gdn-ops bench qwen-16-32-2048 --what forward --backend torch --threads 1",
+            "gdn-ops bench packed-8192x1 --what packed --backend torch",
             "gdn-ops bench tiny --tune triton",
         ),
     )

@@ -72,3 +72,17 @@ STEPS_CASES = (
     _case("olmo-hybrid-steps4", 1, 4, 30, 30, 96, 192, "OLMo-Hybrid linear-attention layer"),
 )
 """Drafts of a few tokens that speculative decoding verifies in one call."""
+
+
+def _packed(name: str, sequences: int, lengths: tuple[int, ...], source: str) -> Case:
+    """Return a case of sequences whose lengths take turns, with heads so small that states fit."""
+    tokens = sum(lengths[n % len(lengths)] for n in range(sequences))
+    sizes = Sizes(1, tokens, 1, 1, 16, 16, sequences)
+    return Case(name, sizes, source, "float32", lengths)
+
+
+PACKED_CASES = (
+    _packed("packed-8192x1", 8192, (1,), "one draft token for each of many users"),
+    _packed("packed-2048x4-8", 2048, (4, 5, 6, 7, 8), "short drafts and documents"),
+)
+"""Many short sequences in one row, by cu_seqlens: what a sequence costs besides its tokens."""

@@ -232,12 +232,21 @@ class Multiple:
 
 @dataclass(frozen=True)
 class Case:
-    """Describe a named real workload for tests, benchmarks and tuning."""
+    """Describe a named real workload for tests, benchmarks and tuning.
+
+    Attributes:
+        name: as the command line knows it.
+        sizes: with B = 1 and the N of cu_seqlens where sequences are packed.
+        source: whose workload it is.
+        dtype: of q, k and v.
+        lengths: tokens of the packed sequences, in turns; empty where none are packed.
+    """
 
     name: str
     sizes: Sizes
     source: str
     dtype: str = "bfloat16"
+    lengths: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         s = self.sizes
