@@ -50,6 +50,14 @@ def test_a_new_number_of_rows_compiles_once() -> None:
     assert len(compile_backend._functions) == 3
 
 
+@pytest.mark.parametrize(("T", "functions"), [(1, 0), (16, 0), (17, 2)])
+def test_a_batch_whose_rows_fill_half_a_chunk_compiles_nothing(T: int, functions: int) -> None:
+    got = run("compile", 3, T, grad=True)
+    assert len(compile_backend._functions) == functions
+    for one, right in zip(got, run("torch", 3, T, grad=True), strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-4, atol=1e-4)
+
+
 def test_packed_sequences_that_share_segments_compile_nothing() -> None:
     x = {
         "q": torch.randn(1, 60, 1, 4),
