@@ -46,6 +46,7 @@ def _init_tensor(self: Any, handle: Any, type: Any) -> None:
 
 
 _SCALAR = tl.core.tuple([]), tl.constexpr(1)
+_OFFSETS = ("int32", "int64")
 _common_shape = functools.cache(np.broadcast_shapes)
 
 
@@ -56,13 +57,44 @@ class Semantic(tl.semantic.TritonSemantic):  # type: ignore[misc]
         self, lhs: Any, rhs: Any, *flags: bool, **division: bool
     ) -> tuple[Any, Any]:
         """Convert two operands to one type and one shape."""
-        is_alike = type(lhs) is type(rhs) is tl.tensor and lhs.dtype is rhs.dtype
-        if is_alike and len(flags) < 4 and not division and not lhs.dtype.is_ptr():
-            return self.broadcast_impl_value(lhs, rhs)
+        if type(lhs) is not tl.tensor or len(flags) > 3 or division:
+            pass
+        elif lhs.dtype.is_ptr():
+            if flags and flags[0] and type(rhs) is tl.tensor and rhs.dtype.name in _OFFSETS:
+                return self._meeting(lhs, rhs)
+        elif type(rhs) is tl.tensor:
+            if lhs.dtype is rhs.dtype:
+                return self._meeting(lhs, rhs)
+        elif type(rhs) in (int, float) and rhs and len(flags) < 3:
+            # A -0.0 equals 0, and would be taken for it.
+            constant = self.constant(rhs, lhs.dtype)
+            if constant is not None:
+                return self._meeting(lhs, constant)
         return super().binary_op_type_checking_impl(lhs, rhs, *flags, **division)  # type: ignore[no-any-return]
+
+    @functools.lru_cache(maxsize=1024, typed=True)  # noqa: B019, there is one instance
+    def constant(self, number: float, dtype: Any) -> Any:
+        """Return a number as a tensor of a dtype, or None where an operation needs a wider one."""
+        operand = super().cast(self.to_tensor(0), dtype)
+        _, constant = super().binary_op_type_checking_impl(operand, number)
+        return constant if constant.dtype is dtype else None
+
+    def cast(self, input: Any, dst_ty: Any, *rounding: Any, **options: Any) -> Any:
+        """Convert a tensor to a type."""
+        if input.dtype is dst_ty:
+            return input
+        return super().cast(input, dst_ty, *rounding, **options)
+
+    def _meeting(self, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        """Broadcast two operands, and leave a smaller second one to numpy."""
+        if lhs.type is rhs.type or (lhs.type.is_block() and not rhs.type.is_block()):
+            return lhs, rhs
+        return self.broadcast_impl_value(lhs, rhs)
 
     def broadcast_impl_value(self, lhs: Any, rhs: Any) -> tuple[Any, Any]:
         """Broadcast two operands to one shape."""
+        if lhs.type is rhs.type:
+            return lhs, rhs
         shapes = [x.handle.data.shape if x.type.is_block() else () for x in (lhs, rhs)]
         try:
             common = _common_shape(*shapes)
@@ -101,6 +133,31 @@ def loop_range(*bounds: Any, step: Any = None, **hints: Any) -> Iterator[Any]:
         given = [*([0] if len(given) == 1 else []), *given, unwrap(step)]
     for i in range(*given):
         yield to_tensor(i)
+
+
+_stock_unwrap = tl.core._unwrap_if_constexpr
+
+
+def _unwrap(value: Any) -> Any:
+    """Return the value of a constexpr, and of those in tuples, or another value as it is."""
+    kind = type(value)
+    if kind is tl.tensor or kind is int or kind is float or kind is bool or value is None:
+        return value
+    return value.value if kind is tl.constexpr else _stock_unwrap(value)
+
+
+def _patch(owner: Any, name: str, member: Any, builder: Any, *scope: Any) -> None:
+    """Let a builtin of the language be called without the check for a semantic, and with ours."""
+    function = getattr(member, "__wrapped__", member)
+
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        kwargs["_semantic"] = SEMANTIC
+        return function(*args, **kwargs)
+
+    for known in scope:
+        known.set_attr(owner, name, bound)
+    if not scope:
+        setattr(owner, name, bound)
 
 
 def _condition(value: Any, *_: Any, **__: Any) -> Any:
@@ -159,6 +216,7 @@ def _bind() -> None:
     interpreter.interpreter_builder, interpreter.interpreter_semantic = BUILDER, SEMANTIC
     # Triton 3.6 makes one for every module that it patches.
     interpreter.TritonSemantic = lambda builder: SEMANTIC
+    interpreter._patch_attr, tl.core._unwrap_if_constexpr = _patch, _unwrap
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     for module in (tl, tl.core):
         module.range, module.condition = loop_range, _condition
