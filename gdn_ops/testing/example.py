@@ -158,9 +158,12 @@ class Example:
 
     @property
     def is_faint(self) -> bool:
-        """Return whether one decay per sequence is one of FAINT_DECAYS: where not all are 1."""
+        """Return whether one decay per sequence is one of FAINT_DECAYS.
+
+        Not where all are 1, and not in float64, whose smallest numbers are far below them.
+        """
         has_decay = GATED_DELTA.rule[self.rule].has_decay and self.gate != "one"
-        return self.magnitude == "faint" and has_decay
+        return self.magnitude == "faint" and has_decay and self.dtype != "float64"
 
     @property
     def _large(self) -> float:

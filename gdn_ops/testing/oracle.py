@@ -246,9 +246,9 @@ def _kept(
 ) -> dict[str, Tensor]:
     """Return the norms of results if nothing decayed, were erased or cancelled.
 
-    Only where decays are that small; a float64 has numbers for every decay that is drawn.
+    Only where decays are that small.
     """
-    if not example.is_faint or example.dtype == "float64":
+    if not example.is_faint:
         return {}
     sizes = {
         name: x.abs() if isinstance(x, Tensor) else x
