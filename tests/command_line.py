@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from unittest import mock
 
-from gdn_ops import cli
+from gdn_ops import _interrupt, cli
 
 
 @dataclass(frozen=True)
@@ -29,5 +29,5 @@ def run(*arguments: object, columns: int = 200) -> Result:
     out, err = io.StringIO(), io.StringIO()
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with mock.patch.dict(os.environ, COLUMNS=str(columns)), streams[0], streams[1]:
-        code = cli.run([*map(str, arguments)])
+        code = _interrupt.run(lambda: cli.run([*map(str, arguments)]))
     return Result(code, out.getvalue(), err.getvalue())
