@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ from processes import python
 LINE = "\ngdn-ops: interrupted\n"
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no such signals")
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Start no program that ignores Ctrl-C, as all do of a shell that runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def command(folder: Path, before: str = "", after: str = "") -> str:
