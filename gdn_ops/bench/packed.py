@@ -33,11 +33,13 @@ def pack(case: Case, s: Setting) -> tuple[Inputs, Tensor]:
         The inputs, and (T,) int64: the place of every token among those of the padded batch.
     """
     size = case.sizes
-    lengths = torch.tensor(list(itertools.islice(itertools.cycle(case.lengths), size.N)))
+    drawn = list(itertools.islice(itertools.cycle(case.lengths), size.N))
+    lengths = torch.tensor(drawn, dtype=torch.int64, device="cpu")
     bounds = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-    inside = torch.arange(max(case.lengths)) < lengths[:, None]
+    inside = torch.arange(max(case.lengths), device="cpu") < lengths[:, None]
     x = make_inputs(size, s.torch_dtype, s.device)
-    state = torch.zeros(size.N, size.HV, size.K, size.V, device=s.device)
+    shape = (size.N, size.HV, size.K, size.V)
+    state = torch.zeros(shape, dtype=torch.float32, device=s.device)
     places = inside.flatten().nonzero().flatten()
     return replace(x, state=state, cu_seqlens=bounds.to(s.device)), places.to(s.device)
 
