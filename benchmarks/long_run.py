@@ -55,7 +55,7 @@ def add(path: Path, report: dict[str, Any], sources: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run checks until the summary has enough calls; return 1 if one failed, else 0."""
+    """Run checks until the summary has enough calls; return 1 if any in it failed, else 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -68,19 +68,18 @@ def main() -> int:
     if not isinstance(backend, Backend):
         parser.error(f"backend {options.backend!r}: {backend}")
     path, sources = RESULTS / f"check-{options.backend}.json", source_hash(type(backend))
-    calls = json.loads(path.read_text())["calls"] if path.exists() else 0
-    passed = True
-    while calls < options.calls:
+    summary = json.loads(path.read_text()) if path.exists() else {"calls": 0, "passed": True}
+    while summary["calls"] < options.calls:
         checks = [start(options.backend, options.seconds) for _ in range(options.processes)]
-        for check in checks:
-            output, _ = check.communicate()
+        outputs = [check.communicate()[0] for check in checks]
+        for check, output in zip(checks, outputs, strict=True):
             if check.returncode not in (0, 1):
                 return check.returncode
             (report,) = json.loads(output)["reports"]
             summary = add(path, report, sources)
-            calls, passed = summary["calls"], passed and report["passed"]
-            print(f"{calls} calls, {'passed' if summary['passed'] else 'FAILED'}", flush=True)
-    return 0 if passed else 1
+        verdict = "passed" if summary["passed"] else "FAILED"
+        print(f"{summary['calls']} calls, {verdict}", flush=True)
+    return 0 if summary["passed"] else 1
 
 
 if __name__ == "__main__":

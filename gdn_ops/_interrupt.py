@@ -109,6 +109,6 @@ _IS_COMMAND = is_command()
 if _IS_COMMAND:
     _listen(end)
     sys.unraisablehook = _end_if_interrupted
-    # What is registered first runs last. When Python then lets go of its modules, a handler in
-    # Python is gone, and the signal itself would end the process.
+    # Ignore Ctrl-C at the very end: the first to be registered runs last. Python then lets go of
+    # its modules, this handler with them, and the signal itself would end the process.
     atexit.register(_listen, signal.SIG_IGN)

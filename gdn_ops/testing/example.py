@@ -5,7 +5,6 @@ An `Example` prints as the code that makes it, so a failure is reproduced by pas
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -40,13 +39,13 @@ FAINT_DECAYS = (2.0**-123, 2.0**-126, 2.0**-127, 2.0**-128)
 """The decays of `faint`: two normal numbers of float32, two subnormal ones."""
 
 FAINT = 2.0**-127
-"""What a large state is multiplied by in `faint`, about."""
+"""Shrinks a large state to the size of the values that follow, about."""
 
 STATE_LAYOUTS = ("dense", "transposed", "gaps", "heads_last")
-"""How the state of a call of a decode op lies in memory, as a part of it or with other strides."""
+"""Names how the state of a decode op lies in memory: whole, with other strides, or in parts."""
 
 SHARED = ("q", "k", "v", "gate", "beta")
-"""What may lie in the memory of the state that a decode op updates in place."""
+"""Names the arguments that may be views of the state that a decode op updates in place."""
 
 Results = dict[str, Tensor]
 
@@ -136,6 +135,8 @@ class Example:
         What is normalised is divided by 1e-3 at least: it is smaller by 2**-10.
         """
         small = 2.0**-10
+        # What the dtype of the values can hold after a faint decay.
+        large = 2.0**115 if self.dtype == "float16" else 2.0**66
         normed = small if self.qk_l2norm else 1.0
         kinds = {
             "unit": Units(),
@@ -150,10 +151,8 @@ class Example:
                 d_state=2.0**17,
             ),
             "tiny_keys": Units(v=100.0, state=100.0, d_o=2.0**-14, d_state=2.0**-14),
-            "faint": Units(),
+            "faint": Units(v=large * FAINT, state=large) if self.is_faint else Units(),
         }
-        if self.is_faint:
-            return Units(v=self._large * FAINT, state=self._large)
         return kinds[self.magnitude]
 
     @property
@@ -165,20 +164,18 @@ class Example:
         has_decay = GATED_DELTA.rule[self.rule].has_decay and self.gate != "one"
         return self.magnitude == "faint" and has_decay and self.dtype != "float64"
 
-    @property
-    def _large(self) -> float:
-        """Return the size of the state before a faint decay, for values that the dtype can hold."""
-        return 2.0**115 if self.dtype == "float16" else 2.0**66
+    def faint_tokens(self) -> list[tuple[int, int]]:
+        """Return the tokens whose decay is one of FAINT_DECAYS, one per sequence that has any.
 
-    def faint_tokens(self) -> list[int]:
-        """Return the tokens whose decay is one of FAINT_DECAYS: one per sequence that has any."""
+        Each comes as (first token of its sequence, token).
+        """
         if not self.is_faint:
             return []
         tokens, start = [], 0
         for length in (self.T,) if self.lengths is None else self.lengths:
             # Values beside a large state would not fit float16: there the first token has it.
             within = length // 2 if self.seed % 2 and self.dtype != "float16" else 0
-            tokens += [start + within] if length else []
+            tokens += [(start, start + within)] if length else []
             start += length
         return tokens
 
@@ -315,17 +312,15 @@ class _Drawing:
 
     def before_faint_decays(self) -> Tensor:
         """Return what values are multiplied by, (T, 1, 1): more where a faint decay follows."""
-        e = self.example
-        factor = torch.ones(e.T, 1, 1, dtype=torch.float64, device="cpu")
-        ends = (0, *itertools.accumulate(e.lengths or (e.T,)))
-        for token in e.faint_tokens():
-            factor[max(end for end in ends if end <= token) : token] = 1 / FAINT
+        factor = torch.ones(self.example.T, 1, 1, dtype=torch.float64, device="cpu")
+        for start, token in self.example.faint_tokens():
+            factor[start:token] = 1 / FAINT
         return factor
 
     def decay(self) -> Tensor:
         """Return the decays (B, T, HV), the faint ones among them."""
         decay, s = self.ordinary_decay(), self.example.sizes
-        for token in self.example.faint_tokens():
+        for _, token in self.example.faint_tokens():
             decay[:, token] = self.pick(FAINT_DECAYS, (s.B, s.HV))
         return decay
 

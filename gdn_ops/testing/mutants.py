@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gdn_ops.call import bind
 from gdn_ops.call.bind import Call
+from gdn_ops.call.memory import overlaps_itself
 from gdn_ops.call.numerics import inverse_norm
 from gdn_ops.dispatch.registry import Backend, Forward
 from gdn_ops.spec.ops import GATED_DELTA_STEP
@@ -231,9 +232,9 @@ def inputs_read_late(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tens
 
 
 def an_overlap_is_allowed(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Take a state whose elements share memory, and return what was written last."""
+    """Take a state whose elements share memory, and leave it as it was."""
     state = call.state
-    if state is None or not call.inplace:
+    if state is None or not call.inplace or not overlaps_itself(state):
         return _decoded(backend, call)
     o, _, states = _decoded(backend, replace(call, state=state.clone()))
     return o, state, states
@@ -291,7 +292,7 @@ _GUARDS: dict[str, tuple[ModuleType, str, Callable[..., Any]]] = {
     "inputs_read_late": (eager, "apart", lambda call: call),
     "an_overlap_is_allowed": (bind, "overlaps_itself", lambda state: False),
 }
-"""What keeps a mistake from being seen, by the mistake: a function, and one that does not guard."""
+"""Names, by the mistake, the function that hides it, with one that lets it through."""
 
 MUTATIONS: dict[str, Mutation | DecodeMutation] = {**SEQUENCE_MUTATIONS, **DECODE_MUTATIONS}
 """Every mistake by name."""

@@ -153,6 +153,8 @@ def test_a_backend_without_configurations_says_so(monkeypatch: pytest.MonkeyPatc
     # What torch offers is the chunking of sequences.
     with pytest.raises(ValueError, match="'torch' exposes no configurations to tune"):
         list(tune("torch", ["tiny-step"], ONCE))
+    with pytest.raises(ValueError, match="is many sequences in one row, which --tune"):
+        list(tune("torch", ["packed-8192x1"], ONCE))
     monkeypatch.setattr(tuning.registry, "get_backend", lambda name: "package 'x' is missing")
     with pytest.raises(ValueError, match="'tunable' is not available: package 'x' is missing"):
         list(tune("tunable", ["tiny"], ONCE))

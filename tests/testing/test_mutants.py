@@ -62,7 +62,7 @@ def test_a_mutant_is_caught_with_the_call_that_shows_it(planted: str) -> None:
 @pytest.mark.parametrize("planted", [("dropped_scale", "torch")], indirect=True, ids=["sequence"])
 def test_a_mutant_of_one_kind_does_the_other_kind_right(planted: str) -> None:
     rows = [run_subject(planted, subject, examples=10) for subject in decode_subjects(planted)]
-    assert all(row.passed for row in rows)
+    assert [row.passed for row in rows] == [True] * 4
 
 
 def test_the_list_of_mutants_is_the_one_that_is_promised() -> None:
