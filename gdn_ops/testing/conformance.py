@@ -214,6 +214,7 @@ def run_subject(
     """
     limits, row = installed(backend).limits, CheckRow(subject.name)
     narrowed = COMPILED[backend](limits) if backend in COMPILED else {}
+    failed: set[Example] = set()
 
     @settings(
         profile,
@@ -227,9 +228,13 @@ def run_subject(
     @given(calls(limits=limits, device=device, **narrowed | dict(subject.options)))
     def property_holds(example: Example) -> None:
         nonlocal row
-        if time.perf_counter() > deadline and row.examples:
+        if time.perf_counter() > deadline and row.examples and example not in failed:
             return
-        verdict = subject.verify(backend, example)
+        try:
+            verdict = subject.verify(backend, example)
+        except ConformanceError:
+            failed.add(example)
+            raise
         if verdict is not None:
             row = row.plus(CheckRow(subject.name, 1, verdict.worst))
 

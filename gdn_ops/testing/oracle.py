@@ -18,9 +18,12 @@ results are stored and the operands of matrix products may be, plus n u, plus |G
 formed from differences of log sums G over a chunk. What a state carries across is formed as a
 difference too, b S - (d K)^T W S: an erased part leaves n u of what it was before. A decay that is
 part of a product is right to 2**-133 (docs/math.md §4), which is granted of what would be there if
-nothing decayed, were erased or cancelled. What is stored in float16 is off by 2**-25, which is an
-absolute allowance for results; what is formed on the way has the range of float32 in every dtype,
-and no such allowance.
+nothing decayed, were erased or cancelled. A chunk adds up its writes to the state as operands of
+a product, in float16 or bfloat16 where q, k, v are: a write that a later one of the chunk erases
+leaves a rounding of that dtype. A state is granted four such roundings of the root of the sum of
+squares of all that was written to it, if that is more than the rest. What is stored in float16 is
+off by 2**-25, which is an absolute allowance for results; what is formed on the way has the range
+of float32 in every dtype, and no such allowance.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ import torch
 from torch import Tensor
 
 from gdn_ops.call.numerics import compute_dtype
+from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.testing.example import Example, Results, run
+from gdn_ops.testing.writes import written
 
 __all__ = ["Verdict", "judge"]
 
@@ -207,7 +212,11 @@ def judgement_of(
         wide = moved if example.dtype == "float64" else _upcast(moved, torch.float32)
         runs.append(run(wide, "naive", cotangents))
     scaled = _scaled_error(arguments, cotangents, example) if example.dtype == "float64" else None
+    operand = unit_roundoff(getattr(torch, example.dtype))
     kept = _kept(arguments, cotangents, example)
+    writes = {}
+    if operand > unit_roundoff(torch.float32) and GATED_DELTA.rule[example.rule].has_erase:
+        writes = written(arguments, cotangents, example)
     allowance, scale = {}, {}
     for name, y in reference.items():
         own = norms(y, name, example)
@@ -219,7 +228,7 @@ def judgement_of(
         scale[name] = own
         typical = own.square().mean().sqrt() if own.numel() else own.sum()
         stored = runs[0][name].dtype
-        rounding = 2 * unit_roundoff(getattr(torch, example.dtype))
+        rounding = 2 * operand
         rounding += inner_product(stored, example)
         rounding += _largest_log_sum(arguments, _chunk(example)) * unit_roundoff(
             compute_dtype(stored)
@@ -238,6 +247,9 @@ def judgement_of(
                 carried = _carried(arguments, example) * norms(before, name, example)
                 # beta <= 2: what is taken off is at most twice what was there.
                 allowance[name] += 2 * inner_product(stored, example) * carried
+        if name.endswith("state") and name in writes:
+            erased = 4 * operand * norms(writes[name], name, example)
+            allowance[name] = torch.maximum(allowance[name], erased)
     return Judgement(example, reference, allowance, scale)
 
 

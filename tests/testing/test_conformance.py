@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from gdn_ops.backends import compile as compile_backend
 from gdn_ops.dispatch.registry import Backend, get_backend, known_backends
 from gdn_ops.testing import Example
 from gdn_ops.testing.conformance import Subject, check, run_subject, subjects
-from gdn_ops.testing.oracle import judge
+from gdn_ops.testing.laws import orthogonal_keys_need_no_correction
+from gdn_ops.testing.oracle import Verdict, judge, judgement
 from gdn_ops.testing.runs import installed
 
 pytestmark = pytest.mark.filterwarnings("ignore:backend '.*' emulates its kernels")
@@ -80,3 +82,40 @@ def test_check_reports_every_subject_and_reproduces_with_a_seed() -> None:
     assert seen[-1] == (1.0, "done")
     again = check("naive", 0.0, seed=3)
     assert [row.worst for row in again.rows] == [row.worst for row in report.rows]
+
+
+def test_a_failure_found_at_the_deadline_is_repeatable() -> None:
+    deadline = time.perf_counter() + 0.05
+    seen: list[Example] = []
+
+    def look(backend: str, example: Example) -> Verdict:
+        if example not in seen:
+            assert time.perf_counter() < deadline
+            seen.append(example)
+        if example == seen[0]:
+            return Verdict.exact(True, "o")
+        time.sleep(max(0.0, deadline - time.perf_counter()))
+        return Verdict.exact(False, "o")
+
+    row = run_subject("naive", Subject("looks", look), examples=50, seed=0, deadline=deadline)
+    assert row.failure is not None and row.failure.startswith("WRONG: o"), row.failure
+    assert len(seen) == 2 and repr(seen[1]) in row.failure
+
+
+def test_a_chunk_in_bfloat16_is_granted_what_it_erases() -> None:
+    example = Example("delta", "bfloat16", T=16, K=1, V=1, initial_state=True)
+    verdict = judge(example, "triton")
+    assert verdict.passed, verdict
+    narrow = judgement(replace(example, dtype="float32"))
+    wide = judgement(example)
+    # In float32 nothing like it is granted.
+    assert (wide.allowance["final_state"] > 100 * narrow.allowance["final_state"]).all()
+
+
+def test_orthogonal_keys_are_judged_by_their_own_call() -> None:
+    # The keys of the example are tiny, those of the law have norm 1.
+    sizes = {"T": 15, "H": 3, "R": 2, "K": 14, "V": 3}
+    values = {"gate": "extreme", "keys": "parallel", "magnitude": "tiny_keys", "qk_l2norm": True}
+    example = Example(dtype="bfloat16", **sizes, **values)  # type: ignore[arg-type]
+    verdict = orthogonal_keys_need_no_correction("triton", example)
+    assert verdict.passed, verdict
