@@ -18,10 +18,10 @@ results are stored and the operands of matrix products may be, plus n u, plus |G
 formed from differences of log sums G over a chunk. What a state carries across is formed as a
 difference too, b S - (d K)^T W S: an erased part leaves n u of what it was before. A decay that is
 part of a product is right to 2**-133 (docs/math.md §4), which is granted of what would be there if
-nothing decayed, were erased or cancelled. A chunk adds up its writes to the state as operands of
-a product, in float16 or bfloat16 where q, k, v are: a write that a later one of the chunk erases
-leaves a rounding of that dtype. A state is granted four such roundings of the root of the sum of
-squares of all that was written to it, if that is more than the rest. What is stored in float16 is
+nothing decayed, were erased or cancelled. Operands of products are rounded to the dtype of q, k, v
+on the way too, and terms that cancel leave those roundings: a state is granted two of them, one per
+operand, of all that was written to it, any other result four of the root of the sum of squares of
+its terms, if that is more than the rest (`gdn_ops.testing.operands`). What is stored in float16 is
 off by 2**-25, which is an absolute allowance for results; what is formed on the way has the range
 of float32 in every dtype, and no such allowance.
 """
@@ -37,9 +37,8 @@ import torch
 from torch import Tensor
 
 from gdn_ops.call.numerics import compute_dtype
-from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.testing.example import Example, Results, run
-from gdn_ops.testing.writes import written
+from gdn_ops.testing.operands import operand_sizes
 
 __all__ = ["Verdict", "judge"]
 
@@ -214,9 +213,7 @@ def judgement_of(
     scaled = _scaled_error(arguments, cotangents, example) if example.dtype == "float64" else None
     operand = unit_roundoff(getattr(torch, example.dtype))
     kept = _kept(arguments, cotangents, example)
-    writes = {}
-    if operand > unit_roundoff(torch.float32) and GATED_DELTA.rule[example.rule].has_erase:
-        writes = written(arguments, cotangents, example)
+    terms = operand_sizes(arguments, cotangents, example, _chunk(example))
     allowance, scale = {}, {}
     for name, y in reference.items():
         own = norms(y, name, example)
@@ -247,9 +244,10 @@ def judgement_of(
                 carried = _carried(arguments, example) * norms(before, name, example)
                 # beta <= 2: what is taken off is at most twice what was there.
                 allowance[name] += 2 * inner_product(stored, example) * carried
-        if name.endswith("state") and name in writes:
-            erased = 4 * operand * norms(writes[name], name, example)
-            allowance[name] = torch.maximum(allowance[name], erased)
+        if name in terms:
+            roundings = (2 if name.endswith("state") else 4) * operand
+            cancelled = roundings * norms(terms[name], name, example)
+            allowance[name] = torch.maximum(allowance[name], cancelled)
     return Judgement(example, reference, allowance, scale)
 
 
@@ -266,7 +264,10 @@ def _kept(
         name: x.abs() if isinstance(x, Tensor) else x
         for name, x in _upcast(arguments, torch.float64).items()
     }
-    sizes |= {"rule": "linear", "alpha": None, "log_alpha": None}
+    # A gate stays an argument, for its gradient.
+    ones = {"alpha": torch.ones_like, "log_alpha": torch.zeros_like}
+    sizes |= {name: one(sizes[name]) for name, one in ones.items() if sizes.get(name) is not None}
+    sizes["rule"] = "gated"
     given = None if cotangents is None else (cotangents[0].abs(), cotangents[1].abs())
     return {name: norms(x, name, example) for name, x in run(sizes, "naive", given).items()}
 

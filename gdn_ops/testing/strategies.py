@@ -130,16 +130,22 @@ def _decoding(draw: st.DrawFn, example: Example, limits: Limits) -> Example:
     if example.magnitude in ("half_range", "faint"):
         # A state beyond 65504 is the point of them.
         stored.remove("float16")
+    shared = draw(st.sampled_from((None, None, None, *SHARED)))
     example = replace(
         example,
         state_dtype=draw(st.sampled_from([None, *stored])),
         state_layout=draw(st.sampled_from(("dense", *STATE_LAYOUTS))),
-        shared=draw(st.sampled_from((None, None, None, *SHARED))),
+        shared=shared,
     )
+    if shared is not None:
+        # Only a state of the dtype of an argument can hold it, and only that of every row.
+        own = example.dtype if shared in ("q", "k", "v") and example.dtype in stored else None
+        example = replace(example, state_dtype=own, initial_state=True)
     if draw(st.booleans()):
         return example
     pool = example.B + draw(st.sampled_from((1, 0, 2, 5)))
     order = draw(st.permutations(range(pool)))[: example.B]
-    skipped = draw(st.lists(st.booleans(), min_size=example.B, max_size=example.B))
+    skips = st.just(False) if shared is not None else st.booleans()
+    skipped = draw(st.lists(skips, min_size=example.B, max_size=example.B))
     slots = tuple(-1 if skip else slot for slot, skip in zip(order, skipped, strict=True))
     return replace(example, slots=slots, pool=pool, initial_state=True)
