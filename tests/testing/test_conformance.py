@@ -6,12 +6,15 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from gdn_ops.backends import compile as compile_backend
 from gdn_ops.dispatch.registry import Backend, get_backend, known_backends
 from gdn_ops.testing import Example
 from gdn_ops.testing.conformance import Subject, check, run_subject, subjects
+from gdn_ops.testing.example import run
 from gdn_ops.testing.laws import orthogonal_keys_need_no_correction
+from gdn_ops.testing.operands import operand_sizes
 from gdn_ops.testing.oracle import Verdict, judge, judgement
 from gdn_ops.testing.runs import installed
 
@@ -110,6 +113,57 @@ def test_a_chunk_in_bfloat16_is_granted_what_it_erases() -> None:
     wide = judgement(example)
     # In float32 nothing like it is granted.
     assert (wide.allowance["final_state"] > 100 * narrow.allowance["final_state"]).all()
+
+
+CANCELLING = (
+    Example("delta", "bfloat16", K=2, V=6, keys="parallel", scale=0.0, seed=1),
+    Example(
+        "delta",
+        "bfloat16",
+        T=64,
+        K=5,
+        V=17,
+        beta="edges",
+        keys="parallel",
+        initial_state=True,
+        seed=3,
+    ),
+    Example(T=3, K=1, V=1, lengths=(3,), magnitude="faint", log_gate=True, seed=1),
+)
+
+
+@pytest.mark.parametrize("example", CANCELLING, ids=["one_number", "erased", "faint"])
+def test_terms_that_cancel_are_granted_their_roundings(example: Example) -> None:
+    verdict = judge(example, "triton")
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("qk_l2norm", [False, True])
+def test_the_only_term_of_a_result_is_the_result(qk_l2norm: bool) -> None:
+    # One token, one element, no state and no gradient of one.
+    example = Example(B=2, H=2, K=1, V=1, dtype="float64", log_gate=True, qk_l2norm=qk_l2norm)
+    arguments, (d_o, d_state) = example.arguments(), example.cotangents()
+    cotangents = (d_o, torch.zeros_like(d_state))
+    sizes = operand_sizes(arguments, cotangents, example, 64)
+    # Gradients of products have two terms each; nothing had decayed.
+    two = {"d_beta": 2**0.5, "d_k": 2**0.5}
+    for name, x in run(arguments, "naive", cotangents).items():
+        if qk_l2norm and name in ("d_q", "d_k"):
+            # What is taken off along q and k is nearly all of it.
+            assert (sizes[name] > x.abs()).all()
+        else:
+            torch.testing.assert_close(sizes[name], x.abs() * two.get(name, 1.0))
+
+
+def test_the_terms_of_a_state_are_at_least_the_state() -> None:
+    example = Example("gated_delta", "float64", T=70, lengths=(0, 3, 67), initial_state=True)
+    arguments, cotangents = example.arguments(), example.cotangents()
+    sizes = operand_sizes(arguments, cotangents, example, 64)
+    results = example.run("naive")
+    for name in ("final_state", "d_initial_state"):
+        assert (sizes[name] >= results[name].abs() * (1 - 1e-12)).all()
+    # Nothing was written to the state of an empty sequence.
+    assert torch.equal(sizes["final_state"][0], arguments["initial_state"][0].abs())
 
 
 def test_orthogonal_keys_are_judged_by_their_own_call() -> None:
