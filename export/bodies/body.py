@@ -15,6 +15,10 @@ DEFAULT_OPSET = 21
 """The opset of a model where none is given: every onnxruntime we run on takes it."""
 
 
+def _refuses_nothing(variant: Variant, scale: float) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Body:
     """Describe a function body. A body is this value and a row of `BODIES`; no code knows its name.
@@ -38,7 +42,7 @@ class Body:
     what: str
     where: str
     needs: str
-    refuses: Callable[[Variant, float], str] = lambda variant, scale: ""
+    refuses: Callable[[Variant, float], str] = _refuses_nothing
     imports: tuple[tuple[str, int], ...] = ()
     oldest_onnx: str | None = None
     min_rows: int = 0

@@ -298,9 +298,17 @@ def _has_grad(limits: Limits) -> bool:
     return limits.grad
 
 
+def _has_varlen(limits: Limits) -> bool:
+    return limits.varlen
+
+
+def _has_wide_grad(limits: Limits) -> bool:
+    return limits.grad and "float64" in limits.dtypes
+
+
 LAWS: tuple[Law, ...] = (
     Law(two_segments_equal_one_run),
-    Law(packing_equals_separate_calls, needs=lambda limits: limits.varlen),
+    Law(packing_equals_separate_calls, needs=_has_varlen),
     Law(padding_changes_nothing),
     Law(single_steps_equal_one_prefill, op=GATED_DELTA_STEP),
     Law(an_in_place_step_equals_a_step, op=GATED_DELTA_STEP, draws_decode=True),
@@ -316,10 +324,7 @@ LAWS: tuple[Law, ...] = (
     Law(the_output_is_linear_in_values_and_state),
     Law(grouping_equals_repeated_heads, needs=_has_grad),
     Law(rows_of_a_batch_do_not_meet),
-    Law(
-        one_scalar_checks_a_whole_backward,
-        needs=lambda limits: limits.grad and "float64" in limits.dtypes,
-    ),
+    Law(one_scalar_checks_a_whole_backward, needs=_has_wide_grad),
     Law(delta_is_one_step_of_gradient_descent, rules=("gated_delta",)),
     Law(delta_is_gated_delta_without_decay, rules=("gated_delta", "delta"), needs=_has_grad),
     Law(orthogonal_keys_need_no_correction, rules=("gated_delta", "gated")),

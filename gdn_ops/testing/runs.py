@@ -20,6 +20,10 @@ Check = Callable[[str, Example], Verdict]
 """A function from a backend's name and an example to a verdict."""
 
 
+def _needs_nothing(limits: Limits) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Law:
     """Describe a law of docs/math.md §8, and which backends it concerns.
@@ -37,7 +41,7 @@ class Law:
     check: Check
     rules: tuple[str, ...] = ()
     op: OpSpec = GATED_DELTA
-    needs: Callable[[Limits], bool] = lambda limits: True
+    needs: Callable[[Limits], bool] = _needs_nothing
     draws_decode: bool = False
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from errors import message_of
 from gdn_ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, Limits, SpecError
 from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch.registry import reasons
+from gdn_ops.export.bodies.table import BODIES
 from gdn_ops.spec import docs
 from gdn_ops.spec.language import (
     Attr,
@@ -26,6 +28,7 @@ from gdn_ops.spec.language import (
     shapes,
 )
 from gdn_ops.spec.rules import Rule
+from gdn_ops.testing.laws import LAWS
 from gdn_ops.testing.runs import installed
 
 # A value that makes no sense cannot be built.
@@ -125,6 +128,22 @@ def test_a_senseless_value_is_refused(message: str, build: Callable[[], object])
 )
 def test_a_value_prints_itself(value: object, text: str) -> None:
     assert str(value) == text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        GATED_DELTA,
+        GATED_DELTA_STEP,
+        GATED_DELTA_STEPS,
+        installed("triton").limits,
+        LAWS,
+        BODIES["standard"],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_description_is_pickled_to_an_equal_one(value: object) -> None:
+    assert pickle.loads(pickle.dumps(value)) == value
 
 
 def test_a_page_prints_the_signature_an_argument_a_line() -> None:
