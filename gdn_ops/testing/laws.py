@@ -36,6 +36,13 @@ _OF_UNIT_KEYS: dict[str, Any] = {"lengths": None, "rule": "gated_delta", "qk_l2n
 """Change an example to rows of `gated_delta` whose keys stay as they are drawn."""
 
 
+def _with_unit_keys(example: Example, **changes: Any) -> Example:
+    """Return a changed example of `gated_delta` whose keys have norm 1."""
+    if example.magnitude in ("large_gradients", "tiny_keys"):
+        changes["magnitude"] = "unit"
+    return replace(example, **_OF_UNIT_KEYS, **changes)
+
+
 def two_segments_equal_one_run(backend: str, example: Example) -> Verdict:
     """Law 1: running [0, t) and then [t, T) through the state equals one run."""
     example = replace(example, lengths=None)
@@ -139,7 +146,7 @@ def alpha_one_beta_zero_leaves_the_state(backend: str, example: Example) -> Verd
 
 def a_full_write_is_recalled_exactly(backend: str, example: Example) -> Verdict:
     """Law 7: with a key of norm 1 and beta = 1, S^T k = v."""
-    example = replace(example, **_OF_UNIT_KEYS, scale=1.0, beta="unit", T=max(example.T, 1))
+    example = _with_unit_keys(example, scale=1.0, beta="unit", T=max(example.T, 1))
     arguments = example.arguments()
     arguments["beta"] = torch.ones_like(arguments["beta"])
     arguments["q"] = arguments["k"]
@@ -153,7 +160,7 @@ def a_full_write_is_recalled_exactly(backend: str, example: Example) -> Verdict:
 
 def a_reflection_keeps_the_norm(backend: str, example: Example) -> Verdict:
     """Law 8: beta = 2, v = 0, alpha = 1, ||k|| = 1 keeps the Frobenius norm of S."""
-    example = replace(example, **_OF_UNIT_KEYS, gate="one", beta="unit", initial_state=True)
+    example = _with_unit_keys(example, gate="one", beta="unit", initial_state=True)
     arguments = example.arguments()
     arguments["beta"] = torch.full_like(arguments["beta"], 2.0)
     arguments["v"] = torch.zeros_like(arguments["v"])
