@@ -81,7 +81,8 @@ def _verdict(error: Exception) -> tuple[int, str]:
         return error.code, text
     if isinstance(error, RefusedError):
         return exit_codes.WRONG, text
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        text = text.partition("\n")[0]
         return exit_codes.NOT_POSSIBLE, f"there is not enough memory: {text or 'MemoryError'}"
     if isinstance(error, ModuleNotFoundError) and "pip install" not in text:
         extra = EXTRAS.get(str(error.name).partition(".")[0])
@@ -94,6 +95,13 @@ def _verdict(error: Exception) -> tuple[int, str]:
         return exit_codes.NOT_POSSIBLE, text
     tell = f"a fault of gdn_ops; {TRACEBACK}=1 shows where, please report it"
     return exit_codes.UNFORESEEN, f"{type(error).__name__}: {text} ({tell})"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether torch found no memory: on CPUs it raises a plain RuntimeError then."""
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    )
 
 
 def _drop_output() -> None:

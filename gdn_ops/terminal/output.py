@@ -48,12 +48,15 @@ def check_file(option: str, path: Path | None) -> None:
     """Make the folder of a file that will be written, if one is named.
 
     Raises:
-        SpecError: the file is a folder, or its folder cannot be made or written.
+        SpecError: the file is a folder, a device or a pipe, which writing would replace, or its
+            folder cannot be made or written.
     """
     if path is None:
         return
     if path.is_dir():
         raise SpecError(f"{option}: {str(path)!r} is a folder, should be a file")
+    if path.exists() and not path.is_file():
+        raise SpecError(f"{option}: {str(path)!r} is a device or a pipe, should be a file")
     check_folder(option, path.parent)
     if path.exists() and not os.access(path, os.W_OK):
         raise SpecError(f"{option}: {str(path)!r} cannot be written, should be writable")

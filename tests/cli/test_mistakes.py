@@ -6,6 +6,7 @@ Commands and options are read from the parser, so that a new one cannot be forgo
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -157,6 +158,8 @@ def test_help_fits_80_columns_and_shows_an_example(words: tuple[str, ...]) -> No
         "bench models --out {file}": "--out: '{file}' is a file, should be a folder",
         "bench decode --library {file}": "custom_op_library '{file}' cannot be loaded by",
         "export --heads 1 --key-dim 2 --out {folder}": "--out: '{folder}' is a folder, should be",
+        "export --heads 1 --key-dim 2 --out {pipe}": "--out: '{pipe}' is a device or a pipe, ",
+        "bench tiny --plot {pipe}.png": "--plot: '{pipe}.png' is a device or a pipe, should be a f",
         "export --inspect {folder}": "--inspect is '{folder}', a folder, should be an ONNX file",
         "export --inspect {file}": "--inspect is '{file}', a text, should be an ONNX file",
         # Where an option has no effect, it is refused.
@@ -176,12 +179,16 @@ def test_a_mistake_is_told_with_what_to_do(command: str, text: str, tmp_path: Pa
     folder.mkdir()
     (tmp_path / "folder.png").mkdir()
     file.write_text("some text\n" * 20, encoding="utf-8")
-    names = {"folder": folder, "file": file}
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    os.mkfifo(tmp_path / "pipe.png")
+    names = {"folder": folder, "file": file, "pipe": pipe}
     result = run(*(word.format(**names) for word in command.split()), columns=80)
     assert is_one_line(result)
     assert result.exit_code == exit_codes.NOT_POSSIBLE
     assert text.format(**names) in result.stderr
     assert not list(folder.iterdir())
+    assert pipe.is_fifo()
 
 
 def test_export_makes_the_folder_of_its_file(tmp_path: Path) -> None:
@@ -279,7 +286,15 @@ def test_a_full_disk_under_the_output_is_a_line() -> None:
     assert done.stderr == "gdn-ops: [Errno 28] No space left on device\n"
 
 
-@pytest.mark.parametrize("error", [MemoryError("x"), OSError(28, "No space left", "f"), KeyError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("x"),
+        RuntimeError("can't allocate memory: 9 bytes\nmore"),
+        OSError(28, "No space left", "f"),
+        KeyError(),
+    ],
+)
 def test_what_goes_wrong_inside_is_a_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +305,7 @@ def test_what_goes_wrong_inside_is_a_line(
     result = run("info")
     texts = {
         MemoryError: (2, "gdn-ops: there is not enough memory: x\n"),
+        RuntimeError: (2, "gdn-ops: there is not enough memory: can't allocate memory: 9 bytes\n"),
         OSError: (2, "gdn-ops: 'f': No space left\n"),
         KeyError: (3, "gdn-ops: KeyError: (a fault of gdn_ops; GDN_OPS_TRACEBACK=1 shows where, "
                       "please report it)\n"),
