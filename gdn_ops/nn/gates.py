@@ -37,18 +37,19 @@ def gate(a: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
     return -A_log.to(dtype).exp() * functional.softplus(step)
 
 
-def draw_A_log(heads: int, device: torch.device | str | None = None) -> Tensor:
-    """Draw A_log = log A with A ~ U(0, 16), (heads,) float32; never log 0."""
-    A = torch.empty(heads, dtype=torch.float32, device=device).uniform_(0, LARGEST_A)
-    return A.clamp_(min=torch.finfo(torch.float32).tiny).log_()
+@torch.no_grad()
+def draw_A_log_(x: Tensor) -> Tensor:
+    """Fill a tensor with A_log = log A, A ~ U(0, 16), never log 0, and return it."""
+    return x.uniform_(0, LARGEST_A).clamp_(min=torch.finfo(torch.float32).tiny).log_()
 
 
-def draw_dt_bias(heads: int, device: torch.device | str | None = None) -> Tensor:
-    """Draw dt_bias with softplus(dt_bias) log-uniform in DT_RANGE, (heads,) float32."""
-    low, high = (math.log(x) for x in DT_RANGE)
-    dt = torch.empty(heads, dtype=torch.float32, device=device).uniform_(low, high).exp_()
+@torch.no_grad()
+def draw_dt_bias_(x: Tensor) -> Tensor:
+    """Fill a tensor so that softplus of it is log-uniform in DT_RANGE, and return it."""
+    low, high = (math.log(bound) for bound in DT_RANGE)
+    dt = x.uniform_(low, high).exp_()
     # softplus⁻¹(dt) = log(eᵈᵗ − 1) = dt + log(1 − e⁻ᵈᵗ)
-    return dt + torch.log(-torch.expm1(-dt))
+    return dt.add_(torch.log(-torch.expm1(-dt)))
 
 
 class DecayGate(nn.Module):
@@ -64,9 +65,16 @@ class DecayGate(nn.Module):
 
     def __init__(self, heads: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.A_log = nn.Parameter(draw_A_log(heads, device))
-        self.dt_bias = nn.Parameter(draw_dt_bias(heads, device))
+        self.A_log, self.dt_bias = (
+            nn.Parameter(torch.empty(heads, dtype=torch.float32, device=device)) for _ in range(2)
+        )
+        self.reset_parameters()
         self.mark()
+
+    def reset_parameters(self) -> None:
+        """Draw A = exp(A_log) from U(0, 16), and softplus(dt_bias) log-uniformly in DT_RANGE."""
+        draw_A_log_(self.A_log)
+        draw_dt_bias_(self.dt_bias)
 
     def mark(self) -> None:
         """Mark the parameters as free of weight decay.

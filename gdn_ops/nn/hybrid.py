@@ -169,14 +169,23 @@ class HybridLM(nn.Module):
             Block(mixer_of(letter), inner, norm_eps, **made) for letter in self.pattern
         )
         self.norm = nn.RMSNorm(hidden_size, norm_eps, **made)
-        self.reset_weights()
+        self._draw_matrices()
 
     def reset_weights(self) -> None:
-        """Draw the linear layers and the embedding from N(0, 2 / (5 hidden_size)).
+        """Draw all parameters anew, for example behind `to_empty`.
 
-        Those that write into the residual stream start smaller by sqrt(2 layers). Gates,
-        convolutions and norms keep the initialisation of their layers.
+        Linear layers and the embedding are drawn from N(0, 2 / (5 hidden_size)), smaller by
+        sqrt(2 layers) where they write into the residual stream. Gates, convolutions and norms
+        start as their layers make them.
         """
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+        self._draw_matrices()
+
+    def _draw_matrices(self) -> None:
+        """Draw the linear layers and the embedding."""
         std = math.sqrt(2 / (5 * self.embedding.embedding_dim))
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):

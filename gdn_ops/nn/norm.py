@@ -154,7 +154,12 @@ class GatedRMSNorm(nn.Module):
             )
         self.eps = eps
         self.activation = activation
-        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the weight with ones."""
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Normalise x, then gate it with z.

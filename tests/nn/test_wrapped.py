@@ -168,6 +168,32 @@ def test_states_are_on_the_device_and_in_the_dtype_of_a_layer() -> None:
     assert (ring.keys.dtype, ring.tokens.dtype) == (torch.bfloat16, torch.int64)
 
 
+# Memory without values.
+
+
+def test_what_was_made_on_meta_starts_as_if_it_had_been_made_on_its_device() -> None:
+    with torch.device("meta"):
+        model = make_model("GA")
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    model.reset_weights()
+    expected = make_model("GA")
+    for (name, drawn), like in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert drawn.isfinite().all(), name
+        if name.endswith("norm.weight"):
+            assert torch.equal(drawn, like)
+    assert 0 < model.blocks[0].mixer.A_log.exp().amax() <= 16
+    dt = nn.functional.softplus(model.blocks[0].mixer.dt_bias)
+    assert 1e-3 <= dt.amin() * 1.001 <= dt.amax() <= 0.1001
+    # By torch's convention, too: what has parameters of its own can draw them.
+    for module in expected.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data.fill_(torch.nan)
+            module.reset_parameters()
+            assert parameter.isfinite().all()
+
+
 # Weight decay.
 
 
