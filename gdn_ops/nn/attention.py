@@ -5,14 +5,24 @@ y_t = W Σ_j softmax_j(q_tᵀ k_j / √D) v_j,   t − window < j ≤ t,   q, k 
 
 from __future__ import annotations
 
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, Never, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gdn_ops.call.structure import dtype_name
+from gdn_ops.nn.names import UNPADDED, own_options, refuse_input, refuse_option
 from gdn_ops.nn.state import made_in
-from gdn_ops.spec.errors import SpecError
+from gdn_ops.nn.values import (
+    check_counts,
+    check_dtype,
+    check_kept,
+    check_numbers,
+    check_sequences,
+    check_tensor,
+)
+from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 ROPE_BASE = 10000.0
 """Base of the rotary positions, as published."""
@@ -72,7 +82,7 @@ class SlidingWindowAttention(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        SpecError: the sizes do not fit.
+        SpecError: an option has a wrong value, or the sizes do not fit.
     """
 
     def __init__(
@@ -84,8 +94,17 @@ class SlidingWindowAttention(nn.Module):
         rope_base: float = ROPE_BASE,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown: Never,
     ) -> None:
         super().__init__()
+        if unknown:
+            refuse_option("SlidingWindowAttention", unknown, _OPTIONS)
+        check_counts("SlidingWindowAttention", hidden_size=hidden_size)
+        check_counts("SlidingWindowAttention", least=0, num_heads=num_heads, window=window)
+        check_numbers("SlidingWindowAttention", rope_base=rope_base)
+        check_dtype("SlidingWindowAttention", dtype)
+        if rope_base == 0:
+            _fail("rope_base is 0, should be above 0")
         if num_heads < 1 or hidden_size % (2 * num_heads):
             _fail(
                 f"num_heads is {num_heads}, should divide hidden_size = {hidden_size} into heads "
@@ -109,7 +128,9 @@ class SlidingWindowAttention(nn.Module):
         empty = torch.zeros(shape, dtype=dtype, device=device)
         return KeyValueRing(empty, empty, torch.zeros((), dtype=torch.int64, device=device))
 
-    def forward(self, x: Tensor, state: KeyValueRing | None = None) -> tuple[Tensor, KeyValueRing]:
+    def forward(
+        self, x: Tensor, state: KeyValueRing | None = None, **unknown: Never
+    ) -> tuple[Tensor, KeyValueRing]:
         """Attend within whole sequences, or continue them by any number of tokens.
 
         Args:
@@ -120,8 +141,10 @@ class SlidingWindowAttention(nn.Module):
             y like x, and the ring after the last token.
 
         Raises:
-            SpecError: a shape does not fit.
+            SpecError: an argument is of the wrong type, or a shape does not fit.
         """
+        if unknown:
+            refuse_input("SlidingWindowAttention", unknown, ("x", "state"), UNPADDED)
         self._check(x, state)
         q, k, v = (
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -158,6 +181,8 @@ class SlidingWindowAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueRing | None) -> Tensor:
         """Attend from queries (B, heads, T, D) to the keys of their windows, block by block."""
         attention, tokens = functional.scaled_dot_product_attention, q.shape[2]
+        if tokens == 0:
+            return q
         if state is None and tokens <= self.window:
             return attention(q, k, v, is_causal=True)
         past = 0
@@ -181,16 +206,30 @@ class SlidingWindowAttention(nn.Module):
         return torch.cat(outputs, 2)
 
     def _check(self, x: Tensor, state: KeyValueRing | None) -> None:
-        if x.dim() != 3 or x.shape[2] != self.hidden_size:
-            _fail(
-                f"x has shape {tuple(x.shape)}, should be (B, T, hidden_size) with "
-                f"hidden_size = {self.hidden_size}"
+        owner = "SlidingWindowAttention"
+        check_sequences(owner, x, self.hidden_size, "hidden_size")
+        if state is None:
+            return
+        if not isinstance(state, KeyValueRing):
+            raise SpecTypeError(
+                f"{owner}: state has type {type(state).__name__}, should be the "
+                f"gdn_ops.nn.KeyValueRing that an earlier call returned"
             )
+        for name, part in zip(state._fields, state, strict=True):
+            check_tensor(owner, f"state.{name}", part)
         expected = (x.shape[0], self.num_heads, self.window, self.head_dim)
-        if state is not None and tuple(state.keys.shape) != expected:
+        for name in ("keys", "values"):
+            shape = tuple(getattr(state, name).shape)
+            if shape != expected:
+                _fail(
+                    f"state.{name} has shape {shape}, should be (B, heads, window, D) = {expected}"
+                )
+        check_kept(owner, x, {"state.keys": state.keys, "state.values": state.values})
+        tokens = state.tokens
+        if tokens.dim() or tokens.dtype != torch.int64 or tokens.device != x.device:
             _fail(
-                f"state.keys has shape {tuple(state.keys.shape)}, should be (B, heads, window, D) "
-                f"= {expected}"
+                f"state.tokens is {dtype_name(tokens.dtype)} of shape {tuple(tokens.shape)} on "
+                f"{tokens.device}, should be int64 of shape () on {x.device}"
             )
 
     def extra_repr(self) -> str:
@@ -199,3 +238,6 @@ class SlidingWindowAttention(nn.Module):
 
 def _fail(message: str) -> NoReturn:
     raise SpecError(f"SlidingWindowAttention: {message}")
+
+
+_OPTIONS = own_options(SlidingWindowAttention)

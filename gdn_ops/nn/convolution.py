@@ -8,6 +8,14 @@ from torch import Tensor, nn
 from gdn_ops.nn.blocks import runs_in_blocks
 from gdn_ops.nn.causal import causal_convolution, convolved_window
 from gdn_ops.nn.packing import check_boundaries, check_lengths
+from gdn_ops.nn.values import (
+    check_counts,
+    check_dtype,
+    check_flags,
+    check_kept,
+    check_sequences,
+    check_tensor,
+)
 from gdn_ops.spec.errors import SpecError
 
 
@@ -22,7 +30,7 @@ class ShortConvolution(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        SpecError: the activation is unknown.
+        SpecError: an option has a wrong value.
     """
 
     def __init__(
@@ -40,6 +48,9 @@ class ShortConvolution(nn.Module):
             raise SpecError(
                 f"ShortConvolution: activation is {activation!r}, should be 'silu' or None"
             )
+        check_counts("ShortConvolution", channels=channels, kernel_size=kernel_size)
+        check_flags("ShortConvolution", bias=bias)
+        check_dtype("ShortConvolution", dtype)
         self.channels = channels
         self.kernel_size = kernel_size
         self.activation = activation
@@ -105,11 +116,7 @@ class ShortConvolution(nn.Module):
         cu_seqlens: Tensor | None,
     ) -> None:
         owner = "ShortConvolution"
-        if x.dim() != 3 or x.shape[2] != self.channels:
-            raise SpecError(
-                f"{owner}: x has shape {tuple(x.shape)}, should be (B, T, channels) with "
-                f"channels = {self.channels}"
-            )
+        check_sequences(owner, x, self.channels, "channels")
         rows = x.shape[0]
         if cu_seqlens is not None:
             if lengths is not None:
@@ -122,11 +129,15 @@ class ShortConvolution(nn.Module):
         if lengths is not None:
             check_lengths(owner, lengths, x)
         expected = (rows, self.channels, self.kernel_size - 1)
-        if state is not None and tuple(state.shape) != expected:
+        if state is None:
+            return
+        check_tensor(owner, "state", state)
+        if tuple(state.shape) != expected:
             raise SpecError(
                 f"{owner}: state has shape {tuple(state.shape)}, should be (N, channels, "
                 f"kernel_size - 1) = {expected}"
             )
+        check_kept(owner, x, {"state": state})
 
     def _convolve(self, window: Tensor) -> Tensor:
         """Convolve (B, reach + T, channels) to (B, T, channels)."""

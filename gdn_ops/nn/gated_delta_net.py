@@ -7,7 +7,6 @@ y = W (RMSNorm(rule(q, k, v, α, β)) ⊙ SiLU(W x))
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Never
 
@@ -18,7 +17,7 @@ from torch.nn import functional
 from gdn_ops.nn.convolution import ShortConvolution
 from gdn_ops.nn.decay_groups import parameters_without_weight_decay
 from gdn_ops.nn.gates import DecayGate
-from gdn_ops.nn.names import refuse_input, refuse_option
+from gdn_ops.nn.names import own_options, refuse_input, refuse_option
 from gdn_ops.nn.norm import GATE_ACTIVATIONS, GatedRMSNorm
 from gdn_ops.nn.options import (
     FEATURE_MAPS,
@@ -31,6 +30,13 @@ from gdn_ops.nn.options import (
 from gdn_ops.nn.packing import check_boundaries, check_mask
 from gdn_ops.nn.padding import Padding
 from gdn_ops.nn.state import State, check_state, made_in
+from gdn_ops.nn.values import (
+    check_counts,
+    check_dtype,
+    check_flags,
+    check_numbers,
+    check_sequences,
+)
 from gdn_ops.ops import gated_delta, gated_delta_step
 from gdn_ops.spec.ops import GATED_DELTA
 
@@ -87,7 +93,7 @@ class GatedDeltaNet(nn.Module):
         device, dtype: of the parameters; A_log and dt_bias are made in float32.
 
     Raises:
-        SpecError: an option is unknown, or the sizes do not fit.
+        SpecError: an option is unknown or has a wrong value, or the sizes do not fit.
     """
 
     def __init__(
@@ -119,6 +125,15 @@ class GatedDeltaNet(nn.Module):
         check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
         check_choice("qk_norm", qk_norm, QK_NORMS)
         check_choice("output_gate", output_gate, (*GATE_ACTIVATIONS, None))
+        sizes = {"hidden_size": hidden_size, "num_heads": num_heads}
+        given = {"num_value_heads": num_value_heads, "head_dim": head_dim}
+        sizes |= {name: size for name, size in given.items() if size is not None}
+        check_counts("GatedDeltaNet", **sizes)
+        check_counts("GatedDeltaNet", least=0, short_conv=short_conv)
+        check_numbers("GatedDeltaNet", expand_v=expand_v, norm_eps=norm_eps)
+        flags = {"output_norm": output_norm, "allow_neg_eigval": allow_neg_eigval}
+        check_flags("GatedDeltaNet", **flags, conv_bias=conv_bias)
+        check_dtype("GatedDeltaNet", dtype)
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.num_value_heads = num_heads if num_value_heads is None else num_value_heads
         self.head_dim = key_width(hidden_size, num_heads) if head_dim is None else head_dim
@@ -217,7 +232,7 @@ class GatedDeltaNet(nn.Module):
             y like x, and the state after the last token.
 
         Raises:
-            SpecError: a shape does not fit.
+            SpecError: an argument is of the wrong type, or a shape does not fit.
         """
         if unknown:
             refuse_input("GatedDeltaNet", unknown, ("x", "state", "mask", "cu_seqlens"))
@@ -284,11 +299,7 @@ class GatedDeltaNet(nn.Module):
     def _check(
         self, x: Tensor, state: State | None, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> None:
-        if x.dim() != 3 or x.shape[2] != self.hidden_size:
-            fail(
-                f"x has shape {tuple(x.shape)}, should be (B, T, hidden_size) with "
-                f"hidden_size = {self.hidden_size}"
-            )
+        check_sequences("GatedDeltaNet", x, self.hidden_size, "hidden_size")
         if mask is not None and cu_seqlens is not None:
             fail(
                 "mask and cu_seqlens are both given, should be one of them: packing has no padding"
@@ -302,6 +313,7 @@ class GatedDeltaNet(nn.Module):
             conv = self.conv
             check_state(
                 state,
+                x,
                 (rows, self.num_value_heads, self.head_dim, self.value_dim),
                 None if conv is None else (rows, conv.channels, conv.kernel_size - 1),
             )
@@ -314,8 +326,4 @@ class GatedDeltaNet(nn.Module):
         )
 
 
-_OPTIONS = tuple(
-    name
-    for name, parameter in inspect.signature(GatedDeltaNet).parameters.items()
-    if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-)
+_OPTIONS = own_options(GatedDeltaNet)

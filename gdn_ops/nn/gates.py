@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gdn_ops.nn.values import check_tensor
+from gdn_ops.spec.errors import SpecError
+
 LARGEST_A = 16.0
 """A is drawn uniformly from (0, 16)."""
 
@@ -30,8 +33,17 @@ def gate(a: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
         close to 1, which α in a narrow dtype could not be.
 
     Raises:
-        RuntimeError: the sizes do not fit; it is torch's own.
+        SpecError: an argument is no tensor, or A_log or dt_bias is not (HV,).
     """
+    for name, given in (("a", a), ("A_log", A_log), ("dt_bias", dt_bias)):
+        if given is None:
+            continue
+        check_tensor("gate", name, given)
+        if name != "a" and given.shape != a.shape[-1:]:
+            raise SpecError(
+                f"gate: {name} has shape {tuple(given.shape)}, should be (HV,) = "
+                f"{tuple(a.shape[-1:])}"
+            )
     dtype = torch.promote_types(torch.promote_types(a.dtype, A_log.dtype), torch.float32)
     step = a.to(dtype) if dt_bias is None else a.to(dtype) + dt_bias.to(dtype)
     return -A_log.to(dtype).exp() * functional.softplus(step)
@@ -89,7 +101,7 @@ class DecayGate(nn.Module):
         """Map a (..., HV) to log α of the same shape, float32 at least.
 
         Raises:
-            RuntimeError: the sizes do not fit; it is torch's own.
+            SpecError: the sizes do not fit.
         """
         return gate(a, self.A_log, self.dt_bias)
 

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, Never, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gdn_ops.call.structure import dtype_name
 from gdn_ops.nn.attention import KeyValueRing, SlidingWindowAttention
 from gdn_ops.nn.decay_groups import optimizer_groups, parameters_without_weight_decay
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
+from gdn_ops.nn.names import MODEL_INPUTS, MODEL_OPTIONS, own_options, refuse_input, refuse_option
+from gdn_ops.nn.packing import has_values
 from gdn_ops.nn.state import State
-from gdn_ops.spec.errors import SpecError
+from gdn_ops.nn.values import check_counts, check_dtype, check_numbers, check_tensor
+from gdn_ops.spec.errors import SpecError, SpecTypeError
+from gdn_ops.spec.ops import GATED_DELTA
 
 LayerState = State | KeyValueRing
 """State that one layer keeps between calls."""
+
+SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+"""Lower ones act as this one does: the most likely token is drawn."""
 
 LETTERS = {
     "G": "GatedDeltaNet with the rule that is asked for",
@@ -127,7 +135,8 @@ class HybridLM(nn.Module):
         mixer: further arguments of GatedDeltaNet, such as head_dim or backend.
 
     Raises:
-        SpecError: the pattern has an unknown letter, or sizes do not fit.
+        SpecError: the pattern has an unknown letter, an option is unknown or has a wrong value,
+            or sizes do not fit.
     """
 
     def __init__(
@@ -149,13 +158,19 @@ class HybridLM(nn.Module):
     ) -> None:
         super().__init__()
         _check_pattern(pattern)
+        _check_options(rule, mixer)
         count = len(pattern) if num_layers is None else num_layers
-        if count < 1:
+        if isinstance(count, int) and count < 1:
             _fail(f"num_layers is {num_layers}, should be at least 1")
+        heads = num_heads if attention_heads is None else attention_heads
+        sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_layers": count}
+        check_counts("HybridLM", **sizes, num_heads=num_heads, attention_heads=heads, window=window)
+        check_counts("HybridLM", least=0, mlp_size=mlp_size or 0)
+        check_numbers("HybridLM", norm_eps=norm_eps)
+        check_dtype("HybridLM", dtype)
         self.pattern = (pattern * count)[:count]
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = 4 * hidden_size if mlp_size is None else mlp_size
-        heads = num_heads if attention_heads is None else attention_heads
         rules = {"G": rule, "M": "gated"}
 
         def mixer_of(letter: str) -> GatedDeltaNet | SlidingWindowAttention:
@@ -199,6 +214,7 @@ class HybridLM(nn.Module):
         state: Sequence[LayerState] | None = None,
         *,
         is_last_only: bool = False,
+        **unknown: Never,
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
         """Read whole sequences, or continue them by any number of tokens.
 
@@ -212,8 +228,11 @@ class HybridLM(nn.Module):
             the last, and the state of every layer.
 
         Raises:
-            SpecError: a shape does not fit.
+            SpecError: an argument is of the wrong type, a shape does not fit, or a token is not
+                in the vocabulary, which is looked at on the CPU only.
         """
+        if unknown:
+            refuse_input("HybridLM", unknown, ("tokens", "state", "is_last_only"), MODEL_INPUTS)
         x, after = self.hidden(tokens, state)
         return self.logits(x[:, -1:] if is_last_only else x), after
 
@@ -230,10 +249,14 @@ class HybridLM(nn.Module):
             (B, T, hidden_size), and the state of every layer.
 
         Raises:
-            SpecError: a shape does not fit, or there are not as many states as layers.
+            SpecError: as of a call, or there are not as many states as layers.
         """
-        if tokens.dim() != 2:
-            _fail(f"tokens has shape {tuple(tokens.shape)}, should be (B, T)")
+        self._check_tokens(tokens)
+        if state is not None and not isinstance(state, Sequence):
+            raise SpecTypeError(
+                f"HybridLM: state has type {type(state).__name__}, should be the tuple that an "
+                f"earlier call returned"
+            )
         if state is not None and len(state) != len(self.blocks):
             _fail(f"state is of {len(state)} layers, should be of {len(self.blocks)}")
         x, after = self.embedding(tokens), []
@@ -241,6 +264,21 @@ class HybridLM(nn.Module):
             x, new_state = block(x, None if state is None else state[i])
             after.append(new_state)
         return self.norm(x), tuple(after)
+
+    def _check_tokens(self, tokens: Any) -> None:
+        check_tensor("HybridLM", "tokens", tokens)
+        if tokens.dim() != 2:
+            _fail(f"tokens has shape {tuple(tokens.shape)}, should be (B, T)")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            _fail(f"tokens has dtype {dtype_name(tokens.dtype)}, should be int64 or int32")
+        size = getattr(self.embedding, "num_embeddings", None)
+        if size is not None and has_values(tokens) and tokens.numel():
+            low, high = (int(x) for x in tokens.aminmax())
+            if low < 0 or high >= size:
+                _fail(
+                    f"tokens has values in [{low}, {high}], should be in [0, vocab_size - 1] = "
+                    f"[0, {size - 1}]"
+                )
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of hidden vectors.
@@ -270,6 +308,7 @@ class HybridLM(nn.Module):
         *,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        **unknown: Never,
     ) -> Tensor:
         """Continue prompts, one token at a time.
 
@@ -283,8 +322,16 @@ class HybridLM(nn.Module):
             (B, T + count), the prompts and what follows.
 
         Raises:
-            SpecError: the prompts are not (B, T).
+            SpecError: an argument has a wrong value, or the prompts are not (B, T) or empty.
         """
+        if unknown:
+            known = ("tokens", "count", "temperature", "generator")
+            refuse_input("HybridLM.generate", unknown, known, MODEL_INPUTS)
+        check_counts("HybridLM.generate", least=0, count=count)
+        check_numbers("HybridLM.generate", temperature=temperature)
+        self._check_tokens(tokens)
+        if tokens.shape[1] == 0:
+            _fail(f"tokens has shape {tuple(tokens.shape)}, should be (B, T) with T > 0")
         # By a call of the model, not of its parts: what shards or compiles it notices calls alone.
         logits, state = self(tokens, is_last_only=True)
         parts = [tokens]
@@ -293,7 +340,9 @@ class HybridLM(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
-                chances = (logits.float() / temperature).softmax(-1)
+                # The largest is 0, so that no division by a small number overflows upwards.
+                below = logits.float() - logits.float().amax(-1, keepdim=True)
+                chances = (below / max(temperature, SMALLEST_TEMPERATURE)).softmax(-1)
                 token = torch.multinomial(chances, 1, generator=generator)
             parts.append(token)
             if place + 1 < count:
@@ -309,7 +358,19 @@ class HybridLM(nn.Module):
         return parameters_without_weight_decay(self)
 
 
-def _check_pattern(pattern: str) -> None:
+def _check_options(rule: str, mixer: dict[str, Any]) -> None:
+    """Check what only some layers take, whether there are such layers or not."""
+    if rule not in tuple(GATED_DELTA.rule):
+        _fail(f"rule is {rule!r}, should be one of {', '.join(GATED_DELTA.rule)}")
+    taken = (*_OPTIONS, *own_options(GatedDeltaNet))
+    unknown = [name for name in mixer if name not in taken]
+    if unknown:
+        refuse_option("HybridLM", unknown, dict.fromkeys(taken), MODEL_OPTIONS)
+
+
+def _check_pattern(pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise SpecTypeError(f"HybridLM: pattern is {pattern!r}, should be a string of letters")
     known = ", ".join(f"{letter} ({what})" for letter, what in LETTERS.items())
     if not pattern:
         _fail(f"pattern is empty, should be letters of {known}")
@@ -320,3 +381,6 @@ def _check_pattern(pattern: str) -> None:
 
 def _fail(message: str) -> NoReturn:
     raise SpecError(f"HybridLM: {message}")
+
+
+_OPTIONS = own_options(HybridLM)

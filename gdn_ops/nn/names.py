@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 from gdn_ops.call.pointers import unknown_option
@@ -64,13 +65,65 @@ INPUTS: dict[str, str] = {
 """What is meant by inputs of other layers."""
 
 
-def refuse_option(owner: str, unknown: Iterable[str], known: Iterable[str]) -> NoReturn:
+_ROWS = f"{_NOT_HERE} with attention takes whole rows of one length, without padding"
+UNPADDED: dict[str, str] = INPUTS | {
+    name: _ROWS
+    for name in (
+        *("mask", "attention_mask", "cu_seqlens", "cu_seq_lens", "cu_seq_lens_q"),
+        *("seq_idx", "position_ids"),
+    )
+}
+"""The same for layers and models that know neither padding nor packed sequences."""
+
+
+MODEL_OPTIONS: dict[str, str] = OPTIONS | {
+    "num_hidden_layers": "num_layers",
+    "n_layer": "num_layers",
+    "intermediate_size": "mlp_size",
+    "hidden_ratio": "mlp_size",
+    "sliding_window": "window",
+    "window_size": "window",
+    "num_attention_heads": "attention_heads",
+    "tie_word_embeddings": "left out: the embedding is always the output matrix too",
+    "layer_types": "pattern, a letter for each kind of layer",
+    "config": "pattern, vocab_size, hidden_size, ...",
+}
+MODEL_INPUTS: dict[str, str] = UNPADDED | {
+    "input_ids": "tokens",
+    "inputs_embeds": "tokens; the embedding is the output matrix too",
+    "labels": "left out: the loss is a function of the logits",
+    "logits_to_keep": "is_last_only",
+    "max_new_tokens": "count",
+    "max_length": "count, how many tokens are added",
+    "do_sample": "temperature, 0 for the most likely token",
+}
+"""The same for models."""
+
+
+def own_options(kind: type) -> tuple[str, ...]:
+    """Return the names of the arguments of a class."""
+    parameters = inspect.signature(kind).parameters.values()
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return tuple(p.name for p in parameters if p.kind not in variadic)
+
+
+def refuse_option(
+    owner: str,
+    unknown: Iterable[str],
+    known: Iterable[str],
+    meant: Mapping[str, str] = OPTIONS,
+) -> NoReturn:
     """Refuse options that a layer does not have, saying what is meant by the first of them."""
     name = next(iter(unknown))
-    raise SpecTypeError(unknown_option(owner, name, known, OPTIONS))
+    raise SpecTypeError(unknown_option(owner, name, known, meant))
 
 
-def refuse_input(owner: str, unknown: Iterable[str], known: Iterable[str]) -> NoReturn:
+def refuse_input(
+    owner: str,
+    unknown: Iterable[str],
+    known: Iterable[str],
+    meant: Mapping[str, str] = INPUTS,
+) -> NoReturn:
     """Refuse inputs that a layer does not have, saying what is meant by the first of them."""
     name = next(iter(unknown))
-    raise SpecTypeError(unknown_option(owner, name, known, INPUTS))
+    raise SpecTypeError(unknown_option(owner, name, known, meant))

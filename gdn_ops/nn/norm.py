@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from gdn_ops.kernel_support.host_memory import empty
 from gdn_ops.nn.blocks import blocks, differentiable_gradients, runs_in_blocks, wide
+from gdn_ops.nn.values import check_counts, check_dtype, check_floats, check_numbers
 from gdn_ops.spec.errors import SpecError
 
 GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -134,7 +135,7 @@ class GatedRMSNorm(nn.Module):
         device, dtype: of the weight.
 
     Raises:
-        SpecError: the activation is unknown.
+        SpecError: an option has a wrong value.
     """
 
     def __init__(
@@ -147,7 +148,10 @@ class GatedRMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in GATE_ACTIVATIONS:
+        check_counts("GatedRMSNorm", width=width)
+        check_numbers("GatedRMSNorm", eps=eps)
+        check_dtype("GatedRMSNorm", dtype)
+        if activation not in tuple(GATE_ACTIVATIONS):
             raise SpecError(
                 f"GatedRMSNorm: activation is {activation!r}, should be one of "
                 f"{', '.join(GATE_ACTIVATIONS)}"
@@ -172,8 +176,16 @@ class GatedRMSNorm(nn.Module):
             Like x.
 
         Raises:
-            RuntimeError: the sizes do not fit; it is torch's own.
+            SpecError: x or z is no float, or its last axis has another width.
         """
+        width = self.weight.shape[0]
+        for name, tensor in (("x", x), *([] if z is None else [("z", z)])):
+            check_floats("GatedRMSNorm", **{name: tensor})
+            if tensor.shape[-1:] != (width,):
+                raise SpecError(
+                    f"GatedRMSNorm: {name} has shape {tuple(tensor.shape)}, should be "
+                    f"(..., width) with width = {width}"
+                )
         return gated_rms_norm(x, self.weight, z, eps=self.eps, activation=self.activation)
 
     def extra_repr(self) -> str:

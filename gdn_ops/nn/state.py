@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gdn_ops.spec.errors import SpecError
+from gdn_ops.nn.values import check_kept, check_tensor
+from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 
 class State(NamedTuple):
@@ -47,9 +48,28 @@ def made_in(*modules: nn.Module) -> tuple[torch.dtype, torch.device]:
 
 
 def check_state(
-    state: State, memory_shape: tuple[int, int, int, int], conv_shape: tuple[int, int, int] | None
+    state: State,
+    x: Tensor,
+    memory_shape: tuple[int, int, int, int],
+    conv_shape: tuple[int, int, int] | None,
 ) -> None:
-    """Raise a SpecError where a state has other shapes; without a convolution one is None."""
+    """Check a state that a layer is given.
+
+    Args:
+        state: should be a State.
+        x: the input of the layer.
+        memory_shape: (N, HV, K, V).
+        conv_shape: (N, channels, kernel_size - 1), or None without a convolution.
+
+    Raises:
+        SpecError: the state is something else, or of a layer of another shape.
+    """
+    if not isinstance(state, State):
+        raise SpecTypeError(
+            f"GatedDeltaNet: state has type {type(state).__name__}, should be the "
+            f"gdn_ops.nn.State that an earlier call returned; State(conv, memory) makes one"
+        )
+    check_tensor("GatedDeltaNet", "state.memory", state.memory)
     shape, (rows, heads, key_width, value_width) = tuple(state.memory.shape), memory_shape
     if shape != memory_shape:
         is_v_first = shape == (rows, heads, value_width, key_width)
@@ -59,10 +79,24 @@ def check_state(
             f"GatedDeltaNet: state.memory has shape {shape}, should be (N, HV, K, V) = "
             f"{memory_shape}{cure}"
         )
-    given = None if state.conv is None else tuple(state.conv.shape)
-    if conv_shape is not None and given != conv_shape:
-        kind = "is None" if given is None else f"has shape {given}"
+    check_kept("GatedDeltaNet", x, {"state.memory": state.memory})
+    _check_conv(state.conv, x, conv_shape)
+
+
+def _check_conv(conv: Any, x: Tensor, expected: tuple[int, int, int] | None) -> None:
+    """Check the state of the convolution, None without one."""
+    if conv is not None:
+        check_tensor("GatedDeltaNet", "state.conv", conv)
+    given = None if conv is None else tuple(conv.shape)
+    kind = "is None" if given is None else f"has shape {given}"
+    if given is not None and expected is None:
+        raise SpecError(
+            f"GatedDeltaNet: state.conv {kind}, should be None: the layer has no convolution"
+        )
+    if given != expected:
         raise SpecError(
             f"GatedDeltaNet: state.conv {kind}, should be (N, channels, kernel_size - 1) = "
-            f"{conv_shape}"
+            f"{expected}"
         )
+    if conv is not None:
+        check_kept("GatedDeltaNet", x, {"state.conv": conv})

@@ -301,7 +301,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     f"HybridLM: pattern 'ga' has the letter 'g', should have only {LETTERS}": lambda: make("ga"),
     f"HybridLM: pattern is empty, should be letters of {LETTERS}": lambda: make(""),
     "HybridLM: num_layers is 0, should be at least 1": lambda: make("G", num_layers=0),
-    "GatedDeltaNet: rule is 'mamba', should be one of gated_delta, delta, gated, linear": (
+    "HybridLM: rule is 'mamba', should be one of gated_delta, delta, gated, linear": (
         lambda: make("G", rule="mamba")
     ),
     "HybridLM: tokens has shape (3,), should be (B, T)": (
