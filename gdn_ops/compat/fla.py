@@ -9,7 +9,7 @@ how to work, `cu_seqlens_cpu` and `chunk_indices`, are accepted and not needed.
 
 from __future__ import annotations
 
-import functools
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdn_ops.call.pointers import unknown_option
+from gdn_ops.compat.fla_arguments import (
+    OLDER_NAMES,
+    check_gate_parameter,
+    check_kinds,
+    check_switches,
+    promoted,
+)
 from gdn_ops.compat.states import check_state
 from gdn_ops.nn.gated_delta_net import run_rule
 from gdn_ops.nn.gates import gate
@@ -79,12 +87,15 @@ def chunk_gated_delta_rule(
     name = "chunk_gated_delta_rule"
     _refuse(name, {"cp_context": cp_context}, "context parallelism over devices is not supported")
     chunk_size = kwargs.pop("chunk_size", None)
-    gate_options = [kwargs.pop(key, None) for key in ("use_gate_in_kernel", "A_log", "dt_bias")]
+    use_gate_in_kernel, A_log, dt_bias = (
+        kwargs.pop(key, None) for key in ("use_gate_in_kernel", "A_log", "dt_bias")
+    )
     is_v_first = _v_first(name, state_v_first, kwargs)
-    log_alpha = _log_alpha(name, g, *gate_options)
+    check_kinds(name, locals())
+    log_alpha = _log_alpha(name, g, use_gate_in_kernel, A_log, dt_bias)
     strength = _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     tokens = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": strength}
-    options = {"scale": scale, "qk_l2norm": use_qk_l2norm_in_kernel, "chunk_size": chunk_size}
+    options = {"scale": scale, "qk_l2norm": bool(use_qk_l2norm_in_kernel), "chunk_size": chunk_size}
     return _run(name, tokens, initial_state, output_final_state, is_v_first, cu_seqlens, options)
 
 
@@ -128,16 +139,16 @@ def fused_recurrent_gated_delta_rule(
         SpecError: an argument breaks the spec of gdn_ops, or is not supported.
     """
     name = "fused_recurrent_gated_delta_rule"
-    _refuse(
-        name,
-        {"gk": gk, "gv": gv},
-        "a decay per channel is not supported; g is one decay per head",
-    )
+    why = "a decay per channel is not supported; g is one decay per head"
+    if isinstance(gk, Tensor) and gk.dim() == 3:
+        why = "it looks like beta, which older versions of FLA have in this place; pass it by name"
+    _refuse(name, {"gk": gk, "gv": gv}, why)
     is_v_first = _v_first(name, state_v_first, kwargs)
+    check_kinds(name, locals())
     log_alpha = _log_alpha(name, g, use_gate_in_kernel, A_log, dt_bias)
     strength = _beta(name, beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     tokens = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": strength}
-    options = {"scale": scale, "qk_l2norm": use_qk_l2norm_in_kernel}
+    options = {"scale": scale, "qk_l2norm": bool(use_qk_l2norm_in_kernel)}
     return _run(name, tokens, initial_state, output_final_state, is_v_first, cu_seqlens, options)
 
 
@@ -166,14 +177,17 @@ def _v_first(name: str, state_v_first: bool, kwargs: dict[str, Any]) -> bool:
             stacklevel=3,
         )
         state_v_first = kwargs.pop("transpose_state_layout")
-    if kwargs.pop("head_first", False):
+    head_first = kwargs.pop("head_first", False)
+    check_switches(name, state_v_first=state_v_first, head_first=head_first)
+    if head_first:
         raise SpecError(
             f"{name}: head_first is True, should be False: tokens come before heads, "
             f"(B, T, H, K); q.transpose(1, 2) turns (B, H, T, K)"
         )
     for other in kwargs:
-        raise SpecTypeError(f"{name}: got an unknown keyword argument {other!r}")
-    return state_v_first
+        known = inspect.signature(globals()[name]).parameters
+        raise SpecTypeError(unknown_option(name, other, [*known][:-1], OLDER_NAMES))
+    return bool(state_v_first)
 
 
 def _run(
@@ -186,7 +200,7 @@ def _run(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """Run a call of either function, whose states may be V-first."""
-    tokens, dtype = _promoted(tokens)
+    tokens, dtype = promoted(name, tokens)
     q, v, log_alpha, beta = (tokens[key] for key in ("q", "v", "log_alpha", "beta"))
     if beta is not None and beta.dim() == v.dim() == 4:
         raise SpecError(
@@ -194,14 +208,19 @@ def _run(
             f"{tuple(v.shape[:3])}: a write strength per channel is not supported"
         )
     if state is not None and is_v_first:
+        if state.dim() != 4:
+            raise SpecError(
+                f"{name}: initial_state has shape {tuple(state.shape)}, should be (N, HV, V, K): "
+                f"4 dimensions, not {state.dim()}"
+            )
         state = state.mT.contiguous()
     elif state is not None and q.dim() == v.dim() == 4:
         is_packed = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1
         rows = cu_seqlens.shape[0] - 1 if is_packed else q.shape[0]  # type: ignore[union-attr]
         check_state(name, "initial_state", state, (rows, v.shape[2], q.shape[3], v.shape[3]))
-    if state is not None:
+    if state is not None and state.is_floating_point():
         # FLA keeps states in float32, whatever the dtype of the one that it is given.
-        state = state.to(torch.promote_types(state.dtype, torch.float32))
+        state = state.to(torch.promote_types(q.dtype, torch.float32))
     rule = "delta" if log_alpha is None else "gated_delta"
     try:
         o, final = run_rule(tokens, state, cu_seqlens, rule=rule, **options)
@@ -214,29 +233,25 @@ def _run(
     return o, final.mT.contiguous() if is_v_first else final
 
 
-def _promoted(tokens: dict[str, Any]) -> tuple[dict[str, Any], torch.dtype]:
-    """Return tokens whose q, k and v have one dtype, as FLA's kernels promote, and that of o.
-
-    o has the dtype of v.
-    """
-    names = ("q", "k", "v")
-    dtypes = {tokens[name].dtype for name in names}
-    if len(dtypes) == 1:
-        return tokens, tokens["v"].dtype
-    wide = functools.reduce(torch.promote_types, dtypes)
-    return tokens | {name: tokens[name].to(wide) for name in names}, tokens["v"].dtype
-
-
 def _log_alpha(
-    name: str, g: Tensor | None, in_kernel: bool, A_log: Tensor | None, dt_bias: Tensor | None
+    name: str,
+    g: Tensor | None,
+    in_kernel: bool | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
 ) -> Tensor | None:
     if not in_kernel:
+        why = "it takes effect with use_gate_in_kernel=True only"
+        _refuse(name, {"A_log": A_log, "dt_bias": dt_bias}, why)
         return g
     for argument, value in (("g", g), ("A_log", A_log)):
         if value is None:
             raise SpecError(
                 f"{name}: {argument} is None, should be a torch.Tensor: use_gate_in_kernel is True"
             )
+    for argument, value in (("A_log", A_log), ("dt_bias", dt_bias)):
+        if value is not None:
+            check_gate_parameter(name, argument, value, g)  # type: ignore[arg-type]
     return gate(g, A_log, dt_bias)  # type: ignore[arg-type]
 
 

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.spec.errors import SpecError
+from gdn_ops.nn.packing import has_values
+from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 __all__ = ["gate_from", "gate_to", "state_from", "state_to"]
 
@@ -95,15 +96,9 @@ def gate_from(layout: str, gate: Tensor) -> dict[str, Tensor]:
         SpecError: the layout is unknown, or a CPU tensor holds the other kind of gate.
     """
     known = _layout("gate_from", layout)
-    if gate.device.type == "cpu" and gate.numel() and not torch.compiler.is_compiling():
-        low, high = (float(x) for x in gate.detach().aminmax())
-        smallest, largest = (-torch.inf, 0) if known.log_gate else (0, 1)
-        if low < smallest or high > largest:
-            meaning = "log α; α goes in alpha=" if known.log_gate else "α; log α goes in log_alpha="
-            raise SpecError(
-                f"gate_from: gate has values in [{low:.4g}, {high:.4g}], should be in "
-                f"[{smallest}, {largest}]: the gate of layout {layout!r} is {meaning}"
-            )
+    meaning = "log α; α goes in alpha=" if known.log_gate else "α; log α goes in log_alpha="
+    why = f"the gate of layout {layout!r} is {meaning}"
+    _check_gate("gate_from", "gate", gate, why, is_log=known.log_gate)
     return {"log_alpha" if known.log_gate else "alpha": gate}
 
 
@@ -119,12 +114,15 @@ def gate_to(layout: str, alpha: Tensor | None = None, *, log_alpha: Tensor | Non
         α or log α; log 0 is -inf.
 
     Raises:
-        SpecError: the layout is unknown, or not exactly one gate is given.
+        SpecError: the layout is unknown, not exactly one gate is given, or a CPU tensor holds the
+            other kind of gate.
     """
     known = _layout("gate_to", layout)
     if alpha is not None and log_alpha is None:
+        _check_gate("gate_to", "alpha", alpha, "log α goes in log_alpha=", is_log=False)
         return alpha.log() if known.log_gate else alpha
     if log_alpha is not None and alpha is None:
+        _check_gate("gate_to", "log_alpha", log_alpha, "α goes in alpha=", is_log=True)
         return log_alpha if known.log_gate else log_alpha.exp()
     given = "both missing" if alpha is None else "both given"
     raise SpecError(f"gate_to: alpha and log_alpha are {given}, should be exactly one of them")
@@ -150,7 +148,33 @@ def check_state(op: str, name: str, state: Tensor, shape: tuple[int, int, int, i
         )
 
 
+def _check_gate(function: str, name: str, gate: Tensor, why: str, *, is_log: bool) -> None:
+    """Refuse what is no tensor, and values of a CPU tensor that such a gate cannot have."""
+    _check_tensor(function, name, gate)
+    if not has_values(gate) or not gate.numel():
+        return
+    low, high = (float(x) for x in gate.detach().aminmax())
+    smallest, largest = (-torch.inf, 0) if is_log else (0, 1)
+    if low < smallest or high > largest:
+        raise SpecError(
+            f"{function}: {name} has values in [{low:.4g}, {high:.4g}], should be in "
+            f"[{smallest}, {largest}]: {why}"
+        )
+
+
+def _check_tensor(function: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise SpecTypeError(
+            f"{function}: {name} has type {type(value).__name__}, should be a torch.Tensor"
+        )
+
+
 def _layout(function: str, name: str) -> Layout:
+    if not isinstance(name, str):
+        raise SpecTypeError(
+            f"{function}: layout has type {type(name).__name__}, should be one of "
+            f"{', '.join(LAYOUTS)}"
+        )
     layout = LAYOUTS.get(name)
     if layout is None:
         raise SpecError(f"{function}: unknown layout {name!r}, known: {', '.join(LAYOUTS)}")
@@ -159,6 +183,7 @@ def _layout(function: str, name: str) -> Layout:
 
 def _turned(function: str, layout: str, state: Tensor) -> Tensor:
     known = _layout(function, layout)
+    _check_tensor(function, "state", state)
     if state.dim() != 4:
         raise SpecError(
             f"{function}: state has shape {tuple(state.shape)}, should have 4 dimensions: "

@@ -191,6 +191,21 @@ def test_tokens_of_several_dtypes_are_promoted(
     close(o, recurrence(**wide)[0])
 
 
+@pytest.mark.parametrize("function", BOTH)
+def test_gates_and_states_may_be_wider_than_the_tokens(function: Any) -> None:
+    x, state = inputs(), torch.randn(B, HV, K, V, dtype=torch.float64)
+    wide = x | {name: x[name].double() for name in ("g", "beta")}
+    o, final = function(**wide, initial_state=state, output_final_state=True)
+    expected, last = recurrence(**wide, state=state)
+    assert (o.dtype, final.dtype) == (torch.float32, torch.float32)
+    close(o, expected)
+    close(final, last)
+    # Nothing is narrowed where the tokens are as wide.
+    doubles = {name: value.double() for name, value in x.items()}
+    o, _ = function(**doubles, initial_state=state)
+    torch.testing.assert_close(o, recurrence(**doubles, state=state)[0], rtol=1e-10, atol=1e-10)
+
+
 REFUSED: dict[str, dict[str, Any]] = {
     "chunk_gated_delta_rule: cp_context is given, should be None: context parallelism over devices "
     "is not supported": {"cp_context": object()},
@@ -207,7 +222,63 @@ REFUSED: dict[str, dict[str, Any]] = {
     "True": {"use_gate_in_kernel": True, "g": None},
     "fused_recurrent_gated_delta_rule: beta is None, should be a torch.Tensor: "
     "use_beta_sigmoid_in_kernel is True": {"use_beta_sigmoid_in_kernel": True, "beta": None},
-    "chunk_gated_delta_rule: got an unknown keyword argument 'lens'": {"lens": None},
+    "fused_recurrent_gated_delta_rule: got an unknown argument 'lens', should be one of q, k, v, "
+    "g, gk, gv, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, "
+    "use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, "
+    "state_v_first, cu_seqlens": {"lens": None},
+    "chunk_gated_delta_rule: got an unknown argument 'offsets', should be cu_seqlens": {
+        "offsets": torch.tensor([0, T])
+    },
+    "chunk_gated_delta_rule: got an unknown argument 'alpha', should be g, which is log α": {
+        "alpha": None
+    },
+    "chunk_gated_delta_rule: got an unknown argument 'cu_seqlen', should be 'cu_seqlens'?": {
+        "cu_seqlen": None
+    },
+    # Of the wrong kind.
+    "chunk_gated_delta_rule: q has type list, should be a torch.Tensor": {"q": [1.0]},
+    "fused_recurrent_gated_delta_rule: beta has type float, should be a torch.Tensor": {
+        "beta": 1.0
+    },
+    "chunk_gated_delta_rule: initial_state has type list, should be a torch.Tensor": {
+        "initial_state": [1.0],
+        "state_v_first": True,
+    },
+    "chunk_gated_delta_rule: initial_state has shape (6,), should be (N, HV, V, K): 4 dimensions, "
+    "not 1": {"initial_state": torch.zeros(6), "state_v_first": True},
+    "chunk_gated_delta_rule: q has dtype int64, should be one of float64, float32, bfloat16, "
+    "float16": {"q": torch.ones(B, T, H, K, dtype=torch.int64)},
+    "chunk_gated_delta_rule: use_beta_sigmoid_in_kernel has type Tensor, should be True or False; "
+    "older versions of FLA have cu_seqlens in this place: pass it by name": {
+        "use_beta_sigmoid_in_kernel": torch.tensor([0, T])
+    },
+    "chunk_gated_delta_rule: output_final_state has type str, should be True or False": {
+        "output_final_state": "no"
+    },
+    "fused_recurrent_gated_delta_rule: gk is given, should be None: it looks like beta, which "
+    "older versions of FLA have in this place; pass it by name": {"gk": torch.ones(B, T, HV)},
+    "chunk_gated_delta_rule: A_log is given, should be None: it takes effect with "
+    "use_gate_in_kernel=True only": {"A_log": torch.zeros(HV)},
+    "fused_recurrent_gated_delta_rule: dt_bias is given, should be None: it takes effect with "
+    "use_gate_in_kernel=True only": {"dt_bias": torch.zeros(HV)},
+    # Other shapes would be broadcast.
+    "chunk_gated_delta_rule: A_log has shape (1,), should be (HV,) = (4,)": {
+        "use_gate_in_kernel": True,
+        "A_log": torch.zeros(1),
+    },
+    "chunk_gated_delta_rule: dt_bias has shape (2, 9, 4), should be (HV,) = (4,)": {
+        "use_gate_in_kernel": True,
+        "A_log": torch.zeros(HV),
+        "dt_bias": torch.zeros(B, T, HV),
+    },
+    "chunk_gated_delta_rule: A_log has dtype int64, should be a float": {
+        "use_gate_in_kernel": True,
+        "A_log": torch.zeros(HV, dtype=torch.int64),
+    },
+    "chunk_gated_delta_rule: A_log is on meta, should be on cpu, the device of g": {
+        "use_gate_in_kernel": True,
+        "A_log": torch.zeros(HV, device="meta"),
+    },
     "chunk_gated_delta_rule: head_first is True, should be False: tokens come before heads, "
     "(B, T, H, K); q.transpose(1, 2) turns (B, H, T, K)": {"head_first": True},
     "fused_recurrent_gated_delta_rule: beta has shape (2, 9, 4, 6), should be (B, T, HV) = "
@@ -283,9 +354,17 @@ def test_the_names_mean_what_the_libraries_do() -> None:
         "'fla' is log α; α goes in alpha=": ("fla", torch.tensor([0.25, 0.5])),
         "gate_from: gate has values in [-0.25, 0], should be in [0, 1]: the gate of layout "
         "'flashinfer' is α; log α goes in log_alpha=": ("flashinfer", torch.tensor([-0.25, 0.0])),
+        "gate_from: gate has type list, should be a torch.Tensor": ("fla", [0.5]),
+        "gate_to: alpha has values in [-0.25, 0], should be in [0, 1]: log α goes in log_alpha=": (
+            "fla",
+            torch.tensor([-0.25, 0.0]),
+        ),
+        "state_from: state has type list, should be a torch.Tensor": ("fla", [0.5]),
+        "state_to: layout has type Tensor, should be one of fla, fla_v_first, flashinfer, onnx, "
+        "ort_gated_delta_net, paper": (torch.zeros(1), "fla"),
     }.items(),
 )
-def test_a_wrong_layout_or_gate_is_refused(message: str, arguments: tuple[str, Tensor]) -> None:
+def test_a_wrong_layout_or_gate_is_refused(message: str, arguments: tuple[Any, Any]) -> None:
     function = getattr(states, message.partition(":")[0])
     assert message_of(SpecError, function, *arguments) == message
 
@@ -295,3 +374,7 @@ def test_exactly_one_gate_is_converted() -> None:
     assert message_of(SpecError, gate_to, "fla") == expected.format("missing")
     both = message_of(SpecError, gate_to, "fla", torch.ones(1), log_alpha=torch.zeros(1))
     assert both == expected.format("given")
+    text = message_of(SpecError, gate_to, "flashinfer", log_alpha=torch.full((1,), 0.5))
+    assert text == (
+        "gate_to: log_alpha has values in [0.5, 0.5], should be in [-inf, 0]: α goes in alpha="
+    )

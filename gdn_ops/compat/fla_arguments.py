@@ -1,0 +1,124 @@
+"""Check arguments that bear FLA's names, and bring their dtypes to what the ops take."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_ops.call.structure import dtype_name
+from gdn_ops.spec.errors import SpecError, SpecTypeError
+from gdn_ops.spec.rules import FLOAT_DTYPES
+
+OLDER_NAMES = {
+    "offsets": "cu_seqlens",
+    "BT": "chunk_size of chunk_gated_delta_rule",
+    "alpha": "g, which is log α",
+    "log_alpha": "g",
+    "gate": "g",
+    "gk": "g, one decay per head",
+    "gv": "g, one decay per head",
+    "return_state": "output_final_state",
+    "qk_l2norm": "use_qk_l2norm_in_kernel",
+    "backend": "left out: gdn_ops.use_backend sets one, and gated_delta takes one",
+    "ssm_state_indices": "left out: gdn_ops.gated_delta_step takes a pool of states",
+    "inplace_final_state": "left out: gdn_ops.gated_delta_step updates a state in place",
+}
+"""What is meant by names of other versions and of other functions."""
+
+POSITIONS = {"use_beta_sigmoid_in_kernel": "cu_seqlens"}
+"""What older versions of FLA have in the place of an argument."""
+
+
+TENSORS = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
+"""Arguments that are tensors; None for all but the first three."""
+
+SWITCHES = (
+    *("output_final_state", "use_qk_l2norm_in_kernel", "use_gate_in_kernel"),
+    *("use_beta_sigmoid_in_kernel", "allow_neg_eigval"),
+)
+"""Arguments that are True or False."""
+
+
+def check_kinds(function: str, arguments: dict[str, Any]) -> None:
+    """Check that tensors are tensors and switches are switches.
+
+    Args:
+        function: what messages start with.
+        arguments: at least those of TENSORS and SWITCHES, by name.
+
+    Raises:
+        SpecTypeError: one of them is something else.
+    """
+    for name in TENSORS:
+        value = arguments[name]
+        if not isinstance(value, Tensor) and (value is not None or name in TENSORS[:3]):
+            text = f"{name} has type {type(value).__name__}, should be a torch.Tensor"
+            raise SpecTypeError(f"{function}: {text}")
+    check_switches(function, **{name: arguments[name] for name in SWITCHES})
+
+
+def check_switches(function: str, **values: Any) -> None:
+    """Check arguments that are True, False or None, which acts as False, as in FLA.
+
+    Raises:
+        SpecTypeError: one of them is something else.
+    """
+    for name, value in values.items():
+        if value is None or isinstance(value, int):
+            continue
+        place = ""
+        if isinstance(value, Tensor) and name in POSITIONS:
+            place = f"; older versions of FLA have {POSITIONS[name]} in this place: pass it by name"
+        raise SpecTypeError(
+            f"{function}: {name} has type {type(value).__name__}, should be True or False{place}"
+        )
+
+
+def check_gate_parameter(function: str, name: str, value: Tensor, g: Tensor) -> None:
+    """Check a parameter (HV,) of the gate of g (B, T, HV).
+
+    Raises:
+        SpecError: it has another shape, is no float, or is on another device.
+    """
+    text = ""
+    if value.shape != g.shape[-1:]:
+        text = f"has shape {tuple(value.shape)}, should be (HV,) = {tuple(g.shape[-1:])}"
+    elif not value.is_floating_point():
+        text = f"has dtype {dtype_name(value.dtype)}, should be a float"
+    elif value.device != g.device:
+        text = f"is on {value.device}, should be on {g.device}, the device of g"
+    if text:
+        raise SpecError(f"{function}: {name} {text}")
+
+
+def promoted(function: str, tokens: dict[str, Any]) -> tuple[dict[str, Any], torch.dtype]:
+    """Bring tokens to the dtypes of the ops, as FLA's kernels promote.
+
+    Args:
+        function: what messages start with.
+        tokens: q, k, v, log_alpha and beta.
+
+    Returns:
+        Tokens whose q, k and v have one dtype and whose gates are no wider than the op computes
+        in, and the dtype of o, which is that of v.
+
+    Raises:
+        SpecError: q, k or v has a dtype that the ops do not take.
+    """
+    names = ("q", "k", "v")
+    for name in names:
+        if dtype_name(tokens[name].dtype) not in FLOAT_DTYPES:
+            raise SpecError(
+                f"{function}: {name} has dtype {dtype_name(tokens[name].dtype)}, should be one of "
+                f"{', '.join(FLOAT_DTYPES)}"
+            )
+    wide = functools.reduce(torch.promote_types, (tokens[name].dtype for name in names))
+    changed = {name: tokens[name].to(wide) for name in names}
+    for name in ("log_alpha", "beta"):
+        gate = tokens[name]
+        if gate is not None and gate.dtype == torch.float64 != wide:
+            changed[name] = gate.to(torch.float32)
+    return tokens | changed, tokens["v"].dtype
