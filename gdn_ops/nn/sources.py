@@ -66,7 +66,35 @@ class Source:
             SpecError: it is something else.
         """
         weight, *bias = self._affine(name, nn.Conv1d)
+        if weight.dim() != 3 or weight.shape[1] != 1:
+            self._refuse(
+                f"{name}.weight has shape {tuple(weight.shape)}, should be (D, 1, k): depthwise"
+            )
         return weight.squeeze(1), *bias
+
+    def norm_eps(self, name: str) -> float:
+        """Return what an RMS norm adds to the mean of squares.
+
+        Raises:
+            SpecError: it is no RMS norm, has hooks, or tells no number.
+        """
+        norm = self.layer.get_submodule(name)
+        self._refuse_hooks(name, norm)
+        if isinstance(norm, nn.LayerNorm | nn.GroupNorm):
+            self._refuse(f"{name} is a {type(norm).__name__}, should be an RMS norm")
+        for attribute in ("variance_epsilon", "eps"):
+            eps = getattr(norm, attribute, None)
+            if isinstance(eps, int | float):
+                return float(eps)
+        self._refuse(f"{name}.eps is None, should be a number")
+
+    def _refuse_hooks(self, name: str, module: nn.Module) -> None:
+        """Refuse a module with hooks of its forward: what they do would be lost."""
+        if module._forward_hooks or module._forward_pre_hooks:
+            self._refuse(
+                f"{name} has forward hooks, should have none: what they do would be lost; remove "
+                f"them first"
+            )
 
     def _affine(self, name: str, kind: type[nn.Module]) -> tuple[Tensor, ...]:
         module = self.layer.get_submodule(name)
@@ -87,6 +115,7 @@ class Source:
                     f"{name}.{part} is no parameter, should be one: remove what computes it from "
                     f"others first, with torch.nn.utils.remove_weight_norm or remove_spectral_norm"
                 )
+        self._refuse_hooks(name, module)
         if parametrize.is_parametrized(module):
             self._read |= {
                 f"{name}.{n}" for n, _ in module.named_parameters() if n[:16] == "parametrizations"

@@ -39,6 +39,7 @@ def from_transformers(layer: nn.Module) -> GatedDeltaNet:
         SpecError: the layer is of another kind, has an activation other than SiLU, or has weights
             that cannot be read or would be lost: adapters, quantised, sharded or offloaded ones.
     """
+    layer = _uncompiled(layer)
     if not hasattr(layer, "conv1d") or not hasattr(layer, "num_k_heads"):
         _refuse("from_transformers", layer, "Qwen3-Next, Qwen3.5 or OLMo-Hybrid")
     source: Any = layer
@@ -64,7 +65,7 @@ def from_transformers(layer: nn.Module) -> GatedDeltaNet:
     weights |= named("conv", read.convolution("conv1d"))
     weights |= named("o_proj", read.linear("out_proj" if hasattr(layer, "out_proj") else "o_proj"))
     weights["o_norm.weight"] = read.tensor(f"{norm}.weight")
-    return _filled(source, read, source.num_k_heads, getattr(source, norm), weights)
+    return _filled(source, read, source.num_k_heads, read.norm_eps(norm), weights)
 
 
 def from_fla(layer: nn.Module) -> GatedDeltaNet:
@@ -81,6 +82,7 @@ def from_fla(layer: nn.Module) -> GatedDeltaNet:
         SpecError: the layer is of another kind, or has weights that cannot be read or would be
             lost: adapters, quantised, sharded or offloaded ones.
     """
+    layer = _uncompiled(layer)
     if not all(hasattr(layer, name) for name in ("use_short_conv", "use_gate", "num_v_heads")):
         _refuse("from_fla", layer, "fla.layers.GatedDeltaNet")
     source: Any = layer
@@ -97,7 +99,13 @@ def from_fla(layer: nn.Module) -> GatedDeltaNet:
             weights["conv.bias"] = torch.cat([read.tensor(f"{n}.bias") for n in names])
     activation = getattr(source.o_norm, "activation", "swish")
     output_gate = {"swish": "silu"}.get(activation, activation) if source.use_gate else None
-    return _filled(source, read, source.num_heads, source.o_norm, weights, output_gate)
+    return _filled(source, read, source.num_heads, read.norm_eps("o_norm"), weights, output_gate)
+
+
+def _uncompiled(layer: nn.Module) -> nn.Module:
+    """Return the layer that torch.compile wrapped, or the layer itself."""
+    original = getattr(layer, "_orig_mod", layer)
+    return original if isinstance(original, nn.Module) else layer
 
 
 def _interleaved(source: Any, read: Source) -> list[tuple[Tensor, ...]]:
@@ -115,7 +123,7 @@ def _filled(
     source: Any,
     read: Source,
     key_heads: int,
-    norm: Any,
+    norm_eps: float,
     weights: dict[str, Tensor],
     output_gate: str | None = "silu",
 ) -> GatedDeltaNet:
@@ -131,7 +139,7 @@ def _filled(
         short_conv=weights["conv.weight"].shape[1] if "conv.weight" in weights else 0,
         conv_bias="conv.bias" in weights,
         output_gate=output_gate,
-        norm_eps=float(getattr(norm, "variance_epsilon", None) or norm.eps),
+        norm_eps=norm_eps,
         allow_neg_eigval=bool(getattr(source, "allow_neg_eigval", False)),
         device="meta",
     )

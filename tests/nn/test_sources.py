@@ -141,6 +141,21 @@ BROKEN: dict[str, Callable[[Any], object]] = {
     "docs/layer.md: they would be lost": (
         lambda layer: put(layer, "norm.bias", nn.Parameter(torch.ones(1)))
     ),
+    "out_proj has forward hooks, should have none: what they do would be lost; remove them first": (
+        lambda layer: layer.out_proj.register_forward_hook(lambda module, x, y: 2 * y)
+    ),
+    "norm has forward hooks, should have none: what they do would be lost; remove them first": (
+        lambda layer: layer.norm.register_forward_pre_hook(lambda module, x: x)
+    ),
+    "norm is a LayerNorm, should be an RMS norm": (
+        lambda layer: put(layer, "norm", nn.LayerNorm(layer.head_v_dim, bias=False))
+    ),
+    "norm.eps is None, should be a number": (
+        lambda layer: put(layer, "norm", nn.RMSNorm(layer.head_v_dim))
+    ),
+    "conv1d.weight has shape (6, 3, 4), should be (D, 1, k): depthwise": (
+        lambda layer: put(layer, "conv1d", nn.Conv1d(6, 6, 4, groups=2, bias=False))
+    ),
     "A_log is a NoneType, should be a parameter": lambda layer: put(layer, "A_log", None),
 }
 
@@ -154,3 +169,10 @@ def test_weights_that_would_be_lost_are_refused_by_name(
     layer = layer_of()
     change(layer)
     assert message_of(SpecError, from_transformers, layer) == f"from_transformers: {message}"
+
+
+def test_a_compiled_layer_is_read_as_the_layer_inside() -> None:
+    layer = layer_of()
+    own, inside = (from_transformers(x) for x in (layer, torch.compile(layer, backend="eager")))
+    for x, y in zip(own.parameters(), inside.parameters(), strict=True):
+        assert torch.equal(x, y)
