@@ -8,12 +8,17 @@ INFO. It needs a C++ compiler on CPUs.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +32,8 @@ from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.decode_fallbacks import one_by_one
 
 logger = logging.getLogger("gdn_ops")
+
+Result = TypeVar("Result")
 
 CHUNKING = {"cpu": (32, 1), "*": (64, 1)}
 """(tokens per chunk, chunks per segment, which is always 1). cpu: measured on two AVX-512 cores
@@ -62,8 +69,7 @@ class Compile(Torch):
             return decode_one(call)
         options = StepOptions.of(call)
         tensors = (*call.tokens, call.state)
-        function = _compiled(advance_token, tuple(options), tensors)
-        return function(*tensors, options=options)  # type: ignore[no-any-return]
+        return _run(_step, tensors, options)  # type: ignore[no-any-return]
 
     def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         return one_by_one(call, self._step_of_a_copied_token)
@@ -75,61 +81,160 @@ class Compile(Torch):
         return self.decode_one(call.with_tensors(copies, call.state))
 
 
-_functions: dict[tuple[Any, ...], Callable[..., Any]] = {}
+Constants = tuple[Any, ...]
+Tensors = tuple[Tensor | None, ...]
+Function = Callable[[Tensors, Any], Any]
+"""A function of its tensors, and of constants that are compiled in."""
+
+_functions: dict[tuple[Any, ...], Function] = {}
+_numbers = itertools.count()
+_here = threading.local()
 
 
-def _compiled(
-    function: Callable[..., Any], constants: tuple[Any, ...], tensors: tuple[Tensor | None, ...]
-) -> Callable[..., Any]:
-    """Return `function`, compiled for the shapes of `tensors` and with `constants` fixed.
-
-    A copy of the code object per shape class keeps the classes apart in torch.compile, which
-    counts recompilations per code object and gives up after a few.
-    """
+def _run(function: Function, tensors: Tensors, constants: Constants) -> Any:
+    """Run `function`, compiled for the shapes of `tensors` and with `constants` fixed."""
     shapes = tuple(
         None if x is None else (*x.shape, x.stride(), x.dtype, x.device) for x in tensors
     )
     key = (function, constants, shapes, Compile.compiler)
     compiled = _functions.get(key)
     if compiled is None:
-        compiled = _functions[key] = _timed(_build(function), function.__name__, shapes)
-    return compiled
+        compiled = _elsewhere(lambda: _compiled(key, function, tensors, constants))
+    return compiled(tensors, constants)
 
 
-def _build(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(
+    key: tuple[Any, ...], function: Function, tensors: Tensors, constants: Constants
+) -> Function:
+    """Return the function of a key; compile it unless another thread just has."""
+    with _lock:
+        known = _functions.get(key)
+        if known is not None:
+            return known
+        start = time.perf_counter()
+        built = _build(function)
+        _prepare(built, tensors, constants)
+        seconds = time.perf_counter() - start
+        logger.info("compiled %s for %s in %.1f s", function.__name__, key[2], seconds)
+        compiled = _functions[key] = _without_modes(built)
+        return compiled
+
+
+def _build(function: Function) -> Function:
+    """Return a copy of `function` that compiles itself when `_prepare` calls it.
+
+    A copy of the code object per shape class keeps the classes apart in torch.compile, which
+    counts recompilations per code object and gives up after a few. It has no guards: what they
+    would check is in the key, or does not matter to a function that was traced outside every mode
+    on tensors that share nothing.
+    """
     assert isinstance(function, FunctionType)
     copy = FunctionType(
-        function.__code__.replace(co_name=f"{function.__name__}_{len(_functions)}"),
+        function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}"),
         function.__globals__,
         function.__name__,
-        function.__defaults__,
-        function.__closure__,
     )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(copy, backend=Compile.compiler, dynamic=False, fullgraph=True)
+    compiler = torch._dynamo.lookup_backend(Compile.compiler)
+
+    def compile_here(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        if not getattr(_here, "is_compiling", False):
+            raise RuntimeError("torch.compile has forgotten what it has compiled")
+        return compiler(graph, inputs)
+
+    # torch.compile takes the filter out of the options, of every compiler.
+    options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+    return torch.compile(  # type: ignore[no-any-return, call-overload]
+        copy, backend=compile_here, options=options, dynamic=False, fullgraph=True
+    )
 
 
-def _timed(function: Callable[..., Any], name: str, shapes: tuple[Any, ...]) -> Callable[..., Any]:
-    """Wrap a compiled function so that it logs the seconds of its first call, which compiles."""
-    compiled = False
+def _prepare(built: Function, tensors: Tensors, constants: Constants) -> None:
+    """Run a function on stand-ins, which compiles it unless it is compiled.
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal compiled
-        if compiled:
-            return function(*args, **kwargs)
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        compiled = True
-        seconds = time.perf_counter() - start
-        logger.info("compiled %s for %s in %.1f s", name, shapes, seconds)
-        return result
+    The tensors of a call may be one and the same, or be inference tensors, or need gradients.
+    """
+    with _lock:
+        _here.is_compiling = True
+        try:
+            built(tuple(None if x is None else _stand_in(x) for x in tensors), constants)
+        finally:
+            _here.is_compiling = False
+
+
+def _stand_in(x: Tensor) -> Tensor:
+    """Return zeros that have the shape and the strides of x, in memory of their own."""
+    reach = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    numbers = torch.zeros(reach + 1 if x.numel() else 0, dtype=x.dtype, device=x.device)
+    return numbers.as_strided(x.shape, x.stride())
+
+
+def _without_modes(built: Function) -> Function:
+    """Wrap a compiled function for calls under any mode."""
+
+    def run(tensors: Tensors, constants: Constants) -> Any:
+        try:
+            with torch._C.DisableTorchFunction():
+                return built(tensors, constants)
+        except torch._dynamo.exc.TorchDynamoException:
+            # It was about to compile again: after torch.compiler.reset(), or because a release of
+            # torch does so under a mode of this thread.
+            return _elsewhere(lambda: again(tensors, constants))
+
+    def again(tensors: Tensors, constants: Constants) -> Any:
+        _prepare(built, tensors, constants)
+        return built(tensors, constants)
 
     return run
 
 
-def _forward_chunk(x: Segment, state: Tensor, out: Tensor, scale: float, has_erase: bool) -> Tensor:
-    """Run one chunk; write its output into `out` (rows, H, R, C, V) and return the new state."""
-    return forward_segment(x, state, scale, has_erase, (out,), inplace=False)
+def _elsewhere(run: Callable[[], Result]) -> Result:
+    """Run in a fresh thread, which has none of the modes of this one, and return the result.
+
+    Ctrl-C leaves this function at once; the other thread ends what it does.
+    """
+    pool = ThreadPoolExecutor(1, "gdn_ops-compile")
+    # The configuration of torch.compile may be a context variable.
+    future = pool.submit(copy_context().run, torch.no_grad()(run))
+    pool.shutdown(wait=False)
+    return future.result()
+
+
+_lock = threading.RLock()
+"""Held by the thread that compiles: one at a time, because torch.compile in several has failed."""
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process would inherit half of a compilation, and a lock that nobody gives back.
+    os.register_at_fork(
+        before=lambda: _lock.acquire(),
+        after_in_parent=lambda: _lock.release(),
+        after_in_child=_renew_lock,
+    )
+
+
+def _step(tensors: Tensors, options: Constants) -> tuple[Tensor, Tensor]:
+    return advance_token(*tensors, options=StepOptions(*options))  # type: ignore[arg-type]
+
+
+def _forward_chunk(tensors: Any, constants: Constants) -> Tensor:
+    """Run one chunk of (*x, state, out), write its output into `out`, and return the new state.
+
+    Args:
+        tensors: those of a Segment, the state, and `out`, (1, G, R, C, V).
+        constants: scale and has_erase.
+    """
+    out = tensors[-1]
+    return forward_segment(Segment(*tensors[:-2]), tensors[-2], *constants, (out,), inplace=False)
+
+
+def _backward_chunk(tensors: Any, constants: Constants) -> SegmentGrads:
+    """Return the gradients of one chunk of (*x, state, d_o, d_state)."""
+    return backward_segment(Segment(*tensors[:-3]), *tensors[-3:], *constants)
 
 
 def _forward(
@@ -149,8 +254,7 @@ def _forward(
 
 def _run_chunk(x: Segment, state: Tensor, out: Tensor, scale: float, has_erase: bool) -> Tensor:
     x = _laid_out(x)
-    function = _compiled(_forward_chunk, (scale, has_erase), (*x, state, out))
-    return function(x, state, out, scale, has_erase)  # type: ignore[no-any-return]
+    return _run(_forward_chunk, (*x, state, out), (scale, has_erase))  # type: ignore[no-any-return]
 
 
 def _empty_output(x: Segment) -> Tensor:
@@ -178,8 +282,8 @@ def _backward(
     x: Segment, state: Tensor, d_o: Tensor, d_state: Tensor, scale: float, has_erase: bool
 ) -> SegmentGrads:
     x = _laid_out(x)
-    function = _compiled(backward_segment, (scale, has_erase), (*x, state, d_o, d_state))
-    return function(x, state, d_o, d_state, scale, has_erase)  # type: ignore[no-any-return]
+    tensors = (*x, state, d_o, d_state)
+    return _run(_backward_chunk, tensors, (scale, has_erase))  # type: ignore[no-any-return]
 
 
 BACKEND = Compile
