@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from dataclasses import replace
 from types import FunctionType
@@ -34,6 +35,17 @@ from gdn_ops.dispatch.decode_fallbacks import one_by_one
 logger = logging.getLogger("gdn_ops")
 
 Result = TypeVar("Result")
+Constants = tuple[Any, ...]
+Tensors = tuple[Tensor | None, ...]
+Function = Callable[[Tensors, Any], Any]
+"""A function of its tensors, and of constants that are compiled in."""
+
+_functions: dict[tuple[Any, ...], Function] = {}
+_numbers = itertools.count()
+_here = threading.local()
+_is_forked = False
+_lock = threading.RLock()
+"""Held by the thread that compiles: one at a time, because torch.compile in several has failed."""
 
 CHUNKING = {"cpu": (32, 1), "*": (64, 1)}
 """(tokens per chunk, chunks per segment, which is always 1). cpu: measured on two AVX-512 cores
@@ -81,16 +93,6 @@ class Compile(Torch):
         return self.decode_one(call.with_tensors(copies, call.state))
 
 
-Constants = tuple[Any, ...]
-Tensors = tuple[Tensor | None, ...]
-Function = Callable[[Tensors, Any], Any]
-"""A function of its tensors, and of constants that are compiled in."""
-
-_functions: dict[tuple[Any, ...], Function] = {}
-_numbers = itertools.count()
-_here = threading.local()
-
-
 def _run(function: Function, tensors: Tensors, constants: Constants) -> Any:
     """Run `function`, compiled for the shapes of `tensors` and with `constants` fixed."""
     shapes = tuple(
@@ -126,7 +128,7 @@ def _build(function: Function) -> Function:
     A copy of the code object per shape class keeps the classes apart in torch.compile, which
     counts recompilations per code object and gives up after a few. It has no guards: what they
     would check is in the key, or does not matter to a function that was traced outside every mode
-    on tensors that share nothing.
+    on tensors that share nothing. For the same reason nothing else may compile it.
     """
     assert isinstance(function, FunctionType)
     copy = FunctionType(
@@ -142,10 +144,8 @@ def _build(function: Function) -> Function:
         return compiler(graph, inputs)
 
     # torch.compile takes the filter out of the options, of every compiler.
-    options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-    return torch.compile(  # type: ignore[no-any-return, call-overload]
-        copy, backend=compile_here, options=options, dynamic=False, fullgraph=True
-    )
+    options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+    return torch.compile(copy, backend=compile_here, options=options, dynamic=False, fullgraph=True)
 
 
 def _prepare(built: Function, tensors: Tensors, constants: Constants) -> None:
@@ -153,7 +153,7 @@ def _prepare(built: Function, tensors: Tensors, constants: Constants) -> None:
 
     The tensors of a call may be one and the same, or be inference tensors, or need gradients.
     """
-    with _lock:
+    with _lock, _patched():
         _here.is_compiling = True
         try:
             built(tuple(None if x is None else _stand_in(x) for x in tensors), constants)
@@ -178,11 +178,13 @@ def _without_modes(built: Function) -> Function:
         except torch._dynamo.exc.TorchDynamoException:
             # It was about to compile again: after torch.compiler.reset(), or because a release of
             # torch does so under a mode of this thread.
-            return _elsewhere(lambda: again(tensors, constants))
+            inference = torch.is_inference_mode_enabled()
+            return _elsewhere(lambda: again(tensors, constants, inference))
 
-    def again(tensors: Tensors, constants: Constants) -> Any:
+    def again(tensors: Tensors, constants: Constants, inference: bool) -> Any:
         _prepare(built, tensors, constants)
-        return built(tensors, constants)
+        with torch.inference_mode(inference), torch.no_grad():
+            return built(tensors, constants)
 
     return run
 
@@ -199,13 +201,16 @@ def _elsewhere(run: Callable[[], Result]) -> Result:
     return future.result()
 
 
-_lock = threading.RLock()
-"""Held by the thread that compiles: one at a time, because torch.compile in several has failed."""
+def _patched() -> AbstractContextManager[Any]:
+    """Return a context that keeps a forked process from the pool of compilers of its parent."""
+    if not _is_forked:
+        return nullcontext()
+    return torch._inductor.config.patch(compile_threads=1)  # type: ignore[no-any-return]
 
 
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.RLock()
+def _after_fork() -> None:
+    global _lock, _is_forked
+    _lock, _is_forked = threading.RLock(), True
 
 
 if hasattr(os, "register_at_fork"):
@@ -213,7 +218,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=lambda: _lock.acquire(),
         after_in_parent=lambda: _lock.release(),
-        after_in_child=_renew_lock,
+        after_in_child=_after_fork,
     )
 
 
@@ -228,8 +233,9 @@ def _forward_chunk(tensors: Any, constants: Constants) -> Tensor:
         tensors: those of a Segment, the state, and `out`, (1, G, R, C, V).
         constants: scale and has_erase.
     """
-    out = tensors[-1]
-    return forward_segment(Segment(*tensors[:-2]), tensors[-2], *constants, (out,), inplace=False)
+    scale, has_erase = constants
+    state, out = tensors[-2:]
+    return forward_segment(Segment(*tensors[:-2]), state, scale, has_erase, (out,), inplace=False)
 
 
 def _backward_chunk(tensors: Any, constants: Constants) -> SegmentGrads:

@@ -19,6 +19,7 @@ import torch
 
 from gdn_ops.call.bind import Call
 from gdn_ops.call.structure import DTYPE_NAMES
+from gdn_ops.dispatch import forks as forks
 from gdn_ops.dispatch.backend import Backend as Backend
 from gdn_ops.dispatch.backend import Forward as Forward
 from gdn_ops.dispatch.backend import Grads as Grads
