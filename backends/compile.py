@@ -3,7 +3,8 @@
 One chunk is compiled, not a sequence: a new T never recompiles, because no operand tells by its
 strides what it is a part of. Every shape class (rows x key heads, R, C, K, V, dtype, rule, zeros or
 not) has a compiled function of its own with static shapes; its first call costs seconds, logged at
-INFO. It needs a C++ compiler on CPUs.
+INFO. It needs a C++ compiler on CPUs. It is compiled for as many threads as torch has then, by one
+thread at a time, and outside the modes of the caller, which never compile it again.
 """
 
 from __future__ import annotations

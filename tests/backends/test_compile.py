@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode
 
 import gdn_ops
 from gdn_ops.backends import compile as compile_backend
@@ -70,3 +79,97 @@ def test_packed_sequences_that_share_segments_compile_nothing() -> None:
     torch.testing.assert_close(o, right, rtol=1e-4, atol=1e-4)
     # The one of 50 tokens, and the one of 7, have a chunk of their own size to themselves.
     assert len(compile_backend._functions) == 1
+
+
+def step(q: Tensor, k: Tensor, backend: str = "compile") -> Tensor:
+    """Run a step of one head on a state of ones; return o."""
+    state = torch.ones(1, 1, 4, 4, dtype=torch.float32, device="cpu")
+    o, _ = gdn_ops.gated_delta_step(q, k, k, state=state, rule="delta", backend=backend)
+    return o
+
+
+def vectors() -> tuple[Tensor, Tensor]:
+    q, k = torch.randn(2, 1, 1, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    return q, torch.nn.functional.normalize(k, dim=-1)
+
+
+def test_arguments_that_were_one_tensor_may_be_two_in_the_next_call() -> None:
+    q, k = vectors()
+    for arguments in ((k, k), (q, k), (k, k)):
+        torch.testing.assert_close(step(*arguments), step(*arguments, "naive"))
+    assert len(compile_backend._functions) == 1
+
+
+def test_a_compilation_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [RuntimeError("no compiler today")]
+
+    def flaky(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        if failures:
+            raise failures.pop()
+        return graph.forward
+
+    monkeypatch.setattr(compile_backend.Compile, "compiler", flaky)
+    q, k = vectors()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no compiler today"):
+        step(q, k)
+    assert not compile_backend._functions
+    # The lock is free, for another thread too.
+    with ThreadPoolExecutor(1) as pool:
+        torch.testing.assert_close(pool.submit(step, q, k).result(60), step(q, k, "naive"))
+
+
+def test_a_call_after_the_first_takes_no_lock_and_no_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k = vectors()
+    right = step(q, k)
+    monkeypatch.setattr(compile_backend, "_lock", None)
+    monkeypatch.setattr(compile_backend, "_elsewhere", None)
+    torch.testing.assert_close(step(q, k), right)
+
+
+def test_what_a_release_of_torch_traces_again_under_a_mode_runs_in_another_thread() -> None:
+    # torch 2.8 does under a device mode, and cannot trace what it then meets.
+    threads = []
+
+    def built(tensors: Any, constants: Any) -> Tensor:
+        threads.append(threading.get_ident())
+        if _get_current_function_mode() is not None:
+            raise torch._dynamo.exc.TorchDynamoException("a mode")
+        return tensors[0] + constants[0]
+
+    one = torch.ones(2, dtype=torch.float32, device="cpu")
+    run = compile_backend._without_modes(built)
+    with torch.device("cpu"):
+        assert run((one,), (2.0,)).tolist() == [3.0, 3.0]
+    own = threading.get_ident()
+    assert [thread == own for thread in threads] == [True, False, False]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_waits_for_a_compilation_and_the_child_compiles(
+    monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    begun, ended = threading.Event(), []
+
+    def slow(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        begun.set()
+        time.sleep(0.5)
+        ended.append(time.monotonic())
+        return graph.forward
+
+    monkeypatch.setattr(compile_backend.Compile, "compiler", slow)
+    q, k = vectors()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(step, q, k)
+        assert begun.wait(60)
+        child = os.fork()
+        if child == 0:
+            monkeypatch.setattr(compile_backend.Compile, "compiler", "eager")
+            # Ended by a signal if it waits for ever, and then not with 0.
+            signal.alarm(60)
+            is_same = torch.allclose(step(q, k), step(q, k, "naive"))
+            os._exit(not (ended and is_same))
+        assert ended and os.waitpid(child, 0)[1] == 0
+        torch.testing.assert_close(first.result(60), step(q, k, "naive"))
