@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
@@ -138,11 +139,12 @@ class Buffer:
         value: the OrtValue.
     """
 
-    def __init__(self, port: Port) -> None:
+    def __init__(self, port: Port, memory: np.ndarray[Any, Any] | None = None) -> None:
+        """Make the buffer of a port, at the start of memory that is given or in its own."""
         self.port = port
         self.dtype, self.shape = port.dtype, port.shape
         size = math.prod(port.shape) * self.dtype.itemsize
-        self.memory = np.zeros(size + _ALIGNMENT, np.uint8)
+        self.memory = np.zeros(_room(port), np.uint8) if memory is None else memory
         start = -self.memory.ctypes.data % _ALIGNMENT
         self.array = self.memory[start : start + size].view(self.dtype).reshape(port.shape)
         # numpy itself knows no bfloat16: onnxruntime is given the bits.
@@ -180,6 +182,22 @@ class Buffer:
         if len(own) == 4 and shape == (*own[:2], own[3], own[2]):
             return "; K comes before V in a state"
         return ""
+
+
+def _room(port: Port) -> int:
+    """Return the bytes that a buffer of a port takes wherever they start."""
+    return math.prod(port.shape) * port.dtype.itemsize + _ALIGNMENT
+
+
+def neighbours(ports: Sequence[Port]) -> tuple[dict[str, Buffer], np.ndarray[Any, Any]]:
+    """Return buffers by name, and the memory that all of them lie in.
+
+    Whether an array shares memory with any of them is then one question.
+    """
+    ends = list(itertools.accumulate(map(_room, ports), initial=0))
+    memory = np.zeros(ends[-1], np.uint8)
+    spans = zip(ports, itertools.pairwise(ends), strict=True)
+    return {port.name: Buffer(port, memory[start:end]) for port, (start, end) in spans}, memory
 
 
 class Results:

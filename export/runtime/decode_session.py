@@ -14,7 +14,7 @@ from gdn_ops.export.model.conversion import with_body
 from gdn_ops.export.model.files import about_file, load_model
 from gdn_ops.export.model.naming import states_of
 from gdn_ops.export.model.nodes import nodes_of, opset_of
-from gdn_ops.export.runtime.buffers import Buffer, Port, Results, check_memory, ports_of
+from gdn_ops.export.runtime.buffers import Buffer, Port, Results, check_memory, neighbours, ports_of
 from gdn_ops.export.runtime.exclusive import Exclusive
 from gdn_ops.export.runtime.sessions import CUSTOM, choose_body, open_session, refusal_to_run
 from gdn_ops.spec.errors import SpecError, SpecTypeError
@@ -29,7 +29,8 @@ class DecodeSession:
     """Run a model that decodes one token at a time, and hold its states.
 
     Every buffer that onnxruntime reads belongs to the session: what `step` takes is copied in,
-    unless it is one of `buffers`, where a caller may write the next token.
+    unless it is one of `buffers`, where a caller may write the next token; an array that lies in
+    memory of the session, whatever gave it, is read before that is written.
     What it returns belongs to the caller; its memory is written again only when nothing refers to
     it any more. In place, a state is one buffer, bound as the input and as the output. If a run
     fails midway its states may be half updated: set them again. A session is used by one thread at
@@ -104,13 +105,13 @@ class DecodeSession:
         """Make the buffers of inputs and states; a state has one or two that take turns."""
         self._exclusive = Exclusive("DecodeSession")
         written = set(states.values())
-        self._inputs = {p.name: Buffer(p) for p in inputs.values() if p.name not in states}
+        own = [port for port in inputs.values() if port.name not in states]
+        self._inputs, self._memory = neighbours(own)
         # What a step looks at, in few places: it runs cold after the pass over the states.
         self._taken = tuple((b.array, b.shape, b.dtype, b) for b in self._inputs.values())
         self._ports = [port for port in outputs.values() if port.name not in written]
         # What is read next is at [turn % copies].
         self._states = {name: [Buffer(inputs[name]) for _ in range(copies)] for name in states}
-        self._memories = {id(buffer.memory) for buffer in self._inputs.values()}
         self._turn, self._copies, self._carried = 0, copies, states
         self._results: list[Results] = []
         self.inputs, self.outputs = tuple(self._inputs), tuple(p.name for p in self._ports)
@@ -185,9 +186,9 @@ class DecodeSession:
                 if type(x) is not np.ndarray or x.dtype is not dtype or x.shape != shape:
                     buffer.check("DecodeSession.step", x)
         if not is_own:
-            # A buffer that is given for another input is read before it is written.
+            # What lies in a buffer, by whatever way, is read before that is written.
             foreign = [
-                (taken[0], x.copy() if id(x.base) in self._memories else x)
+                (taken[0], x.copy() if np.may_share_memory(x, self._memory) else x)
                 for taken, x in zip(self._taken, args, strict=True)
                 if x is not taken[0]
             ]
@@ -263,7 +264,13 @@ class DecodeSession:
                     f"{', '.join(self._states)}"
                 )
             self._states[name][self._turn].check("DecodeSession.state", x)
-        for name, x in states.items():
+        # A state that lies in the memory of another one is read before that is written.
+        own = [buffers[self._turn].array for buffers in self._states.values()]
+        read = {
+            name: x.copy() if any(np.may_share_memory(x, array) for array in own) else x
+            for name, x in states.items()
+        }
+        for name, x in read.items():
             np.copyto(self._states[name][self._turn].array, x)
 
     def reset(self) -> None:

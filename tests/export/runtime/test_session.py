@@ -7,13 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from gdn_ops import export
+from gdn_ops.export.model.naming import recurrent_names, states_of, write_states
 from gdn_ops.export.runtime.comparison import relative_error
 from onnx_needs import BODIES
-from onnx_steps import STATE, Step, assert_right, feed, in_session
+from onnx_steps import STATE, Array, Step, assert_right, feed, in_session
 
 LONG = Step(H=2, HV=4, K=16, V=12, tokens=256)
 
@@ -130,17 +132,149 @@ def test_a_token_written_into_the_buffers_is_one_that_was_given(body: str) -> No
         assert np.array_equal(x, y)
 
 
-def test_a_buffer_that_is_given_for_another_input_is_read_before_it_is_written() -> None:
-    tokens, _ = Step(tokens=1).draw()
-    arrays = feed(tokens[0])
-    swapped = arrays | {"q": arrays["k"], "k": arrays["q"]}
-    session, other = (Step().session() for _ in range(2))
-    expected = other.step(**swapped)
-    buffers = session.buffers
-    for name, x in arrays.items():
-        buffers[name][...] = x
-    given = buffers | {"q": buffers["k"][:], "k": buffers["q"]}
-    assert np.array_equal(session.step(**given), expected)
+# Arrays that lie in the memory of the session. Here all have the same number of elements.
+
+SQUARE = Step(H=4, HV=4, K=1, V=1, tokens=4)
+INPUTS = ("q", "k", "v", "log_alpha", "beta")
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda x: x,
+    "a view": lambda x: x[:],
+    "backwards": lambda x: x[::-1, ::-1],
+    "a transposed view": lambda x: x.T.reshape(x.shape),
+    "a tensor": lambda x: torch.from_numpy(x).numpy(),
+    "a buffer": lambda x: np.frombuffer(memoryview(x).cast("B"), x.dtype).reshape(x.shape),
+    "an interface": lambda x: np.asarray(Interface(x)),
+    "strides": lambda x: np.lib.stride_tricks.as_strided(x),
+    "one element": lambda x: np.broadcast_to(x[-1:, -1:], x.shape),
+}
+
+
+class Interface:
+    """Give an array away by the array interface, as other libraries do."""
+
+    def __init__(self, x: Array) -> None:
+        self._kept = x
+        self.__array_interface__ = x.__array_interface__
+
+
+def written_session(in_place: bool = True) -> tuple[export.DecodeSession, dict[str, Array]]:
+    """Return a session after two tokens, and arrays over each of its buffers, by what it holds."""
+    tokens, state = SQUARE.draw()
+    session = SQUARE.session(in_place=in_place)
+    session.state = state.numpy()
+    earlier, last = (session.step(**feed(token)) for token in tokens[:2])
+    held = {f"the state, turn {i}": x.array for i, x in enumerate(session._states[STATE])}
+    return session, session.buffers | {"an earlier o": earlier, "the last o": last} | held
+
+
+def sized(x: Array, name: str) -> Array:
+    """Return the same memory with the shape of an input."""
+    return x.reshape((2, 4, 1) if name in ("q", "k", "v") else (2, 4))
+
+
+HELD = (*INPUTS, "an earlier o", "the last o", "the state, turn 0")
+
+
+def assert_read_first(
+    in_place: bool, choose: Callable[[dict[str, Array]], dict[str, Array]]
+) -> None:
+    """Compare two steps on arrays in the session's buffers with steps on copies of them."""
+    (one, memory), (other, its_memory) = (written_session(in_place) for _ in range(2))
+    given = choose(memory)
+    copies = {name: x.copy() for name, x in choose(its_memory).items()}
+    kept = {name: memory[name].copy() for name in ("an earlier o", "the last o")}
+    rest = feed(SQUARE.draw()[0][2])
+    for _ in range(2):
+        expected = other.step(**rest | copies)
+        assert expected.any() and np.array_equal(one.step(**rest | given), expected)
+        assert np.array_equal(one.state[STATE], other.state[STATE])
+        # What was given shows what its memory holds now.
+        copies = {name: x.copy() for name, x in given.items()}
+    assert all(np.array_equal(memory[name], x) for name, x in kept.items())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_input_may_lie_in_any_buffer_of_the_session(in_place: bool, way: str) -> None:
+    for name in INPUTS:
+        for held in (*HELD, *([] if in_place else ["the state, turn 1"])):
+            assert_read_first(
+                in_place,
+                lambda memory, name=name, held=held: {  # type: ignore[misc]
+                    name: WAYS[way](sized(memory[held], name))
+                },
+            )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_inputs_may_lie_in_each_others_buffers(way: str) -> None:
+    for turn in range(1, len(HELD)):
+        held = dict(zip(INPUTS, HELD[turn:] + HELD[:turn], strict=False))
+        assert_read_first(
+            True,
+            lambda memory, held=held: {  # type: ignore[misc]
+                name: WAYS[way](sized(memory[x], name)) for name, x in held.items()
+            },
+        )
+
+
+def test_an_input_may_lie_across_two_buffers() -> None:
+    def across(memory: dict[str, Array]) -> dict[str, Array]:
+        q, k = memory["q"].ctypes.data, memory["k"].ctypes.data
+        middle = np.lib.stride_tricks.as_strided(memory["q"], (2, 4, 1), (k - q, 4, 4))
+        assert np.shares_memory(middle, memory["q"]) and np.shares_memory(middle, memory["k"])
+        return {"q": memory["k"], "k": middle, "v": middle[::-1]}
+
+    assert_read_first(True, across)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_state_may_be_set_from_any_buffer_of_the_session(in_place: bool, way: str) -> None:
+    token = feed(SQUARE.draw()[0][2])
+    for held in (*HELD, *([] if in_place else ["the state, turn 1"])):
+        session, memory = written_session(in_place)
+        given = WAYS[way](memory[held].reshape(2, 4, 1, 1))
+        expected = given.copy()
+        session.state = given
+        assert np.array_equal(session.state[STATE], expected)
+        other = SQUARE.session(in_place=in_place)
+        other.state = {STATE: expected}
+        assert np.array_equal(session.step(**token), other.step(**token))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_states_may_be_set_from_each_others_buffers(in_place: bool, way: str) -> None:
+    model = SQUARE.model("standard")
+    second, new_second = recurrent_names(1)
+    for values, name in ((model.graph.input, second), (model.graph.output, new_second)):
+        values.add().CopyFrom(next(x for x in model.graph.input if x.name == STATE))
+        values[-1].name = name
+    model.graph.node.append(onnx.helper.make_node("Identity", [second], [new_second]))
+    write_states(model, states_of(model) | {second: new_second})
+    session = export.DecodeSession(model, batch=2, body="standard", in_place=in_place)
+    _, state = SQUARE.draw()
+    session.state = {STATE: state.numpy(), second: 2 * state.numpy() + 1}
+    arrays = {name: buffers[0].array for name, buffers in session._states.items()}
+    given = {STATE: WAYS[way](arrays[second]), second: WAYS[way](arrays[STATE])}
+    expected = {name: x.copy() for name, x in given.items()}
+    session.state = given
+    assert all(np.array_equal(session.state[name], x) for name, x in expected.items())
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_reset_changes_nothing_that_lies_in_other_memory(in_place: bool) -> None:
+    session, memory = written_session(in_place)
+    others = {name: memory[name] for name in HELD[:-1]}
+    values = {name: x.copy() for name, x in others.items()}
+    session.reset()
+    assert all(np.array_equal(others[name], x) for name, x in values.items())
+    token = {name: sized(memory[held], name) for name, held in zip(INPUTS, HELD[3:], strict=False)}
+    new, copies = SQUARE.session(in_place=in_place), {name: x.copy() for name, x in token.items()}
+    assert np.array_equal(session.step(**token), new.step(**copies))
+    assert np.array_equal(session.state[STATE], new.state[STATE])
 
 
 @pytest.mark.parametrize("in_place", [True, False])
