@@ -184,7 +184,13 @@ class Call:
         raise AttributeError(f"Call has no attribute {name!r}{where}")
 
 
-def bind(spec: OpSpec, arguments: Arguments, *, check_values: bool = True) -> Call:
+def bind(
+    spec: OpSpec,
+    arguments: Arguments,
+    *,
+    check_values: bool = True,
+    sees_transforms: bool | None = None,
+) -> Call:
     """Check the arguments of one call against its spec.
 
     Args:
@@ -192,6 +198,8 @@ def bind(spec: OpSpec, arguments: Arguments, *, check_values: bool = True) -> Ca
         arguments: those of the call.
         check_values: whether to look at values too. It happens for CPU tensors only, or on
             every device under GDN_OPS_CHECK=values; elsewhere a look costs a device sync.
+        sees_transforms: whether to ask what transforms concern the tensors; None asks if values
+            are checked. While Dynamo traces nobody can ask.
 
     Returns:
         The canonical call.
@@ -210,7 +218,8 @@ def bind(spec: OpSpec, arguments: Arguments, *, check_values: bool = True) -> Ca
                 _checked.clear()
             _checked[key] = checked
     under = NONE
-    if check_values and (transforms.any_active() or forward_ad._current_level >= 0):
+    asks = check_values if sees_transforms is None else sees_transforms
+    if asks and (transforms.any_active() or forward_ad._current_level >= 0):
         arguments, under = _seen_through(spec, arguments)
     if arguments.inplace:
         _check_memory(spec, arguments.state)

@@ -6,7 +6,8 @@ wrapped tensor has the shape that the transformed function sees; its values stan
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,11 @@ class Transforms(NamedTuple):
     has_tangent: bool = False
     wraps: bool = False
 
+    def joined(self, other: Transforms) -> Transforms:
+        """Return what concerns these tensors or others; NONE where nothing does."""
+        both = Transforms(*(a or b for a, b in zip(self, other, strict=True)))
+        return both if any(both[:3]) else NONE
+
 
 NONE = Transforms()
 
@@ -49,6 +55,24 @@ def is_recording() -> bool:
         return False
     proxies = torch._C._TorchDispatchModeKey.PROXY
     return torch._C._get_dispatch_mode(proxies) is not None
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Leave every transform of torch.func for a block, for tensors that none of them wraps."""
+    left = []
+    try:
+        while _functorch.peek_interpreter_stack() is not None:
+            left.append(_functorch.pop_dynamic_layer_stack())
+        yield
+    finally:
+        while left:
+            _functorch.push_dynamic_layer_stack(left.pop())
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Return whether a transform wraps a tensor."""
+    return bool(_functorch.is_functorch_wrapped_tensor(x))
 
 
 def innermost(x: Tensor) -> Tensor:

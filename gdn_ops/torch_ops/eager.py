@@ -74,10 +74,15 @@ def is_traced(q: Any) -> bool:
         return True
     if not isinstance(q, Tensor):
         return False
-    if q.is_meta or type(q) not in (Tensor, torch.nn.Parameter):
+    if is_symbolic(q):
         return True
     # What transforms make of a call is recorded, not the call.
     return bool(transforms.modes()) and transforms.is_recording() and not transforms.are_active()
+
+
+def is_symbolic(q: Tensor) -> bool:
+    """Return whether a tensor is on meta or of a subclass, as those that a compiler traces with."""
+    return q.is_meta or type(q) not in (Tensor, torch.nn.Parameter)
 
 
 class _Function(torch.autograd.Function):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_ops.call.bind import Call, Tokens, arguments_of, bind
+from gdn_ops.call.bind import Arguments, Call, Tokens, arguments_of, bind
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.registry import select
 from gdn_ops.spec.language import OpSpec, TensorArg
@@ -80,6 +80,13 @@ class Operator:
             keep = keep_inputs if self.spec is not GATED_DELTA_STEPS else None
             operator.register_autograd(self.backward, setup_context=keep)
 
+    def arguments(self, values: tuple[Any, ...]) -> tuple[Arguments, tuple[Any, ...]]:
+        """Return the arguments of the op, and the values of `extra`, from those of the schema."""
+        names = schema_names(self.spec)
+        own, extra = values[: len(names)], values[len(names) :]
+        arguments = arguments_of(self.spec, dict(zip(names, own, strict=True)))
+        return arguments._replace(inplace=self.is_inplace), extra
+
     def _run(self, *values: Any) -> Any:
         call, backend, extra = self._bound(values)
         with full_precision(call.device.type):
@@ -91,11 +98,7 @@ class Operator:
 
     def _bound(self, values: tuple[Any, ...]) -> tuple[Call, Backend, tuple[Any, ...]]:
         """Bind the values of the schema and select a backend. No value of a tensor is looked at."""
-        names = schema_names(self.spec)
-        own, extra = values[: len(names)], values[len(names) :]
-        arguments = arguments_of(self.spec, dict(zip(names, own, strict=True)))
-        if self.is_inplace:
-            arguments = arguments._replace(inplace=True)
+        arguments, extra = self.arguments(values)
         call = bind(self.spec, arguments, check_values=False)
         call = replace(call, needs_grad=self.needs_grad(*extra))
         return call, select(call, arguments.backend), extra
@@ -161,7 +164,7 @@ def _empty_gradients(backend: Backend, call: Call, *extra: Any) -> list[Tensor]:
 
 def _steps(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     o, state, states = decode_many(backend, call)
-    return o, state, _empty_states(call) if states is None else states
+    return o, state, empty_states(call) if states is None else states
 
 
 def _empty_output(call: Call) -> Tensor:
@@ -176,7 +179,8 @@ def _empty_state(call: Call) -> Tensor:
     return torch.empty((s.B, s.HV, s.K, s.V), dtype=call.compute_dtype, device=call.device)
 
 
-def _empty_states(call: Call) -> Tensor:
+def empty_states(call: Call) -> Tensor:
+    """Return an empty tensor like the states after each token, of no token if none is asked for."""
     s = call.sizes
     stored = call.compute_dtype if call.state is None else call.state.dtype
     shape = (s.B, s.T if call.return_states else 0, s.HV, s.K, s.V)
@@ -283,7 +287,7 @@ OPERATORS = (
         GATED_DELTA_STEPS,
         "(Tensor o, Tensor new_state, Tensor states)",
         _steps,
-        lambda backend, call: (_empty_output(call), _empty_state(call), _empty_states(call)),
+        lambda backend, call: (_empty_output(call), _empty_state(call), empty_states(call)),
         backward=_raising(NO_GRADIENTS.format("gated_delta_steps")),
     ),
     Operator(
@@ -291,7 +295,7 @@ OPERATORS = (
         GATED_DELTA_STEPS,
         "(Tensor o, Tensor states)",
         lambda backend, call: _steps(backend, call)[::2],
-        lambda backend, call: (_empty_output(call), _empty_states(call)),
+        lambda backend, call: (_empty_output(call), empty_states(call)),
     ),
 )
 """The operators, in the order in which they are registered."""

@@ -16,6 +16,7 @@ from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
 from gdn_ops.torch_ops import eager, onnx_export
 from gdn_ops.torch_ops import operators as operators  # registers the operators
+from gdn_ops.torch_ops import operators_transformed as operators_transformed  # and transforms
 
 
 def traced_sequence(arguments: Arguments) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ tangent, goes through `Backend.pure`, which torch differentiates itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,14 @@ from gdn_ops.call.bind import Call, Tokens
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.registry import select
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
-from gdn_ops.torch_ops.eager import SECOND_ORDER, as_sequence, full_precision
+from gdn_ops.torch_ops.eager import (
+    SECOND_ORDER,
+    as_sequence,
+    full_precision,
+    is_symbolic,
+    is_traced,
+)
+from gdn_ops.torch_ops.operators import schema_fields
 
 Tensors = Sequence[Tensor | None]
 
@@ -124,6 +131,8 @@ class _Forward(_KeepingInputs):
     def forward(plain: Plain, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         call = plain.bound(tensors)
         results: tuple[Tensor | None, ...]
+        if is_traced(call.tokens.q):
+            return operated(plain.backend, call)
         with full_precision(call.device.type):
             if call.op is GATED_DELTA:
                 results = plain.backend.forward(call)[:2]
@@ -178,6 +187,8 @@ class _Backward(_KeepingInputs):
     def forward(plain: Plain, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         call, (d_o, d_state) = plain.bound(tensors), tensors[TOKENS + 1 :]
         assert d_o is not None and d_state is not None
+        if is_traced(call.tokens.q):
+            return operated_backward(plain.backend, call, d_o, d_state)
         with full_precision(call.device.type):
             saved = plain.backend.forward(call).saved
             grads = plain.backend.backward(call, saved, d_o, d_state)
@@ -204,18 +215,57 @@ class _Backward(_KeepingInputs):
         if not (limits.second_grad and limits.forward_mode):
             raise RuntimeError(f"backend {plain.backend.name!r}: {SECOND_ORDER}")
         present = [i for i, x in enumerate(tensors) if x is not None]
-
-        def results(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            given = dict(zip(present, inputs, strict=False))
-            return plain.backend.pure(plain.on([given.get(i) for i in range(TOKENS + 1)]))
-
-        def gradients(*inputs: Tensor) -> Any:
-            return torch.func.vjp(results, *inputs[:-2])[1](inputs[-2:])
-
         with full_precision(plain.call.device.type):
+            gradients = _pure_gradients(plain, present)
             pull = torch.func.vjp(gradients, *(tensors[i] for i in present))[1]
         found = dict(zip(present, pull(grads), strict=True))
         return None, *(found.get(i) for i in range(len(tensors)))
+
+
+def _pure_gradients(plain: Plain, present: list[int]) -> Callable[..., Any]:
+    """Return the gradients of a call as a function that torch differentiates.
+
+    Args:
+        plain: the call.
+        present: which of the tokens and the state the function takes, and returns the gradients
+            of; last it takes the gradients of the results.
+    """
+
+    def results(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        given = dict(zip(present, inputs, strict=False))
+        return plain.backend.pure(plain.on([given.get(i) for i in range(TOKENS + 1)]))
+
+    def gradients(*inputs: Tensor) -> Any:
+        return torch.func.vjp(results, *inputs[:-2])[1](inputs[-2:])
+
+    return gradients
+
+
+def operated(backend: Backend, call: Call) -> tuple[Tensor, ...]:
+    """Run a call as an operator, which a graph holds as one node."""
+    o, state, *others = getattr(torch.ops.gdn_ops, call.op.name)(
+        *_schema_values(backend, call), *((False,) if call.op is GATED_DELTA else ())
+    )
+    return (o, state, *others) if call.return_states else (o, state)
+
+
+def operated_backward(
+    backend: Backend, call: Call, d_o: Tensor, d_state: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the gradients of a sequence call by the tensors that are there, from operators."""
+    values = _schema_values(backend, call)
+    saved = torch.ops.gdn_ops.gated_delta(*values, True)[2]
+    return tuple(torch.ops.gdn_ops.gated_delta_backward(*values, saved, d_o, d_state))
+
+
+def _schema_values(backend: Backend, call: Call) -> list[Any]:
+    """Return the arguments of the operator of a call, for the backend that was selected."""
+    others = {"rule": str(call.rule), "backend": backend.name}
+    tokens = call.tokens._asdict()
+    return [
+        tokens[field] if field in tokens else others.get(field, getattr(call, field, None))
+        for field in schema_fields(call.op)
+    ]
 
 
 def _with_token_axis(tensors: Tensors) -> list[Tensor | None]:
@@ -233,12 +283,31 @@ _NO_TOKENS: Any = Tokens(*(None for _ in Tokens._fields))  # type: ignore[arg-ty
 
 def run_sequence(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Run a `gated_delta` call under transforms; return (o, final_state)."""
-    is_recorded = backend.limits.forward_mode and transforms.is_recording()
-    if call.transforms.has_tangent or is_recorded:
+    if call.transforms.has_tangent or _is_recorded(backend, call):
         with full_precision(call.device.type):
             return backend.pure(call)
     o, state = _apply(backend, call)[:2]
     return o, state
+
+
+def _is_recorded(backend: Backend, call: Call) -> bool:
+    """Return whether `make_fx` records a call in plain torch; a compiler records one node."""
+    if not (backend.limits.forward_mode and transforms.is_recording()):
+        return False
+    return not (torch.compiler.is_compiling() or is_symbolic(transforms.innermost(call.tokens.q)))
+
+
+def run_backward(backend: Backend, call: Call, d_o: Tensor, d_state: Tensor) -> list[Tensor]:
+    """Return the gradients of a `gated_delta` call by the tensors that are there."""
+    tensors = (*call.tokens, call.state)
+    if not call.transforms.has_tangent:
+        plain = call.with_tensors(_NO_TOKENS, None)
+        grads = differentiable_backward(backend, plain, tensors, d_o, d_state)
+        return [x for x in grads if x is not None]
+    present = [i for i, x in enumerate(tensors) if x is not None]
+    gradients = _pure_gradients(Plain(backend, call), present)
+    with full_precision(call.device.type):
+        return list(gradients(*(tensors[i] for i in present), d_o, d_state))
 
 
 def run_step(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
