@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gdn_ops.call.bind import Arguments, Call, Tokens, arguments_of, bind
+from gdn_ops.call.transforms import transforms_of
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.registry import select
 from gdn_ops.spec.language import OpSpec, TensorArg
@@ -29,6 +31,11 @@ from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
 from gdn_ops.torch_ops.eager import SECOND_ORDER, decode_many, decode_one, full_precision
 
 NO_GRADIENTS = "{} is for decoding and has no gradients; gated_delta has"
+
+LOST_TANGENT = (
+    "torch.ops.gdn_ops.{}: an input has a tangent of torch.autograd.forward_ad, which does not "
+    "reach operators: call gdn_ops.{}, or take torch.func.jvp"
+)
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,21 @@ class Operator:
         return arguments._replace(inplace=self.is_inplace), extra
 
     def _run(self, *values: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            self._check_tangents(values)
         call, backend, extra = self._bound(values)
         with full_precision(call.device.type):
             return self.run(backend, call, *extra)
+
+    def _check_tangents(self, values: tuple[Any, ...]) -> None:
+        """Check that no input has a tangent, which torch would leave behind."""
+        # An operator runs below autograd, which alone knows tangents.
+        included = torch._C._dispatch_tls_local_include_set()
+        none = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+        with torch._C._ForceDispatchKeyGuard(included, none):
+            under = transforms_of(x for x in values if isinstance(x, Tensor))
+        if under.has_tangent:
+            raise RuntimeError(LOST_TANGENT.format(self.name, self.spec.name))
 
     def _fake(self, *values: Any) -> Any:
         call, backend, extra = self._bound(values)
@@ -144,9 +163,13 @@ def _empty_forward(backend: Backend, call: Call, save: bool) -> tuple[Tensor, Te
 def _gradients(
     backend: Backend, call: Call, saved: list[Tensor], d_o: Tensor, d_state: Tensor
 ) -> list[Tensor]:
-    """Return the gradients of the tensors that are there, in the order of Tokens, then state."""
+    """Return the gradients of the tensors that are there, in the order of Tokens, then state.
+
+    What is not saved, as by a step or a transformed call, is computed again.
+    """
     with torch.no_grad():
-        grads = backend.backward(call, tuple(saved), d_o, d_state)
+        kept = tuple(saved) or backend.forward(call).saved
+        grads = backend.backward(call, kept, d_o, d_state)
     return [
         torch.zeros_like(x) if grad is None else grad
         for x, grad in zip((*call.tokens, call.state), grads, strict=True)

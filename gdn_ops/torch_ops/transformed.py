@@ -174,10 +174,32 @@ def differentiable_backward(
         call: without its tensors.
         tensors: tokens and the state; there is a gradient of each that is there.
         d_o, d_state: the gradients of its results.
+
+    Raises:
+        BackendUnsupportedError: a tensor has a tangent, and the backend has none.
     """
-    plain = Plain(backend, replace(call, needs_grad=True))
+    call = replace(call, needs_grad=True)
+    if transforms.are_active():
+        given = [x for x in (*tensors, d_o, d_state) if x is not None]
+        under = transforms.transforms_of(given)
+        if under.has_tangent:
+            plain = Plain(backend, replace(call, transforms=under))
+            select(plain.on(tensors), backend.name)
+            return _pushed_backward(plain, tensors, d_o, d_state)
+    plain = Plain(backend, call)
     grads = iter(_Backward.apply(plain, *tensors, d_o, d_state))  # type: ignore[no-untyped-call]
     return [None if x is None else next(grads) for x in tensors]
+
+
+def _pushed_backward(
+    plain: Plain, tensors: Tensors, d_o: Tensor, d_state: Tensor
+) -> list[Tensor | None]:
+    """Return the gradients by the tensors that are there, in plain torch, for their tangents."""
+    present = [i for i, x in enumerate(tensors) if x is not None]
+    with full_precision(d_o.device.type):
+        grads = _pure_gradients(plain, present)(*(tensors[i] for i in present), d_o, d_state)
+    found = dict(zip(present, grads, strict=True))
+    return [found.get(i) for i in range(len(tensors))]
 
 
 class _Backward(_KeepingInputs):
@@ -299,15 +321,9 @@ def _is_recorded(backend: Backend, call: Call) -> bool:
 
 def run_backward(backend: Backend, call: Call, d_o: Tensor, d_state: Tensor) -> list[Tensor]:
     """Return the gradients of a `gated_delta` call by the tensors that are there."""
-    tensors = (*call.tokens, call.state)
-    if not call.transforms.has_tangent:
-        plain = call.with_tensors(_NO_TOKENS, None)
-        grads = differentiable_backward(backend, plain, tensors, d_o, d_state)
-        return [x for x in grads if x is not None]
-    present = [i for i, x in enumerate(tensors) if x is not None]
-    gradients = _pure_gradients(Plain(backend, call), present)
-    with full_precision(call.device.type):
-        return list(gradients(*(tensors[i] for i in present), d_o, d_state))
+    plain, tensors = call.with_tensors(_NO_TOKENS, None), (*call.tokens, call.state)
+    grads = differentiable_backward(backend, plain, tensors, d_o, d_state)
+    return [x for x in grads if x is not None]
 
 
 def run_step(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:

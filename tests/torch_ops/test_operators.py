@@ -242,8 +242,10 @@ def test_the_operators_themselves_have_no_gradients_but_of_a_plain_step() -> Non
     )
 
 
-def test_the_step_operator_has_the_gradients_of_the_eager_step() -> None:
-    mine, theirs = (needing_gradients(one_token(backend="naive"), *ALL) for _ in range(2))
+@pytest.mark.filterwarnings("ignore:backend .* emulates:UserWarning")
+@pytest.mark.parametrize("backend", ["naive", "torch", "triton"])
+def test_the_step_operator_has_the_gradients_of_the_eager_step(backend: str) -> None:
+    mine, theirs = (needing_gradients(one_token(backend=backend), *ALL) for _ in range(2))
     eager = gated_delta_step(**theirs)
     for o, state in (OPERATORS.gated_delta_step(*schema_values(GATED_DELTA_STEP, mine)), eager):
         (o.square().sum() + state.square().sum()).backward()
