@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gdn_ops.call.bind import Call
 from gdn_ops.call.numerics import l2norm, l2norm_backward
+from gdn_ops.call.transforms import integers
 from gdn_ops.dispatch.registry import Backend, Forward, Grads
 from gdn_ops.spec.rules import Limits
 
@@ -163,7 +164,7 @@ def _spans(call: Call) -> list[tuple[slice, slice]]:
     if call.cu_seqlens is None:
         return [(slice(None), slice(None))]
     # §6 each sequence starts from its own state
-    bounds = itertools.pairwise(call.cu_seqlens.tolist())
+    bounds = itertools.pairwise(integers(call.cu_seqlens))
     return [(slice(n, n + 1), slice(a, b)) for n, (a, b) in enumerate(bounds)]
 
 

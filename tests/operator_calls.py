@@ -25,7 +25,7 @@ Function = Callable[..., Any]
 
 def schema_values(spec: OpSpec, x: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
     """Return an operator's arguments, from q, k, v, alpha, beta and the state."""
-    given = dict(zip(("q", "k", "v", "alpha", "beta"), x, strict=False)) | options
+    given = dict(zip(("q", "k", "v", "alpha", "beta"), x[:5], strict=True)) | options
     given["state" if spec is not GATED_DELTA else "initial_state"] = x[5]
     values = {name: default for name, default, _ in spec.parameters()} | given
     return [values[name] for name in operators.schema_names(spec)]

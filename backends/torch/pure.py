@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from gdn_ops.call.bind import Call
 from gdn_ops.call.numerics import l2norm
+from gdn_ops.call.transforms import integers
 
 CHUNK = 32
 """Tokens per chunk where a call does not say."""
@@ -57,7 +58,7 @@ def pure(call: Call) -> tuple[Tensor, Tensor]:
         o, new = x.v, state
     else:
         # §6 each sequence starts from its own state
-        bounds = itertools.pairwise(call.cu_seqlens.tolist())
+        bounds = itertools.pairwise(integers(call.cu_seqlens))
         parts = [
             _run(x.tokens(*ends), state[n], chunk_size, has_erase) for n, ends in enumerate(bounds)
         ]

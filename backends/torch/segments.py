@@ -21,6 +21,7 @@ from gdn_ops.backends.torch.chunk_backward import SegmentGrads, backward_segment
 from gdn_ops.backends.torch.chunk_forward import Segment, advance_segment, forward_segment
 from gdn_ops.backends.torch.spans import EvenSpan, GatheredSpan, Numbers, Span
 from gdn_ops.call.bind import Call
+from gdn_ops.call.transforms import integers
 
 MOST_STATES = 64
 """States kept for a backward; a longer sequence keeps every n-th and recomputes the rest."""
@@ -102,7 +103,7 @@ class SegmentPlan:
 
     def _packed_cohorts(self, call: Call, cu_seqlens: Tensor) -> Iterator[Cohort]:
         """Yield packed sequences from the longest to the shortest, as many as stay in cache."""
-        bounds = numpy.asarray(cu_seqlens.tolist(), numpy.int64)
+        bounds = numpy.asarray(integers(cu_seqlens), numpy.int64)
         lengths = numpy.diff(bounds)
         order = numpy.argsort(-lengths, kind="stable")
         starts, lengths = bounds[:-1][order], lengths[order]

@@ -42,7 +42,7 @@ def layout_hint(spec: OpSpec, given: Mapping[str, Given]) -> str:
         if found and rank > found_rank:
             break
         turned = {
-            name: x._replace(axes=_swapped(x.axes, swap)) if name in names else x
+            name: Given(_swapped(x.axes, swap), x.sizes) if name in names else x
             for name, x in given.items()
         }
         if _fits(spec, turned):

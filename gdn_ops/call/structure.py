@@ -255,8 +255,9 @@ def _layout_hint(spec: OpSpec, arguments: Arguments) -> str:
     for arg in spec.binding_order:
         value = arguments.value(arg.field)
         if isinstance(value, Tensor):
-            axes = next((s.axes for s in arg.shapes if len(s.axes) == value.dim()), arg.axes)
-            given[arg.name] = Given(axes, tuple(value.shape))
+            # Without `next`, whose default Dynamo of torch 2.8 does not trace.
+            fitting = [s.axes for s in arg.shapes if len(s.axes) == value.dim()]
+            given[arg.name] = Given((*fitting, arg.axes)[0], tuple(value.shape))
     return layout_hint(spec, given)
 
 

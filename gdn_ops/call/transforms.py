@@ -70,6 +70,17 @@ def outside() -> Iterator[None]:
             _functorch.push_dynamic_layer_stack(left.pop())
 
 
+def integers(x: Tensor) -> list[int]:
+    """Return the values of a tensor of integers, under any transform.
+
+    In torch 2.8 `tolist` of a tensor that no transform concerns fails while `grad` is active.
+    """
+    if not any_active():
+        return x.tolist()  # type: ignore[no-any-return]
+    with outside():
+        return innermost(x).tolist()  # type: ignore[no-any-return]
+
+
 def is_wrapped(x: Tensor) -> bool:
     """Return whether a transform wraps a tensor."""
     return bool(_functorch.is_functorch_wrapped_tensor(x))

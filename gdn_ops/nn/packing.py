@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gdn_ops.call.bind import CHECK_VALUES_EVERYWHERE, fault_of_boundaries
 from gdn_ops.call.structure import dtype_name
+from gdn_ops.call.transforms import integers
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 
@@ -38,7 +39,7 @@ def check_boundaries(owner: str, cu_seqlens: Any, x: Tensor) -> None:
     if x.shape[0] != 1:
         _fail(owner, f"x has B={x.shape[0]} rows, should be 1 when cu_seqlens is given")
     if has_values(cu_seqlens):
-        fault = fault_of_boundaries(cu_seqlens.tolist(), x.shape[1])
+        fault = fault_of_boundaries(integers(cu_seqlens), x.shape[1])
         if fault is not None:
             _fail(owner, fault)
 

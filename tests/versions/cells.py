@@ -77,6 +77,7 @@ TORCH_TESTS = (
     *("torch_ops/test_*.py", "call/test_*.py", "dispatch/test_*.py", "nn/test_*.py"),
     *("export/torch_exporter/test_modules.py", "testing/test_conformance.py"),
 )
+OF_TORCH = "(not test_conformance or torch or compile or naive) and not triton"
 TRITON_TESTS = ("backends/triton/test_*.py", "backends/test_kernels.py")
 # Not what is compiled for GPUs and what only takes longer to be as sure: `make test` runs all.
 PYTHON_TESTS = (
@@ -92,8 +93,8 @@ PACKAGES = (
     Cell("transformers", TRANSFORMERS_TESTS),
     Cell("onnxruntime", ONNX_TESTS),
     Cell("onnx", ONNX_TESTS, beside=("onnxscript",)),
-    # Of the kit only what is made of torch.
-    Cell("torch", TORCH_TESTS, keyword="not test_conformance or torch or compile or naive"),
+    # Of the kit only what is made of torch, which may pin another Triton than is supported.
+    Cell("torch", TORCH_TESTS, keyword=OF_TORCH),
     # A torch may pin another Triton, so nothing else is asked to fit.
     Cell("triton", TRITON_TESTS, keyword="not tilelang", deps=False),
     Cell("python", PYTHON_TESTS),
