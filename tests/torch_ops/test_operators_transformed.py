@@ -307,11 +307,29 @@ def test_an_exported_map_is_that_of_each_row(name: str) -> None:
     make, draw = CASES[name]
     x, function = draw("naive", 2), make("naive")
 
-    class Mapped(nn.Module):
-        def forward(self, *x: Tensor) -> Any:
-            return vmap(function)(*x)
+    if not exports_maps():
+        pytest.skip("this torch exports no vmap, of plain torch neither")
+    close(torch.export.export(Mapped(function), tuple(x)).module()(*x), loop(function, x))
 
-    close(torch.export.export(Mapped(), tuple(x)).module()(*x), loop(function, x))
+
+class Mapped(nn.Module):
+    """Map a function over its inputs."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *x: Tensor) -> Any:
+        return vmap(self.function)(*x)
+
+
+def exports_maps() -> bool:
+    """Return whether torch exports a map of plain torch; 2.8 does not."""
+    try:
+        torch.export.export(Mapped(torch.neg), (torch.ones(2, 2),))
+    except AssertionError:
+        return False
+    return True
 
 
 # Operators that no transform concerns.
