@@ -76,9 +76,9 @@ def integers(x: Tensor) -> list[int]:
     In torch 2.8 `tolist` of a tensor that no transform concerns fails while `grad` is active.
     """
     if not any_active():
-        return x.tolist()  # type: ignore[no-any-return]
+        return x.tolist()
     with outside():
-        return innermost(x).tolist()  # type: ignore[no-any-return]
+        return innermost(x).tolist()
 
 
 def is_wrapped(x: Tensor) -> bool:
