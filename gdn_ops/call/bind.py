@@ -7,7 +7,6 @@ The checks are derived from the op's spec. Those of shapes, dtypes and attribute
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -23,8 +22,9 @@ from gdn_ops.call.structure import dtype_name as dtype_name
 from gdn_ops.call.transforms import NONE, Transforms
 from gdn_ops.spec.language import Interval, OpSpec, Sizes
 from gdn_ops.spec.rules import Rule, Widths
+from gdn_ops.spec.switches import is_on
 
-CHECK_VALUES_EVERYWHERE = os.environ.get("GDN_OPS_CHECK", "") == "values"
+CHECK_VALUES_EVERYWHERE = is_on("GDN_OPS_CHECK", "values")
 """Check value ranges on every device, not only on the CPU, if true. Read at import."""
 
 

@@ -272,12 +272,14 @@ def _beta(name: str, beta: Tensor | None, in_kernel: bool, allow_neg: bool) -> T
 
 
 def _explain(name: str, log_alpha: Tensor | None, error: SpecError) -> None:
-    """Raise an error in FLA's words if g seems to be α where log α is meant."""
-    if log_alpha is None or log_alpha.is_meta or log_alpha.numel() == 0:
+    """Raise an error about g in FLA's words."""
+    if log_alpha is None or "log_alpha" not in str(error):
         return
-    low, high = (float(x) for x in log_alpha.detach().aminmax())
-    if high > 0:
+    if not (log_alpha.is_meta or log_alpha.numel() == 0) and log_alpha.detach().amax() > 0:
+        low, high = (float(x) for x in log_alpha.detach().aminmax())
         raise SpecError(
             f"{name}: g has values in [{low:.4g}, {high:.4g}], should be in [-inf, 0]: "
             f"it is log α; from α, g = alpha.log()"
         ) from error
+    text = str(error).partition(": ")[2].replace("log_alpha", "g")
+    raise type(error)(f"{name}: {text}") from error

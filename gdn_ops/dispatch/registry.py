@@ -117,7 +117,8 @@ def get_backend(name: str) -> Backend | str:
         return instance
     _discover()
     if name not in _backends:
-        raise SpecError(unknown("backend", name, known_backends()))
+        place = "GDN_OPS_BACKEND: " if name == os.environ.get("GDN_OPS_BACKEND") else ""
+        raise SpecError(place + unknown("backend", name, known_backends()))
     source = _backends[name]
     if isinstance(source, str):
         loaded = load(source)

@@ -22,8 +22,9 @@ from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.registry import vetoes
 from gdn_ops.environment.provenance import circumstances, device_name
+from gdn_ops.spec.switches import is_on
 
-REQUIRED = os.environ.get("GDN_OPS_REQUIRE_CERTIFIED", "") == "1"
+REQUIRED = is_on("GDN_OPS_REQUIRE_CERTIFIED", "1")
 """Whether "auto" passes over uncertified backends of compiled kernels. Read at import."""
 
 SCHEMA = 1

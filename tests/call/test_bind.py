@@ -14,8 +14,9 @@ import torch
 import gdn_ops
 from errors import message_of
 from gdn_ops import SpecError, SpecTypeError, gated_delta, gated_delta_step, gated_delta_steps
+from gdn_ops.spec.switches import is_on
 from good_calls import HV, B, T, draft, ints, packed, pooled, sequence, token, zeros
-from processes import printed
+from processes import printed, python
 
 RULES = ("gated_delta", "delta", "gated", "linear")
 
@@ -412,3 +413,19 @@ def test_values_are_checked_on_every_device_only_when_asked_for() -> None:
     code = "from gdn_ops.call.bind import CHECK_VALUES_EVERYWHERE; print(CHECK_VALUES_EVERYWHERE)"
     settings = [printed(code, GDN_OPS_CHECK=setting) for setting in ("", "values")]
     assert settings == ["False", "True"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("GDN_OPS_CHECK", "values"), ("GDN_OPS_REQUIRE_CERTIFIED", "1")]
+)
+def test_a_switch_of_the_environment_that_does_nothing_is_warned_of(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, is_set in (("", False), ("0", False), (value, True)):
+        monkeypatch.setenv(variable, given)
+        assert is_on(variable, value) is is_set
+    text = f"{variable} is 'yes', should be {value!r} or not be set: it does nothing"
+    monkeypatch.setenv(variable, "yes")
+    with pytest.warns(UserWarning, match=f"^{text}$"):
+        assert not is_on(variable, value)
+    assert text in python("-c", "import gdn_ops.cli", **{variable: "yes"}).stderr

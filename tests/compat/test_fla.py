@@ -291,6 +291,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "chunk_gated_delta_rule: initial_state has shape (2, 4, 6, 8), should be (N, HV, K, V) = "
     "(2, 4, 8, 6); gdn_ops.compat.states.state_from('fla_v_first', initial_state) turns a V-first "
     "state": {"initial_state": torch.zeros(B, HV, V, K)},
+    "chunk_gated_delta_rule: g has shape (2, 9, 3), should be (B, T, HV) = (2, 9, 4); HV is fixed "
+    "by v": {"g": torch.zeros(B, T, 3)},
     "chunk_gated_delta_rule: g has values in [0.5, 0.5], should be in [-inf, 0]: it is log α; from "
     "α, g = alpha.log()": {"g": torch.full((B, T, HV), 0.5)},
 }

@@ -204,7 +204,11 @@ except gdn_ops.SpecError as error:
 
 @pytest.mark.parametrize(
     ("setting", "answer"),
-    {"naive": "naive", "": "torch", "nope": "unknown backend 'nope', known: {known}"}.items(),
+    {
+        "naive": "naive",
+        "": "torch",
+        "nope": "GDN_OPS_BACKEND: unknown backend 'nope', known: {known}",
+    }.items(),
 )
 def test_the_environment_sets_the_first_default(setting: str, answer: str) -> None:
     known = ", ".join(registry.known_backends())
