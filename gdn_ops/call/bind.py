@@ -225,12 +225,7 @@ def bind(
         _check_memory(spec, arguments.state)
     is_readable = checked.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
     if check_values and is_readable and not (transforms.modes() and transforms.is_recording()):
-        if under.has_tangent:
-            # Of `aminmax`, which has none in torch 2.8, no tangent is wanted.
-            with forward_ad._set_fwd_grad_enabled(False):
-                _check_values(spec, arguments, checked.sizes, under.wraps)
-        else:
-            _check_values(spec, arguments, checked.sizes, under.wraps)
+        _check_values(spec, arguments, checked.sizes, under)
     needs_grad = torch.is_grad_enabled() and (_requires_grad(arguments) or under.differentiates)
     if needs_grad:
         check_gradients(spec, arguments)
@@ -357,8 +352,17 @@ def _seen_through(spec: OpSpec, arguments: Arguments) -> tuple[Arguments, Transf
     return arguments, under
 
 
-def _check_values(spec: OpSpec, arguments: Arguments, sizes: Sizes, is_wrapped: bool) -> None:
+def _check_values(spec: OpSpec, arguments: Arguments, sizes: Sizes, under: Transforms) -> None:
     """Check domains, sequence boundaries and slots. NaN passes: NaN in, NaN out."""
+    if not under.has_tangent:
+        _check_numbers(spec, arguments, sizes, under.wraps)
+        return
+    # No tangent of `aminmax` is wanted, and in torch 2.8 it has none.
+    with forward_ad._set_fwd_grad_enabled(False):
+        _check_numbers(spec, arguments, sizes, under.wraps)
+
+
+def _check_numbers(spec: OpSpec, arguments: Arguments, sizes: Sizes, is_wrapped: bool) -> None:
     for arg, domain in spec.bounded:
         value = getattr(arguments.tokens, arg.name)
         if value is not None and is_wrapped:
