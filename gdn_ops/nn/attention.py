@@ -215,8 +215,9 @@ class SlidingWindowAttention(nn.Module):
                 f"{owner}: state has type {type(state).__name__}, should be the "
                 f"gdn_ops.nn.KeyValueRing that an earlier call returned"
             )
-        for name, part in zip(state._fields, state, strict=True):
-            check_tensor(owner, f"state.{name}", part)
+        check_tensor(owner, "state.keys", state.keys)
+        check_tensor(owner, "state.values", state.values)
+        check_tensor(owner, "state.tokens", state.tokens)
         expected = (x.shape[0], self.num_heads, self.window, self.head_dim)
         for name in ("keys", "values"):
             shape = tuple(getattr(state, name).shape)

@@ -208,7 +208,9 @@ def test_a_graph_reads_its_inputs_before_it_writes_the_state(backend: str, t: in
         results = function(arguments, state)
         torch.testing.assert_close(results, (o.float(), new.float()))
         torch.testing.assert_close(state, new.float())
-        with pytest.raises(TorchRuntimeError if t else Exception, match="elements share memory"):
+        # Dynamo of torch 2.8 names only the type of an error that it meets while it traces.
+        text = r"elements share memory|raised exception \w+\(SpecError\)"
+        with pytest.raises(TorchRuntimeError if t else Exception, match=text):
             function(tokens(2, 2, t), OVERLAPPING["expanded"]())
 
 
