@@ -186,7 +186,7 @@ class DecodeSession:
                 if type(x) is not np.ndarray or x.dtype is not dtype or x.shape != shape:
                     buffer.check("DecodeSession.step", x)
         if not is_own:
-            # What lies in a buffer, by whatever way, is read before that is written.
+            # Copy what lies in a buffer, by whatever way, before that is written.
             foreign = [
                 (taken[0], x.copy() if np.may_share_memory(x, self._memory) else x)
                 for taken, x in zip(self._taken, args, strict=True)

@@ -26,10 +26,10 @@ OLDER_NAMES = {
     "ssm_state_indices": "left out: gdn_ops.gated_delta_step takes a pool of states",
     "inplace_final_state": "left out: gdn_ops.gated_delta_step updates a state in place",
 }
-"""What is meant by names of other versions and of other functions."""
+"""Says what is meant by names of other versions and of other functions."""
 
 POSITIONS = {"use_beta_sigmoid_in_kernel": "cu_seqlens"}
-"""What older versions of FLA have in the place of an argument."""
+"""Names what older versions of FLA have in the place of an argument."""
 
 
 TENSORS = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")

@@ -1,4 +1,4 @@
-"""What the compile backend's own compiler does in many threads, under modes and after forks."""
+"""Try the compile backend's own compiler in many threads, under modes and after forks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def counted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
 @pytest.fixture(scope="module", autouse=True)
 def counted_compiler() -> Iterator[None]:
     """Use the real compiler for the tests of this file, and count what it compiles."""
-    # What it has compiled is kept from test to test, under its own name.
+    # Keep what it has compiled from test to test, under its own name.
     torch._dynamo.register_backend(counted, name="gdn_ops_counted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Compile, "compiler", "gdn_ops_counted")

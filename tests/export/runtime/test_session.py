@@ -189,7 +189,7 @@ def assert_read_first(
         expected = other.step(**rest | copies)
         assert expected.any() and np.array_equal(one.step(**rest | given), expected)
         assert np.array_equal(one.state[STATE], other.state[STATE])
-        # What was given shows what its memory holds now.
+        # Look at what was given: it shows what its memory holds now.
         copies = {name: x.copy() for name, x in given.items()}
     assert all(np.array_equal(memory[name], x) for name, x in kept.items())
 
