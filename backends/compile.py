@@ -14,9 +14,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import replace
 from types import FunctionType
@@ -157,7 +157,9 @@ def _prepare(built: Function, tensors: Tensors, constants: Constants) -> None:
     with _lock, _patched():
         _here.is_compiling = True
         try:
-            built(tuple(None if x is None else _stand_in(x) for x in tensors), constants)
+            stand_ins = tuple(None if x is None else _stand_in(x) for x in tensors)
+            with _as_compiled():
+                built(stand_ins, constants)
         finally:
             _here.is_compiling = False
 
@@ -169,12 +171,19 @@ def _stand_in(x: Tensor) -> Tensor:
     return numbers.as_strided(x.shape, x.stride())
 
 
+@contextmanager
+def _as_compiled() -> Iterator[None]:
+    """Run without gradients and function modes, in which torch 2.8 would compile again."""
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        yield
+
+
 def _without_modes(built: Function) -> Function:
     """Wrap a compiled function for calls under any mode."""
 
     def run(tensors: Tensors, constants: Constants) -> Any:
         try:
-            with torch._C.DisableTorchFunction():
+            with _as_compiled():
                 return built(tensors, constants)
         except torch._dynamo.exc.TorchDynamoException:
             # It was about to compile again: after torch.compiler.reset(), or because a release of
@@ -184,7 +193,7 @@ def _without_modes(built: Function) -> Function:
 
     def again(tensors: Tensors, constants: Constants, inference: bool) -> Any:
         _prepare(built, tensors, constants)
-        with torch.inference_mode(inference), torch.no_grad():
+        with torch.inference_mode(inference), _as_compiled():
             return built(tensors, constants)
 
     return run

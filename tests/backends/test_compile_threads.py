@@ -20,6 +20,7 @@ from processes import printed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 THREADS = 6
+RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 compilations: list[torch.fx.GraphModule] = []
@@ -110,6 +111,9 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "saved tensors": lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
 }
 
+SETTINGS = ("default dtype", "deterministic", "threads")
+"""Names the modes that concern the whole process."""
+
 
 @pytest.fixture(scope="module")
 def compiled_once() -> None:
@@ -129,7 +133,9 @@ def test_no_mode_of_the_caller_compiles_again(op: str, mode: str) -> None:
     x, before = tensors(), len(compilations)
     with MODES[mode]():
         got, right = OPS[op](x), OPS[op](x, "torch")
-    assert len(compilations) == before > 0
+    # Functions of torch 2.8 look at settings of the process, guards or not: once for each function.
+    most = {"sequence": 2, "step": 1}[op] if mode in SETTINGS and RELEASE < (2, 11) else 0
+    assert 0 < before <= len(compilations) <= before + most
     low = {"rtol": 0.02, "atol": 0.02} if mode == "autocast" else TOLERANCE
     for one, other in zip(got, right, strict=True):
         assert one.dtype == other.dtype and one.is_inference() == (mode == "inference mode")
@@ -238,8 +244,7 @@ REFUSED = "refused: RuntimeError: Unable to handle autograd's threading in combi
 
 def refuses_gradients_after_a_fork() -> bool:
     """Return whether torch itself has no autograd in a fork of a process that ran a backward."""
-    release = tuple(int(number) for number in torch.__version__.split(".")[:2])
-    return release >= (2, 15) or torch.version.cuda is not None
+    return RELEASE >= (2, 15) or torch.version.cuda is not None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
