@@ -48,6 +48,9 @@ _is_forked = False
 _lock = threading.RLock()
 """Held by the thread that compiles: one at a time, because torch.compile in several has failed."""
 
+GUARDS_STATE = torch.__version__.startswith("2.8.")
+"""Whether torch compiles again, guards or not, where function modes are not as they were."""
+
 CHUNKING = {"cpu": (32, 1), "*": (64, 1)}
 """(tokens per chunk, chunks per segment, which is always 1). cpu: measured on two AVX-512 cores
 at K=V=128, H/HV=16/32, T=2048, where 32 and 64 are about equal; others: not measured."""
@@ -158,7 +161,7 @@ def _prepare(built: Function, tensors: Tensors, constants: Constants) -> None:
         _here.is_compiling = True
         try:
             stand_ins = tuple(None if x is None else _stand_in(x) for x in tensors)
-            with _as_compiled():
+            with _as_compiled() if GUARDS_STATE else nullcontext():
                 built(stand_ins, constants)
         finally:
             _here.is_compiling = False
@@ -173,7 +176,7 @@ def _stand_in(x: Tensor) -> Tensor:
 
 @contextmanager
 def _as_compiled() -> Iterator[None]:
-    """Run without gradients and function modes, in which torch 2.8 would compile again."""
+    """Run without gradients and function modes."""
     with torch.no_grad(), torch._C.DisableTorchFunction():
         yield
 
