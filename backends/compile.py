@@ -48,8 +48,14 @@ _is_forked = False
 _lock = threading.RLock()
 """Held by the thread that compiles: one at a time, because torch.compile in several has failed."""
 
-GUARDS_STATE = torch.__version__.startswith("2.8.")
+RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
+
+GUARDS_STATE = RELEASE < (2, 9)
 """Whether torch compiles again, guards or not, where function modes are not as they were."""
+
+TRACES_IN_ONE_THREAD = (2, 9) <= RELEASE < (2, 13)
+"""Whether torch may crash where a second thread traces: 2.11 does, those beside it are not tried.
+There the caller's thread compiles, under the caller's modes."""
 
 CHUNKING = {"cpu": (32, 1), "*": (64, 1)}
 """(tokens per chunk, chunks per segment, which is always 1). cpu: measured on two AVX-512 cores
@@ -207,6 +213,8 @@ def _elsewhere(run: Callable[[], Result]) -> Result:
 
     Ctrl-C leaves this function at once; the other thread ends what it does.
     """
+    if TRACES_IN_ONE_THREAD:
+        return torch.no_grad()(run)()
     pool = ThreadPoolExecutor(1, "gdn_ops-compile")
     # The configuration of torch.compile may be a context variable.
     future = pool.submit(copy_context().run, torch.no_grad()(run))
