@@ -51,10 +51,10 @@ _lock = threading.RLock()
 RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 GUARDS_STATE = RELEASE < (2, 9)
-"""Whether torch compiles again, guards or not, where function modes are not as they were."""
+"""Tells whether torch compiles again, guards or not, where function modes are not as they were."""
 
 TRACES_IN_ONE_THREAD = (2, 9) <= RELEASE < (2, 13)
-"""Whether torch may crash where a second thread traces: 2.11 does, those beside it are not tried.
+"""Tells whether torch may crash where a second thread traces: 2.11 does, others are not tried.
 There the caller's thread compiles, under the caller's modes."""
 
 CHUNKING = {"cpu": (32, 1), "*": (64, 1)}
@@ -210,6 +210,8 @@ def _without_modes(built: Function) -> Function:
 
 def _elsewhere(run: Callable[[], Result]) -> Result:
     """Run in a fresh thread, which has none of the modes of this one, and return the result.
+
+    With a torch that TRACES_IN_ONE_THREAD it runs here.
 
     Ctrl-C leaves this function at once; the other thread ends what it does.
     """
