@@ -3,8 +3,8 @@
 One chunk is compiled, not a sequence: a new T never recompiles, because no operand tells by its
 strides what it is a part of. Every shape class (rows x key heads, R, C, K, V, dtype, rule, zeros or
 not) has a compiled function of its own with static shapes; its first call costs seconds, logged at
-INFO. It needs a C++ compiler on CPUs. It is compiled for as many threads as torch has then, by one
-thread at a time, and outside the modes of the caller, which never compile it again.
+INFO. It needs a C++ compiler on CPUs. It is compiled for as many threads as the caller has then, in
+a thread that is kept for that, outside the modes of the caller, which never compile it again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import replace
 from types import FunctionType
@@ -45,17 +45,15 @@ _functions: dict[tuple[Any, ...], Function] = {}
 _numbers = itertools.count()
 _here = threading.local()
 _is_forked = False
+_worker: ThreadPoolExecutor | None = None
+"""Its one thread compiles, and lives on: torch 2.11 crashes once the first to trace has ended."""
 _lock = threading.RLock()
-"""Held by the thread that compiles: one at a time, because torch.compile in several has failed."""
+"""Held by that thread while it compiles, and by a fork."""
 
 RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 GUARDS_STATE = RELEASE < (2, 9)
 """Tells whether torch compiles again, guards or not, where function modes are not as they were."""
-
-TRACES_IN_ONE_THREAD = (2, 9) <= RELEASE < (2, 13)
-"""Tells whether torch may crash where a second thread traces: 2.11 does, others are not tried.
-There the caller's thread compiles, under the caller's modes."""
 
 CHUNKING = {"cpu": (32, 1), "*": (64, 1)}
 """(tokens per chunk, chunks per segment, which is always 1). cpu: measured on two AVX-512 cores
@@ -118,18 +116,17 @@ def _run(function: Function, tensors: Tensors, constants: Constants) -> Any:
 def _compiled(
     key: tuple[Any, ...], function: Function, tensors: Tensors, constants: Constants
 ) -> Function:
-    """Return the function of a key; compile it unless another thread just has."""
-    with _lock:
-        known = _functions.get(key)
-        if known is not None:
-            return known
-        start = time.perf_counter()
-        built = _build(function)
-        _prepare(built, tensors, constants)
-        seconds = time.perf_counter() - start
-        logger.info("compiled %s for %s in %.1f s", function.__name__, key[2], seconds)
-        compiled = _functions[key] = _without_modes(built)
-        return compiled
+    """Return the function of a key; compile it unless that has just been done."""
+    known = _functions.get(key)
+    if known is not None:
+        return known
+    start = time.perf_counter()
+    built = _build(function)
+    _prepare(built, tensors, constants)
+    seconds = time.perf_counter() - start
+    logger.info("compiled %s for %s in %.1f s", function.__name__, key[2], seconds)
+    compiled = _functions[key] = _without_modes(built)
+    return compiled
 
 
 def _build(function: Function) -> Function:
@@ -163,14 +160,13 @@ def _prepare(built: Function, tensors: Tensors, constants: Constants) -> None:
 
     The tensors of a call may be one and the same, or be inference tensors, or need gradients.
     """
-    with _lock, _patched():
-        _here.is_compiling = True
-        try:
-            stand_ins = tuple(None if x is None else _stand_in(x) for x in tensors)
-            with _as_compiled() if GUARDS_STATE else nullcontext():
-                built(stand_ins, constants)
-        finally:
-            _here.is_compiling = False
+    _here.is_compiling = True
+    try:
+        stand_ins = tuple(None if x is None else _stand_in(x) for x in tensors)
+        with _as_compiled() if GUARDS_STATE else nullcontext():
+            built(stand_ins, constants)
+    finally:
+        _here.is_compiling = False
 
 
 def _stand_in(x: Tensor) -> Tensor:
@@ -209,31 +205,32 @@ def _without_modes(built: Function) -> Function:
 
 
 def _elsewhere(run: Callable[[], Result]) -> Result:
-    """Run in a fresh thread, which has none of the modes of this one, and return the result.
-
-    With a torch that TRACES_IN_ONE_THREAD it runs here.
+    """Run in the worker's thread, which has none of the modes of this one, and return the result.
 
     Ctrl-C leaves this function at once; the other thread ends what it does.
     """
-    if TRACES_IN_ONE_THREAD:
-        return torch.no_grad()(run)()
-    pool = ThreadPoolExecutor(1, "gdn_ops-compile")
+    global _worker
+    threads = torch.get_num_threads()
+
+    def locked() -> Result:
+        from torch._inductor import config
+
+        # The worker's own number may be old. A fork has not got its parent's pool of compilers.
+        changes = {} if config.cpp.threads > 0 else {"cpp.threads": threads}
+        changes |= {"compile_threads": 1} if _is_forked else {}
+        with _lock, config.patch(changes), torch.no_grad():
+            return run()
+
+    if _worker is None:
+        with _lock:
+            _worker = _worker or ThreadPoolExecutor(1, "gdn_ops-compile")
     # The configuration of torch.compile may be a context variable.
-    future = pool.submit(copy_context().run, torch.no_grad()(run))
-    pool.shutdown(wait=False)
-    return future.result()
-
-
-def _patched() -> AbstractContextManager[Any]:
-    """Return a context that keeps a forked process from the pool of compilers of its parent."""
-    if not _is_forked:
-        return nullcontext()
-    return torch._inductor.config.patch(compile_threads=1)  # type: ignore[no-any-return]
+    return _worker.submit(copy_context().run, locked).result()
 
 
 def _after_fork() -> None:
-    global _lock, _is_forked
-    _lock, _is_forked = threading.RLock(), True
+    global _lock, _is_forked, _worker
+    _lock, _is_forked, _worker = threading.RLock(), True, None
 
 
 if hasattr(os, "register_at_fork"):

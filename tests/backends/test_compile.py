@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import parallel_num_threads
 from torch.overrides import _get_current_function_mode
 
 import gdn_ops
@@ -83,7 +84,7 @@ def test_packed_sequences_that_share_segments_compile_nothing() -> None:
 
 def step(q: Tensor, k: Tensor, backend: str = "compile") -> Tensor:
     """Run a step of one head on a state of ones; return o."""
-    state = torch.ones(1, 1, 4, 4, dtype=torch.float32, device="cpu")
+    state = torch.ones(len(q), 1, 4, 4, dtype=torch.float32, device="cpu")
     o, _ = gdn_ops.gated_delta_step(q, k, k, state=state, rule="delta", backend=backend)
     return o
 
@@ -126,6 +127,27 @@ def test_a_call_after_the_first_takes_no_lock_and_no_thread(
     monkeypatch.setattr(compile_backend, "_lock", None)
     monkeypatch.setattr(compile_backend, "_elsewhere", None)
     torch.testing.assert_close(step(q, k), right)
+
+
+def test_every_compilation_is_for_the_threads_of_its_caller_and_in_one_thread(
+    monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    seen = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        seen.append((parallel_num_threads(), threading.get_ident()))
+        return graph.forward
+
+    monkeypatch.setattr(compile_backend.Compile, "compiler", look)
+    for count in (1, 3, 2):
+        torch.set_num_threads(count)
+        # Each B is a shape class of its own.
+        q, k = (x.expand(count, 1, 4).contiguous() for x in vectors())
+        step(q, k)
+    torch.set_num_threads(1)
+    counts, workers = zip(*seen, strict=True)
+    assert counts == (1, 3, 2)
+    assert len(set(workers)) == 1 and threading.get_ident() not in workers
 
 
 def test_what_a_release_of_torch_traces_again_under_a_mode_runs_in_another_thread() -> None:
