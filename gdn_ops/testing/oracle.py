@@ -21,9 +21,10 @@ part of a product is right to 2**-133 (docs/math.md §4), which is granted of wh
 nothing decayed, were erased or cancelled. Operands of products are rounded to the dtype of q, k, v
 on the way too, and terms that cancel leave those roundings: a state is granted two of them, one per
 operand, of all that was written to it, any other result four of the root of the sum of squares of
-its terms, if that is more than the rest (`gdn_ops.testing.operands`). What is stored in float16 is
-off by 2**-25, which is an absolute allowance for results; what is formed on the way has the range
-of float32 in every dtype, and no such allowance.
+its terms, if that is more than the rest (`gdn_ops.testing.operands`). Below the smallest normal
+number roundings are absolute: what is stored is off by half of the smallest number of its dtype
+(2**-25 in float16), and an inner product of length n by n halves of that of the arithmetic, which
+has the range of float32 or more in every dtype.
 """
 
 from __future__ import annotations
@@ -233,9 +234,9 @@ def judgement_of(
         allowance[name] = 2 * error + rounding * torch.maximum(own, typical)
         if name in kept:
             allowance[name] += 2 * LEAST_DECAY * kept[name]
-        if stored == torch.float16:
-            # Half of the smallest number in every element.
-            allowance[name] += 2**-25 * (y.numel() / max(own.numel(), 1)) ** 0.5
+        tiny = _half_of_smallest(stored)
+        tiny += (example.K + _chunk(example)) * _half_of_smallest(compute_dtype(stored))
+        allowance[name] += tiny * (y.numel() / max(own.numel(), 1)) ** 0.5
         if name.endswith("state"):
             before = arguments.get("initial_state")
             if name != "final_state" and cotangents is not None:
@@ -275,6 +276,11 @@ def _kept(
 def inner_product(stored: torch.dtype, example: Example) -> float:
     """Return n u, the a-priori bound on the error of an inner product of length n = K + C."""
     return (example.K + _chunk(example)) * unit_roundoff(compute_dtype(stored))
+
+
+def _half_of_smallest(dtype: torch.dtype) -> float:
+    """Return half of the smallest positive number, the largest rounding next to zero."""
+    return torch.finfo(dtype).smallest_normal * unit_roundoff(dtype)
 
 
 def _chunk(example: Example) -> int:

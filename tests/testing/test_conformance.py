@@ -129,10 +129,12 @@ CANCELLING = (
         seed=3,
     ),
     Example(T=3, K=1, V=1, lengths=(3,), magnitude="faint", log_gate=True, seed=1),
+    # The gradient of the state is 1e-44 here.
+    Example(T=5, K=16, V=48, lengths=(5,), gate="strong", initial_state=True, scale=0.0),
 )
 
 
-@pytest.mark.parametrize("example", CANCELLING, ids=["one_number", "erased", "faint"])
+@pytest.mark.parametrize("example", CANCELLING, ids=["one_number", "erased", "faint", "subnormal"])
 def test_terms_that_cancel_are_granted_their_roundings(example: Example) -> None:
     verdict = judge(example, "triton")
     assert verdict.passed, verdict
