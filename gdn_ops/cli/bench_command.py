@@ -73,7 +73,7 @@ def add_to(commands: Any) -> None:
 
 def _add_results(parser: Parser, what: str = "for the result as JSON and PNG") -> None:
     parser.add_argument(
-        "--out", type=path, metavar="FOLDER", help=f"a folder {what}; it is made if it is missing"
+        "--out", type=path, metavar="FOLDER", help=f"a folder {what}; created if missing"
     )
     parser.add_argument(
         "--plot", type=path, metavar="FILE", help="draw the result: a .png, .svg or .pdf file"
@@ -86,7 +86,7 @@ def _add_repeats(parser: Parser) -> None:
         "--repeats",
         type=integer(1, 10**6),
         metavar="ROUNDS",
-        help=f"rounds in which all take turns (default: {REPEATS})",
+        help=f"timed rounds, in each of which every contender runs (default: {REPEATS})",
     )
 
 
@@ -95,7 +95,7 @@ def _add_threads(parser: Parser) -> None:
         "--threads",
         type=integer(1, MOST_THREADS),
         metavar="NUMBER",
-        help="threads to compute with (default: torch's choice)",
+        help="number of CPU threads (default: torch's choice)",
     )
 
 
@@ -104,10 +104,10 @@ def _add_cases(below: Any) -> None:
         below,
         DEFAULT,
         _run_cases,
-        "Measure named workloads; without any, the reference table.",
+        "Measure named workloads, by default those of the reference table.",
         more="Whatever is timed is first compared with the definition on the same operands. "
         "The pages of the ops list the workloads; packed-8192x1 and packed-2048x4-8 are many short "
-        "sequences in one row, against the same as a batch.",
+        "sequences packed in one row, compared with the same sequences as a padded batch.",
         examples=(
             "gdn-ops bench",
             "gdn-ops bench tiny olmo-hybrid-2048 --plot speed.png",
@@ -116,7 +116,7 @@ def _add_cases(below: Any) -> None:
             "gdn-ops bench tiny --tune triton",
         ),
     )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="named workloads")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="names of workloads")
     for name, kind, metavar, text in (
         ("--backend", names, "NAMES", "backends, with commas (default: torch,compile)"),
         (
@@ -126,9 +126,14 @@ def _add_cases(below: Any) -> None:
             'other libraries, with commas, or "none" (default: all)',
         ),
         ("--what", names, "NAMES", "measurements, with commas (default: all)"),
-        ("--dtype", one_of("dtype", FLOAT_DTYPES), "DTYPE", "of q, k and v (default: float32)"),
+        (
+            "--dtype",
+            one_of("dtype", FLOAT_DTYPES),
+            "DTYPE",
+            "dtype of q, k and v (default: float32)",
+        ),
         ("--device", str, "DEVICE", "a torch device (default: cpu)"),
-        ("--tune", str, "NAME", "measure the configurations of a backend instead"),
+        ("--tune", str, "NAME", "time the configurations of this backend instead"),
     ):
         parser.add_argument(name, type=kind, metavar=metavar, help=text)
     _add_threads(parser)
@@ -141,7 +146,7 @@ def _add_models(below: Any) -> None:
         below,
         "models",
         _run_models,
-        "Measure a whole model of transformers: its own delta rule, and ours.",
+        "Measure a whole model of transformers, with its own delta rule and with ours.",
         more="One random Qwen3.5 in float32 on the CPU: prefill, decode, a training step and its "
         "memory, after logits and loss were compared.",
         examples=("gdn-ops bench models --backend torch,compile --plot models.png",),
@@ -196,14 +201,14 @@ def _add_gpu(below: Any) -> None:
         "--peer",
         type=names_or_none,
         metavar="NAMES",
-        help=f'of {", ".join(gpu.PEERS)}, with commas, or "none" (default: all)',
+        help=f'any of {", ".join(gpu.PEERS)}, with commas, or "none" (default: all)',
     )
     parser.add_argument(
         "--seconds",
         type=real(1),
         metavar="SECONDS",
         default=gpu.SECONDS,
-        help=f"time for everything (default: {gpu.SECONDS:g})",
+        help=f"time limit for the whole run (default: {gpu.SECONDS:g})",
     )
     _add_results(parser)
 

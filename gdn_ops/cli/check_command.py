@@ -35,7 +35,7 @@ def add_to(commands: Any) -> None:
         commands,
         "check",
         run,
-        "Certify backends on this machine: random calls against the definition.",
+        "Certify backends on this machine by random calls, compared with the definition.",
         more="Judges outputs, states and gradients against float64, and the laws of the "
         "recurrence. The result is recorded for this device and these versions.",
         examples=("gdn-ops check", "gdn-ops check --backend torch --seconds 10 --seed 1"),
@@ -57,7 +57,7 @@ def add_to(commands: Any) -> None:
         "--seed",
         type=integer(0, 2**32 - 1),
         metavar="NUMBER",
-        help="repeat the same random calls (default: others each time)",
+        help="seed of the random calls (default: a new one each time)",
     )
     parser.add_argument(
         "--device",

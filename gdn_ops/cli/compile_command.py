@@ -32,7 +32,7 @@ def add_to(commands: Any) -> None:
         commands,
         "compile",
         run,
-        "Compile kernels for GPUs that this machine need not have; judge the code.",
+        "Compile kernels for GPUs, present or not, and judge the generated code.",
         more="A row of the table is a launch of a kernel: shared memory in bytes, registers, "
         "spilled registers, stack in bytes, and instructions of matrix units.",
         examples=(
@@ -52,7 +52,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="compile also what can be asked for beside the defaults; minutes per GPU",
+        help="also compile every option that differs from the defaults; minutes per GPU",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--out", type=path, metavar="FILE", help="write the JSON to a file")

@@ -26,20 +26,24 @@ def add_to(commands: Any) -> None:
         examples=("gdn-ops demo", "gdn-ops demo README.md --limit 4096 --backend torch"),
     )
     parser.add_argument(
-        "file", nargs="?", type=path, metavar="FILE", help="a text (default: one that is shipped)"
+        "file",
+        nargs="?",
+        type=path,
+        metavar="FILE",
+        help="text file to read (default: one that ships with gdn_ops)",
     )
     parser.add_argument(
         "--backend",
         default="auto",
         metavar="NAME",
-        help="what reads; backends are compared in any case (default: auto)",
+        help="backend that reads the text; all are timed in any case (default: auto)",
     )
     parser.add_argument(
         "--limit",
         type=integer(show.SHORTEST),
         default=LIMIT,
         metavar="BYTES",
-        help=f"read the first so many bytes, at least {show.SHORTEST} (default: {LIMIT})",
+        help=f"read only the first BYTES bytes, {show.SHORTEST} or more (default: {LIMIT})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

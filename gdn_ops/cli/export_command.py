@@ -65,13 +65,18 @@ def add_to(commands: Any) -> None:
         ("--value-heads", size, "HV", "value heads, a multiple of H (default: H)"),
         ("--key-dim", size, "K", "width of keys and queries"),
         ("--value-dim", size, "V", "width of values (default: K)"),
-        ("--out", path, "FILE", "the file to write; its folder is made"),
+        ("--out", path, "FILE", "the file to write; its folder is created if missing"),
         ("--inspect", path, "FILE", "show the nodes, body and states of a file instead"),
         ("--rule", rule, "RULE", f"one of {', '.join(r.name for r in RULES)} (default: the first)"),
         ("--scale", real(), "NUMBER", "factor on q (default: 1 over the square root of K)"),
-        ("--dtype", dtype, "DTYPE", "of q, k, v and o (default: float32)"),
-        ("--state-dtype", dtype, "DTYPE", "of the state (default: float32, or float64 as q)"),
-        ("--opset", integer(1), "NUMBER", "of ai.onnx (default: 21, or the body's oldest)"),
+        ("--dtype", dtype, "DTYPE", "dtype of q, k, v and o (default: float32)"),
+        ("--state-dtype", dtype, "DTYPE", "dtype of the state (default: float32; float64 if q is)"),
+        (
+            "--opset",
+            integer(1),
+            "NUMBER",
+            "opset of ai.onnx (default: 21, or the oldest the body allows)",
+        ),
         (
             "--body",
             str,
@@ -80,8 +85,12 @@ def add_to(commands: Any) -> None:
         ),
     ):
         parser.add_argument(name, type=kind, metavar=metavar, help=text)
-    parser.add_argument("--qk-l2norm", action="store_true", help="normalise q and k")
-    parser.add_argument("--prefill", action="store_true", help="read T tokens, not one")
+    parser.add_argument("--qk-l2norm", action="store_true", help="L2-normalise q and k per head")
+    parser.add_argument(
+        "--prefill",
+        action="store_true",
+        help="export a prefill of T tokens instead of a one-token step",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -132,7 +132,7 @@ def _say(text: str) -> None:
 
 def _show_accuracy(findings: Findings) -> None:
     rows = [(f'rule="{rule}"', f"{rate:.1%}") for rule, rate in findings.rules]
-    rows.append(("always the commonest byte", f"{findings.majority:.1%}"))
+    rows.append(("always the most common byte", f"{findings.majority:.1%}"))
     rows.append(("exact table of the same contexts, last seen", f"{findings.table:.1%}"))
     print("Next-byte accuracy, first reading")
     print(table(("predictor", "next byte right"), [("", rows)]) + "\n")

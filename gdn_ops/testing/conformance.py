@@ -161,7 +161,7 @@ def subjects(backend: Backend) -> tuple[Subject, ...]:
         Subject(name, forward_and_gradients, (("varlen", varlen),))
         for name, varlen in (
             ("outputs, states and gradients equal the definition", False),
-            ("so they do for packed sequences", True),
+            ("packed sequences equal the definition", True),
         )
         if limits.varlen or not varlen
     ]
@@ -173,7 +173,11 @@ def subjects(backend: Backend) -> tuple[Subject, ...]:
     small = (("dtypes", ("float64",)), ("max_tokens", 3), ("shape_classes", _TINY))
     if limits.second_grad and "float64" in limits.dtypes:
         rows.append(Subject("second derivatives exist and are right", second_derivatives, small))
-        rows.append(Subject("so they are at gates of 0", second_derivatives_at_the_ends, small))
+        rows.append(
+            Subject(
+                "second derivatives are right at gates of 0", second_derivatives_at_the_ends, small
+            )
+        )
     if limits.grad and limits.forward_mode and "float64" in limits.dtypes:
         wide = (("dtypes", ("float64",)),)
         rows.append(Subject("tangents are the adjoint of gradients", tangents, wide))
