@@ -82,15 +82,15 @@ class GatedDeltaNet(nn.Module):
         expand_v: V / K.
         rule: a member of the family: gated_delta, delta, gated, linear.
         short_conv: kernel size of the convolution; 0 for none.
-        feature_map: of q and k: silu, relu, elu (1 + ELU), none.
+        feature_map: the activation of q and k: silu, relu, elu (1 + ELU), none.
         qk_norm: "l2", "l1" or None.
         output_gate: "silu", "sigmoid" or None.
         output_norm: whether the output is normalised per head.
         allow_neg_eigval: whether β reaches up to 2.
-        norm_eps: of the output norm.
-        conv_bias: whether the convolution has one.
-        backend: of the op.
-        device, dtype: of the parameters; A_log and dt_bias are made in float32.
+        norm_eps: the epsilon of the output norm.
+        conv_bias: whether the convolution has a bias.
+        backend: the backend of the op, by name.
+        device, dtype: those of the parameters; A_log and dt_bias are made in float32.
 
     Raises:
         SpecError: an option is unknown or has a wrong value, or the sizes do not fit.

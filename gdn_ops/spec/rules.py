@@ -65,7 +65,7 @@ class Limits:
         head_dims: the allowed K and V, or None for all.
         head_dim_multiple: K and V must be multiples of this.
         rules: names of the rules.
-        decays, erases, writes: the widths of gates.
+        decays, erases, writes: the widths that these strengths may have: none, scalar, channel.
         ops: names of the ops.
         grad: whether it has gradients.
         second_grad: whether gradients of gradients exist.
