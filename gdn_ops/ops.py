@@ -236,10 +236,16 @@ def explain(*args: Any, op: str | Callable[..., Any] = "gated_delta", **kwargs: 
         'torch'
     """
     if args and callable(args[0]) and not isinstance(args[0], Tensor):
-        op, *args = args  # type: ignore[assignment]
-    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+        first, *args = args  # type: ignore[assignment]
+        if op not in ("gated_delta", first, getattr(first, "__name__", None)):
+            raise SpecError(
+                "explain: the op is given twice, first and as op=, should be given once"
+            )
+        op = first
+    name = op if isinstance(op, str) else getattr(op, "__name__", None)
     if name not in _FUNCTIONS:
-        raise SpecError(f"explain: op is {name!r}, should be one of {', '.join(_FUNCTIONS)}")
+        what = f"has type {type(op).__name__}" if name is None else f"is {name!r}"
+        raise SpecError(f"explain: op {what}, should be one of {', '.join(_FUNCTIONS)}")
     spec, function = _FUNCTIONS[name]
     unknown = [key for key in kwargs if key not in {arg.name for arg in spec.args}]
     try:
@@ -267,7 +273,9 @@ _FUNCTIONS: dict[str, tuple[OpSpec, Callable[..., Any]]] = {
 
 for _spec, _function in _FUNCTIONS.values():
     _function.__doc__ = docstring(_spec)
-    # Arguments that an op does not have are taken only to be refused.
+    # Arguments that an op does not have are taken only to be refused. Python would name missing
+    # ones first, though they are there by another name: here they are None, which is refused too.
     _signature = inspect.signature(_function)
     _own = [p for p in _signature.parameters.values() if p.name != "unknown"]
     _function.__signature__ = _signature.replace(parameters=_own)  # type: ignore[attr-defined]
+    _function.__defaults__ = (None,) * 3 + (_function.__defaults__ or ())

@@ -223,6 +223,9 @@ def bind(
         arguments, under = _seen_through(spec, arguments)
     if arguments.inplace:
         _check_memory(spec, arguments.state)
+    if check_values and any([x is not None and x.is_neg() for x in (*tokens, arguments.state)]):
+        arguments = _resolved(spec, arguments)
+        tokens = arguments.tokens
     is_readable = checked.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
     if check_values and is_readable and not (transforms.modes() and transforms.is_recording()):
         _check_values(spec, arguments, checked.sizes, under)
@@ -263,7 +266,7 @@ def _structure(spec: OpSpec, arguments: Arguments) -> tuple[Any, ...] | None:
     for x in (*tokens, state, cu_seqlens, state_indices):
         if x is None:
             parts.append(None)
-        elif type(x) is Tensor or type(x) is torch.nn.Parameter:
+        elif (type(x) is Tensor or type(x) is torch.nn.Parameter) and not x.is_nested:
             parts += (x.shape, x.dtype, x.device, x.layout)
         else:
             return None
@@ -289,6 +292,18 @@ def _check_memory(spec: OpSpec, state: Tensor | None) -> None:
             f"elements share memory; inplace needs memory for every element: pass "
             f"state.contiguous(), or inplace=False",
         )
+
+
+def _resolved(spec: OpSpec, arguments: Arguments) -> Arguments:
+    """Return arguments whose memory holds their values: kernels do not see that a view negates."""
+    tokens, state = arguments.tokens.map(Tensor.resolve_neg), arguments.state
+    if arguments.inplace and state is not None and state.is_neg():
+        fail(
+            spec,
+            "state is a negated view, whose memory holds -state; inplace needs memory of its "
+            "values: pass state.resolve_neg(), or inplace=False",
+        )
+    return arguments._replace(tokens=tokens, state=None if state is None else state.resolve_neg())
 
 
 def check_gradients(spec: OpSpec, arguments: Arguments) -> None:

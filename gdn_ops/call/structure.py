@@ -52,6 +52,8 @@ def check_structure(spec: OpSpec, arguments: Arguments) -> Structure:
     for attr in spec.attrs:
         _check_attr(spec, attr, arguments.value(attr.field))
     rule = spec.rule[arguments.rule]
+    for arg in spec.tensors:
+        _check_type(spec, arg, arguments.value(arg.field))
     _check_gates(spec, rule, arguments)
     sizes = _check_tensors(spec, arguments)
     if arguments.state is None:
@@ -59,8 +61,11 @@ def check_structure(spec: OpSpec, arguments: Arguments) -> Structure:
     scale = arguments.scale
     scale = float(sizes.K) ** -0.5 if scale is None else float(scale)
     q = arguments.tokens.q
+    computed = compute_dtype(q.dtype)
+    if abs(scale) > torch.finfo(computed).max:
+        fail(spec, f"scale is {scale:g}, should be a finite number in {dtype_name(computed)}")
     widths = _widths(spec, rule, arguments)
-    return Structure(sizes, rule, widths, q.device, compute_dtype(q.dtype), scale)
+    return Structure(sizes, rule, widths, q.device, computed, scale)
 
 
 def _check_state_is_free(spec: OpSpec, arguments: Arguments) -> None:
@@ -83,27 +88,27 @@ def _check_attr(spec: OpSpec, attr: Attr, value: Any) -> None:
     if attr.type == "str":
         should = f"one of {', '.join(map(str, attr.choices))}" if attr.choices else "a string"
         if not isinstance(value, str):
-            fail(spec, f"{name} {_shown(value)}, should be {should}", SpecTypeError)
+            fail(spec, f"{name} {shown(value)}, should be {should}", SpecTypeError)
         if attr.choices and value not in attr.choices:
             fail(spec, f"{name} is {value!r}, should be {should}")
     elif attr.type == "bool":
         if not isinstance(value, bool):
-            fail(spec, f"{name} {_shown(value)}, should be True or False", SpecTypeError)
+            fail(spec, f"{name} {shown(value)}, should be True or False", SpecTypeError)
     elif value is None:
         return
     elif attr.type == "int | None":
         if isinstance(value, bool) or not isinstance(value, int):
-            fail(spec, f"{name} {_shown(value)}, should be a positive integer", SpecTypeError)
+            fail(spec, f"{name} {shown(value)}, should be a positive integer", SpecTypeError)
         if value < 1:
             fail(spec, f"{name} is {value}, should be a positive integer")
     else:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            fail(spec, f"{name} {_shown(value)}, should be a finite number", SpecTypeError)
+            fail(spec, f"{name} {shown(value)}, should be a finite number", SpecTypeError)
         if not abs(value) <= sys.float_info.max:
             fail(spec, f"{name} is {value}, should be a finite number")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a wrong value as text: "is 1.5" for a plain one, "has type list" for any other."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return f"is {value!r}"
@@ -143,21 +148,31 @@ def _widths(spec: OpSpec, rule: Rule, arguments: Arguments) -> Widths:
     return Widths(decay, rule.erases[0], rule.writes[0])
 
 
+def _check_type(spec: OpSpec, arg: TensorArg, value: Any) -> None:
+    """Check that an argument is a tensor with one shape and memory for every element."""
+    if value is None and arg.optional:
+        return
+    if not isinstance(value, Tensor):
+        fail(spec, f"{arg.name} {shown(value)}, should be a torch.Tensor", SpecTypeError)
+    if value.is_nested:
+        fail(
+            spec,
+            f"{arg.name} is a nested tensor, should have one shape; sequences of different "
+            f"lengths are packed along T, with cu_seqlens of gated_delta",
+        )
+    if value.layout is not torch.strided:
+        layout = str(value.layout).removeprefix("torch.")
+        fail(spec, f"{arg.name} has layout {layout}, should be strided")
+
+
 def _check_tensors(spec: OpSpec, arguments: Arguments) -> Sizes:
-    """Check type, rank, dtype, device and shape of every tensor and return the axes."""
+    """Check rank, dtype, device and shape of every tensor and return the axes."""
     bound: dict[str, tuple[int, str]] = {}
     reference: Tensor | None = None
     for arg in spec.binding_order:
         value = arguments.value(arg.field)
         if value is None:
-            if not arg.optional:
-                fail(spec, f"{arg.name} is None, should be a torch.Tensor", SpecTypeError)
             continue
-        if not isinstance(value, Tensor):
-            fail(spec, f"{arg.name} {_shown(value)}, should be a torch.Tensor", SpecTypeError)
-        if value.layout is not torch.strided:
-            layout = str(value.layout).removeprefix("torch.")
-            fail(spec, f"{arg.name} has layout {layout}, should be strided")
         _check_dtype(spec, arg, value, arguments)
         if reference is None:
             reference = value

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ class Backend:
 
     def forward(self, call: Call) -> Forward:
         """Run `gated_delta`."""
-        raise NotImplementedError
+        raise _undefined(self, "forward", "ops")
 
     def backward(
         self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
@@ -105,7 +106,7 @@ class Backend:
         Raises:
             NotImplementedError: the backend has none; its limits say `grad=False`.
         """
-        raise NotImplementedError
+        raise _undefined(self, "backward", "grad")
 
     def pure(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run `gated_delta` so that every transform of torch.func sees through.
@@ -116,7 +117,7 @@ class Backend:
         Returns:
             o (B, T, HV, V) in the dtype of v, final state (N, HV, K, V) in the compute dtype.
         """
-        raise NotImplementedError
+        raise _undefined(self, "pure", "forward_mode")
 
     def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run `gated_delta_step`.
@@ -129,7 +130,7 @@ class Backend:
         such a call is always in place, and o is 0 in rows that are skipped. Without, no call
         has `state_indices`.
         """
-        raise NotImplementedError
+        raise _undefined(self, "decode_one", "ops")
 
     def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         """Run `gated_delta_steps`, here by one `decode_one` after another.
@@ -144,6 +145,13 @@ class Backend:
         if call.state_indices is not None:
             return through_rows(call, self.decode_many)
         return one_by_one(call, self.decode_one)
+
+
+def _undefined(backend: Backend, method: str, limit: str) -> NotImplementedError:
+    """Return the error of a backend whose limits allow what it has no method for."""
+    return NotImplementedError(
+        f"backend {backend.name!r} has no method {method!r}, which its limits promise: {limit}="
+    )
 
 
 def without_tokens(call: Call, saved: tuple[Tensor, ...]) -> Forward:
@@ -219,14 +227,35 @@ _MOVED_MEMBERS = {
 
 
 def check_members(cls: type[Backend]) -> None:
-    """Check that a backend class defines no member that nothing reads or calls any more.
+    """Check that a backend class has what every call reads of it, and nothing that none reads.
 
     Raises:
-        TypeError: it does; the text says what took its place.
+        TypeError: a member is missing, of a wrong type, or not read any more.
+        ValueError: its name is one that means something else, or cannot stand in a list.
     """
+    kinds = {"name": str, "limits": Limits, "requires": (tuple, list), "distribution": str}
+    for member, kind in kinds.items():
+        if not hasattr(cls, member):
+            raise TypeError(f"{cls.__name__} has no class attribute {member!r}")
+        value = getattr(cls, member)
+        if not isinstance(value, kind):  # type: ignore[arg-type]
+            should = {"limits": "a gdn_ops.Limits", "requires": "a tuple of names"}
+            text = (
+                f"{cls.__name__}.{member} is {value!r}, should be {should.get(member, 'a string')}"
+            )
+            raise TypeError(text)
+    if cls.name in _RESERVED:
+        raise ValueError(f"backend name {cls.name!r} is reserved")
+    if not re.fullmatch(r"\w[\w.-]*", cls.name):
+        text = "should be of letters, digits, '_', '-' and '.', and begin with none of the last two"
+        raise ValueError(f"backend name is {cls.name!r}, {text}")
     for old, new in _MOVED_MEMBERS.items():
         if hasattr(cls, old):
             raise TypeError(f"{cls.__module__}.{cls.__qualname__}.{old} is now {new}")
+
+
+_RESERVED = ("auto", "all", "none")
+"""Names that `backend=` and `gdn-ops --backend` give another meaning."""
 
 
 def announces(source: type[Backend] | str, cls: type[Backend]) -> bool:

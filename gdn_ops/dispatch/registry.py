@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from gdn_ops.call.bind import Call
-from gdn_ops.call.structure import DTYPE_NAMES
+from gdn_ops.call.structure import DTYPE_NAMES, shown
 from gdn_ops.dispatch import forks as forks
 from gdn_ops.dispatch.backend import Backend as Backend
 from gdn_ops.dispatch.backend import Forward as Forward
@@ -27,7 +27,7 @@ from gdn_ops.dispatch.backend import announces, check_members, is_missing, load
 from gdn_ops.dispatch.order import AUTO_ORDER as AUTO_ORDER
 from gdn_ops.dispatch.order import auto_order as auto_order
 from gdn_ops.dispatch.order import order_for
-from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
+from gdn_ops.spec.errors import BackendUnsupportedError, SpecError, SpecTypeError
 from gdn_ops.spec.names import unknown
 from gdn_ops.spec.rules import Limits
 
@@ -51,8 +51,8 @@ def register_backend(cls: type[Backend]) -> type[Backend]:
     """Add a backend class under its name; usable as a decorator.
 
     Raises:
-        TypeError: `cls` is no Backend subclass with a name and limits.
-        ValueError: another class has the name already.
+        TypeError: `cls` is no Backend subclass with a name, limits and members of their types.
+        ValueError: the name is reserved or not a plain one, or another class has it already.
 
     Example:
         >>> from gdn_ops import Backend, Limits, list_backends, register_backend
@@ -65,12 +65,7 @@ def register_backend(cls: type[Backend]) -> type[Backend]:
     """
     if not (isinstance(cls, type) and issubclass(cls, Backend)):
         raise TypeError(f"{cls!r} is not a subclass of gdn_ops.Backend")
-    for required in ("name", "limits"):
-        if not hasattr(cls, required):
-            raise TypeError(f"{cls.__name__} has no class attribute {required!r}")
     check_members(cls)
-    if cls.name == "auto":
-        raise ValueError("backend name 'auto' is reserved")
     _discover()
     known = _backends.get(cls.name)
     if known is not None and known is not cls and not announces(known, cls):
@@ -110,8 +105,10 @@ def get_backend(name: str) -> Backend | str:
     """Return the backend of that name, or the reason why it is not installed.
 
     Raises:
-        SpecError: no backend has that name.
+        SpecError: no backend has that name (SpecTypeError if it is no string).
     """
+    if not isinstance(name, str):
+        raise SpecTypeError(f"backend {shown(name)}, should be a string")
     instance = _instances.get(name)
     if instance is not None:
         return instance
@@ -152,7 +149,12 @@ def reasons(backend: Backend, call: Call, *, on_any_device: bool = False) -> lis
     """
     against = _limit_reasons(backend.limits, call, on_any_device)
     if type(backend).reasons is not Backend.reasons:
-        against += backend.reasons(call)
+        own = backend.reasons(call)
+        if not isinstance(own, (list, tuple)):
+            raise TypeError(
+                f"{backend.name}.reasons returns {own!r}, should return a list of texts"
+            )
+        against += own
     return against
 
 

@@ -97,6 +97,14 @@ class Limits:
     pools: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("devices", "emulated_devices", "dtypes", "state_dtypes", "rules", "ops"):
+            names = getattr(self, name)
+            are_names = isinstance(names, (tuple, list)) and all(isinstance(x, str) for x in names)
+            require(are_names, f"{name} is {names!r}, should be a tuple of strings")
+        for name in ("head_dims", "chunk_sizes", "min_capability"):
+            sizes = getattr(self, name)
+            is_listed = isinstance(sizes, (range, tuple, list)) and len(sizes) > 0
+            require(sizes is None or is_listed, f"{name} is {sizes!r}, should list integers")
         require(bool(self.devices), "limits name no device")
         require(set(self.dtypes) <= set(FLOAT_DTYPES), f"limits name unknown dtypes {self.dtypes}")
         require(self.head_dim_multiple >= 1, "head_dim_multiple is below 1")

@@ -82,7 +82,7 @@ def is_traced(q: Any) -> bool:
 
 def is_symbolic(q: Tensor) -> bool:
     """Return whether a tensor is on meta or of a subclass, as those that a compiler traces with."""
-    return q.is_meta or type(q) not in (Tensor, torch.nn.Parameter)
+    return q.is_meta or (type(q) not in (Tensor, torch.nn.Parameter) and not q.is_nested)
 
 
 class _Function(torch.autograd.Function):
@@ -104,6 +104,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:
         backend: Backend = ctx.backend
+        d_o, d_state = d_o.resolve_neg(), d_state.resolve_neg()  # memory is read, as in `bind`
         # Read once: under activation checkpointing a second read is an error.
         kept = ctx.saved_tensors
         tensors, saved = kept[: ctx.count], kept[ctx.count :]

@@ -40,6 +40,16 @@ UNKNOWN = {
     (gated_delta, "seq_idx"): "cu_seqlens, the boundaries of sequences packed along T: 0, ..., T",
     (gated_delta, "inplace"): "left out: it is an argument of gated_delta_step and "
     "gated_delta_steps",
+    (gated_delta, "value"): "v",
+    (gated_delta, "a_log"): "log_alpha, computed before the call, for example by gdn_ops.nn.gate; "
+    f"{FLA}",
+    (gated_delta, "cu_seqlens_cpu"): "left out: cu_seqlens alone is needed",
+    (gated_delta, "initial_state_indices"): "state_indices of a decode op",
+    (gated_delta, "past_state"): "initial_state",
+    (gated_delta, "return_final_states"): "return_state",
+    (gated_delta, "seqlens"): "'cu_seqlens'?",
+    (gated_delta, "varlen"): "one of q, k, v, alpha, beta, log_alpha, rule, scale, qk_l2norm, "
+    "initial_state, return_state, cu_seqlens, chunk_size, backend",
     (gated_delta, "log_aplha"): "'log_alpha'?",
     (gated_delta, "return_sate"): "'return_state'?",
     (gated_delta, "dropout"): "one of q, k, v, alpha, beta, log_alpha, rule, scale, qk_l2norm, "
@@ -50,6 +60,10 @@ UNKNOWN = {
     (gated_delta_step, "cu_seqlens"): "a row per sequence; gated_delta takes packed sequences",
     (gated_delta_step, "chunk_size"): "left out: a step has no chunks",
     (gated_delta_step, "ssm_state_indices"): "state_indices",
+    (gated_delta_step, "cache_indices"): "state_indices",
+    (gated_delta_step, "cu_seqlens_cpu"): "a row per sequence; gated_delta takes packed sequences",
+    (gated_delta_step, "return_final_states"): "left out: the new state is always returned",
+    (gated_delta_step, "BT"): "left out: a step has no chunks",
     (gated_delta_step, "inplce"): "'inplace'?",
     (gated_delta_steps, "g"): f"log_alpha, which is FLA's g; {FLA}",
     (gated_delta_steps, "attention_mask"): "alpha = 1 and beta = 0 at the padding; "
@@ -87,6 +101,17 @@ def test_every_name_of_another_library_is_refused_with_a_pointer(
         text = message_of(SpecTypeError, function, *tensors(), **{name: None})
         assert text.startswith(f"{function.__name__}: got an unknown argument {name!r}, should be ")
         assert "one of" not in text
+
+
+@pytest.mark.parametrize("function", OPS)
+def test_what_is_missing_by_our_name_is_found_by_the_other(function: Callable[..., Any]) -> None:
+    q, k, v = tensors()
+    named = {"query": q, "key": k, "value": v}
+    name = function.__name__
+    text = message_of(SpecTypeError, function, **named)
+    assert text == f"{name}: got an unknown argument 'query', should be q"
+    text = message_of(SpecTypeError, function, q, v=v)
+    assert text == f"{name}: k is None, should be a torch.Tensor"
 
 
 @pytest.mark.parametrize("function", OPS)

@@ -15,9 +15,17 @@ import pytest
 import gdn_ops
 from constant_backends import arguments, make_backend
 from errors import message_of
-from gdn_ops import Backend, BackendUnsupportedError, Limits, gated_delta, register_backend
+from gdn_ops import (
+    Backend,
+    BackendUnsupportedError,
+    Limits,
+    SpecTypeError,
+    gated_delta,
+    register_backend,
+)
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch import registry
+from good_calls import draft, token
 from paths import ROOT
 from processes import install, printed
 
@@ -68,6 +76,11 @@ class Limitless(Backend):
     name = "limitless"
 
 
+def half(**members: Any) -> type[Backend]:
+    """Return a backend class without methods, with members."""
+    return type("Half", (Backend,), {"name": "half", "limits": Limits(("cpu",)), **members})
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -75,18 +88,62 @@ class Limitless(Backend):
         (3, "3 is not a subclass of gdn_ops.Backend"),
         (Nameless, "Nameless has no class attribute 'name'"),
         (Limitless, "Limitless has no class attribute 'limits'"),
+        (half(name=5), "Half.name is 5, should be a string"),
+        (half(limits=None), "Half.limits is None, should be a gdn_ops.Limits"),
+        (half(requires="numpy"), "Half.requires is 'numpy', should be a tuple of names"),
+        (half(distribution=None), "Half.distribution is None, should be a string"),
     ],
 )
 def test_register_backend_refuses_what_is_no_backend(value: Any, text: str) -> None:
     assert message_of(TypeError, register_backend, value) == text
 
 
+@pytest.mark.parametrize("name", ["", "a b", "torch,naive", "-x", "x\n", "a/b"])
+def test_register_backend_refuses_a_name_that_no_list_can_hold(name: str) -> None:
+    assert message_of(ValueError, register_backend, half(name=name)) == (
+        f"backend name is {name!r}, should be of letters, digits, '_', '-' and '.', and begin with "
+        "none of the last two"
+    )
+
+
+@pytest.mark.parametrize("value", [None, [], 5, b"torch", Backend])
+def test_a_name_that_is_no_string_is_refused(value: Any) -> None:
+    shown = f"is {value}" if value in (None, 5) else f"has type {type(value).__name__}"
+    for function in (gdn_ops.use_backend, registry.get_backend):
+        assert message_of(SpecTypeError, function, value) == f"backend {shown}, should be a string"
+
+
+@pytest.mark.parametrize(
+    ("method", "limit", "op"),
+    [
+        ("forward", "ops", "gated_delta"),
+        ("decode_one", "ops", "gated_delta_step"),
+        ("decode_one", "ops", "gated_delta_steps"),
+    ],
+)
+def test_a_method_that_limits_promise_and_nobody_wrote_is_named(
+    method: str, limit: str, op: str
+) -> None:
+    register_backend(half())
+    given = arguments() if op == "gated_delta" else draft() if op.endswith("s") else token()
+    text = message_of(NotImplementedError, getattr(gdn_ops, op), **given, backend="half")
+    assert text == f"backend 'half' has no method {method!r}, which its limits promise: {limit}="
+
+
+@pytest.mark.parametrize("reasons", [None, "it is slow"])
+def test_reasons_that_are_no_list_are_refused(reasons: Any) -> None:
+    register_backend(half(reasons=lambda self, call: reasons))
+    text = message_of(TypeError, gated_delta, **arguments(), backend="half")
+    assert text == f"half.reasons returns {reasons!r}, should return a list of texts"
+
+
 def test_register_backend_refuses_a_name_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     register_backend(make_backend("seven"))
     with pytest.raises(ValueError, match=r"^backend name 'seven' is taken by .*Constant$"):
         register_backend(make_backend("seven"))
-    with pytest.raises(ValueError, match=r"^backend name 'auto' is reserved$"):
-        register_backend(make_backend("auto"))
+    for name in ("auto", "all", "none"):
+        text = message_of(ValueError, register_backend, make_backend(name))
+        assert text == f"backend name {name!r} is reserved"
     # A built-in one that nobody has loaded yet is taken all the same.
     monkeypatch.setitem(registry._backends, "naive", "gdn_ops.backends.naive")
     with pytest.raises(ValueError, match=r"^backend name 'naive' is taken by gdn_ops\.backends"):

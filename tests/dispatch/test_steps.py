@@ -245,6 +245,13 @@ def test_explain_is_told_the_op_by_its_function_or_its_name() -> None:
         ),
         (SpecError, f"op is 'gated_delta_stops', {KNOWN}", (), draft(op="gated_delta_stops")),
         (SpecError, f"op is 'relu', {KNOWN}", (torch.relu,), draft()),
+        (SpecError, f"op has type OpSpec, {KNOWN}", (), draft(op=GATED_DELTA_STEPS)),
+        (
+            SpecError,
+            "the op is given twice, first and as op=, should be given once",
+            (gated_delta_step,),
+            draft(op="gated_delta_steps"),
+        ),
     ],
 )
 def test_explain_guesses_no_op(

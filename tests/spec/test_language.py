@@ -56,6 +56,15 @@ SENSELESS_VALUES = {
     "limits name no device": lambda: Limits(devices=()),
     "limits name unknown dtypes ('float8',)": lambda: Limits(("cpu",), dtypes=("float8",)),
     "head_dim_multiple is below 1": lambda: Limits(devices=("cpu",), head_dim_multiple=0),
+    "devices is 'cpu', should be a tuple of strings": lambda: Limits("cpu"),
+    "rules is ('linear', 3), should be a tuple of strings": lambda: Limits(
+        ("cpu",), rules=("linear", 3)
+    ),
+    "head_dims is 64, should list integers": lambda: Limits(("cpu",), head_dims=64),
+    "chunk_sizes is range(0, 0), should list integers": lambda: Limits(
+        ("cpu",), chunk_sizes=range(0)
+    ),
+    "min_capability is 9, should list integers": lambda: Limits(("cpu",), min_capability=9),
 }
 
 SENSELESS_SPECS = {
