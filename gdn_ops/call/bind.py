@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gdn_ops.call import transforms
-from gdn_ops.call.memory import overlaps_itself
+from gdn_ops.call.memory import in_own_memory
 from gdn_ops.call.structure import Structure, check_structure, fail, is_narrow
 from gdn_ops.call.structure import dtype_name as dtype_name
 from gdn_ops.call.transforms import NONE, Transforms
@@ -210,10 +210,9 @@ def bind(
     # A step costs tens of microseconds: what was checked once is not checked again, values aside.
     key = _structure(spec, arguments) if check_values else None
     checked = _checked.get(key) if key is not None else None
-    tokens = arguments.tokens
     if checked is None:
         checked = check_structure(spec, arguments)
-        if key is not None and not is_narrow(tokens.alpha):
+        if key is not None and not is_narrow(arguments.tokens.alpha):
             if len(_checked) >= MOST_CHECKED:
                 _checked.clear()
             _checked[key] = checked
@@ -221,11 +220,7 @@ def bind(
     asks = check_values if sees_transforms is None else sees_transforms
     if asks and (transforms.any_active() or forward_ad._current_level >= 0):
         arguments, under = _seen_through(spec, arguments)
-    if arguments.inplace:
-        _check_memory(spec, arguments.state)
-    if check_values and any([x is not None and x.is_neg() for x in (*tokens, arguments.state)]):
-        arguments = _resolved(spec, arguments)
-        tokens = arguments.tokens
+    arguments = in_own_memory(spec, arguments, check_values)
     is_readable = checked.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
     if check_values and is_readable and not (transforms.modes() and transforms.is_recording()):
         _check_values(spec, arguments, checked.sizes, under)
@@ -241,7 +236,7 @@ def bind(
         return_states=arguments.return_states,
         inplace=arguments.inplace,
         needs_grad=needs_grad,
-        tokens=tokens,
+        tokens=arguments.tokens,
         state=arguments.state,
         cu_seqlens=arguments.cu_seqlens,
         state_indices=arguments.state_indices,
@@ -281,29 +276,6 @@ def _requires_grad(arguments: Arguments) -> bool:
     tokens, state, cu_seqlens, state_indices, *_ = arguments
     given = (*tokens, state, cu_seqlens, state_indices)
     return any([x is not None and x.requires_grad for x in given])
-
-
-def _check_memory(spec: OpSpec, state: Tensor | None) -> None:
-    """Check that a state that is updated in place has memory of its own for every element."""
-    if state is not None and overlaps_itself(state):
-        fail(
-            spec,
-            f"state has shape {tuple(state.shape)} and strides {tuple(state.stride())}, so that "
-            f"elements share memory; inplace needs memory for every element: pass "
-            f"state.contiguous(), or inplace=False",
-        )
-
-
-def _resolved(spec: OpSpec, arguments: Arguments) -> Arguments:
-    """Return arguments whose memory holds their values: kernels do not see that a view negates."""
-    tokens, state = arguments.tokens.map(Tensor.resolve_neg), arguments.state
-    if arguments.inplace and state is not None and state.is_neg():
-        fail(
-            spec,
-            "state is a negated view, whose memory holds -state; inplace needs memory of its "
-            "values: pass state.resolve_neg(), or inplace=False",
-        )
-    return arguments._replace(tokens=tokens, state=None if state is None else state.resolve_neg())
 
 
 def check_gradients(spec: OpSpec, arguments: Arguments) -> None:

@@ -9,11 +9,59 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gdn_ops.call.structure import fail
+from gdn_ops.spec.language import OpSpec
+
 if TYPE_CHECKING:
-    from gdn_ops.call.bind import Call
+    from gdn_ops.call.bind import Arguments, Call
+
+
+def in_own_memory(spec: OpSpec, arguments: Arguments, is_eager: bool) -> Arguments:
+    """Check a state that is updated in place; return arguments whose memory holds their values.
+
+    Args:
+        spec: the op.
+        arguments: those of a call, whose structure is right.
+        is_eager: whether they are tensors that can be asked, which Dynamo's are not.
+
+    Raises:
+        SpecError: the state cannot be updated in place.
+    """
+    tokens, state = arguments.tokens, arguments.state
+    if arguments.inplace and state is not None:
+        _check_state(spec, state, is_eager)
+    if not is_eager or not any([x is not None and x.is_neg() for x in (*tokens, state)]):
+        return arguments
+    # Kernels do not see that a view negates.
+    state = None if state is None else state.resolve_neg()
+    return arguments._replace(tokens=tokens.map(Tensor.resolve_neg), state=state)
+
+
+def _check_state(spec: OpSpec, state: Tensor, is_eager: bool) -> None:
+    """Check that a state that is updated in place has memory of its own for every element."""
+    if overlaps_itself(state):
+        fail(
+            spec,
+            f"state has shape {tuple(state.shape)} and strides {tuple(state.stride())}, so that "
+            f"elements share memory; inplace needs memory for every element: pass "
+            f"state.contiguous(), or inplace=False",
+        )
+    if is_eager and state.is_neg():
+        fail(
+            spec,
+            "state is a negated view, whose memory holds -state; inplace needs memory of its "
+            "values: pass state.resolve_neg(), or inplace=False",
+        )
+    if is_eager and state.is_inference() and not torch.is_inference_mode_enabled():
+        fail(
+            spec,
+            "state was made under torch.inference_mode(), which alone may update it in place: "
+            "decode under it, or pass state.clone()",
+        )
 
 
 def overlaps_itself(x: Tensor) -> bool:

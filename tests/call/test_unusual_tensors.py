@@ -81,6 +81,21 @@ def test_a_negated_state_is_not_updated_in_place(op: str) -> None:
     )
 
 
+@pytest.mark.parametrize("backend", INSTALLED)
+@pytest.mark.parametrize("op", ["gated_delta_step", "gated_delta_steps"])
+def test_a_state_of_inference_mode_is_updated_in_that_mode_alone(backend: str, op: str) -> None:
+    given = arguments(4 if op.endswith("s") else 0) | {"inplace": True, "backend": backend}
+    with torch.inference_mode():
+        state = torch.randn(B, HV, K, V)
+        before = state.clone()
+        _, new = getattr(gdn_ops, op)(**given, state=state)
+    assert new is state and not torch.equal(state, before)
+    assert refusal(getattr(gdn_ops, op), **given, state=state) == (
+        f"{op}: state was made under torch.inference_mode(), which alone may update it in place: "
+        "decode under it, or pass state.clone()"
+    )
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 @pytest.mark.parametrize(
