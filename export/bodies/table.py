@@ -18,6 +18,7 @@ from gdn_ops.export.bodies.body import MIN_OPSET, Body
 from gdn_ops.export.bodies.linear_attention import ONNX, ORT
 from gdn_ops.export.bodies.standard import STANDARD
 from gdn_ops.export.bodies.text import BodyText
+from gdn_ops.export.node.arguments import check_name, check_type
 from gdn_ops.export.node.attributes import Variant
 from gdn_ops.export.node.schema import ATTRIBUTES, DOMAIN, INPUTS, OUTPUTS
 from gdn_ops.spec.errors import SpecError
@@ -34,9 +35,7 @@ def find_body(label: str, name: str | None) -> Body | None:
     """
     if name is None:
         return None
-    if name not in BODIES:
-        known = ", ".join(BODIES)
-        raise SpecError(f"{label}: body is {name!r}, should be one of {known}, or None for none")
+    check_name(label, "body", name, BODIES, ", or None for none")
     return BODIES[name]
 
 
@@ -72,6 +71,7 @@ def check_opset(label: str, opset: int, name: str | None) -> None:
     Raises:
         SpecError: it is too old; the text says which one there is.
     """
+    check_type(label, "opset", opset, int, "an integer")
     newest = onnx.defs.onnx_opset_version()
     if opset <= newest:
         return
@@ -95,6 +95,10 @@ def decode_function(body: str, variant: Variant, opset: int) -> onnx.FunctionPro
     Raises:
         SpecError: the body is unknown or cannot do what the variant asks for.
     """
+    label = "decode_function"
+    check_name(label, "body", body, BODIES)
+    check_type(label, "variant", variant, Variant, "a gdn_ops.export.node.attributes.Variant")
+    check_type(label, "opset", opset, int, "an integer")
     chosen = check_body(body, variant, opset, 1.0)
     assert chosen is not None
     text = BodyText(variant)

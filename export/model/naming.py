@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
-from gdn_ops.export.model.nodes import check_type, nodes_of, subgraphs
-from gdn_ops.spec.errors import SpecError
+from gdn_ops.export.model.nodes import all_nodes, check_type, nodes_of, subgraphs
+from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 Names = tuple[Sequence[str | None], Sequence[str | None]]
 """Names of the inputs and of the outputs, in order; None leaves a name to the exporter."""
@@ -91,8 +92,11 @@ def name_values(label: str, model: ModelProto, names: Names | None) -> None:
         given = [*_given(label, "inputs", inputs, names[0])]
         given += _given(label, "outputs", outputs, names[1])
         renamed |= {name: new for name, new in given if new is not None}
-    _check_unique(label, [renamed.get(name, name) for name in inputs])
-    _check_unique(label, [renamed.get(name, name) for name in outputs])
+    # A value may be an input and an output.
+    outer = dict.fromkeys([*inputs, *outputs])
+    new_names = [renamed.get(name, name) for name in outer]
+    _check_unique(label, new_names)
+    _check_free(label, new_names, graph, outer)
     states = {renamed[a]: renamed[b] for a, b in pairs if a and b}
     _rename(graph, renamed)
     write_states(model, {**states_of(model), **states})
@@ -107,6 +111,38 @@ def _given(
             f"the graph has {', '.join(values)}"
         )
     return zip(values, names, strict=True)
+
+
+def check_names(label: str, names: Any) -> None:
+    """Check that names are those of inputs and of outputs, each a printable text or None.
+
+    Raises:
+        SpecError: they are not; the text says which one.
+    """
+    if names is None:
+        return
+    is_pair = isinstance(names, (tuple, list)) and len(names) == 2
+    if not is_pair or not all(isinstance(own, (tuple, list)) for own in names):
+        raise SpecTypeError(
+            f"{label}: names is {names!r:.60}, should be names of inputs and names of outputs: "
+            f"([...], [...])"
+        )
+    for name in (*names[0], *names[1]):
+        if name is not None and not (isinstance(name, str) and name and name.isprintable()):
+            raise SpecError(f"{label}: names has {name!r:.60}, should have printable texts or None")
+
+
+def _check_free(
+    label: str, names: Iterable[str], graph: GraphProto, outer: Mapping[str, Any]
+) -> None:
+    """Check that no value inside the graph has one of the names."""
+    inner = {name for node in all_nodes(graph.node) for name in node.output}
+    inner |= {tensor.name for tensor in graph.initializer}
+    for name in names:
+        if name in inner - set(outer):
+            raise SpecError(
+                f"{label}: the name {name!r} is that of a value inside the graph, should be another"
+            )
 
 
 def _check_unique(label: str, names: list[str]) -> None:

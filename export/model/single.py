@@ -9,6 +9,7 @@ from gdn_ops.export.bodies.table import check_opset
 from gdn_ops.export.model.functions import set_body
 from gdn_ops.export.model.naming import recurrent_names, write_states
 from gdn_ops.export.model.nodes import ir_version
+from gdn_ops.export.node.arguments import check_flag
 from gdn_ops.export.node.attributes import checked_attributes
 from gdn_ops.export.node.schema import (
     DOMAIN,
@@ -108,7 +109,10 @@ def _make(
     """Return a model of one node, after a check of everything that it is made of."""
     label, dtype = str(operator), types[0]
     attributes = checked_attributes(label, operator, sizes, rule, scale, qk_l2norm)
-    stored = types[1] or ("float64" if dtype == "float64" else "float32")
+    check_flag(label, "has_beta", has_beta)
+    stored = types[1]
+    if stored is None:
+        stored = "float64" if dtype == "float64" else "float32"
     check_dtypes(label, dtype, stored)
     check_opset(label, opset, body)
     gates = "float64" if stored == "float64" else "float32"

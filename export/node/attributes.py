@@ -9,8 +9,12 @@ from typing import Any
 
 from onnx import AttributeProto, NodeProto, helper
 
+from gdn_ops.export.node.arguments import check_flag, check_integer, check_name, check_scale
 from gdn_ops.export.node.schema import ATTRIBUTES, Operator
 from gdn_ops.spec.errors import SpecError
+
+SIZES = {"num_qk_heads": "H", "num_v_heads": "HV", "head_k_dim": "K", "head_v_dim": "V"}
+"""The axes whose sizes make a node, by the argument that is such a size."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Attributes:
             if name not in given:
                 raise SpecError(f"{label}: attribute {name} is missing, should be written")
             attribute = given[name]
+            if attribute.ref_attr_name:
+                raise SpecError(
+                    f"{label}: attribute {name} refers to {attribute.ref_attr_name!r} of a "
+                    f"function, should be a value: the node stands in the graph"
+                )
             if attribute.type != kind:
                 types = AttributeProto.AttributeType
                 got = types.Name(attribute.type) if attribute.type in types.values() else "unknown"
@@ -84,14 +93,14 @@ def checked_attributes(
     Raises:
         SpecError: a size, the rule or the scale is not allowed.
     """
-    for name, size in (("head_k_dim", sizes["K"]), ("head_v_dim", sizes["V"])):
-        if size < 1:
-            raise SpecError(f"{label}: {name} is {size}, should be at least 1")
+    for name, axis in SIZES.items():
+        check_integer(label, name, sizes[axis], 1)
+    check_name(label, "rule", rule, operator.spec.rule)
+    check_scale(label, scale)
+    check_flag(label, "qk_l2norm", qk_l2norm)
     factor = float(sizes["K"] ** -0.5 if scale is None else scale)
     attributes = Attributes(sizes["H"], sizes["HV"], factor, rule, qk_l2norm)
     attributes.check(label, operator)
-    if not math.isfinite(factor):
-        raise SpecError(f"{label}: scale is {scale}, should be a finite number")
     return attributes
 
 

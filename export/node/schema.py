@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import onnx
 from onnx.defs import OpSchema
 
+from gdn_ops.export.node.arguments import check_name, check_type
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import OpSpec, TensorArg, printed_shape
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
@@ -81,6 +82,7 @@ def op_schema(operator: Operator = STEP) -> OpSchema:
 
     log_alpha is there exactly where the rule has a decay; beta that is not there is 1.
     """
+    check_type("op_schema", "operator", operator, Operator, "an operator, STEP or SEQUENCE")
     spec, kinds = operator.spec, (ELEMENT_TYPES[dtype] for dtype in FLOAT_DTYPES)
     types = [f"tensor({onnx.TensorProto.DataType.Name(kind).lower()})" for kind in kinds]
     return OpSchema(
@@ -141,10 +143,7 @@ def check_dtypes(label: str, dtype: str, state_dtype: str) -> None:
         SpecError: one is unknown, or only one of them is float64.
     """
     for name, value in (("dtype", dtype), ("state_dtype", state_dtype)):
-        if value not in ELEMENT_TYPES:
-            raise SpecError(
-                f"{label}: {name} is {value!r}, should be one of {', '.join(ELEMENT_TYPES)}"
-            )
+        check_name(label, name, value, ELEMENT_TYPES)
     if (dtype == "float64") != (state_dtype == "float64"):
         raise SpecError(
             f"{label}: q is {dtype} and the state {state_dtype}, should both be float64 or neither"

@@ -14,12 +14,16 @@ from gdn_ops.export.model.conversion import with_body
 from gdn_ops.export.model.files import about_file, load_model
 from gdn_ops.export.model.naming import states_of
 from gdn_ops.export.model.nodes import nodes_of, opset_of
+from gdn_ops.export.node.arguments import check_flag, check_integer, check_path
 from gdn_ops.export.runtime.buffers import Buffer, Port, Results, check_memory, neighbours, ports_of
 from gdn_ops.export.runtime.exclusive import Exclusive
 from gdn_ops.export.runtime.sessions import CUSTOM, choose_body, open_session, refusal_to_run
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 Array = np.ndarray[Any, Any]
+
+MOST_THREADS = 1024
+"""The most threads of one operator: onnxruntime starts all of them, and ends where it cannot."""
 
 _KEPT = 2
 """Results that are used again: that of the last step, which a caller still has, and another."""
@@ -70,9 +74,13 @@ class DecodeSession:
             BackendUnsupportedError: onnxruntime does not take the model; it is a SpecError too.
             ModuleNotFoundError: onnxruntime is not installed.
         """
-        _check_count("batch", batch, 0)
+        label = "DecodeSession"
+        check_integer(label, "batch", batch, 0, 2**63 - 1)
         if threads is not None:
-            _check_count("threads", threads, 1)
+            check_integer(label, "threads", threads, 1, MOST_THREADS)
+        check_flag(label, "in_place", in_place)
+        if custom_op_library is not None:
+            check_path(label, "custom_op_library", custom_op_library)
         model, folder = _loaded(model_or_path)
         self.batch = batch
         has_library = custom_op_library is not None
@@ -130,6 +138,11 @@ class DecodeSession:
                 raise SpecError(
                     f"DecodeSession: the state {old} -> {new} is written in the model's metadata, "
                     f"should be an input and an output of its graph"
+                )
+            if list(states.values()).count(new) > 1:
+                raise SpecError(
+                    f"DecodeSession: {new} is the next value of more than one state, should be of "
+                    f"one"
                 )
             if not inputs[old].is_like(outputs[new]):
                 raise SpecError(
@@ -288,14 +301,6 @@ class DecodeSession:
             f"DecodeSession({', '.join(self.inputs)} -> {', '.join(self.outputs)}; "
             f"{len(self._states)} states, batch={self.batch}, body={self.body!r})"
         )
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        kind = type(value).__name__
-        raise SpecTypeError(f"DecodeSession: {name} has type {kind}, should be an integer")
-    if value < least:
-        raise SpecError(f"DecodeSession: {name} is {value}, should be at least {least}")
 
 
 def _loaded(model_or_path: ModelProto | str | os.PathLike[str]) -> tuple[ModelProto, Path | None]:

@@ -21,6 +21,7 @@ from gdn_ops.export.bodies.table import BODIES
 from gdn_ops.export.model.functions import bodies_of, without_overloads
 from gdn_ops.export.model.nodes import Node, ir_version, opset_of
 from gdn_ops.export.model.single import make_decode_model
+from gdn_ops.export.node.arguments import check_name
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
 
 logger = logging.getLogger("gdn_ops")
@@ -141,8 +142,7 @@ def choose_body(
         SpecError: the body is unknown, or the installed onnxruntime does not run it.
     """
     known = ("auto", *BODIES, CUSTOM)
-    if body not in known:
-        raise SpecError(f"DecodeSession: body is {body!r}, should be one of {', '.join(known)}")
+    check_name("DecodeSession", "body", body, known)
     if has_library:
         if body not in ("auto", CUSTOM):
             raise SpecError(

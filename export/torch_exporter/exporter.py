@@ -14,13 +14,15 @@ from onnx import ModelProto
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from gdn_ops.environment.files import whole
 from gdn_ops.export.bodies.body import DEFAULT_OPSET, MIN_OPSET
 from gdn_ops.export.bodies.table import BODIES, check_opset, find_body
 from gdn_ops.export.model.conversion import with_opset
 from gdn_ops.export.model.functions import set_body
-from gdn_ops.export.model.naming import Names, name_values
+from gdn_ops.export.model.naming import Names, check_names, name_values
 from gdn_ops.export.model.nodes import NoNodeError, check_model, nodes_of
 from gdn_ops.export.model.single import BATCH, TOKENS
+from gdn_ops.export.node.arguments import check_flag, check_target, check_type
 from gdn_ops.export.node.schema import SEQUENCE, STEP, Operator
 from gdn_ops.export.torch_exporter.translation import translation_table
 from gdn_ops.spec.errors import SpecError
@@ -65,6 +67,7 @@ def export_decode(
 
     Raises:
         SpecError: the module or an argument cannot be exported; the text says the cure.
+        OSError: the file cannot be written; what was there is left as it was.
         ModuleNotFoundError: onnxscript is not installed.
     """
     export = _Export("export_decode", STEP, opset, body, names)
@@ -114,6 +117,7 @@ class _Export:
         path: str | os.PathLike[str] | None,
     ) -> ModelProto:
         """Export a module, and write the model if there is a path."""
+        self._check_given(module, dynamic_batch, path)
         first = self._first_tensor(args)
         rows, length = first.shape[0], self._length(first)
         self._check_options()
@@ -130,7 +134,7 @@ class _Export:
             return sizes | ({1: tokens} if is_long else {}) or None
 
         dynamic = pytree.tree_map(dynamic_sizes, args)
-        model = _run_torch(module, args, dynamic, min(self.opset, TORCH_OPSET))
+        model = _run_torch(self.label, module, args, dynamic, min(self.opset, TORCH_OPSET))
         self._check_nodes(model)
         if self.opset > TORCH_OPSET:
             cure = f"export with opset={DEFAULT_OPSET}"
@@ -142,6 +146,15 @@ class _Export:
         else:
             _write(model, Path(path))
         return model
+
+    def _check_given(self, module: Any, dynamic_batch: Any, path: Any) -> None:
+        """Check arguments that torch would not, or only after minutes."""
+        check_type(self.label, "module", module, torch.nn.Module, "a torch.nn.Module")
+        check_flag(self.label, "dynamic_batch", dynamic_batch)
+        check_type(self.label, "opset", self.opset, int, "an integer")
+        check_names(self.label, self.names)
+        if path is not None:
+            check_target(self.label, path)
 
     def _first_tensor(self, args: Any) -> Tensor:
         """Return the tensor whose first size is the batch."""
@@ -211,9 +224,13 @@ def _with_two_rows(args: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
 
 
 def _run_torch(
-    module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any, opset: int
+    label: str,
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    dynamic_shapes: Any,
+    opset: int,
 ) -> ModelProto:
-    """Run torch.onnx.export; raise an error of ours inside it as it is."""
+    """Run torch.onnx.export; raise an error of ours inside it as it is, another with its cause."""
     table = translation_table()
     # torch merges two arguments that are one tensor, as the zeros of two layers may be.
     args = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
@@ -231,10 +248,7 @@ def _run_torch(
                 custom_translation_table=table,
             )
     except Exception as error:
-        own = _own_cause(error)
-        if own is None:
-            raise
-        raise own from error
+        raise _own_cause(error) or _foreign_cause(label, error) from error
     assert program is not None
     return program.model_proto
 
@@ -249,14 +263,23 @@ def _own_cause(error: BaseException) -> SpecError | None:
     return None
 
 
+def _foreign_cause(label: str, error: BaseException) -> SpecError:
+    """Return an error that says why torch failed: in the first line of its first cause."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    return SpecError(f"{label}: torch.onnx.export does not take the module: {text}")
+
+
 def _write(model: ModelProto, path: Path) -> None:
     """Write and check a model; large weights go into a file beside it."""
     beside = model.ByteSize() > _INLINE_BYTES
-    onnx.save_model(
-        model, path, save_as_external_data=beside, location=f"{path.name}.data" if beside else None
-    )
-    if not beside:
-        check_model(model)
-        return
-    # A model of more than 2 GiB can be checked on disk alone.
-    onnx.checker.check_model(path, full_check=True)
+    location = f"{path.name}.data" if beside else None
+    with whole(path) as file:
+        onnx.save_model(model, file, save_as_external_data=beside, location=location)
+        if beside:
+            # A model of more than 2 GiB can be checked on disk alone.
+            onnx.checker.check_model(file, full_check=True)
+        else:
+            check_model(model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gdn_ops.bench.rows import PACKED, TIME_RATIOS, Result, Row, write_json
+from gdn_ops.environment.files import whole
 from gdn_ops.terminal.tables import table, wrapped
 
 Log = Callable[[str], None]
@@ -184,7 +185,8 @@ def draw(to_draw: Sequence[Panel], title: str, path: Path) -> list[Path | str]:
         _draw_panel(axis, panel, colours)
     figure.suptitle(title, fontsize=10)
     figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=120)
+    with whole(path) as file:
+        figure.savefig(file, dpi=120)
     return [path]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 from gdn_ops.bench.turns import Timing
 from gdn_ops.bench.verify import Check
 from gdn_ops.environment.devices import devices
+from gdn_ops.environment.files import whole
 from gdn_ops.environment.versions import installed_versions
+from gdn_ops.terminal.output import plain
 
 SCHEMA = 1
 """Version of the JSON layouts; raised when a field changes its meaning."""
@@ -180,7 +181,7 @@ def describe_system(**circumstances: Any) -> dict[str, Any]:
 def write_json(data: dict[str, Any], path: Path) -> Path:
     """Write plain data as JSON and return the path; a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(plain(data), indent=2, allow_nan=False)
+    with whole(path) as file:
+        file.write_text(text + "\n", encoding="utf-8")
     return path

@@ -16,6 +16,7 @@ from gdn_ops.cli import exit_codes
 from gdn_ops.cli.parser import Options, UsageError, add_command, names, path
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend, installed_version
+from gdn_ops.environment.files import whole
 from gdn_ops.spec.language import Case
 from gdn_ops.spec.names import unknown
 from gdn_ops.spec.ops import OPS
@@ -97,7 +98,8 @@ def write(
 ) -> None:
     """Write the rows as JSON, if a file is named."""
     if where is not None:
-        where.write_text(as_json(backend, rows), encoding="utf-8")
+        with whole(where) as file:
+            file.write_text(as_json(backend, rows), encoding="utf-8")
         if is_told:
             print(where)
 

@@ -17,6 +17,7 @@ from gdn_ops.cli.parser import (
     real,
     refuse_without_effect,
 )
+from gdn_ops.environment.files import whole
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.ops import RULES
 from gdn_ops.spec.rules import FLOAT_DTYPES
@@ -115,8 +116,10 @@ def run(options: Options) -> int:
         model = make(options)
         advance("checks")
         check(model)
-        write(model, options.out)
-        comparisons, left_out = judge(options.out, advance)
+        # A model that could not be run is not left behind.
+        with whole(options.out) as file:
+            file.write_bytes(model.SerializeToString())
+            comparisons, left_out = judge(file, advance)
     size = options.out.stat().st_size
     if options.json:
         rows = [{**asdict(c), "passed": c.passed} for c in comparisons]
@@ -177,13 +180,6 @@ def check(model: ModelProto) -> None:
         check_model(model)
     except Exception as error:
         raise SpecError(f"onnx does not take the model: {error}") from error
-
-
-def write(model: ModelProto, where: Path) -> None:
-    """Write a model, whole or not at all."""
-    partial = where.with_name(f".{where.name}.partial")
-    partial.write_bytes(model.SerializeToString())
-    partial.replace(where)
 
 
 def judge(where: Path, advance: Advance) -> tuple[list[Comparison], list[str]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 import gdn_ops
 from errors import refusal
@@ -31,7 +32,30 @@ from onnx_steps import NEW_STATE, STATE, Step
         },
         "scale is 0, which LinearAttention of body 'ort' reads as K ** -0.5; take "
         "body='standard'": {"body": "ort", "scale": 0.0},
-        "scale is inf, should be a finite number": {"scale": float("inf")},
+        "scale is inf, should be a finite number in float32": {"scale": float("inf")},
+        "scale is 1e+300, should be a finite number in float32": {"scale": 1e300},
+        "scale is an integer beyond float32, should be a finite number in float32": {
+            "scale": 10**400
+        },
+        "scale is 1e-300, which is 0 in float32, should be 0 or larger": {"scale": 1e-300},
+        "scale has type str, should be a finite number": {"scale": "x"},
+        "num_v_heads has type float, should be an integer": {"num_v_heads": 4.0},
+        "num_qk_heads has type bool, should be an integer": {"num_qk_heads": True},
+        "head_k_dim is 2147483648, should be at most 2147483647": {"head_k_dim": 2**31},
+        "head_v_dim is of 1329 bits, should be at most 2147483647": {"head_v_dim": 10**400},
+        "qk_l2norm has type str, should be True or False": {"qk_l2norm": "no"},
+        "has_beta has type NoneType, should be True or False": {"has_beta": None},
+        "opset has type NoneType, should be an integer": {"opset": None},
+        "rule is [], should be one of gated_delta, delta, gated, linear": {"rule": []},
+        "body is ['ort'], should be one of standard, ort, onnx, or None for none": {
+            "body": ["ort"]
+        },
+        "dtype is torch.float32, should be one of float64, float32, bfloat16, float16": {
+            "dtype": torch.float32
+        },
+        "state_dtype is '', should be one of float64, float32, bfloat16, float16": {
+            "state_dtype": ""
+        },
         "q is float64 and the state float32, should both be float64 or neither": {
             "dtype": "float64",
             "state_dtype": "float32",
@@ -42,6 +66,20 @@ from onnx_steps import NEW_STATE, STATE, Step
 def test_a_model_that_cannot_be_is_refused(text: str, options: dict[str, Any]) -> None:
     arguments = Step().options() | {"state_dtype": None} | options
     assert refusal(export.make_decode_model, **arguments) == (f"gdn_ops::GatedDeltaStep: {text}")
+
+
+def test_a_function_or_schema_that_cannot_be_is_refused() -> None:
+    (node,) = export.nodes_of(Step().model("standard"))
+    for arguments, text in (
+        ((None, node.variant, 21), "body is None, should be one of standard, ort, onnx"),
+        (("standard", "x", 21), "variant has type str, should be a gdn_ops.export.node.attributes."
+                                "Variant"),
+        (("standard", node.variant, 21.0), "opset has type float, should be an integer"),
+    ):  # fmt: skip
+        assert refusal(export.decode_function, *arguments) == f"decode_function: {text}"
+    assert refusal(export.op_schema, "GatedDelta") == (
+        "op_schema: operator has type str, should be an operator, STEP or SEQUENCE"
+    )
 
 
 def test_the_schema_holds_what_the_spec_says() -> None:

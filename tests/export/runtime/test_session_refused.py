@@ -48,6 +48,9 @@ def zeros(*shape: int, dtype: Any = np.float32) -> Any:
         "DecodeSession is made": {"beta": zeros(1, 4)},
         "v has dtype float64, should be float32": {"v": zeros(3, 4, 6, dtype=np.float64)},
         "log_alpha has type list, should be a numpy.ndarray": {"log_alpha": [[0.0] * 4] * 3},
+        "v has type MaskedArray, should be a numpy.ndarray": {
+            "v": np.ma.masked_array(zeros(3, 4, 6), True)
+        },
     }.items(),
 )
 def test_a_wrong_input_is_refused_before_onnxruntime_runs(
@@ -97,7 +100,14 @@ def test_a_wrong_state_is_refused(state: Any, text: str, session: export.DecodeS
     {
         "batch is -1, should be at least 0": {"batch": -1},
         "batch has type float, should be an integer": {"batch": 2.0},
+        "batch is of 101 bits, should be at most 9223372036854775807": {"batch": 2**100},
         "threads is 0, should be at least 1": {"threads": 0},
+        "threads is 1000000, should be at most 1024": {"threads": 10**6},
+        "in_place has type str, should be True or False": {"in_place": "no"},
+        "custom_op_library has type int, should be a path": {"custom_op_library": 3},
+        "custom_op_library has type bytes, should be a path": {"custom_op_library": b"lib.so"},
+        "custom_op_library is 'a\\x00b', should be a path": {"custom_op_library": "a\0b"},
+        "body is [], should be one of auto, standard, ort, onnx, custom": {"body": []},
         "body is 'fast', should be one of auto, standard, ort, onnx, custom": {"body": "fast"},
         "custom_op_library is None, should be the path of a library for body 'custom'": {
             "body": "custom"

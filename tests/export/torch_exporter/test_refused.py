@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import onnx
 import pytest
@@ -14,7 +17,7 @@ import gdn_ops
 from errors import message_of, refusal
 from gdn_ops import export
 from gdn_ops.export.model import naming
-from gdn_ops.export.torch_exporter import translation
+from gdn_ops.export.torch_exporter import exporter, translation
 from gdn_ops.torch_ops import onnx_export
 from onnx_layers import Step, assert_same, run_engine, step_args
 from onnx_steps import Step as Node
@@ -35,6 +38,7 @@ def test_a_prompt_needs_tokens_to_tell_their_axis() -> None:
         "label: names has 1 inputs, should have 6: the graph has q, k, v, log_alpha, beta, "
         "past_key_values.0.recurrent_state": ("x",),
         "label: the name 'x' is given twice, should be given once": ("x", "x", *[None] * 4),
+        "label: the name 'output' is given twice, should be given once": ("output", *[None] * 5),
     }.items(),
 )
 def test_wrong_names_are_refused(text: str, inputs: Any) -> None:
@@ -140,12 +144,61 @@ def test_what_cannot_be_exported_is_refused_with_the_cure(name: str) -> None:
             "body": "onnx"
         },
         "export_decode: args has type list, should be a tuple": {"args": []},
+        "export_decode: module has type function, should be a torch.nn.Module": {
+            "module": gdn_ops.gated_delta_step
+        },
+        "export_decode: opset has type str, should be an integer": {"opset": "21"},
+        "export_decode: dynamic_batch has type int, should be True or False": {"dynamic_batch": 1},
+        "export_decode: names is ['q'], should be names of inputs and names of outputs: "
+        "([...], [...])": {"names": ["q"]},
+        "export_decode: names has '', should have printable texts or None": {
+            "names": ([""] * 6, [None] * 2)
+        },
+        "export_decode: path has type bytes, should be a path": {"path": b"x.onnx"},
+        "export_decode: path is 'a\\x00b', should be a path": {"path": "a\0b"},
+        "export_decode: path is '/', a folder, should be a file": {"path": "/"},
+        "export_decode: path is 'no/such/x.onnx', whose folder should exist": {
+            "path": "no/such/x.onnx"
+        },
+        "export_decode: torch.onnx.export does not take the module: missing a required argument: "
+        "'a'": {"args": step_args()[:3]},
         "export_decode: args hold no tensor with a batch, should hold at least one": {"args": ()},
     }.items(),
 )
 def test_a_wrong_argument_is_refused(text: str, options: dict[str, Any]) -> None:
-    arguments = {"args": step_args(), **options}
-    assert refusal(export.export_decode, Step(gdn_ops.gated_delta_step), **arguments) == text
+    arguments = {"module": Step(gdn_ops.gated_delta_step), "args": step_args(), **options}
+    assert refusal(export.export_decode, **arguments) == text
+
+
+@pytest.mark.parametrize("limit", [0, 2**30])
+def test_a_file_is_written_whole_and_only_when_it_passes(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "_INLINE_BYTES", limit)
+    path = tmp_path / "x.onnx"
+
+    class Weighted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = torch.nn.LazyLinear(512)
+
+        def forward(self, q: Any, k: Any, v: Any, a: Any, b: Any, s: Any) -> Any:
+            o, state = gdn_ops.gated_delta_step(q, k, v, a, b, s)
+            return self.project(o), state
+
+    module = Weighted()
+    module(*step_args())
+    export.export_decode(module, step_args(), path)
+    sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert set(sizes) == ({"x.onnx"} if limit else {"x.onnx", "x.onnx.data"})
+    # Written again, weights beside the model are not added to those that are there.
+    export.export_decode(module, step_args(), path)
+    assert {file.name: file.stat().st_size for file in tmp_path.iterdir()} == sizes
+    monkeypatch.setattr(exporter, "check_model", mock.Mock(side_effect=OSError(28, "full")))
+    monkeypatch.setattr(onnx.checker, "check_model", mock.Mock(side_effect=OSError(28, "full")))
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: {str(path)!r}")):
+        export.export_decode(module, step_args(), path)
+    assert {file.name: file.stat().st_size for file in tmp_path.iterdir()} == sizes
 
 
 def test_bodies_that_cannot_are_refused_after_the_export() -> None:
