@@ -99,8 +99,9 @@ def _verdict(error: Exception) -> tuple[int, str]:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Return whether torch found no memory: on CPUs it raises a plain RuntimeError then."""
+    texts = ("can't allocate memory", "Storage size calculation overflowed")
     return isinstance(error, RuntimeError) and (
-        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts)
     )
 
 

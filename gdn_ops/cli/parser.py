@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         # A command that loses a letter of an option should not become another one some day.
         super().__init__(**options, allow_abbrev=False, formatter_class=_Formatter)
+        # argparse before Python 3.14 takes -1e-3 and -inf for options.
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message.removeprefix('argument ')} ({self.prog} --help tells more)")

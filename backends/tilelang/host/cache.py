@@ -86,6 +86,24 @@ def instead_of(path: Path, error: OSError) -> Path:
     return _given_up[given_up]
 
 
+@contextlib.contextmanager
+def writable() -> Iterator[None]:
+    """Let TileLang itself write to the folder that took the place of one that failed."""
+    path, own = configured() / "gdn_ops", folder()
+    if own == path:
+        yield
+        return
+    given = os.environ.get("TILELANG_CACHE_DIR")
+    os.environ["TILELANG_CACHE_DIR"] = str(own)
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["TILELANG_CACHE_DIR"]
+        else:
+            os.environ["TILELANG_CACHE_DIR"] = given
+
+
 def disk_error(text: str) -> OSError | None:
     """Return the error of a disk that a compiler reports in its own words, or None."""
     number = next((n for n in DISK_ERRORS if os.strerror(n) in text), None)
@@ -171,8 +189,10 @@ def stored(name: str) -> Path | None:
     A disk that cannot be written may still hold it.
     """
     for own in (configured() / "gdn_ops", folder()):
-        if (own / name / "kernel.json").is_file():
-            return own / name
+        # A path may be too long for a disk.
+        with contextlib.suppress(OSError):
+            if (own / name / "kernel.json").is_file():
+                return own / name
     return None
 
 

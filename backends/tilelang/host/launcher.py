@@ -147,16 +147,17 @@ def _explained(make: Function, constants: Constants, target: str) -> Iterator[No
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence TileLang's log messages below a warning while it compiles."""
-    import tilelang  # noqa: F401, it sets the level of its logger
+    """Silence TileLang's log messages below a warning while it compiles; let it write its files."""
+    with cache.writable():
+        import tilelang  # noqa: F401, it sets the level of its logger
 
-    logger = logging.getLogger("tilelang")
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+        logger = logging.getLogger("tilelang")
+        level = logger.level
+        logger.setLevel(max(level, logging.WARNING))
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _compiled(make: Function, constants: Constants, target: str) -> tuple[Function, str]:
@@ -191,7 +192,7 @@ def _emulated(make: Function, constants: Constants, target: str) -> tuple[Functi
         except (OSError, ValueError):
             # A disk that was full, or a library of another system.
             shutil.rmtree(entry, ignore_errors=True)
-    with _quiet(), reading:
+    with reading, _quiet():
         source = program(trace(make, constants, CPU))
     folder = cache.folder()
     try:

@@ -192,6 +192,26 @@ def test_a_cache_that_cannot_be_written_is_elsewhere(
 
 
 @needs_compiler
+@pytest.mark.parametrize("where", ["file", "file/below", "a" * 300], ids=["file", "below", "long"])
+def test_a_cache_that_cannot_be_a_folder_costs_no_call(where: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    # What TileLang writes for itself as it starts, too.
+    code = """
+import logging, os, sys, torch
+from gdn_ops import gated_delta
+logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+x = torch.ones(3, 1, 2, 1, 16)
+gated_delta(*x, rule="linear", backend="tilelang")
+print(os.environ["TILELANG_CACHE_DIR"])
+"""
+    done = python("-c", code, TILELANG_CACHE_DIR=str(tmp_path / where), TMPDIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    warning, given = done.stdout.splitlines()
+    assert warning.startswith(f"tilelang: kernels are not kept: {tmp_path / where}/gdn_ops: ")
+    assert given == str(tmp_path / where)
+
+
+@needs_compiler
 def test_a_full_disk_costs_the_cache_and_no_call(
     tmp_path: Path, said: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,10 @@ def with_attribute(name: str, value: object) -> Callable[[Any], object]:
     return change
 
 
+def with_reference(model: Any) -> None:
+    model.graph.node[0].attribute[0].ref_attr_name = "x"
+
+
 def with_state_type(kind: int) -> Callable[[Any], object]:
     def change(model: Any) -> None:
         model.graph.input[-1].type.tensor_type.elem_type = kind
@@ -167,6 +171,12 @@ def test_a_torch_file_is_named(tmp_path: Path) -> None:
         "output is the next value of which input": with_metadata("{"),
         "gdn_ops::GatedDeltaStep 'GatedDeltaStep': attribute num_qk_heads has type STRING, should "
         "be INT": with_attribute("num_qk_heads", "two"),
+        "gdn_ops::GatedDeltaStep 'GatedDeltaStep': attribute num_qk_heads refers to 'x' of a "
+        "function, should be a value: the node stands in the graph": with_reference,
+        "DecodeSession: present.0.recurrent_state is the next value of more than one state, should "
+        "be of one": with_metadata(
+            f'{{"{STATE}": "present.0.recurrent_state", "q": "present.0.recurrent_state"}}'
+        ),
         "gdn_ops::GatedDeltaStep 'GatedDeltaStep': num_qk_heads is 0, should be at least 1": (
             with_attribute("num_qk_heads", 0)
         ),
