@@ -9,6 +9,7 @@ a thread that is kept for that, outside the modes of the caller, which never com
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -54,6 +55,14 @@ RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 GUARDS_STATE = RELEASE < (2, 9)
 """Tells whether torch compiles again, guards or not, where function modes are not as they were."""
+
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST),
+    *(errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG),
+)
+"""Errors of a disk that is full or read-only, and of a cache that cannot be a folder."""
+
+CURE = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
 
 CHUNKING = {"cpu": (32, 1), "*": (64, 1)}
 """(tokens per chunk, chunks per segment, which is always 1). cpu: measured on two AVX-512 cores
@@ -121,12 +130,25 @@ def _compiled(
     if known is not None:
         return known
     start = time.perf_counter()
-    built = _build(function)
-    _prepare(built, tensors, constants)
+    with _disk_named():
+        built = _build(function)
+        _prepare(built, tensors, constants)
     seconds = time.perf_counter() - start
     logger.info("compiled %s for %s in %.1f s", function.__name__, key[2], seconds)
     compiled = _functions[key] = _without_modes(built)
     return compiled
+
+
+@contextmanager
+def _disk_named() -> Iterator[None]:
+    """Name the cure where torch.compile cannot write what it compiles."""
+    try:
+        yield
+    except Exception as error:
+        disk = getattr(error, "inner_exception", error)
+        if isinstance(disk, OSError) and disk.errno in DISK_ERRORS:
+            raise RuntimeError(f"compile: cannot write to disk: {disk}; {CURE}") from error
+        raise
 
 
 def _build(function: Function) -> Function:

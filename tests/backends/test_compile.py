@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +20,11 @@ from torch._inductor.utils import parallel_num_threads
 from torch.overrides import _get_current_function_mode
 
 import gdn_ops
+from errors import message_of
 from gdn_ops.backends import compile as compile_backend
+from processes import printed
+
+CURE = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +124,25 @@ def test_a_compilation_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatc
     # The lock is free, for another thread too.
     with ThreadPoolExecutor(1) as pool:
         torch.testing.assert_close(pool.submit(step, q, k).result(60), step(q, k, "naive"))
+
+
+def test_a_cache_that_cannot_be_a_folder_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    code = "import torch, gdn_ops\nx = torch.ones(3, 1, 1, 16)\n"
+    code += "try: gdn_ops.gated_delta_step(*x, rule='linear', backend='compile')\n"
+    code += "except RuntimeError as error: print(error)"
+    assert printed(code, TORCHINDUCTOR_CACHE_DIR=str(file)) == (
+        f"compile: cannot write to disk: [Errno 17] File exists: '{file}'; {CURE}"
+    )
+
+
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(compile_backend.Compile, "compiler", full)
+    assert message_of(RuntimeError, step, *vectors()) == (
+        f"compile: cannot write to disk: [Errno 28] No space left on device; {CURE}"
+    )
 
 
 def test_a_call_after_the_first_takes_no_lock_and_no_thread(
