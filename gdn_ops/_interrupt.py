@@ -52,7 +52,8 @@ def run(command: Callable[[], int]) -> int:
     else:
         if not _came:
             return code
-    _set_alarm(0)
+    # Python waits for its threads: one that compiles would take a minute.
+    _set_alarm(PATIENCE, _leave)
     _say()
     return CODE
 
@@ -68,12 +69,17 @@ def end(*_: object) -> None:
     os._exit(CODE)
 
 
+def _leave(*_: object) -> None:
+    """End the process at once, which has said why."""
+    os._exit(CODE)
+
+
 def _interrupt_then_end(number: int, frame: FrameType | None) -> None:
     """Raise a KeyboardInterrupt, and end the process where that was not enough."""
     global _came
     _listen(end)
     _came = True
-    _set_alarm(PATIENCE)
+    _set_alarm(PATIENCE, end)
     raise KeyboardInterrupt
 
 
@@ -83,10 +89,10 @@ def _say() -> None:
         os.write(2, b"\ngdn-ops: interrupted\n")
 
 
-def _set_alarm(seconds: float) -> None:
-    """End the process in some seconds, where there are timers; none for 0."""
+def _set_alarm(seconds: float, handler: Callable[..., None]) -> None:
+    """Let a handler end the process in some seconds, where there are timers; never for 0."""
     if hasattr(signal, "setitimer") and _IS_COMMAND:
-        signal.signal(signal.SIGALRM, end)
+        signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
@@ -109,6 +115,7 @@ _IS_COMMAND = is_command()
 if _IS_COMMAND:
     _listen(end)
     sys.unraisablehook = _end_if_interrupted
-    # Ignore Ctrl-C at the very end: the first to be registered runs last. Python then lets go of
-    # its modules, this handler with them, and the signal itself would end the process.
+    # Ignore Ctrl-C and the alarm at the very end: the first to be registered runs last. Python then
+    # lets go of its modules, the handlers with them, and a signal itself would end the process.
     atexit.register(_listen, signal.SIG_IGN)
+    atexit.register(_set_alarm, 0, _leave)

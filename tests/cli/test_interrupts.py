@@ -122,6 +122,7 @@ def run_command(arguments):
     {after}
 commands.run_command = run_command
 """
+THREAD = "import threading as t; t.Thread(target=t.Event().wait).start()"
 SIGNAL = "signal.raise_signal(signal.SIGINT)"
 
 
@@ -135,6 +136,7 @@ SIGNAL = "signal.raise_signal(signal.SIGINT)"
         "an exit": (SIGNAL, "raise SystemExit(1)", "return 0"),
         "in a finaliser": ("Last()", "pass", "while True: pass"),
         "twice": (SIGNAL, SIGNAL, "return 0"),
+        "beside a thread": (f"{THREAD}; {SIGNAL}", "raise", "return 0"),
     }.values(),
 )  # fmt: skip
 def test_an_interrupt_that_a_library_keeps_is_not_lost(
