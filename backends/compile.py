@@ -130,9 +130,8 @@ def _compiled(
     if known is not None:
         return known
     start = time.perf_counter()
-    with _disk_named():
-        built = _build(function)
-        _prepare(built, tensors, constants)
+    built = _build(function)
+    _prepare(built, tensors, constants)
     seconds = time.perf_counter() - start
     logger.info("compiled %s for %s in %.1f s", function.__name__, key[2], seconds)
     compiled = _functions[key] = _without_modes(built)
@@ -234,7 +233,9 @@ def _elsewhere(run: Callable[[], Result]) -> Result:
     global _worker
     threads = torch.get_num_threads()
 
+    @_disk_named()
     def locked() -> Result:
+        # What is imported makes the folder of the cache.
         from torch._inductor import config
 
         # The worker's own number may be old. A fork has not got its parent's pool of compilers.
