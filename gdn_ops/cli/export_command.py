@@ -206,7 +206,7 @@ def judge(where: Path, advance: Advance) -> tuple[list[Comparison], list[str]]:
 def show(where: Path, size: int, comparisons: list[Comparison], left_out: list[str]) -> None:
     """Print what was written, and the errors of every body beside what is allowed."""
     print(where)
-    print(f"{size} bytes, passes the full checker and strict shape inference")
+    print(wrapped(f"{size} bytes, passes the full checker and strict shape inference"))
     for text in left_out:
         print(wrapped(f"left out: {text}", indent="  "))
     rows = [
@@ -214,7 +214,7 @@ def show(where: Path, size: int, comparisons: list[Comparison], left_out: list[s
         for c in comparisons
     ]
     head = ("body", "error of o", "allowed", "error of state", "allowed", "")
-    print(f"against the definition in float64, over {TOKENS} tokens:")
+    print(wrapped(f"against the definition in float64, over {TOKENS} tokens:"))
     print(table(head, [("", rows)]))
 
 
