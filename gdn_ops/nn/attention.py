@@ -21,6 +21,7 @@ from gdn_ops.nn.values import (
     check_numbers,
     check_sequences,
     check_tensor,
+    check_weights,
 )
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
@@ -120,7 +121,12 @@ class SlidingWindowAttention(nn.Module):
         )
 
     def zero_state(self, rows: int) -> KeyValueRing:
-        """Return the empty ring, before any token."""
+        """Return the empty ring, before any token.
+
+        Raises:
+            SpecError: `rows` is no integer, or negative.
+        """
+        check_counts("SlidingWindowAttention.zero_state", least=0, rows=rows)
         return self._empty_ring(rows, *made_in(self.o_proj, self))
 
     def _empty_ring(self, rows: int, dtype: torch.dtype, device: torch.device) -> KeyValueRing:
@@ -158,6 +164,7 @@ class SlidingWindowAttention(nn.Module):
             o = self._attend_to_ring(q, written)
         else:
             o = self._attend(q, k, v, state)
+        check_weights("SlidingWindowAttention", "o", o, o_proj=self.o_proj)
         y: Tensor = self.o_proj(o.transpose(1, 2).flatten(-2))
         return y, written
 
@@ -208,6 +215,7 @@ class SlidingWindowAttention(nn.Module):
     def _check(self, x: Tensor, state: KeyValueRing | None) -> None:
         owner = "SlidingWindowAttention"
         check_sequences(owner, x, self.hidden_size, "hidden_size")
+        check_weights(owner, "x", x, q_proj=self.q_proj, k_proj=self.k_proj, v_proj=self.v_proj)
         if state is None:
             return
         if not isinstance(state, KeyValueRing):

@@ -10,6 +10,7 @@ from gdn_ops.nn.causal import causal_convolution, convolved_window
 from gdn_ops.nn.packing import check_boundaries, check_lengths
 from gdn_ops.nn.values import (
     check_counts,
+    check_device,
     check_dtype,
     check_flags,
     check_kept,
@@ -66,7 +67,12 @@ class ShortConvolution(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def zero_state(self, rows: int) -> Tensor:
-        """Return the state before any token: (rows, channels, kernel_size - 1)."""
+        """Return the state before any token: (rows, channels, kernel_size - 1).
+
+        Raises:
+            SpecError: `rows` is no integer, or negative.
+        """
+        check_counts("ShortConvolution.zero_state", least=0, rows=rows)
         shape = (rows, self.channels, self.kernel_size - 1)
         return torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device)
 
@@ -117,6 +123,7 @@ class ShortConvolution(nn.Module):
     ) -> None:
         owner = "ShortConvolution"
         check_sequences(owner, x, self.channels, "channels")
+        check_device(owner, "x", x, self.weight.device, "weight")
         rows = x.shape[0]
         if cu_seqlens is not None:
             if lengths is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from gdn_ops.nn.gates import DecayGate
+from gdn_ops.nn.values import check_module, check_numbers
 
 
 def parameters_without_weight_decay(model: nn.Module) -> list[str]:
@@ -21,7 +22,11 @@ def parameters_without_weight_decay(model: nn.Module) -> list[str]:
     Returns:
         Names out of `model.named_parameters()`: decay gates, embeddings, biases, norms, and
         whatever else has fewer than two dimensions or carries the mark `_no_weight_decay`.
+
+    Raises:
+        SpecError: the model is no module.
     """
+    check_module("parameters_without_weight_decay", model)
     kept = set()
     for module in model.modules():
         if isinstance(module, DecayGate | nn.Embedding):
@@ -44,7 +49,12 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Returns:
         Two groups, for example for `torch.optim.AdamW`; parameters that are frozen are in them too.
+
+    Raises:
+        SpecError: the model is no module, or the weight decay no finite number of at least 0.
     """
+    check_module("optimizer_groups", model)
+    check_numbers("optimizer_groups", weight_decay=weight_decay)
     kept = set(parameters_without_weight_decay(model))
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():

@@ -36,9 +36,13 @@ from gdn_ops.nn.values import (
     check_flags,
     check_numbers,
     check_sequences,
+    check_weights,
 )
 from gdn_ops.ops import gated_delta, gated_delta_step
 from gdn_ops.spec.ops import GATED_DELTA
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "g_proj")
+"""Names of what is applied to the input."""
 
 
 def run_rule(
@@ -202,7 +206,12 @@ class GatedDeltaNet(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def zero_state(self, rows: int) -> State:
-        """Return the state before any token."""
+        """Return the state before any token.
+
+        Raises:
+            SpecError: `rows` is no integer, or negative.
+        """
+        check_counts("GatedDeltaNet.zero_state", least=0, rows=rows)
         dtype, device = made_in(self.o_proj, self)
         dtype = torch.promote_types(dtype, torch.float32)
         shape = (rows, self.num_value_heads, self.head_dim, self.value_dim)
@@ -293,6 +302,7 @@ class GatedDeltaNet(nn.Module):
             o = self.o_norm(o, z)
         elif z is not None:
             o = o * GATE_ACTIVATIONS[self.output_gate or "silu"](z)
+        check_weights("GatedDeltaNet", "o", o, o_proj=self.o_proj)
         y: Tensor = self.o_proj(o.flatten(-2))
         return y
 
@@ -300,6 +310,8 @@ class GatedDeltaNet(nn.Module):
         self, x: Tensor, state: State | None, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> None:
         check_sequences("GatedDeltaNet", x, self.hidden_size, "hidden_size")
+        projections = {n: m for n, m in self.named_children() if n in _PROJECTIONS}
+        check_weights("GatedDeltaNet", "x", x, **projections)
         if mask is not None and cu_seqlens is not None:
             fail(
                 "mask and cu_seqlens are both given, should be one of them: packing has no padding"

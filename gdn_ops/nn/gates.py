@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gdn_ops.nn.values import check_tensor
+from gdn_ops.nn.values import check_counts, check_device, check_floats
 from gdn_ops.spec.errors import SpecError
 
 LARGEST_A = 16.0
@@ -33,12 +33,13 @@ def gate(a: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
         close to 1, which α in a narrow dtype could not be.
 
     Raises:
-        SpecError: an argument is no tensor, or A_log or dt_bias is not (HV,).
+        SpecError: an argument is no tensor of floats, or A_log or dt_bias is not (HV,), or is on
+            another device than a.
     """
-    for name, given in (("a", a), ("A_log", A_log), ("dt_bias", dt_bias)):
-        if given is None:
-            continue
-        check_tensor("gate", name, given)
+    optional = {} if dt_bias is None else {"dt_bias": dt_bias}
+    for name, given in {"a": a, "A_log": A_log, **optional}.items():
+        check_floats("gate", **{name: given})
+        check_device("gate", name, given, a.device, "a")
         if name != "a" and given.shape != a.shape[-1:]:
             raise SpecError(
                 f"gate: {name} has shape {tuple(given.shape)}, should be (HV,) = "
@@ -73,10 +74,14 @@ class DecayGate(nn.Module):
     Args:
         heads: HV.
         device: of the parameters.
+
+    Raises:
+        SpecError: `heads` is no positive integer.
     """
 
     def __init__(self, heads: int, device: torch.device | str | None = None) -> None:
         super().__init__()
+        check_counts("DecayGate", heads=heads)
         self.A_log, self.dt_bias = (
             nn.Parameter(torch.empty(heads, dtype=torch.float32, device=device)) for _ in range(2)
         )

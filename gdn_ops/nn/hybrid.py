@@ -20,7 +20,15 @@ from gdn_ops.nn.gated_delta_net import GatedDeltaNet
 from gdn_ops.nn.names import MODEL_INPUTS, MODEL_OPTIONS, own_options, refuse_input, refuse_option
 from gdn_ops.nn.packing import has_values
 from gdn_ops.nn.state import State
-from gdn_ops.nn.values import check_counts, check_dtype, check_numbers, check_tensor
+from gdn_ops.nn.values import (
+    check_counts,
+    check_dtype,
+    check_flags,
+    check_floats,
+    check_numbers,
+    check_tensor,
+    check_weights,
+)
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.ops import GATED_DELTA
 
@@ -75,7 +83,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., hidden_size) to the same shape."""
-        y: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        check_weights("SwiGLU", "x", x, gate_proj=self.gate_proj, up_proj=self.up_proj)
+        inner = functional.silu(self.gate_proj(x)) * self.up_proj(x)
+        check_weights("SwiGLU", "the product", inner, down_proj=self.down_proj)
+        y: Tensor = self.down_proj(inner)
         return y
 
 
@@ -233,6 +244,7 @@ class HybridLM(nn.Module):
         """
         if unknown:
             refuse_input("HybridLM", unknown, ("tokens", "state", "is_last_only"), MODEL_INPUTS)
+        check_flags("HybridLM", is_last_only=is_last_only)
         x, after = self.hidden(tokens, state)
         return self.logits(x[:, -1:] if is_last_only else x), after
 
@@ -271,6 +283,7 @@ class HybridLM(nn.Module):
             _fail(f"tokens has shape {tuple(tokens.shape)}, should be (B, T)")
         if tokens.dtype not in (torch.int64, torch.int32):
             _fail(f"tokens has dtype {dtype_name(tokens.dtype)}, should be int64 or int32")
+        check_weights("HybridLM", "tokens", tokens, embedding=self.embedding)
         size = getattr(self.embedding, "num_embeddings", None)
         if size is not None and has_values(tokens) and tokens.numel():
             low, high = (int(x) for x in tokens.aminmax())
@@ -290,14 +303,21 @@ class HybridLM(nn.Module):
             (..., vocab_size).
 
         Raises:
-            RuntimeError: the sizes do not fit; it is torch's own.
+            SpecError: x is no tensor of floats, or does not fit the embedding.
         """
+        check_floats("HybridLM.logits", x=x)
         weight: Any = self.embedding.weight
         if not isinstance(weight, Tensor):
             _fail(
                 f"embedding is a {type(self.embedding).__name__} without a weight tensor, should "
                 f"be a torch.nn.Embedding: it is the output matrix too"
             )
+        if x.shape[-1:] != weight.shape[1:]:
+            _fail(
+                f"x has shape {tuple(x.shape)}, should be (..., hidden_size) with hidden_size = "
+                f"{weight.shape[1]}"
+            )
+        check_weights("HybridLM.logits", "x", x, embedding=self.embedding)
         return functional.linear(x, weight)
 
     @torch.no_grad()
@@ -329,11 +349,21 @@ class HybridLM(nn.Module):
             refuse_input("HybridLM.generate", unknown, known, MODEL_INPUTS)
         check_counts("HybridLM.generate", least=0, count=count)
         check_numbers("HybridLM.generate", temperature=temperature)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise SpecTypeError(
+                f"HybridLM.generate: generator has type {type(generator).__name__}, should be a "
+                f"torch.Generator"
+            )
         self._check_tokens(tokens)
         if tokens.shape[1] == 0:
             _fail(f"tokens has shape {tuple(tokens.shape)}, should be (B, T) with T > 0")
         # By a call of the model, not of its parts: what shards or compiles it notices calls alone.
         logits, state = self(tokens, is_last_only=True)
+        if generator is not None and generator.device.type != logits.device.type:
+            _fail(
+                f"generator is on {generator.device}, should be on {logits.device}, the device "
+                f"of the logits"
+            )
         parts = [tokens]
         for place in range(count):
             logits = logits[:, -1]

@@ -12,7 +12,13 @@ from torch.nn import functional
 
 from gdn_ops.kernel_support.host_memory import empty
 from gdn_ops.nn.blocks import blocks, differentiable_gradients, runs_in_blocks, wide
-from gdn_ops.nn.values import check_counts, check_dtype, check_floats, check_numbers
+from gdn_ops.nn.values import (
+    check_counts,
+    check_device,
+    check_dtype,
+    check_floats,
+    check_numbers,
+)
 from gdn_ops.spec.errors import SpecError
 
 GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -170,13 +176,14 @@ class GatedRMSNorm(nn.Module):
 
         Args:
             x: (..., width), any float dtype.
-            z: (..., width) like x, or None for no gate.
+            z: like x, or None for no gate.
 
         Returns:
             Like x.
 
         Raises:
-            SpecError: x or z is no float, or its last axis has another width.
+            SpecError: x or z is no float, its last axis has another width, or they differ in
+                shape.
         """
         width = self.weight.shape[0]
         for name, tensor in (("x", x), *([] if z is None else [("z", z)])):
@@ -186,6 +193,11 @@ class GatedRMSNorm(nn.Module):
                     f"GatedRMSNorm: {name} has shape {tuple(tensor.shape)}, should be "
                     f"(..., width) with width = {width}"
                 )
+            check_device("GatedRMSNorm", name, tensor, self.weight.device, "weight")
+        if z is not None and z.shape != x.shape:
+            raise SpecError(
+                f"GatedRMSNorm: z has shape {tuple(z.shape)}, should be that of x, {tuple(x.shape)}"
+            )
         return gated_rms_norm(x, self.weight, z, eps=self.eps, activation=self.activation)
 
     def extra_repr(self) -> str:

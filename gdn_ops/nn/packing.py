@@ -10,7 +10,8 @@ from torch import Tensor
 from gdn_ops.call.bind import CHECK_VALUES_EVERYWHERE, fault_of_boundaries
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.call.transforms import integers
-from gdn_ops.spec.errors import SpecError, SpecTypeError
+from gdn_ops.nn.values import check_device, check_tensor
+from gdn_ops.spec.errors import SpecError
 
 
 def check_boundaries(owner: str, cu_seqlens: Any, x: Tensor) -> None:
@@ -104,11 +105,8 @@ def has_values(x: Tensor) -> bool:
 
 
 def _check_tensor(owner: str, name: str, value: Any, x: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        text = f"{name} has type {type(value).__name__}, should be a torch.Tensor"
-        raise SpecTypeError(f"{owner}: {text}")
-    if value.device != x.device:
-        _fail(owner, f"{name} is on {value.device}, should be on {x.device}, the device of x")
+    check_tensor(owner, name, value)
+    check_device(owner, name, value, x.device, "x")
 
 
 def _fail(owner: str, message: str) -> NoReturn:

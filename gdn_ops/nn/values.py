@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.spec.errors import SpecError, SpecTypeError
@@ -27,7 +27,7 @@ def check_counts(owner: str, *, least: int = 1, **values: Any) -> None:
     """
     should = "a positive integer" if least else "an integer of at least 0"
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
             _refuse_type(owner, f"{name} is {value!r}, should be {should}")
         if value < least:
             _refuse(owner, f"{name} is {value}, should be {should}")
@@ -43,7 +43,7 @@ def check_numbers(owner: str, **values: Any) -> None:
         text = f"{name} is {value!r}, should be a finite number of at least 0"
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             _refuse_type(owner, text)
-        if not (math.isfinite(value) and float(value) >= 0):
+        if not 0 <= value <= sys.float_info.max:  # type: ignore[operator]
             _refuse(owner, text)
 
 
@@ -91,7 +91,7 @@ def check_sequences(owner: str, x: Any, width: int, name: str) -> None:
 
 
 def check_floats(owner: str, **tensors: Any) -> None:
-    """Check that all are tensors of floats.
+    """Check that all are tensors of floats that layers compute with.
 
     Raises:
         SpecError: one of them is something else.
@@ -100,16 +100,80 @@ def check_floats(owner: str, **tensors: Any) -> None:
         check_tensor(owner, name, x)
         if not x.is_floating_point():
             _refuse(owner, f"{name} has dtype {dtype_name(x.dtype)}, should be a float")
+        if dtype_name(x.dtype) not in FLOAT_DTYPES:
+            known = ", ".join(FLOAT_DTYPES)
+            _refuse(owner, f"{name} has dtype {dtype_name(x.dtype)}, should be one of {known}")
 
 
 def check_tensor(owner: str, name: str, value: Any) -> None:
-    """Check that a value is a tensor.
+    """Check that a value is a dense tensor.
+
+    Raises:
+        SpecError: it is something else.
+    """
+    if not isinstance(value, Tensor):
+        _refuse_type(owner, f"{name} has type {type(value).__name__}, should be a torch.Tensor")
+    if value.layout is not torch.strided:
+        layout = str(value.layout).removeprefix("torch.")
+        _refuse(owner, f"{name} has layout {layout}, should be strided")
+
+
+def check_module(owner: str, model: Any) -> None:
+    """Check that a model is a module.
 
     Raises:
         SpecTypeError: it is something else.
     """
-    if not isinstance(value, Tensor):
-        _refuse_type(owner, f"{name} has type {type(value).__name__}, should be a torch.Tensor")
+    if not isinstance(model, nn.Module):
+        text = f"model has type {type(model).__name__}, should be a torch.nn.Module"
+        _refuse_type(owner, text)
+
+
+def check_device(owner: str, name: str, value: Tensor, device: torch.device, of: str) -> None:
+    """Check that a tensor is on the device of something that is called `of`.
+
+    Raises:
+        SpecError: it is on another one.
+    """
+    if value.device != device:
+        _refuse(owner, f"{name} is on {value.device}, should be on {device}, the device of {of}")
+
+
+def check_weights(owner: str, name: str, x: Tensor, **modules: nn.Module) -> None:
+    """Check that a tensor has the device and the dtype of the weights that it meets.
+
+    Only plain layers are looked at: others, and what hooks do, may convert what they are given.
+
+    Args:
+        owner: what the message starts with.
+        name: of the tensor.
+        x: the tensor; of integers the device alone is checked.
+        modules: what is applied to it, by name.
+
+    Raises:
+        SpecError: they differ, and autocast does not make them equal.
+    """
+    for part, module in modules.items():
+        if type(module) not in (nn.Linear, nn.Embedding) or module._forward_pre_hooks:
+            continue
+        weight: Any = module.weight
+        if type(weight) not in (Tensor, nn.Parameter) or "forward" in module.__dict__:
+            continue
+        check_device(owner, name, x, weight.device, f"{part}.weight")
+        if x.is_floating_point() and x.dtype != weight.dtype and not _casts(x, weight):
+            dtype = dtype_name(weight.dtype)
+            _refuse(
+                owner,
+                f"{name} has dtype {dtype_name(x.dtype)}, should be {dtype}, the dtype of "
+                f"{part}.weight: bring both to one dtype, for example with .to(torch.{dtype})",
+            )
+
+
+def _casts(*tensors: Tensor) -> bool:
+    """Return whether autocast brings tensors of one device to one dtype; it leaves float64."""
+    kind = tensors[0].device.type
+    is_on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return is_on and all(x.dtype != torch.float64 for x in tensors)
 
 
 def check_kept(owner: str, x: Tensor, kept: dict[str, Any]) -> None:
@@ -125,8 +189,7 @@ def check_kept(owner: str, x: Tensor, kept: dict[str, Any]) -> None:
     """
     check_floats(owner, **kept)
     for name, value in kept.items():
-        if value.device != x.device:
-            _refuse(owner, f"{name} is on {value.device}, should be on {x.device}, the device of x")
+        check_device(owner, name, value, x.device, "x")
 
 
 def _refuse(owner: str, text: str) -> NoReturn:

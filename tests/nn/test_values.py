@@ -12,6 +12,7 @@ from torch import Tensor
 from errors import message_of
 from gdn_ops import SpecError
 from gdn_ops.nn import (
+    DecayGate,
     GatedDeltaNet,
     GatedRMSNorm,
     HybridLM,
@@ -20,12 +21,15 @@ from gdn_ops.nn import (
     SlidingWindowAttention,
     State,
     gate,
+    optimizer_groups,
+    parameters_without_weight_decay,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WIDTH, WINDOW = 16, 4
 FLOATS = "torch.float64, torch.float32, torch.bfloat16, torch.float16"
+KNOWN = FLOATS.replace("torch.", "")
 NUMBER = "a finite number of at least 0"
 ROWS = "a layer here with attention takes whole rows of one length, without padding"
 
@@ -105,6 +109,7 @@ MADE: dict[str, Callable[[], Any]] = {
     "HybridLM: rule is 'nope', should be one of gated_delta, delta, gated, linear": (
         lambda: model("MA", rule="nope")
     ),
+    "DecayGate: heads is -1, should be a positive integer": lambda: DecayGate(-1),
     "HybridLM: window is -3, should be a positive integer": lambda: model("G", window=-3),
 }
 
@@ -220,12 +225,169 @@ GIVEN: dict[str, Callable[[], Any]] = {
     "HybridLM: tokens has shape (1, 0), should be (B, T) with T > 0": (
         lambda: model().generate(words(), 1)
     ),
+    f"HybridLM.generate: temperature is {10**400}, should be {NUMBER}": (
+        lambda: model().generate(words(1), 1, temperature=10**400)
+    ),
+    "HybridLM.generate: generator has type int, should be a torch.Generator": (
+        lambda: model().generate(words(1), 0, generator=7)
+    ),
+    "HybridLM: generator is on cpu, should be on meta, the device of the logits": (
+        lambda: model(device="meta").generate(words(1).to("meta"), 1, generator=torch.Generator())
+    ),
+    "HybridLM: is_last_only is 'no', should be True or False": (
+        lambda: model()(words(1), is_last_only="no")
+    ),
+    "HybridLM: tokens is on cpu, should be on meta, the device of embedding.weight": (
+        lambda: model(device="meta")(words(1))
+    ),
+    "HybridLM: tokens has layout sparse_coo, should be strided": (
+        lambda: model()(words(1).to_sparse())
+    ),
+    "HybridLM.logits: x has type NoneType, should be a torch.Tensor": lambda: model().logits(None),
+    "HybridLM: x has shape (1, 6, 1), should be (..., hidden_size) with hidden_size = 16": (
+        lambda: model().logits(inputs()[..., :1])
+    ),
+    "GatedDeltaNet: x has layout sparse_coo, should be strided": (
+        lambda: layer()(inputs().to_sparse())
+    ),
+    "GatedDeltaNet: mask has layout sparse_coo, should be strided": (
+        lambda: layer()(inputs(), mask=torch.ones(1, 6).to_sparse())
+    ),
+    "GatedDeltaNet: state.conv has layout sparse_coo, should be strided": (
+        lambda: layer()(inputs(), START._replace(conv=START.conv.to_sparse()))
+    ),
+    f"ShortConvolution: x has dtype float8_e5m2, should be one of {KNOWN}": (
+        lambda: ShortConvolution(WIDTH)(inputs().to(torch.float8_e5m2))
+    ),
+    "ShortConvolution: x is on meta, should be on cpu, the device of weight": (
+        lambda: ShortConvolution(WIDTH)(inputs().to("meta"))
+    ),
+    "GatedRMSNorm: z is on meta, should be on cpu, the device of weight": (
+        lambda: GatedRMSNorm(WIDTH)(inputs(), inputs().to("meta"))
+    ),
+    "GatedRMSNorm: z has shape (1, 1, 16), should be that of x, (1, 6, 16)": (
+        lambda: GatedRMSNorm(WIDTH)(inputs(), inputs(1))
+    ),
+    "gate: A_log has dtype complex64, should be a float": (
+        lambda: gate(torch.zeros(2, 4), torch.zeros(4, dtype=torch.complex64))
+    ),
+    "gate: dt_bias is on meta, should be on cpu, the device of a": (
+        lambda: gate(torch.zeros(2, 4), torch.zeros(4), torch.zeros(4, device="meta"))
+    ),
+    "gate: a has type NoneType, should be a torch.Tensor": lambda: DecayGate(4)(None),
+    "optimizer_groups: model has type list, should be a torch.nn.Module": (
+        lambda: optimizer_groups([*layer().parameters()], 0.1)  # type: ignore[arg-type]
+    ),
+    "parameters_without_weight_decay: model has type NoneType, should be a torch.nn.Module": (
+        lambda: parameters_without_weight_decay(None)  # type: ignore[arg-type]
+    ),
+    f"optimizer_groups: weight_decay is '0.1', should be {NUMBER}": (
+        lambda: model().parameter_groups("0.1")  # type: ignore[arg-type]
+    ),
+    f"optimizer_groups: weight_decay is -1, should be {NUMBER}": (
+        lambda: optimizer_groups(layer(), -1)
+    ),
 }
 
 
 @pytest.mark.parametrize(("message", "action"), GIVEN.items())
 def test_an_input_of_the_wrong_kind_is_refused(message: str, action: Callable[[], Any]) -> None:
     assert message_of(SpecError, action) == message
+
+
+STATEFUL: dict[str, Callable[[], Any]] = {
+    "GatedDeltaNet": layer,
+    "SlidingWindowAttention": attention,
+    "ShortConvolution": lambda: ShortConvolution(WIDTH),
+}
+
+
+@pytest.mark.parametrize("owner", STATEFUL)
+@pytest.mark.parametrize("rows", [-1, 1.0, True, "2", None])
+def test_a_state_of_a_wrong_number_of_rows_is_refused(owner: str, rows: Any) -> None:
+    message = message_of(SpecError, STATEFUL[owner]().zero_state, rows)
+    assert message == f"{owner}.zero_state: rows is {rows!r}, should be an integer of at least 0"
+
+
+@pytest.mark.parametrize("owner", STATEFUL)
+def test_no_rows_have_a_state(owner: str) -> None:
+    made = STATEFUL[owner]()
+    y, _ = made(inputs()[:0], made.zero_state(0))
+    assert y.shape == (0, 6, WIDTH)
+
+
+@pytest.mark.parametrize("owner", ["GatedDeltaNet", "SlidingWindowAttention"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_an_input_of_another_dtype_than_the_weights_is_refused(
+    owner: str, dtype: torch.dtype
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    call, wide = STATEFUL[owner](), STATEFUL[owner]().to(dtype)
+    text = "the dtype of q_proj.weight: bring both to one dtype, for example with .to"
+    assert message_of(SpecError, call, inputs().to(dtype)) == (
+        f"{owner}: x has dtype {name}, should be float32, {text}(torch.float32)"
+    )
+    assert message_of(SpecError, wide, inputs()) == (
+        f"{owner}: x has dtype float32, should be {name}, {text}({dtype})"
+    )
+    wide.to(torch.float32).o_proj.to(dtype)
+    text = text.replace("q_proj", "o_proj")
+    assert message_of(SpecError, wide, inputs()) == (
+        f"{owner}: o has dtype float32, should be {name}, {text}({dtype})"
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if dtype == torch.float64:
+            message_of(SpecError, call, inputs().to(dtype))
+        else:
+            assert torch.isfinite(call(inputs().to(dtype))[0]).all()
+
+
+def test_an_input_on_another_device_than_the_weights_is_refused() -> None:
+    for owner in ("GatedDeltaNet", "SlidingWindowAttention"):
+        assert message_of(SpecError, STATEFUL[owner](), inputs().to("meta")) == (
+            f"{owner}: x is on meta, should be on cpu, the device of q_proj.weight"
+        )
+
+
+def test_a_model_of_several_dtypes_is_refused_by_name() -> None:
+    text = "bring both to one dtype, for example with .to(torch.bfloat16)"
+    for part, message in {
+        "blocks.0.mlp": f"SwiGLU: x has dtype float32, should be bfloat16, the dtype of "
+        f"gate_proj.weight: {text}",
+        "blocks.0.mlp.down_proj": f"SwiGLU: the product has dtype float32, should be bfloat16, "
+        f"the dtype of down_proj.weight: {text}",
+        "blocks.0.mixer.a_proj": "GatedDeltaNet: x has dtype float32, should be bfloat16, the "
+        f"dtype of a_proj.weight: {text}",
+    }.items():
+        mixed = model()
+        mixed.get_submodule(part).bfloat16()
+        assert message_of(SpecError, mixed, words(1, 2)) == message
+    logits = model(dtype=torch.bfloat16).logits
+    assert message_of(SpecError, logits, inputs()) == (
+        "HybridLM.logits: x has dtype float32, should be bfloat16, the dtype of "
+        f"embedding.weight: {text}"
+    )
+
+
+class Widening(torch.nn.Linear):
+    """A linear layer that converts what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+def test_a_projection_that_converts_its_input_is_given_any_dtype() -> None:
+    hooked, own = layer(), layer()
+    for name, child in hooked.named_children():
+        if name.endswith("_proj"):
+            child.register_forward_pre_hook(lambda module, given: (given[0].float(),))
+            mine = Widening(child.in_features, child.out_features, bias=False)
+            mine.load_state_dict(child.state_dict())
+            own.register_module(name, mine)
+    expected = layer()(inputs().bfloat16().float())[0]
+    for made in (hooked, own):
+        y, _ = made(inputs().bfloat16())
+        torch.testing.assert_close(y, expected)
 
 
 def test_no_tokens_behind_a_ring_leave_it_as_it_is() -> None:
