@@ -179,7 +179,7 @@ class HybridLM(nn.Module):
         check_counts("HybridLM", least=0, mlp_size=mlp_size or 0)
         check_numbers("HybridLM", norm_eps=norm_eps)
         check_dtype("HybridLM", dtype)
-        self.pattern = (pattern * count)[:count]
+        self.hidden_size, self.pattern = hidden_size, (pattern * count)[:count]
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = 4 * hidden_size if mlp_size is None else mlp_size
         rules = {"G": rule, "M": "gated"}
@@ -203,21 +203,36 @@ class HybridLM(nn.Module):
         Linear layers and the embedding are drawn from N(0, 2 / (5 hidden_size)), smaller by
         sqrt(2 layers) where they write into the residual stream. Gates, convolutions and norms
         start as their layers make them.
+
+        Raises:
+            SpecError: a matrix is computed from others or is no float, so that it cannot be drawn.
         """
-        for module in self.modules():
-            reset = getattr(module, "reset_parameters", None)
+        for name, module in self._matrices():
+            weight = module._parameters.get("weight")
+            if weight is None or not weight.is_floating_point():
+                _fail(
+                    f"{name}.weight is no parameter of floats, should be one to be drawn anew: "
+                    f"remove what computes it from others, or dequantise it, first"
+                )
+        for part in self.modules():
+            reset = getattr(part, "reset_parameters", None)
             if reset is not None:
                 reset()
         self._draw_matrices()
 
     def _draw_matrices(self) -> None:
         """Draw the linear layers and the embedding."""
-        std = math.sqrt(2 / (5 * self.embedding.embedding_dim))
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                writes = name.endswith(("o_proj", "down_proj"))
-                shrink = math.sqrt(2 * len(self.blocks)) if writes else 1.0
-                nn.init.normal_(module.weight, std=std / shrink)
+        std = math.sqrt(2 / (5 * self.hidden_size))
+        for name, module in self._matrices():
+            # A part of the name: what wraps a layer adds names behind that of the layer.
+            writes = {"o_proj", "down_proj"} & set(name.split("."))
+            shrink = math.sqrt(2 * len(self.blocks)) if writes else 1.0
+            nn.init.normal_(module.weight, std=std / shrink)
+
+    def _matrices(self) -> list[tuple[str, nn.Linear | nn.Embedding]]:
+        """Return the linear layers and the embedding by name."""
+        modules = self.named_modules()
+        return [(name, m) for name, m in modules if isinstance(m, nn.Linear | nn.Embedding)]
 
     def forward(
         self,
@@ -306,7 +321,7 @@ class HybridLM(nn.Module):
             SpecError: x is no tensor of floats, or does not fit the embedding.
         """
         check_floats("HybridLM.logits", x=x)
-        weight: Any = self.embedding.weight
+        weight: Any = getattr(self.embedding, "weight", None)
         if not isinstance(weight, Tensor):
             _fail(
                 f"embedding is a {type(self.embedding).__name__} without a weight tensor, should "

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from errors import message_of
 from gdn_ops import SpecError
@@ -135,6 +135,48 @@ def test_a_model_generates_behind_any_projection(wrap: str) -> None:
     with torch.no_grad():
         expected = model(longer[:, :-1])[0][:, -1].argmax(-1)
     assert torch.equal(longer[:, -1], expected)
+
+
+def pruned(linear: nn.Linear) -> nn.Module:
+    module: nn.Module = prune.l1_unstructured(linear, "weight", 0.3)
+    return module
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, pruned])
+def test_weights_that_cannot_be_drawn_anew_are_refused_by_name(wrap: Any) -> None:
+    model = make_model()
+    wrap(model.blocks[1].mixer.k_proj)
+    before = copy.deepcopy(model.state_dict())
+    assert message_of(SpecError, model.reset_weights) == (
+        "HybridLM: blocks.1.mixer.k_proj.weight is no parameter of floats, should be one to be "
+        "drawn anew: remove what computes it from others, or dequantise it, first"
+    )
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("wrap", ["compiled", "with an adapter"])
+def test_weights_behind_a_wrapper_are_drawn_as_those_without(wrap: str) -> None:
+    model, wrapped = make_model(), make_model()
+    for block in wrapped.blocks:
+        each = {"compiled": WRAPS["compiled"], "with an adapter": Adapter}[wrap]
+        block.mixer.o_proj = each(block.mixer.o_proj)
+    wrapped.reset_weights()
+    for block, other in zip(model.blocks, wrapped.blocks, strict=True):
+        inner = next(m for m in other.mixer.o_proj.modules() if isinstance(m, nn.Linear))
+        ratio = inner.weight.std().item() / block.mixer.o_proj.weight.std().item()
+        assert 0.8 < ratio < 1.25
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, nn.DataParallel])
+def test_an_embedding_in_a_wrapper_is_refused_by_name(wrap: Any) -> None:
+    model = make_model()
+    model.embedding = wrap(model.embedding)
+    assert message_of(SpecError, model, tokens()) == (
+        f"HybridLM: embedding is a {wrap.__name__} without a weight tensor, should be a "
+        f"torch.nn.Embedding: it is the output matrix too"
+    )
+    model.reset_weights()
 
 
 def test_an_embedding_without_a_weight_is_refused_by_name() -> None:
