@@ -42,14 +42,19 @@ def check_positions(named: dict[str, Any]) -> None:
     """Check that the arguments of a model agree on where packed sequences begin.
 
     Raises:
-        SpecError: they do not, or a mask has padding between tokens, or a mask of four dimensions
-            hides more than the future.
+        SpecError: they do not, or a mask has padding between tokens, or padding that is read a
+            token at a time, or a mask of four dimensions hides more than the future.
     """
     mask, positions, numbers = (named.get(name) for name in (MASK, POSITIONS, "seq_idx"))
+    if isinstance(mask, dict):
+        # One for each kind of layer, as `generate` makes them for a static cache.
+        mask = mask.get("linear_attention")
     if isinstance(mask, Tensor) and mask.dim() == 4 and has_values(mask):
         _check_causal(mask)
-    if isinstance(mask, Tensor) and mask.dim() == 2 and _tokens(named) != 1 and has_values(mask):
+    if isinstance(mask, Tensor) and mask.dim() == 2 and has_values(mask):
         _check_between(mask)
+        if _tokens(named) == 1 and _fills_a_cache(named):
+            _check_token(mask)
     positions = _of_text(positions)
     if positions is None and numbers is None:
         return
@@ -114,6 +119,26 @@ def _check_between(mask: Tensor) -> None:
         )
 
 
+def _fills_a_cache(named: dict[str, Any]) -> bool:
+    """Return whether a call leaves a cache behind, as far as its arguments tell."""
+    is_given = any(hasattr(value, "has_previous_state") for value in named.values())
+    return is_given or bool(named.get("use_cache"))
+
+
+def _check_token(mask: Tensor) -> None:
+    """Refuse a single token that is padding on the left: models do not tell layers of it.
+
+    Behind other tokens it is one of a row that has ended.
+    """
+    rows = mask.ne(0).any(1).logical_not().nonzero()
+    if len(rows):
+        _fail(
+            f"{MASK} has padding on the left in row {int(rows[0])} that is read a token at a time, "
+            f"should have it read with tokens behind it: linear attention would take the padding "
+            f"for tokens; a prefill_chunk_size of more than 1 does"
+        )
+
+
 def _of_text(positions: Any) -> Tensor | None:
     """Return positions (B, T) of text of more than one token, or None where they are not known."""
     if not isinstance(positions, Tensor) or not has_values(positions):
@@ -149,7 +174,9 @@ def _check_causal(mask: Tensor) -> None:
     """Check that a mask (B, heads, T, S) hides the future and nothing else."""
     tokens, keys = mask.shape[2:]
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(torch.float16).min / 2
-    causal = torch.ones(tokens, keys, dtype=torch.bool, device=mask.device).tril(keys - tokens)
+    # Behind the keys of a static cache there is room for later ones.
+    past = min(int(seen[0, 0, 0].sum()) - 1, keys - tokens) if seen.numel() else 0
+    causal = torch.ones(tokens, keys, dtype=torch.bool, device=mask.device).tril(past)
     if tokens > 1 and not seen.eq(causal).all():
         _fail(
             f"{MASK} has shape {tuple(mask.shape)} and hides more than the future, should be "

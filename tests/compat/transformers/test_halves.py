@@ -17,6 +17,7 @@ from compat_models import SMALL, has_convolutions, model, module_of, relative, r
 from compat_stand_ins import Load, only
 from errors import message_of
 from gdn_ops.compat.transformers import accelerate, packing
+from gdn_ops.compat.transformers.positions import check_positions
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_blocks")
 
@@ -240,6 +241,56 @@ def test_a_row_that_begins_in_a_later_part_of_a_prompt_is_right() -> None:
     places = (whole.cumsum(1) - 1).clamp(min=0)
     at_once = run(model(SMALL), tokens(2, 8), attention_mask=whole, position_ids=places)[:, -1]
     assert relative(in_turns, at_once) < 1e-4
+
+
+ONE_BY_ONE = (
+    "attention_mask has padding on the left in row 1 that is read a token at a time, should have "
+    "it read with tokens behind it: linear attention would take the padding for tokens; a "
+    "prefill_chunk_size of more than 1 does"
+)
+
+
+def test_padding_that_is_read_a_token_at_a_time_is_refused() -> None:
+    left = mask_of("1111", "0011")
+    with accelerate():
+        for parts in (left.split(1, 1), left.split([1, 3], 1)):
+            text = message_of(gdn_ops.SpecError, turns, (*parts, mask_of("1", "1")))
+            assert text == f"accelerate: {ONE_BY_ONE}"
+        for parts in (left.split([3, 1], 1), left.split([2, 1, 1], 1)):
+            assert relative(turns(parts), turns((left,))) < 1e-4
+
+
+def test_a_row_that_has_ended_may_be_padding_a_token_at_a_time() -> None:
+    ended = (mask_of("1111", "0011"), mask_of("1", "0"), mask_of("1", "0"))
+    going_on = tuple(torch.ones_like(mask) if mask.shape[1] == 1 else mask for mask in ended)
+    with accelerate():
+        assert relative(turns(ended)[0], turns(going_on)[0]) < 1e-5
+        text = message_of(gdn_ops.SpecError, turns, (*ended, mask_of("1", "1")))
+    assert text == (
+        "accelerate: attention_mask has padding between tokens in row 1, should have it on the "
+        "left: the short convolution would take the padding for tokens"
+    )
+
+
+@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"prefill_chunk_size": 3}])
+def test_a_left_padded_prompt_is_continued_with_any_cache(options: dict[str, Any]) -> None:
+    tiny, rows, mask = model(SMALL), tokens(2, 9), mask_of("111111111", "000011111")
+    going = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    expected = tiny.generate(rows[1:, 4:], **going)[0, -5:]
+    with accelerate():
+        made = tiny.generate(rows, attention_mask=mask, disable_compile=True, **going, **options)
+    assert torch.equal(made[1, -5:], expected)
+
+
+def test_a_causal_mask_may_have_room_for_later_keys() -> None:
+    causal = torch.ones(4, 9, dtype=torch.bool).tril()[None, None]
+    for past in range(6):
+        check_positions(
+            {"attention_mask": torch.ones(4, 9, dtype=torch.bool).tril(past)[None, None]}
+        )
+    causal[..., 0] = False
+    message = message_of(gdn_ops.SpecError, check_positions, {"attention_mask": causal})
+    assert message.startswith("accelerate: attention_mask has shape (1, 1, 4, 9) and hides more")
 
 
 # Calls that the original refuses.
