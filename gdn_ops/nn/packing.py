@@ -64,13 +64,22 @@ def check_mask(owner: str, mask: Any, x: Tensor) -> None:
             f"mask has shape {tuple(mask.shape)}, should be (B, T) = {tuple(x.shape[:2])}, 0 "
             f"where a token is padding",
         )
+    check_mask_values(owner, "mask", mask)
+
+
+def check_mask_values(owner: str, name: str, mask: Tensor) -> None:
+    """Check that a padding mask has no values but 0 and 1, where values may be looked at.
+
+    Raises:
+        SpecError: it has others.
+    """
     if mask.dtype != torch.bool and has_values(mask):
         other = mask[(mask != 0) & (mask != 1)]
         if len(other):
+            value = other[0].item()
             _fail(
                 owner,
-                f"mask has the value {other[0].item():g}, should have 1 for a token and 0 for "
-                f"padding",
+                f"{name} has the value {value:g}, should have 1 for a token and 0 for padding",
             )
 
 

@@ -57,8 +57,8 @@ def check_arguments(named: dict[str, Any], cache: Any) -> None:
     """Check what a layer is told of packed sequences, as far as it shows outside of graphs.
 
     Raises:
-        SpecError: a list where a tensor belongs, boundaries of the keys alone, or a cache, which
-            has one state per row, on a CPU.
+        SpecError: a list where a tensor belongs, boundaries of the keys alone or other ones than
+            of the queries, or a cache, which has one state per row, on a CPU.
     """
     for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens"):
         value = named.get(name)
@@ -73,6 +73,17 @@ def check_arguments(named: dict[str, Any], cache: Any) -> None:
         raise SpecError(
             "accelerate: cu_seq_lens_k is given without seq_idx, should be given with it: linear "
             "attention would mix the packed sequences"
+        )
+    if (
+        queries is not None
+        and keys is not None
+        and has_values(queries)
+        and has_values(keys)
+        and queries.tolist() != keys.tolist()
+    ):
+        raise SpecError(
+            f"accelerate: cu_seq_lens_k has boundaries {keys.tolist()}, should be those of "
+            f"cu_seq_lens_q, {queries.tolist()}: attention layers go by both"
         )
     if numbers is None or cache is None or not has_values(numbers):
         return

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gdn_ops.nn.packing import has_values
+from gdn_ops.nn.packing import check_mask_values, has_values
 from gdn_ops.spec.errors import SpecError
 
 POSITIONS = "position_ids"
@@ -48,14 +48,12 @@ def check_positions(named: dict[str, Any]) -> None:
     mask, positions, numbers = (named.get(name) for name in (MASK, POSITIONS, "seq_idx"))
     if isinstance(mask, dict):
         # One for each kind of layer, as `generate` makes them for a static cache.
-        mask = mask.get("linear_attention")
-    if isinstance(mask, Tensor) and mask.dim() == 4 and has_values(mask):
-        _check_causal(mask)
-    if isinstance(mask, Tensor) and mask.dim() == 2 and has_values(mask):
-        _check_between(mask)
-        if _tokens(named) == 1 and _fills_a_cache(named):
-            _check_token(mask)
-    positions = _of_text(positions)
+        linear = mask.get("linear_attention")
+        mask = mask.get("full_attention") if linear is None else linear
+    if isinstance(mask, Tensor):
+        _check_mask(mask, named)
+    given: Any = positions
+    positions = _of_text(given)
     if positions is None and numbers is None:
         return
     restarts = None if positions is None else _restarts(positions, mask)
@@ -86,6 +84,11 @@ def check_positions(named: dict[str, Any]) -> None:
             f"{POSITIONS} is None, should start again with every sequence of seq_idx: attention "
             f"layers tell sequences apart by them"
         )
+    elif given.dim() == 3 and len(given) != 4:
+        _fail(
+            f"{POSITIONS} has shape {tuple(given.shape)}, should be (B, T), or (4, B, T) with "
+            f"those of text first: attention layers tell packed sequences apart by those of text"
+        )
     elif not torch.equal(changes, restarts):
         _fail(
             f"{POSITIONS} tell of sequences of {_lengths(restarts)} tokens, should be those of "
@@ -98,10 +101,31 @@ def _has_inputs(named: dict[str, Any]) -> bool:
     return any(named.get(name) is not None for name in INPUTS)
 
 
-def _tokens(named: dict[str, Any]) -> int | None:
-    """Return how many tokens a row of a model's inputs has; None for those of a layer."""
+def _check_mask(mask: Tensor, named: dict[str, Any]) -> None:
+    """Check the mask of a model or a layer that is called with these arguments."""
+    rows, tokens = _sizes(named)
+    fits = mask.dim() == 2 and mask.shape[0] in (1, rows) and mask.shape[1] >= tokens
+    if rows is not None and not (fits or mask.dim() == 4):
+        _fail(
+            f"{MASK} has shape {tuple(mask.shape)}, should be (B, T) = ({rows}, {tokens}), with "
+            f"the tokens of a cache in front"
+        )
+    if not has_values(mask):
+        return
+    if mask.dim() == 4:
+        _check_causal(mask)
+    elif mask.dim() == 2:
+        check_mask_values("accelerate", MASK, mask)
+        _check_between(mask)
+        if tokens == 1 and _fills_a_cache(named):
+            _check_token(mask)
+
+
+def _sizes(named: dict[str, Any]) -> tuple[int | None, int]:
+    """Return B and T of a model's inputs; None and 0 for those of a layer."""
     given = next((named[name] for name in INPUTS if named.get(name) is not None), None)
-    return given.shape[1] if isinstance(given, Tensor) and given.dim() > 1 else None
+    is_known = isinstance(given, Tensor) and given.dim() > 1
+    return (given.shape[0], given.shape[1]) if is_known else (None, 0)  # type: ignore[union-attr]
 
 
 def _check_between(mask: Tensor) -> None:

@@ -89,11 +89,40 @@ REFUSED: dict[str, tuple[dict[str, Any], ...]] = {
     "cu_seq_lens_k is given without seq_idx, should be given with it: linear attention would mix "
     "the packed sequences": ({"cu_seq_lens_k": CUTS, **ALONE},),
     packing.WITHOUT_NUMBERS: ({"cu_seq_lens_q": CUTS, **ALONE},),
+    "cu_seq_lens_k has boundaries [0, 5, 16], should be those of cu_seq_lens_q, [0, 7, 16]: "
+    "attention layers go by both": (
+        {
+            "seq_idx": NUMBERS,
+            "position_ids": PLACES,
+            "cu_seq_lens_q": CUTS,
+            "cu_seq_lens_k": torch.tensor([0, 5, 16]),
+            **ALONE,
+        },
+    ),
+    "position_ids has shape (3, 1, 16), should be (B, T), or (4, B, T) with those of text first: "
+    "attention layers tell packed sequences apart by those of text": (
+        {"seq_idx": NUMBERS, "position_ids": PLACES.expand(3, -1, -1), **ALONE},
+    ),
+    # A way to number packed sequences, elsewhere.
+    "attention_mask has the value 2, should have 1 for a token and 0 for padding": (
+        {"attention_mask": NUMBERS + 1, **ALONE},
+        {"attention_mask": NUMBERS + 1.0, "position_ids": PLACES, **ALONE},
+    ),
+    "attention_mask has the value -1, should have 1 for a token and 0 for padding": (
+        {"attention_mask": -torch.ones(1, 16), **ALONE},
+    ),
+    "attention_mask has shape (1, 10), should be (B, T) = (1, 16), with the tokens of a cache in "
+    "front": ({"attention_mask": torch.ones(1, 10), **ALONE},),
+    "attention_mask has shape (16,), should be (B, T) = (1, 16), with the tokens of a cache in "
+    "front": ({"attention_mask": torch.ones(16), **ALONE},),
+    "attention_mask has shape (3, 16), should be (B, T) = (1, 16), with the tokens of a cache in "
+    "front": ({"attention_mask": torch.ones(3, 16), **ALONE},),
     "seq_idx has type list, should be a torch.Tensor": ({"seq_idx": [[0, 1]], **ALONE},),
     "attention_mask has shape (1, 1, 16, 16) and hides more than the future, should be (B, T) with "
     "0 where a token is padding: linear attention sees no mask of pairs; seq_idx and position_ids "
     "tell of packed sequences": (
         {"attention_mask": BLOCKS[None, None], **ALONE},
+        {"attention_mask": {"full_attention": BLOCKS[None, None]}, **ALONE},
         {
             "attention_mask": torch.zeros(1, 1, 16, 16).masked_fill(~BLOCKS, -torch.inf),
             **ALONE,
