@@ -4,7 +4,7 @@
 
 is the whole migration: names, defaults and returns are those of `fla.ops.gated_delta_rule`. What
 gdn_ops cannot do raises by name; no argument is dropped. Arguments that only tell FLA's kernels
-how to work, `cu_seqlens_cpu` and `chunk_indices`, are accepted and not needed.
+how to work, `cu_seqlens_cpu` and `chunk_indices`, are accepted beside `cu_seqlens` and not needed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from gdn_ops.compat.fla_arguments import (
     OLDER_NAMES,
     check_gate_parameter,
     check_kinds,
+    check_packing,
     check_switches,
     promoted,
 )
@@ -86,6 +87,7 @@ def chunk_gated_delta_rule(
     """
     name = "chunk_gated_delta_rule"
     _refuse(name, {"cp_context": cp_context}, "context parallelism over devices is not supported")
+    check_packing(name, cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, chunk_indices=chunk_indices)
     chunk_size = kwargs.pop("chunk_size", None)
     use_gate_in_kernel, A_log, dt_bias = (
         kwargs.pop(key, None) for key in ("use_gate_in_kernel", "A_log", "dt_bias")
@@ -200,24 +202,30 @@ def _run(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """Run a call of either function, whose states may be V-first."""
-    tokens, dtype = promoted(name, tokens)
+    tokens, dtype = promoted(tokens)
     q, v, log_alpha, beta = (tokens[key] for key in ("q", "v", "log_alpha", "beta"))
     if beta is not None and beta.dim() == v.dim() == 4:
         raise SpecError(
             f"{name}: beta has shape {tuple(beta.shape)}, should be (B, T, HV) = "
             f"{tuple(v.shape[:3])}: a write strength per channel is not supported"
         )
-    if state is not None and is_v_first:
-        if state.dim() != 4:
-            raise SpecError(
-                f"{name}: initial_state has shape {tuple(state.shape)}, should be (N, HV, V, K): "
-                f"4 dimensions, not {state.dim()}"
-            )
-        state = state.mT.contiguous()
-    elif state is not None and q.dim() == v.dim() == 4:
+    if state is not None and is_v_first and state.dim() != 4:
+        raise SpecError(
+            f"{name}: initial_state has shape {tuple(state.shape)}, should be (N, HV, V, K): "
+            f"4 dimensions, not {state.dim()}"
+        )
+    if state is not None and q.dim() == v.dim() == 4:
         is_packed = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1
         rows = cu_seqlens.shape[0] - 1 if is_packed else q.shape[0]  # type: ignore[union-attr]
-        check_state(name, "initial_state", state, (rows, v.shape[2], q.shape[3], v.shape[3]))
+        shape = (rows, v.shape[2], q.shape[3], v.shape[3])
+        if not is_v_first:
+            check_state(name, "initial_state", state, shape)
+        elif tuple(state.mT.shape) != shape:
+            raise SpecError(
+                f"{name}: initial_state has shape {tuple(state.shape)}, should be (N, HV, V, K) = "
+                f"{(*shape[:2], shape[3], shape[2])}"
+            )
+    state = state.mT.contiguous() if state is not None and is_v_first else state
     if state is not None and state.is_floating_point():
         # FLA keeps states in float32, whatever the dtype of the one that it is given.
         state = state.to(torch.promote_types(q.dtype, torch.float32))

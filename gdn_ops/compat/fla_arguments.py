@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from gdn_ops.call.structure import dtype_name
+from gdn_ops.nn.packing import has_values
+from gdn_ops.nn.values import check_floats
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.rules import FLOAT_DTYPES
 
@@ -27,6 +29,9 @@ OLDER_NAMES = {
     "inplace_final_state": "left out: gdn_ops.gated_delta_step updates a state in place",
 }
 """Says what is meant by names of other versions and of other functions."""
+
+FLOATS = tuple(getattr(torch, name) for name in FLOAT_DTYPES)
+"""The dtypes of tokens and gates."""
 
 POSITIONS = {"use_beta_sigmoid_in_kernel": "cu_seqlens"}
 """Names what older versions of FLA have in the place of an argument."""
@@ -50,14 +55,47 @@ def check_kinds(function: str, arguments: dict[str, Any]) -> None:
         arguments: at least those of TENSORS and SWITCHES, by name.
 
     Raises:
-        SpecTypeError: one of them is something else.
+        SpecError: one of them is something else, or tokens or gates have a dtype that the ops do
+            not take.
     """
     for name in TENSORS:
         value = arguments[name]
         if not isinstance(value, Tensor) and (value is not None or name in TENSORS[:3]):
             text = f"{name} has type {type(value).__name__}, should be a torch.Tensor"
             raise SpecTypeError(f"{function}: {text}")
+        if name in TENSORS[:5] and value is not None and value.dtype not in FLOATS:
+            raise SpecError(
+                f"{function}: {name} has dtype {dtype_name(value.dtype)}, should be one of "
+                f"{', '.join(FLOAT_DTYPES)}"
+            )
     check_switches(function, **{name: arguments[name] for name in SWITCHES})
+
+
+def check_packing(function: str, cu_seqlens: Any, **derived: Any) -> None:
+    """Check what is derived from the boundaries of packed sequences.
+
+    Args:
+        function: what messages start with.
+        cu_seqlens: the boundaries.
+        derived: copies of them, and indices, by name.
+
+    Raises:
+        SpecError: something is given without the boundaries, or `cu_seqlens_cpu` has other ones.
+    """
+    for name, value in derived.items():
+        if value is not None and cu_seqlens is None:
+            raise SpecError(
+                f"{function}: {name} is given without cu_seqlens, should be given with it: packed "
+                f"sequences would run into each other"
+            )
+    copied = derived["cu_seqlens_cpu"]
+    if all(isinstance(x, Tensor) and has_values(x) for x in (cu_seqlens, copied)):
+        here, there = copied.tolist(), cu_seqlens.tolist()
+        if here != there:
+            raise SpecError(
+                f"{function}: cu_seqlens_cpu has boundaries {here}, should be those of cu_seqlens, "
+                f"{there}"
+            )
 
 
 def check_switches(function: str, **values: Any) -> None:
@@ -83,38 +121,27 @@ def check_gate_parameter(function: str, name: str, value: Tensor, g: Tensor) -> 
     Raises:
         SpecError: it has another shape, is no float, or is on another device.
     """
+    check_floats(function, **{name: value})
     text = ""
     if value.shape != g.shape[-1:]:
         text = f"has shape {tuple(value.shape)}, should be (HV,) = {tuple(g.shape[-1:])}"
-    elif not value.is_floating_point():
-        text = f"has dtype {dtype_name(value.dtype)}, should be a float"
     elif value.device != g.device:
         text = f"is on {value.device}, should be on {g.device}, the device of g"
     if text:
         raise SpecError(f"{function}: {name} {text}")
 
 
-def promoted(function: str, tokens: dict[str, Any]) -> tuple[dict[str, Any], torch.dtype]:
+def promoted(tokens: dict[str, Any]) -> tuple[dict[str, Any], torch.dtype]:
     """Bring tokens to the dtypes of the ops, as FLA's kernels promote.
 
     Args:
-        function: what messages start with.
         tokens: q, k, v, log_alpha and beta.
 
     Returns:
         Tokens whose q, k and v have one dtype and whose gates are no wider than the op computes
         in, and the dtype of o, which is that of v.
-
-    Raises:
-        SpecError: q, k or v has a dtype that the ops do not take.
     """
     names = ("q", "k", "v")
-    for name in names:
-        if dtype_name(tokens[name].dtype) not in FLOAT_DTYPES:
-            raise SpecError(
-                f"{function}: {name} has dtype {dtype_name(tokens[name].dtype)}, should be one of "
-                f"{', '.join(FLOAT_DTYPES)}"
-            )
     wide = functools.reduce(torch.promote_types, (tokens[name].dtype for name in names))
     changed = {name: tokens[name].to(wide) for name in names}
     for name in ("log_alpha", "beta"):

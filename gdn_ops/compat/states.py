@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.nn.packing import has_values
+from gdn_ops.nn.values import check_floats
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 __all__ = ["gate_from", "gate_to", "state_from", "state_to"]
@@ -149,8 +150,8 @@ def check_state(op: str, name: str, state: Tensor, shape: tuple[int, int, int, i
 
 
 def _check_gate(function: str, name: str, gate: Tensor, why: str, *, is_log: bool) -> None:
-    """Refuse what is no tensor, and values of a CPU tensor that such a gate cannot have."""
-    _check_tensor(function, name, gate)
+    """Refuse what is no tensor of floats, and values of a CPU tensor that are not of its kind."""
+    check_floats(function, **{name: gate})
     if not has_values(gate) or not gate.numel():
         return
     low, high = (float(x) for x in gate.detach().aminmax())
@@ -159,13 +160,6 @@ def _check_gate(function: str, name: str, gate: Tensor, why: str, *, is_log: boo
         raise SpecError(
             f"{function}: {name} has values in [{low:.4g}, {high:.4g}], should be in "
             f"[{smallest}, {largest}]: {why}"
-        )
-
-
-def _check_tensor(function: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise SpecTypeError(
-            f"{function}: {name} has type {type(value).__name__}, should be a torch.Tensor"
         )
 
 
@@ -183,7 +177,7 @@ def _layout(function: str, name: str) -> Layout:
 
 def _turned(function: str, layout: str, state: Tensor) -> Tensor:
     known = _layout(function, layout)
-    _check_tensor(function, "state", state)
+    check_floats(function, state=state)
     if state.dim() != 4:
         raise SpecError(
             f"{function}: state has shape {tuple(state.shape)}, should have 4 dimensions: "

@@ -235,7 +235,34 @@ REFUSED: dict[str, dict[str, Any]] = {
     "chunk_gated_delta_rule: got an unknown argument 'cu_seqlen', should be 'cu_seqlens'?": {
         "cu_seqlen": None
     },
+    "chunk_gated_delta_rule: cu_seqlens_cpu is given without cu_seqlens, should be given with it: "
+    "packed sequences would run into each other": {"cu_seqlens_cpu": torch.tensor([0, T])},
+    "chunk_gated_delta_rule: chunk_indices is given without cu_seqlens, should be given with it: "
+    "packed sequences would run into each other": {"chunk_indices": torch.zeros(1, 2)},
+    "chunk_gated_delta_rule: cu_seqlens_cpu has boundaries [0, 4, 9], should be those of "
+    "cu_seqlens, [0, 5, 9]": {
+        "cu_seqlens": torch.tensor([0, 5, T]),
+        "cu_seqlens_cpu": torch.tensor([0, 4, T]),
+    },
     # Of the wrong kind.
+    "chunk_gated_delta_rule: g has dtype complex64, should be one of float64, float32, bfloat16, "
+    "float16": {"g": torch.zeros(B, T, HV, dtype=torch.complex64)},
+    "fused_recurrent_gated_delta_rule: g has dtype float8_e5m2, should be one of float64, float32, "
+    "bfloat16, float16": {"g": torch.zeros(B, T, HV).to(torch.float8_e5m2)},
+    "chunk_gated_delta_rule: g has dtype int64, should be one of float64, float32, bfloat16, "
+    "float16": {
+        "use_gate_in_kernel": True,
+        "A_log": torch.zeros(HV),
+        "g": torch.zeros(B, T, HV, dtype=torch.int64),
+    },
+    # Only the real part of its sigmoid was taken.
+    "chunk_gated_delta_rule: beta has dtype complex64, should be one of float64, float32, "
+    "bfloat16, float16": {
+        "use_beta_sigmoid_in_kernel": True,
+        "beta": torch.zeros(B, T, HV, dtype=torch.complex64),
+    },
+    "chunk_gated_delta_rule: initial_state has shape (2, 4, 8, 6), should be (N, HV, V, K) = "
+    "(2, 4, 6, 8)": {"initial_state": torch.zeros(B, HV, K, V), "state_v_first": True},
     "chunk_gated_delta_rule: q has type list, should be a torch.Tensor": {"q": [1.0]},
     "fused_recurrent_gated_delta_rule: beta has type float, should be a torch.Tensor": {
         "beta": 1.0
@@ -360,6 +387,22 @@ def test_the_names_mean_what_the_libraries_do() -> None:
         "gate_to: alpha has values in [-0.25, 0], should be in [0, 1]: log α goes in log_alpha=": (
             "fla",
             torch.tensor([-0.25, 0.0]),
+        ),
+        "state_from: state has layout sparse_coo, should be strided": (
+            "fla",
+            torch.zeros(1, 1, 2, 2).to_sparse(),
+        ),
+        "state_to: state has dtype int64, should be a float": (
+            "paper",
+            torch.zeros(1, 1, 2, 2, dtype=torch.int64),
+        ),
+        "gate_from: gate has dtype complex64, should be a float": (
+            "fla",
+            torch.zeros(2, dtype=torch.complex64),
+        ),
+        "gate_to: alpha has layout sparse_coo, should be strided": (
+            "fla",
+            torch.zeros(2).to_sparse(),
         ),
         "state_from: state has type list, should be a torch.Tensor": ("fla", [0.5]),
         "state_to: layout has type Tensor, should be one of fla, fla_v_first, flashinfer, onnx, "
