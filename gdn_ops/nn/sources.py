@@ -88,6 +88,20 @@ class Source:
                 return float(eps)
         self._refuse(f"{name}.eps is None, should be a number")
 
+    def output_gate(self, name: str) -> str:
+        """Return the activation of the gate of a gated norm, SiLU where it names none.
+
+        Raises:
+            SpecError: it is another one.
+        """
+        activation = getattr(self.layer.get_submodule(name), "activation", "silu")
+        known = {"swish": "silu", "silu": "silu", "sigmoid": "sigmoid"}
+        if not isinstance(activation, str) or activation not in known:
+            self._refuse(
+                f"{name}.activation is {activation!r}, should be one of {', '.join(known)}"
+            )
+        return known[activation]
+
     def _refuse_hooks(self, name: str, module: nn.Module) -> None:
         """Refuse a module with hooks of its forward: what they do would be lost."""
         if module._forward_hooks or module._forward_pre_hooks:
@@ -124,17 +138,37 @@ class Source:
         return tuple(self.tensor(f"{name}.{part}") for part in parts)
 
     def check_all_read(self) -> None:
-        """Check that every parameter of the layer was read.
+        """Check that every parameter of the layer was read, and that nothing is done around it.
 
         Raises:
-            SpecError: some were not, and would be lost.
+            SpecError: some were not, or there are hooks, and would be lost.
         """
+        self._refuse_hooks("layer", self.layer)
+        if "forward" in vars(self.layer):
+            self._refuse(
+                "layer has a forward of its own, should have that of its class: what it does would "
+                "be lost"
+            )
         names = [name for name, _ in self.layer.named_parameters() if name not in self._read]
         if names:
             self._refuse(
                 f"layer has the parameters {', '.join(names)}, should have none besides those of "
                 f"the table in docs/layer.md: they would be lost"
             )
+
+    def check_sizes(self, layer: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Check that weights have the shapes of a new layer's parameters.
+
+        Raises:
+            SpecError: one has another shape, or the layer has no such parameter.
+        """
+        for name, weight in weights.items():
+            shape = tuple(layer.get_parameter(name).shape)
+            if tuple(weight.shape) != shape:
+                self._refuse(
+                    f"layer has the shape {tuple(weight.shape)} for {name} of the new layer, "
+                    f"should have {shape}: that is what its sizes say"
+                )
 
     def _refuse(self, message: str) -> NoReturn:
         raise SpecError(f"{self.function}: {message}")

@@ -43,9 +43,10 @@ def from_transformers(layer: nn.Module) -> GatedDeltaNet:
     if not hasattr(layer, "conv1d") or not hasattr(layer, "num_k_heads"):
         _refuse("from_transformers", layer, "Qwen3-Next, Qwen3.5 or OLMo-Hybrid")
     source: Any = layer
-    if source.activation not in ("silu", "swish"):
+    activation = getattr(layer, "activation", None)
+    if activation not in ("silu", "swish"):
         raise SpecError(
-            f"from_transformers: the layer's activation is {source.activation!r}, should be 'silu'"
+            f"from_transformers: the layer's activation is {activation!r}, should be 'silu'"
         )
     read = Source("from_transformers", layer)
     if hasattr(layer, "in_proj_qkvz"):
@@ -65,7 +66,8 @@ def from_transformers(layer: nn.Module) -> GatedDeltaNet:
     weights |= named("conv", read.convolution("conv1d"))
     weights |= named("o_proj", read.linear("out_proj" if hasattr(layer, "out_proj") else "o_proj"))
     weights["o_norm.weight"] = read.tensor(f"{norm}.weight")
-    return _filled(source, read, source.num_k_heads, read.norm_eps(norm), weights)
+    eps, gate = read.norm_eps(norm), read.output_gate(norm)
+    return _filled(source, read, source.num_k_heads, eps, weights, gate)
 
 
 def from_fla(layer: nn.Module) -> GatedDeltaNet:
@@ -97,8 +99,7 @@ def from_fla(layer: nn.Module) -> GatedDeltaNet:
         weights["conv.weight"] = torch.cat(parts)
         if getattr(source, names[0]).bias is not None:
             weights["conv.bias"] = torch.cat([read.tensor(f"{n}.bias") for n in names])
-    activation = getattr(source.o_norm, "activation", "swish")
-    output_gate = {"swish": "silu"}.get(activation, activation) if source.use_gate else None
+    output_gate = read.output_gate("o_norm") if source.use_gate else None
     return _filled(source, read, source.num_heads, read.norm_eps("o_norm"), weights, output_gate)
 
 
@@ -125,10 +126,10 @@ def _filled(
     key_heads: int,
     norm_eps: float,
     weights: dict[str, Tensor],
-    output_gate: str | None = "silu",
+    output_gate: str | None,
 ) -> GatedDeltaNet:
     """Return a GatedDeltaNet of the sizes of another layer, which holds copies of the weights."""
-    weights |= {name: read.tensor(name) for name in ("A_log", "dt_bias")}
+    weights |= {f"decay.{name}": read.tensor(name) for name in ("A_log", "dt_bias")}
     read.check_all_read()
     layer = GatedDeltaNet(
         source.hidden_size,
@@ -144,6 +145,7 @@ def _filled(
         device="meta",
     )
     with_biases(layer, weights)
+    read.check_sizes(layer, weights)
     copies = {name: weight.clone() for name, weight in weights.items()}
     layer.load_state_dict(copies, strict=True, assign=True)
     return layer

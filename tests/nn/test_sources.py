@@ -63,6 +63,15 @@ def test_parametrised_weights_are_read_as_they_act(
     assert_same_function(layer)
 
 
+def test_the_activation_of_the_gate_is_kept() -> None:
+    layer = layer_of()
+    if not hasattr(layer.norm, "activation"):
+        pytest.skip("norms of this transformers name no activation")
+    layer.norm.activation = "sigmoid"
+    assert from_transformers(layer).output_gate == "sigmoid"
+    assert_same_function(layer)
+
+
 class Adapter(nn.Module):
     """A linear layer with a low-rank addition; it shows the weight of the layer inside."""
 
@@ -155,6 +164,21 @@ BROKEN: dict[str, Callable[[Any], object]] = {
     ),
     "conv1d.weight has shape (6, 3, 4), should be (D, 1, k): depthwise": (
         lambda layer: put(layer, "conv1d", nn.Conv1d(6, 6, 4, groups=2, bias=False))
+    ),
+    # What is done around a layer.
+    "layer has forward hooks, should have none: what they do would be lost; remove them first": (
+        lambda layer: layer.register_forward_hook(lambda module, x, y: 2 * y)
+    ),
+    "layer has a forward of its own, should have that of its class: what it does would be lost": (
+        lambda layer: put(layer, "forward", lambda x: x)
+    ),
+    "norm.activation is 'tanh', should be one of swish, silu, sigmoid": (
+        lambda layer: put(layer, "norm.activation", "tanh")
+    ),
+    "layer has the shape (1, 3) for decay.A_log of the new layer, should have (3,): that is what "
+    "its sizes say": (lambda layer: put(layer, "A_log", nn.Parameter(torch.zeros(1, 3)))),
+    "the layer's activation is None, should be 'silu'": (
+        lambda layer: put(layer, "activation", None)
     ),
     "A_log is a NoneType, should be a parameter": lambda layer: put(layer, "A_log", None),
 }
