@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from types import ModuleType
+from typing import Any
 
 from gdn_ops.compat.transformers.discovery import (
     architecture_of,
@@ -20,7 +21,8 @@ from gdn_ops.compat.transformers.discovery import (
 from gdn_ops.compat.transformers.examine import examine
 from gdn_ops.compat.transformers.site import Site
 from gdn_ops.dispatch import registry
-from gdn_ops.spec.errors import SpecError
+from gdn_ops.nn.values import check_flags
+from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 logger = logging.getLogger("gdn_ops")
 
@@ -57,6 +59,7 @@ def accelerate(
             "accelerate: package 'transformers' is not installed; pip install transformers",
             name="transformers",
         )
+    _check_kinds(backend, architectures, strict)
     if backend != "auto":
         reason = registry.get_backend(backend)
         if isinstance(reason, str):
@@ -67,6 +70,20 @@ def accelerate(
         if name not in known:
             raise SpecError(f"accelerate: unknown architecture {name!r}, known: {', '.join(known)}")
     return Acceleration(backend, names, strict)
+
+
+def _check_kinds(backend: Any, architectures: Any, strict: Any) -> None:
+    """Check that the arguments of `accelerate` are of the right kind."""
+    check_flags("accelerate", strict=strict)
+    if not isinstance(backend, str):
+        text = f"backend has type {type(backend).__name__}, should be the name of one"
+        raise SpecTypeError(f"accelerate: {text}")
+    is_list = isinstance(architectures, Iterable) and not isinstance(architectures, str)
+    if architectures is not None and not is_list:
+        raise SpecTypeError(
+            f"accelerate: architectures has type {type(architectures).__name__}, should be a list "
+            f"of names"
+        )
 
 
 class Acceleration:
@@ -166,6 +183,8 @@ class Acceleration:
                 logger.warning(text)
 
     def __enter__(self) -> Acceleration:
+        if self not in _active:
+            raise SpecError("accelerate: this use was undone, should be a new one: accelerate(...)")
         return self
 
     def __exit__(self, *exception: object) -> None:

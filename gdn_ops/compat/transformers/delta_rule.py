@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.call.bind import arguments_of, bind
+from gdn_ops.compat.fla_arguments import promoted
 from gdn_ops.dispatch import registry
 from gdn_ops.ops import gated_delta, gated_delta_step
 from gdn_ops.spec.language import OpSpec
@@ -41,7 +42,8 @@ def delta_rule(
     """Compute `torch_chunk_gated_delta_rule` or `torch_recurrent_gated_delta_rule` by gdn_ops.
 
     Args:
-        query, key: (B, T, H, K), or repeated to (B, T, HV, K); value is (B, T, HV, V).
+        query, key: (B, T, H, K), or repeated to (B, T, HV, K); value is (B, T, HV, V). Dtypes may
+            differ.
         g: (B, T, HV) log α; beta is (B, T, HV).
         initial_state: (B, HV, K, V) or None.
         output_final_state, use_qk_l2norm_in_kernel: as transformers' functions have them.
@@ -51,13 +53,18 @@ def delta_rule(
         backend, note: of gdn_ops, and what is told of every call.
 
     Returns:
-        o (B, T, HV, V) in the dtype of `value`, and the state (B, HV, K, V) or None.
+        o (B, T, HV, V) in the dtype of `query`, and the state (B, HV, K, V) or None.
     """
     if mask is not None:
         # α = 1, β = 0. A zeroed hidden state is not enough: after real tokens its key is not 0.
         is_padding = mask.eq(0).unsqueeze(-1)
         g, beta = g.masked_fill(is_padding, 0.0), beta.masked_fill(is_padding, 0.0)
     tensors = {"q": query, "k": key, "v": value, "log_alpha": g, "beta": beta}
+    # The originals compute everything in float32, whatever the dtypes that they are given.
+    tensors, _ = promoted(tensors)
+    if initial_state is not None:
+        wide = torch.promote_types(tensors["q"].dtype, torch.float32)
+        initial_state = initial_state.to(wide)
     options = {"qk_l2norm": use_qk_l2norm_in_kernel, "backend": backend}
     if query.shape[1] == 1 and cu_seqlens is None:
         token = {name: x.squeeze(1) for name, x in tensors.items()}
@@ -68,7 +75,7 @@ def delta_rule(
         more = {"cu_seqlens": cu_seqlens, "chunk_size": chunk_size, "return_state": True}
         arguments = {**tensors, "initial_state": initial_state, **more, **options}
         o, state = _run(GATED_DELTA, gated_delta, arguments, note)
-    return o, state if output_final_state else None
+    return o.to(query.dtype), state if output_final_state else None
 
 
 def _run(

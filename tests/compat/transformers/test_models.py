@@ -19,6 +19,7 @@ from compat_models import (
     exact_gradients,
     gradients,
     model,
+    module_of,
     relative,
     run,
     tokens,
@@ -153,6 +154,29 @@ def test_a_masked_token_is_the_identity_after_real_tokens_too() -> None:
     assert final is not None
     assert expected is not None
     torch.testing.assert_close(final[1:], expected)
+
+
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("names", [("g",), ("beta",), ("query",), ("value",), ("initial_state",)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_operands_of_several_dtypes_are_taken_as_by_transformers(
+    length: int, names: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, length, 2, 4) for _ in range(3))
+    state = torch.randn(2, 2, 4, 4)
+    call = {"query": q, "key": k, "value": v, "initial_state": state, "output_final_state": True}
+    call |= {"g": -torch.rand(2, length, 2), "beta": torch.rand(2, length, 2)}
+    call |= {name: call[name].to(dtype) for name in names}
+    name = "torch_chunk_gated_delta_rule" if length > 1 else "torch_recurrent_gated_delta_rule"
+    expected = getattr(module_of(SMALL), name)(**call, use_qk_l2norm_in_kernel=True)
+    with accelerate():
+        results = getattr(module_of(SMALL), name)(**call, use_qk_l2norm_in_kernel=True)
+    assert results[0].dtype == expected[0].dtype
+    for ours, theirs in zip(results, expected, strict=True):
+        assert relative(ours.double(), theirs.double()) < (
+            1e-2 if dtype == torch.bfloat16 else 1e-5
+        )
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 
 import gdn_ops
 from compat_models import FAMILIES, SMALL, architecture, model, originals, run, tokens
+from errors import message_of
+from gdn_ops import SpecError
 from gdn_ops.compat.transformers import Acceleration, accelerate, known_architectures
 from gdn_ops.compat.transformers.discovery import FUNCTIONS
 from processes import printed
@@ -39,6 +42,28 @@ def test_an_error_inside_the_block_undoes_too() -> None:
     with pytest.raises(KeyError), accelerate():
         raise KeyError
     assert originals(SMALL) == before
+
+
+def test_what_was_undone_is_not_used_again() -> None:
+    handle = accelerate()
+    handle.undo()
+    assert message_of(SpecError, handle.__enter__) == (
+        "accelerate: this use was undone, should be a new one: accelerate(...)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    {
+        "backend has type list, should be the name of one": {"backend": ["torch"]},
+        "backend has type NoneType, should be the name of one": {"backend": None},
+        "architectures has type str, should be a list of names": {"architectures": "qwen3_5"},
+        "architectures has type int, should be a list of names": {"architectures": 1},
+        "strict is 'no', should be True or False": {"strict": "no"},
+    }.items(),
+)
+def test_arguments_of_the_wrong_kind_are_refused(message: str, options: dict[str, Any]) -> None:
+    assert message_of(SpecError, accelerate, **options) == f"accelerate: {message}"
 
 
 def test_the_latest_use_wins_whatever_is_undone_first() -> None:
