@@ -176,7 +176,7 @@ class GatedRMSNorm(nn.Module):
 
         Args:
             x: (..., width), any float dtype.
-            z: like x, or None for no gate.
+            z: (..., width), as x, or None for no gate.
 
         Returns:
             Like x.

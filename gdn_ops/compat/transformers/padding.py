@@ -12,16 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from gdn_ops.compat.transformers import packing
-from gdn_ops.compat.transformers.positions import check_positions
+from gdn_ops.compat.transformers.positions import PADDED, check_positions
 from gdn_ops.spec.errors import SpecError
 
 _current = threading.local()
 """`mask`, `sequences`: what the layer that runs in this thread was given, for its functions."""
 
 MASK = "attention_mask"
-
-_PADDED = "_gdn_ops_right_padded"
-"""Attribute of a cache: the row that was padded on the right, by the index of the layer."""
 
 
 def mask_for(query: Tensor) -> Tensor | None:
@@ -75,7 +72,7 @@ def _check_padding(layer: nn.Module, cache: Any, mask: Tensor | None) -> None:
     padding. Filling such a cache is fine: training and scoring do, and never read it again.
     """
     index: Any = getattr(layer, "layer_idx", None)
-    padded: dict[Any, int] = vars(cache).setdefault(_PADDED, {})
+    padded: dict[Any, int] = vars(cache).setdefault(PADDED, {})
     if not _continues(cache, index):
         padded.pop(index, None)
     elif index in padded:
