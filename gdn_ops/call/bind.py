@@ -220,7 +220,8 @@ def bind(
     asks = check_values if sees_transforms is None else sees_transforms
     if asks and (transforms.any_active() or forward_ad._current_level >= 0):
         arguments, under = _seen_through(spec, arguments)
-    arguments = in_own_memory(spec, arguments, check_values)
+    if arguments.inplace or (check_values and _is_negated(arguments)):
+        arguments = in_own_memory(spec, arguments, check_values)
     is_readable = checked.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
     if check_values and is_readable and not (transforms.modes() and transforms.is_recording()):
         _check_values(spec, arguments, checked.sizes, under)
@@ -269,6 +270,11 @@ def _structure(spec: OpSpec, arguments: Arguments) -> tuple[Any, ...] | None:
 
 
 _PLAIN_TYPES = frozenset((bool, int, float, str, type(None)))
+
+
+def _is_negated(arguments: Arguments) -> bool:
+    """Return whether an argument is a view whose memory holds the negative of its values."""
+    return any([x is not None and x.is_neg() for x in (*arguments.tokens, arguments.state)])
 
 
 def _requires_grad(arguments: Arguments) -> bool:

@@ -34,7 +34,7 @@ def in_own_memory(spec: OpSpec, arguments: Arguments, is_eager: bool) -> Argumen
     tokens, state = arguments.tokens, arguments.state
     if arguments.inplace and state is not None:
         _check_state(spec, state, is_eager)
-    if not is_eager or not any([x is not None and x.is_neg() for x in (*tokens, state)]):
+    if not is_eager:
         return arguments
     # Kernels do not see that a view negates.
     state = None if state is None else state.resolve_neg()

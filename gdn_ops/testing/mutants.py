@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from gdn_ops.call import bind
+from gdn_ops.call import memory
 from gdn_ops.call.bind import Call
 from gdn_ops.call.memory import overlaps_itself
 from gdn_ops.call.numerics import inverse_norm
@@ -290,7 +290,7 @@ DECODE_MUTATIONS: dict[str, DecodeMutation] = {
 
 _GUARDS: dict[str, tuple[ModuleType, str, Callable[..., Any]]] = {
     "inputs_read_late": (eager, "apart", lambda call: call),
-    "an_overlap_is_allowed": (bind, "overlaps_itself", lambda state: False),
+    "an_overlap_is_allowed": (memory, "overlaps_itself", lambda state: False),
 }
 """Names, by the mistake, the function that hides it, with one that lets it through."""
 
