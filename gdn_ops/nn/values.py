@@ -27,7 +27,7 @@ def check_counts(owner: str, *, least: int = 1, **values: Any) -> None:
     """
     should = "a positive integer" if least else "an integer of at least 0"
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
+        if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
             _refuse_type(owner, f"{name} is {value!r}, should be {should}")
         if value < least:
             _refuse(owner, f"{name} is {value}, should be {should}")
