@@ -33,6 +33,7 @@ from gdn_ops.backends.torch.decode import StepOptions, advance_token, decode_one
 from gdn_ops.backends.torch.segments import SegmentPlan
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.decode_fallbacks import one_by_one
+from gdn_ops.dispatch.forks import end_openmp_threads
 
 logger = logging.getLogger("gdn_ops")
 
@@ -241,8 +242,12 @@ def _elsewhere(run: Callable[[], Result]) -> Result:
         # The worker's own number may be old. A fork has not got its parent's pool of compilers.
         changes = {} if config.cpp.threads > 0 else {"cpp.threads": threads}
         changes |= {"compile_threads": 1} if _is_forked else {}
-        with _lock, config.patch(changes), torch.no_grad():
-            return run()
+        try:
+            with _lock, config.patch(changes), torch.no_grad():
+                return run()
+        finally:
+            # More threads than processors make GNU's OpenMP wait by sleeping, in every thread.
+            end_openmp_threads()
 
     if _worker is None:
         with _lock:

@@ -25,8 +25,11 @@ LIBRARY = re.compile(r"/\S*/libgomp[^/\s]*$", re.MULTILINE)
 def end_openmp_threads() -> list[str]:
     """End the OpenMP threads that wait for this thread; return the libraries they belonged to.
 
-    A library older than OpenMP 5 (GCC 9) has no such function and is left out.
+    A library older than OpenMP 5 (GCC 9) has no such function and is left out. On other systems
+    than Linux nothing is ended.
     """
+    if sys.platform != "linux":
+        return []
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         paths = sorted(set(LIBRARY.findall(maps.read())))
     ended = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -174,6 +175,29 @@ def test_every_compilation_is_for_the_threads_of_its_caller_and_in_one_thread(
     counts, workers = zip(*seen, strict=True)
     assert counts == (1, 3, 2)
     assert len(set(workers)) == 1 and threading.get_ident() not in workers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_the_thread_that_compiles_keeps_no_threads_for_its_products(one_thread: None) -> None:
+    # With more of them than processors every parallel region of others took twice as long.
+    torch.set_num_threads(3)
+    x = torch.ones(2**20, dtype=torch.float32, device="cpu")
+    x.exp()
+    compile_backend._elsewhere(lambda: None)
+    before = set(os.listdir("/proc/self/task"))
+
+    def compute() -> set[str]:
+        torch.set_num_threads(3)
+        x.exp()
+        return set(os.listdir("/proc/self/task"))
+
+    during = compile_backend._elsewhere(compute)
+    assert len(during - before) == 2
+    # A thread that has ended may be listed for a moment.
+    deadline = time.monotonic() + 10
+    while (during - before) & set(os.listdir("/proc/self/task")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not (during - before) & set(os.listdir("/proc/self/task"))
 
 
 def test_what_a_release_of_torch_traces_again_under_a_mode_runs_in_another_thread() -> None:
