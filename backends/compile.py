@@ -236,7 +236,7 @@ def _elsewhere(run: Callable[[], Result]) -> Result:
 
     @_disk_named()
     def locked() -> Result:
-        # What is imported makes the folder of the cache.
+        # Import within the handler: it makes the folder of the cache.
         from torch._inductor import config
 
         # The worker's own number may be old. A fork has not got its parent's pool of compilers.

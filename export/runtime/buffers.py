@@ -161,7 +161,7 @@ class Buffer:
             SpecError: it has another shape or dtype, or is no array.
         """
         port = self.port
-        # What is masked has no value that could be copied.
+        # Refuse masked arrays: a masked element has no value to copy.
         if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
             kind = type(x).__name__
             raise SpecTypeError(f"{label}: {port.name} has type {kind}, should be a numpy.ndarray")

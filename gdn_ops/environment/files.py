@@ -24,7 +24,7 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=path.parent) as folder:
             yield Path(folder, path.name)
-            # What is beside the file is there before the file refers to it.
+            # Move the file last: it refers to those beside it.
             for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
                 os.replace(file, path.with_name(file.name))
     except OSError as error:

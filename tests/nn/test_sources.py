@@ -165,7 +165,7 @@ BROKEN: dict[str, Callable[[Any], object]] = {
     "conv1d.weight has shape (6, 3, 4), should be (D, 1, k): depthwise": (
         lambda layer: put(layer, "conv1d", nn.Conv1d(6, 6, 4, groups=2, bias=False))
     ),
-    # What is done around a layer.
+    # Refuse what hooks do around a layer.
     "layer has forward hooks, should have none: what they do would be lost; remove them first": (
         lambda layer: layer.register_forward_hook(lambda module, x, y: 2 * y)
     ),

@@ -195,7 +195,7 @@ def test_a_cache_that_cannot_be_written_is_elsewhere(
 @pytest.mark.parametrize("where", ["file", "file/below", "a" * 300], ids=["file", "below", "long"])
 def test_a_cache_that_cannot_be_a_folder_costs_no_call(where: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    # What TileLang writes for itself as it starts, too.
+    # Import TileLang too, which writes files of its own as it starts.
     code = """
 import logging, os, sys, torch
 from gdn_ops import gated_delta
