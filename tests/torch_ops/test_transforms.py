@@ -22,8 +22,7 @@ from torch.func import (
 )
 
 from errors import refusal
-from gdn_ops import Forward, explain, gated_delta, gated_delta_step, gated_delta_steps
-from gdn_ops.dispatch.registry import get_backend
+from gdn_ops import explain, gated_delta, gated_delta_step, gated_delta_steps
 from gdn_ops.nn import GatedDeltaNet
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
 from gdn_ops.testing import Example
@@ -148,22 +147,6 @@ def test_vmap_of_decode_ops_equals_a_loop(backend: str) -> None:
     steps = [gated_delta_step(*(y[i] for y in token), backend=backend) for i in range(2)]
     got = vmap(lambda *y: gated_delta_step(*y, backend=backend))(*token)
     close(got, [torch.stack(y) for y in zip(*steps, strict=True)], tolerance(backend))
-
-
-def test_vmap_takes_a_backend_that_returns_the_state_it_was_given(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    backend = type(get_backend("naive"))
-    monkeypatch.setattr(backend, "forward", lambda self, call: Forward(call.tokens.v, call.state))
-    q, k, v = torch.zeros(3, 2, 1, 0, 1, 4, dtype=torch.float32, device="cpu").unbind()
-    state = torch.ones(2, 1, 1, 4, 4, dtype=torch.float32, device="cpu")
-
-    def run(*x: Tensor) -> Tensor:
-        options: Any = {"rule": "linear", "return_state": True, "backend": "naive"}
-        final: Tensor = gated_delta(*x[:3], initial_state=x[3], **options)[1]
-        return final
-
-    assert torch.equal(vmap(run)(q, k, v, state), state)
 
 
 def test_vmap_over_no_rows_returns_no_rows() -> None:
