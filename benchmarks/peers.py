@@ -26,6 +26,7 @@ from torch import Tensor
 
 from gdn_ops import export, gated_delta, gated_delta_step
 from gdn_ops.bench.rows import describe_system, write_json
+from gdn_ops.bench.turns import REST
 
 RESULT = Path(__file__).parent / "results" / "peers-cpu.json"
 H, HV, K, V = 16, 32, 128, 128
@@ -152,6 +153,7 @@ def measure(case: str, seconds: float, names: list[str]) -> list[dict[str, Any]]
     end, inner = time.perf_counter() + seconds, 1 if T > 1 else 100
     while time.perf_counter() < end or min(map(len, times.values())) < 5:
         for name, run in runs.items():
+            time.sleep(REST)
             start = time.perf_counter()
             for _ in range(inner):
                 run()

@@ -22,7 +22,7 @@ from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.inputs import Inputs, Setting, make_inputs, make_output_gradient
 from gdn_ops.bench.peers import Contender, find_contender
 from gdn_ops.bench.rows import Result, Row, timed_rows
-from gdn_ops.bench.turns import Timing, interleave
+from gdn_ops.bench.turns import REST, Timing, interleave
 from gdn_ops.bench.verify import RefusedError
 from gdn_ops.call.bind import arguments_of, bind
 from gdn_ops.dispatch import registry
@@ -47,7 +47,8 @@ def sequence_rows(
     d_o = make_output_gradient(case.sizes, s.torch_dtype, s.device)
     with torch.set_grad_enabled(what != "forward"):
         actions = {c.name: c.run(what, x, d_o) for c in contenders}
-        timing = interleave(actions, s.repeats, device=find_device(s.device))
+        rest = REST if s.device == "cpu" else 0.0
+        timing = interleave(actions, s.repeats, device=find_device(s.device), rest=rest)
     peer = next((c.name for c in contenders if c.is_peer), None)
     floor = None
     if what == "forward":

