@@ -70,8 +70,8 @@ def interleave(
     """Time whole actions in turns by the wall clock, after rounds that do not count.
 
     Their device is the CPU if it is None. Garbage is collected before each round unless `collect`
-    is false, for microseconds. Before each sample nothing runs for `rest` seconds: REST where others
-    than torch have threads.
+    is false, for microseconds. Before each sample nothing runs for `rest` seconds: REST where
+    contenders have threads of their own.
     """
     on = find_device("cpu") if device is None else device
 

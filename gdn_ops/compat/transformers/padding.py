@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdn_ops.compat.transformers import packing
+from gdn_ops.compat.transformers import left_padding, packing
 from gdn_ops.compat.transformers.positions import PADDED, check_positions
 from gdn_ops.spec.errors import SpecError
 
@@ -73,8 +72,9 @@ def _check_padding(layer: nn.Module, cache: Any, mask: Tensor | None) -> None:
     """
     index: Any = getattr(layer, "layer_idx", None)
     padded: dict[Any, int] = vars(cache).setdefault(PADDED, {})
-    if not _continues(cache, index):
+    if not left_padding.continues(cache, index):
         padded.pop(index, None)
+        left_padding.note(cache, index, mask)
     elif index in padded:
         raise SpecError(
             f"accelerate: attention_mask of the call that filled the cache has padding on the "
@@ -86,12 +86,3 @@ def _check_padding(layer: nn.Module, cache: Any, mask: Tensor | None) -> None:
         rows = (kept[:, :-1] & ~kept[:, 1:]).any(1).nonzero()
         if len(rows):
             padded[index] = int(rows[0])
-
-
-def _continues(cache: Any, index: Any) -> bool:
-    """Return whether a cache holds the state of a layer; only some caches take its index."""
-    has_previous = cache.has_previous_state
-    if not callable(has_previous):
-        return bool(has_previous)
-    takes_index = bool(inspect.signature(has_previous).parameters)
-    return bool(has_previous(index) if takes_index else has_previous())

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from gdn_ops.compat.transformers import left_padding
 from gdn_ops.nn.packing import check_mask_values, has_values
 from gdn_ops.spec.errors import SpecError
 
@@ -35,7 +36,10 @@ def with_positions(forward: Callable[..., Any], names: tuple[str, ...]) -> Calla
     @functools.wraps(forward)
     def forward_with_positions(self: Any, *arguments: Any, **keywords: Any) -> Any:
         if not torch.compiler.is_compiling():
-            check_positions(dict(zip(names, arguments, strict=False)) | keywords)
+            named = dict(zip(names, arguments, strict=False)) | keywords
+            check_positions(named)
+            if _has_attention(self):
+                check_left_padding(named)
         return forward(self, *arguments, **keywords)
 
     return forward_with_positions
@@ -97,6 +101,25 @@ def check_positions(named: dict[str, Any]) -> None:
             f"{POSITIONS} tell of sequences of {_lengths(restarts)} tokens, should be those of "
             f"seq_idx, {_lengths(changes)}: attention layers tell sequences apart by them"
         )
+
+
+def check_left_padding(named: dict[str, Any]) -> None:
+    """Check that a model that continues from a cache is told of the padding in it.
+
+    Raises:
+        SpecError: the padding is on the left, and the mask does not have it.
+    """
+    for value in named.values():
+        if hasattr(value, left_padding.PADDED):
+            left_padding.check(value, named.get(MASK), _sizes(named)[1])
+
+
+def _has_attention(model: Any) -> bool:
+    """Return whether a model has layers other than linear attention, as far as it tells."""
+    config = getattr(model, "config", None)
+    text = getattr(config, "text_config", config)
+    kinds = getattr(text, "layer_types", None)
+    return not kinds or any(kind != "linear_attention" for kind in kinds)
 
 
 def _has_inputs(named: dict[str, Any]) -> bool:
