@@ -157,6 +157,19 @@ class Decoder:
         return logits
 
 
+def check(backends: Sequence[str]) -> None:
+    """Refuse backends that do not run here, before minutes are spent.
+
+    Raises:
+        SpecError: the name of one is unknown.
+        ValueError: one is not available.
+    """
+    for name in backends:
+        backend = registry.get_backend(name)
+        if isinstance(backend, str):
+            raise ValueError(f"backend {name!r} is not available: {backend}")
+
+
 def run(backends: Sequence[str], setting: Setting, log: Log, shape: Shape | None = None) -> Result:
     """Compare the model under every backend with transformers' own, then measure.
 
@@ -170,8 +183,7 @@ def run(backends: Sequence[str], setting: Setting, log: Log, shape: Shape | None
         raise ValueError(
             f"bench models measures float32 on cpu, not {setting.dtype} on {setting.device}"
         )
-    for name in backends:
-        registry.get_backend(name)
+    check(backends)
     result, names = Result(suite.system(setting)), (PEER, *backends)
     result.system["model"] = asdict(shape)
     _train(names, setting, log, shape, result)

@@ -153,10 +153,15 @@ def write(result: Result, folder: Path, kind: str = "") -> list[Path | str]:
         The paths, or why the plot is missing.
     """
     system = result.system
-    stem = f"{system['device'].replace(':', '-')}-{system['dtype']}"
+    to_write, plot = files(folder, system["device"], system["dtype"], kind)
+    return [write_json(result.to_json(), to_write), *write_plot(result, plot)]
+
+
+def files(folder: Path, device: str, dtype: str, kind: str = "") -> tuple[Path, Path]:
+    """Return the files that `write` writes into a folder: JSON and plot."""
+    stem = f"{device.replace(':', '-')}-{dtype}"
     stem = f"{kind}-{stem}" if kind else stem
-    written = write_json(result.to_json(), folder / f"{stem}.json")
-    return [written, *write_plot(result, folder / f"{stem}.png")]
+    return folder / f"{stem}.json", folder / f"{stem}.png"
 
 
 def write_plot(result: Result, path: Path) -> list[Path | str]:

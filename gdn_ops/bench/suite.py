@@ -98,7 +98,7 @@ def make_plan(
     check_peers(peers, *_kinds(setting.device))
     for name in backends:
         registry.get_backend(name)
-    chosen = tuple(find_case(name) for name in cases or REFERENCE)
+    chosen = tuple(find_case(name) for name in dict.fromkeys(cases or REFERENCE))
     packed, steps, timed = (
         tuple(case for case in chosen if _kind(case) == kind) for kind in _KINDS
     )
@@ -157,6 +157,20 @@ def default_backends() -> tuple[str, ...]:
     """Return the names "torch" and, where that backend is available, "compile"."""
     usable = {info.name for info in list_backends() if info.status == "available"}
     return tuple(name for name in ("torch", "compile") if name in usable)
+
+
+def every_backend(device: str) -> tuple[str, ...]:
+    """Return the names of the available backends that run on a device, not only emulate there.
+
+    The definition is left out: it takes minutes where others take milliseconds.
+    """
+    kind = device.partition(":")[0]
+    usable = {
+        info.name
+        for info in list_backends()
+        if info.status == "available" and info.limits and {"*", kind} & set(info.limits.devices)
+    }
+    return tuple(name for name in registry.known_backends() if name in usable - {"naive"})
 
 
 def system(setting: Setting) -> dict[str, object]:

@@ -35,7 +35,7 @@ from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.kernel_support.tuning import Tunable
-from gdn_ops.spec.errors import SpecError
+from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
 from gdn_ops.spec.language import Case, OpSpec
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 from gdn_ops.torch_ops import eager
@@ -76,11 +76,14 @@ def _bound(spec: OpSpec, x: Inputs, **given: object) -> Call:
 def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
     """Measure every candidate configuration of a backend, in turns.
 
-    Yields:
-        Lines to print for each case, or qwen-16-32-2048: a row per candidate, then that to paste.
+    Returns:
+        An iterator that measures. It yields lines to print for each case, or qwen-16-32-2048: a row
+        per candidate, then that to paste.
 
     Raises:
-        ValueError: the backend cannot be tuned, or only emulates on the device.
+        SpecError, ValueError: the backend cannot be tuned, or only emulates on the device, or a
+            case cannot be taken: raised before anything is measured.
+        BackendUnsupportedError: the backend cannot run a case.
     """
     backend = registry.get_backend(name)
     if isinstance(backend, str):
@@ -88,12 +91,34 @@ def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
     kind = setting.device.partition(":")[0]
     if kind in backend.limits.emulated_devices:
         raise ValueError(f"backend {name!r} only emulates on {kind}: tune it with --device cuda")
-    for case_name in cases or ["qwen-16-32-2048"]:
-        case = find_case(case_name)
+    chosen = [find_case(name) for name in dict.fromkeys(cases or ["qwen-16-32-2048"])]
+    for case in chosen:
         if case.lengths:
             raise SpecError(
                 f"case {case.name!r} is many sequences in one row, which --tune does not measure"
             )
+    for case in chosen:
+        _check(backend, case, setting)
+    return _lines(backend, chosen, setting)
+
+
+def _check(backend: Backend, case: Case, setting: Setting) -> None:
+    """Refuse a case that the backend cannot run, or for which it has nothing to tune."""
+    make, spec = make_inputs, GATED_DELTA
+    if case.sizes.T == 1:
+        make, spec = make_step_inputs, GATED_DELTA_STEP
+    call = _bound(spec, make(case.sizes, setting.torch_dtype, setting.device))
+    candidates(backend, call)
+    against = registry.reasons(backend, call)
+    if against:
+        raise BackendUnsupportedError(
+            f"backend {backend.name!r} cannot run case {case.name!r}: {'; '.join(against)}"
+        )
+
+
+def _lines(backend: Backend, cases: Sequence[Case], setting: Setting) -> Iterator[str]:
+    """Measure the candidates on each case, and yield the lines of `tune`."""
+    for case in cases:
         yield f"{case}, {setting.dtype}"
         tuned = _step_actions if case.sizes.T == 1 else _sequence_actions
         for what, runs, failed in tuned(backend, case, setting):

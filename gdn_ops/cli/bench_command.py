@@ -12,6 +12,7 @@ import torch
 from gdn_ops.bench.gpu import command as gpu
 from gdn_ops.cli import exit_codes
 from gdn_ops.cli.parser import (
+    ALL,
     Options,
     Parser,
     UsageError,
@@ -20,6 +21,7 @@ from gdn_ops.cli.parser import (
     integer,
     names,
     names_or_none,
+    one_name,
     one_of,
     path,
     real,
@@ -31,6 +33,7 @@ from gdn_ops.terminal.output import check_file, check_folder, print_json
 from gdn_ops.terminal.progress import progress
 
 if TYPE_CHECKING:
+    from gdn_ops.bench.inputs import Setting
     from gdn_ops.bench.rows import Result
 
 DEFAULT = "cases"
@@ -118,7 +121,7 @@ def _add_cases(below: Any) -> None:
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="names of workloads")
     for name, kind, metavar, text in (
-        ("--backend", names, "NAMES", "backends, with commas (default: torch,compile)"),
+        ("--backend", names, "NAMES", 'backends, with commas, or "all" (default: torch,compile)'),
         (
             "--peer",
             names_or_none,
@@ -133,7 +136,7 @@ def _add_cases(below: Any) -> None:
             "dtype of q, k and v (default: float32)",
         ),
         ("--device", str, "DEVICE", "a torch device (default: cpu)"),
-        ("--tune", str, "NAME", "time the configurations of this backend instead"),
+        ("--tune", one_name, "NAME", "time the configurations of this backend instead"),
     ):
         parser.add_argument(name, type=kind, metavar=metavar, help=text)
     _add_threads(parser)
@@ -152,7 +155,10 @@ def _add_models(below: Any) -> None:
         examples=("gdn-ops bench models --backend torch,compile --plot models.png",),
     )
     parser.add_argument(
-        "--backend", type=names, metavar="NAMES", help="backends, with commas (default: torch)"
+        "--backend",
+        type=names,
+        metavar="NAMES",
+        help='backends, with commas, or "all" (default: torch)',
     )
     _add_threads(parser)
     _add_repeats(parser)
@@ -213,9 +219,16 @@ def _add_gpu(below: Any) -> None:
     _add_results(parser)
 
 
-def _prepare(options: Options) -> None:
-    """Check what results are written to, and set the threads, before minutes are spent."""
-    check_folder("--out", options.out)
+def _prepare(options: Options, setting: Setting | None = None, kind: str = "") -> None:
+    """Check what results are written to, and set the threads, before minutes are spent.
+
+    Args:
+        options: the parsed ones.
+        setting: of the result; None where its files are not named after one.
+        kind: of the result, as in `report.files`.
+    """
+    from gdn_ops.bench import report
+
     if options.plot is not None:
         if options.plot.suffix.lower() not in PLOTS:
             raise UsageError(
@@ -224,7 +237,11 @@ def _prepare(options: Options) -> None:
             )
         if importlib.util.find_spec("matplotlib") is None:
             raise UsageError("--plot needs the cli extra: pip install 'gdn_ops[cli]'")
-        check_file("--plot", options.plot)
+    check_folder("--out", options.out)
+    check_file("--plot", options.plot)
+    if options.out is not None and setting is not None:
+        for file in report.files(options.out, setting.device, setting.dtype, kind):
+            check_file("--out", file)
     if getattr(options, "threads", None) is not None:
         torch.set_num_threads(options.threads)
 
@@ -262,33 +279,35 @@ def _run_cases(options: Options) -> int:
     if options.tune is not None:
         refuse_without_effect(options, _TUNING, "with --tune")
         return _tune(options, setting)
-    what = options.what or suite.WHAT
+    what = suite.WHAT if options.what in (None, ALL) else options.what
     plan = suite.make_plan(
         options.cases,
         what,
-        options.backend or suite.default_backends(),
-        suite.default_peers(device) if options.peer is None else options.peer,
+        suite.every_backend(device)
+        if options.backend == ALL
+        else options.backend or suite.default_backends(),
+        suite.default_peers(device) if options.peer in (None, ALL) else options.peer,
         setting,
     )
     for name, uses in suite.USES.items():
         if not set(uses) & set(what):
             refuse_without_effect(options, [name], f"on {', '.join(what)}")
-    if options.what:
+    if options.what not in (None, ALL):
         suite.check_effect(options.cases, what)
-    _prepare(options)
+    _prepare(options, setting)
     # A thread that refreshes it would disturb what is timed.
     with progress(plan.count() + 1, "starting", is_quiet=True) as log:
         result = suite.run(plan, log)
     return _publish(result, options)
 
 
-def _tune(options: Options, setting: Any) -> int:
+def _tune(options: Options, setting: Setting) -> int:
     from gdn_ops.bench import tune
 
     _prepare(options)
-    lines = []
+    lines, measured = [], tune.tune(options.tune, options.cases, setting)
     with progress(None, f"configurations of {options.tune}", is_quiet=True) as log:
-        for line in tune.tune(options.tune, options.cases, setting):
+        for line in measured:
             lines.append(line)
             log(line)
             if not options.json:
@@ -299,13 +318,16 @@ def _tune(options: Options, setting: Any) -> int:
 
 
 def _run_models(options: Options) -> int:
-    from gdn_ops.bench import models
+    from gdn_ops.bench import models, suite
     from gdn_ops.bench.inputs import Setting
 
-    _prepare(options)
+    every = options.backend == ALL
+    backends = suite.every_backend("cpu") if every else options.backend or ("torch",)
+    models.check(backends)
+    setting = Setting(repeats=options.repeats or REPEATS)
+    _prepare(options, setting, "models")
     with progress(models.STAGES, "starting", is_quiet=True) as log:
-        setting = Setting(repeats=options.repeats or REPEATS)
-        result = models.run(options.backend or ("torch",), setting, log)
+        result = models.run(backends, setting, log)
     return _publish(result, options, "models")
 
 
@@ -313,10 +335,12 @@ def _run_decode(options: Options) -> int:
     from gdn_ops.bench import decode
     from gdn_ops.bench.inputs import Setting
 
-    _prepare(options)
     library = None if options.library is None else str(options.library)
+    if library is not None and not options.library.is_file():
+        raise UsageError(f"--library: {library!r} should be an existing file")
+    setting = Setting(repeats=options.repeats or REPEATS)
+    _prepare(options, setting, "decode")
     with progress(len(decode.SHAPES), "starting", is_quiet=True) as log:
-        setting = Setting(repeats=options.repeats or REPEATS)
         result = decode.run(setting, library, log)
     if not options.json:
         print(f"onnxruntime {result.system['versions']['onnxruntime']}, one thread")
@@ -324,10 +348,14 @@ def _run_decode(options: Options) -> int:
 
 
 def _run_gpu(options: Options) -> int:
+    backends = () if options.backend in (None, ALL) else options.backend
+    peers = gpu.PEERS if options.peer in (None, ALL) else options.peer
+    # What is wrong with them is said before a folder is made.
+    gpu.make_plan(backends, peers, options.seconds)
+    gpu.system(options.seconds)
     _prepare(options)
-    peers = gpu.PEERS if options.peer is None else options.peer
     return gpu.show_run(
-        options.backend or (),
+        backends,
         peers,
         options.seconds,
         options.out,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 
 import gdn_ops
 from gdn_ops.cli import exit_codes
-from gdn_ops.cli.parser import Options, UsageError, add_command, integer, names, real
+from gdn_ops.cli.parser import ALL, Options, UsageError, add_command, integer, names, real
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.explain import device_status, runs_or_emulates_here
@@ -74,7 +75,7 @@ def run(options: Options) -> int:
     if options.device is not None:
         check_device(options.device)
     reports = []
-    for name in checkable(options.backend or ("all",)):
+    for name in checkable(options.backend or ALL):
         report = judge(name, options.seconds, options.seed, options.device or "")
         backend = registry.get_backend(name)
         assert not isinstance(backend, str)
@@ -95,7 +96,7 @@ def checkable(given: tuple[str, ...]) -> list[str]:
     Raises:
         SpecError, UsageError: one is unknown, or not available here, for a reason that is said.
     """
-    if given == ("all",):
+    if given == ALL:
         return [i.name for i in gdn_ops.list_backends() if i.status == "available"]
     for name in given:
         backend = registry.get_backend(name)
@@ -125,7 +126,7 @@ def judge(name: str, seconds: float, seed: int | None, device: str) -> CheckRepo
     try:
         certificate.suspend(type(backend), where)
     except OSError as error:
-        print(f"the old certificate could not be taken back: {error}")
+        warnings.warn(f"the old certificate could not be taken back: {error}", stacklevel=2)
     with progress(None, name) as advance:
         return check(
             name,

@@ -13,7 +13,7 @@ from gdn_ops.aot.gpu_limits import refusal
 from gdn_ops.aot.results import CompiledKernel, CompilesAhead
 from gdn_ops.aot.sampling import samples
 from gdn_ops.cli import exit_codes
-from gdn_ops.cli.parser import Options, UsageError, add_command, names, path
+from gdn_ops.cli.parser import ALL, Options, UsageError, add_command, names, one_name, path
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend, installed_version
 from gdn_ops.environment.files import whole
@@ -45,7 +45,11 @@ def add_to(commands: Any) -> None:
         "cases", nargs="*", metavar="CASE", help="named cases of any op (default: all)"
     )
     parser.add_argument(
-        "--backend", required=True, metavar="NAME", help="a backend that compiles ahead of time"
+        "--backend",
+        type=one_name,
+        required=True,
+        metavar="NAME",
+        help="a backend that compiles ahead of time",
     )
     parser.add_argument(
         "--target", type=names, metavar="GPUS", help="GPUs, with commas between (default: all)"
@@ -71,7 +75,7 @@ def run(options: Options) -> int:
         raise UsageError(f"backend {options.backend!r} is not available: {backend}")
     if not isinstance(backend, CompilesAhead):
         raise UsageError(f"backend {options.backend!r} compiles nothing ahead of time")
-    chosen = options.target or backend.targets
+    chosen = backend.targets if options.target in (None, ALL) else options.target
     for target in chosen:
         if target not in backend.targets:
             raise UsageError(refusal(target, backend.targets))
@@ -114,7 +118,7 @@ def find_cases(names: Sequence[str]) -> list[Case]:
     for name in names:
         if name not in known:
             raise UsageError(unknown("case", name, known))
-    return [known[name] for name in names] or list(known.values())
+    return [known[name] for name in dict.fromkeys(names)] or list(known.values())
 
 
 def show(rows: Sequence[CompiledKernel], target: str) -> None:

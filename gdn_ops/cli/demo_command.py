@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gdn_ops.cli import exit_codes
-from gdn_ops.cli.parser import Options, UsageError, add_command, integer, path
+from gdn_ops.cli.parser import Options, UsageError, add_command, integer, one_name, path
 from gdn_ops.demo import show
 from gdn_ops.dispatch import registry
 from gdn_ops.terminal.output import print_json
@@ -34,6 +34,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument(
         "--backend",
+        type=one_name,
         default="auto",
         metavar="NAME",
         help="backend that reads the text; all are timed in any case (default: auto)",

@@ -15,6 +15,9 @@ from gdn_ops.spec.names import nearest, unknown
 
 Options = argparse.Namespace
 
+ALL = ("all",)
+"""What `names` returns for the word that means every name."""
+
 
 class UsageError(Exception):
     """Report in words for the user why a command cannot do what is asked, with an exit code."""
@@ -32,6 +35,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False, formatter_class=_Formatter)
         # argparse before Python 3.14 takes -1e-3 and -inf for options.
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message.removeprefix('argument ')} ({self.prog} --help tells more)")
@@ -51,6 +56,17 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 return dict(action.choices)
         return {}
+
+
+class _Once(argparse._StoreAction):
+    """Store the value of an option, which cannot be given again: the first would be lost."""
+
+    def __call__(self, parser: Any, namespace: Options, values: Any, option: Any = None) -> None:
+        given = namespace.__dict__.setdefault("given", set())
+        if self.option_strings and self.dest in given:
+            raise argparse.ArgumentError(self, "is given twice, should be given once")
+        given.add(self.dest)
+        super().__call__(parser, namespace, values, option)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -130,17 +146,41 @@ def _unexpected(parser: Parser, word: str) -> str:
     return f"{parser.prog.removeprefix('gdn-ops ')} has no option {name}{hint}"
 
 
-def names(text: str) -> tuple[str, ...]:
-    """Return the names in a list with commas, each once."""
-    found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not found:
-        raise argparse.ArgumentTypeError(f"is {text!r}, should be names with commas between")
+def names(text: str, alone: Sequence[str] = ("all",)) -> tuple[str, ...]:
+    """Return the names in a list with commas, each once; ALL where it is "all".
+
+    Args:
+        text: as it was typed.
+        alone: words that mean a whole list and stand beside no name.
+    """
+    found = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if not all(found):
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}, should be names with commas, and no spaces, between"
+        )
+    for name in found:
+        word = name.casefold()
+        if word in alone and len(found) > 1:
+            raise argparse.ArgumentTypeError(
+                f"is {text!r}: {word!r} stands alone, without other names"
+            )
+        if word in alone and word != name:
+            raise argparse.ArgumentTypeError(f"is {text!r}, did you mean {word!r}?")
     return found
 
 
 def names_or_none(text: str) -> tuple[str, ...]:
-    """Return the names in a list with commas, none for "none"."""
-    return () if text.strip() == "none" else names(text)
+    """Return the names in a list with commas, none for "none", ALL for "all"."""
+    found = names(text, ("all", "none"))
+    return () if found == ("none",) else found
+
+
+def one_name(text: str) -> str:
+    """Return the one name that a text holds."""
+    found = names(text, ())
+    if len(found) > 1:
+        raise argparse.ArgumentTypeError(f"is {text!r}, should be one name")
+    return found[0]
 
 
 def one_of(kind: str, known: Iterable[str]) -> Callable[[str], str]:

@@ -54,7 +54,8 @@ class BackendRow:
     Attributes:
         name: of the backend.
         prefix: median seconds on the prefix, after a call of that length that does not count.
-        whole: the same on the whole text; None where the definition would be too slow.
+        whole: the same on the whole text; None where that is no longer than the prefix, or where
+            the definition would be too slow.
         first: seconds that the first calls took beyond these medians: mostly compiling.
         error: worst over heads of max |o - o64| / max |o64| on the prefix.
         reason: why it was not run, or None.
@@ -182,12 +183,14 @@ def backend_rows(
         now: is told what starts.
     """
     prefix = _prefix(given, PREFIX, given.q.dtype)
+    is_longer = given.q.shape[1] > PREFIX
     warm: dict[str, _Warm] = {}
     reasons: dict[str, str] = {}
     for name in names:
         now(f"backend {name}")
         try:
-            warm[name] = _warm_up(name, (prefix,) if name == "naive" else (prefix, given), exact)
+            alone = name == "naive" or not is_longer
+            warm[name] = _warm_up(name, (prefix,) if alone else (prefix, given), exact)
         except BackendUnsupportedError as refusal:
             reasons[name] = " ".join(str(refusal).split())
     now("backends in turns")

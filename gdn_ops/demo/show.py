@@ -158,7 +158,7 @@ def _show_reset(reset: ResetEffect) -> None:
 
 def _show_backends(rows: list[BackendRow], tokens: int) -> None:
     """Print times, and ratios to the baseline: all of one process, in turns, after warm-ups."""
-    prefix = min(tokens, measure.PREFIX)
+    prefix, is_longer = min(tokens, measure.PREFIX), tokens > measure.PREFIX
     ran = [row for row in rows if row.reason is None]
     base = next((row for row in ran if row.name == BASELINE), None)
     base_prefix, base_whole = (base.prefix, base.whole) if base else (None, None)
@@ -167,10 +167,13 @@ def _show_backends(rows: list[BackendRow], tokens: int) -> None:
     for row in ran:
         part = _ratio(row.prefix, base_prefix)
         whole = _ratio(row.whole, base_whole)
-        times = _milliseconds(row.prefix), part, _milliseconds(row.whole), whole
+        times = [_milliseconds(row.prefix), part]
+        times += [_milliseconds(row.whole), whole] if is_longer else []
         cells.append((row.name, *times, f"{row.first:.1f} s", f"{row.error:.1e}"))
-    head = ("backend", f"{prefix} tokens", against, f"{tokens} tokens", against)
-    print("Backends on the same operands, in turns, each warmed up on both lengths")
+    lengths = (prefix, tokens) if is_longer else (prefix,)
+    head = ["backend", *(x for n in lengths for x in (f"{n} tokens", against))]
+    warmed = "on both lengths" if is_longer else "before"
+    print(f"Backends on the same operands, in turns, each warmed up {warmed}")
     print(table((*head, "first calls cost", "worst head's error"), [("", cells)]))
     for row in rows:
         if row.reason is not None:

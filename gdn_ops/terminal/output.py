@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,13 @@ def check_folder(option: str, path: Path | None) -> None:
     except OSError as error:
         reason = "is a file" if path.is_file() else f"cannot be made: {error.strerror}"
         raise SpecError(f"{option}: {str(path)!r} {reason}, should be a folder") from error
-    if not os.access(path, os.W_OK):
-        raise SpecError(f"{option}: {str(path)!r} cannot be written, should be writable")
+    try:
+        # Only an attempt tells: root may write anywhere but to a disk that is read-only or full.
+        with tempfile.NamedTemporaryFile(prefix=".gdn_ops-", dir=path) as file:
+            file.write(b"\0")
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}"
+        raise SpecError(f"{option}: {str(path)!r} {reason}, should be writable") from error
 
 
 def check_file(option: str, path: Path | None) -> None:

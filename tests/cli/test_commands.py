@@ -164,3 +164,8 @@ def test_demo_reads_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert result.exit_code == 0, result.output
     assert "reads 160 bytes once" in result.output
     assert "exactly nothing of the past is left" in result.output
+    # The prefix is the whole text, which is timed once.
+    head = "backend  160 tokens  time over torch's  first calls cost  worst head's error\n"
+    assert f"in turns, each warmed up before\n{head}" in result.output
+    data = json.loads(run("demo", str(text), "--limit", "160", "--json").output)
+    assert [row["whole"] for row in data["backends"]] == [None, None]
