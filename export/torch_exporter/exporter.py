@@ -25,6 +25,7 @@ from gdn_ops.export.model.single import BATCH, TOKENS
 from gdn_ops.export.node.arguments import check_flag, check_target, check_type
 from gdn_ops.export.node.schema import SEQUENCE, STEP, Operator
 from gdn_ops.export.torch_exporter.translation import translation_table
+from gdn_ops.export.torch_exporter.wrappers import sizes_as_gathered, unwrapped
 from gdn_ops.spec.errors import SpecError
 
 TORCH_OPSET = 25
@@ -53,7 +54,8 @@ def export_decode(
     of such a shape.
 
     Args:
-        module: what is exported.
+        module: what is exported; torch.compile, DataParallel, DistributedDataParallel and
+            AveragedModel around it are taken off.
         args: example arguments; the first size of every tensor is the batch.
         path: where the model is written; weights beyond 1 GiB go into a file beside it.
         opset: of ai.onnx: 18 to 25, or 27 for body "onnx".
@@ -118,6 +120,7 @@ class _Export:
     ) -> ModelProto:
         """Export a module, and write the model if there is a path."""
         self._check_given(module, dynamic_batch, path)
+        module = unwrapped(self.label, module)
         first = self._first_tensor(args)
         rows, length = first.shape[0], self._length(first)
         self._check_options()
@@ -133,7 +136,7 @@ class _Export:
             is_long = length is not None and x.dim() > 1 and x.shape[1] == length
             return sizes | ({1: tokens} if is_long else {}) or None
 
-        dynamic = pytree.tree_map(dynamic_sizes, args)
+        dynamic = sizes_as_gathered(module, pytree.tree_map(dynamic_sizes, args))
         model = _run_torch(self.label, module, args, dynamic, min(self.opset, TORCH_OPSET))
         self._check_nodes(model)
         if self.opset > TORCH_OPSET:
