@@ -13,6 +13,7 @@ import errno
 import itertools
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from gdn_ops.backends.torch.segments import SegmentPlan
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.decode_fallbacks import one_by_one
 from gdn_ops.dispatch.forks import end_openmp_threads
+from gdn_ops.spec.switches import unset_if_empty
 
 logger = logging.getLogger("gdn_ops")
 
@@ -145,6 +147,12 @@ def _disk_named() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+        if type(error).__name__ == "InductorError" and re.search(r"\s", folder):
+            raise RuntimeError(
+                f"compile: the C++ compiler cannot read from {folder!r}, whose name has a space; "
+                f"{CURE}"
+            ) from error
         disk = getattr(error, "inner_exception", error)
         if isinstance(disk, OSError) and disk.errno in DISK_ERRORS:
             raise RuntimeError(f"compile: cannot write to disk: {disk}; {CURE}") from error
@@ -236,6 +244,8 @@ def _elsewhere(run: Callable[[], Result]) -> Result:
 
     @_disk_named()
     def locked() -> Result:
+        # torch and Triton would write to the current folder.
+        unset_if_empty("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
         # Import within the handler: it makes the folder of the cache.
         from torch._inductor import config
 

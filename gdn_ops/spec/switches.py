@@ -1,4 +1,4 @@
-"""Read environment variables that have one value which does something."""
+"""Read environment variables that have one value which does something, or none of use."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ def is_on(variable: str, value: str) -> bool:
         text = f"{variable} is {given!r}, should be {value!r} or not be set: it does nothing"
         warnings.warn(text, stacklevel=2)
     return given == value
+
+
+def unset_if_empty(*variables: str) -> None:
+    """Unset environment variables that are empty, for a library that takes "" for a folder."""
+    for name in variables:
+        if os.environ.get(name) == "":
+            del os.environ[name]

@@ -23,7 +23,8 @@ from torch.overrides import _get_current_function_mode
 import gdn_ops
 from errors import message_of
 from gdn_ops.backends import compile as compile_backend
-from processes import printed
+from paths import ROOT
+from processes import printed, python
 
 CURE = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
 
@@ -135,6 +136,32 @@ def test_a_cache_that_cannot_be_a_folder_is_named(tmp_path: Path) -> None:
     code += "except RuntimeError as error: print(error)"
     assert printed(code, TORCHINDUCTOR_CACHE_DIR=str(file)) == (
         f"compile: cannot write to disk: [Errno 17] File exists: '{file}'; {CURE}"
+    )
+
+
+STEP = """
+import torch, gdn_ops
+x = torch.ones(3, 1, 1, 16)
+try: gdn_ops.gated_delta_step(*x, rule='linear', backend='compile')
+except RuntimeError as error: print(error)
+"""
+
+
+def test_a_cache_without_a_name_is_the_default_one(tmp_path: Path) -> None:
+    here, default = tmp_path / "here", tmp_path / "default"
+    here.mkdir()
+    default.mkdir()
+    named = {"PYTHONPATH": str(ROOT), "TMPDIR": str(default), "TRITON_CACHE_DIR": ""}
+    done = python("-c", STEP, cwd=here, TORCHINDUCTOR_CACHE_DIR="", **named)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert not list(here.iterdir())
+    assert list(default.glob("torchinductor_*"))
+
+
+def test_a_space_in_the_name_of_the_cache_is_named(tmp_path: Path) -> None:
+    folder = str(tmp_path / "a folder")
+    assert printed(STEP, TORCHINDUCTOR_CACHE_DIR=folder) == (
+        f"compile: the C++ compiler cannot read from {folder!r}, whose name has a space; {CURE}"
     )
 
 

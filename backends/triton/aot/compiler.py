@@ -10,6 +10,7 @@ A launch that is specialised like an earlier one is compiled once. What a target
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -89,6 +90,9 @@ def _build(source: Source, options: Any, target: str) -> Built:
 
 def _reason(error: Exception, kernel: Any) -> str:
     """Return the last line of a compiler's error, and the line of source that it marks with a ^."""
+    cache = os.environ.get("TRITON_CACHE_DIR")
+    if isinstance(error, OSError) and cache and str(error.filename).startswith(cache):
+        return f"{error}; set TRITON_CACHE_DIR to a folder that can be written"
     lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
     marks = [i for i, line in enumerate(lines) if line == "^" and i > 0]
     return f"{lines[-1]}, in: {lines[marks[-1] - 1]}" if marks else lines[-1]
