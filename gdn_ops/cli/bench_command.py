@@ -27,6 +27,7 @@ from gdn_ops.cli.parser import (
     real,
     refuse_without_effect,
 )
+from gdn_ops.dispatch.registry import known_backends
 from gdn_ops.environment.devices import check_device
 from gdn_ops.spec.rules import FLOAT_DTYPES
 from gdn_ops.terminal.output import check_file, check_folder, print_json
@@ -273,6 +274,8 @@ def _run_cases(options: Options) -> int:
             raise UsageError(
                 f"{name!r} is a command of its own and stands first: gdn-ops bench {name}"
             )
+        if name in known_backends():
+            raise UsageError(f"{name!r} is a backend, not a case: --backend {name}")
     device = "cpu" if options.device is None else options.device
     check_device(device)
     setting = Setting(options.dtype or "float32", device, options.repeats or REPEATS)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gdn_ops.cli import exit_codes
+from gdn_ops.dispatch.registry import known_backends
 from gdn_ops.spec.names import nearest, unknown
 
 Options = argparse.Namespace
@@ -132,6 +133,8 @@ def _check_names(parser: Parser, arguments: Sequence[str]) -> None:
         commands = parser.commands()
         if not commands or word.startswith("-"):
             return
+        if word == "help":
+            raise UsageError(f"there is no command help: {parser.prog} --help tells more")
         if word not in commands:
             raise UsageError(unknown("command", word, commands))
         parser = commands[word]
@@ -140,7 +143,9 @@ def _check_names(parser: Parser, arguments: Sequence[str]) -> None:
 def _unexpected(parser: Parser, word: str) -> str:
     name = word.partition("=")[0]
     if not word.startswith("-"):
-        return f"{parser.prog.removeprefix('gdn-ops ')}: {word!r} is one argument too many"
+        takes_backend = "--backend" in parser.option_names() and word in known_backends()
+        hint = f", did you mean --backend {word}?" if takes_backend else ""
+        return f"{parser.prog.removeprefix('gdn-ops ')}: {word!r} is one argument too many{hint}"
     near = nearest(name, parser.option_names())
     hint = f", did you mean {near}?" if near else ""
     return f"{parser.prog.removeprefix('gdn-ops ')} has no option {name}{hint}"
@@ -177,10 +182,10 @@ def names_or_none(text: str) -> tuple[str, ...]:
 
 def one_name(text: str) -> str:
     """Return the one name that a text holds."""
-    found = names(text, ())
-    if len(found) > 1:
+    name = text.strip()
+    if not name or "," in name:
         raise argparse.ArgumentTypeError(f"is {text!r}, should be one name")
-    return found[0]
+    return name
 
 
 def one_of(kind: str, known: Iterable[str]) -> Callable[[str], str]:

@@ -131,11 +131,15 @@ EXPORT = "export --out {folder}/x.onnx"
     {
         "chek": "unknown command 'chek', known: info, check, bench, compile, export, demo, "
         "completion; did you mean 'check'?",
+        "help": "there is no command help: gdn-ops --help tells more",
+        "help check": "there is no command help: gdn-ops --help tells more",
+        "check torch": "check: 'torch' is one argument too many, did you mean --backend torch?",
         "bench gpu tiny": "bench gpu: 'tiny' is one argument too many",
         "bench tiny gpu": "'gpu' is a command of its own and stands first: gdn-ops bench gpu",
         "bench tiny --device cuda": "device 'cuda' is not available: torch sees cpu",
         "check --device cuda:3": "device 'cuda:3' is not available: torch sees cpu",
         "check --device meta": "device 'meta' is not available: torch sees cpu",
+        "bench torch": "'torch' is a backend, not a case: --backend torch",
         "bench tinny": "; did you mean 'tiny'?",
         "bench --backend trch": "; did you mean 'torch'?",
         "bench --peer transformer": "; did you mean 'transformers'?",

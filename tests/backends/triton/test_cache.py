@@ -12,13 +12,13 @@ from processes import python
 
 pytest.importorskip("triton")
 
-COMPILE = "-m gdn_ops compile tiny-step --backend triton --target sm_90 --json".split()
+COMPILE = ("compile", "tiny-step", "--backend", "triton", "--target", "sm_90", "--json")
 
 
 def failures(folder: Path, **environment: str) -> list[str]:
     """Compile the kernel of a step, and return why that failed."""
     named = {"PYTHONPATH": str(ROOT), "HOME": str(folder), "TRITON_HOME": str(folder)}
-    done = python(*COMPILE, cwd=folder, **named, **environment)
+    done = python("-m", "gdn_ops", *COMPILE, cwd=folder, **named, **environment)
     (row,) = json.loads(done.stdout)["kernels"]
     assert done.returncode == (1 if row["failures"] else 0)
     return list(row["failures"])
