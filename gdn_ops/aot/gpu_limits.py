@@ -50,12 +50,25 @@ LOW = ("bf16", "f16", "bfloat16", "float16")
 """The names of the dtypes of 16 bits, in MLIR and in TileLang."""
 
 
+_NAMED = {
+    "a100": "sm_80",
+    **dict.fromkeys(("h100", "h200", "gh200"), "sm_90"),
+    **dict.fromkeys(("b200", "gb200"), "sm_100"),
+    "mi300": "gfx942",
+}
+"""Architectures of GPUs, by how their names start."""
+
+
 def refusal(target: str, known: Sequence[str]) -> str:
     """Return the error text for a target that is none of those known.
 
     Without its `a`, a target is one for all later GPUs too: nvcc and TileLang then silently leave
     out the instructions that only one generation has, like Hopper's wgmma.
     """
+    prefix = next((p for name, p in _NAMED.items() if target.casefold().startswith(name)), "-")
+    meant = next((own for own in known if own.removesuffix("a") == prefix), None)
+    if meant is not None:
+        return f"target {target!r} is the name of a GPU: use {meant}, its architecture"
     if f"{target}a" in known:
         return f"target {target!r} is compiled without wgmma and its like: use {target}a"
     return unknown("target", target, known)
