@@ -301,6 +301,9 @@ def _run_cases(options: Options) -> int:
     # A thread that refreshes it would disturb what is timed.
     with progress(plan.count() + 1, "starting", is_quiet=True) as log:
         result = suite.run(plan, log)
+    if not result.rows:
+        reasons = "; ".join(f"{name} ({what}): {why}" for what, name, why in result.skipped)
+        raise UsageError(f"nothing was measured: {reasons}")
     return _publish(result, options)
 
 

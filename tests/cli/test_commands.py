@@ -122,6 +122,17 @@ def test_bench_writes_its_result(tmp_path: Path) -> None:
     assert "conformance: torch on tiny" in result.output
 
 
+def test_bench_that_measures_nothing_is_a_mistake() -> None:
+    pytest.importorskip("triton")
+    given = ("--backend", "triton", "--dtype", "float64", *BENCH[2:])
+    result = run("bench", "tiny", *given)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "gdn-ops: nothing was measured: triton (tiny): dtype float64 (supported: bfloat16, "
+        "float16, float32)\n"
+    )
+
+
 def test_bench_refuses_wrong_numbers_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = RefusedError("no times are shown, the numbers are wrong: x")
     monkeypatch.setattr(suite, "verify", mock.Mock(side_effect=refusal))
