@@ -227,9 +227,11 @@ def test_bench_decode_refuses_a_body_that_computes_something_else(
 def test_bench_decode_is_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     command = mock.Mock(return_value=decode.run(Setting(repeats=1), shapes=()))
     monkeypatch.setattr(decode, "run", command)
-    result = run("bench", "decode", "--library", "lib.so", "--repeats", 3, "--out", tmp_path)
+    library = tmp_path / "lib.so"
+    library.touch()
+    result = run("bench", "decode", "--library", library, "--repeats", 3, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    command.assert_called_once_with(Setting(repeats=3), "lib.so", mock.ANY)
+    command.assert_called_once_with(Setting(repeats=3), str(library), mock.ANY)
     assert f"onnxruntime {ort.__version__}, one thread\n" in result.output
     written = json.loads((tmp_path / "decode-cpu-float32.json").read_text())
     assert written["system"]["dtype"] == "float32"
