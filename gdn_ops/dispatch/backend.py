@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,33 +15,10 @@ from torch import Tensor
 from gdn_ops._version import __version__
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.decode_fallbacks import one_by_one, through_rows
+from gdn_ops.dispatch.results import Forward as Forward
+from gdn_ops.dispatch.results import Grads as Grads
+from gdn_ops.dispatch.results import checked_step
 from gdn_ops.spec.rules import Limits
-
-
-class Forward(NamedTuple):
-    """Hold the results of a backend's forward.
-
-    Attributes:
-        o: (B, T, HV, V), dtype of v.
-        final_state: (N, HV, K, V) in the compute dtype.
-        saved: tensors kept for its backward; empty unless the call needs gradients.
-    """
-
-    o: Tensor
-    final_state: Tensor
-    saved: tuple[Tensor, ...] = ()
-
-
-class Grads(NamedTuple):
-    """Hold the gradients of a call's tokens and of its state; None where it has no such tensor."""
-
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-    alpha: Tensor | None
-    log_alpha: Tensor | None
-    beta: Tensor | None
-    state: Tensor | None
 
 
 class Backend:
@@ -144,7 +121,7 @@ class Backend:
         """
         if call.state_indices is not None:
             return through_rows(call, self.decode_many)
-        return one_by_one(call, self.decode_one)
+        return one_by_one(call, lambda one: checked_step(self, one, self.decode_one(one)))
 
 
 def _undefined(backend: Backend, method: str, limit: str) -> NotImplementedError:

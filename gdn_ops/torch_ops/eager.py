@@ -16,6 +16,7 @@ from gdn_ops.call.bind import Call, Tokens
 from gdn_ops.call.memory import apart
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.decode_fallbacks import through_rows
+from gdn_ops.dispatch.results import checked_forward, checked_grads, checked_step, checked_steps
 from gdn_ops.spec.ops import GATED_DELTA
 
 SECOND_ORDER = (
@@ -93,7 +94,7 @@ class _Function(torch.autograd.Function):
         ctx: Any, backend: Backend, call: Call, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         # Detached, so that a backend which compiles does not look for the gradients of non-leaves.
-        out = backend.forward(_on(call, _detached(tensors)))
+        out = checked_forward(backend, call, backend.forward(_on(call, _detached(tensors))))
         ctx.backend, ctx.count = backend, len(tensors)
         # What is tried while tuning: the backward may run on another thread.
         ctx.context = copy_context()
@@ -123,6 +124,7 @@ class _Function(torch.autograd.Function):
             with full_precision(d_o.device.type):
                 kept_states = None if second else saved
                 grads = ctx.context.copy().run(backend.backward, call, kept_states, d_o, d_state)
+            grads = checked_grads(backend, tensors, grads)
         wanted = zip(grads, ctx.needs_input_grad[2:], strict=True)
         return None, None, *(grad if needed else None for grad, needed in wanted)
 
@@ -148,9 +150,9 @@ def run_sequence(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     if call.needs_grad and not backend.differentiable:
         return _Function.apply(backend, call, *call.tokens, call.state)  # type: ignore[no-untyped-call, no-any-return]
     if call.needs_grad:
-        return tied(call, *backend.forward(call)[:2])
+        return tied(call, *checked_forward(backend, call, backend.forward(call))[:2])
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-        out = backend.forward(call)
+        out = checked_forward(backend, call, backend.forward(call))
     return out.o, out.final_state
 
 
@@ -207,23 +209,27 @@ def decode_one(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Decode one token, also on a pool that the backend does not support."""
     if call.inplace and not torch.compiler.is_compiling():
         call = apart(call)
-    if call.state_indices is None:
-        return backend.decode_one(call)
-    if backend.limits.pools:
-        return backend.decode_one(call.on_own_pool())
-    o, state, _ = through_rows(call, lambda rows: (*backend.decode_one(rows), None))
-    return o, state
+    if call.state_indices is not None and not backend.limits.pools:
+        o, state, _ = through_rows(
+            call, lambda rows: (*checked_step(backend, rows, backend.decode_one(rows)), None)
+        )
+        return o, state
+    if call.state_indices is not None:
+        call = call.on_own_pool()
+    return checked_step(backend, call, backend.decode_one(call))
 
 
 def decode_many(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Decode a few tokens, also on a pool that the backend does not support."""
     if call.inplace and not torch.compiler.is_compiling():
         call = apart(call)
-    if call.state_indices is None:
-        return backend.decode_many(call)
-    if backend.limits.pools:
-        return backend.decode_many(call.on_own_pool())
-    return through_rows(call, backend.decode_many)
+    if call.state_indices is not None and not backend.limits.pools:
+        return through_rows(
+            call, lambda rows: checked_steps(backend, rows, backend.decode_many(rows))
+        )
+    if call.state_indices is not None:
+        call = call.on_own_pool()
+    return checked_steps(backend, call, backend.decode_many(call))
 
 
 def as_sequence(call: Call) -> Call:

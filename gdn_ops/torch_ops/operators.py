@@ -26,6 +26,7 @@ from gdn_ops.call.bind import Arguments, Call, Tokens, arguments_of, bind
 from gdn_ops.call.transforms import transforms_of
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.registry import select
+from gdn_ops.dispatch.results import checked_forward, checked_grads
 from gdn_ops.spec.language import OpSpec, TensorArg
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
 from gdn_ops.torch_ops.eager import SECOND_ORDER, decode_many, decode_one, full_precision
@@ -150,7 +151,7 @@ def _schema_arguments(spec: OpSpec, is_inplace: bool) -> list[str]:
 
 
 def _forward(backend: Backend, call: Call, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    out = backend.forward(call)
+    out = checked_forward(backend, call, backend.forward(call))
     return out.o, out.final_state, [*out.saved] if save else []
 
 
@@ -168,11 +169,12 @@ def _gradients(
     What is not saved, as by a step or a transformed call, is computed again.
     """
     with torch.no_grad():
-        kept = tuple(saved) or backend.forward(call).saved
+        kept = tuple(saved) or checked_forward(backend, call, backend.forward(call)).saved
         grads = backend.backward(call, kept, d_o, d_state)
+    tensors = (*call.tokens, call.state)
     return [
         torch.zeros_like(x) if grad is None else grad
-        for x, grad in zip((*call.tokens, call.state), grads, strict=True)
+        for x, grad in zip(tensors, checked_grads(backend, tensors, grads), strict=True)
         if x is not None
     ]
 

@@ -19,6 +19,13 @@ from gdn_ops.call import transforms
 from gdn_ops.call.bind import Call, Tokens
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.registry import select
+from gdn_ops.dispatch.results import (
+    checked_forward,
+    checked_grads,
+    checked_pure,
+    checked_step,
+    checked_steps,
+)
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 from gdn_ops.torch_ops.eager import (
     SECOND_ORDER,
@@ -134,12 +141,13 @@ class _Forward(_KeepingInputs):
         if is_traced(call.tokens.q):
             return operated(plain.backend, call)
         with full_precision(call.device.type):
+            backend = plain.backend
             if call.op is GATED_DELTA:
-                results = plain.backend.forward(call)[:2]
+                results = checked_forward(backend, call, backend.forward(call))[:2]
             elif call.op is GATED_DELTA_STEP:
-                results = plain.backend.decode_one(call)
+                results = checked_step(backend, call, backend.decode_one(call))
             else:
-                results = plain.backend.decode_many(call)
+                results = checked_steps(backend, call, backend.decode_many(call))
         given = {id(x) for x in tensors}
         # A state that no token changes may be returned as it was given, which torch refuses.
         return tuple(x.view_as(x) if id(x) in given else x for x in results if x is not None)
@@ -214,8 +222,10 @@ class _Backward(_KeepingInputs):
         if is_traced(call.tokens.q):
             return operated_backward(plain.backend, call, d_o, d_state)
         with full_precision(call.device.type):
-            saved = plain.backend.forward(call).saved
-            grads = plain.backend.backward(call, saved, d_o, d_state)
+            backend = plain.backend
+            saved = checked_forward(backend, call, backend.forward(call)).saved
+            returned = backend.backward(call, saved, d_o, d_state)
+        grads = checked_grads(backend, tensors[: TOKENS + 1], returned)
         present = zip(grads, tensors, strict=False)
         return tuple(
             torch.zeros_like(x) if grad is None else grad for grad, x in present if x is not None
@@ -257,7 +267,8 @@ def _pure_gradients(plain: Plain, present: list[int]) -> Callable[..., Any]:
 
     def results(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         given = dict(zip(present, inputs, strict=False))
-        return plain.backend.pure(plain.on([given.get(i) for i in range(TOKENS + 1)]))
+        call = plain.on([given.get(i) for i in range(TOKENS + 1)])
+        return checked_pure(plain.backend, call, plain.backend.pure(call))
 
     def gradients(*inputs: Tensor) -> Any:
         return torch.func.vjp(results, *inputs[:-2])[1](inputs[-2:])
@@ -309,7 +320,7 @@ def run_sequence(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Run a `gated_delta` call under transforms; return (o, final_state)."""
     if call.transforms.has_tangent or _is_recorded(backend, call):
         with full_precision(call.device.type):
-            return backend.pure(call)
+            return checked_pure(backend, call, backend.pure(call))
     o, state = _apply(backend, call)[:2]
     return o, state
 
