@@ -40,10 +40,7 @@ class DecodeSession:
     fails midway its states may be half updated: set them again. A session is used by one thread at
     a time, in the process that made it, and is neither copied nor pickled.
 
-    Attributes:
-        batch: the number of rows.
-        body: what runs: the name of a body, or "custom" for the kernel of a library.
-        inputs, outputs: names of what `step` takes and returns, in order.
+    What it was made with cannot be set afterwards.
     """
 
     def __init__(
@@ -82,7 +79,7 @@ class DecodeSession:
         if custom_op_library is not None:
             check_path(label, "custom_op_library", custom_op_library)
         model, folder = _loaded(model_or_path)
-        self.batch = batch
+        self._batch = batch
         has_library = custom_op_library is not None
         with about_file(model_or_path):
             nodes = nodes_of(model)
@@ -93,7 +90,7 @@ class DecodeSession:
                 f"{chosen.name!r}, whose operator onnxruntime does not run on no rows; take "
                 f"body='standard'"
             )
-        self.body = CUSTOM if chosen is None else chosen.name
+        self._body = CUSTOM if chosen is None else chosen.name
         with about_file(model_or_path):
             model = with_body(model, None if chosen is None else chosen.name, "DecodeSession")
             self._ort = open_session(model, folder, threads, custom_op_library)
@@ -122,7 +119,7 @@ class DecodeSession:
         self._states = {name: [Buffer(inputs[name]) for _ in range(copies)] for name in states}
         self._turn, self._copies, self._carried = 0, copies, states
         self._results: list[Results] = []
-        self.inputs, self.outputs = tuple(self._inputs), tuple(p.name for p in self._ports)
+        self._outputs = tuple(port.name for port in self._ports)
 
     def _check_states(
         self, states: Mapping[str, str], inputs: Mapping[str, Port], outputs: Mapping[str, Port]
@@ -239,6 +236,26 @@ class DecodeSession:
                 f"{label}: {missing[0]} is missing, should be given: the inputs are {names}"
             )
         return tuple(given[name] for name in self.inputs)
+
+    @property
+    def batch(self) -> int:
+        """Return the number of rows."""
+        return self._batch
+
+    @property
+    def body(self) -> str:
+        """Return what runs: the name of a body, or "custom" for the kernel of a library."""
+        return self._body
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Return the names of what `step` takes, in order."""
+        return tuple(self._inputs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Return the names of what `step` returns, in order."""
+        return self._outputs
 
     @property
     def buffers(self) -> dict[str, Array]:

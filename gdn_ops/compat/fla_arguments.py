@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.call.structure import dtype_name
-from gdn_ops.nn.packing import has_values
-from gdn_ops.nn.values import check_floats
+from gdn_ops.nn.values import check_floats, has_values
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.rules import FLOAT_DTYPES
 

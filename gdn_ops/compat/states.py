@@ -20,8 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.nn.packing import has_values
-from gdn_ops.nn.values import check_floats
+from gdn_ops.nn.values import check_floats, has_values
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 __all__ = ["gate_from", "gate_to", "state_from", "state_to"]

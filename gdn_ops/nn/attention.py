@@ -16,8 +16,8 @@ from gdn_ops.nn.names import UNPADDED, own_options, refuse_input, refuse_option
 from gdn_ops.nn.state import made_in
 from gdn_ops.nn.values import (
     check_counts,
-    check_dtype,
     check_kept,
+    check_made,
     check_numbers,
     check_sequences,
     check_tensor,
@@ -103,7 +103,7 @@ class SlidingWindowAttention(nn.Module):
         check_counts("SlidingWindowAttention", hidden_size=hidden_size)
         check_counts("SlidingWindowAttention", least=0, num_heads=num_heads, window=window)
         check_numbers("SlidingWindowAttention", rope_base=rope_base)
-        check_dtype("SlidingWindowAttention", dtype)
+        check_made("SlidingWindowAttention", device, dtype)
         if rope_base == 0:
             _fail("rope_base is 0, should be above 0")
         if num_heads < 1 or hidden_size % (2 * num_heads):

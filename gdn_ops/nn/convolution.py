@@ -11,13 +11,14 @@ from gdn_ops.nn.packing import check_boundaries, check_lengths
 from gdn_ops.nn.values import (
     check_counts,
     check_device,
-    check_dtype,
     check_flags,
     check_kept,
+    check_made,
     check_sequences,
     check_tensor,
 )
 from gdn_ops.spec.errors import SpecError
+from gdn_ops.torch_ops.eager import full_precision
 
 
 class ShortConvolution(nn.Module):
@@ -51,7 +52,7 @@ class ShortConvolution(nn.Module):
             )
         check_counts("ShortConvolution", channels=channels, kernel_size=kernel_size)
         check_flags("ShortConvolution", bias=bias)
-        check_dtype("ShortConvolution", dtype)
+        check_made("ShortConvolution", device, dtype)
         self.channels = channels
         self.kernel_size = kernel_size
         self.activation = activation
@@ -100,6 +101,14 @@ class ShortConvolution(nn.Module):
             SpecError: a shape or a value does not fit.
         """
         self._check(x, state, lengths, cu_seqlens)
+        # Autocast of one narrow dtype refuses to join tensors of the other.
+        with full_precision(x.device.type):
+            return self._advance(x, state, lengths, cu_seqlens)
+
+    def _advance(
+        self, x: Tensor, state: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve what was checked, and return the state behind it."""
         if cu_seqlens is not None:
             return self._packed(x, state, cu_seqlens)
         reach, tokens = self.kernel_size - 1, x.shape[1]

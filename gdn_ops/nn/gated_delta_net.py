@@ -32,8 +32,8 @@ from gdn_ops.nn.padding import Padding
 from gdn_ops.nn.state import State, check_state, made_in
 from gdn_ops.nn.values import (
     check_counts,
-    check_dtype,
     check_flags,
+    check_made,
     check_numbers,
     check_sequences,
     check_weights,
@@ -137,7 +137,7 @@ class GatedDeltaNet(nn.Module):
         check_numbers("GatedDeltaNet", expand_v=expand_v, norm_eps=norm_eps)
         flags = {"output_norm": output_norm, "allow_neg_eigval": allow_neg_eigval}
         check_flags("GatedDeltaNet", **flags, conv_bias=conv_bias)
-        check_dtype("GatedDeltaNet", dtype)
+        check_made("GatedDeltaNet", device, dtype)
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.num_value_heads = num_heads if num_value_heads is None else num_value_heads
         self.head_dim = key_width(hidden_size, num_heads) if head_dim is None else head_dim

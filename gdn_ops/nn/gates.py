@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gdn_ops.nn.values import check_counts, check_device, check_floats
+from gdn_ops.nn.values import check_counts, check_device, check_floats, check_made
 from gdn_ops.spec.errors import SpecError
 
 LARGEST_A = 16.0
@@ -82,6 +82,7 @@ class DecayGate(nn.Module):
     def __init__(self, heads: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         check_counts("DecayGate", heads=heads)
+        check_made("DecayGate", device, None)
         self.A_log, self.dt_bias = (
             nn.Parameter(torch.empty(heads, dtype=torch.float32, device=device)) for _ in range(2)
         )

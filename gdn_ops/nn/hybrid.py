@@ -18,16 +18,17 @@ from gdn_ops.nn.attention import KeyValueRing, SlidingWindowAttention
 from gdn_ops.nn.decay_groups import optimizer_groups, parameters_without_weight_decay
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
 from gdn_ops.nn.names import MODEL_INPUTS, MODEL_OPTIONS, own_options, refuse_input, refuse_option
-from gdn_ops.nn.packing import has_values
 from gdn_ops.nn.state import State
 from gdn_ops.nn.values import (
     check_counts,
-    check_dtype,
     check_flags,
     check_floats,
+    check_logits,
+    check_made,
     check_numbers,
     check_tensor,
     check_weights,
+    has_values,
 )
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.ops import GATED_DELTA
@@ -178,7 +179,7 @@ class HybridLM(nn.Module):
         check_counts("HybridLM", **sizes, num_heads=num_heads, attention_heads=heads, window=window)
         check_counts("HybridLM", least=0, mlp_size=mlp_size or 0)
         check_numbers("HybridLM", norm_eps=norm_eps)
-        check_dtype("HybridLM", dtype)
+        check_made("HybridLM", device, dtype)
         self.hidden_size, self.pattern = hidden_size, (pattern * count)[:count]
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = 4 * hidden_size if mlp_size is None else mlp_size
@@ -357,7 +358,8 @@ class HybridLM(nn.Module):
             (B, T + count), the prompts and what follows.
 
         Raises:
-            SpecError: an argument has a wrong value, or the prompts are not (B, T) or empty.
+            SpecError: an argument has a wrong value, the prompts are not (B, T) or empty, or, on
+                a CPU, logits have no finite maximum.
         """
         if unknown:
             known = ("tokens", "count", "temperature", "generator")
@@ -382,6 +384,7 @@ class HybridLM(nn.Module):
         parts = [tokens]
         for place in range(count):
             logits = logits[:, -1]
+            check_logits("HybridLM.generate", logits)
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:

@@ -15,8 +15,8 @@ from gdn_ops.nn.blocks import blocks, differentiable_gradients, runs_in_blocks, 
 from gdn_ops.nn.values import (
     check_counts,
     check_device,
-    check_dtype,
     check_floats,
+    check_made,
     check_numbers,
 )
 from gdn_ops.spec.errors import SpecError
@@ -156,7 +156,7 @@ class GatedRMSNorm(nn.Module):
         super().__init__()
         check_counts("GatedRMSNorm", width=width)
         check_numbers("GatedRMSNorm", eps=eps)
-        check_dtype("GatedRMSNorm", dtype)
+        check_made("GatedRMSNorm", device, dtype)
         if activation not in tuple(GATE_ACTIVATIONS):
             raise SpecError(
                 f"GatedRMSNorm: activation is {activation!r}, should be one of "

@@ -7,10 +7,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gdn_ops.call.bind import CHECK_VALUES_EVERYWHERE, fault_of_boundaries
+from gdn_ops.call.bind import fault_of_boundaries
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.call.transforms import integers
-from gdn_ops.nn.values import check_device, check_tensor
+from gdn_ops.nn.values import check_device, check_tensor, has_values
 from gdn_ops.spec.errors import SpecError
 
 
@@ -101,16 +101,6 @@ def check_lengths(owner: str, lengths: Any, x: Tensor) -> None:
                 owner,
                 f"lengths has values in [{low}, {high}], should be in [0, T] = [0, {x.shape[1]}]",
             )
-
-
-def has_values(x: Tensor) -> bool:
-    """Return whether values may be looked at: outside of graphs, and without waiting for a GPU."""
-    return (
-        type(x) is Tensor
-        and (x.device.type == "cpu" or (CHECK_VALUES_EVERYWHERE and not x.is_meta))
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def _check_tensor(owner: str, name: str, value: Any, x: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from gdn_ops.call.bind import CHECK_VALUES_EVERYWHERE
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.rules import FLOAT_DTYPES
@@ -58,16 +59,33 @@ def check_flags(owner: str, **values: Any) -> None:
             _refuse_type(owner, f"{name} is {value!r}, should be True or False")
 
 
-def check_dtype(owner: str, dtype: Any) -> None:
-    """Check the dtype of parameters.
+def check_made(owner: str, device: Any, dtype: Any) -> None:
+    """Check the device and the dtype that parameters are made with.
 
     Raises:
-        SpecError: it is neither None nor a float that the ops know.
+        SpecError: the device is neither None nor one that torch has here, or the dtype is neither
+            None nor a float that the ops know.
     """
+    _check_place(owner, device)
     if dtype is None or dtype in [getattr(torch, name) for name in FLOAT_DTYPES]:
         return
     known = ", ".join(f"torch.{name}" for name in FLOAT_DTYPES)
     _refuse(owner, f"dtype is {dtype!r}, should be one of {known}")
+
+
+def _check_place(owner: str, device: Any) -> None:
+    """Check that torch can make a tensor on a device; None is the default one."""
+    should = "should be one that torch has here, such as 'cpu' or 'cuda:0'"
+    if device is None:
+        return
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        _refuse_type(owner, f"device has type {type(device).__name__}, {should}")
+    try:
+        torch.empty(0, dtype=torch.float32, device=device)
+    # Torch without CUDA asserts that it is with CUDA.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SpecError(f"{owner}: device is {str(device)!r}, {should}: {reason}") from error
 
 
 def check_sequences(owner: str, x: Any, width: int, name: str) -> None:
@@ -112,7 +130,10 @@ def check_tensor(owner: str, name: str, value: Any) -> None:
         SpecError: it is something else.
     """
     if not isinstance(value, Tensor):
-        _refuse_type(owner, f"{name} has type {type(value).__name__}, should be a torch.Tensor")
+        is_result = isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Tensor)
+        hint = "; layers return (y, state): pass y on" if is_result else ""
+        kind = type(value).__name__
+        _refuse_type(owner, f"{name} has type {kind}, should be a torch.Tensor{hint}")
     if value.layout is not torch.strided:
         layout = str(value.layout).removeprefix("torch.")
         _refuse(owner, f"{name} has layout {layout}, should be strided")
@@ -174,6 +195,38 @@ def _casts(*tensors: Tensor) -> bool:
     kind = tensors[0].device.type
     is_on = kind != "meta" and torch.is_autocast_enabled(kind)
     return is_on and all(x.dtype != torch.float64 for x in tensors)
+
+
+def check_logits(owner: str, logits: Tensor) -> None:
+    """Check that a token can be drawn from every row of logits, on a CPU, where a look is cheap.
+
+    Args:
+        owner: what the message starts with.
+        logits: (B, vocab_size); minus infinity excludes a token, but not all of a row.
+
+    Raises:
+        SpecError: the largest of a row is no finite number.
+    """
+    largest = logits.amax(-1)
+    if not has_values(largest) or bool(largest.isfinite().all()):
+        return
+    row = int(largest.isfinite().logical_not().nonzero()[0])
+    _refuse(
+        owner,
+        f"the logits of row {row} have the maximum {largest[row].item()}, should have a finite "
+        f"one: look for NaN and infinity in the parameters, and whether {dtype_name(logits.dtype)} "
+        f"holds what the layers compute",
+    )
+
+
+def has_values(x: Tensor) -> bool:
+    """Return whether values may be looked at: outside of graphs, and without waiting for a GPU."""
+    return (
+        type(x) is Tensor
+        and (x.device.type == "cpu" or (CHECK_VALUES_EVERYWHERE and not x.is_meta))
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def check_kept(owner: str, x: Tensor, kept: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gdn_ops.nn.packing import has_values
+from gdn_ops.nn.values import has_values
 from gdn_ops.spec.errors import SpecError
 
 PADDED = "_gdn_ops_left_padded"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_ops.nn.packing import has_values
+from gdn_ops.nn.values import has_values
 from gdn_ops.spec.errors import SpecError
 
 WITHOUT_NUMBERS = (

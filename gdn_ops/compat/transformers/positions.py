@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gdn_ops.compat.transformers import left_padding
-from gdn_ops.nn.packing import check_mask_values, has_values
+from gdn_ops.nn.packing import check_mask_values
+from gdn_ops.nn.values import has_values
 from gdn_ops.spec.errors import SpecError
 
 POSITIONS = "position_ids"

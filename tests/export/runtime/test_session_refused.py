@@ -267,3 +267,12 @@ def test_without_onnxruntime_a_session_says_what_to_install(
     assert message_of(ModuleNotFoundError, Step().session, body="standard") == (
         "DecodeSession needs onnxruntime: pip install 'gdn_ops[onnx]'"
     )
+
+
+@pytest.mark.parametrize("name", ["batch", "body", "inputs", "outputs", "buffers"])
+def test_what_a_session_was_made_with_cannot_be_set(
+    session: export.DecodeSession, name: str
+) -> None:
+    before = getattr(session, name)
+    message = message_of(AttributeError, setattr, session, name, before)
+    assert message == f"property {name!r} of 'DecodeSession' object has no setter"
