@@ -117,7 +117,7 @@ def _make(
     check_opset(label, opset, body)
     gates = "float64" if stored == "float64" else "float32"
     dtypes = {"state": stored, "new_state": stored, "log_alpha": gates, "beta": gates}
-    axes = {"B": BATCH, "T": TOKENS, **sizes}
+    axes = {"B": BATCH, "T": TOKENS} | {axis: int(size) for axis, size in sizes.items()}
 
     def value(name: str) -> ValueInfoProto:
         shape = [axes[axis] for axis in operator.axes(name)]

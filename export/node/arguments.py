@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gdn_ops.call.scalars import as_python
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 LARGEST = 2**31 - 1
@@ -21,6 +22,7 @@ def check_type(label: str, name: str, value: Any, kind: type, should: str) -> No
     Raises:
         SpecTypeError: it has another one; the text says what it should be.
     """
+    value = as_python(value) if kind in (bool, int) else value
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise SpecTypeError(f"{label}: {name} has type {type(value).__name__}, should be {should}")
 
@@ -32,6 +34,7 @@ def check_integer(label: str, name: str, value: Any, least: int, most: int = LAR
         SpecError: it is none, or beyond them.
     """
     check_type(label, name, value, int, "an integer")
+    value = as_python(value)
     if not least <= value <= most:
         bound = f"at least {least}" if value < least else f"at most {most}"
         # Python prints no integer of more than a few thousand digits.
@@ -45,6 +48,7 @@ def check_scale(label: str, value: Any) -> None:
     Raises:
         SpecError: it is none, or float32 makes it infinite or zero.
     """
+    value = as_python(value)
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):

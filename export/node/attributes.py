@@ -99,7 +99,7 @@ def checked_attributes(
     check_scale(label, scale)
     check_flag(label, "qk_l2norm", qk_l2norm)
     factor = float(sizes["K"] ** -0.5 if scale is None else scale)
-    attributes = Attributes(sizes["H"], sizes["HV"], factor, rule, qk_l2norm)
+    attributes = Attributes(int(sizes["H"]), int(sizes["HV"]), factor, rule, bool(qk_l2norm))
     attributes.check(label, operator)
     return attributes
 

@@ -75,11 +75,12 @@ class DecodeSession:
         check_integer(label, "batch", batch, 0, 2**63 - 1)
         if threads is not None:
             check_integer(label, "threads", threads, 1, MOST_THREADS)
+            threads = int(threads)
         check_flag(label, "in_place", in_place)
         if custom_op_library is not None:
             check_path(label, "custom_op_library", custom_op_library)
         model, folder = _loaded(model_or_path)
-        self._batch = batch
+        self._batch = batch = int(batch)
         has_library = custom_op_library is not None
         with about_file(model_or_path):
             nodes = nodes_of(model)

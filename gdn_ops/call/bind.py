@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from gdn_ops.call import transforms
 from gdn_ops.call.memory import in_own_memory
+from gdn_ops.call.scalars import as_python
 from gdn_ops.call.structure import Structure, check_structure, fail, is_narrow
 from gdn_ops.call.structure import dtype_name as dtype_name
 from gdn_ops.call.transforms import NONE, Transforms
@@ -73,6 +74,17 @@ class Arguments(NamedTuple):
     def value(self, field: str) -> Any:
         """Return an argument by its name, which for either name of the state is "state"."""
         return getattr(self.tokens if field in Tokens._fields else self, field)
+
+
+def with_python_numbers(arguments: Arguments) -> Arguments:
+    """Return arguments with numbers of other libraries, as numpy's scalars, as Python's.
+
+    Under a compiler they are left to it: it knows them as tensors.
+    """
+    if torch.compiler.is_compiling():
+        return arguments
+    tokens, state, cu_seqlens, state_indices, *attributes = arguments
+    return Arguments(tokens, state, cu_seqlens, state_indices, *map(as_python, attributes))
 
 
 def arguments_of(spec: OpSpec, named: Mapping[str, Any]) -> Arguments:
@@ -209,6 +221,8 @@ def bind(
     """
     # A step costs tens of microseconds: what was checked once is not checked again, values aside.
     key = _structure(spec, arguments) if check_values else None
+    if key is None:
+        arguments, key = _in_python(spec, arguments, check_values)
     checked = _checked.get(key) if key is not None else None
     if checked is None:
         checked = check_structure(spec, arguments)
@@ -216,8 +230,7 @@ def bind(
             if len(_checked) >= MOST_CHECKED:
                 _checked.clear()
             _checked[key] = checked
-    under = NONE
-    asks = check_values if sees_transforms is None else sees_transforms
+    under, asks = NONE, check_values if sees_transforms is None else sees_transforms
     if asks and (transforms.any_active() or forward_ad._current_level >= 0):
         arguments, under = _seen_through(spec, arguments)
     if arguments.inplace or (check_values and _is_negated(arguments)):
@@ -243,6 +256,14 @@ def bind(
         state_indices=arguments.state_indices,
         transforms=under,
     )
+
+
+def _in_python(
+    spec: OpSpec, arguments: Arguments, check_values: bool
+) -> tuple[Arguments, tuple[Any, ...] | None]:
+    """Return arguments with Python's numbers, and the key of their structure if there is one."""
+    arguments = with_python_numbers(arguments)
+    return arguments, _structure(spec, arguments) if check_values else None
 
 
 MOST_CHECKED = 4096

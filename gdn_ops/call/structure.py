@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gdn_ops.call.layouts import Given, layout_hint
 from gdn_ops.call.numerics import compute_dtype
+from gdn_ops.call.subclasses import fault_of_subclasses
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.language import Attr, OpSpec, Sizes, TensorArg, printed_shape
 from gdn_ops.spec.rules import FLOAT_DTYPES, Rule, Width, Widths
@@ -54,6 +55,7 @@ def check_structure(spec: OpSpec, arguments: Arguments) -> Structure:
     rule = spec.rule[arguments.rule]
     for arg in spec.tensors:
         _check_type(spec, arg, arguments.value(arg.field))
+    check_subclasses(spec, arguments)
     _check_gates(spec, rule, arguments)
     sizes = _check_tensors(spec, arguments)
     if arguments.state is None:
@@ -163,6 +165,25 @@ def _check_type(spec: OpSpec, arg: TensorArg, value: Any) -> None:
     if value.layout is not torch.strided:
         layout = str(value.layout).removeprefix("torch.")
         fail(spec, f"{arg.name} has layout {layout}, should be strided")
+
+
+def check_subclasses(spec: OpSpec, arguments: Arguments) -> None:
+    """Check that no tensor is of a subclass that backends do not compute with.
+
+    Raises:
+        SpecError: one is masked, or fake beside one that is not.
+    """
+    given = [(arg.name, arguments.value(arg.field)) for arg in spec.tensors]
+    unusual = [type(x) not in _USUAL for _, x in given]
+    # A compiler traces with tensors of its own.
+    if not any(unusual) or torch.compiler.is_compiling():
+        return
+    fault = fault_of_subclasses(dict(given))
+    if fault is not None:
+        fail(spec, fault)
+
+
+_USUAL = (Tensor, torch.nn.Parameter, type(None))
 
 
 def _check_tensors(spec: OpSpec, arguments: Arguments) -> Sizes:

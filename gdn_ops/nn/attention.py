@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gdn_ops.call.scalars import as_python
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.nn.names import UNPADDED, own_options, refuse_input, refuse_option
 from gdn_ops.nn.state import made_in
@@ -113,8 +114,9 @@ class SlidingWindowAttention(nn.Module):
             )
         if window < 1:
             _fail(f"window is {window}, should be at least 1, the token itself")
+        hidden_size, num_heads, window = map(as_python, (hidden_size, num_heads, window))
         self.hidden_size, self.num_heads, self.window = hidden_size, num_heads, window
-        self.head_dim, self.rope_base = hidden_size // num_heads, rope_base
+        self.head_dim, self.rope_base = hidden_size // num_heads, as_python(rope_base)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             nn.Linear(hidden_size, hidden_size, bias=False, device=device, dtype=dtype)
             for _ in range(4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gdn_ops.call.scalars import as_python
 from gdn_ops.nn.blocks import runs_in_blocks
 from gdn_ops.nn.causal import causal_convolution, convolved_window
 from gdn_ops.nn.packing import check_boundaries, check_lengths
@@ -53,10 +54,9 @@ class ShortConvolution(nn.Module):
         check_counts("ShortConvolution", channels=channels, kernel_size=kernel_size)
         check_flags("ShortConvolution", bias=bias)
         check_made("ShortConvolution", device, dtype)
-        self.channels = channels
-        self.kernel_size = kernel_size
+        self.channels, self.kernel_size = as_python(channels), as_python(kernel_size)
         self.activation = activation
-        weight = torch.empty(channels, kernel_size, device=device, dtype=dtype)
+        weight = torch.empty(self.channels, self.kernel_size, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.empty_like(weight[:, 0])) if bias else None
         self.reset_parameters()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gdn_ops.call.scalars import as_python
 from gdn_ops.nn.convolution import ShortConvolution
 from gdn_ops.nn.decay_groups import parameters_without_weight_decay
 from gdn_ops.nn.gates import DecayGate
@@ -138,6 +139,9 @@ class GatedDeltaNet(nn.Module):
         flags = {"output_norm": output_norm, "allow_neg_eigval": allow_neg_eigval}
         check_flags("GatedDeltaNet", **flags, conv_bias=conv_bias)
         check_made("GatedDeltaNet", device, dtype)
+        hidden_size, num_heads, num_value_heads, head_dim = map(
+            as_python, (hidden_size, num_heads, num_value_heads, head_dim)
+        )
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.num_value_heads = num_heads if num_value_heads is None else num_value_heads
         self.head_dim = key_width(hidden_size, num_heads) if head_dim is None else head_dim
@@ -148,8 +152,8 @@ class GatedDeltaNet(nn.Module):
                 f"num_heads = {num_heads}"
             )
         self.rule, self.feature_map, self.qk_norm = rule, feature_map, qk_norm
-        self.output_gate, self.output_norm = output_gate, output_norm
-        self.allow_neg_eigval, self.backend = allow_neg_eigval, backend
+        self.output_gate, self.output_norm = output_gate, as_python(output_norm)
+        self.allow_neg_eigval, self.backend = as_python(allow_neg_eigval), backend
         self._build(short_conv, conv_bias, norm_eps, {"device": device, "dtype": dtype})
 
     def _build(self, kernel: int, conv_bias: bool, eps: float, made: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gdn_ops.call.scalars import as_python
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.nn.attention import KeyValueRing, SlidingWindowAttention
 from gdn_ops.nn.decay_groups import optimizer_groups, parameters_without_weight_decay
@@ -180,6 +181,8 @@ class HybridLM(nn.Module):
         check_counts("HybridLM", least=0, mlp_size=mlp_size or 0)
         check_numbers("HybridLM", norm_eps=norm_eps)
         check_made("HybridLM", device, dtype)
+        vocab_size, hidden_size, count = map(as_python, (vocab_size, hidden_size, count))
+        norm_eps, mlp_size = as_python(norm_eps), as_python(mlp_size)
         self.hidden_size, self.pattern = hidden_size, (pattern * count)[:count]
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = 4 * hidden_size if mlp_size is None else mlp_size

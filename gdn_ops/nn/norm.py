@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gdn_ops.call.scalars import as_python
 from gdn_ops.kernel_support.host_memory import empty
 from gdn_ops.nn.blocks import blocks, differentiable_gradients, runs_in_blocks, wide
 from gdn_ops.nn.values import (
@@ -162,7 +163,7 @@ class GatedRMSNorm(nn.Module):
                 f"GatedRMSNorm: activation is {activation!r}, should be one of "
                 f"{', '.join(GATE_ACTIVATIONS)}"
             )
-        self.eps = eps
+        self.eps = as_python(eps)
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
         self.reset_parameters()

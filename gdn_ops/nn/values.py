@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from gdn_ops.call.bind import CHECK_VALUES_EVERYWHERE
+from gdn_ops.call.scalars import as_python
 from gdn_ops.call.structure import dtype_name
+from gdn_ops.call.subclasses import MASKED, is_masked
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.rules import FLOAT_DTYPES
 
@@ -44,7 +46,8 @@ def check_numbers(owner: str, **values: Any) -> None:
         text = f"{name} is {value!r}, should be a finite number of at least 0"
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             _refuse_type(owner, text)
-        if not 0 <= value <= sys.float_info.max:  # type: ignore[operator]
+        # In numpy's narrow dtypes the largest float overflows.
+        if not 0 <= as_python(value) <= sys.float_info.max:
             _refuse(owner, text)
 
 
@@ -55,7 +58,7 @@ def check_flags(owner: str, **values: Any) -> None:
         SpecError: one of them is something else.
     """
     for name, value in values.items():
-        if not isinstance(value, bool):
+        if not isinstance(as_python(value), bool):
             _refuse_type(owner, f"{name} is {value!r}, should be True or False")
 
 
@@ -134,6 +137,8 @@ def check_tensor(owner: str, name: str, value: Any) -> None:
         hint = "; layers return (y, state): pass y on" if is_result else ""
         kind = type(value).__name__
         _refuse_type(owner, f"{name} has type {kind}, should be a torch.Tensor{hint}")
+    if is_masked(value):
+        _refuse(owner, f"{name} {MASKED}")
     if value.layout is not torch.strided:
         layout = str(value.layout).removeprefix("torch.")
         _refuse(owner, f"{name} has layout {layout}, should be strided")

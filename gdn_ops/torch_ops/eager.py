@@ -14,6 +14,7 @@ from torch import Tensor
 from gdn_ops.call import transforms
 from gdn_ops.call.bind import Call, Tokens
 from gdn_ops.call.memory import apart
+from gdn_ops.call.subclasses import is_masked
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.decode_fallbacks import through_rows
 from gdn_ops.dispatch.results import checked_forward, checked_grads, checked_step, checked_steps
@@ -61,6 +62,8 @@ def autocast(tokens: Tokens, state: Tensor | None) -> tuple[Tokens, Tensor | Non
 
 def _to_low(x: Any, low: torch.dtype) -> Any:
     is_cast = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    if is_cast and type(x) is not Tensor and is_masked(x):
+        return x  # it is refused by name, and has no bfloat16
     return x.to(low) if is_cast else x
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_ops.call.bind import Arguments, Call, bind, check_gradients
-from gdn_ops.call.structure import is_narrow
+from gdn_ops.call.bind import Arguments, Call, bind, check_gradients, with_python_numbers
+from gdn_ops.call.structure import check_subclasses, is_narrow
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.spec.language import OpSpec
@@ -72,6 +72,8 @@ def traced_steps(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 def _schema_values(spec: OpSpec, arguments: Arguments) -> list[Any]:
     """Return the arguments of an op's operator, after the check for torch.onnx.export."""
+    check_subclasses(spec, arguments)
+    arguments = with_python_numbers(arguments)
     onnx_export.check_call(spec.name, arguments.inplace)
     return [arguments.value(field) for field in operators.schema_fields(spec)]
 
