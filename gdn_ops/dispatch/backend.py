@@ -144,7 +144,9 @@ def without_tokens(call: Call, saved: tuple[Tensor, ...]) -> Forward:
 def gradients_without_tokens(call: Call, d_state: Tensor) -> Grads:
     """Return the gradients of a call without tokens."""
     zeros = [None if x is None else torch.zeros_like(x) for x in (*call.tokens, call.state)]
-    return Grads(*zeros)._replace(state=None if call.state is None else d_state.clone())
+    if call.state is None:
+        return Grads(*zeros)
+    return Grads(*zeros)._replace(state=d_state.to(call.state.dtype, copy=True))
 
 
 @functools.cache

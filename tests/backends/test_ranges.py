@@ -106,7 +106,7 @@ def test_every_magnitude_is_right_in_float16(backend: str, magnitude: str, rule:
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("state_dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("T", [4, 20])
+@pytest.mark.parametrize("T", [0, 4, 20])
 def test_a_sequence_takes_a_state_of_16_bits(
     backend: str, state_dtype: torch.dtype, T: int
 ) -> None:

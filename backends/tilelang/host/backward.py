@@ -63,7 +63,7 @@ def backward(call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor)
     d_initial = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
     run_state_gradients(x, "gradients", d_o, d_ends, d_initial, d_rhs, d_states)
     return run_token_gradients(x, d_o, (u, d_rhs, chunk_states, d_states))._replace(
-        state=None if call.state is None else d_initial
+        state=None if call.state is None else d_initial.to(call.state.dtype)
     )
 
 

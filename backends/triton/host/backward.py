@@ -76,7 +76,7 @@ def backward(
         alpha=d_gate if call.tokens.alpha is not None else None,
         log_alpha=d_gate if call.tokens.alpha is None else None,
         beta=d_beta,
-        state=None if call.state is None else d_initial,
+        state=None if call.state is None else d_initial.to(call.state.dtype),
     )
 
 
