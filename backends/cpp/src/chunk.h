@@ -1,0 +1,139 @@
+// One chunk of up to C tokens, loaded: what forward and backward share (docs/math.md §3, §4).
+//
+// Decays between tokens are products of the gates, never quotients or differences of logarithms:
+// an exact zero needs nothing special, and nothing overflows.
+#pragma once
+
+#include "products.h"
+
+namespace {
+
+// Where one sequence lies, and which heads a task runs.
+struct Task {
+  int64_t n;                // the sequence
+  int64_t row, first, last; // its row and tokens
+  int64_t head;             // the key head
+  int64_t panel, panels;    // the first panel of columns of V, and how many
+};
+
+GDN_INLINE Task task_of(const GdnSequences& c, int64_t n) {
+  Task t = {};
+  t.n = n;
+  t.row = c.starts ? 0 : n;
+  t.first = c.starts ? c.starts[n] : 0;
+  t.last = c.starts ? c.starts[n + 1] : c.T;
+  return t;
+}
+
+GDN_INLINE int64_t at(const GdnArray& x, int64_t row, int64_t token, int64_t head) {
+  return row * x.row + token * x.token + head * x.head;
+}
+
+// The keys and queries of a chunk: rows 0 to C - 1 are k, rows C to 2C - 1 are scale q.
+struct Keys {
+  float* rows;       // [2C][Kp]
+  float* k_t;        // [Kp][C] transposed keys
+  float* products;   // [2C][C]: K K^T, then scale Q K^T; entries of later tokens are not used
+  float inverse_k[C], inverse_q[C];  // 1 / norm where normalised
+};
+
+// Load rows of q and k; rows behind the last token are zeros.
+void load_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t Kp,
+               Keys& x) {
+  const int64_t used = round_up(count, MR);
+  for (int64_t i = 0; i < used; ++i) {
+    float *k = x.rows + i * Kp, *q = x.rows + (C + i) * Kp;
+    if (i >= count) {
+      memset(k, 0, size_t(Kp) * 4);
+      memset(q, 0, size_t(Kp) * 4);
+      continue;
+    }
+    widen(c.k.data, c.k.type, at(c.k, t.row, token + i, t.head), k, c.K);
+    widen(c.q.data, c.q.type, at(c.q, t.row, token + i, t.head), q, c.K);
+    for (int64_t j = c.K; j < Kp; ++j) k[j] = q[j] = 0.0f;
+    float factor = c.scale;
+    if (c.qk_l2norm) {
+      x.inverse_k[i] = inverse_norm(k, Kp);
+      x.inverse_q[i] = inverse_norm(q, Kp);
+      multiply(k, x.inverse_k[i], Kp);
+      factor *= x.inverse_q[i];
+    }
+    multiply(q, factor, Kp);
+  }
+}
+
+// K K^T and Q K^T of a chunk, once per key head.
+void multiply_keys(int64_t count, int64_t K, int64_t Kp, Keys& x, bool has_erase) {
+  const int64_t used = round_up(count, MR);
+  // Rows that the loads below reach and that are no tokens.
+  for (int64_t i = used; i < C; ++i) memset(x.rows + i * Kp, 0, size_t(Kp) * 4);
+  transpose(x.rows, Kp, x.k_t, C, C, K);
+  for (int64_t m = has_erase ? 0 : C; m < C + used; m += MR) {
+    if (m == used && used < C) m = C;
+    const int64_t i = m % C;
+    for (int64_t j = 0; j < i + MR; j += P) {
+      Block acc;
+      clear(acc);
+      multiply_add(acc, x.rows + m * Kp, Kp, 1, x.k_t + j, C, K);
+      store_block(acc, x.products + m * C + j, C);
+    }
+  }
+}
+
+// The gates of a chunk of one value head, and what they make of the products of keys.
+struct Gates {
+  float alpha[C], beta[C];
+  float b[C];  // decay from the start of the chunk to token i
+  float d[C];  // decay from token j to the end of the chunk
+  float end;   // decay of the whole chunk
+};
+
+void load_gates(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t head,
+                Gates& g) {
+  for (int64_t i = 0; i < C; ++i) {
+    g.alpha[i] = 1.0f;
+    g.beta[i] = 0.0f;
+    if (i >= count) continue;
+    if (c.decay.data) {
+      const float x = number(c.decay, at(c.decay, t.row, token + i, head));
+      g.alpha[i] = c.decay_is_log ? __builtin_expf(x) : x;
+    }
+    g.beta[i] = c.beta.data ? number(c.beta, at(c.beta, t.row, token + i, head)) : 1.0f;
+  }
+  float product = 1.0f;
+  for (int64_t i = 0; i < C; ++i) g.b[i] = product *= g.alpha[i];
+  g.end = product;
+  product = 1.0f;
+  for (int64_t j = C; j-- > 0;) {
+    g.d[j] = product;
+    product *= g.alpha[j];
+  }
+}
+
+// A = strict_lower(diag(beta) (K K^T . D)) and M = lower(Q K^T . D), rows of C; and D if asked for.
+template <bool keeps_decays>
+GDN_INLINE void form_pairs(const Gates& g, const float* products, int64_t count, float* A, float* M,
+                           float* D, bool has_erase) {
+  float decays[C] = {};
+  const int64_t used = round_up(count, MR);
+  for (int64_t i = 0; i < used; ++i) {
+    const float alpha = g.alpha[i], beta = g.beta[i];
+    const int64_t reach = least(round_up(i + 1, W), C);
+    for (int64_t j = 0; j < reach; j += W) store(decays + j, load(decays + j) * alpha);
+    decays[i] = 1.0f;
+    for (int64_t j = 0; j < reach; j += W) {
+      const Vec x = load(decays + j);
+      if (keeps_decays) store(D + i * C + j, x);
+      if (has_erase) store(A + i * C + j, x * load(products + i * C + j) * beta);
+      store(M + i * C + j, x * load(products + (C + i) * C + j));
+    }
+    // Products of later tokens were not formed, and may be anything.
+    for (int64_t j = i + 1; j < C; ++j) M[i * C + j] = 0.0f;
+    for (int64_t j = i; has_erase && j < C; ++j) A[i * C + j] = 0.0f;
+    if (keeps_decays) {
+      for (int64_t j = reach; j < C; ++j) D[i * C + j] = 0.0f;
+    }
+  }
+}
+
+}  // namespace

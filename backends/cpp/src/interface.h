@@ -1,0 +1,60 @@
+// What Python hands to a kernel: plain structs of pointers, sizes and strides, and nothing of torch.
+//
+// Strides count elements; the last axis of q, k, v is contiguous. `calls.py` packs the same structs.
+#pragma once
+
+#include <stdint.h>
+
+extern "C" {
+
+// The type of the elements of an array.
+enum GdnType { kGdnFloat32 = 0, kGdnBfloat16 = 1, kGdnFloat16 = 2 };
+
+// An array of tokens: (rows, tokens, heads, ...).
+struct GdnArray {
+  void* data;  // null where the call has no such array
+  int64_t row, token, head;
+  int64_t type;
+};
+
+// One call of gated_delta. Value head h reads key head h / (HV / H).
+struct GdnSequences {
+  GdnArray q, k, v, decay, beta;
+  GdnArray o;             // (B, T, HV, V)
+  float* initial;         // (N, HV, K, V) contiguous, or null for zeros
+  float* final;           // (N, HV, K, V) contiguous
+  float* states;          // (B, slots, HV, K, V): what the backward starts from; or null
+  const int64_t* starts;  // (N + 1) first tokens of packed sequences, or null: a sequence per row
+  int64_t N, T, H, HV, K, V;
+  int64_t decay_is_log, has_erase, qk_l2norm;
+  int64_t chunks_per_state;
+  float scale;
+  int32_t threads;
+};
+
+// The gradients of such a call.
+struct GdnGradients {
+  GdnArray d_o;                 // (B, T, HV, V)
+  const float* d_final;         // (N, HV, K, V)
+  GdnArray d_q, d_k, d_v;       // in the types of q, k, v
+  GdnArray d_decay, d_beta;     // float32, (B, T, HV); of log alpha where the decay is a logarithm
+  float* d_initial;             // (N, HV, K, V), or null
+};
+
+// One call of gated_delta_step or gated_delta_steps.
+struct GdnSteps {
+  GdnArray q, k, v, decay, beta;
+  GdnArray o;               // (B, T, HV, V)
+  void* state;              // rows of (HV, K, V), read
+  void* new_state;          // the same, written; may be `state`
+  void* states;             // (B, T, HV, K, V), the state behind every token; or null
+  const int64_t* slots;     // (B,) row of the state, -1 where skipped; or null: row b
+  int64_t state_row, state_head, new_state_row, new_state_head;
+  int64_t state_type;
+  int64_t B, T, H, HV, K, V;
+  int64_t decay_is_log, has_erase, qk_l2norm;
+  float scale;
+  int32_t threads;
+};
+
+}  // extern "C"

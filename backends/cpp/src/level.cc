@@ -1,0 +1,86 @@
+// The kernels of one level: compiled once for each, with GDN_LEVEL, GDN_LANES and GDN_ROWS.
+#include "level.h"
+
+#include "backward.h"
+#include "decode.h"
+#if GDN_FEATURES == 4
+#include "forward_bf16.h"
+#endif
+
+namespace {
+
+// Over sequences and key heads, and over panels of columns of V where those are few.
+GdnPlan plan_forward(const GdnSequences& c) {
+  const int64_t heads = c.N * c.H, panels = round_up(c.V, P) / P, threads = c.threads;
+  int64_t splits = 1;
+  while (splits < panels && heads * splits < 4 * threads && heads * splits % threads) ++splits;
+  const int64_t each = round_up(panels, splits) / splits;
+#if GDN_FEATURES == 4
+  return {heads * splits, splits, forward_bf16_floats(c, each)};
+#else
+  return {heads * splits, splits, forward_floats(c, each)};
+#endif
+}
+
+void run_forward_task(const GdnSequences& c, const GdnPlan& plan, int64_t index, float* memory) {
+  const int64_t panels = round_up(c.V, P) / P, each = round_up(panels, plan.splits) / plan.splits;
+  Task t = task_of(c, index / plan.splits / c.H);
+  t.head = index / plan.splits % c.H;
+  t.panel = index % plan.splits * each;
+  t.panels = least(each, panels - t.panel);
+  if (t.panels <= 0) return;
+#if GDN_FEATURES == 4
+  if (c.q.type == kGdnBfloat16) return run_forward_bf16(c, t, memory);
+#endif
+  run_forward(c, t, memory);
+}
+
+// Over sequences and key heads: the gradients of a key are sums over all columns of V.
+GdnPlan plan_backward(const GdnSequences& c) { return {c.N * c.H, 1, backward_floats(c)}; }
+
+void run_backward_task(const GdnSequences& c, const GdnGradients& to, int64_t index,
+                       float* memory) {
+  Task t = task_of(c, index / c.H);
+  t.head = index % c.H;
+  t.panels = round_up(c.V, P) / P;
+  run_backward(c, to, t, memory);
+}
+
+// Over rows and value heads; a task is worth a microsecond or more.
+GdnPlan plan_decode(const GdnSteps& c) {
+  const int64_t heads = c.B * c.HV, each = 1 + 4096 / (c.K * c.V * c.T);
+  return {(heads + each - 1) / each, each, decode_floats(c)};
+}
+
+void run_decode_task(const GdnSteps& c, const GdnPlan& plan, int64_t index, float* memory) {
+  const int64_t last = least((index + 1) * plan.splits, c.B * c.HV);
+  for (int64_t i = index * plan.splits; i < last; ++i) run_decode(c, i / c.HV, i % c.HV, memory);
+}
+
+int is_there() {
+#if GDN_FEATURES == 2
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif GDN_FEATURES == 4
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma");
+#elif GDN_FEATURES == 3
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return 1;
+#endif
+}
+
+}  // namespace
+
+#define GDN_NAME(level) gdn_level_##level
+#define GDN_OF(level) GDN_NAME(level)
+#define GDN_QUOTE(level) #level
+#define GDN_TEXT(level) GDN_QUOTE(level)
+
+extern const GdnLevel GDN_OF(GDN_LEVEL);
+const GdnLevel GDN_OF(GDN_LEVEL) = {GDN_TEXT(GDN_LEVEL), is_there, plan_forward, run_forward_task,
+                                      plan_backward, run_backward_task, plan_decode,
+                                      run_decode_task};

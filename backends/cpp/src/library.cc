@@ -1,0 +1,129 @@
+// The doors of the library: choose a level, share the tasks of a call among threads.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "level.h"
+
+extern const GdnLevel gdn_level_baseline;
+#if defined(__x86_64__)
+extern const GdnLevel gdn_level_avx2, gdn_level_avx512, gdn_level_avx512bf16;
+#endif
+
+namespace {
+
+const GdnLevel* const kLevels[] = {
+#if defined(__x86_64__)
+    &gdn_level_avx512bf16,
+    &gdn_level_avx512,
+    &gdn_level_avx2,
+#endif
+    &gdn_level_baseline,
+};
+
+const GdnLevel* level = nullptr;
+
+// GOMP_parallel of the OpenMP that the process already uses, so that there is one team of threads.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Parallel parallel = nullptr;
+
+// Memory that a thread keeps between calls.
+struct Memory {
+  float* data = nullptr;
+  int64_t floats = 0;
+  float* of(int64_t wanted) {
+    if (wanted > floats) {
+      std::free(data);
+      const size_t bytes = (size_t(wanted) * 4 + 4095) / 4096 * 4096;
+      data = static_cast<float*>(std::aligned_alloc(4096, bytes));
+      floats = data ? wanted : 0;
+    }
+    return data;
+  }
+  ~Memory() { std::free(data); }
+};
+thread_local Memory memory;
+
+template <class Call>
+struct Work {
+  const Call& call;
+  const GdnPlan plan;
+  void (*run)(const Call&, const GdnPlan&, int64_t, float*);
+  std::atomic<int64_t> next{0};
+  std::atomic<int> has_failed{0};
+
+  static void share(void* self) {
+    auto& work = *static_cast<Work*>(self);
+    float* own = memory.of(work.plan.floats);
+    if (!own) {
+      work.has_failed = 1;
+      return;
+    }
+    for (int64_t i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.plan.tasks;) {
+      work.run(work.call, work.plan, i, own);
+    }
+  }
+
+  int start(int64_t threads) {
+    if (threads > plan.tasks) threads = plan.tasks;
+    if (parallel && threads > 1) {
+      parallel(share, this, unsigned(threads), 0);
+    } else {
+      share(this);
+    }
+    return has_failed;
+  }
+};
+
+struct Backward {
+  const GdnSequences& call;
+  const GdnGradients& gradients;
+};
+
+void run_backward(const Backward& both, const GdnPlan&, int64_t task, float* own) {
+  level->run_backward(both.call, both.gradients, task, own);
+}
+
+}  // namespace
+
+#define GDN_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Return the name of the level in use.
+GDN_EXPORT const char* gdn_level() { return level->name; }
+
+// Take a level by name, the best one for null or ""; return whether it is there.
+GDN_EXPORT int gdn_choose_level(const char* name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+  for (const GdnLevel* one : kLevels) {
+    if (name && *name && std::strcmp(name, one->name)) continue;
+    if (!one->is_there()) continue;
+    level = one;
+    return 1;
+  }
+  return 0;
+}
+
+GDN_EXPORT void gdn_set_parallel(void* function) {
+  parallel = reinterpret_cast<Parallel>(function);
+}
+
+// Run gated_delta; return 1 where there is no memory.
+GDN_EXPORT int gdn_forward(const GdnSequences* call) {
+  Work<GdnSequences> work{*call, level->plan_forward(*call), level->run_forward};
+  return work.start(call->threads);
+}
+
+// Run its backward; return 1 where there is no memory.
+GDN_EXPORT int gdn_backward(const GdnSequences* call, const GdnGradients* gradients) {
+  const Backward both{*call, *gradients};
+  Work<Backward> work{both, level->plan_backward(*call), run_backward};
+  return work.start(call->threads);
+}
+
+// Run gated_delta_step or gated_delta_steps; return 1 where there is no memory.
+GDN_EXPORT int gdn_decode(const GdnSteps* call) {
+  Work<GdnSteps> work{*call, level->plan_decode(*call), level->run_decode};
+  return work.start(call->threads);
+}

@@ -1,0 +1,80 @@
+// Matrix products of small row-major blocks, kept in registers: the inner loops of all kernels.
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int C = 32;           // tokens of a chunk
+constexpr int MR = GDN_ROWS;    // rows of a register block; divides C
+constexpr int NV = 2;           // vectors of a register block
+constexpr int P = NV * W;       // columns of a panel
+static_assert(C % MR == 0 && C % P == 0, "blocks fill a chunk");
+
+typedef Vec Block[MR][NV];
+
+// acc += A B over `depth`: A(m, k) = a[m lda + k ka], B(k, n) = b[k ldb + n].
+GDN_INLINE void multiply_add(Block& acc, const float* a, int64_t lda, int64_t ka, const float* b,
+                             int64_t ldb, int64_t depth) {
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[NV];
+    for (int n = 0; n < NV; ++n) row[n] = load(b + n * W);
+    for (int m = 0; m < MR; ++m) {
+      const Vec factor = all(a[m * lda]);
+      for (int n = 0; n < NV; ++n) acc[m][n] += factor * row[n];
+    }
+    a += ka;
+    b += ldb;
+  }
+}
+
+GDN_INLINE void multiply_subtract(Block& acc, const float* a, int64_t lda, int64_t ka,
+                                  const float* b, int64_t ldb, int64_t depth) {
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[NV];
+    for (int n = 0; n < NV; ++n) row[n] = load(b + n * W);
+    for (int m = 0; m < MR; ++m) {
+      const Vec factor = all(a[m * lda]);
+      for (int n = 0; n < NV; ++n) acc[m][n] -= factor * row[n];
+    }
+    a += ka;
+    b += ldb;
+  }
+}
+
+GDN_INLINE void clear(Block& acc) {
+  for (int m = 0; m < MR; ++m) {
+    for (int n = 0; n < NV; ++n) acc[m][n] = Vec{};
+  }
+}
+
+// acc(m, :) = factor[m] x(m, :), or its sum with acc.
+GDN_INLINE void load_block(Block& acc, const float* x, int64_t ldx) {
+  for (int m = 0; m < MR; ++m) {
+    for (int n = 0; n < NV; ++n) acc[m][n] = load(x + m * ldx + n * W);
+  }
+}
+
+GDN_INLINE void store_block(const Block& acc, float* x, int64_t ldx) {
+  for (int m = 0; m < MR; ++m) {
+    for (int n = 0; n < NV; ++n) store(x + m * ldx + n * W, acc[m][n]);
+  }
+}
+
+GDN_INLINE void scale_rows(Block& acc, const float* factors) {
+  for (int m = 0; m < MR; ++m) {
+    for (int n = 0; n < NV; ++n) acc[m][n] *= all(factors[m]);
+  }
+}
+
+// to(j, i) = from(i, j), `rows` x `columns`.
+GDN_INLINE void transpose(const float* from, int64_t ld_from, float* to, int64_t ld_to,
+                          int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; i += 8) {
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t x = i; x < least(i + 8, rows); ++x) to[j * ld_to + x] = from[x * ld_from + j];
+    }
+  }
+}
+
+}  // namespace
