@@ -8,6 +8,7 @@
 #   make versions             the tests with other versions of torch, transformers, onnx, ...
 #   make versions CELL='triton-3.6 transformers-*'     some of them
 #   make pages                the pages of docs/ that are made from the code
+#   make cpp                  the C++ kernels, which installing gdn_ops builds where it can
 #   make native               the custom-op library for onnxruntime (ORT_INCLUDE=<its headers>)
 #
 # torch is installed first and once, if none is there. Which build is up to you:
@@ -36,14 +37,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CONSTRAINTS := $(VENV)/constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet
+# What the C++ kernels are built from: a change installs gdn_ops again, which builds them.
+KERNELS := setup.py backends/cpp/build.py $(wildcard backends/cpp/src/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv lock test check static pytest versions demo fuzz bench docs pages native wheel clean distclean
+.PHONY: venv lock test check static pytest versions demo fuzz bench docs pages cpp native wheel clean distclean
 
 venv: $(STAMP)
 
 # What builds gdn_ops is locked too, hence no isolation; torch may refuse lines of the lock.
-$(STAMP): pyproject.toml $(LOCK)
+$(STAMP): pyproject.toml $(LOCK) $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) $(TORCH)
 	PYTHONPATH=tests $(BIN)/python -m versions.lock $(LOCK) > $(CONSTRAINTS)
@@ -87,6 +90,9 @@ fuzz: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/gdn-ops bench $(BENCH)
 
+cpp: $(STAMP)
+	$(BIN)/gdn-ops build
+
 # Needs a C++ compiler and onnxruntime's headers, and nothing of Python.
 native:
 	native/build.sh $(ORT_INCLUDE)
@@ -95,8 +101,10 @@ wheel: $(STAMP)
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation
 
-# Keeps what was installed: .venv, and the cells of `make versions`.
+# Keeps what was installed: .venv, and the cells of `make versions`. The next target that needs
+# .venv brings it up to date, which builds the C++ kernels again.
 clean:
+	rm -f $(STAMP) backends/cpp/*.so
 	rm -rf build dist site native/build .coverage .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
 	find . -path ./$(VENV) -prune -o -path ./.versions -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -14,7 +14,7 @@ from gdn_ops.cli import exit_codes
 from gdn_ops.cli.parser import ALL, Options, UsageError, add_command, integer, names, real
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
-from gdn_ops.dispatch.explain import device_status, runs_or_emulates_here
+from gdn_ops.dispatch.explain import runs_or_emulates_here, status_of
 from gdn_ops.environment import certificate
 from gdn_ops.environment.devices import check_device
 from gdn_ops.terminal.output import print_json
@@ -102,8 +102,8 @@ def checkable(given: tuple[str, ...]) -> list[str]:
         backend = registry.get_backend(name)
         if isinstance(backend, str):
             raise UsageError(f"backend {name!r} is not available: {backend}")
-        if not runs_or_emulates_here(backend.limits):
-            raise UsageError(f"backend {name!r} is not available: {device_status(backend.limits)}")
+        if backend.absence() or not runs_or_emulates_here(backend.limits):
+            raise UsageError(f"backend {name!r} is not available: {status_of(backend)}")
     return list(given)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import gdn_ops
 from gdn_ops.cli import (
     bench_command,
+    build_command,
     check_command,
     compile_command,
     completion_command,
@@ -22,6 +23,7 @@ COMMANDS = (
     info_command,
     check_command,
     bench_command,
+    build_command,
     compile_command,
     export_command,
     demo_command,

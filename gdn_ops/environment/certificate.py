@@ -22,6 +22,7 @@ from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.registry import vetoes
 from gdn_ops.environment.provenance import circumstances, device_name
+from gdn_ops.kernel_support.cache import cache_folder as cache_folder
 from gdn_ops.spec.switches import is_on
 
 REQUIRED = is_on("GDN_OPS_REQUIRE_CERTIFIED", "1")
@@ -58,21 +59,6 @@ class Certificate:
     seconds: float
     seed: int
     date: str
-
-
-def cache_folder() -> Path:
-    """Return the user's cache: GDN_OPS_CACHE, gdn_ops in the XDG cache, or in the temporary one."""
-    own = os.environ.get("GDN_OPS_CACHE")
-    if own:
-        return Path(own).expanduser()
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    if xdg:
-        return Path(xdg) / "gdn_ops"
-    try:
-        return Path.home() / ".cache" / "gdn_ops"
-    except RuntimeError:
-        # A user without a home, as in a container.
-        return Path(tempfile.gettempdir()) / f"gdn_ops-{os.getuid()}"
 
 
 def certificates_path() -> Path:

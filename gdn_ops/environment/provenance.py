@@ -74,7 +74,9 @@ def _source_files(module: ModuleType) -> list[Path]:
     if not hasattr(top, "__path__"):
         return [Path(path)]
     paths = Path(path).parent.rglob("*")
-    return sorted(p for p in paths if p.is_file() and "__pycache__" not in p.parts)
+    return sorted(
+        p for p in paths if p.is_file() and "__pycache__" not in p.parts and p.suffix != ".so"
+    )
 
 
 def source_hash(cls: type[Backend]) -> str:

@@ -129,8 +129,8 @@ EXPORT = "export --out {folder}/x.onnx"
 @pytest.mark.parametrize(
     ("command", "text"),
     {
-        "chek": "unknown command 'chek', known: info, check, bench, compile, export, demo, "
-        "completion; did you mean 'check'?",
+        "chek": "unknown command 'chek', known: info, check, bench, build, compile, export, "
+        "demo, completion; did you mean 'check'?",
         "help": "there is no command help: gdn-ops --help tells more",
         "help check": "there is no command help: gdn-ops --help tells more",
         "check torch": "check: 'torch' is one argument too many, did you mean --backend torch?",
