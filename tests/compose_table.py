@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-OPS = ("naive", "torch", "compile", "triton", "tilelang")
+OPS = ("naive", "torch", "compile", "cpp", "triton", "tilelang")
 COLUMNS = (*OPS, "layers", "DecodeSession")
 KERNELS = ("triton", "tilelang")
 

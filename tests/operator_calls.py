@@ -18,7 +18,7 @@ from gdn_ops.torch_ops import operators
 OPERATORS = torch.ops.gdn_ops
 PLAIN = ("naive", "torch", "compile")
 KERNELS = ("triton", "tilelang")
-ALL = (*PLAIN, *KERNELS)
+ALL = (*PLAIN, "cpp", *KERNELS)
 
 Function = Callable[..., Any]
 
@@ -82,14 +82,14 @@ def exact_step(*x: Tensor) -> Any:
 
 def tensors(backend: str, rows: int | None = None, **sizes: Any) -> list[Tensor]:
     """Return inputs with gates of exactly 0 among them, and an axis of `rows` in front if given."""
-    width = 16 if backend in KERNELS else 3
+    width = 16 if backend not in PLAIN else 3
     sizes = {"B": 2, "T": 5, "H": 1, "R": 2, "K": width, "V": width} | sizes
     drawn = []
     for seed in range(rows or 1):
         example = Example(initial_state=True, seed=seed, gate="extreme", dtype="float32", **sizes)
         arguments = example.arguments()
         names = ("q", "k", "v", "alpha", "beta", "initial_state")
-        wide = torch.float32 if backend in KERNELS else torch.float64
+        wide = torch.float32 if backend not in PLAIN else torch.float64
         drawn.append([arguments[name].to(wide) for name in names])
     drawn[0][3][:, 1:2] = 0
     return drawn[0] if rows is None else [torch.stack(x) for x in zip(*drawn, strict=True)]

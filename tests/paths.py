@@ -13,8 +13,15 @@ FOLDERS = {"gdn_ops": "gdn_ops", "backends": "gdn_ops/backends", "export": "gdn_
 
 
 def copy_package(to: Path) -> Path:
-    """Copy the folders of the package; return where to."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    """Copy the folders of the package, without what is built in them; return where to."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, to / folder, symlinks=True, ignore=ignore)
     return to
+
+
+def copy_source(to: Path) -> Path:
+    """Copy all that a build of the distribution reads; return where to."""
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md", "MANIFEST.in"):
+        shutil.copy(ROOT / name, to)
+    return copy_package(to)

@@ -40,3 +40,18 @@ def install(target: Path, source: Path) -> None:
     """Install a distribution into a folder, without network and without what it depends on."""
     pip = ("-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps")
     output_of(*pip, "--no-index", "--no-build-isolation", "--target", target, source, cwd=target)
+
+
+def build_distribution(source: Path, out: Path, kind: str, **environment: str) -> Path:
+    """Build a wheel or an sdist of a source tree without network; return the file.
+
+    Args:
+        source: the tree.
+        out: an empty folder for it.
+        kind: "--wheel" or "--sdist".
+        environment: more environment variables.
+    """
+    command = ("-m", "build", "--no-isolation", kind, "--outdir", out, source)
+    output_of(*command, cwd=out, **environment)
+    (built,) = out.iterdir()
+    return built

@@ -44,6 +44,10 @@ class Backend:
     traceable_step: ClassVar[bool] = False
     kernels: ClassVar[bool] = False
 
+    def absence(self) -> str | None:
+        """Return why it can run no call at all in this process, or None."""
+        return None
+
     def reasons(self, call: Call) -> list[str]:
         """Return the reasons against running a call, beyond those that `limits` gives."""
         return []

@@ -8,7 +8,7 @@ import torch
 
 from gdn_ops.call.bind import Call
 from gdn_ops.call.layouts import layout_notes
-from gdn_ops.dispatch.backend import installed_version
+from gdn_ops.dispatch.backend import Backend, installed_version
 from gdn_ops.dispatch.order import order_for
 from gdn_ops.dispatch.registry import (
     backend_class,
@@ -116,8 +116,13 @@ def list_backends() -> tuple[BackendInfo, ...]:
 def _info(name: str) -> BackendInfo:
     backend, cls = get_backend(name), backend_class(name)
     version = installed_version(cls.distribution) if cls else None
-    status = backend if isinstance(backend, str) else device_status(backend.limits)
+    status = backend if isinstance(backend, str) else status_of(backend)
     return BackendInfo(name, version, cls.limits if cls else None, status)
+
+
+def status_of(backend: Backend) -> str:
+    """Return "available", or why a backend is not available on this machine."""
+    return backend.absence() or device_status(backend.limits)
 
 
 def _devices_here() -> set[str]:

@@ -9,7 +9,7 @@ import torch
 from gdn_ops.call.bind import Call
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("torch", "naive"),
+    "cpu": ("cpp", "torch", "naive"),
     "cuda": ("triton", "tilelang", "torch", "naive"),
     "*": ("torch", "naive"),
 }

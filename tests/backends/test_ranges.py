@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 KERNELS = [name for name in ("triton", "tilelang") if not is_missing(name)]
-EAGER = ["naive", "torch", *KERNELS]
+EAGER = ["naive", "torch", "cpp", *KERNELS]
 BACKENDS = [*EAGER, "compile"]
 
 

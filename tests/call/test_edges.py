@@ -13,7 +13,7 @@ from gdn_ops import BackendUnsupportedError, gated_delta, gated_delta_step
 from gdn_ops.dispatch.registry import Backend, get_backend, known_backends
 from good_calls import HV, B, K, T, V, ints, packed, sequence, token, zeros
 
-BACKENDS = ("naive", "torch")
+BACKENDS = ("naive", "torch", "cpp")
 
 INSTALLED = [name for name in known_backends() if isinstance(get_backend(name), Backend)]
 

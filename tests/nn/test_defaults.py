@@ -80,7 +80,7 @@ def test_the_gate_of_a_new_layer_is_float32(default: Change) -> None:
         assert made.q_proj.weight.dtype == torch.get_default_dtype()
 
 
-@pytest.mark.parametrize("backend", ["torch", "naive"])
+@pytest.mark.parametrize("backend", ["torch", "naive", "cpp"])
 def test_a_layer_computes_the_same(default: Change, backend: str) -> None:
     x, mask = inputs(), torch.tensor([[0, 1, 1, 0, 1, 1, 1, 1, 0], [1] * 9])
     cuts = torch.tensor([0, 4, 4, 9])
@@ -126,7 +126,7 @@ def test_a_gate_is_float32_at_least(default: Change) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:backend '.*' emulates its kernels:UserWarning")
-@pytest.mark.parametrize("backend", ["torch", "naive", "triton", "tilelang"])
+@pytest.mark.parametrize("backend", ["torch", "naive", "cpp", "triton", "tilelang"])
 def test_a_backend_passes_the_subjects_of_the_kit(default: Change, backend: str) -> None:
     dtype = "float64" if backend in ("torch", "naive") else "float32"
     example = Example(B=1, T=5, H=1, R=2, K=16, V=16, initial_state=True, dtype=dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import shutil
 import tarfile
 import tomllib
 import zipfile
@@ -13,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from paths import FOLDERS, ROOT, copy_package
-from processes import install, output_of
+from paths import FOLDERS, ROOT, copy_source
+from processes import build_distribution, install, output_of
 
 SMOKE = """
 import sys
@@ -46,10 +45,11 @@ print(gdn_ops.__version__, "passes")
 
 
 def build(source: Path, out: Path, kind: str) -> Path:
-    """Build a wheel or an sdist of a source tree without network; return the file."""
-    output_of("-m", "build", "--no-isolation", kind, "--outdir", out, source, cwd=out)
-    (built,) = out.iterdir()
-    return built
+    """Build a wheel or an sdist of a source tree, without what is compiled; return the file.
+
+    tests/backends/cpp/test_installed.py has the compiled library.
+    """
+    return build_distribution(source, out, kind, GDN_OPS_BUILD_CPP="0")
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
@@ -64,7 +64,8 @@ def on_disk() -> dict[str, bytes]:
     files = {}
     for folder, package in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts and path.name[0] != ".":
+            is_source = "__pycache__" not in path.parts and path.suffix != ".so"
+            if path.is_file() and is_source and path.name[0] != ".":
                 name = path.relative_to(ROOT / folder).as_posix()
                 if folder != "gdn_ops" or name.partition("/")[0] not in ("backends", "export"):
                     files[f"{package}/{name}"] = path.read_bytes()
@@ -74,11 +75,7 @@ def on_disk() -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a build reads, so that no build leaves anything in the repository."""
-    copy = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "LICENSE", "README.md", "MANIFEST.in"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, copy)
-    return copy_package(copy)
+    return copy_source(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")

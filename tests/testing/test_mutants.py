@@ -18,7 +18,7 @@ from gdn_ops.testing.mutants import (
 )
 from gdn_ops.testing.runs import installed
 
-BACKENDS = ("naive", "torch", *(["tilelang"] if not is_missing("tilelang") else []))
+BACKENDS = ("naive", "torch", "cpp", *(["tilelang"] if not is_missing("tilelang") else []))
 
 EXAMPLES = 200
 """Drawn calls per subject, at most: the rarest mistake shows in one of twenty, and what is drawn

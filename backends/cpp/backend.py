@@ -1,0 +1,204 @@
+"""Run the kernels: allocate results, hand over pointers, and say why the kernels cannot run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gdn_ops.backends.cpp import calls
+from gdn_ops.backends.cpp.library import level, library, missing, threads
+from gdn_ops.backends.torch.pure import pure
+from gdn_ops.call.bind import Call, Tokens
+from gdn_ops.dispatch.backend import (
+    Backend,
+    Forward,
+    Grads,
+    gradients_without_tokens,
+    without_tokens,
+)
+from gdn_ops.kernel_support.host_memory import empty
+from gdn_ops.spec.rules import Limits
+
+
+class Cpp(Backend):
+    """Run the chunkwise form of docs/math.md §3 in C++ on CPUs.
+
+    Gates, solve and state are float32. Derivatives of derivatives and forward mode run in plain
+    torch ops, those of the backend `torch`.
+    """
+
+    name = "cpp"
+    limits = Limits(
+        devices=("cpu",),
+        dtypes=("float32", "bfloat16", "float16"),
+        state_dtypes=("float32", "bfloat16", "float16"),
+        second_grad=True,
+        forward_mode=True,
+        chunk_sizes=(calls.CHUNK,),
+        pools=True,
+    )
+
+    @classmethod
+    def tools(cls, device: str) -> dict[str, str]:
+        return {} if missing() else {"level": level()}
+
+    def absence(self) -> str | None:
+        return missing()
+
+    def reasons(self, call: Call) -> list[str]:
+        reason = missing()
+        return [] if reason is None else [reason]
+
+    def saved_like(self, call: Call) -> tuple[Tensor, ...]:
+        return (torch.empty(_shape_of_states(call), dtype=torch.float32, device=call.device),)
+
+    def forward(self, call: Call) -> Forward:
+        """Run `gated_delta`; keep the states that the backward starts from."""
+        s, states = call.sizes, None
+        if call.needs_grad:
+            states = empty(_shape_of_states(call), torch.float32, call.device)
+        saved = () if states is None else (states,)
+        if not call.has_tokens:
+            return without_tokens(call, saved)
+        o = empty((s.B, s.T, s.HV, s.V), call.tokens.v.dtype, call.device)
+        final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
+        call, initial = _prepared(call)
+        packed = calls.pack_sequences(
+            call, _arrays(call.tokens), o, final, states, initial, threads()
+        )
+        _check(library().gdn_forward(packed))
+        return Forward(o, final, saved)
+
+    def backward(
+        self, call: Call, saved: tuple[Tensor, ...] | None, d_o: Tensor, d_state: Tensor
+    ) -> Grads:
+        """Return the gradients of `gated_delta`."""
+        if not call.has_tokens:
+            return gradients_without_tokens(call, d_state)
+        if saved is None:
+            saved = self.forward(call).saved
+        given, s = call, call.sizes
+        call, initial = _prepared(call)
+        q, k, v, alpha, log_alpha, beta = given.tokens
+        decay = log_alpha if alpha is None else alpha
+        d_q = empty((s.B, s.T, s.H, s.K), q.dtype, call.device)
+        d_k = empty((s.B, s.T, s.H, s.K), k.dtype, call.device)
+        d_v = empty((s.B, s.T, s.HV, s.V), v.dtype, call.device)
+        d_decay, d_beta = (
+            None if x is None else torch.empty(x.shape, dtype=torch.float32, device=call.device)
+            for x in (decay, beta)
+        )
+        d_initial = None if given.state is None else torch.empty_like(d_state).contiguous()
+        d_o, d_final = calls.readable(d_o), calls.whole(d_state)
+        assert d_final is not None
+        packed = calls.pack_sequences(
+            call, _arrays(call.tokens), None, None, saved[0], initial, threads()
+        )
+        grads = (d_q, d_k, d_v, d_decay, d_beta)
+        to = calls.pack_gradients(d_o, d_final, grads, d_initial)
+        _check(library().gdn_backward(packed, to))
+        if decay is not None and d_decay is not None:
+            d_decay = d_decay.to(decay.dtype)
+        return Grads(
+            d_q,
+            d_k,
+            d_v,
+            None if alpha is None else d_decay,
+            None if log_alpha is None else d_decay,
+            d_beta if beta is None or d_beta is None else d_beta.to(beta.dtype),
+            d_initial
+            if given.state is None or d_initial is None
+            else d_initial.to(given.state.dtype),
+        )
+
+    def pure(self, call: Call) -> tuple[Tensor, Tensor]:
+        return pure(call)
+
+    def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Run `gated_delta_step`."""
+        s = call.sizes
+        o = torch.empty((s.B, s.HV, s.V), dtype=call.tokens.v.dtype, device=call.device)
+        return o, _decode(call, o, None, calls.token)
+
+    def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run `gated_delta_steps`."""
+        s, states = call.sizes, None
+        o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.tokens.v.dtype, device=call.device)
+        if call.return_states:
+            stored = torch.float32 if call.state is None else call.state.dtype
+            states = empty((s.B, s.T, s.HV, s.K, s.V), stored, call.device)
+        return o, _decode(call, o, states, calls.array), states
+
+
+def _shape_of_states(call: Call) -> tuple[int, ...]:
+    """Return the shape (B, slots, HV, K, V) of the states between runs of chunks."""
+    s = call.sizes
+    return (s.B, s.T // (calls.CHUNK * calls.CHUNKS_PER_STATE), s.HV, s.K, s.V)
+
+
+def _prepared(call: Call) -> tuple[Call, Tensor | None]:
+    """Return a call on tensors that the kernels read, and its initial state."""
+    boundaries = call.cu_seqlens
+    if boundaries is not None and (boundaries.dtype != torch.int64 or boundaries.stride(0) != 1):
+        boundaries = boundaries.to(torch.int64).contiguous()
+    prepared = call.with_tensors(_readable(call.tokens), None)
+    if boundaries is not call.cu_seqlens:
+        prepared.cu_seqlens = boundaries
+    return prepared, calls.whole(call.state)
+
+
+def _readable(tokens: Tokens) -> Tokens:
+    """Return tokens that the kernels read."""
+    q, k, v, alpha, log_alpha, beta = tokens
+    return Tokens(
+        *(calls.readable(x) for x in (q, k, v)),
+        *(calls.gate(x) for x in (alpha, log_alpha, beta)),
+    )
+
+
+def _arrays(tokens: Tokens) -> tuple[calls.Array, ...]:
+    """Return the arrays of q, k, v, decay and beta of sequences."""
+    q, k, v, alpha, log_alpha, beta = tokens
+    decay = log_alpha if alpha is None else alpha
+    return tuple(calls.array(x) for x in (q, k, v, decay, beta))
+
+
+def _decode(call: Call, o: Tensor, states: Tensor | None, array: calls.Reader) -> Tensor:
+    """Run the tokens of a decode call; write o and `states`, and return the new state."""
+    s, given = call.sizes, call.state
+    if given is None:
+        shape = (s.B, s.HV, s.K, s.V)
+        held = state = torch.zeros(shape, dtype=torch.float32, device=call.device)
+    elif call.inplace:
+        held = state = given
+    else:
+        held, state = given, torch.empty(given.shape, dtype=given.dtype, device=call.device)
+    # Rows of a head lie behind one another.
+    if state.stride()[2:] != (s.V, 1):
+        state = held = state.contiguous()
+    elif held.stride()[2:] != (s.V, 1):
+        held = held.contiguous()
+    if o.numel():
+        q, k, v, alpha, log_alpha, beta = _readable(call.tokens)
+        decay = log_alpha if alpha is None else alpha
+        arrays = tuple(array(x) for x in (q, k, v, decay, beta, o))
+        slots = call.state_indices
+        if slots is not None:
+            slots = slots.to(torch.int64).contiguous()
+        packed = calls.pack_steps(call, arrays, held, state, states, slots, threads())
+        _check(library().gdn_decode(packed))
+    elif state is not held:
+        state.copy_(held)
+    if call.inplace and given is not None and state is not given:
+        return given.copy_(state)
+    return state
+
+
+def _check(status: int) -> None:
+    """Check what a kernel returns.
+
+    Raises:
+        MemoryError: a thread found no memory to work in.
+    """
+    if status:
+        raise MemoryError('backend "cpp": no memory for a thread to work in')

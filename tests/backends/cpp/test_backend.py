@@ -1,0 +1,166 @@
+"""The kernels compute the definition at every level, from any memory, with any threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gdn_ops
+from errors import message_of
+from gdn_ops.backends.cpp import calls, library
+from gdn_ops.testing import Example
+from gdn_ops.testing.oracle import judge
+
+if library.missing() is not None:
+    pytest.skip(f"backend 'cpp': {library.missing()}", allow_module_level=True)
+
+LEVELS = ("avx512bf16", "avx512", "avx2", "baseline")
+RULES = ("gated_delta", "delta", "gated", "linear")
+DTYPES = ("float32", "bfloat16", "float16")
+
+SHAPES = (
+    Example(B=2, T=67, H=2, R=2, K=40, V=72, initial_state=True),
+    Example(T=300, R=3, K=16, V=16, gate="extreme", beta="wide", log_gate=True),
+    Example(T=33, K=7, V=5, gate="zero", qk_l2norm=True),
+    Example(T=140, H=2, K=64, V=33, lengths=(0, 5, 130, 0, 5), strided=True),
+)
+"""Whole and cut chunks and panels, runs of chunks, zeros, empty sequences, memory with gaps."""
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test at one level, and leave the best one behind."""
+    loaded = library.library()
+    if not loaded.gdn_choose_level(request.param.encode()):
+        pytest.skip(f"the library or this processor has no level {request.param}")
+    yield request.param
+    library.choose_level(loaded, "")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_level_computes_the_definition(level: str, rule: str, dtype: str) -> None:
+    assert library.level() == level
+    for example in SHAPES:
+        drawn = replace(example, rule=rule, dtype=dtype)
+        verdict = judge(drawn, "cpp")
+        assert verdict.passed, (drawn, verdict)
+
+
+def inputs(T: int, H: int = 2, R: int = 2, width: int = 48, **sizes: int) -> dict[str, Tensor]:
+    """Return the arguments of a call, gates with an exact 0 among them."""
+    generator = torch.Generator().manual_seed(T)
+    heads, V = H * R, sizes.get("V", width)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(1, T, *shape, generator=generator)
+
+    x = {"q": normal(H, width), "k": normal(H, width) / width**0.5, "v": normal(heads, V)}
+    x |= {"alpha": torch.sigmoid(normal(heads) + 2), "beta": torch.sigmoid(normal(heads))}
+    x["alpha"][0, T // 2] = 0
+    return x
+
+
+def results(x: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """Return output, final state and all gradients of a call."""
+    leaves = {name: y.detach().requires_grad_() for name, y in x.items()}
+    o, state = gdn_ops.gated_delta(**leaves, return_state=True, backend="cpp", **options)
+    (o.square().sum() + state.square().sum()).backward()
+    return [o.detach(), state.detach(), *(y.grad for y in leaves.values() if y.grad is not None)]
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Set the threads of torch, and set them back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 2), (3, 1)])
+def test_the_number_of_threads_changes_no_bit(
+    heads: tuple[int, int], threads: Callable[[int], None]
+) -> None:
+    x = inputs(200, *heads, width=96)
+    threads(1)
+    alone = results(x)
+    for count in (2, 3, 5):
+        threads(count)
+        for one, other in zip(results(x), alone, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_eight_threads_may_call_at_once() -> None:
+    calls = [inputs(T) for T in (1, 33, 64, 90, 128, 129, 200, 300)]
+    alone = [results(x) for x in calls]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            for got, right in zip(pool.map(results, calls), alone, strict=True):
+                assert all(map(torch.equal, got, right))
+
+
+def fenced(x: Tensor, fences: list[Tensor]) -> Tensor:
+    """Return a copy of a tensor between two stretches of NaN, which are kept in `fences`."""
+    room = 64
+    memory = torch.full((x.numel() + 2 * room,), torch.nan, dtype=x.dtype)
+    inside = memory[room : room + x.numel()].view(x.shape)
+    inside.copy_(x.detach())
+    fences += [memory[:room], memory[room + x.numel() :]]
+    return inside
+
+
+@pytest.mark.parametrize("T, width", [(1, 3), (31, 17), (65, 48), (140, 5)])
+def test_nothing_beside_the_inputs_is_read(level: str, T: int, width: int) -> None:
+    fences: list[Tensor] = []
+    x = inputs(T, width=width, V=width + 2)
+    within = {name: fenced(y, fences) for name, y in x.items()}
+    for got, right in zip(results(within), results(x), strict=True):
+        assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("K, V", [(3, 5), (16, 33), (64, 128)])
+def test_decoding_writes_nothing_beside_the_state(
+    level: str, K: int, V: int, state_dtype: torch.dtype
+) -> None:
+    fences: list[Tensor] = []
+    token = {n: y[:, 0] for n, y in inputs(1, width=K, V=V).items()}
+    state = torch.randn(1, 4, K, V).to(state_dtype)
+    within = fenced(state, fences)
+    with torch.no_grad():
+        o, new = gdn_ops.gated_delta_step(**token, state=state, backend="cpp")
+        again, _ = gdn_ops.gated_delta_step(**token, state=within, inplace=True, backend="cpp")
+    assert torch.equal(o, again) and torch.equal(new, within)
+    assert all(fence.isnan().all() for fence in fences)
+
+
+def test_memory_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def gdn_forward(self, call: bytes) -> int:
+            return 1
+
+    monkeypatch.setattr("gdn_ops.backends.cpp.backend.library", Full)
+    x = inputs(4)
+    text = message_of(MemoryError, gdn_ops.gated_delta, **x, backend="cpp")
+    assert text == 'backend "cpp": no memory for a thread to work in'
+
+
+def test_a_library_that_is_missing_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdn_ops.backends.cpp.backend.missing", lambda: "not built: run it")
+    x = inputs(4)
+    text = message_of(gdn_ops.BackendUnsupportedError, gdn_ops.gated_delta, **x, backend="cpp")
+    assert "  cpp: not built: run it\n" in text
+    assert gdn_ops.explain(**x).backend != "cpp"
+
+
+def test_states_are_kept_as_long_as_the_kernels_say() -> None:
+    span = calls.CHUNK * calls.CHUNKS_PER_STATE
+    for T in (span - 1, span, span + 1, 3 * span):
+        judged = judge(Example(T=T, K=16, V=16, initial_state=True), "cpp")
+        assert judged.passed, (T, judged)
