@@ -358,14 +358,19 @@ class use_backend:  # noqa: N801  (reads as a verb, like torch.no_grad)
 def traceable_step(name: str, device_type: str) -> str | None:
     """Return the name of the backend for a step if torch.compile may trace that step, else None.
 
-    The backend is loaded here: a graph looks it up by `get_backend`, and imports nothing.
+    For "auto" it is the first in the order behind which there are no kernels for the device: a
+    graph fuses plain torch with what is around it, and an exported one runs without a library. The
+    backend is loaded here: a graph looks it up by `get_backend`, and imports nothing.
     """
     names = auto_order(device_type) if name == "auto" else (name,)
     for candidate in names:
-        if candidate in known_backends():
-            backend = get_backend(candidate)
-            if not isinstance(backend, str):
-                return candidate if backend.traceable_step else None
+        backend = get_backend(candidate) if candidate in known_backends() else ""
+        if isinstance(backend, str):
+            continue
+        if backend.traceable_step:
+            return candidate
+        if backend.kernels:
+            return None
     return None
 
 

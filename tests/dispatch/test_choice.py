@@ -55,14 +55,14 @@ PREFERENCE = order.Preference("seven", "gated_delta", "cpu", "made up", ("float3
     [
         ({}, "seven"),
         ({"least_tokens": 4}, "seven"),
-        ({"least_tokens": 5}, "torch"),
+        ({"least_tokens": 5}, "cpp"),
         ({"most_heads": 4}, "seven"),
-        ({"most_heads": 3}, "torch"),
+        ({"most_heads": 3}, "cpp"),
         ({"needs_grad": False}, "seven"),
-        ({"needs_grad": True}, "torch"),
-        ({"op": "gated_delta_step"}, "torch"),
-        ({"device": "sm_90"}, "torch"),
-        ({"dtypes": ("bfloat16",)}, "torch"),
+        ({"needs_grad": True}, "cpp"),
+        ({"op": "gated_delta_step"}, "cpp"),
+        ({"device": "sm_90"}, "cpp"),
+        ({"dtypes": ("bfloat16",)}, "cpp"),
     ],
 )
 def test_a_measured_preference_comes_before_the_order(
@@ -81,7 +81,7 @@ def test_a_measured_preference_comes_before_the_order(
 def test_a_preferred_backend_that_cannot_run_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     register_backend(make_backend("seven", head_dims=(128,)))
     monkeypatch.setattr(order, "PREFERENCES", (PREFERENCE,))
-    assert registry.select(bound()).name == "torch"
+    assert registry.select(bound()).name == "cpp"
 
 
 def test_nothing_is_preferred_that_was_not_measured() -> None:
@@ -90,10 +90,10 @@ def test_nothing_is_preferred_that_was_not_measured() -> None:
     assert order.AUTO_ORDER["cuda"][:2] == ("triton", "tilelang")
 
 
-def test_auto_on_a_cpu_is_torch_and_never_a_backend_outside_the_order() -> None:
-    assert registry.AUTO_ORDER["cpu"][0] == "torch"
+def test_auto_on_a_cpu_is_cpp_and_never_a_backend_outside_the_order() -> None:
+    assert registry.AUTO_ORDER["cpu"][0] == "cpp"
     register_backend(make_backend("seven"))
-    assert registry.select(bound()).name == "torch"
+    assert registry.select(bound()).name == "cpp"
     explained = gdn_ops.explain(**arguments())
     assert dict(explained.reasons)["seven"] == ("auto does not try it on cpu: pin it by name",)
 
@@ -160,7 +160,7 @@ def test_use_backend_holds_for_a_block_and_nests() -> None:
             explained = gdn_ops.explain(**arguments())
             assert (explained.backend, explained.pinned) == ("eight", True)
         assert (gated_delta_step(**step_arguments())[0] == 7).all()
-        assert torch.equal(gated_delta(**arguments(), backend="torch"), expected), "pinning wins"
+        assert torch.equal(gated_delta(**arguments(), backend="cpp"), expected), "pinning wins"
         with use_backend("auto"):
             assert torch.equal(gated_delta(**arguments()), expected)
     assert torch.equal(gated_delta(**arguments()), expected)
@@ -177,7 +177,7 @@ def test_use_backend_without_a_block_sets_the_process_default() -> None:
     use_backend("seven")
     assert (gated_delta(**arguments()) == 7).all()
     use_backend("auto")
-    assert registry.select(bound(), registry.default_backend()).name == "torch"
+    assert registry.select(bound(), registry.default_backend()).name == "cpp"
 
 
 def test_the_process_default_never_falls_back_either() -> None:
@@ -187,7 +187,7 @@ def test_the_process_default_never_falls_back_either() -> None:
 
 
 def test_use_backend_refuses_an_unknown_name_and_keeps_the_default() -> None:
-    with pytest.raises(SpecError, match=r"^unknown backend 'tirton', known: torch, naive"):
+    with pytest.raises(SpecError, match=r"^unknown backend 'tirton', known: cpp, torch, naive"):
         use_backend("tirton")
     assert registry.default_backend() == "auto"
 
@@ -206,7 +206,7 @@ except gdn_ops.SpecError as error:
     ("setting", "answer"),
     {
         "naive": "naive",
-        "": "torch",
+        "": "cpp",
         "nope": "GDN_OPS_BACKEND: unknown backend 'nope', known: {known}",
     }.items(),
 )

@@ -88,7 +88,7 @@ def test_a_pinned_backend_that_cannot_run_raises_and_never_falls_back() -> None:
             f"backend 'narrow' cannot run {op.__name__} on these inputs\n"
             f"  q float32 {shown}\n"
             f"  narrow: {reasons}\n"
-            '  try backend="torch"'
+            '  try backend="cpp"'
         )
 
 

@@ -44,7 +44,7 @@ def test_backends_lists_name_limits_and_status() -> None:
     assert str(infos["seven"]).endswith(
         ": no supported device here (supported: imaginary) (imaginary)"
     )
-    assert list(infos)[:1] == ["torch"], "the order of preference comes first"
+    assert list(infos)[:1] == ["cpp"], "the order of preference comes first"
 
 
 def test_a_checkout_that_is_not_installed_has_the_version_of_its_source(
@@ -186,7 +186,7 @@ def test_a_package_that_a_backend_requires_may_be_missing() -> None:
     text = message_of(BackendUnsupportedError, gated_delta, **arguments(), backend="needy")
     assert text.splitlines()[2:] == [
         "  needy: package 'a_package_that_nobody_has' is not installed",
-        '  try backend="torch"',
+        '  try backend="cpp"',
     ]
 
 
@@ -279,6 +279,6 @@ def test_a_backend_of_another_distribution_is_found_by_its_entry_point(tmp_path:
         "backend 'third_party' cannot run gated_delta on these inputs",
         "  q float32 (2, 9, 2, 8) cpu, v (2, 9, 6, 5), rule gated_delta",
         "  third_party: log_alpha is not supported",
-        '  try backend="torch"',
-        "torch",
+        '  try backend="cpp"',
+        "cpp",
     ]

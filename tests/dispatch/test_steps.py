@@ -190,7 +190,7 @@ def test_a_backend_without_the_op_says_so(registry_as_found: None) -> None:
         "  q float32 (3, 8, 4, 16) cpu, v (3, 8, 8, 6), rule gated_delta, "
         "state_indices into a pool of 5\n"
         "  old: op gated_delta_steps (supported: gated_delta, gated_delta_step)\n"
-        '  try backend="torch"'
+        '  try backend="cpp"'
     )
 
 
@@ -223,7 +223,7 @@ def test_explain_is_told_the_op_by_its_function_or_its_name() -> None:
     assert gdn_ops.explain(gated_delta_steps, *positional).op == "gated_delta_steps"
     assert gdn_ops.explain(*positional[:5]).op == "gated_delta"
     explained = gdn_ops.explain(gated_delta_step, **token(pooled(0, 1, 2)))
-    assert (explained.op, explained.backend) == ("gated_delta_step", "torch")
+    assert (explained.op, explained.backend) == ("gated_delta_step", "cpp")
     assert not explained.pinned
 
 

@@ -30,7 +30,8 @@ void run_forward_task(const GdnSequences& c, const GdnPlan& plan, int64_t index,
   t.panels = least(each, panels - t.panel);
   if (t.panels <= 0) return;
 #if GDN_FEATURES == 4
-  if (c.q.type == kGdnBfloat16) return run_forward_bf16(c, t, memory);
+  // A few tokens gain nothing from pairs, and are exact without them.
+  if (c.q.type == kGdnBfloat16 && c.T > 16) return run_forward_bf16(c, t, memory);
 #endif
   run_forward(c, t, memory);
 }

@@ -103,7 +103,7 @@ def test_a_layer_without_a_mask_is_replaced_without_one(loaded: Load) -> None:
         used = only()
     with used:
         assert relative(module.Layer()(x), expected) < 1e-6
-    assert used.calls == {("someones_model", "gated_delta", "torch"): 1}
+    assert used.calls == {("someones_model", "gated_delta", "cpp"): 1}
     assert ("someones_model", "the padding mask: Layer.forward has no attention_mask") in used.left
 
 
@@ -114,7 +114,7 @@ def test_functions_that_no_layer_calls_are_replaced(loaded: Load) -> None:
     with used:
         x = torch.rand(1, 3, 1, 2)
         module.torch_chunk_gated_delta_rule(x, x, x, **gates())
-    assert used.calls == {("someones_model", "gated_delta", "torch"): 1}
+    assert used.calls == {("someones_model", "gated_delta", "cpp"): 1}
 
 
 def test_the_surroundings_of_a_model_that_is_built_do_not_matter(loaded: Load) -> None:

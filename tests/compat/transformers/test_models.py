@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
 ]
 
-BACKENDS = ("torch", "compile", "naive")
+BACKENDS = ("torch", "cpp", "compile", "naive")
 LENGTH = 70
 """More than one chunk of any backend, and no multiple of one."""
 
@@ -129,7 +129,7 @@ def test_16_tokens_after_left_padding_are_those_of_transformers_and_of_the_rows(
         alone = greedy(tiny, rows[1], 16)
     assert torch.equal(ours, expected)
     assert torch.equal(ours[1, 4:], alone[0])
-    assert used.calls[architecture(family), "gated_delta_step", "torch"] > 0
+    assert used.calls[architecture(family), "gated_delta_step", "cpp"] > 0
 
 
 def test_a_masked_token_is_the_identity_after_real_tokens_too() -> None:
@@ -188,7 +188,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     with accelerate() as used:
         assert_gradients(gradients(tiny, ids), expected)
     # Three layers forward, and the same three again in the backward.
-    assert used.calls == {(architecture(SMALL), "gated_delta", "torch"): 6}
+    assert used.calls == {(architecture(SMALL), "gated_delta", "cpp"): 6}
 
 
 def compile_or_skip(compiled: Any, ids: Tensor) -> None:

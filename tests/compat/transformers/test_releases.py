@@ -28,7 +28,7 @@ def test_an_architecture_that_nobody_listed_is_found(loaded: Load, holds: bool) 
         module.ran.clear()
         assert relative(layer(x), expected) < 1e-6
         assert module.ran == []
-    assert used.calls == {("someones_model", "gated_delta", "torch"): 1}
+    assert used.calls == {("someones_model", "gated_delta", "cpp"): 1}
 
 
 def test_a_layer_that_holds_the_functions_is_reached_and_not_changed(loaded: Load) -> None:
@@ -47,7 +47,7 @@ def test_a_layer_that_holds_the_functions_is_reached_and_not_changed(loaded: Loa
         before(x), meanwhile(x)
         assert module.ran == []
         assert bool((own(x) == 9).all())
-    assert used.calls == {("someones_model", "gated_delta", "torch"): 2}
+    assert used.calls == {("someones_model", "gated_delta", "cpp"): 2}
     assert vars(before) == held
     before(x), meanwhile(x)
     assert module.ran == ["chunk", "chunk"]
@@ -103,7 +103,7 @@ def test_decorated_functions_are_looked_through(loaded: Load, decorate: Any) -> 
         setattr(module, name, decorate(getattr(module, name)))
     with only(strict=True) as used:
         module.Layer()(torch.rand(1, 3, 1, 2))
-    assert used.calls == {("someones_model", "gated_delta", "torch"): 1}
+    assert used.calls == {("someones_model", "gated_delta", "cpp"): 1}
 
 
 def test_what_one_module_has_of_another_is_its_original(
@@ -118,7 +118,7 @@ def test_what_one_module_has_of_another_is_its_original(
         with only(strict=True) as inner:
             x = torch.rand(1, 3, 1, 2)
             other.torch_chunk_gated_delta_rule(x, x, x, **gates())
-    assert inner.calls == {("someones_model", "gated_delta", "torch"): 1}
+    assert inner.calls == {("someones_model", "gated_delta", "cpp"): 1}
     assert {name: getattr(other, name) for name in FUNCTIONS} == kept
 
 
@@ -137,6 +137,6 @@ def test_what_is_not_known_runs_as_transformers_has_it(loaded: Load) -> None:
     assert torch.equal(o, expected)
     assert torch.equal(positional, expected)
     assert used.calls == {
-        ("someones_model", "gated_delta", "torch"): 3,
+        ("someones_model", "gated_delta", "cpp"): 3,
         ("someones_model", "gated_delta", "transformers"): 2,
     }
