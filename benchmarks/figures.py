@@ -48,7 +48,7 @@ def panels() -> Panels:
 
 
 def ours(name: str) -> str:
-    return f"gdn_ops {name}" if name in ("torch", "compile") else name
+    return f"gdn_ops {name}" if name in ("cpp", "torch", "compile") else name
 
 
 def draw(data: Panels) -> Figure:

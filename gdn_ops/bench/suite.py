@@ -154,9 +154,9 @@ def _kinds(device: str) -> tuple[str, ...]:
 
 
 def default_backends() -> tuple[str, ...]:
-    """Return the names "torch" and, where that backend is available, "compile"."""
+    """Return the names "torch" and, where these backends are available, "cpp" and "compile"."""
     usable = {info.name for info in list_backends() if info.status == "available"}
-    return tuple(name for name in ("torch", "compile") if name in usable)
+    return tuple(name for name in ("cpp", "torch", "compile") if name in usable)
 
 
 def every_backend(device: str) -> tuple[str, ...]:

@@ -328,7 +328,7 @@ def _run_models(options: Options) -> int:
     from gdn_ops.bench.inputs import Setting
 
     every = options.backend == ALL
-    backends = suite.every_backend("cpu") if every else options.backend or ("torch",)
+    backends = suite.every_backend("cpu") if every else options.backend or ("cpp",)
     models.check(backends)
     setting = Setting(repeats=options.repeats or REPEATS)
     _prepare(options, setting, "models")

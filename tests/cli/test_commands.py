@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("given_rates")
 def test_python_dash_m_ends_with_the_exit_code() -> None:
     done = python("-m", "gdn_ops", "check", "--backend", "nope")
     assert done.returncode == 2
-    assert "gdn-ops: unknown backend 'nope', known: torch" in done.stderr
+    assert "gdn-ops: unknown backend 'nope', known: cpp, torch" in done.stderr
 
 
 def test_the_command_needs_nothing_but_torch() -> None:
