@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -141,9 +143,7 @@ def _prepared(call: Call) -> tuple[Call, Tensor | None]:
     boundaries = call.cu_seqlens
     if boundaries is not None and (boundaries.dtype != torch.int64 or boundaries.stride(0) != 1):
         boundaries = boundaries.to(torch.int64).contiguous()
-    prepared = call.with_tensors(_readable(call.tokens), None)
-    if boundaries is not call.cu_seqlens:
-        prepared.cu_seqlens = boundaries
+    prepared = replace(call, tokens=_readable(call.tokens), state=None, cu_seqlens=boundaries)
     return prepared, calls.whole(call.state)
 
 
