@@ -149,7 +149,7 @@ def test_cpu_tensors_are_emulated_with_one_warning_where_it_is_asked_for(name: s
     assert [str(w.message) for w in caught] == [
         f"backend '{name}' emulates its kernels on cpu tensors: for checking, not for speed"
     ]
-    assert gdn_ops.explain(**linear_arguments()).backend == "torch"
+    assert gdn_ops.explain(**linear_arguments()).backend == "cpp"
 
 
 # What they compute.

@@ -159,7 +159,8 @@ def test_kept_states_fit_their_bound(lengths: list[int], monkeypatch: pytest.Mon
         return result
 
     monkeypatch.setattr(Torch, "forward", watched)
-    gdn_ops.gated_delta(**{n: y.requires_grad_() for n, y in x.items()}, cu_seqlens=cu_seqlens)
+    leaves = {n: y.requires_grad_() for n, y in x.items()}
+    gdn_ops.gated_delta(**leaves, cu_seqlens=cu_seqlens, backend="torch")
     assert kept[0].shape == (bound, 2, 8, 10)
     used = sum(max(0, -(-length // 128) - 1) for length in lengths)
     assert used <= bound
