@@ -17,6 +17,7 @@ import torch
 
 import gdn_ops
 from gdn_ops import Backend, Limits, register_backend
+from gdn_ops.backends.cpp import library
 from gdn_ops.spec import docs
 from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import OPS
@@ -204,7 +205,7 @@ def test_modules_of_the_reference_can_be_imported() -> None:
 
 
 def test_every_reason_that_troubleshooting_lists_is_one_that_explain_gives(
-    registry_as_found: None, monkeypatch: pytest.MonkeyPatch
+    registry_as_found: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     class Narrow(Backend):
         name = "narrow"
@@ -220,7 +221,12 @@ def test_every_reason_that_troubleshooting_lists_is_one_that_explain_gives(
     q = torch.zeros(1, 4, 2, 8, dtype=torch.float64, requires_grad=True)
     double = gdn_ops.explain(q, q, q, rule="linear")
     x = q.detach().float()
-    reasons = (*double.reasons, *gdn_ops.explain(x, x, x, rule="linear").reasons)
+    reasons = (*double.reasons, *gdn_ops.explain(x, x, x, rule="linear", chunk_size=64).reasons)
+    # Without the library of the backend cpp.
+    monkeypatch.setattr(library, "PACKAGE", tmp_path)
+    monkeypatch.setenv("GDN_OPS_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_opened", None)
+    reasons += gdn_ops.explain(x, x, x, rule="linear").reasons
     given = "\n".join(text for _, texts in reasons for text in texts)
     certificate = (ROOT / "gdn_ops" / "environment" / "certificate.py").read_text(encoding="utf-8")
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
