@@ -32,7 +32,7 @@ FLAGS = (
 )
 
 SECONDS = 600
-"""How long one run of the compiler may take."""
+"""Seconds that one run of the compiler may take."""
 
 
 class Level(NamedTuple):

@@ -33,7 +33,7 @@ CURE = "run gdn-ops build"
 _opened: Opened | None = None
 _lock = threading.Lock()
 _is_child = False
-"""Whether this process was forked since this module was loaded."""
+"""True in a process that was forked since this module was loaded."""
 
 
 class LibraryError(Exception):

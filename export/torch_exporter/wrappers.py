@@ -23,7 +23,7 @@ _CURES = {
     "FSDPModule": "load its full state_dict into a module that was never sharded and pass that",
     "ScriptModule": "pass the module that it was made from",
 }
-"""What to do about modules that torch.export cannot trace, by the name of a class of theirs."""
+"""Advice for modules that torch.export cannot trace, by the name of a class of theirs."""
 
 
 def unwrapped(label: str, module: nn.Module) -> nn.Module:

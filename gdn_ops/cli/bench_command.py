@@ -356,7 +356,7 @@ def _run_decode(options: Options) -> int:
 def _run_gpu(options: Options) -> int:
     backends = () if options.backend in (None, ALL) else options.backend
     peers = gpu.PEERS if options.peer in (None, ALL) else options.peer
-    # What is wrong with them is said before a folder is made.
+    # Refuse mistakes in them before a folder is made.
     gpu.make_plan(backends, peers, options.seconds)
     gpu.system(options.seconds)
     _prepare(options)

@@ -17,7 +17,7 @@ from gdn_ops.spec.names import nearest, unknown
 Options = argparse.Namespace
 
 ALL = ("all",)
-"""What `names` returns for the word that means every name."""
+"""The result of `names` for the word that means every name."""
 
 
 class UsageError(Exception):

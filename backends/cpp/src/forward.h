@@ -41,6 +41,36 @@ void store_state(const float* S, int64_t K, int64_t V, int64_t Kp, const Task& t
   }
 }
 
+// The states of the value heads of a key head: `size` floats each, in panels.
+struct States {
+  float* S;
+  int64_t Kp, R, size;
+};
+
+void load_states(const GdnSequences& c, const Task& t, const States& x) {
+  for (int64_t r = 0; r < x.R; ++r) {
+    const int64_t head = t.n * c.HV + t.head * x.R + r;
+    const float* state = c.initial ? c.initial + head * c.K * c.V : nullptr;
+    load_state(state, c.K, c.V, x.Kp, t, x.S + r * x.size);
+  }
+}
+
+// Write the states into row `row` of an array (rows, HV, K, V).
+void store_states(const GdnSequences& c, const Task& t, const States& x, float* to, int64_t row) {
+  for (int64_t r = 0; r < x.R; ++r) {
+    float* state = to + (row * c.HV + t.head * x.R + r) * c.K * c.V;
+    store_state(x.S + r * x.size, c.K, c.V, x.Kp, t, state);
+  }
+}
+
+// Keep the states before a chunk, if the backward starts a run of chunks there.
+void keep_states(const GdnSequences& c, const Task& t, const States& x, int64_t chunk) {
+  if (!c.states || chunk == 0 || chunk % c.chunks_per_state) return;
+  const int64_t span = C * c.chunks_per_state;
+  const int64_t first = t.row * (c.T / span) + t.first / span;
+  store_states(c, t, x, c.states, first + chunk / c.chunks_per_state - 1);
+}
+
 // Columns of v or of a gradient like it, [C][panels P]; rows behind the last token are zeros.
 void load_values(const GdnArray& x, const Task& t, int64_t token, int64_t count, int64_t head,
                  int64_t V, float* to) {
@@ -120,21 +150,12 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
   x.products = arena.take(2 * C * C);
   float *A = arena.take(C * C), *M = arena.take(C * C), *U = arena.take(C * P);
   float *values = arena.take(C * ldv), *S = arena.take(R * size);
-  for (int64_t r = 0; r < R; ++r) {
-    const int64_t head = t.n * c.HV + t.head * R + r;
-    load_state(c.initial ? c.initial + head * K * V : nullptr, K, V, Kp, t, S + r * size);
-  }
-  const int64_t span = C * c.chunks_per_state, slots = c.states ? c.T / span : 0;
-  int64_t slot = c.states ? t.row * slots + t.first / span : 0, chunk = 0;
+  const States states{S, Kp, R, size};
+  load_states(c, t, states);
+  int64_t chunk = 0;
   for (int64_t token = t.first; token < t.last; token += C, ++chunk) {
     const int64_t count = least(C, t.last - token), used = round_up(count, MR);
-    if (c.states && chunk && chunk % c.chunks_per_state == 0) {
-      for (int64_t r = 0; r < R; ++r) {
-        float* state = c.states + (slot * c.HV + t.head * R + r) * K * V;
-        store_state(S + r * size, K, V, Kp, t, state);
-      }
-      ++slot;
-    }
+    keep_states(c, t, states, chunk);
     load_keys(c, t, token, count, Kp, x);
     multiply_keys(count, K, Kp, x, c.has_erase);
     for (int64_t r = 0; r < R; ++r) {
@@ -159,10 +180,7 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
       store_values(values, t, token, count, head, V, c.o);
     }
   }
-  for (int64_t r = 0; r < R; ++r) {
-    float* state = c.final + (t.n * c.HV + t.head * R + r) * K * V;
-    store_state(S + r * size, K, V, Kp, t, state);
-  }
+  store_states(c, t, states, c.final, t.n);
 }
 
 }  // namespace

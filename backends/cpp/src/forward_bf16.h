@@ -153,21 +153,12 @@ void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
   Pair* kept = reinterpret_cast<Pair*>(arena.take(C / 2 * P));
   Pair* M_pairs = reinterpret_cast<Pair*>(arena.take(C * C / 2));
   float *values = arena.take(C * ldv), *S = arena.take(R * size);
-  for (int64_t r = 0; r < R; ++r) {
-    const int64_t head = t.n * c.HV + t.head * R + r;
-    load_state(c.initial ? c.initial + head * K * V : nullptr, K, V, Kp, t, S + r * size);
-  }
-  const int64_t span = C * c.chunks_per_state, slots = c.states ? c.T / span : 0;
-  int64_t slot = c.states ? t.row * slots + t.first / span : 0, chunk = 0;
+  const States states{S, Kp, R, size};
+  load_states(c, t, states);
+  int64_t chunk = 0;
   for (int64_t token = t.first; token < t.last; token += C, ++chunk) {
     const int64_t count = least(C, t.last - token), used = round_up(count, MR);
-    if (c.states && chunk && chunk % c.chunks_per_state == 0) {
-      for (int64_t r = 0; r < R; ++r) {
-        float* state = c.states + (slot * c.HV + t.head * R + r) * K * V;
-        store_state(S + r * size, K, V, Kp, t, state);
-      }
-      ++slot;
-    }
+    keep_states(c, t, states, chunk);
     load_pair_keys(c, t, token, count, Kp, values, x);
     for (int64_t r = 0; r < R; ++r) {
       const int64_t head = t.head * R + r;
@@ -210,10 +201,7 @@ void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
       store_values(values, t, token, count, head, V, c.o);
     }
   }
-  for (int64_t r = 0; r < R; ++r) {
-    float* state = c.final + (t.n * c.HV + t.head * R + r) * K * V;
-    store_state(S + r * size, K, V, Kp, t, state);
-  }
+  store_states(c, t, states, c.final, t.n);
 }
 
 }  // namespace

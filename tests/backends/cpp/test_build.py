@@ -30,7 +30,7 @@ def sources(tmp_path: Path) -> Path:
     return write_sources(tmp_path / "sources")
 
 
-# What is built.
+# List what is built.
 
 
 def test_the_kernels_are_built_with_every_level_of_this_machine(tmp_path: Path) -> None:
