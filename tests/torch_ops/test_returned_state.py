@@ -1,4 +1,4 @@
-"""What transforms make of a backend that returns the state that it was given."""
+"""Transforms take a backend that returns the state that it was given."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_the_hash_changes_with_every_source_and_with_nothing_else(
     assert len(set(hashes)) == 7
 
 
-# What keeps a library from being built.
+# Refuse to build.
 
 
 def test_without_a_compiler_the_reason_says_what_to_install(sources: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def reason() -> str:
     return text
 
 
-# Where it is.
+# Find it.
 
 
 def test_the_best_level_is_loaded_once(built: Path, package: Path) -> None:
@@ -123,7 +123,7 @@ def test_threads_that_ask_at_once_open_it_once(
     assert len(opened) == 1
 
 
-# What keeps it from being used.
+# Refuse to use it.
 
 
 def test_a_library_of_other_sources_is_refused(tmp_path: Path, package: Path) -> None:
