@@ -9,51 +9,102 @@
 
 namespace {
 
-// Working memory of one run of chunks; `stride` is the columns of V, padded.
+// What the value heads of a key head share of a run of chunks, and what one of them leaves there.
 struct Run {
-  float *rows, *products;   // per chunk: keys and queries [2C][Kp], their products [2C][C]
-  float *S, *U, *erased;    // per chunk: the state before it, its writes, V - diag(b) K S
-  float *d_q, *d_k;         // per chunk: [C][Kp], of scale q and of k, summed over value heads
-  float* inverse;           // per chunk: [2][C], 1 / norm of k and q
+  float *k_t, *q_t, *products;  // per chunk: as in Keys
+  float* inverse;               // per chunk: [2][C], 1 / norm of k and q
+  float *d_k, *d_q;             // per chunk: [Kp][C], of k and scale q, summed over value heads
+  float *S, *U, *erased;        // per chunk: the state before it, its writes, V - diag(b) K S
 };
 
+// Working memory; Vs are the columns of V, padded.
 struct Backward {
-  float *k_t, *A, *M, *D, *pairs, *E, *P, *N, *U_t, *values, *d_o, *d_r, *S_t, *d_S_t, *d_S;
   Run run;
+  float* rows;                                       // [2C][Kp]
+  float *A, *M, *D, *P, *P_t, *X, *N, *E;            // [C][C]
+  float* pairs;                                      // [2C][C]
+  float *values, *d_o, *d_r;                         // [C][Vs]
+  float *U_t, *d_o_t, *d_r_t;                        // [Vs][C]
+  float* d_S;                                        // per value head: a state
 };
 
-int64_t backward_floats(const GdnSequences& c) {
-  const int64_t Kp = padded(c.K), R = c.HV / c.H, Vs = round_up(c.V, P);
-  const int64_t chunk = 2 * C * Kp + 2 * C * C + Vs * Kp + 2 * C * Vs + 2 * C * Kp + 2 * C + 8 * 16;
-  const int64_t once = C * Kp + 9 * C * C + C * Vs + 3 * C * Vs + 2 * Vs * Kp + R * Vs * Kp;
-  return c.chunks_per_state * chunk + once + 24 * 16;
+// Take the working memory from an arena; return how many floats that is.
+int64_t take_backward(const GdnSequences& c, float* memory, Backward& w) {
+  const int64_t Kp = padded(c.K), R = c.HV / c.H, Vs = round_up(c.V, P), e = c.chunks_per_state;
+  Arena arena{memory};
+  const auto take = [&](std::initializer_list<float**> places, int64_t floats) {
+    for (float** place : places) *place = arena.take(floats);
+  };
+  take({&w.A, &w.M, &w.D, &w.P, &w.P_t, &w.X, &w.N, &w.E}, C * C);
+  take({&w.pairs}, 2 * C * C);
+  take({&w.values, &w.d_o, &w.d_r, &w.U_t, &w.d_o_t, &w.d_r_t}, C * Vs);
+  take({&w.rows}, 2 * C * Kp);
+  take({&w.d_S}, R * Vs * Kp);
+  take({&w.run.k_t, &w.run.q_t, &w.run.d_k, &w.run.d_q}, e * C * Kp);
+  take({&w.run.products}, e * 2 * C * C);
+  take({&w.run.inverse}, e * 2 * C);
+  take({&w.run.U, &w.run.erased}, e * C * Vs);
+  take({&w.run.S}, e * Vs * Kp);
+  return arena.next - memory;
 }
 
-// Form the states, writes and errors of a run of chunks of one value head, starting from S.
-void run_again(const GdnSequences& c, const Task& t, int64_t first, int64_t last, int64_t head,
-               const Backward& w, float* S) {
-  const int64_t Kp = padded(c.K), Vs = t.panels * P, size = Vs * Kp;
-  for (int64_t token = first, e = 0; token < last; token += C, ++e) {
-    const int64_t count = least(C, last - token);
-    Keys x;
-    x.rows = w.run.rows + e * 2 * C * Kp;
-    x.products = w.run.products + e * 2 * C * C;
-    Gates g;
-    load_gates(c, t, token, count, head, g);
-    form_pairs<false>(g, x.products, count, w.A, w.M, nullptr, c.has_erase);
-    load_values(c.v, t, token, count, head, c.V, w.values);
-    float *U = w.run.U + e * C * Vs, *erased = w.run.erased + e * C * Vs;
-    memcpy(w.run.S + e * size, S, size_t(size) * 4);
-    for (int64_t p = 0; p < t.panels; ++p) {
-      float* state = S + p * Kp * P;
-      form_writes(c, x, g, count, Kp, w.A, state, w.values + p * P, Vs, U + p * P, Vs,
-                  erased + p * P);
-      // The state behind the last chunk is not needed.
-      if (token + C >= last) continue;
-      float* writes = w.U_t;
-      for (int64_t i = 0; i < count; ++i) memcpy(writes + i * P, U + i * Vs + p * P, P * 4);
-      advance_state(x, g, count, c.K, Kp, writes, P, state);
-    }
+int64_t backward_floats(const GdnSequences& c) {
+  Backward w;
+  return take_backward(c, nullptr, w);
+}
+
+// One chunk of one value head, with all that a run has of it.
+struct Chunk {
+  const GdnSequences& c;
+  const GdnGradients& to;
+  const Task& t;
+  const Backward& w;
+  int64_t token, count, used, head, Kp, Vs;
+  Keys keys;
+  float *S, *U, *erased, *d_k, *d_q, *d_S;
+  Gates g;
+};
+
+// Chunk e of the run that begins at token `first`, of value head r of the key head.
+Chunk chunk_of(const GdnSequences& c, const GdnGradients& to, const Task& t, const Backward& w,
+               int64_t first, int64_t last, int64_t e, int64_t r) {
+  const int64_t Kp = padded(c.K), Vs = t.panels * P, token = first + e * C;
+  const int64_t count = least(C, last - token), head = t.head * (c.HV / c.H) + r;
+  Chunk x{c, to, t, w, token, count, round_up(count, MR), head, Kp, Vs, {}, {}, {}, {}, {}, {}, {}, {}};
+  x.keys.k_t = w.run.k_t + e * C * Kp;
+  x.keys.q_t = w.run.q_t + e * C * Kp;
+  x.keys.products = w.run.products + e * 2 * C * C;
+  x.S = w.run.S + e * Vs * Kp;
+  x.U = w.run.U + e * C * Vs;
+  x.erased = w.run.erased + e * C * Vs;
+  x.d_k = w.run.d_k + e * C * Kp;
+  x.d_q = w.run.d_q + e * C * Kp;
+  x.d_S = w.d_S + r * Vs * Kp;
+  load_gates(c, t, token, count, head, x.g);
+  return x;
+}
+
+// Form the writes and errors of a chunk, and the state behind it where that is another's.
+void run_again(const Chunk& x, float* next) {
+  const GdnSequences& c = x.c;
+  const Ahead ahead{c, x.t, c.v, x.token + C, x.head, x.t.last, 0};
+  form_pairs<false>(x.g, x.keys.products, x.count, x.w.A, x.w.M, nullptr, c.has_erase);
+  Columns from{x.w.values, x.Vs};
+  if (lies_in_tiles(c.v, c.V, x.count)) {
+    from = columns_of(c.v, x.t, x.token, x.head);
+  } else {
+    load_values(c.v, x.t, x.token, x.count, x.head, c.V, x.w.values);
+  }
+  // Tokens that are none write nothing.
+  memset(x.U + x.used * x.Vs, 0, size_t((C - x.used) * x.Vs) * 4);
+  for (int64_t p = 0; p < x.t.panels; ++p) {
+    const float* S = x.S + p * x.Kp * P;
+    form_writes(c, x.keys, x.g, x.count, x.w.A, S, from.data + p * P, from.ld, x.U + p * P, x.Vs,
+                x.erased + p * P, [&](int64_t m) { return ahead.tile(p, m); });
+    if (!next) continue;
+    // X is free until the gradients are formed.
+    static_assert(P <= C, "a panel of writes fits into C x C");
+    advance_state(x.keys, x.g, x.count, c.K, x.U + p * P, x.Vs, x.w.X, S, next + p * x.Kp * P);
   }
 }
 
@@ -67,6 +118,176 @@ GDN_INLINE void solve_back(Block& acc, const float* A, const float* d_r, int64_t
       for (int y = 0; y < NV; ++y) acc[x][y] -= factor * acc[j][y];
     }
   }
+}
+
+// d_R = T^T d_U with d_U = M^T d_O + diag(d) K d_S, and d_V = diag(beta) d_R. `E_end` [C] receives
+// the products of the rows of K d_S and U.
+void solve_gradients(const Chunk& x, float* E_end) {
+  const Backward& w = x.w;
+  // The chunk before this one is next, and the same chunk of the run before.
+  const int64_t span = C * x.c.chunks_per_state, r = x.head - x.t.head * (x.c.HV / x.c.H);
+  const Ahead ahead{x.c, x.t, x.to.d_o, x.token - C, x.head, x.token - span, r};
+  const GdnArray& d_v = x.to.d_v;
+  const bool is_direct = lies_in_tiles(d_v, x.c.V, x.count);
+  const Columns to =
+      is_direct ? columns_of(d_v, x.t, x.token, x.head) : Columns{w.values, x.Vs};
+  Vec ends[C] = {};
+  for (int64_t p = 0; p < x.t.panels; ++p) {
+    float* d_r = w.d_r + p * P;
+    for (int64_t m = x.used - MR; m >= 0; m -= MR) {
+      Block acc;
+      multiply_fetching(acc, x.keys.k_t + m, x.d_S + p * x.Kp * P, x.c.K, ahead.tile(p, m));
+      for (int i = 0; i < MR; ++i) {
+        for (int n = 0; n < NV; ++n) {
+          ends[m + i] += acc[i][n] * load(x.U + (m + i) * x.Vs + p * P + n * W);
+        }
+      }
+      scale_rows(acc, x.g.d + m);
+      multiply_add(acc, w.M + m * C + m, 1, C, w.d_o + m * x.Vs + p * P, x.Vs, x.used - m);
+      if (x.c.has_erase) solve_back(acc, w.A, d_r, x.Vs, m, x.used);
+      store_block(acc, d_r + m * x.Vs, x.Vs);
+      scale_rows(acc, x.g.beta + m);
+      store_block(acc, to.data + m * to.ld + p * P, to.ld);
+    }
+  }
+  if (!is_direct) store_values(w.values, x.t, x.token, x.count, x.head, x.c.V, d_v);
+  memset(w.d_r + x.used * x.Vs, 0, size_t((C - x.used) * x.Vs) * 4);
+  for (int64_t i = 0; i < C; ++i) E_end[i] = sum(ends[i]);
+}
+
+// d_O U^T and d_R U^T: rows 0 to C - 1 and C to 2C - 1 of `pairs`, entries of later tokens anything.
+void multiply_writes(const Chunk& x) {
+  const Backward& w = x.w;
+  transpose(x.U, x.Vs, w.U_t, C, C, x.Vs);
+  transpose(w.d_o, x.Vs, w.d_o_t, C, C, x.Vs);
+  transpose(w.d_r, x.Vs, w.d_r_t, C, C, x.Vs);
+  for (int half = 0; half < (x.c.has_erase ? 2 : 1); ++half) {
+    const float* left = half ? w.d_r_t : w.d_o_t;
+    for (int64_t m = 0; m < x.used; m += MR) {
+      for (int64_t j = 0; j < m + MR; j += P) {
+        Block acc;
+        clear(acc);
+        multiply_add(acc, left + m, 1, C, w.U_t + j, C, x.Vs);
+        store_block(acc, w.pairs + (half * C + m) * C + j, C);
+      }
+    }
+  }
+}
+
+// P = d_P . D,  X = diag(beta) d_A . D,  N = X + X^T,  E = d_P . Q K^T + diag(beta) d_A . K K^T below
+// the diagonal; P^T too, and E^T and D^T into `pairs`. d_beta [C] receives the gradients of beta.
+void form_pair_gradients(const Chunk& x, float* d_beta) {
+  const Backward& w = x.w;
+  const float *d_p = w.pairs, *d_a = w.pairs + C * C, *products = x.keys.products;
+  for (int64_t i = 0; i < C; ++i) {
+    Vec total = {};
+    const Vec beta = all(x.g.beta[i]);
+    for (int64_t j = 0; j < C; j += W) {
+      const int64_t at = i * C + j;
+      const Bits before = lanes_below(i - j), upto = lanes_below(i < x.count ? i + 1 - j : 0);
+      const Vec decay = load(w.D + at), d_pair = load(d_p + at);
+      Vec change = d_pair * load(products + C * C + at);
+      if (x.c.has_erase) {
+        const Vec d_key = -load(d_a + at) * load(products + at);
+        change += beta * d_key;
+        total += keep(before & upto, d_key * decay);
+        store(w.X + at, keep(before & upto, beta * -load(d_a + at) * decay));
+      }
+      store(w.P + at, keep(upto, d_pair * decay));
+      store(w.E + at, keep(before & upto, change));
+    }
+    if (i >= x.count) continue;
+    for (int64_t j = 0; j < x.Vs; j += W) {
+      total += load(w.d_r + i * x.Vs + j) * load(x.erased + i * x.Vs + j);
+    }
+    d_beta[i] = sum(total);
+  }
+  memset(w.D + x.used * C, 0, size_t((C - x.used) * C) * 4);
+  transpose(w.P, C, w.P_t, C, C, C);
+  transpose(w.E, C, w.pairs, C, C, C);
+  transpose(w.D, C, w.pairs + C * C, C, C, C);
+  if (!x.c.has_erase) return;
+  transpose(w.X, C, w.N, C, C, C);
+  for (int64_t i = 0; i < C * C; i += W) store(w.N + i, load(w.N + i) + load(w.X + i));
+}
+
+// acc = S B of all panels: rows m to m + MR - 1 of a state, columns of tokens of B [Vs][C].
+GDN_INLINE void multiply_state(Block& acc, const Chunk& x, const float* S, int64_t m,
+                               const float* B) {
+  clear(acc);
+  for (int64_t p = 0; p < x.t.panels; ++p) {
+    multiply_add(acc, S + p * x.Kp * P + m * P, P, 1, B + p * P * C, C, P);
+  }
+}
+
+// d_Q += diag(b) d_O S^T + P K,  d_K += P^T Q + N K + diag(d) U d_S^T - diag(beta b) d_R S^T, all of
+// them transposed. `E_start` [C] receives the products of rows of d_O S^T and Q, less those of
+// diag(beta) d_R S^T and K.
+void add_key_gradients(const Chunk& x, float* E_start) {
+  const Backward& w = x.w;
+  const Gates& g = x.g;
+  for (int64_t j = 0; j < x.count; j += P) {
+    Vec start[NV] = {};
+    for (int64_t m = 0; m < x.c.K; m += MR) {
+      Block acc, erase;
+      multiply_state(acc, x, x.S, m, w.d_o_t + j);
+      for (int i = 0; i < MR; ++i) {
+        for (int n = 0; n < NV; ++n) {
+          const int64_t at = (m + i) * C + j + n * W;
+          start[n] += acc[i][n] * load(x.keys.q_t + at);
+          acc[i][n] = acc[i][n] * load(g.b + j + n * W) + load(x.d_q + at);
+        }
+      }
+      multiply_add(acc, x.keys.k_t + m * C, C, 1, w.P_t + j, C, j + P);
+      store_block(acc, x.d_q + m * C + j, C);
+
+      multiply_state(acc, x, x.d_S, m, w.U_t + j);
+      if (x.c.has_erase) multiply_state(erase, x, x.S, m, w.d_r_t + j);
+      for (int i = 0; i < MR; ++i) {
+        for (int n = 0; n < NV; ++n) {
+          const int64_t at = (m + i) * C + j + n * W;
+          acc[i][n] = acc[i][n] * load(g.d + j + n * W) + load(x.d_k + at);
+          if (!x.c.has_erase) continue;
+          const Vec part = erase[i][n] * load(g.beta + j + n * W);
+          start[n] -= part * load(x.keys.k_t + at);
+          acc[i][n] -= part * load(g.b + j + n * W);
+        }
+      }
+      if (x.c.has_erase) multiply_add(acc, x.keys.k_t + m * C, C, 1, w.N + j, C, C);
+      multiply_add(acc, x.keys.q_t + m * C + j, C, 1, w.P + j * C + j, C, C - j);
+      store_block(acc, x.d_k + m * C + j, C);
+    }
+    for (int n = 0; n < NV; ++n) store(E_start + j + n * W, start[n]);
+  }
+}
+
+// d_S = (diag(b) Q)^T d_O + end d_S - (diag(beta b) K)^T d_R; return the product of S and d_S.
+float retreat_state(const Chunk& x) {
+  const Backward& w = x.w;
+  for (int64_t i = 0; i < x.count; ++i) {
+    multiply(w.d_o + i * x.Vs, x.g.b[i], x.Vs);
+    if (x.c.has_erase) multiply(w.d_r + i * x.Vs, -x.g.beta[i] * x.g.b[i], x.Vs);
+  }
+  Vec product = {};
+  for (int64_t p = 0; p < x.t.panels; ++p) {
+    for (int64_t m = 0; m < x.c.K; m += MR) {
+      const int64_t place = p * x.Kp * P + m * P;
+      Block acc;
+      load_block(acc, x.d_S + place, P);
+      for (int i = 0; i < MR; ++i) {
+        for (int n = 0; n < NV; ++n) {
+          product += acc[i][n] * load(x.S + place + i * P + n * W);
+          acc[i][n] *= all(x.g.end);
+        }
+      }
+      multiply_add(acc, x.keys.q_t + m * C, C, 1, w.d_o + p * P, x.Vs, x.count);
+      if (x.c.has_erase) {
+        multiply_add(acc, x.keys.k_t + m * C, C, 1, w.d_r + p * P, x.Vs, x.count);
+      }
+      store_block(acc, x.d_S + place, P);
+    }
+  }
+  return sum(product);
 }
 
 GDN_INLINE float dot(const float* x, const float* y, int64_t n) {
@@ -90,175 +311,30 @@ void gate_gradients(const Gates& g, int64_t count, const float* E_t, const float
   }
 }
 
+// Write numbers of the tokens of a chunk, one a value head.
+void store_gates(const Chunk& x, const float* from, const GdnArray& to) {
+  for (int64_t i = 0; i < x.count; ++i) {
+    static_cast<float*>(to.data)[at(to, x.t.row, x.token + i, x.head)] = from[i];
+  }
+}
+
 // The gradients of one chunk of one value head; d_S is that of the state behind it, then before it.
-void run_back(const GdnSequences& c, const GdnGradients& to, const Task& t, int64_t token,
-              int64_t count, int64_t r, int64_t e, const Backward& w) {
-  const int64_t K = c.K, Kp = padded(K), Vs = t.panels * P, size = Vs * Kp;
-  const int64_t head = t.head * (c.HV / c.H) + r, used = round_up(count, MR);
-  const float *rows = w.run.rows + e * 2 * C * Kp, *products = w.run.products + e * 2 * C * C;
-  const float *S = w.run.S + e * size, *U = w.run.U + e * C * Vs;
-  const float* erased = w.run.erased + e * C * Vs;
-  float *d_q = w.run.d_q + e * C * Kp, *d_k = w.run.d_k + e * C * Kp, *d_S = w.d_S + r * size;
-  Gates g;
-  load_gates(c, t, token, count, head, g);
-  form_pairs<true>(g, products, count, w.A, w.M, w.D, c.has_erase);
-  load_values(to.d_o, t, token, count, head, c.V, w.d_o);
-
-  // d_R = T^T d_U,  d_U = M^T d_O + diag(d) K d_S
-  Vec ends[C] = {};
-  for (int64_t p = 0; p < t.panels; ++p) {
-    float* d_r = w.d_r + p * P;
-    for (int64_t m = used - MR; m >= 0; m -= MR) {
-      Block acc;
-      clear(acc);
-      multiply_add(acc, rows + m * Kp, Kp, 1, d_S + p * Kp * P, P, K);
-      for (int i = 0; i < MR; ++i) {
-        for (int n = 0; n < NV; ++n) {
-          ends[m + i] += acc[i][n] * load(U + (m + i) * Vs + p * P + n * W);
-        }
-      }
-      scale_rows(acc, g.d + m);
-      multiply_add(acc, w.M + m * C + m, 1, C, w.d_o + m * Vs + p * P, Vs, used - m);
-      if (c.has_erase) solve_back(acc, w.A, d_r, Vs, m, used);
-      store_block(acc, d_r + m * Vs, Vs);
-    }
+void run_back(const Chunk& x) {
+  const Backward& w = x.w;
+  float E_start[C] = {}, E_end[C], d_alpha[C], d_beta[C];
+  form_pairs<true>(x.g, x.keys.products, x.count, w.A, w.M, w.D, x.c.has_erase);
+  load_values(x.to.d_o, x.t, x.token, x.count, x.head, x.c.V, w.d_o);
+  solve_gradients(x, E_end);
+  multiply_writes(x);
+  form_pair_gradients(x, d_beta);
+  add_key_gradients(x, E_start);
+  const float E_all = retreat_state(x);
+  if (x.to.d_decay.data) {
+    gate_gradients(x.g, x.count, w.pairs, w.pairs + C * C, E_start, E_end, E_all, d_alpha);
+    for (int64_t i = 0; x.c.decay_is_log && i < x.count; ++i) d_alpha[i] *= x.g.alpha[i];
+    store_gates(x, d_alpha, x.to.d_decay);
   }
-  // d_V = diag(beta) d_R
-  for (int64_t i = 0; i < used; ++i) {
-    for (int64_t j = 0; j < Vs; j += W) {
-      store(w.values + i * Vs + j, load(w.d_r + i * Vs + j) * g.beta[i]);
-    }
-  }
-  store_values(w.values, t, token, count, head, c.V, to.d_v);
-
-  // d_O U^T and d_R U^T: rows 0 to C - 1 and C to 2C - 1 of `pairs`
-  transpose(U, Vs, w.U_t, C, used, Vs);
-  for (int64_t j = 0; used < C && j < Vs; ++j) {
-    memset(w.U_t + j * C + used, 0, size_t(C - used) * 4);
-  }
-  for (int half = 0; half < (c.has_erase ? 2 : 1); ++half) {
-    const float* left = half ? w.d_r : w.d_o;
-    for (int64_t m = 0; m < used; m += MR) {
-      for (int64_t j = 0; j < m + MR; j += P) {
-        Block acc;
-        clear(acc);
-        multiply_add(acc, left + m * Vs, Vs, 1, w.U_t + j, C, Vs);
-        store_block(acc, w.pairs + (half * C + m) * C + j, C);
-      }
-    }
-  }
-  // P = d_P . D,  N = X + X^T with X = diag(beta) d_A . D,  E^T = d_P . Q K^T + diag(beta) d_A . K K^T
-  float d_beta[C] = {}, E_start[C] = {}, E_end[C] = {}, d_alpha[C];
-  memset(w.E, 0, C * C * 4);
-  memset(w.P, 0, C * C * 4);
-  memset(w.N, 0, C * C * 4);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t j = 0; j <= i; ++j) {
-      const float d_p = w.pairs[i * C + j], decay = w.D[i * C + j];
-      w.P[i * C + j] = d_p * decay;
-      if (j == i) break;
-      float change = d_p * products[(C + i) * C + j];
-      if (c.has_erase) {
-        const float d_a = -w.pairs[(C + i) * C + j], key = products[i * C + j];
-        change += g.beta[i] * d_a * key;
-        d_beta[i] += d_a * key * decay;
-        w.N[i * C + j] = w.N[j * C + i] = g.beta[i] * d_a * decay;
-      }
-      w.E[j * C + i] = change;
-    }
-    d_beta[i] += dot(w.d_r + i * Vs, erased + i * Vs, Vs);
-    E_end[i] = sum(ends[i]);
-  }
-
-  // d_Q += diag(b) d_O S^T + P K,  d_K += P^T Q + N K + diag(d) U d_S^T - diag(beta b) d_R S^T
-  Vec all_states = {};
-  for (int64_t p = 0; p < t.panels; ++p) {
-    transpose(S + p * Kp * P, P, w.S_t + p * P * Kp, Kp, Kp, P);
-    transpose(d_S + p * Kp * P, P, w.d_S_t + p * P * Kp, Kp, Kp, P);
-    for (int64_t i = 0; i < Kp * P; i += W) {
-      all_states += load(S + p * Kp * P + i) * load(d_S + p * Kp * P + i);
-    }
-  }
-  for (int64_t j = 0; j < Kp; j += P) {
-    for (int64_t m = 0; m < used; m += MR) {
-      Block acc;
-      clear(acc);
-      multiply_add(acc, w.d_o + m * Vs, Vs, 1, w.S_t + j, Kp, Vs);
-      for (int i = 0; i < MR; ++i) {
-        Vec total = {};
-        for (int n = 0; n < NV; ++n) {
-          total += acc[i][n] * load(rows + (C + m + i) * Kp + j + n * W);
-          acc[i][n] = acc[i][n] * all(g.b[m + i]) + load(d_q + (m + i) * Kp + j + n * W);
-        }
-        E_start[m + i] += sum(total);
-      }
-      multiply_add(acc, w.P + m * C, C, 1, rows + j, Kp, m + MR);
-      store_block(acc, d_q + m * Kp + j, Kp);
-    }
-    for (int64_t m = 0; m < used; m += MR) {
-      Block acc, erase;
-      clear(acc);
-      multiply_add(acc, U + m * Vs, Vs, 1, w.d_S_t + j, Kp, Vs);
-      scale_rows(acc, g.d + m);
-      if (c.has_erase) {
-        clear(erase);
-        multiply_add(erase, w.d_r + m * Vs, Vs, 1, w.S_t + j, Kp, Vs);
-        for (int i = 0; i < MR; ++i) {
-          Vec total = {};
-          const Vec beta = all(g.beta[m + i]);
-          for (int n = 0; n < NV; ++n) {
-            const Vec part = erase[i][n] * beta;
-            total += part * load(rows + (m + i) * Kp + j + n * W);
-            acc[i][n] -= part * all(g.b[m + i]);
-          }
-          E_start[m + i] -= sum(total);
-        }
-        multiply_add(acc, w.N + m * C, C, 1, rows + j, Kp, used);
-      }
-      multiply_add(acc, w.P + m * C + m, 1, C, rows + (C + m) * Kp + j, Kp, used - m);
-      for (int i = 0; i < MR; ++i) {
-        for (int n = 0; n < NV; ++n) {
-          float* at = d_k + (m + i) * Kp + j + n * W;
-          store(at, load(at) + acc[i][n]);
-        }
-      }
-    }
-  }
-  if (to.d_decay.data) {
-    for (int64_t i = 0; i < C; ++i) {
-      for (int64_t j = 0; j < C; ++j) w.pairs[j * C + i] = i < used && j <= i ? w.D[i * C + j] : 0;
-    }
-    gate_gradients(g, count, w.E, w.pairs, E_start, E_end, sum(all_states), d_alpha);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    if (to.d_decay.data) {
-      const float factor = c.decay_is_log ? g.alpha[i] : 1.0f;
-      static_cast<float*>(to.d_decay.data)[at(to.d_decay, t.row, token + i, head)] =
-          d_alpha[i] * factor;
-    }
-    if (to.d_beta.data) {
-      static_cast<float*>(to.d_beta.data)[at(to.d_beta, t.row, token + i, head)] = d_beta[i];
-    }
-  }
-
-  // d_S = (diag(b) Q)^T d_O + end d_S - (diag(beta b) K)^T d_R
-  for (int64_t i = 0; i < count; ++i) {
-    multiply(w.d_o + i * Vs, g.b[i], Vs);
-    multiply(w.d_r + i * Vs, c.has_erase ? -g.beta[i] * g.b[i] : 0.0f, Vs);
-  }
-  for (int64_t p = 0; p < t.panels; ++p) {
-    for (int64_t m = 0; m < K; m += MR) {
-      float* state = d_S + p * Kp * P + m * P;
-      Block acc;
-      load_block(acc, state, P);
-      for (int i = 0; i < MR; ++i) {
-        for (int n = 0; n < NV; ++n) acc[i][n] *= all(g.end);
-      }
-      multiply_add(acc, rows + C * Kp + m, 1, Kp, w.d_o + p * P, Vs, count);
-      if (c.has_erase) multiply_add(acc, rows + m, 1, Kp, w.d_r + p * P, Vs, count);
-      store_block(acc, state, P);
-    }
-  }
+  if (x.to.d_beta.data) store_gates(x, d_beta, x.to.d_beta);
 }
 
 // Write the gradients of q or k of a chunk, through the normalisation if there is one.
@@ -288,66 +364,69 @@ void store_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t cou
   }
 }
 
+// Load the keys of a run of chunks, and clear their gradients.
+void load_run(const GdnSequences& c, const Task& t, const Backward& w, int64_t first,
+              int64_t last) {
+  const int64_t Kp = padded(c.K);
+  for (int64_t token = first, e = 0; token < last; token += C, ++e) {
+    const int64_t count = least(C, last - token);
+    Keys x;
+    x.k_t = w.run.k_t + e * C * Kp;
+    x.q_t = w.run.q_t + e * C * Kp;
+    x.products = w.run.products + e * 2 * C * C;
+    load_keys(c, t, token, count, Kp, w.rows, x);
+    multiply_keys(count, c.K, x, c.has_erase);
+    memcpy(w.run.inverse + e * 2 * C, x.inverse_k, C * 4);
+    memcpy(w.run.inverse + e * 2 * C + C, x.inverse_q, C * 4);
+    memset(w.run.d_k + e * C * Kp, 0, size_t(C * Kp) * 4);
+    memset(w.run.d_q + e * C * Kp, 0, size_t(C * Kp) * 4);
+  }
+}
+
+// Write the gradients of q and k of a run of chunks.
+void store_run(const GdnSequences& c, const GdnGradients& to, const Task& t, const Backward& w,
+               int64_t first, int64_t last) {
+  const int64_t Kp = padded(c.K);
+  float *d_k = w.rows, *d_q = w.rows + C * Kp;
+  for (int64_t token = first, e = 0; token < last; token += C, ++e) {
+    const int64_t count = least(C, last - token);
+    const float* inverse = w.run.inverse + e * 2 * C;
+    transpose(w.run.d_k + e * C * Kp, C, d_k, Kp, Kp, C);
+    transpose(w.run.d_q + e * C * Kp, C, d_q, Kp, Kp, C);
+    store_keys(c, t, token, count, d_k, inverse, 1.0f, c.k, to.d_k);
+    store_keys(c, t, token, count, d_q, inverse + C, c.scale, c.q, to.d_q);
+  }
+}
+
 void run_backward(const GdnSequences& c, const GdnGradients& to, const Task& t, float* memory) {
-  const int64_t K = c.K, V = c.V, Kp = padded(K), R = c.HV / c.H, Vs = t.panels * P;
-  const int64_t size = Vs * Kp, chunks = c.chunks_per_state, span = C * chunks;
-  Arena arena{memory};
+  const int64_t K = c.K, V = c.V, Kp = padded(K), R = c.HV / c.H, size = t.panels * P * Kp;
+  const int64_t span = C * c.chunks_per_state;
   Backward w;
-  w.k_t = arena.take(C * Kp);
-  float** const pairs[] = {&w.A, &w.M, &w.D, &w.E, &w.P, &w.N};
-  for (float** one : pairs) *one = arena.take(C * C);
-  w.pairs = arena.take(2 * C * C);
-  float** const values[] = {&w.U_t, &w.values, &w.d_o, &w.d_r};
-  for (float** one : values) *one = arena.take(C * Vs);
-  w.S_t = arena.take(size);
-  w.d_S_t = arena.take(size);
-  w.d_S = arena.take(R * size);
-  w.run.rows = arena.take(chunks * 2 * C * Kp);
-  w.run.products = arena.take(chunks * 2 * C * C);
-  w.run.S = arena.take(chunks * size);
-  w.run.U = arena.take(chunks * C * Vs);
-  w.run.erased = arena.take(chunks * C * Vs);
-  w.run.d_q = arena.take(chunks * C * Kp);
-  w.run.d_k = arena.take(chunks * C * Kp);
-  w.run.inverse = arena.take(chunks * 2 * C);
+  take_backward(c, memory, w);
   for (int64_t r = 0; r < R; ++r) {
     const int64_t head = t.n * c.HV + t.head * R + r;
     load_state(to.d_final + head * K * V, K, V, Kp, t, w.d_S + r * size);
   }
-  const int64_t slots = c.T / span, slot = t.row * slots + t.first / span;
+  const int64_t slot = t.row * (c.T / span) + t.first / span;
   const int64_t runs = (t.last - t.first + span - 1) / span;
   for (int64_t run = runs; run-- > 0;) {
     const int64_t first = t.first + run * span, last = least(first + span, t.last);
-    for (int64_t token = first, e = 0; token < last; token += C, ++e) {
-      Keys x;
-      x.rows = w.run.rows + e * 2 * C * Kp;
-      x.products = w.run.products + e * 2 * C * C;
-      x.k_t = w.k_t;
-      const int64_t count = least(C, last - token);
-      load_keys(c, t, token, count, Kp, x);
-      multiply_keys(count, K, Kp, x, c.has_erase);
-      memcpy(w.run.inverse + e * 2 * C, x.inverse_k, C * 4);
-      memcpy(w.run.inverse + e * 2 * C + C, x.inverse_q, C * 4);
-      memset(w.run.d_q + e * C * Kp, 0, size_t(C * Kp) * 4);
-      memset(w.run.d_k + e * C * Kp, 0, size_t(C * Kp) * 4);
-    }
+    const int64_t chunks = (last - first + C - 1) / C;
+    load_run(c, t, w, first, last);
     for (int64_t r = 0; r < R; ++r) {
       const int64_t head = t.head * R + r;
       const float* start = c.initial ? c.initial + (t.n * c.HV + head) * K * V : nullptr;
       if (run) start = c.states + ((slot + run - 1) * c.HV + head) * K * V;
-      load_state(start, K, V, Kp, t, w.S_t);
-      run_again(c, t, first, last, head, w, w.S_t);
-      for (int64_t e = (last - first - 1) / C; e >= 0; --e) {
-        const int64_t token = first + e * C;
-        run_back(c, to, t, token, least(C, last - token), r, e, w);
+      load_state(start, K, V, Kp, t, w.run.S);
+      for (int64_t e = 0; e < chunks; ++e) {
+        const Chunk x = chunk_of(c, to, t, w, first, last, e, r);
+        run_again(x, e + 1 < chunks ? x.S + size : nullptr);
+      }
+      for (int64_t e = chunks; e-- > 0;) {
+        run_back(chunk_of(c, to, t, w, first, last, e, r));
       }
     }
-    for (int64_t token = first, e = 0; token < last; token += C, ++e) {
-      const int64_t count = least(C, last - token);
-      const float* inverse = w.run.inverse + e * 2 * C;
-      store_keys(c, t, token, count, w.run.d_k + e * C * Kp, inverse, 1.0f, c.k, to.d_k);
-      store_keys(c, t, token, count, w.run.d_q + e * C * Kp, inverse + C, c.scale, c.q, to.d_q);
-    }
+    store_run(c, to, t, w, first, last);
   }
   for (int64_t r = 0; to.d_initial && r < R; ++r) {
     float* state = to.d_initial + (t.n * c.HV + t.head * R + r) * K * V;

@@ -29,20 +29,18 @@ GDN_INLINE int64_t at(const GdnArray& x, int64_t row, int64_t token, int64_t hea
   return row * x.row + token * x.token + head * x.head;
 }
 
-// The keys and queries of a chunk: rows 0 to C - 1 are k, rows C to 2C - 1 are scale q.
+// The keys and queries of a chunk, transposed: a product takes a block of their rows or columns.
 struct Keys {
-  float* rows;       // [2C][Kp]
-  float* k_t;        // [Kp][C] transposed keys
+  float *k_t, *q_t;  // [Kp][C]: k and scale q; zeros behind the last token and below row K
   float* products;   // [2C][C]: K K^T, then scale Q K^T; entries of later tokens are not used
   float inverse_k[C], inverse_q[C];  // 1 / norm where normalised
 };
 
-// Load rows of q and k; rows behind the last token are zeros.
+// Load q and k, normalised where that is asked for; `rows` [2C][Kp] is scratch.
 void load_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t Kp,
-               Keys& x) {
-  const int64_t used = round_up(count, MR);
-  for (int64_t i = 0; i < used; ++i) {
-    float *k = x.rows + i * Kp, *q = x.rows + (C + i) * Kp;
+               float* rows, Keys& x) {
+  for (int64_t i = 0; i < C; ++i) {
+    float *k = rows + i * Kp, *q = rows + (C + i) * Kp;
     if (i >= count) {
       memset(k, 0, size_t(Kp) * 4);
       memset(q, 0, size_t(Kp) * 4);
@@ -60,22 +58,21 @@ void load_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t coun
     }
     multiply(q, factor, Kp);
   }
+  transpose(rows, Kp, x.k_t, C, C, Kp);
+  transpose(rows + C * Kp, Kp, x.q_t, C, C, Kp);
 }
 
 // K K^T and Q K^T of a chunk, once per key head.
-void multiply_keys(int64_t count, int64_t K, int64_t Kp, Keys& x, bool has_erase) {
-  const int64_t used = round_up(count, MR);
-  // Rows that the loads below reach and that are no tokens.
-  for (int64_t i = used; i < C; ++i) memset(x.rows + i * Kp, 0, size_t(Kp) * 4);
-  transpose(x.rows, Kp, x.k_t, C, C, K);
-  for (int64_t m = has_erase ? 0 : C; m < C + used; m += MR) {
-    if (m == used && used < C) m = C;
-    const int64_t i = m % C;
-    for (int64_t j = 0; j < i + MR; j += P) {
-      Block acc;
-      clear(acc);
-      multiply_add(acc, x.rows + m * Kp, Kp, 1, x.k_t + j, C, K);
-      store_block(acc, x.products + m * C + j, C);
+void multiply_keys(int64_t count, int64_t K, Keys& x, bool has_erase) {
+  for (int half = has_erase ? 0 : 1; half < 2; ++half) {
+    const float* left = half ? x.q_t : x.k_t;
+    for (int64_t m = 0; m < count; m += MR) {
+      for (int64_t j = 0; j < m + MR; j += P) {
+        Block acc;
+        clear(acc);
+        multiply_add(acc, left + m, 1, C, x.k_t + j, C, K);
+        store_block(acc, x.products + (half * C + m) * C + j, C);
+      }
     }
   }
 }

@@ -20,7 +20,7 @@ GDN_INLINE int64_t padded(int64_t K) { return round_up(K, P > 16 ? P : 16); }
 
 int64_t forward_floats(const GdnSequences& c, int64_t panels) {
   const int64_t Kp = padded(c.K), R = c.HV / c.H;
-  return (2 * C + C) * Kp + 4 * C * C + C * panels * P + C * P + R * panels * Kp * P + 8 * 16;
+  return 4 * C * Kp + 4 * C * C + C * panels * P + C * P + R * panels * Kp * P + 8 * 16;
 }
 
 // state (K, V) of a head <-> panels [Kp][P] of its columns.
@@ -90,6 +90,60 @@ void store_values(const float* from, const Task& t, int64_t token, int64_t count
   }
 }
 
+// Cache lines of another chunk, which are asked for while this one is multiplied: rows of a tensor
+// lie pages apart, where no processor looks ahead by itself.
+struct Lines {
+  static constexpr int64_t kMost = 64;
+  const char* of[kMost];
+  int64_t count = 0;
+
+  GDN_INLINE void add(const GdnArray& x, int64_t index, int64_t columns) {
+    const int64_t size = x.type == kGdnFloat32 ? 4 : 2;
+    const char* row = static_cast<const char*>(x.data) + index * size;
+    for (int64_t j = 0; j < columns * size && count < kMost; j += 64) of[count++] = row + j;
+  }
+};
+
+// What is asked for while the tiles of a chunk of one value head are formed: a share with each.
+struct Ahead {
+  const GdnSequences& c;
+  const Task& t;
+  const GdnArray& values;  // of which a tile asks for its own rows and columns
+  int64_t token, head;     // the first of these rows, and their head
+  int64_t key_token;       // the first row of k and q
+  int64_t r;               // tiles of value head r of the key head
+
+  GDN_INLINE Lines tile(int64_t p, int64_t m) const {
+    Lines lines;
+    const int64_t column = (t.panel + p) * P, width = least(P, c.V - column);
+    for (int64_t i = token + m; i < least(token + m + MR, t.last) && i >= t.first; ++i) {
+      lines.add(values, at(values, t.row, i, head) + column, width);
+    }
+    const int64_t tiles = c.HV / c.H * t.panels * (C / MR);
+    const int64_t own = (r * t.panels + p) * (C / MR) + m / MR;
+    const int64_t first = key_token + own * C / tiles, last = key_token + (own + 1) * C / tiles;
+    for (int64_t i = first; i < least(last, t.last) && i >= t.first; ++i) {
+      lines.add(c.k, at(c.k, t.row, i, t.head), c.K);
+      lines.add(c.q, at(c.q, t.row, i, t.head), c.K);
+    }
+    return lines;
+  }
+};
+
+// acc = A B of a block of columns of A [depth][C], with a line asked for every few steps: all of
+// them at once would wait for one another.
+GDN_INLINE void multiply_fetching(Block& acc, const float* a, const float* b, int64_t depth,
+                                  const Lines& lines) {
+  constexpr int64_t kSteps = 4;
+  const int64_t parts = (depth + kSteps - 1) / kSteps, each = (lines.count + parts - 1) / parts;
+  int64_t line = 0;
+  clear(acc);
+  for (int64_t k = 0; k < depth; k += kSteps) {
+    for (int64_t x = 0; x < each && line < lines.count; ++x) __builtin_prefetch(lines.of[line++]);
+    multiply_add(acc, a + k * C, 1, C, b + k * P, P, least(kSteps, depth - k));
+  }
+}
+
 // A row block of (I + A) U = right side, whose earlier rows of U are there.
 GDN_INLINE void solve_block(Block& acc, const float* A, const float* U, int64_t ldu, int64_t m) {
   multiply_subtract(acc, A + m * C, C, 1, U, ldu, m);
@@ -101,18 +155,20 @@ GDN_INLINE void solve_block(Block& acc, const float* A, const float* U, int64_t 
   }
 }
 
-// U of one panel (§3): the writes of a chunk. With `erased` V - diag(b) K S is kept there.
+// U of one panel (§3): the writes of a chunk. With `erased` V - diag(b) K S is kept there. lines(m)
+// is asked for with the rows from m on.
+template <class LinesOf>
 GDN_INLINE void form_writes(const GdnSequences& c, const Keys& x, const Gates& g, int64_t count,
-                            int64_t Kp, const float* A, const float* S, const float* values,
-                            int64_t ldv, float* U, int64_t ldu, float* erased) {
-  for (int64_t m = 0; m < round_up(count, MR); m += MR) {
+                            const float* A, const float* S, const float* values, int64_t ldv,
+                            float* U, int64_t ldu, float* erased, const LinesOf& lines) {
+  for (int64_t m = 0; m < count; m += MR) {
     Block acc;
     clear(acc);
-    if (c.has_erase) multiply_add(acc, x.rows + m * Kp, Kp, 1, S, P, c.K);
+    if (c.has_erase) multiply_fetching(acc, x.k_t + m, S, c.K, lines(m));
     for (int i = 0; i < MR; ++i) {
       for (int n = 0; n < NV; ++n) {
         const Vec left = load(values + (m + i) * ldv + n * W) - acc[i][n] * all(g.b[m + i]);
-        if (erased) store(erased + (m + i) * ldv + n * W, left);
+        if (erased) store(erased + (m + i) * ldu + n * W, left);
         acc[i][n] = left * all(g.beta[m + i]);
       }
     }
@@ -121,13 +177,13 @@ GDN_INLINE void form_writes(const GdnSequences& c, const Keys& x, const Gates& g
   }
 }
 
-// S = end S + (diag(d) K)^T U of one panel; U is scaled by d.
-GDN_INLINE void advance_state(const Keys& x, const Gates& g, int64_t count, int64_t K, int64_t Kp,
-                              float* U, int64_t ldu, float* S) {
+// next = end S + K^T diag(d) U of one panel; `scaled` [C][P] is scratch, and `next` may be S.
+GDN_INLINE void advance_state(const Keys& x, const Gates& g, int64_t count, int64_t K,
+                              const float* U, int64_t ldu, float* scaled, const float* S,
+                              float* next) {
   for (int64_t i = 0; i < count; ++i) {
     for (int n = 0; n < NV; ++n) {
-      float* u = U + i * ldu + n * W;
-      store(u, load(u) * all(g.d[i]));
+      store(scaled + i * P + n * W, load(U + i * ldu + n * W) * all(g.d[i]));
     }
   }
   for (int64_t m = 0; m < K; m += MR) {
@@ -135,49 +191,74 @@ GDN_INLINE void advance_state(const Keys& x, const Gates& g, int64_t count, int6
     for (int i = 0; i < MR; ++i) {
       for (int n = 0; n < NV; ++n) acc[i][n] = load(S + (m + i) * P + n * W) * all(g.end);
     }
-    multiply_add(acc, x.rows + m, 1, Kp, U, ldu, count);
-    store_block(acc, S + m * P, P);
+    multiply_add(acc, x.k_t + m * C, C, 1, scaled, P, count);
+    store_block(acc, next + m * P, P);
   }
 }
 
+// Columns of a chunk of values: where a tile is read from or written to.
+struct Columns {
+  float* data;
+  int64_t ld;
+};
+
+// Whether whole blocks of float32 can be read or written where they are.
+GDN_INLINE bool lies_in_tiles(const GdnArray& x, int64_t V, int64_t count) {
+  return x.type == kGdnFloat32 && V % P == 0 && count % MR == 0;
+}
+
+GDN_INLINE Columns columns_of(const GdnArray& x, const Task& t, int64_t token, int64_t head) {
+  float* data = static_cast<float*>(x.data) + at(x, t.row, token, head) + t.panel * P;
+  return {data, x.token};
+}
+
 void run_forward(const GdnSequences& c, const Task& t, float* memory) {
-  const int64_t K = c.K, V = c.V, Kp = padded(K), R = c.HV / c.H, ldv = t.panels * P;
+  const int64_t K = c.K, V = c.V, Kp = padded(K), R = c.HV / c.H;
   const int64_t size = t.panels * Kp * P;
   Arena arena{memory};
   Keys x;
-  x.rows = arena.take(2 * C * Kp);
   x.k_t = arena.take(C * Kp);
+  x.q_t = arena.take(C * Kp);
   x.products = arena.take(2 * C * C);
   float *A = arena.take(C * C), *M = arena.take(C * C), *U = arena.take(C * P);
-  float *values = arena.take(C * ldv), *S = arena.take(R * size);
+  float *rows = arena.take(2 * C * Kp), *values = arena.take(C * t.panels * P);
+  float* S = arena.take(R * size);
   const States states{S, Kp, R, size};
   load_states(c, t, states);
   int64_t chunk = 0;
   for (int64_t token = t.first; token < t.last; token += C, ++chunk) {
-    const int64_t count = least(C, t.last - token), used = round_up(count, MR);
+    const int64_t count = least(C, t.last - token);
     keep_states(c, t, states, chunk);
-    load_keys(c, t, token, count, Kp, x);
-    multiply_keys(count, K, Kp, x, c.has_erase);
+    load_keys(c, t, token, count, Kp, rows, x);
+    multiply_keys(count, K, x, c.has_erase);
     for (int64_t r = 0; r < R; ++r) {
       const int64_t head = t.head * R + r;
       Gates g;
       load_gates(c, t, token, count, head, g);
       form_pairs<false>(g, x.products, count, A, M, nullptr, c.has_erase);
-      load_values(c.v, t, token, count, head, V, values);
+      const bool is_direct = lies_in_tiles(c.v, V, count) && lies_in_tiles(c.o, V, count);
+      const Ahead ahead{c, t, c.v, token + C, head, token + C, r};
+      Columns from{values, t.panels * P}, to = from;
+      if (is_direct) {
+        from = columns_of(c.v, t, token, head);
+        to = columns_of(c.o, t, token, head);
+      } else {
+        load_values(c.v, t, token, count, head, V, values);
+      }
       for (int64_t p = 0; p < t.panels; ++p) {
-        float *state = S + r * size + p * Kp * P, *columns = values + p * P;
-        form_writes(c, x, g, count, Kp, A, state, columns, ldv, U, P, nullptr);
-        for (int64_t m = 0; m < used; m += MR) {
+        float* state = S + r * size + p * Kp * P;
+        form_writes(c, x, g, count, A, state, from.data + p * P, from.ld, U, P, nullptr,
+                    [](int64_t) { return Lines{}; });
+        for (int64_t m = 0; m < count; m += MR) {
           Block acc;
-          clear(acc);
-          multiply_add(acc, x.rows + (C + m) * Kp, Kp, 1, state, P, K);
+          multiply_fetching(acc, x.q_t + m, state, K, ahead.tile(p, m));
           scale_rows(acc, g.b + m);
           multiply_add(acc, M + m * C, C, 1, U, P, m + MR);
-          store_block(acc, columns + m * ldv, ldv);
+          store_block(acc, to.data + m * to.ld + p * P, to.ld);
         }
-        advance_state(x, g, count, K, Kp, U, P, state);
+        advance_state(x, g, count, K, U, P, U, state, state);
       }
-      store_values(values, t, token, count, head, V, c.o);
+      if (!is_direct) store_values(values, t, token, count, head, V, c.o);
     }
   }
   store_states(c, t, states, c.final, t.n);

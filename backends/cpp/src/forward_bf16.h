@@ -14,10 +14,12 @@ typedef uint32_t Pair;
 
 GDN_INLINE __m512 as_m512(Vec x) { return (__m512)x; }
 
-// acc += A B over `depth` pairs: A(m, k) = a[m lda + k ka], B(k, n) = b[k ldb + n].
+// acc += A B over `depth` pairs: A(m, k) = a[m lda + k ka], B(k, n) = b[k ldb + n]. A line is asked
+// for every few steps.
 GDN_INLINE void multiply_pairs(Block& acc, const Pair* a, int64_t lda, int64_t ka, const Pair* b,
-                               int64_t ldb, int64_t depth) {
+                               int64_t ldb, int64_t depth, const Lines& lines = {}) {
   for (int64_t k = 0; k < depth; ++k) {
+    if (k < lines.count) __builtin_prefetch(lines.of[k]);
     __m512bh row[NV];
     for (int n = 0; n < NV; ++n) row[n] = (__m512bh)_mm512_loadu_si512(b + n * W);
     for (int m = 0; m < MR; ++m) {
@@ -40,7 +42,7 @@ GDN_INLINE void store_pairs(Vec low, Vec high, Pair* to) {
 
 struct PairKeys {
   Pair* rows;      // [2C][Kp / 2]: k, then q, as they were given
-  Pair* k_t;       // [Kp / 2][C]
+  Pair *k_t, *q_t; // [Kp / 2][C]
   Pair* tokens;    // [C / 2][Kp]: pairs of tokens of k
   float* products; // [2C][C], with all factors of rows
   float k_factor[C], q_factor[C];
@@ -48,7 +50,7 @@ struct PairKeys {
 
 int64_t forward_bf16_floats(const GdnSequences& c, int64_t panels) {
   const int64_t Kp = padded(c.K);
-  return forward_floats(c, panels) + C * Kp + Kp * P / 2 + 2 * C * P + C * C / 2 + 8 * 16;
+  return forward_floats(c, panels) + 2 * C * Kp + Kp * P / 2 + 2 * C * P + C * C / 2 + 8 * 16;
 }
 
 void load_pair_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t Kp,
@@ -78,11 +80,10 @@ void load_pair_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t
       }
     }
   }
-  for (int64_t i = 0; i < C; i += 8) {
-    for (int64_t p = 0; p < half; ++p) {
-      for (int64_t l = i; l < i + 8; ++l) x.k_t[p * C + l] = x.rows[l * half + p];
-    }
-  }
+  // A pair is moved like a float.
+  const float* rows = reinterpret_cast<const float*>(x.rows);
+  transpose(rows, half, reinterpret_cast<float*>(x.k_t), C, C, half);
+  transpose(rows + C * half, half, reinterpret_cast<float*>(x.q_t), C, C, half);
   for (int64_t i = 0; i < C; i += 2) {
     const Pair *even = x.rows + i * half, *odd = even + half;
     Pair* to = x.tokens + i / 2 * Kp;
@@ -98,7 +99,7 @@ void load_pair_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t
     for (int64_t j = 0; j < i + MR; j += P) {
       Block acc;
       clear(acc);
-      multiply_pairs(acc, x.rows + m * half, half, 1, x.k_t + j, C, half);
+      multiply_pairs(acc, (m < C ? x.k_t : x.q_t) + i, 1, C, x.k_t + j, C, half);
       scale_rows(acc, (m < C ? x.k_factor : x.q_factor) + i);
       for (int y = 0; y < MR; ++y) {
         for (int n = 0; n < NV; ++n) acc[y][n] *= load(x.k_factor + j + n * W);
@@ -118,7 +119,7 @@ GDN_INLINE void form_pair_writes(const GdnSequences& c, const PairKeys& x, const
   for (int64_t m = 0; m < used; m += MR) {
     Block acc;
     clear(acc);
-    if (c.has_erase) multiply_pairs(acc, x.rows + m * half, half, 1, S, P, half);
+    if (c.has_erase) multiply_pairs(acc, x.k_t + m, 1, C, S, P, half);
     for (int i = 0; i < MR; ++i) {
       const Vec decay = all(g.b[m + i] * x.k_factor[m + i]), beta = all(g.beta[m + i]);
       for (int n = 0; n < NV; ++n) {
@@ -145,6 +146,7 @@ void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
   PairKeys x;
   x.rows = reinterpret_cast<Pair*>(arena.take(C * Kp));
   x.k_t = reinterpret_cast<Pair*>(arena.take(half * C));
+  x.q_t = reinterpret_cast<Pair*>(arena.take(half * C));
   x.tokens = reinterpret_cast<Pair*>(arena.take(C / 2 * Kp));
   x.products = arena.take(2 * C * C);
   float *A = arena.take(C * C), *M = arena.take(C * C), *U = arena.take(C * P);
@@ -171,6 +173,7 @@ void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
       float factor[C];
       for (int64_t i = 0; i < C; ++i) factor[i] = g.b[i] * x.q_factor[i];
       load_values(c.v, t, token, count, head, V, values);
+      const Ahead ahead{c, t, c.v, token + C, head, token + C, r};
       for (int64_t p = 0; p < t.panels; ++p) {
         float *state = S + r * size + p * Kp * P, *columns = values + p * P;
         for (int64_t i = 0; i < Kp; i += 2) {
@@ -183,7 +186,7 @@ void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
         for (int64_t m = 0; m < used; m += MR) {
           Block acc;
           clear(acc);
-          multiply_pairs(acc, x.rows + (C + m) * half, half, 1, S_pairs, P, half);
+          multiply_pairs(acc, x.q_t + m, 1, C, S_pairs, P, half, ahead.tile(p, m));
           scale_rows(acc, factor + m);
           multiply_pairs(acc, M_pairs + m * C / 2, C / 2, 1, writes, P, (m + MR) / 2);
           store_block(acc, columns + m * ldv, ldv);

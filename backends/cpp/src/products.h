@@ -67,12 +67,27 @@ GDN_INLINE void scale_rows(Block& acc, const float* factors) {
   }
 }
 
-// to(j, i) = from(i, j), `rows` x `columns`.
+// to(j, i) = from(i, j) of W x W numbers: log2(W) times, the first and the second half of the rows
+// are shuffled into one another.
+GDN_INLINE void transpose_block(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+  Vec x[W], y[W];
+  GDN_UNROLL for (int i = 0; i < W; ++i) x[i] = load(from + i * ld_from);
+  GDN_UNROLL for (int done = 1; done < W; done *= 2) {
+    GDN_UNROLL for (int i = 0; i < W / 2; ++i) {
+      y[2 * i] = zip_low(x[i], x[i + W / 2]);
+      y[2 * i + 1] = zip_high(x[i], x[i + W / 2]);
+    }
+    GDN_UNROLL for (int i = 0; i < W; ++i) x[i] = y[i];
+  }
+  GDN_UNROLL for (int i = 0; i < W; ++i) store(to + i * ld_to, x[i]);
+}
+
+// to(j, i) = from(i, j), `rows` x `columns`, both multiples of W.
 GDN_INLINE void transpose(const float* from, int64_t ld_from, float* to, int64_t ld_to,
                           int64_t rows, int64_t columns) {
-  for (int64_t i = 0; i < rows; i += 8) {
-    for (int64_t j = 0; j < columns; ++j) {
-      for (int64_t x = i; x < least(i + 8, rows); ++x) to[j * ld_to + x] = from[x * ld_from + j];
+  for (int64_t j = 0; j < columns; j += W) {
+    for (int64_t i = 0; i < rows; i += W) {
+      transpose_block(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
     }
   }
 }

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <initializer_list>
+
 #include "interface.h"
 
 #define GDN_INLINE __attribute__((always_inline)) inline
@@ -15,9 +17,19 @@ namespace {
 constexpr int W = GDN_LANES;
 #define GDN_COLUMN_VECTORS 4
 
+// Unroll a loop of known length, so that arrays of vectors are registers.
+#if defined(__clang__)
+#define GDN_UNROLL _Pragma("unroll")
+#define GDN_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define GDN_UNROLL _Pragma("GCC unroll 16")
+#define GDN_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Bits){__VA_ARGS__})
+#endif
+
 // Aligned like a float: loads and stores work at any address.
 typedef float Vec __attribute__((vector_size(4 * W), aligned(4)));
 typedef uint32_t Bits __attribute__((vector_size(4 * W), aligned(4)));
+typedef int32_t Lanes __attribute__((vector_size(4 * W), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2)));
 
 GDN_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
@@ -33,6 +45,36 @@ GDN_INLINE float sum(Vec x) {
   }
   return parts[0];
 }
+
+// The first n lanes, none for n <= 0: all bits of a lane, or none.
+GDN_INLINE Bits lanes_below(int64_t n) {
+#if GDN_LANES == 16
+  const Lanes lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif GDN_LANES == 8
+  const Lanes lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+  const Lanes lanes = {0, 1, 2, 3};
+#endif
+  return (Bits)(lanes < int32_t(n) - Lanes{});
+}
+
+GDN_INLINE Vec keep(Bits lanes, Vec x) { return (Vec)((Bits)x & lanes); }
+
+// The elements of the lower or upper halves of two vectors in turns: a0 b0 a1 b1 ...
+#if GDN_LANES == 16
+GDN_INLINE Vec zip_low(Vec a, Vec b) {
+  return GDN_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+GDN_INLINE Vec zip_high(Vec a, Vec b) {
+  return GDN_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif GDN_LANES == 8
+GDN_INLINE Vec zip_low(Vec a, Vec b) { return GDN_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+GDN_INLINE Vec zip_high(Vec a, Vec b) { return GDN_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#else
+GDN_INLINE Vec zip_low(Vec a, Vec b) { return GDN_SHUFFLE(a, b, 0, 4, 1, 5); }
+GDN_INLINE Vec zip_high(Vec a, Vec b) { return GDN_SHUFFLE(a, b, 2, 6, 3, 7); }
+#endif
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 GDN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -142,7 +184,7 @@ float number(const GdnArray& x, int64_t index) {
   return x.type == kGdnBfloat16 ? bfloat_to_float(bits) : half_to_float(bits);
 }
 
-// Divide a row by sqrt(sum of squares + 1e-6); `padded` is a multiple of W, with zeros behind it.
+// Return 1 / sqrt(sum of squares + 1e-6) of a row; `padded` is a multiple of W, with zeros behind.
 float inverse_norm(const float* x, int64_t padded) {
   Vec squares = {};
   for (int64_t i = 0; i < padded; i += W) squares += load(x + i) * load(x + i);
