@@ -59,7 +59,7 @@ struct Chunk {
   const GdnGradients& to;
   const Task& t;
   const Backward& w;
-  int64_t token, count, used, head, Kp, Vs;
+  int64_t token, count, used, reach, head, Kp, Vs;
   Keys keys;
   float *S, *U, *erased, *d_k, *d_q, *d_S;
   Gates g;
@@ -70,7 +70,8 @@ Chunk chunk_of(const GdnSequences& c, const GdnGradients& to, const Task& t, con
                int64_t first, int64_t last, int64_t e, int64_t r) {
   const int64_t Kp = padded(c.K), Vs = t.panels * P, token = first + e * C;
   const int64_t count = least(C, last - token), head = t.head * (c.HV / c.H) + r;
-  Chunk x{c, to, t, w, token, count, round_up(count, MR), head, Kp, Vs, {}, {}, {}, {}, {}, {}, {}, {}};
+  Chunk x{c, to, t, w, token, count, round_up(count, MR), reach_of(count), head, Kp, Vs,
+          {}, {}, {}, {}, {}, {}, {}, {}};
   x.keys.k_t = w.run.k_t + e * C * Kp;
   x.keys.q_t = w.run.q_t + e * C * Kp;
   x.keys.products = w.run.products + e * 2 * C * C;
@@ -96,7 +97,7 @@ void run_again(const Chunk& x, float* next) {
     load_values(c.v, x.t, x.token, x.count, x.head, c.V, x.w.values);
   }
   // Tokens that are none write nothing.
-  memset(x.U + x.used * x.Vs, 0, size_t((C - x.used) * x.Vs) * 4);
+  memset(x.U + x.used * x.Vs, 0, size_t((x.reach - x.used) * x.Vs) * 4);
   for (int64_t p = 0; p < x.t.panels; ++p) {
     const float* S = x.S + p * x.Kp * P;
     form_writes(c, x.keys, x.g, x.count, x.w.A, S, from.data + p * P, from.ld, x.U + p * P, x.Vs,
@@ -151,16 +152,16 @@ void solve_gradients(const Chunk& x, float* E_end) {
     }
   }
   if (!is_direct) store_values(w.values, x.t, x.token, x.count, x.head, x.c.V, d_v);
-  memset(w.d_r + x.used * x.Vs, 0, size_t((C - x.used) * x.Vs) * 4);
-  for (int64_t i = 0; i < C; ++i) E_end[i] = sum(ends[i]);
+  memset(w.d_r + x.used * x.Vs, 0, size_t((x.reach - x.used) * x.Vs) * 4);
+  for (int64_t i = 0; i < x.used; ++i) E_end[i] = sum(ends[i]);
 }
 
 // d_O U^T and d_R U^T: rows 0 to C - 1 and C to 2C - 1 of `pairs`, entries of later tokens anything.
 void multiply_writes(const Chunk& x) {
   const Backward& w = x.w;
-  transpose(x.U, x.Vs, w.U_t, C, C, x.Vs);
-  transpose(w.d_o, x.Vs, w.d_o_t, C, C, x.Vs);
-  transpose(w.d_r, x.Vs, w.d_r_t, C, C, x.Vs);
+  transpose(x.U, x.Vs, w.U_t, C, x.reach, x.Vs);
+  transpose(w.d_o, x.Vs, w.d_o_t, C, x.reach, x.Vs);
+  transpose(w.d_r, x.Vs, w.d_r_t, C, x.reach, x.Vs);
   for (int half = 0; half < (x.c.has_erase ? 2 : 1); ++half) {
     const float* left = half ? w.d_r_t : w.d_o_t;
     for (int64_t m = 0; m < x.used; m += MR) {
@@ -179,10 +180,10 @@ void multiply_writes(const Chunk& x) {
 void form_pair_gradients(const Chunk& x, float* d_beta) {
   const Backward& w = x.w;
   const float *d_p = w.pairs, *d_a = w.pairs + C * C, *products = x.keys.products;
-  for (int64_t i = 0; i < C; ++i) {
+  for (int64_t i = 0; i < x.reach; ++i) {
     Vec total = {};
     const Vec beta = all(x.g.beta[i]);
-    for (int64_t j = 0; j < C; j += W) {
+    for (int64_t j = 0; j < x.reach; j += W) {
       const int64_t at = i * C + j;
       const Bits before = lanes_below(i - j), upto = lanes_below(i < x.count ? i + 1 - j : 0);
       const Vec decay = load(w.D + at), d_pair = load(d_p + at);
@@ -202,13 +203,17 @@ void form_pair_gradients(const Chunk& x, float* d_beta) {
     }
     d_beta[i] = sum(total);
   }
-  memset(w.D + x.used * C, 0, size_t((C - x.used) * C) * 4);
-  transpose(w.P, C, w.P_t, C, C, C);
-  transpose(w.E, C, w.pairs, C, C, C);
-  transpose(w.D, C, w.pairs + C * C, C, C, C);
+  memset(w.D + x.used * C, 0, size_t((x.reach - x.used) * C) * 4);
+  transpose(w.P, C, w.P_t, C, x.reach, x.reach);
+  transpose(w.E, C, w.pairs, C, x.reach, x.reach);
+  transpose(w.D, C, w.pairs + C * C, C, x.reach, x.reach);
   if (!x.c.has_erase) return;
-  transpose(w.X, C, w.N, C, C, C);
-  for (int64_t i = 0; i < C * C; i += W) store(w.N + i, load(w.N + i) + load(w.X + i));
+  transpose(w.X, C, w.N, C, x.reach, x.reach);
+  for (int64_t i = 0; i < x.reach; ++i) {
+    for (int64_t j = i * C; j < i * C + x.reach; j += W) {
+      store(w.N + j, load(w.N + j) + load(w.X + j));
+    }
+  }
 }
 
 // acc = S B of all panels: rows m to m + MR - 1 of a state, columns of tokens of B [Vs][C].
@@ -238,7 +243,7 @@ void add_key_gradients(const Chunk& x, float* E_start) {
           acc[i][n] = acc[i][n] * load(g.b + j + n * W) + load(x.d_q + at);
         }
       }
-      multiply_add(acc, x.keys.k_t + m * C, C, 1, w.P_t + j, C, j + P);
+      multiply_add(acc, x.keys.k_t + m * C, C, 1, w.P_t + j, C, least(j + P, x.reach));
       store_block(acc, x.d_q + m * C + j, C);
 
       multiply_state(acc, x, x.d_S, m, w.U_t + j);
@@ -253,8 +258,8 @@ void add_key_gradients(const Chunk& x, float* E_start) {
           acc[i][n] -= part * load(g.b + j + n * W);
         }
       }
-      if (x.c.has_erase) multiply_add(acc, x.keys.k_t + m * C, C, 1, w.N + j, C, C);
-      multiply_add(acc, x.keys.q_t + m * C + j, C, 1, w.P + j * C + j, C, C - j);
+      if (x.c.has_erase) multiply_add(acc, x.keys.k_t + m * C, C, 1, w.N + j, C, x.reach);
+      multiply_add(acc, x.keys.q_t + m * C + j, C, 1, w.P + j * C + j, C, x.reach - j);
       store_block(acc, x.d_k + m * C + j, C);
     }
     for (int n = 0; n < NV; ++n) store(E_start + j + n * W, start[n]);
@@ -299,12 +304,13 @@ GDN_INLINE float dot(const float* x, const float* y, int64_t n) {
 // The gradients of the gates of a chunk, from E: see the head of this file.
 void gate_gradients(const Gates& g, int64_t count, const float* E_t, const float* D_t,
                     const float* E_start, const float* E_end, float E_all, float* d_alpha) {
+  const int64_t reach = reach_of(count);
   float reached[C];
   memcpy(reached, E_start, sizeof reached);
   float at_end = E_all;
   for (int64_t i = 0; i < count; ++i) {
-    d_alpha[i] = dot(D_t + i * C, reached, C) + g.d[i] * at_end;
-    for (int64_t j = 0; j < C; j += W) {
+    d_alpha[i] = dot(D_t + i * C, reached, reach) + g.d[i] * at_end;
+    for (int64_t j = 0; j < reach; j += W) {
       store(reached + j, load(reached + j) * g.alpha[i] + load(E_t + i * C + j));
     }
     at_end = at_end * g.alpha[i] + E_end[i];

@@ -31,7 +31,7 @@ GDN_INLINE int64_t at(const GdnArray& x, int64_t row, int64_t token, int64_t hea
 
 // The keys and queries of a chunk, transposed: a product takes a block of their rows or columns.
 struct Keys {
-  float *k_t, *q_t;  // [Kp][C]: k and scale q; zeros behind the last token and below row K
+  float *k_t, *q_t;  // [Kp][C]: k and scale q; zeros below row K and up to the reach of the tokens
   float* products;   // [2C][C]: K K^T, then scale Q K^T; entries of later tokens are not used
   float inverse_k[C], inverse_q[C];  // 1 / norm where normalised
 };
@@ -39,7 +39,8 @@ struct Keys {
 // Load q and k, normalised where that is asked for; `rows` [2C][Kp] is scratch.
 void load_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t Kp,
                float* rows, Keys& x) {
-  for (int64_t i = 0; i < C; ++i) {
+  const int64_t reach = reach_of(count);
+  for (int64_t i = 0; i < reach; ++i) {
     float *k = rows + i * Kp, *q = rows + (C + i) * Kp;
     if (i >= count) {
       memset(k, 0, size_t(Kp) * 4);
@@ -58,8 +59,8 @@ void load_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t coun
     }
     multiply(q, factor, Kp);
   }
-  transpose(rows, Kp, x.k_t, C, C, Kp);
-  transpose(rows + C * Kp, Kp, x.q_t, C, C, Kp);
+  transpose(rows, Kp, x.k_t, C, reach, Kp);
+  transpose(rows + C * Kp, Kp, x.q_t, C, reach, Kp);
 }
 
 // K K^T and Q K^T of a chunk, once per key head.
@@ -77,7 +78,7 @@ void multiply_keys(int64_t count, int64_t K, Keys& x, bool has_erase) {
   }
 }
 
-// The gates of a chunk of one value head, and what they make of the products of keys.
+// The gates of a chunk of one value head, up to the reach of its tokens.
 struct Gates {
   float alpha[C], beta[C];
   float b[C];  // decay from the start of the chunk to token i
@@ -87,7 +88,8 @@ struct Gates {
 
 void load_gates(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t head,
                 Gates& g) {
-  for (int64_t i = 0; i < C; ++i) {
+  const int64_t reach = reach_of(count);
+  for (int64_t i = 0; i < reach; ++i) {
     g.alpha[i] = 1.0f;
     g.beta[i] = 0.0f;
     if (i >= count) continue;
@@ -98,10 +100,10 @@ void load_gates(const GdnSequences& c, const Task& t, int64_t token, int64_t cou
     g.beta[i] = c.beta.data ? number(c.beta, at(c.beta, t.row, token + i, head)) : 1.0f;
   }
   float product = 1.0f;
-  for (int64_t i = 0; i < C; ++i) g.b[i] = product *= g.alpha[i];
+  for (int64_t i = 0; i < reach; ++i) g.b[i] = product *= g.alpha[i];
   g.end = product;
   product = 1.0f;
-  for (int64_t j = C; j-- > 0;) {
+  for (int64_t j = reach; j-- > 0;) {
     g.d[j] = product;
     product *= g.alpha[j];
   }

@@ -75,7 +75,7 @@ void keep_states(const GdnSequences& c, const Task& t, const States& x, int64_t 
 void load_values(const GdnArray& x, const Task& t, int64_t token, int64_t count, int64_t head,
                  int64_t V, float* to) {
   const int64_t v = t.panel * P, width = least(t.panels * P, V - v), stride = t.panels * P;
-  for (int64_t i = 0; i < C; ++i, to += stride) {
+  for (int64_t i = 0; i < reach_of(count); ++i, to += stride) {
     const int64_t used = i < count ? width : 0;
     if (used) widen(x.data, x.type, at(x, t.row, token + i, head) + v, to, used);
     if (used < stride) memset(to + used, 0, size_t(stride - used) * 4);

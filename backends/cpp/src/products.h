@@ -13,6 +13,9 @@ static_assert(C % MR == 0 && C % P == 0, "blocks fill a chunk");
 
 typedef Vec Block[MR][NV];
 
+// Tokens of a chunk of `count` that are worked on: whole blocks and whole vectors.
+constexpr int64_t reach_of(int64_t count) { return round_up(count, MR > W ? MR : W); }
+
 // acc += A B over `depth`: A(m, k) = a[m lda + k ka], B(k, n) = b[k ldb + n].
 GDN_INLINE void multiply_add(Block& acc, const float* a, int64_t lda, int64_t ka, const float* b,
                              int64_t ldb, int64_t depth) {
