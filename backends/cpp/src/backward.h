@@ -9,6 +9,24 @@
 
 namespace {
 
+// Where one part of a key head leaves what is summed over parts; nothing where it is alone.
+struct Sums {
+  float *d_k, *d_q;          // (B, T, H, K): of k and scale q
+  float *d_decay, *d_beta;   // (B, T, HV)
+};
+
+int64_t sum_floats(const GdnSequences& c, int64_t parts) {
+  const int64_t rows = c.starts ? 1 : c.N;
+  return parts * rows * c.T * 2 * (c.H * c.K + c.HV);
+}
+
+Sums sums_of(const GdnSequences& c, float* sums, int64_t parts, int64_t part) {
+  const int64_t tokens = (c.starts ? 1 : c.N) * c.T, keys = tokens * c.H * c.K;
+  const int64_t gates = tokens * c.HV;
+  float* first = sums + sum_floats(c, parts) / parts * part;
+  return {first, first + keys, first + 2 * keys, first + 2 * keys + gates};
+}
+
 // What the value heads of a key head share of a run of chunks, and what one of them leaves there.
 struct Run {
   float *k_t, *q_t, *products;  // per chunk: as in Keys
@@ -58,6 +76,7 @@ struct Chunk {
   const GdnSequences& c;
   const GdnGradients& to;
   const Task& t;
+  const Sums& sums;
   const Backward& w;
   int64_t token, count, used, reach, head, Kp, Vs;
   Keys keys;
@@ -65,12 +84,12 @@ struct Chunk {
   Gates g;
 };
 
-// Chunk e of the run that begins at token `first`, of value head r of the key head.
-Chunk chunk_of(const GdnSequences& c, const GdnGradients& to, const Task& t, const Backward& w,
-               int64_t first, int64_t last, int64_t e, int64_t r) {
+// Chunk e of the run that begins at token `first`, of value head r of the task.
+Chunk chunk_of(const GdnSequences& c, const GdnGradients& to, const Task& t, const Sums& sums,
+               const Backward& w, int64_t first, int64_t last, int64_t e, int64_t r) {
   const int64_t Kp = padded(c.K), Vs = t.panels * P, token = first + e * C;
-  const int64_t count = least(C, last - token), head = t.head * (c.HV / c.H) + r;
-  Chunk x{c, to, t, w, token, count, round_up(count, MR), reach_of(count), head, Kp, Vs,
+  const int64_t count = least(C, last - token), head = t.head * (c.HV / c.H) + t.value + r;
+  Chunk x{c, to, t, sums, w, token, count, round_up(count, MR), reach_of(count), head, Kp, Vs,
           {}, {}, {}, {}, {}, {}, {}, {}};
   x.keys.k_t = w.run.k_t + e * C * Kp;
   x.keys.q_t = w.run.q_t + e * C * Kp;
@@ -126,7 +145,7 @@ GDN_INLINE void solve_back(Block& acc, const float* A, const float* d_r, int64_t
 void solve_gradients(const Chunk& x, float* E_end) {
   const Backward& w = x.w;
   // The chunk before this one is next, and the same chunk of the run before.
-  const int64_t span = C * x.c.chunks_per_state, r = x.head - x.t.head * (x.c.HV / x.c.H);
+  const int64_t span = C * x.c.chunks_per_state, r = x.head % (x.c.HV / x.c.H);
   const Ahead ahead{x.c, x.t, x.to.d_o, x.token - C, x.head, x.token - span, r};
   const GdnArray& d_v = x.to.d_v;
   const bool is_direct = lies_in_tiles(d_v, x.c.V, x.count);
@@ -216,10 +235,9 @@ void form_pair_gradients(const Chunk& x, float* d_beta) {
   }
 }
 
-// acc = S B of all panels: rows m to m + MR - 1 of a state, columns of tokens of B [Vs][C].
+// acc += S B of all panels: rows m to m + MR - 1 of a state, columns of tokens of B [Vs][C].
 GDN_INLINE void multiply_state(Block& acc, const Chunk& x, const float* S, int64_t m,
                                const float* B) {
-  clear(acc);
   for (int64_t p = 0; p < x.t.panels; ++p) {
     multiply_add(acc, S + p * x.Kp * P + m * P, P, 1, B + p * P * C, C, P);
   }
@@ -235,6 +253,7 @@ void add_key_gradients(const Chunk& x, float* E_start) {
     Vec start[NV] = {};
     for (int64_t m = 0; m < x.c.K; m += MR) {
       Block acc, erase;
+      clear(acc);
       multiply_state(acc, x, x.S, m, w.d_o_t + j);
       for (int i = 0; i < MR; ++i) {
         for (int n = 0; n < NV; ++n) {
@@ -246,7 +265,9 @@ void add_key_gradients(const Chunk& x, float* E_start) {
       multiply_add(acc, x.keys.k_t + m * C, C, 1, w.P_t + j, C, least(j + P, x.reach));
       store_block(acc, x.d_q + m * C + j, C);
 
+      clear(acc);
       multiply_state(acc, x, x.d_S, m, w.U_t + j);
+      clear(erase);
       if (x.c.has_erase) multiply_state(erase, x, x.S, m, w.d_r_t + j);
       for (int i = 0; i < MR; ++i) {
         for (int n = 0; n < NV; ++n) {
@@ -317,10 +338,13 @@ void gate_gradients(const Gates& g, int64_t count, const float* E_t, const float
   }
 }
 
-// Write numbers of the tokens of a chunk, one a value head.
-void store_gates(const Chunk& x, const float* from, const GdnArray& to) {
+// Write numbers of the tokens of a chunk, one a value head: into `sums` if there are others.
+void store_gates(const Chunk& x, const float* from, const GdnArray& to, float* sums) {
   for (int64_t i = 0; i < x.count; ++i) {
-    static_cast<float*>(to.data)[at(to, x.t.row, x.token + i, x.head)] = from[i];
+    const int64_t token = x.token + i;
+    float* data = static_cast<float*>(to.data) + at(to, x.t.row, token, x.head);
+    if (sums) data = sums + (x.t.row * x.c.T + token) * x.c.HV + x.head;
+    *data = from[i];
   }
 }
 
@@ -338,9 +362,9 @@ void run_back(const Chunk& x) {
   if (x.to.d_decay.data) {
     gate_gradients(x.g, x.count, w.pairs, w.pairs + C * C, E_start, E_end, E_all, d_alpha);
     for (int64_t i = 0; x.c.decay_is_log && i < x.count; ++i) d_alpha[i] *= x.g.alpha[i];
-    store_gates(x, d_alpha, x.to.d_decay);
+    store_gates(x, d_alpha, x.to.d_decay, x.sums.d_decay);
   }
-  if (x.to.d_beta.data) store_gates(x, d_beta, x.to.d_beta);
+  if (x.to.d_beta.data) store_gates(x, d_beta, x.to.d_beta, x.sums.d_beta);
 }
 
 // Write the gradients of q or k of a chunk, through the normalisation if there is one.
@@ -389,9 +413,9 @@ void load_run(const GdnSequences& c, const Task& t, const Backward& w, int64_t f
   }
 }
 
-// Write the gradients of q and k of a run of chunks.
-void store_run(const GdnSequences& c, const GdnGradients& to, const Task& t, const Backward& w,
-               int64_t first, int64_t last) {
+// Write the gradients of q and k of a run of chunks, or this part of them.
+void store_run(const GdnSequences& c, const GdnGradients& to, const Task& t, const Sums& sums,
+               const Backward& w, int64_t first, int64_t last) {
   const int64_t Kp = padded(c.K);
   float *d_k = w.rows, *d_q = w.rows + C * Kp;
   for (int64_t token = first, e = 0; token < last; token += C, ++e) {
@@ -399,18 +423,73 @@ void store_run(const GdnSequences& c, const GdnGradients& to, const Task& t, con
     const float* inverse = w.run.inverse + e * 2 * C;
     transpose(w.run.d_k + e * C * Kp, C, d_k, Kp, Kp, C);
     transpose(w.run.d_q + e * C * Kp, C, d_q, Kp, Kp, C);
+    for (int64_t i = 0; sums.d_k && i < count; ++i) {
+      const int64_t place = ((t.row * c.T + token + i) * c.H + t.head) * c.K;
+      memcpy(sums.d_k + place, d_k + i * Kp, size_t(c.K) * 4);
+      memcpy(sums.d_q + place, d_q + i * Kp, size_t(c.K) * 4);
+    }
+    if (sums.d_k) continue;
     store_keys(c, t, token, count, d_k, inverse, 1.0f, c.k, to.d_k);
     store_keys(c, t, token, count, d_q, inverse + C, c.scale, c.q, to.d_q);
   }
 }
 
-void run_backward(const GdnSequences& c, const GdnGradients& to, const Task& t, float* memory) {
+// Add what the parts of a key head left: value heads in `values` shares, columns in `columns`.
+void add_sums(const GdnSequences& c, const GdnGradients& to, const Task& t, float* sums,
+              int64_t values, int64_t columns, float* memory) {
+  const int64_t Kp = padded(c.K), parts = values * columns, R = c.HV / c.H;
+  Backward w;
+  take_backward(c, memory, w);
+  float inverse[1] = {}, *rows[2] = {w.rows, w.rows + Kp}, *x_row = w.rows + 2 * Kp;
+  for (int64_t token = t.first; token < t.last; ++token) {
+    const int64_t place = ((t.row * c.T + token) * c.H + t.head) * c.K;
+    memset(w.rows, 0, size_t(2 * Kp) * 4);
+    for (int64_t part = 0; part < parts; ++part) {
+      const Sums x = sums_of(c, sums, parts, part);
+      for (int64_t i = 0; i < c.K; ++i) {
+        rows[0][i] += x.d_k[place + i];
+        rows[1][i] += x.d_q[place + i];
+      }
+    }
+    for (int is_q = 0; is_q < 2; ++is_q) {
+      const GdnArray& given = is_q ? c.q : c.k;
+      if (c.qk_l2norm) {
+        memset(x_row, 0, size_t(Kp) * 4);
+        widen(given.data, given.type, at(given, t.row, token, t.head), x_row, c.K);
+        inverse[0] = inverse_norm(x_row, Kp);
+      }
+      store_keys(c, t, token, 1, rows[is_q], inverse, is_q ? c.scale : 1.0f, given,
+                 is_q ? to.d_q : to.d_k);
+    }
+    for (int64_t r = 0; r < R; ++r) {
+      const int64_t head = t.head * R + r, gate = (t.row * c.T + token) * c.HV + head;
+      // The share that value head r belongs to.
+      int64_t value = 0;
+      while ((value + 1) * R / values <= r) ++value;
+      float d_decay = 0.0f, d_beta = 0.0f;
+      for (int64_t column = 0; column < columns; ++column) {
+        const Sums x = sums_of(c, sums, parts, value * columns + column);
+        if (to.d_decay.data) d_decay += x.d_decay[gate];
+        if (to.d_beta.data) d_beta += x.d_beta[gate];
+      }
+      const GdnArray* arrays[2] = {&to.d_decay, &to.d_beta};
+      const float found[2] = {d_decay, d_beta};
+      for (int i = 0; i < 2; ++i) {
+        if (!arrays[i]->data) continue;
+        static_cast<float*>(arrays[i]->data)[at(*arrays[i], t.row, token, head)] = found[i];
+      }
+    }
+  }
+}
+
+void run_backward(const GdnSequences& c, const GdnGradients& to, const Task& t, const Sums& sums,
+                  float* memory) {
   const int64_t K = c.K, V = c.V, Kp = padded(K), R = c.HV / c.H, size = t.panels * P * Kp;
   const int64_t span = C * c.chunks_per_state;
   Backward w;
   take_backward(c, memory, w);
-  for (int64_t r = 0; r < R; ++r) {
-    const int64_t head = t.n * c.HV + t.head * R + r;
+  for (int64_t r = 0; r < t.values; ++r) {
+    const int64_t head = t.n * c.HV + t.head * R + t.value + r;
     load_state(to.d_final + head * K * V, K, V, Kp, t, w.d_S + r * size);
   }
   const int64_t slot = t.row * (c.T / span) + t.first / span;
@@ -419,23 +498,23 @@ void run_backward(const GdnSequences& c, const GdnGradients& to, const Task& t, 
     const int64_t first = t.first + run * span, last = least(first + span, t.last);
     const int64_t chunks = (last - first + C - 1) / C;
     load_run(c, t, w, first, last);
-    for (int64_t r = 0; r < R; ++r) {
-      const int64_t head = t.head * R + r;
+    for (int64_t r = 0; r < t.values; ++r) {
+      const int64_t head = t.head * R + t.value + r;
       const float* start = c.initial ? c.initial + (t.n * c.HV + head) * K * V : nullptr;
       if (run) start = c.states + ((slot + run - 1) * c.HV + head) * K * V;
       load_state(start, K, V, Kp, t, w.run.S);
       for (int64_t e = 0; e < chunks; ++e) {
-        const Chunk x = chunk_of(c, to, t, w, first, last, e, r);
+        const Chunk x = chunk_of(c, to, t, sums, w, first, last, e, r);
         run_again(x, e + 1 < chunks ? x.S + size : nullptr);
       }
       for (int64_t e = chunks; e-- > 0;) {
-        run_back(chunk_of(c, to, t, w, first, last, e, r));
+        run_back(chunk_of(c, to, t, sums, w, first, last, e, r));
       }
     }
-    store_run(c, to, t, w, first, last);
+    store_run(c, to, t, sums, w, first, last);
   }
-  for (int64_t r = 0; to.d_initial && r < R; ++r) {
-    float* state = to.d_initial + (t.n * c.HV + t.head * R + r) * K * V;
+  for (int64_t r = 0; to.d_initial && r < t.values; ++r) {
+    float* state = to.d_initial + (t.n * c.HV + t.head * R + t.value + r) * K * V;
     store_state(w.d_S + r * size, K, V, Kp, t, state);
   }
 }

@@ -14,6 +14,7 @@ struct Task {
   int64_t row, first, last; // its row and tokens
   int64_t head;             // the key head
   int64_t panel, panels;    // the first panel of columns of V, and how many
+  int64_t value, values;    // the first value head of the key head, and how many
 };
 
 GDN_INLINE Task task_of(const GdnSequences& c, int64_t n) {

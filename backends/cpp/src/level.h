@@ -6,6 +6,10 @@
 // How a call is cut into tasks, and the floats of memory that a task works in.
 struct GdnPlan {
   int64_t tasks, splits, floats;
+  // Of a backward whose key heads are several tasks: by value heads, times by columns of V. Each
+  // leaves its part of the sums in `sums`, and who is last to finish a key head adds them up.
+  int64_t values, sum_floats;
+  float* sums;
 };
 
 struct GdnLevel {
@@ -14,7 +18,10 @@ struct GdnLevel {
   GdnPlan (*plan_forward)(const GdnSequences&);
   void (*run_forward)(const GdnSequences&, const GdnPlan&, int64_t task, float* memory);
   GdnPlan (*plan_backward)(const GdnSequences&);
-  void (*run_backward)(const GdnSequences&, const GdnGradients&, int64_t task, float* memory);
+  void (*run_backward)(const GdnSequences&, const GdnGradients&, const GdnPlan&, int64_t task,
+                       float* memory);
+  void (*finish_backward)(const GdnSequences&, const GdnGradients&, const GdnPlan&, int64_t head,
+                          float* memory);
   GdnPlan (*plan_decode)(const GdnSteps&);
   void (*run_decode)(const GdnSteps&, const GdnPlan&, int64_t task, float* memory);
 };

@@ -2,6 +2,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "level.h"
 
@@ -46,8 +48,8 @@ thread_local Memory memory;
 
 template <class Call>
 struct Work {
-  const Call& call;
-  const GdnPlan plan;
+  Call call;
+  GdnPlan plan;
   void (*run)(const Call&, const GdnPlan&, int64_t, float*);
   std::atomic<int64_t> next{0};
   std::atomic<int> has_failed{0};
@@ -78,10 +80,16 @@ struct Work {
 struct Backward {
   const GdnSequences& call;
   const GdnGradients& gradients;
+  std::atomic<int>* left;  // per sequence and key head: the parts that are not finished
 };
 
-void run_backward(const Backward& both, const GdnPlan&, int64_t task, float* own) {
-  level->run_backward(both.call, both.gradients, task, own);
+void run_backward(const Backward& both, const GdnPlan& plan, int64_t task, float* own) {
+  level->run_backward(both.call, both.gradients, plan, task, own);
+  if (!both.left) return;
+  const int64_t head = task / plan.splits;
+  // The last one sees what the others wrote.
+  if (both.left[head].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  level->finish_backward(both.call, both.gradients, plan, head, own);
 }
 
 }  // namespace
@@ -117,8 +125,16 @@ GDN_EXPORT int gdn_forward(const GdnSequences* call) {
 
 // Run its backward; return 1 where there is no memory.
 GDN_EXPORT int gdn_backward(const GdnSequences* call, const GdnGradients* gradients) {
-  const Backward both{*call, *gradients};
-  Work<Backward> work{both, level->plan_backward(*call), run_backward};
+  Work<Backward> work{{*call, *gradients, nullptr}, level->plan_backward(*call), run_backward};
+  GdnPlan& plan = work.plan;
+  if (plan.splits == 1) return work.start(call->threads);
+  const std::unique_ptr<float[]> sums(new (std::nothrow) float[size_t(plan.sum_floats)]);
+  const int64_t heads = plan.tasks / plan.splits;
+  const std::unique_ptr<std::atomic<int>[]> left(new (std::nothrow) std::atomic<int>[size_t(heads)]);
+  if (!sums || !left) return 1;
+  for (int64_t i = 0; i < heads; ++i) left[i] = int(plan.splits);
+  plan.sums = sums.get();
+  work.call.left = left.get();
   return work.start(call->threads);
 }
 
