@@ -90,10 +90,27 @@ def test_the_number_of_threads_changes_no_bit(
     x = inputs(200, *heads, width=96)
     threads(1)
     alone = results(x)
-    for count in (2, 3, 5):
+    for count in (2, 3, 5, 8):
         threads(count)
         for one, other in zip(results(x), alone, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("count", [8, 24])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_a_key_head_add_up(
+    level: str, dtype: str, count: int, threads: Callable[[int], None]
+) -> None:
+    """Judge gradients that are summed over value heads and columns of V, and see them repeat."""
+    threads(count)
+    for sizes in ({"R": 3, "V": 40}, {"H": 2, "R": 2, "V": 130}, {"R": 1, "V": 70}):
+        shape = {"T": 290, "K": 24, "log_gate": True, "initial_state": True, **sizes}
+        verdict = judge(Example(dtype=dtype, gate="extreme", qk_l2norm=True, **shape), "cpp")
+        assert verdict.passed, (sizes, verdict)
+    packed = Example(T=240, lengths=(0, 5, 200, 0, 35), R=2, K=16, V=96, dtype=dtype)
+    assert judge(packed, "cpp").passed
+    x = inputs(200, 1, 2, width=96)
+    assert all(map(torch.equal, results(x), results(x)))
 
 
 def test_eight_threads_may_call_at_once() -> None:
