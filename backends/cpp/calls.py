@@ -18,7 +18,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the element types, as in `GdnType`."""
 
 CHUNK = 32
-"""Tokens of a chunk, as in `src/products.h`."""
+"""Tokens of a chunk, as in `src/interface.h`."""
 
 CHUNKS_PER_STATE = 4
 """Chunks between two states that a forward keeps for its backward."""

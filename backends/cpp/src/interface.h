@@ -10,6 +10,9 @@ extern "C" {
 // The type of the elements of an array.
 enum GdnType { kGdnFloat32 = 0, kGdnBfloat16 = 1, kGdnFloat16 = 2 };
 
+// Tokens of a chunk.
+enum { kGdnChunk = 32 };
+
 // An array of tokens: (rows, tokens, heads, ...).
 struct GdnArray {
   void* data;  // null where the call has no such array

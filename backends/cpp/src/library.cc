@@ -5,6 +5,10 @@
 #include <memory>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "level.h"
 
 extern const GdnLevel gdn_level_baseline;
@@ -46,6 +50,40 @@ struct Memory {
 };
 thread_local Memory memory;
 
+// Results in memory that the system has not given out yet, most likely. All threads need the same
+// pages at the same time and would wait for whoever gets one: so each asks for other pages first.
+class Fresh {
+ public:
+  void add(const GdnArray& x, int64_t elements) {
+    const int64_t bytes = elements * (x.type == kGdnFloat32 ? 4 : 2);
+    const uintptr_t first = reinterpret_cast<uintptr_t>(x.data) + kPage - 1;
+    const uintptr_t last = reinterpret_cast<uintptr_t>(x.data) + uintptr_t(bytes);
+    if (!x.data || bytes < kLeast) return;
+    starts_[arrays_] = first / kPage * kPage;
+    pages_ += counts_[arrays_++] = int64_t(last / kPage - first / kPage);
+  }
+
+  void populate() {
+#if defined(__linux__)
+    constexpr int kPopulateWrite = 23;  // Linux 5.14; an older one refuses, which only costs time
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < pages_;) {
+      int array = 0;
+      for (; i >= counts_[array]; ++array) i -= counts_[array];
+      madvise(reinterpret_cast<void*>(starts_[array] + uintptr_t(i) * kPage), kPage,
+              kPopulateWrite);
+    }
+#endif
+  }
+
+ private:
+  static constexpr uintptr_t kPage = 2 << 20;
+  static constexpr int64_t kLeast = 4 << 20;
+  uintptr_t starts_[4] = {};
+  int64_t counts_[4] = {}, pages_ = 0;
+  int arrays_ = 0;
+  std::atomic<int64_t> next_{0};
+};
+
 template <class Call>
 struct Work {
   Call call;
@@ -53,6 +91,7 @@ struct Work {
   void (*run)(const Call&, const GdnPlan&, int64_t, float*);
   std::atomic<int64_t> next{0};
   std::atomic<int> has_failed{0};
+  Fresh fresh = {};
 
   static void share(void* self) {
     auto& work = *static_cast<Work*>(self);
@@ -61,6 +100,7 @@ struct Work {
       work.has_failed = 1;
       return;
     }
+    work.fresh.populate();
     for (int64_t i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.plan.tasks;) {
       work.run(work.call, work.plan, i, own);
     }
@@ -120,12 +160,20 @@ GDN_EXPORT void gdn_set_parallel(void* function) {
 // Run gated_delta; return 1 where there is no memory.
 GDN_EXPORT int gdn_forward(const GdnSequences* call) {
   Work<GdnSequences> work{*call, level->plan_forward(*call), level->run_forward};
+  const int64_t rows = call->starts ? 1 : call->N, span = kGdnChunk * call->chunks_per_state;
+  work.fresh.add(call->o, rows * call->T * call->HV * call->V);
+  const GdnArray states = {call->states, 0, 0, 0, kGdnFloat32};
+  work.fresh.add(states, rows * (call->T / span) * call->HV * call->K * call->V);
   return work.start(call->threads);
 }
 
 // Run its backward; return 1 where there is no memory.
 GDN_EXPORT int gdn_backward(const GdnSequences* call, const GdnGradients* gradients) {
   Work<Backward> work{{*call, *gradients, nullptr}, level->plan_backward(*call), run_backward};
+  const int64_t tokens = (call->starts ? 1 : call->N) * call->T;
+  work.fresh.add(gradients->d_q, tokens * call->H * call->K);
+  work.fresh.add(gradients->d_k, tokens * call->H * call->K);
+  work.fresh.add(gradients->d_v, tokens * call->HV * call->V);
   GdnPlan& plan = work.plan;
   if (plan.splits == 1) return work.start(call->threads);
   const std::unique_ptr<float[]> sums(new (std::nothrow) float[size_t(plan.sum_floats)]);

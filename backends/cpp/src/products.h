@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int C = 32;           // tokens of a chunk
+constexpr int C = kGdnChunk;    // tokens of a chunk
 constexpr int MR = GDN_ROWS;    // rows of a register block; divides C
 constexpr int NV = 2;           // vectors of a register block
 constexpr int P = NV * W;       // columns of a panel
