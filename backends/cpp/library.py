@@ -23,7 +23,7 @@ from gdn_ops.kernel_support.cache import cache_folder
 from gdn_ops.spec.names import unknown
 
 LEVEL = "GDN_OPS_CPP_LEVEL"
-"""The environment variable that names the level to run; the best one without. Read on first use."""
+"""The environment variable that names the level to run; the fastest without. Read on first use."""
 
 PACKAGE = Path(__file__).resolve().parent
 """The folder where an installation puts the library."""
@@ -200,7 +200,7 @@ def open_library(path: Path, source: str) -> ctypes.CDLL:
 
 
 def choose_level(loaded: ctypes.CDLL, name: str) -> None:
-    """Take a level of a library by its name, or the best one that this processor has for "".
+    """Take a level of a library by its name, or the fastest on this processor for "".
 
     Raises:
         LibraryError: there is no such level, or not on this processor.

@@ -14,7 +14,8 @@ struct GdnPlan {
 
 struct GdnLevel {
   const char* name;
-  int (*is_there)();
+  int (*is_there)();  // whether the processor has it
+  int (*is_best)();   // whether it is faster there than the levels behind it
   GdnPlan (*plan_forward)(const GdnSequences&);
   void (*run_forward)(const GdnSequences&, const GdnPlan&, int64_t task, float* memory);
   GdnPlan (*plan_backward)(const GdnSequences&);

@@ -139,14 +139,15 @@ void run_backward(const Backward& both, const GdnPlan& plan, int64_t task, float
 // Return the name of the level in use.
 GDN_EXPORT const char* gdn_level() { return level->name; }
 
-// Take a level by name, the best one for null or ""; return whether it is there.
+// Take a level by name, the fastest one for null or ""; return whether it is there.
 GDN_EXPORT int gdn_choose_level(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
 #endif
+  const bool is_named = name && *name;
   for (const GdnLevel* one : kLevels) {
-    if (name && *name && std::strcmp(name, one->name)) continue;
-    if (!one->is_there()) continue;
+    if (is_named && std::strcmp(name, one->name)) continue;
+    if (!one->is_there() || !(is_named || one->is_best())) continue;
     level = one;
     return 1;
   }

@@ -44,7 +44,14 @@ def test_the_kernels_are_built_with_every_level_of_this_machine(tmp_path: Path) 
         library.choose_level(loaded, name)
         assert loaded.gdn_level().decode() == name
     library.choose_level(loaded, "")
-    assert loaded.gdn_level().decode() == usable[0]
+    # Where pairs of bfloat16 are slow, their level is there and is not chosen.
+    slow = () if _is_by_amd() else ("avx512bf16",)
+    assert loaded.gdn_level().decode() == next(name for name in usable if name not in slow)
+
+
+def _is_by_amd() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
 
 
 def test_a_level_is_compiled_with_its_own_numbers(sources: Path, tmp_path: Path) -> None:

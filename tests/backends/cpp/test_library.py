@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpp_libraries import LIBRARY, compiler_without, levels_here, needs_compiler, write_sources
+from cpp_libraries import (
+    LEVEL,
+    LIBRARY,
+    compiler_without,
+    levels_here,
+    needs_compiler,
+    write_sources,
+)
 from gdn_ops.backends.cpp import build, library
 from gdn_ops.backends.cpp.library import LibraryError
 from processes import printed
@@ -182,6 +189,27 @@ def test_an_unknown_level_is_told_with_those_that_are_known(
     assert reason() == (
         f"GDN_OPS_CPP_LEVEL: unknown level 'baselin', known: {known}; did you mean 'baseline'?"
     )
+
+
+@pytest.mark.skipif(len(levels_here()) < 2, reason="this machine has one level")
+def test_a_level_that_is_slower_here_is_taken_where_it_is_named_and_not_by_itself(
+    tmp_path: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, *others = levels_here()
+    # The doors of the kernels, and levels without kernels that any processor has.
+    sources, is_best = tmp_path / "slow", f'std::strcmp(GDN_TEXT(GDN_LEVEL), "{slow}") != 0'
+    write_sources(sources, level=LEVEL.replace("GDN_LANES}", f"[] {{ return int({is_best}); }}}}"))
+    level = (sources / "level.cc").read_text()
+    (sources / "level.cc").write_text(f"#include <cstring>\n{level}")
+    for name in ("interface.h", "level.h", "library.cc"):
+        (sources / name).write_text((build.SOURCES / name).read_text())
+    environment = {**os.environ, "CXXFLAGS": "-Wno-missing-field-initializers"}
+    build.build(package, sources, environment)
+    monkeypatch.setattr(library, "_own_hash", lambda: build.source_hash(sources))
+    assert library.level() == others[0]
+    monkeypatch.setattr(library, "_opened", None)
+    monkeypatch.setenv("GDN_OPS_CPP_LEVEL", slow)
+    assert library.level() == slow
 
 
 @pytest.mark.skipif(len(levels_here()) < 2, reason="this machine has one level")
