@@ -1,12 +1,18 @@
-"""Compute the floor of a case: the least time by the cost model, at this machine's rates."""
+"""Compute the floor of a case: the least time by the cost model, at this machine's rates.
+
+What a processor computes at most is measured by multiply-adds on registers, which the library of
+the C++ kernels has; a matrix product of torch reaches a part of it.
+"""
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 
-from gdn_ops.bench.device import find_device
+from gdn_ops.backends.cpp import calls, library
+from gdn_ops.bench.device import Run, find_device
 from gdn_ops.bench.turns import interleave
 from gdn_ops.spec.language import OpSpec, Sizes
 
@@ -18,21 +24,31 @@ CACHED = 8 << 20
 
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 _SQUARE = {"cpu": 1024, "cuda": 8192}
+_ROUNDS = 1 << 18
+"""Rounds of multiply-adds that are timed at once: about a millisecond."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Hold the rates that plain torch reaches on this machine, measured in the same run.
+    """Hold the rates that this machine reaches, measured in the same run.
 
     Attributes:
-        flops: of a matrix product, per second, a multiply-add counted as two.
+        products: flops of a matrix product of plain torch, per second, a multiply-add counted as
+            two.
         bytes: read plus written by a large copy, per second.
         cached_bytes: the same for scaling 2 MiB in place, as a step does with its state.
+        registers: flops of multiply-adds on registers, per second; None where it is not measured.
     """
 
-    flops: float
+    products: float
     bytes: float
     cached_bytes: float
+    registers: float | None = None
+
+    @property
+    def flops(self) -> float:
+        """Return the highest rate of flops that was seen, per second."""
+        return max(self.products, self.registers or 0.0)
 
     def floor(self, spec: OpSpec, sizes: Sizes, element: int) -> float:
         """Return the least seconds of a forward by the cost model, q, k, v of `element` bytes."""
@@ -40,9 +56,31 @@ class Rates:
         moved = spec.cost.bytes(sizes, element)
         return max(compute, moved / (self.cached_bytes if moved < CACHED else self.bytes))
 
+    def to_json(self) -> dict[str, float | None]:
+        """Return the rates in GFLOP/s and GB/s."""
+        return {
+            "gflops": self.products / 1e9,
+            "gflops_registers": None if self.registers is None else self.registers / 1e9,
+            "gbytes": self.bytes / 1e9,
+            "gbytes_cached": self.cached_bytes / 1e9,
+        }
+
+
+def _multiply_adds(dtype: torch.dtype, device: str) -> tuple[Run, int] | None:
+    """Return multiply-adds on registers, in all threads, and their flops; None where they are not.
+
+    Those of bfloat16 are of pairs, where the kernels multiply pairs.
+    """
+    if device != "cpu" or dtype not in calls.TYPES or library.missing() is not None:
+        return None
+    door = library.library().gdn_multiply_add
+    door.restype, door.argtypes = ctypes.c_int64, (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)
+    arguments = (calls.TYPES[dtype], library.threads())
+    return lambda: door(_ROUNDS, *arguments), door(1, *arguments) * _ROUNDS
+
 
 def measure_rates(dtype: torch.dtype, device: str = "cpu", repeats: int = 10) -> Rates:
-    """Measure the rates of plain torch, each from the best of its repeats.
+    """Measure the rates of the machine, each from the best of its repeats.
 
     The product is the faster of one large square and a batch of squares of 128 that stays in
     cache, the shape of the work in a chunk.
@@ -58,24 +96,21 @@ def measure_rates(dtype: torch.dtype, device: str = "cpu", repeats: int = 10) ->
         torch.ones((2 << 20) // 4, dtype=torch.float32, device=device),
     )
     out, small_out = torch.empty_like(square), torch.empty_like(small)
+    long: dict[str, Run] = {
+        "square": lambda: torch.mm(square, square, out=out),
+        "batch": lambda: torch.bmm(small, small, out=small_out),
+        "copy": lambda: target.copy_(source),
+    }
+    # A short action is easily disturbed: the best of many.
+    short: dict[str, Run] = {"cached": lambda: state.mul_(1.0)}
+    counted = _multiply_adds(dtype, device)
+    if counted is not None:
+        short["registers"] = counted[0]
     with torch.no_grad():
-        timing = interleave(
-            {
-                "square": lambda: torch.mm(square, square, out=out),
-                "batch": lambda: torch.bmm(small, small, out=small_out),
-                "copy": lambda: target.copy_(source),
-            },
-            repeats,
-            warmups=2,
-            device=find_device(device),
-        )
-        # A short action is easily disturbed: the best of many.
-        short = interleave(
-            {"cached": lambda: state.mul_(1.0)},
-            50 * repeats,
-            device=find_device(device),
-            collect=False,
-        )
-    flops = max(2 * n**3 / timing["square"].best, 2 * batch * 128**3 / timing["batch"].best)
+        timing = interleave(long, repeats, warmups=2, device=find_device(device))
+        timing |= interleave(short, 50 * repeats, device=find_device(device), collect=False)
+    products = max(2 * n**3 / timing["square"].best, 2 * batch * 128**3 / timing["batch"].best)
     large = 2 * source.numel() / timing["copy"].best
-    return Rates(flops, large, 2 * 4 * state.numel() / short["cached"].best)
+    cached = 2 * 4 * state.numel() / timing["cached"].best
+    registers = None if counted is None else counted[1] / timing["registers"].best
+    return Rates(products, large, cached, registers)

@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "decode.h"
+#include "rate.h"
 #if GDN_FEATURES == 4
 #include "forward_bf16.h"
 #endif
@@ -125,4 +126,4 @@ extern const GdnLevel GDN_OF(GDN_LEVEL);
 const GdnLevel GDN_OF(GDN_LEVEL) = {GDN_TEXT(GDN_LEVEL), is_there,          is_best,
                                     plan_forward,        run_forward_task,  plan_backward,
                                     run_backward_task,   finish_backward,   plan_decode,
-                                    run_decode_task};
+                                    run_decode_task,     run_multiply_adds};

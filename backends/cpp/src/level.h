@@ -25,4 +25,5 @@ struct GdnLevel {
                           float* memory);
   GdnPlan (*plan_decode)(const GdnSteps&);
   void (*run_decode)(const GdnSteps&, const GdnPlan&, int64_t task, float* memory);
+  int64_t (*run_multiply_adds)(int64_t rounds, int64_t type, float* memory);
 };

@@ -123,6 +123,15 @@ struct Backward {
   std::atomic<int>* left;  // per sequence and key head: the parts that are not finished
 };
 
+struct Rounds {
+  int64_t rounds, type;
+  std::atomic<int64_t>* operations;
+};
+
+void run_rounds(const Rounds& call, const GdnPlan&, int64_t, float* own) {
+  *call.operations += level->run_multiply_adds(call.rounds, call.type, own);
+}
+
 void run_backward(const Backward& both, const GdnPlan& plan, int64_t task, float* own) {
   level->run_backward(both.call, both.gradients, plan, task, own);
   if (!both.left) return;
@@ -191,4 +200,13 @@ GDN_EXPORT int gdn_backward(const GdnSequences* call, const GdnGradients* gradie
 GDN_EXPORT int gdn_decode(const GdnSteps* call) {
   Work<GdnSteps> work{*call, level->plan_decode(*call), level->run_decode};
   return work.start(call->threads);
+}
+
+// Run rounds of multiply-adds in every thread, of a type of numbers; return the operations of all.
+GDN_EXPORT int64_t gdn_multiply_add(int64_t rounds, int64_t type, int32_t threads) {
+  std::atomic<int64_t> operations{0};
+  const Rounds call{rounds, type, &operations};
+  Work<Rounds> work{call, {threads, 1, 16}, run_rounds};
+  work.start(threads);
+  return operations;
 }
