@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 import gdn_ops
+from gdn_ops.bench.contender import Contender, Prepared
 from gdn_ops.bench.device import Peak, Run
 from gdn_ops.bench.gpu.rows import GpuRow
 from gdn_ops.bench.inputs import Inputs
-from gdn_ops.bench.peers import Contender, Prepared, find_contender
+from gdn_ops.bench.peers import find_contender
 
 FORWARD = GpuRow("forward", (1, 2), (20,), dims=(8, 4), dtype="float32")
 PACKED = GpuRow("forward", (1, 2), (9, 4, 7), packed=True, dims=(8, 4), dtype="float32")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gdn_ops.spec.cases import PACKED_CASES
+from gdn_ops.spec.cases import PACKED_CASES, PROMPT_CASES
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import Case, Sizes
 from gdn_ops.spec.names import unknown
@@ -40,11 +40,6 @@ class Setting:
     def torch_dtype(self) -> torch.dtype:
         """Return the dtype as a torch.dtype."""
         return getattr(torch, self.dtype)  # type: ignore[no-any-return]
-
-    @property
-    def has_targets(self) -> bool:
-        """Return whether targets apply: they are for float32 on CPUs."""
-        return self.dtype == "float32" and self.device == "cpu"
 
 
 class RawGates(NamedTuple):
@@ -106,6 +101,10 @@ class Inputs:
         """Return a copy whose operands are leaves that need gradients."""
         return self.map(lambda x: x.detach().requires_grad_())
 
+    def as_sequence(self) -> Inputs:
+        """Return the operands of a step as those of sequences of one token."""
+        return replace(self.map(lambda x: x.unsqueeze(1)), state=self.state)
+
     def select(self, rows: slice, tokens: slice, keys: slice, values: slice) -> Inputs:
         """Return tokens of sequences of some heads, as one batch without a state.
 
@@ -136,8 +135,8 @@ def find_case(name: str) -> Case:
     Raises:
         SpecError: no case has that name.
     """
-    packed = {case.name: case for case in PACKED_CASES}
-    cases = {**GATED_DELTA.case, **GATED_DELTA_STEP.case, **packed}
+    own = {case.name: case for case in (*PROMPT_CASES, *PACKED_CASES)}
+    cases = {**GATED_DELTA.case, **GATED_DELTA_STEP.case, **own}
     family = (case for n, case in GATED_DELTA.case.items() if n.rpartition("-")[0] == name)
     known = cases.get(name) or next(family, None)
     if known is None:

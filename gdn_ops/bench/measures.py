@@ -11,16 +11,18 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 
 from gdn_ops import ops
 from gdn_ops.bench.child import call, child_environment
+from gdn_ops.bench.contender import Contender
 from gdn_ops.bench.device import Peak, Run, find_device
 from gdn_ops.bench.floors import Rates
 from gdn_ops.bench.inputs import Inputs, Setting, make_inputs, make_output_gradient
-from gdn_ops.bench.peers import Contender, find_contender
+from gdn_ops.bench.peers import find_contender
 from gdn_ops.bench.rows import Result, Row, timed_rows
 from gdn_ops.bench.turns import REST, Timing, interleave
 from gdn_ops.bench.verify import RefusedError
@@ -45,15 +47,18 @@ def sequence_rows(
 ) -> list[Row]:
     """Time the forward, or forward and backward, of all contenders in turns."""
     d_o = make_output_gradient(case.sizes, s.torch_dtype, s.device)
-    with torch.set_grad_enabled(what != "forward"):
+    with torch.set_grad_enabled(what != "forward"), ExitStack() as contexts:
+        for c in contenders:
+            contexts.enter_context(c.context())
         actions = {c.name: c.run(what, x, d_o) for c in contenders}
         rest = REST if s.device == "cpu" else 0.0
         timing = interleave(actions, s.repeats, device=find_device(s.device), rest=rest)
-    peer = next((c.name for c in contenders if c.is_peer), None)
+    peers = [c.name for c in contenders if c.is_peer]
     floor = None
     if what == "forward":
         floor = rates.floor(GATED_DELTA, case.sizes, s.torch_dtype.itemsize)
-    return timed_rows(what, case.name, "ms", timing, peer, floor=floor)
+    ours = [c.name for c in contenders if not c.is_peer]
+    return timed_rows(what, case.name, "ms", timing, peers, ours=ours, floor=floor)
 
 
 def memory_rows(

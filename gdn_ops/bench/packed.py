@@ -15,9 +15,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gdn_ops.bench.contender import Contender
 from gdn_ops.bench.device import find_device
 from gdn_ops.bench.inputs import Inputs, Setting, make_inputs, make_output_gradient
-from gdn_ops.bench.peers import Contender, find_contender
+from gdn_ops.bench.peers import find_contender
 from gdn_ops.bench.rows import PACKED, Result, timed_rows
 from gdn_ops.bench.turns import interleave
 from gdn_ops.bench.verify import ROUNDING_BAND, Check, RefusedError, head_axes, relative_error

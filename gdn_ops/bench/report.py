@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +18,13 @@ _COLOURS = ("#4c6ef5", "#12b886", "#f59f00", "#e64980", "#868e96", "#7950f2", "#
 _HEAD = ("", "median", "best", "ratio", "against", "target")
 _TIMED = ("forward", "forward+backward", "memory", "step", *PACKED.values(), "decode", "prefill",
           "training step")  # fmt: skip
+
+Group = tuple[str, str, str]
+"""What rows of one table or panel have in common: measurement, case and dtype."""
+
+
+def _group(row: Row) -> Group:
+    return row.what, row.case, row.dtype
 
 
 @dataclass(frozen=True)
@@ -62,13 +69,14 @@ def _ratio(row: Row) -> str:
     return f"{row.ratio:.2f}x faster" if row.ratio >= 1 else f"{1 / row.ratio:.2f}x slower"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, is_again: bool) -> tuple[str, ...]:
+    """Return the cells of a row; of one that is compared once more, without its times."""
     unit = "x" if row.unit == "x" else ""
     word = {None: "not measured", True: "reached", False: "not reached"}[row.reached]
     return (
-        f"  {row.comparator}",
-        _whole(row.median) + unit,
-        _whole(row.best) + unit,
+        "" if is_again else f"  {row.comparator}",
+        "" if is_again else _whole(row.median) + unit,
+        "" if is_again else _whole(row.best) + unit,
         _ratio(row),
         row.against or "-",
         "" if row.target is None else f"{row.target}: {word}",
@@ -77,8 +85,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _heading(rows: Sequence[Row]) -> str:
     """Return what rows of a case measure, in which unit, and their floor."""
-    what, case, unit = rows[0].what, rows[0].case, rows[0].unit
-    name = what if case == "-" else f"{what}, {case}"
+    unit = rows[0].unit
+    name = _name(_group(rows[0]))
     parts = [name if unit == "x" else f"{name}, in {unit}"]
     floor = next((row.floor for row in rows if row.floor is not None), None)
     if floor is not None:
@@ -86,21 +94,26 @@ def _heading(rows: Sequence[Row]) -> str:
     return "; ".join(parts)
 
 
+def _name(group: Group) -> str:
+    """Return what rows have in common, in words."""
+    return ", ".join(word for word in group if word not in ("", "-"))
+
+
 def text(result: Result) -> str:
     """Return a result in plain text: circumstances, conformance, rows, what was left out."""
     system, rates = result.system, result.rates
     lines = [f"{_machine(system)}, torch {system['versions']['torch']}"]
-    if rates:
-        lines.append(
-            f"measured here: matrix products {rates['gflops']:.0f} GFLOP/s, "
-            f"copies {rates['gbytes']:.1f} GB/s, in cache {rates['gbytes_cached']:.0f} GB/s"
-        )
+    lines += [_rates(dtype, of_dtype) for dtype, of_dtype in rates.items()]
     lines += [f"conformance: {check}" for check in result.checks]
-    groups = groupby(result.rows, key=lambda row: (row.what, row.case))
     sections = []
-    for _, group in groups:
+    for _, group in groupby(result.rows, key=_group):
         rows = list(group)
-        sections.append((_heading(rows), [_cells(row) for row in rows]))
+        before = [None, *rows[:-1]]
+        cells = [
+            _cells(row, other is not None and other.comparator == row.comparator)
+            for row, other in zip(rows, before, strict=True)
+        ]
+        sections.append((_heading(rows), cells))
     lines = [wrapped(line, indent="  ") for line in lines]
     if sections:
         lines.append(table(_HEAD, sections))
@@ -110,6 +123,16 @@ def text(result: Result) -> str:
     if verdicts:
         lines.append(f"targets reached: {sum(verdicts)} of {len(verdicts)}")
     return "\n".join(lines)
+
+
+def _rates(dtype: str, rates: Mapping[str, float | None]) -> str:
+    """Return the rates of a machine in one line."""
+    registers = rates["gflops_registers"]
+    most = "" if registers is None else f"multiply-adds {registers:.0f} GFLOP/s, "
+    return (
+        f"measured here in {dtype}: {most}matrix products {rates['gflops']:.0f} GFLOP/s, "
+        f"copies {rates['gbytes']:.1f} GB/s, in cache {rates['gbytes_cached']:.0f} GB/s"
+    )
 
 
 def _machine(system: dict[str, Any]) -> str:
@@ -125,9 +148,10 @@ def panels(result: Result) -> list[Panel]:
     times = (row for row in result.rows if row.what in _TIMED and row.unit != "x")
     shown = (row for row in times if row.what != "decode" or row.ratio is not None)
     drawn = []
-    for (what, case), group in groupby(shown, key=lambda row: (row.what, row.case)):
-        rows = list(group)
-        unit = rows[0].unit
+    for key, group in groupby(shown, key=_group):
+        # A time that is compared with several others has one bar.
+        rows = list({row.comparator: row for row in reversed(list(group))}.values())[::-1]
+        what, unit = rows[0].what, rows[0].unit
         bars = [
             Bar(r.comparator, r.median, f"{_whole(r.median)} {unit}{_against(r)}") for r in rows
         ]
@@ -135,7 +159,7 @@ def panels(result: Result) -> list[Panel]:
         shows = "peak memory" if what == "memory" else "median time"
         text = "" if floor is None else f"floor {_whole(floor)} {unit}"
         axis = f"{shows} in {unit}, shorter is better"
-        drawn.append(Panel(f"{what}, {case}", bars, axis, floor, text))
+        drawn.append(Panel(_name(key), bars, axis, floor, text))
     return drawn
 
 
@@ -159,7 +183,7 @@ def write(result: Result, folder: Path, kind: str = "") -> list[Path | str]:
 
 def files(folder: Path, device: str, dtype: str, kind: str = "") -> tuple[Path, Path]:
     """Return the files that `write` writes into a folder: JSON and plot."""
-    stem = f"{device.replace(':', '-')}-{dtype}"
+    stem = f"{device}-{dtype}".replace(":", "-").replace(",", "-")
     stem = f"{kind}-{stem}" if kind else stem
     return folder / f"{stem}.json", folder / f"{stem}.png"
 

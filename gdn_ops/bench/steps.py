@@ -1,29 +1,40 @@
-"""Time the in-place step against the same update in eager torch, written in several ways.
+"""Time one token in place, as a server decodes: ours, the peers', and eager torch in several ways.
 
-Each way takes q, k (B, HV, K), v (B, HV, V), alpha, beta (B, HV) and the state (B, HV, K, V),
-updates the state and returns o (B, HV, V). `gated_delta_step` is compared with the fastest.
+Each eager way takes q, k (B, HV, K), v (B, HV, V), alpha, beta (B, HV) and the state (B, HV, K, V),
+updates the state and returns o (B, HV, V). Everybody has a state of its own and runs IN_A_ROW calls
+in a row, whole Python calls on a state that stays in cache, and takes turns in that. Beside them
+stand a pass over the state, which is read and written once, and what of a step of `cpp` is its
+kernel.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdn_ops import ops
-from gdn_ops.bench.device import find_device
+from gdn_ops.backends.cpp import library
+from gdn_ops.bench.contender import Contender, Prepared, error_line
+from gdn_ops.bench.device import Run, find_device
 from gdn_ops.bench.floors import Rates
-from gdn_ops.bench.inputs import Inputs, Setting, make_step_inputs
-from gdn_ops.bench.rows import Row, timed_rows
+from gdn_ops.bench.inputs import Inputs, Setting, make_kernel_step_inputs
+from gdn_ops.bench.rows import Result, timed_rows
 from gdn_ops.bench.turns import Timing, interleave
 from gdn_ops.bench.verify import ROUNDING_BAND, RefusedError, define_step, relative_error
 from gdn_ops.spec.language import Case
 from gdn_ops.spec.ops import GATED_DELTA_STEP
 
-REPEATS = 300
+ROUNDS = 40
+IN_A_ROW = 50
+STEP_REST = 0.01
+"""Seconds before calls in a row in which the threads of whoever ran before fall asleep."""
+
+PASS = "a pass"
+KERNEL = "cpp kernel"
 
 EagerStep = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
@@ -78,65 +89,136 @@ EAGER_STEPS: dict[str, EagerStep] = {
     "eager one read": as_one_read,
 }
 
-Step = Callable[[Tensor], Tensor]
-"""One update of a state in place; returns o."""
+
+def _eager(way: EagerStep, x: Inputs) -> Prepared:
+    """Return an eager way of a step, q and k repeated to the value heads within."""
+    alpha, heads, state = x.log_alpha.exp(), x.v.shape[1] // x.q.shape[1], x.state
+    assert state is not None
+
+    def run() -> tuple[Tensor, Tensor]:
+        q, k = x.q, x.k
+        if heads > 1:
+            q, k = (y.repeat_interleave(heads, 1) for y in (q, k))
+        return way(q, k, x.v, alpha, x.beta, state, q.shape[-1] ** -0.5), state
+
+    return Prepared(run)
 
 
-def _steps(x: Inputs, case: Case, names: Sequence[str], s: Setting) -> dict[str, Step]:
-    """Return the in-place step of every backend and, in float32, of every eager way."""
-    alpha, sizes = x.log_alpha.exp(), case.sizes
-
-    def ours(name: str) -> Step:
-        return lambda state: ops.gated_delta_step(
-            x.q, x.k, x.v, alpha, x.beta, state, inplace=True, backend=name
-        )[0]
-
-    def eager(way: EagerStep) -> Step:
-        def run(state: Tensor) -> Tensor:
-            q, k = x.q, x.k
-            if sizes.R > 1:
-                q, k = (y.repeat_interleave(sizes.R, 1) for y in (q, k))
-            return way(q, k, x.v, alpha, x.beta, state, sizes.K**-0.5)
-
-        return run
-
-    contenders = {name: ours(name) for name in names}
-    if s.dtype == "float32":
-        contenders |= {name: eager(way) for name, way in EAGER_STEPS.items()}
-    return contenders
-
-
-def step_rows(case: Case, names: Sequence[str], s: Setting, rates: Rates) -> list[Row]:
-    """Check the in-place steps of backends and of the eager ways, then time them in turns.
+def _prepare(
+    contenders: Sequence[Contender], x: Inputs, case: Case, s: Setting, result: Result
+) -> dict[str, Prepared]:
+    """Return a checked step of everybody who has one, each with a state of its own.
 
     Raises:
         RefusedError: one of them computes something else.
     """
-    x = make_step_inputs(case.sizes, s.torch_dtype, s.device)
-    with torch.no_grad():
-        timing = _timed_steps(x, case, _steps(x, case, names, s), s)
+    exact = define_step(x)
+
+    def own() -> Inputs:
+        return replace(x, state=None if x.state is None else x.state.clone())
+
+    steps: dict[str, Prepared] = {}
+    for c in contenders:
+        why = "; ".join(c.reasons(x, "step"))
+        if not why:
+            prepared = c.step(own())
+            try:
+                results = prepared.results()
+            except Exception as error:
+                if not c.is_peer:
+                    raise
+                why = error_line(error)
+        if why:
+            result.skipped.append((f"step, {case.name}", c.name, why))
+            continue
+        check_step(c.name, results, exact, s)
+        steps[c.name] = prepared
+    for name, way in EAGER_STEPS.items() if s.dtype == "float32" else ():
+        steps[name] = _eager(way, own())
+        check_step(name, steps[name].results(), exact, s)
+    return steps
+
+
+def kernel_of(step: Run) -> Run | None:
+    """Return the call of the kernel that a step of `cpp` makes, None where it makes none."""
+    seen: list[tuple[Any, ...]] = []
+    loaded: Any = library.library()
+    kernel = loaded.gdn_decode
+
+    def record(*arguments: Any) -> Any:
+        seen.append(arguments)
+        return kernel(*arguments)
+
+    loaded.gdn_decode = record
+    try:
+        # What it writes to has to live as long as it is called.
+        written = step()
+    finally:
+        loaded.gdn_decode = kernel
+    if len(seen) != 1:
+        return None
+    return lambda: (kernel(*seen[0]), written)
+
+
+def step_rows(
+    case: Case, contenders: Sequence[Contender], s: Setting, rates: Rates, result: Result
+) -> None:
+    """Check the steps of contenders and of the eager ways, then time them in turns.
+
+    Raises:
+        RefusedError: one of them computes something else.
+    """
+    x = make_kernel_step_inputs(case.sizes, s.torch_dtype, torch.float32, s.device)
+    with torch.no_grad(), ExitStack() as contexts:
+        for c in contenders:
+            contexts.enter_context(c.context())
+        steps = _prepare(contenders, x, case, s, result)
+        runs = {name: prepared.run for name, prepared in steps.items()}
+        if "cpp" in runs and (kernel := kernel_of(runs["cpp"])) is not None:
+            runs[KERNEL] = kernel
+        assert x.state is not None
+        state = x.state.clone()
+        runs[PASS] = lambda: state.mul_(1.0)
+        timing = _in_turns(runs, s)
     eager = [name for name in timing if name in EAGER_STEPS]
     best = min(eager, key=lambda name: timing[name].median, default=None)
+    peers = [c.name for c in contenders if c.is_peer and c.name in timing]
+    against = [*([] if best is None else [best]), *peers]
+    ours = [c.name for c in contenders if not c.is_peer]
     floor = rates.floor(GATED_DELTA_STEP, case.sizes, s.torch_dtype.itemsize)
-    return timed_rows("step", case.name, "us", timing, best, floor=floor)
+    alone = (KERNEL, PASS)
+    for names, others in (
+        ([name for name in timing if name not in alone], against),
+        ([name for name in timing if name in alone], [PASS]),
+    ):
+        some = {name: timing[name] for name in (*names, *others)}
+        rows = timed_rows(
+            "step", case.name, "us", some, others, ours=ours, per=IN_A_ROW, floor=floor
+        )
+        result.rows += [row for row in rows if row.comparator in names]
 
 
-def _timed_steps(x: Inputs, case: Case, steps: dict[str, Step], s: Setting) -> dict[str, Timing]:
-    sizes = case.sizes
-    generator = torch.Generator(s.device).manual_seed(2)
-    shape = (sizes.B, sizes.HV, sizes.K, sizes.V)
-    start = torch.randn(shape, generator=generator, dtype=torch.float32, device=s.device)
-    exact = define_step(replace(x, state=start))
-    states = {name: start.clone() for name in steps}
-    for name, step in steps.items():
-        check_step(name, (step(states[name]), states[name]), exact, s)
-    actions = {name: functools.partial(step, states[name]) for name, step in steps.items()}
-    return interleave(actions, REPEATS, warmups=10, device=find_device(s.device), collect=False)
+def _in_turns(runs: dict[str, Run], s: Setting) -> dict[str, Timing]:
+    """Time IN_A_ROW calls of each in turns."""
+
+    def block(run: Run) -> Run:
+        def calls() -> None:
+            for _ in range(IN_A_ROW):
+                run()
+
+        return calls
+
+    return interleave(
+        {name: block(run) for name, run in runs.items()},
+        ROUNDS,
+        warmups=2,
+        device=find_device(s.device),
+        collect=False,
+        rest=STEP_REST if s.device == "cpu" else 0.0,
+    )
 
 
-def check_step(
-    name: str, results: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], s: Setting
-) -> None:
+def check_step(name: str, results: Sequence[Tensor], exact: Sequence[Tensor], s: Setting) -> None:
     """Refuse results of a step, (o, state), that are off by more than roundings of a sum over K.
 
     Raises:

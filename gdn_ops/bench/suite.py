@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from gdn_ops.bench import measures
+from gdn_ops.bench import measures, sharing
 from gdn_ops.bench.child import call
-from gdn_ops.bench.floors import measure_rates
+from gdn_ops.bench.contender import Contender
+from gdn_ops.bench.floors import Rates, measure_rates
 from gdn_ops.bench.inputs import Setting, find_case, make_inputs
 from gdn_ops.bench.packed import packed_rows
-from gdn_ops.bench.peers import Contender, check_peers, find_contender, peers_on
+from gdn_ops.bench.peers import check_peers, find_contender, peers_on
 from gdn_ops.bench.report import Log
-from gdn_ops.bench.rows import TARGETS, Result, describe_system, with_target
+from gdn_ops.bench.rows import TARGETS, Result, Row, describe_system, with_target
 from gdn_ops.bench.steps import step_rows
-from gdn_ops.bench.verify import verify
+from gdn_ops.bench.verify import check_zeros, first_error, verify
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.explain import list_backends
 from gdn_ops.environment.devices import threads
@@ -23,61 +24,69 @@ from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import Case
 from gdn_ops.spec.names import unknown
 
-WHAT = ("forward", "forward+backward", "memory", "step", "packed", "scaling", "overhead", "import")
-"""Every measurement, in the order in which they run."""
+SEQUENCES = ("forward", "forward+backward", "memory", "threads", "load", "scaling")
+"""Measurements of cases of sequences; "step" is of one token, "packed" of many in one row."""
 
-REFERENCE = (
-    *("qwen-16-32-2048", "qwen-16-32-4096", "qwen-16-32-step-b1"),
-    *("packed-8192x1", "packed-2048x4-8"),
-)
-"""Cases of the reference table: of the times, of memory, of the step, of packed sequences."""
+WHAT = (*SEQUENCES[:3], "step", "packed", *SEQUENCES[3:], "overhead", "import")
+"""Every measurement, in the order in which they are listed."""
+
+_LAYER = ("qwen-16-32-2048",)
+_FORWARDS = (*_LAYER, "qwen-16-32-prompt-256")
+REFERENCE: dict[str, tuple[str, ...]] = {
+    "forward": _FORWARDS,
+    "forward+backward": _LAYER,
+    "memory": ("qwen-16-32-4096",),
+    "step": ("qwen-16-32-step-b1",),
+    "packed": ("packed-8192x1", "packed-2048x4-8"),
+    **dict.fromkeys(SEQUENCES[3:], _LAYER),
+}
+"""Cases of the reference table, by measurement."""
+
+BESIDE = ("forward", "step")
+"""The measurements of the reference table in a second dtype: what peers do in it."""
 
 SCALING_TIMES = 8
 
-SEQUENCES = ("forward", "forward+backward", "memory", "scaling")
-"""Measurements of cases of sequences; "step" is of one token, "packed" of many in one row."""
-
+_ALL_BUT_IMPORT = tuple(what for what in WHAT if what != "import")
 USES = {
-    "peer": SEQUENCES[:3],
-    "repeats": ("forward", "forward+backward", "packed", "scaling"),
-    "backend": tuple(what for what in WHAT if what != "import"),
-    "dtype": tuple(what for what in WHAT if what != "import"),
-    "device": tuple(what for what in WHAT if what != "import"),
-    "threads": tuple(what for what in WHAT if what != "import"),
+    "peer": (*SEQUENCES[:3], "step"),
+    "repeats": ("forward", "forward+backward", "packed", *SEQUENCES[3:]),
+    **dict.fromkeys(("backend", "dtype", "device", "threads"), _ALL_BUT_IMPORT),
 }
 """The measurements that an option has an effect on."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Hold the plan of a run: measurements, cases, backends, peers and setting.
+class Part:
+    """Hold what is measured in one dtype: the cases of every measurement, none for some."""
 
-    Attributes:
-        what: names out of WHAT.
-        cases: sequence cases for forward, forward+backward and scaling.
-        memory_cases: sequence cases for memory.
-        step_cases: step cases.
-        packed_cases: cases of many short sequences in one row.
-    """
-
-    what: tuple[str, ...]
-    cases: tuple[Case, ...]
-    memory_cases: tuple[Case, ...]
-    step_cases: tuple[Case, ...]
-    packed_cases: tuple[Case, ...]
-    backends: tuple[str, ...]
-    peers: tuple[str, ...]
     setting: Setting
+    cases: Mapping[str, tuple[Case, ...]]
+
+    @property
+    def timed(self) -> tuple[Case, ...]:
+        """Return the cases of forward and of forward+backward, each once."""
+        both = (self.cases.get(what, ()) for what in ("forward", "forward+backward"))
+        return tuple(dict.fromkeys(case for cases in both for case in cases))
 
     def count(self) -> int:
         """Return the number of lines that `run` will log."""
-        timed = len({"forward", "forward+backward"} & set(self.what))
-        # A check comes before what is timed.
-        per_case = timed + (timed > 0) + ("scaling" in self.what)
-        total = 1 + len(self.cases) * per_case + len({"overhead", "import"} & set(self.what))
-        total += ("memory" in self.what) * len(self.memory_cases)
-        total += ("packed" in self.what) * len(self.packed_cases)
-        return total + ("step" in self.what) * len(self.step_cases)
+        # The rates, and a check for each case that is timed.
+        lines = 1 + len(self.timed)
+        return lines + sum(max(1, len(cases)) for cases in self.cases.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold the plan of a run: what is measured in each dtype, of which backends and peers."""
+
+    parts: tuple[Part, ...]
+    backends: tuple[str, ...]
+    peers: tuple[str, ...]
+
+    def count(self) -> int:
+        """Return the number of lines that `run` will log."""
+        return sum(part.count() for part in self.parts)
 
 
 def make_plan(
@@ -85,9 +94,12 @@ def make_plan(
     what: Sequence[str],
     backends: Sequence[str],
     peers: Sequence[str],
-    setting: Setting,
+    *settings: Setting,
 ) -> Plan:
-    """Turn names into a plan; without cases, it is the plan of the reference table.
+    """Turn names into a plan, with a part for each setting, which differ in their dtype.
+
+    Without cases it is the plan of the reference table, of which settings after the first have
+    BESIDE only.
 
     Raises:
         SpecError: a name is unknown.
@@ -95,17 +107,23 @@ def make_plan(
     for name in what:
         if name not in WHAT:
             raise SpecError(unknown("measurement", name, WHAT))
-    check_peers(peers, *_kinds(setting.device))
+    check_peers(peers, *_kinds(settings[0].device))
     for name in backends:
         registry.get_backend(name)
-    chosen = tuple(find_case(name) for name in dict.fromkeys(cases or REFERENCE))
-    packed, steps, timed = (
-        tuple(case for case in chosen if _kind(case) == kind) for kind in _KINDS
-    )
-    weighed = timed
-    if not cases:
-        timed, weighed = timed[:1], timed[1:]
-    return Plan(tuple(what), timed, weighed, steps, packed, tuple(backends), tuple(peers), setting)
+    chosen = tuple(find_case(name) for name in dict.fromkeys(cases))
+    parts = []
+    for i, setting in enumerate(settings):
+        taken: dict[str, tuple[Case, ...]] = {}
+        # What is measured of this library's own import has no dtype.
+        for name in what if i == 0 else (name for name in what if name != "import"):
+            if not cases and i > 0 and name not in BESIDE:
+                continue
+            of_kind = tuple(case for case in chosen if name in _KINDS[_kind(case)][0])
+            of_table = tuple(find_case(case) for case in REFERENCE.get(name, ()))
+            taken[name] = of_kind if cases else of_table
+        known = {name: found for name, found in taken.items() if found or name not in REFERENCE}
+        parts.append(Part(setting, known))
+    return Plan(tuple(parts), tuple(backends), tuple(peers))
 
 
 _KINDS = {
@@ -173,10 +191,11 @@ def every_backend(device: str) -> tuple[str, ...]:
     return tuple(name for name in registry.known_backends() if name in usable - {"naive"})
 
 
-def system(setting: Setting) -> dict[str, object]:
-    """Return the date, setting, devices, threads and versions that identify a run."""
+def system(setting: Setting, *others: Setting) -> dict[str, object]:
+    """Return the date, settings, devices, threads and versions that identify a run."""
+    dtypes = ",".join(one.dtype for one in (setting, *others))
     return describe_system(
-        device=setting.device, dtype=setting.dtype, repeats=setting.repeats, threads=threads()
+        device=setting.device, dtype=dtypes, repeats=setting.repeats, threads=threads()
     )
 
 
@@ -189,7 +208,7 @@ def run(plan: Plan, log: Log = lambda text: None) -> Result:
         RefusedError: a contender's numbers are wrong; nothing was timed on that case.
         SpecError: a backend's name is unknown.
     """
-    return _Suite(plan, Result(system(plan.setting)), log).run()
+    return _Suite(plan, Result(system(*(part.setting for part in plan.parts))), log).run()
 
 
 @dataclass
@@ -201,31 +220,26 @@ class _Suite:
     log: Log
 
     def run(self) -> Result:
-        plan, s, result = self.plan, self.plan.setting, self.result
         contenders = self._contenders()
-        self.log("the machine's own rates")
-        self.rates = measure_rates(s.torch_dtype, s.device)
-        result.rates = {
-            "gflops": self.rates.flops / 1e9,
-            "gbytes": self.rates.bytes / 1e9,
-            "gbytes_cached": self.rates.cached_bytes / 1e9,
-        }
-        for case in plan.cases:
-            self._sequences(case, contenders)
-        self._own([c.name for c in contenders if not c.is_peer])
+        for part in self.plan.parts:
+            self._stamped(part, functools.partial(self._part, part, contenders))
         # At the end: its processes give gigabytes back, and a virtual machine may take seconds to
         # get the pages that the next fresh result needs.
-        for case in plan.memory_cases if "memory" in plan.what else ():
-            self.log(f"memory, {case.name}")
-            x = make_inputs(case.sizes, s.torch_dtype, s.device).with_grad()
-            weighed = [c for c in contenders if not c.reasons(x, "backward")]
-            names = [c.name for c in weighed]
-            peer = next((c.name for c in weighed if c.is_peer), None)
-            peak = functools.partial(call, measures.measure_peak, sizes=case.sizes, s=s)
-            measures.memory_rows(case.name, names, peer, peak, result)
-        if s.has_targets:
-            result.rows = [with_target(row, TARGETS) for row in result.rows]
-        return result
+        for part in self.plan.parts:
+            self._stamped(part, functools.partial(self._memory, part, contenders))
+        if self.plan.parts[0].setting.device == "cpu":
+            self.result.rows = [with_target(row, TARGETS) for row in self.result.rows]
+        return self.result
+
+    def _stamped(self, part: Part, measure: Callable[[], None]) -> None:
+        """Measure, and note the dtype of what is new in the result."""
+        result, dtype = self.result, part.setting.dtype
+        rows, checks = len(result.rows), len(result.checks)
+        measure()
+        result.rows[rows:] = [
+            row if row.what == "import" else replace(row, dtype=dtype) for row in result.rows[rows:]
+        ]
+        result.checks[checks:] = [replace(one, dtype=dtype) for one in result.checks[checks:]]
 
     def _contenders(self) -> list[Contender]:
         """Return the contenders that can run here, peers first, and note why the rest cannot."""
@@ -235,17 +249,45 @@ class _Suite:
         self.result.skipped += [
             ("all", n, why) for n, why in contenders.items() if isinstance(why, str)
         ]
-        return [c for c in contenders.values() if not isinstance(c, str)]
+        found = [c for c in contenders.values() if not isinstance(c, str)]
+        self.result.system["peers"] = {c.name: c.version for c in found if c.is_peer}
+        return found
 
-    def _sequences(self, case: Case, contenders: list[Contender]) -> None:
+    def _part(self, part: Part, contenders: list[Contender]) -> None:
+        """Take all measurements of one dtype but those of memory."""
+        s = part.setting
+        self.log(f"the machine's own rates, {s.dtype}")
+        rates = measure_rates(s.torch_dtype, s.device)
+        self.result.rates[s.dtype] = rates.to_json()
+        for case in part.timed:
+            self._sequences(part, case, contenders, rates)
+        for case in part.cases.get("step", ()):
+            self.log(f"step, {case.name}, {s.dtype}")
+            step_rows(case, contenders, s, rates, self.result)
+        self._own(part, [c for c in contenders if not c.is_peer])
+
+    def _memory(self, part: Part, contenders: list[Contender]) -> None:
+        """Measure peak memory, each contender's in a process of its own."""
+        s = part.setting
+        for case in part.cases.get("memory", ()):
+            self.log(f"memory, {case.name}, {s.dtype}")
+            x = make_inputs(case.sizes, s.torch_dtype, s.device).with_grad()
+            weighed = [c for c in contenders if not c.reasons(x, "backward")]
+            names = [c.name for c in weighed]
+            peer = next((c.name for c in weighed if c.is_peer), None)
+            peak = functools.partial(call, measures.measure_peak, sizes=case.sizes, s=s)
+            measures.memory_rows(case.name, names, peer, peak, self.result)
+
+    def _sequences(self, part: Part, case: Case, contenders: list[Contender], rates: Rates) -> None:
         """Check the contenders on a case, then time them."""
-        wanted = [what for what in ("forward", "forward+backward") if what in self.plan.what]
-        if not wanted:
-            return
-        s, gradients = self.plan.setting, "forward+backward" in wanted
+        whats = ("forward", "forward+backward")
+        wanted = [what for what in whats if case in part.cases.get(what, ())]
+        s, gradients = part.setting, "forward+backward" in wanted
         x = make_inputs(case.sizes, s.torch_dtype, s.device)
-        self.log(f"conformance, {case.name}")
-        against = {c.name: "; ".join(c.reasons(x, "forward")) for c in contenders}
+        self.log(f"conformance, {case.name}, {s.dtype}")
+        against = {
+            c.name: "; ".join(c.reasons(x, "forward")) or first_error(c, x) for c in contenders
+        }
         contenders = [c for c in contenders if not against[c.name]]
         backward = {c.name: "; ".join(c.reasons(x.with_grad(), "backward")) for c in contenders}
         self.result.skipped += [(case.name, name, why) for name, why in against.items() if why]
@@ -258,32 +300,41 @@ class _Suite:
         if contenders:
             differentiable = {c.name for c in contenders if gradients and not backward[c.name]}
             self.result.checks += verify(contenders, case, x, gradients=differentiable)
+            self.result.checks += check_zeros(contenders, case, x)
         for what in wanted:
-            self.log(f"{what}, {case.name}")
+            self.log(f"{what}, {case.name}, {s.dtype}")
             timed = [c for c in contenders if what == "forward" or not backward[c.name]]
             if timed:
-                self.result.rows += measures.sequence_rows(what, case, x, timed, s, self.rates)
+                self.result.rows += measures.sequence_rows(what, case, x, timed, s, rates)
 
-    def _own(self, names: list[str]) -> None:
-        """Measure step, packed, scaling, overhead and import, which concern this library alone."""
-        plan, s, rows = self.plan, self.plan.setting, self.result.rows
-        for case in plan.step_cases if "step" in plan.what else ():
-            self.log(f"step, {case.name}")
-            rows += step_rows(case, names, s, self.rates)
-        for case in plan.packed_cases if "packed" in plan.what else ():
-            self.log(f"packed sequences, {case.name}")
+    def _own(self, part: Part, ours: list[Contender]) -> None:
+        """Take the measurements that concern this library alone."""
+        s, names, rows = part.setting, [c.name for c in ours], self.result.rows
+        for case in part.cases.get("packed", ()):
+            self.log(f"packed sequences, {case.name}, {s.dtype}")
             packed_rows(case, names, s, self.result)
-        for case in plan.cases if "scaling" in plan.what else ():
-            self.log(f"scaling, {case.name}")
-            for name in names:
-                row = measures.scaling_row(case, SCALING_TIMES, name, s)
-                if isinstance(row, str):
-                    self.result.skipped.append(("scaling", name, row))
-                else:
-                    rows.append(row)
-        if "overhead" in plan.what:
-            self.log("overhead per call")
+        for what, measure in (("threads", sharing.threads_row), ("load", sharing.load_row)):
+            for case in part.cases.get(what, ()):
+                self.log(f"{what}, {case.name}, {s.dtype}")
+                x = make_inputs(case.sizes, s.torch_dtype, s.device)
+                able = [c for c in ours if not c.reasons(x, "forward")]
+                self._add(what, {c.name: functools.partial(measure, case, c, x, s) for c in able})
+        for case in part.cases.get("scaling", ()):
+            self.log(f"scaling, {case.name}, {s.dtype}")
+            scaling = functools.partial(measures.scaling_row, case, SCALING_TIMES, s=s)
+            self._add("scaling", {name: functools.partial(scaling, name) for name in names})
+        if "overhead" in part.cases:
+            self.log(f"overhead per call, {s.dtype}")
             rows += [measures.overhead_row(name, s) for name in names]
-        if "import" in plan.what:
+        if "import" in part.cases:
             self.log("import")
             rows.append(measures.import_row())
+
+    def _add(self, what: str, measured: Mapping[str, Callable[[], Row | str]]) -> None:
+        """Add the rows that functions return, or the reasons why there are none."""
+        for name, measure in measured.items():
+            row = measure()
+            if isinstance(row, str):
+                self.result.skipped.append((what, name, row))
+            else:
+                self.result.rows.append(row)

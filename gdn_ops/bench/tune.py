@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gdn_ops.bench.contender import Contender, Prepared
 from gdn_ops.bench.device import Run, find_device
 from gdn_ops.bench.gpu.device import Cuda
 from gdn_ops.bench.gpu.measuring import WARMUPS
@@ -27,7 +28,6 @@ from gdn_ops.bench.inputs import (
     make_output_gradient,
     make_step_inputs,
 )
-from gdn_ops.bench.peers import Contender, Prepared
 from gdn_ops.bench.steps import check_step
 from gdn_ops.bench.turns import Timing, interleave, sample_in_turns
 from gdn_ops.bench.verify import define_step, verify

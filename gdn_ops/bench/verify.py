@@ -3,7 +3,8 @@
 Each runs once at full size, and its results are compared with the definition in float64:
 o of all heads over the first tokens; o of the last key head's value heads over all tokens;
 the gradients of these heads over the last tokens, which depend on nothing after them. The
-rest is compared with the first contender's. An error is the worst, over heads, of
+rest is compared with the first contender's. So is a short forward with a gate of exactly 0, which
+some peers cannot do: of them the error is told. An error is the worst, over heads, of
 max |x - x64| / max |x64|. It is allowed to be twice the error of the definition at working
 precision plus one rounding band; two contenders may differ by what both are allowed.
 """
@@ -18,16 +19,20 @@ import torch
 from torch import Tensor
 
 from gdn_ops import ops
+from gdn_ops.bench.contender import Contender, error_line
 from gdn_ops.bench.inputs import OPERANDS, Inputs, make_output_gradient
-from gdn_ops.bench.peers import Contender
 from gdn_ops.spec.language import Case
 
 ALL_HEADS_TOKENS = 64
 GRADIENT_TOKENS = 512
+ZERO_TOKENS = 96
+"""Tokens of a forward with a gate of exactly 0 in the middle."""
 ROUNDING_BAND = 16
 """In units of the working precision's epsilon."""
 
 GRADIENTS = tuple(f"d{name}" for name in OPERANDS)
+
+AT_ZERO = "o at alpha = 0"
 
 
 class RefusedError(RuntimeError):
@@ -43,6 +48,7 @@ class Check:
     what: str
     error: float
     allowance: float
+    dtype: str = ""
 
     @property
     def passed(self) -> bool:
@@ -51,8 +57,9 @@ class Check:
 
     def __str__(self) -> str:
         verdict = "within" if self.passed else "above"
+        kind = f" in {self.dtype}" if self.dtype else ""
         return (
-            f"{self.comparator} on {self.case}: {self.what} off by {self.error:.2g}, "
+            f"{self.comparator} on {self.case}{kind}: {self.what} off by {self.error:.2g}, "
             f"{verdict} the allowance of {self.allowance:.2g}"
         )
 
@@ -245,7 +252,65 @@ def verify(
         else:
             verdicts.append(definition.agree(c.name, results, contenders[0].name, first))
         checks.append(next((check for check in verdicts if not check.passed), verdicts[0]))
+    _refuse(checks)
+    return checks
+
+
+def _refuse(checks: Sequence[Check]) -> None:
+    """Refuse to go on where a check failed.
+
+    Raises:
+        RefusedError: one did.
+    """
     failed = "; ".join(str(check) for check in checks if not check.passed)
     if failed:
         raise RefusedError(f"no times are shown, the numbers are wrong: {failed}")
+
+
+def first_tokens(x: Inputs, count: int = ZERO_TOKENS) -> Inputs:
+    """Return the first tokens of inputs, as sequences without a state."""
+    everything = slice(None)
+    return x.select(everything, slice(0, count), everything, everything)
+
+
+def first_error(c: Contender, x: Inputs) -> str:
+    """Return the error of a peer on the first tokens of inputs, or "": each has limits of its own.
+
+    An error of ours is raised: `explain` should have told it.
+    """
+    if not c.is_peer:
+        return ""
+    try:
+        with torch.no_grad(), c.context():
+            c.output(first_tokens(x))
+    except Exception as error:
+        return error_line(error)
+    return ""
+
+
+def check_zeros(contenders: Sequence[Contender], case: Case, x: Inputs) -> list[Check]:
+    """Check o of every contender where a gate is exactly 0, its logarithm -inf, in every head.
+
+    Peers that cannot do it are told by their error, which may be NaN: their times are of other
+    gates.
+
+    Raises:
+        RefusedError: one of ours failed.
+    """
+    few = first_tokens(x)
+    log_alpha = few.log_alpha.clone()
+    log_alpha[:, log_alpha.shape[1] // 2] = -math.inf
+    few = replace(few, log_alpha=log_alpha)
+    checks = []
+    with torch.no_grad():
+        exact, working = define(few.double())[0], define(few)[0]
+        axes = head_axes(exact)
+        band = ROUNDING_BAND * torch.finfo(x.q.dtype).eps
+        allowed = 2 * relative_error(working, exact, axes) + band
+        for c in contenders:
+            with c.context():
+                error = relative_error(c.output(few), exact, axes)
+            checks.append(Check(c.name, case.name, AT_ZERO, error, allowed))
+    ours = [c.name for c in contenders if not c.is_peer]
+    _refuse([check for check in checks if check.comparator in ours])
     return checks

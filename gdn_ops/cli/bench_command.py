@@ -22,10 +22,10 @@ from gdn_ops.cli.parser import (
     names,
     names_or_none,
     one_name,
-    one_of,
     path,
     real,
     refuse_without_effect,
+    some_of,
 )
 from gdn_ops.dispatch.registry import known_backends
 from gdn_ops.environment.devices import check_device
@@ -122,7 +122,7 @@ def _add_cases(below: Any) -> None:
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="names of workloads")
     for name, kind, metavar, text in (
-        ("--backend", names, "NAMES", 'backends, with commas, or "all" (default: torch,compile)'),
+        ("--backend", names, "NAMES", 'backends, with commas, or "all" (default: cpp,torch,compile)'),
         (
             "--peer",
             names_or_none,
@@ -132,9 +132,10 @@ def _add_cases(below: Any) -> None:
         ("--what", names, "NAMES", "measurements, with commas (default: all)"),
         (
             "--dtype",
-            one_of("dtype", FLOAT_DTYPES),
-            "DTYPE",
-            "dtype of q, k and v (default: float32)",
+            some_of("dtype", FLOAT_DTYPES),
+            "NAMES",
+            "dtypes of q, k and v, with commas (default: float32, for the reference table on a CPU "
+            "also bfloat16)",
         ),
         ("--device", str, "DEVICE", "a torch device (default: cpu)"),
         ("--tune", one_name, "NAME", "time the configurations of this backend instead"),
@@ -220,12 +221,12 @@ def _add_gpu(below: Any) -> None:
     _add_results(parser)
 
 
-def _prepare(options: Options, setting: Setting | None = None, kind: str = "") -> None:
+def _prepare(options: Options, settings: Sequence[Setting] = (), kind: str = "") -> None:
     """Check what results are written to, and set the threads, before minutes are spent.
 
     Args:
         options: the parsed ones.
-        setting: of the result; None where its files are not named after one.
+        settings: of the result; none where its files are not named after any.
         kind: of the result, as in `report.files`.
     """
     from gdn_ops.bench import report
@@ -240,8 +241,9 @@ def _prepare(options: Options, setting: Setting | None = None, kind: str = "") -
             raise UsageError("--plot needs the cli extra: pip install 'gdn_ops[cli]'")
     check_folder("--out", options.out)
     check_file("--plot", options.plot)
-    if options.out is not None and setting is not None:
-        for file in report.files(options.out, setting.device, setting.dtype, kind):
+    if options.out is not None and settings:
+        dtypes = ",".join(setting.dtype for setting in settings)
+        for file in report.files(options.out, settings[0].device, dtypes, kind):
             check_file("--out", file)
     if getattr(options, "threads", None) is not None:
         torch.set_num_threads(options.threads)
@@ -278,10 +280,12 @@ def _run_cases(options: Options) -> int:
             raise UsageError(f"{name!r} is a backend, not a case: --backend {name}")
     device = "cpu" if options.device is None else options.device
     check_device(device)
-    setting = Setting(options.dtype or "float32", device, options.repeats or REPEATS)
+    is_reference = not options.cases and device == "cpu"
+    dtypes = options.dtype or (("float32", "bfloat16") if is_reference else ("float32",))
+    settings = [Setting(dtype, device, options.repeats or REPEATS) for dtype in dtypes]
     if options.tune is not None:
         refuse_without_effect(options, _TUNING, "with --tune")
-        return _tune(options, setting)
+        return _tune(options, settings)
     what = suite.WHAT if options.what in (None, ALL) else options.what
     plan = suite.make_plan(
         options.cases,
@@ -290,14 +294,14 @@ def _run_cases(options: Options) -> int:
         if options.backend == ALL
         else options.backend or suite.default_backends(),
         suite.default_peers(device) if options.peer in (None, ALL) else options.peer,
-        setting,
+        *settings,
     )
     for name, uses in suite.USES.items():
         if not set(uses) & set(what):
             refuse_without_effect(options, [name], f"on {', '.join(what)}")
     if options.what not in (None, ALL):
         suite.check_effect(options.cases, what)
-    _prepare(options, setting)
+    _prepare(options, settings)
     # A thread that refreshes it would disturb what is timed.
     with progress(plan.count() + 1, "starting", is_quiet=True) as log:
         result = suite.run(plan, log)
@@ -307,9 +311,12 @@ def _run_cases(options: Options) -> int:
     return _publish(result, options)
 
 
-def _tune(options: Options, setting: Setting) -> int:
+def _tune(options: Options, settings: Sequence[Setting]) -> int:
     from gdn_ops.bench import tune
 
+    setting, *others = settings
+    if others and options.dtype is not None:
+        raise UsageError("--dtype should be one dtype with --tune")
     _prepare(options)
     lines, measured = [], tune.tune(options.tune, options.cases, setting)
     with progress(None, f"configurations of {options.tune}", is_quiet=True) as log:
@@ -331,7 +338,7 @@ def _run_models(options: Options) -> int:
     backends = suite.every_backend("cpu") if every else options.backend or ("cpp",)
     models.check(backends)
     setting = Setting(repeats=options.repeats or REPEATS)
-    _prepare(options, setting, "models")
+    _prepare(options, [setting], "models")
     with progress(models.STAGES, "starting", is_quiet=True) as log:
         result = models.run(backends, setting, log)
     return _publish(result, options, "models")
@@ -345,7 +352,7 @@ def _run_decode(options: Options) -> int:
     if library is not None and not options.library.is_file():
         raise UsageError(f"--library: {library!r} should be an existing file")
     setting = Setting(repeats=options.repeats or REPEATS)
-    _prepare(options, setting, "decode")
+    _prepare(options, [setting], "decode")
     with progress(len(decode.SHAPES), "starting", is_quiet=True) as log:
         result = decode.run(setting, library, log)
     if not options.json:

@@ -199,6 +199,15 @@ def one_of(kind: str, known: Iterable[str]) -> Callable[[str], str]:
     return name
 
 
+def some_of(kind: str, known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return a type of argument: some of some names, with commas between."""
+
+    def several(text: str) -> tuple[str, ...]:
+        return tuple(map(one_of(kind, known), names(text, ())))
+
+    return several
+
+
 def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     """Return a type of argument: an integer within bounds."""
 

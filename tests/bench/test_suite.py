@@ -15,7 +15,7 @@ from torch import Tensor
 from gdn_ops.bench import measures, peers, report, rows, suite
 from gdn_ops.bench.inputs import Setting, find_case, make_inputs
 from gdn_ops.bench.peers import find_contender
-from gdn_ops.bench.verify import RefusedError, verify
+from gdn_ops.bench.verify import AT_ZERO, RefusedError, verify
 from gpu_stand_ins import FakeDevice, contender, stand_in
 
 TINY = find_case("tiny")
@@ -60,15 +60,20 @@ def test_a_run_becomes_json_a_plot_and_a_table(
     data = json.loads((tmp_path / "results" / "cpu-float32.json").read_text())
     assert data["schema"] == rows.SCHEMA
     assert {"date", "device", "dtype", "devices", "threads", "versions"} <= set(data["system"])
-    assert set(data["rates"]) == {"gflops", "gbytes", "gbytes_cached"}
-    assert [check["passed"] for check in data["checks"]] == [True, True]
+    rates = {"gflops", "gflops_registers", "gbytes", "gbytes_cached"}
+    assert {dtype: set(found) for dtype, found in data["rates"].items()} == {"float32": rates}
+    assert [(check["what"] == AT_ZERO, check["passed"]) for check in data["checks"]] == [
+        *[(False, True)] * 2,
+        *[(True, True)] * 2,
+    ]
+    assert data["system"]["peers"] == {"transformers": "1.0"}
     fields = {field.name for field in dataclasses.fields(rows.Row)}
     assert all(set(row) == fields for row in data["rows"])
     assert [(row["what"], row["comparator"]) for row in data["rows"]] == [
-        (what, name) for what in plan.what for name in ("transformers", "torch")
+        (what, name) for what in plan.parts[0].cases for name in ("transformers", "torch")
     ]
     lines = report.text(result).splitlines()
-    at = lines.index("forward+backward, tiny, in ms")
+    at = lines.index("forward+backward, tiny, float32, in ms")
     assert [line.split()[0] for line in lines[at + 1 :][:2]] == ["transformers", "torch"]
     assert (tmp_path / "results" / "cpu-float32.png").read_bytes()[1:4] == b"PNG"
 
@@ -93,6 +98,60 @@ def test_a_backend_that_cannot_run_the_case_is_left_out_with_its_reason(
     assert result.skipped == [("tiny", "torch", "K=32 (supported: 128)")]
 
 
+def test_without_cases_the_first_dtype_has_the_reference_table_and_others_what_peers_do() -> None:
+    settings = (Setting("float32"), Setting("bfloat16"))
+    plan = suite.make_plan([], suite.WHAT, ["torch"], (), *settings)
+    first, second = (
+        {what: tuple(case.name for case in cases) for what, cases in part.cases.items()}
+        for part in plan.parts
+    )
+    assert first == {**suite.REFERENCE, "overhead": (), "import": ()}
+    assert second == {what: suite.REFERENCE[what] for what in suite.BESIDE}
+
+
+def test_with_cases_every_dtype_has_every_measurement_but_the_import() -> None:
+    settings = (Setting("float32"), Setting("bfloat16"))
+    what = ("forward", "step", "overhead", "import")
+    plan = suite.make_plan(["tiny", "tiny-step"], what, ["torch"], (), *settings)
+    one, two = ({n: [c.name for c in cs] for n, cs in part.cases.items()} for part in plan.parts)
+    assert two == {"forward": ["tiny"], "step": ["tiny-step"], "overhead": []}
+    assert one == {**two, "import": []}
+
+
+def test_two_dtypes_stand_beside_each_other_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_peer(monkeypatch, lambda o: o)
+    settings = (Setting("float32", repeats=1), Setting("bfloat16", repeats=1))
+    plan = suite.make_plan(["tiny"], ["forward"], ["torch"], ["transformers"], *settings)
+    told: list[str] = []
+    result = suite.run(plan, told.append)
+    assert len(told) == plan.count()
+    assert [(row.dtype, row.comparator) for row in result.rows] == [
+        (dtype, name) for dtype in ("float32", "bfloat16") for name in ("transformers", "torch")
+    ]
+    assert [check.dtype for check in result.checks] == ["float32"] * 4 + ["bfloat16"] * 4
+    assert set(result.rates) == {"float32", "bfloat16"}
+    assert result.system["dtype"] == "float32,bfloat16"
+    assert report.files(Path("x"), "cpu", "float32,bfloat16")[0].name == "cpu-float32-bfloat16.json"
+    text = report.text(result)
+    for dtype in ("float32", "bfloat16"):
+        assert f"\nforward, tiny, {dtype}, in ms; floor" in text
+        assert f"conformance: torch on tiny in {dtype}: o" in text
+
+
+def test_a_second_peer_is_a_line_of_its_own_below_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_peer(monkeypatch, lambda o: o)
+    other = stand_in("onnxruntime", FakeDevice())
+    monkeypatch.setitem(peers.PEERS, "onnxruntime", peers.Peer(lambda: other, ("cpu",)))
+    result = suite.run(_tiny_plan(("forward",), ("transformers", "onnxruntime")))
+    lines = report.text(result).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("forward, tiny"))
+    words = [line.split() for line in lines[at + 1 :][:4]]
+    assert [line[0] for line in words[:3]] == ["transformers", "onnxruntime", "torch"]
+    assert words[3][-1] == "onnxruntime" and words[3][0].endswith("x") and len(words[3]) == 3
+    (panel,) = report.panels(result)
+    assert [bar.name for bar in panel.bars] == ["transformers", "onnxruntime", "torch"]
+
+
 def test_transformers_computes_the_same_function() -> None:
     pytest.importorskip("transformers")
     x = make_inputs(TINY.sizes, torch.float32)
@@ -111,6 +170,7 @@ def test_float64_is_judged_by_the_definition_and_not_by_a_peer_in_float32() -> N
     result = suite.run(plan)
     assert {row.comparator for row in result.rows} == {"torch"}
     assert all(check.passed for check in result.checks)
+    assert result.rows[0].dtype == "float64"
     reasons = {name: reason for case, name, reason in result.skipped if case == "tiny"}
     assert "does not compute in float64, only in float32" in reasons["transformers"]
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from gdn_ops.bench.child import Emit
+from gdn_ops.bench.contender import Contender
 from gdn_ops.bench.device import Run
 from gdn_ops.bench.gpu.device import Cuda
 from gdn_ops.bench.gpu.errors import exact_backward, exact_forward, exact_step, worst_error
 from gdn_ops.bench.gpu.result import Outcome, roofline_seconds
 from gdn_ops.bench.gpu.rows import GpuRow
 from gdn_ops.bench.inputs import make_cotangents
-from gdn_ops.bench.peers import Contender
 from gdn_ops.bench.turns import sample_in_turns, time_calls
 from gdn_ops.bench.verify import Part
 

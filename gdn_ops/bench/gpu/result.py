@@ -8,7 +8,10 @@ from typing import Any
 
 from gdn_ops.bench.gpu.device import find_peaks
 from gdn_ops.bench.gpu.rows import PUBLISHED_ON, Goal, GpuRow
-from gdn_ops.bench.rows import SCHEMA, write_json
+from gdn_ops.bench.rows import write_json
+
+SCHEMA = 1
+"""Version of the JSON layout; raised when a field changes its meaning."""
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import torch
 
 import gdn_ops
 from gdn_ops.bench import turns
+from gdn_ops.bench.contender import Contender
 from gdn_ops.bench.gpu import conformance, measuring
 from gdn_ops.bench.gpu.measuring import BrokenDeviceError, measure_row
 from gdn_ops.bench.gpu.result import Outcome, reached, roofline_seconds
 from gdn_ops.bench.gpu.rows import ROWS, GpuRow
 from gdn_ops.bench.inputs import Inputs
-from gdn_ops.bench.peers import Contender
 from gpu_stand_ins import BACKWARD, BACKWARD_PACKED, FORWARD, STEP, FakeDevice, stand_in
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 import gdn_ops
 from gdn_ops.bench import peers
+from gdn_ops.bench.contender import Contender
 from gdn_ops.bench.gpu import errors
 from gdn_ops.bench.gpu.device import find_peaks
 from gdn_ops.bench.gpu.errors import exact_backward, exact_forward, exact_step, worst_error
 from gdn_ops.bench.gpu.result import roofline_seconds
 from gdn_ops.bench.gpu.rows import ROWS, GpuRow, find_row
 from gdn_ops.bench.inputs import Inputs, make_cotangents
-from gdn_ops.bench.peers import Contender, find_contender, peers_on
+from gdn_ops.bench.peers import find_contender, peers_on
 from gdn_ops.bench.verify import Part
 from gpu_stand_ins import BACKWARD, FORWARD, NARROW_STEP, STEP, TINY, contender, install_peers
 
