@@ -122,7 +122,12 @@ def _add_cases(below: Any) -> None:
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="names of workloads")
     for name, kind, metavar, text in (
-        ("--backend", names, "NAMES", 'backends, with commas, or "all" (default: cpp,torch,compile)'),
+        (
+            "--backend",
+            names,
+            "NAMES",
+            'backends, with commas, or "all" (default: cpp,torch,compile)',
+        ),
         (
             "--peer",
             names_or_none,

@@ -1,14 +1,13 @@
-"""All strongest peers are asked for the same, and the figures show what was measured."""
+"""The figures show what was measured, and texts quote it."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
-import torch
 
 from paths import ROOT
 
@@ -22,39 +21,11 @@ def script(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture
-def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return the script with a narrow layer."""
-    module = script("peers")
-    for name, size in {"H": 2, "HV": 4, "K": 16, "V": 16}.items():
-        monkeypatch.setattr(module, name, size)
-    monkeypatch.setattr(module, "CASES", {"a few": 40, "one token": 1})
-    return module
-
-
-@pytest.mark.parametrize("case", ["a few", "one token"])
-@pytest.mark.parametrize("name", ["transformers", "onnxruntime", "gdn_ops torch"])
-def test_a_peer_computes_the_definition_and_is_timed(
-    peers: ModuleType, name: str, case: str, one_thread: None
-) -> None:
-    pytest.importorskip(name.split()[0])
-    with torch.no_grad():
-        (row,) = peers.measure(case, 0.0, [name])
-    assert row["error"] < 1e-5, row
-    assert row["rounds"] == 4
-    assert 0 < row["best"] <= row["median"]
-
-
-def test_a_peer_that_is_wrong_is_left_out(
-    peers: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = peers.CONTENDERS["gdn_ops torch"][1]
-    wrong = torch.float32, lambda x, T: right({**x, "v": 2 * x["v"]}, T)
-    monkeypatch.setitem(peers.CONTENDERS, "wrong", wrong)
-    with torch.no_grad():
-        rows = peers.measure("a few", 0.0, ["wrong", "gdn_ops torch"])
-    assert rows[0]["left_out"] == "wrong" and "median" not in rows[0]
-    assert "median" in rows[1]
+def table() -> list[dict[str, Any]]:
+    """Return the rows of the reference table."""
+    path = ROOT / "benchmarks" / "results" / "cpu-float32-bfloat16.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def test_the_picture_shows_every_bar_with_its_number() -> None:
@@ -62,35 +33,43 @@ def test_the_picture_shows_every_bar_with_its_number() -> None:
     figures = script("figures")
     data = figures.panels()
     shown = [text.get_text().strip() for axis in figures.draw(data).axes for text in axis.texts]
-    assert sorted(shown) == sorted(f"{x:.3g}" for times in data.values() for x in times.values())
-    assert any(not name.startswith("gdn_ops") for times in data.values() for name in times)
+    numbers = [
+        figures.label(x, figures.MOST * min(times.values()))
+        for times in data.values()
+        for x in times.values()
+    ]
+    assert sorted(shown) == sorted(numbers)
+    for title in figures.CASES.values():
+        assert {"gdn_ops cpp", "gdn_ops cpp (bfloat16)", "onnxruntime"} <= set(data[title])
+
+
+def test_a_bar_that_would_hide_the_others_is_cut_and_its_number_says_so() -> None:
+    pytest.importorskip("matplotlib")
+    figures = script("figures")
+    drawn = figures.draw({"case": {"gdn_ops cpp": 2.0, "peer": 1234.5}})
+    assert [bar.get_width() for bar in drawn.axes[0].patches] == [2.0 * figures.MOST, 2.0]
+    assert [text.get_text() for text in drawn.axes[0].texts] == [" 1234, cut", " 2"]
 
 
 def test_readme_quotes_what_was_measured() -> None:
-    results = ROOT / "benchmarks" / "results"
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = json.loads(Path(results / "cpu-float32.json").read_text(encoding="utf-8"))["rows"]
-    quoted = 0
-    for row in rows:
-        if row["what"] in ("forward", "forward+backward") and row["unit"] == "ms":
-            assert f"{row['median']:.0f} ms" in text, row
-            quoted += 1
-    assert quoted >= 6
-    rows = json.loads(Path(results / "decode-cpu-float32.json").read_text(encoding="utf-8"))["rows"]
-    for row in rows:
+    quoted: list[str] = []
+    for row in table():
+        layer = (row["what"], row["case"])
+        who = (row["comparator"], row["dtype"])
+        if layer[1] == "qwen-16-32-2048" and row["unit"] == "ms":
+            named = who[1] == "float32" or who[0] in ("cpp", "vllm-cpu")
+            quoted += [f"{row['median']:.0f} ms"] * (named and who[0] != "executorch")
+        elif layer[0] == "step" and who in (("cpp", "bfloat16"), ("vllm-cpu", "bfloat16")):
+            quoted.append(f"{row['median']:.0f} µs")
+        elif layer[0] in ("threads", "load") and who[0] in ("cpp", "torch"):
+            quoted.append(f"{row['median']:.1f} times")
+        elif layer[0] == "memory":
+            quoted.append(f"{row['median']:.0f} MiB")
+    assert len(set(quoted)) >= 15
+    assert [number for number in quoted if number not in text] == []
+    path = ROOT / "benchmarks" / "results" / "decode-cpu-float32.json"
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         named = row["comparator"] in ("ort in place, bare", "torch in place")
         if named and row["case"].startswith("2 MiB"):
             assert f"{row['median']:.0f} µs" in text, row
-    rows = json.loads(Path(results / "peers-cpu.json").read_text(encoding="utf-8"))["rows"]
-    quoted_peers = (
-        *("onnxruntime", "vllm-cpu (bfloat16)"),
-        *("gdn_ops cpp", "gdn_ops cpp (bfloat16)"),
-    )
-    medians = [
-        row["median"]
-        for row in rows
-        if row["case"] == "forward, T=2048" and row["who"] in quoted_peers
-    ]
-    assert len(medians) == len(quoted_peers)
-    for median in medians:
-        assert f"{median:.0f} ms" in text, median
