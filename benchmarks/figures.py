@@ -1,8 +1,8 @@
 """Draw docs/img/speed.png from the results in results/: `python benchmarks/figures.py`.
 
-What is drawn is the median of each contender in the reference table of `gdn-ops bench`. The shortest
-bar is the fastest; peers are named, whoever wins. A bar far longer than all others is cut, and its
-number says so.
+What is drawn is the median of each contender in the reference table of `gdn-ops bench`. The
+shortest bar is the fastest; peers are named, whoever wins. A bar far longer than all others is
+cut, and its number says so.
 """
 
 from __future__ import annotations
