@@ -9,6 +9,7 @@
 #   make versions CELL='triton-3.6 transformers-*'     some of them
 #   make pages                the pages of docs/ that are made from the code
 #   make cpp                  the C++ kernels, which installing gdn_ops builds where it can
+#   make sanitize             the C++ kernels under the address and undefined-behaviour sanitizers (GCC)
 #   make native               the custom-op library for onnxruntime (ORT_INCLUDE=<its headers>)
 #
 # torch is installed first and once, if none is there. Which build is up to you:
@@ -27,6 +28,7 @@ WORKERS ?= 2
 COVERAGE ?= --cov --cov-report=term
 BENCH ?=
 ORT_INCLUDE ?=
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 # Cells of `make versions`, names or patterns; how many run at once, by cores and memory without;
 # RECORD=1 puts the result of a few cells into docs/versions.md.
 CELL ?=
@@ -41,7 +43,7 @@ INSTALL := $(BIN)/python -m pip install --quiet
 KERNELS := setup.py backends/cpp/build.py $(wildcard backends/cpp/src/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv lock test check static pytest versions demo fuzz bench docs pages cpp native wheel clean distclean
+.PHONY: venv lock test check static pytest versions demo fuzz bench docs pages cpp sanitize native wheel clean distclean
 
 venv: $(STAMP)
 
@@ -92,6 +94,15 @@ bench: $(STAMP)
 
 cpp: $(STAMP)
 	$(BIN)/gdn-ops build
+
+# The tests of the kernels and drawn calls, for SECONDS; the library is built anew behind them.
+sanitize: $(STAMP)
+	CXXFLAGS="$(SANITIZE)" $(BIN)/gdn-ops build
+	export LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 GDN_OPS_CACHE=$$(mktemp -d); \
+	$(BIN)/python -m pytest -n 0 tests/backends/cpp/test_backend.py && \
+		$(BIN)/gdn-ops check --backend cpp --seconds $(SECONDS); \
+	status=$$?; unset LD_PRELOAD; $(BIN)/gdn-ops build && exit $$status
 
 # Needs a C++ compiler and onnxruntime's headers, and nothing of Python.
 native:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 from pathlib import Path
 
@@ -52,6 +53,23 @@ def test_the_kernels_are_built_with_every_level_of_this_machine(tmp_path: Path) 
 def _is_by_amd() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+
+
+@pytest.mark.parametrize("name", ["g++", "clang++"])
+def test_no_compiler_warns_of_the_kernels(name: str, tmp_path: Path) -> None:
+    if shutil.which(name) is None:
+        pytest.skip(f"no {name}")
+    said = tmp_path / "said"
+    cxx = script(tmp_path / "cxx", f'{name} "$@" 2>>{said}\n')
+    built = build.build(tmp_path / "out", environment={**os.environ, "CXX": cxx})
+    assert built.left_out == {}
+    # GCC 12 warns of its own headers.
+    warnings = [
+        line
+        for line in said.read_text().splitlines()
+        if "warning:" in line and str(build.SOURCES) in line
+    ]
+    assert warnings == []
 
 
 def test_a_level_is_compiled_with_its_own_numbers(sources: Path, tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""The kernels compute the definition on another machine, emulated, and touch no other memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import cpp_driver
+import gdn_ops
+from cpp_driver import Driver, compile_driver
+from cpp_libraries import levels_here, needs_compiler
+from gdn_ops.backends.cpp import backend
+from gdn_ops.backends.cpp.build import BuildError
+from gdn_ops.testing import Example, conformance
+from gdn_ops.testing.oracle import judge
+from gdn_ops.testing.runs import installed
+
+pytestmark = needs_compiler
+
+RULES = ("gated_delta", "delta", "gated", "linear")
+DTYPES = ("float32", "bfloat16", "float16")
+ARM = "aarch64-linux-gnu-g++"
+EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
+SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1"
+
+SHAPES = (
+    Example(B=2, T=37, H=2, R=2, K=20, V=36, initial_state=True),
+    Example(T=135, R=3, K=16, V=16, gate="extreme", beta="wide", log_gate=True),
+    Example(T=33, K=7, V=5, gate="zero", qk_l2norm=True),
+    Example(T=74, H=2, K=32, V=33, lengths=(0, 5, 64, 0, 5), strided=True),
+)
+"""Whole and cut chunks and panels, runs of chunks, zeros, empty sequences, memory with gaps."""
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict[str, tuple[str, ...] | str]:
+    """The commands that were compiled for this module, or why there is none."""
+    return {}
+
+
+def command_for_arm(folder: Path) -> tuple[str, ...]:
+    emulator = next(filter(None, map(shutil.which, EMULATORS)), None)
+    if shutil.which(ARM) is None or emulator is None:
+        raise BuildError(f"no {ARM} or no {EMULATORS[0]}: install g++-{ARM[:-4]} and qemu-user")
+    environment = {**os.environ, "CXX": ARM, "CXXFLAGS": "-Werror"}
+    # The emulator finds no libraries of the other machine by itself.
+    return emulator, str(compile_driver(folder, environment, ("-static",)))
+
+
+def command_with_sanitizers(folder: Path) -> tuple[str, ...]:
+    return (str(compile_driver(folder, {**os.environ, "CXXFLAGS": SANITIZED})),)
+
+
+COMMANDS = {"arm": command_for_arm, "sanitized": command_with_sanitizers}
+"""The kernels for ARM64 under an emulator; those for this machine under two sanitizers."""
+
+
+@pytest.fixture
+def commands(
+    programs: dict[str, tuple[str, ...] | str], tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, tuple[str, ...]]:
+    """Commands by name, each compiled when it is first asked for."""
+
+    class Commands(dict[str, tuple[str, ...]]):
+        def __missing__(self, name: str) -> tuple[str, ...]:
+            if name not in programs:
+                try:
+                    programs[name] = COMMANDS[name](tmp_path_factory.mktemp(name))
+                except BuildError as error:
+                    programs[name] = str(error)
+            found = programs[name]
+            if isinstance(found, str):
+                pytest.skip(found)
+            return found
+
+    return Commands()
+
+
+def use(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """Let the backend run on a driver."""
+    monkeypatch.setattr(backend, "library", lambda: driver)
+    monkeypatch.setattr(backend, "missing", lambda: None)
+    return driver
+
+
+LEVELS = [("arm", "baseline"), *(("sanitized", level) for level in levels_here())]
+
+
+@pytest.mark.parametrize(("name", "level"), LEVELS)
+def test_the_kernels_compute_the_definition_elsewhere(
+    name: str,
+    level: str,
+    commands: Mapping[str, tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = use(Driver(commands[name], level), monkeypatch)
+    if not driver.has_level():
+        pytest.skip(f"this processor has no level {level}")
+    for dtype in DTYPES:
+        for rule in RULES:
+            for example in SHAPES:
+                drawn = replace(example, rule=rule, dtype=dtype)
+                verdict = judge(drawn, "cpp")
+                assert verdict.passed, (drawn, verdict)
+    assert driver.calls >= 2 * len(DTYPES) * len(RULES) * len(SHAPES)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_whole_kit_passes_elsewhere(
+    name: str, commands: Mapping[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = use(Driver(commands[name]), monkeypatch)
+    for subject in conformance.subjects(installed("cpp")):
+        row = conformance.run_subject("cpp", subject, examples=5, seed=0, shrink=False)
+        assert row.passed and row.examples, row
+    assert driver.calls > 100
+
+
+def test_a_sanitizer_ends_the_program_that_reads_beside_an_array(
+    commands: Mapping[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(Driver(commands["sanitized"]), monkeypatch)
+    whole = cpp_driver._Packed.add
+
+    def cut(packed: cpp_driver._Packed, field: int, size: int) -> None:
+        # The last element of v.
+        whole(packed, field, size - 4 * (field == 10))
+
+    q, k, v = torch.randn(3, 1, 5, 2, 8)
+    gates = torch.rand(2, 1, 5, 2)
+    gdn_ops.gated_delta(q, k, v, *gates, backend="cpp")
+    monkeypatch.setattr(cpp_driver._Packed, "add", cut)
+    with pytest.raises(AssertionError, match="heap-buffer-overflow"):
+        gdn_ops.gated_delta(q, k, v, *gates, backend="cpp")
