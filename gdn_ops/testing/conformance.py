@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import hypothesis
@@ -252,12 +252,27 @@ def run_subject(
     return row
 
 
+def _chosen(backend: str, only: str, dtypes: Sequence[str] | None) -> tuple[Subject, ...]:
+    """Return the subjects with a text in their names, narrowed to dtypes if they are given."""
+    chosen = tuple(subject for subject in subjects(installed(backend)) if only in subject.name)
+    if not chosen:
+        raise ValueError(f"no subject of backend {backend!r} has {only!r} in its name")
+    if dtypes is None:
+        return chosen
+    # An option of a subject's own comes last.
+    narrowed = (("dtypes", tuple(dtypes)),)
+    return tuple(replace(subject, options=(*narrowed, *subject.options)) for subject in chosen)
+
+
 def check(
     backend: str,
     seconds: float,
     on_progress: Callable[[float, str], None] | None = None,
     seed: int | None = None,
     device: str = "cpu",
+    *,
+    only: str = "",
+    dtypes: Sequence[str] | None = None,
 ) -> CheckReport:
     """Check a backend for a given time: every subject at least once, then round and round.
 
@@ -267,11 +282,14 @@ def check(
         on_progress: called with the fraction done and the subject under test.
         seed: of the first round; random if None.
         device: torch device of every tensor.
+        only: what the names of the subjects have in them that are judged; all have "".
+        dtypes: dtypes of q, k and v to draw from; those of the limits by default.
 
     Raises:
         SpecError: no backend has that name, or it is not installed.
+        ValueError: no subject has a name with `only` in it.
     """
-    everything, tell = subjects(installed(backend)), on_progress or (lambda share, text: None)
+    everything, tell = _chosen(backend, only, dtypes), on_progress or (lambda share, text: None)
     first = int(torch.seed() % 2**31) if seed is None else seed
     start, turn = time.perf_counter(), 0
     rows = {subject.name: CheckRow(subject.name) for subject in everything}

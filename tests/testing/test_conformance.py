@@ -10,7 +10,7 @@ import torch
 
 from gdn_ops.backends import compile as compile_backend
 from gdn_ops.dispatch.registry import Backend, get_backend, known_backends
-from gdn_ops.testing import Example
+from gdn_ops.testing import Example, conformance
 from gdn_ops.testing.conformance import Subject, check, run_subject, subjects
 from gdn_ops.testing.example import run
 from gdn_ops.testing.laws import orthogonal_keys_need_no_correction
@@ -85,6 +85,28 @@ def test_check_reports_every_subject_and_reproduces_with_a_seed() -> None:
     assert seen[-1] == (1.0, "done")
     again = check("naive", 0.0, seed=3)
     assert [row.worst for row in again.rows] == [row.worst for row in report.rows]
+
+
+def test_check_judges_the_subjects_and_dtypes_that_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Example] = []
+    right = conformance.forward_and_gradients
+
+    def judged(backend: str, example: Example) -> Verdict:
+        drawn.append(example)
+        return right(backend, example)
+
+    monkeypatch.setattr(conformance, "forward_and_gradients", judged)
+    report = check("torch", 0.1, seed=0, only="equal the definition", dtypes=["float16"])
+    assert [row.subject for row in report.rows] == [
+        "outputs, states and gradients equal the definition",
+        "packed sequences equal the definition",
+    ]
+    assert report.passed and {example.dtype for example in drawn} == {"float16"}
+    with pytest.raises(ValueError) as raised:
+        check("torch", 0.1, only="nonsense")
+    assert str(raised.value) == "no subject of backend 'torch' has 'nonsense' in its name"
 
 
 def test_a_failure_found_at_the_deadline_is_repeatable() -> None:
