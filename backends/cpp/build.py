@@ -6,13 +6,14 @@ standard library only and imports nothing of gdn_ops: setup.py runs it before to
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -147,8 +148,8 @@ def build(
             raise BuildError(f"{sources / name} is not there: install gdn_ops again")
     compiler, machine = find_compiler(environment)
     _check_writable(folder)
-    with tempfile.TemporaryDirectory(prefix="gdn_ops-") as scratch:
-        work = _Work(compiler, Path(scratch), sources, environment)
+    with _scratch() as scratch:
+        work = _Work(compiler, scratch, sources, environment)
         levels = LEVELS.get(machine, OTHER)
         left_out = work.probe(levels)
         kept = [level for level in levels if level.name not in left_out]
@@ -226,6 +227,20 @@ def _replace(library: Path, target: Path) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise BuildError(f"{target} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """Make a temporary folder, which goes with what is in it.
+
+    Raises:
+        BuildError: it cannot be made or written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="gdn_ops-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise BuildError(f"the temporary folder cannot be written: {error.strerror}") from error
 
 
 class _Work:

@@ -165,7 +165,8 @@ def _candidates() -> Iterator[Path]:
     """Yield the libraries that there are: the installed one, then the user's."""
     for folder in (PACKAGE, user_folder()):
         path = folder / build.NAME
-        if path.is_file():
+        # Where a folder may not be read there is no library.
+        if os.path.isfile(path):
             yield path
 
 
@@ -203,10 +204,13 @@ def choose_level(loaded: ctypes.CDLL, name: str) -> None:
     """Take a level of a library by its name, or the fastest on this processor for "".
 
     Raises:
-        LibraryError: there is no such level, or not on this processor.
+        LibraryError: there is no such level, or not on this processor, or none for it at all.
     """
     if loaded.gdn_choose_level(name.encode()):
         return
+    if not name:
+        text = "was built for processors that can do more than this one"
+        raise LibraryError(f"{loaded._name} {text}: {CURE}")
     known = [level.name for level in build.LEVELS.get(_machine(), build.OTHER)]
     if name not in known:
         raise LibraryError(f"{LEVEL}: {unknown('level', name, known)}")

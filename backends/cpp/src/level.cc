@@ -89,20 +89,37 @@ void run_decode_task(const GdnSteps& c, const GdnPlan& plan, int64_t index, floa
   for (int64_t i = index * plan.splits; i < last; ++i) run_decode(c, i / c.HV, i % c.HV, memory);
 }
 
+// What the compiler was allowed to use the processor has to have, more flags of the build included.
 int is_there() {
-#if GDN_FEATURES == 2
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#elif GDN_FEATURES == 4
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("fma");
-#elif GDN_FEATURES == 3
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-  return 1;
+  int found = 1;
+#if defined(__AVX__)
+  found &= !!__builtin_cpu_supports("avx");
 #endif
+#if defined(__AVX2__)
+  found &= !!__builtin_cpu_supports("avx2");
+#endif
+#if defined(__FMA__)
+  found &= !!__builtin_cpu_supports("fma");
+#endif
+#if defined(__BMI2__)
+  found &= !!__builtin_cpu_supports("bmi2");
+#endif
+#if defined(__AVX512F__)
+  found &= !!__builtin_cpu_supports("avx512f");
+#endif
+#if defined(__AVX512BW__)
+  found &= !!__builtin_cpu_supports("avx512bw");
+#endif
+#if defined(__AVX512DQ__)
+  found &= !!__builtin_cpu_supports("avx512dq");
+#endif
+#if defined(__AVX512VL__)
+  found &= !!__builtin_cpu_supports("avx512vl");
+#endif
+#if defined(__AVX512BF16__)
+  found &= !!__builtin_cpu_supports("avx512bf16");
+#endif
+  return found;
 }
 
 // A VDPBF16PS does the work of two FMA. On AMD's processors it takes as long as one, on Intel's as

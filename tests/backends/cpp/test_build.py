@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,15 @@ def test_a_folder_that_cannot_be_written_is_named(sources: Path, tmp_path: Path)
         build.build(folder, sources)
     assert not build.is_writable(folder)
     assert build.is_writable(tmp_path / "new")
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_told(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    text = "^the temporary folder cannot be written: No such file or directory$"
+    with pytest.raises(BuildError, match=text):
+        build.build(tmp_path / "out", sources)
 
 
 def test_a_package_without_its_sources_says_so(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Mapping
@@ -57,8 +58,22 @@ def command_with_sanitizers(folder: Path) -> tuple[str, ...]:
     return (str(compile_driver(folder, {**os.environ, "CXXFLAGS": SANITIZED})),)
 
 
-COMMANDS = {"arm": command_for_arm, "sanitized": command_with_sanitizers}
+def command_of_x86(folder: Path, flags: str = "-O1") -> tuple[str, ...]:
+    emulator = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
+    if emulator is None or "avx2" not in levels_here():
+        raise BuildError("no qemu-x86_64, or no levels of x86-64: install qemu-user")
+    return emulator, "-cpu", str(compile_driver(folder, {**os.environ, "CXXFLAGS": flags}))
+
+
+ELSEWHERE = {"arm": command_for_arm, "sanitized": command_with_sanitizers}
 """The kernels for ARM64 under an emulator; those for this machine under two sanitizers."""
+
+COMMANDS = {
+    **ELSEWHERE,
+    "x86": command_of_x86,
+    "more": functools.partial(command_of_x86, flags="-O1 -mavx2 -mfma"),
+}
+"""Beside these, for a processor that is emulated: the usual build, and one that asks for more."""
 
 
 @pytest.fixture
@@ -111,7 +126,7 @@ def test_the_kernels_compute_the_definition_elsewhere(
     assert driver.calls >= 2 * len(DTYPES) * len(RULES) * len(SHAPES)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ELSEWHERE)
 def test_the_whole_kit_passes_elsewhere(
     name: str, commands: Mapping[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +135,31 @@ def test_the_whole_kit_passes_elsewhere(
         row = conformance.run_subject("cpp", subject, examples=5, seed=0, shrink=False)
         assert row.passed and row.examples, row
     assert driver.calls > 100
+
+
+def on(processor: str, command: tuple[str, ...], level: str = "") -> Driver:
+    """Return a driver on an emulated processor."""
+    *emulator, program = command
+    return Driver((*emulator, processor, program), level)
+
+
+def test_a_processor_below_avx2_runs_the_baseline(
+    commands: Mapping[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {level: on("Nehalem", commands["x86"], level).has_level() for level in levels_here()}
+    assert [level for level, is_there in old.items() if is_there] == ["baseline"]
+    # A level that it lacks would end it by an illegal instruction.
+    driver = use(on("Nehalem", commands["x86"]), monkeypatch)
+    for dtype in DTYPES:
+        verdict = judge(replace(SHAPES[0], dtype=dtype), "cpp")
+        assert verdict.passed, (dtype, verdict)
+    assert driver.calls >= 2 * len(DTYPES)
+
+
+def test_a_library_that_asks_for_more_has_no_level_on_a_processor_with_less(
+    commands: Mapping[str, tuple[str, ...]],
+) -> None:
+    assert not on("Nehalem", commands["more"]).has_level()
 
 
 def test_a_sanitizer_ends_the_program_that_reads_beside_an_array(

@@ -167,6 +167,25 @@ def test_a_library_of_another_user_is_refused(
     assert reason() == f"{path} belongs to another user: run gdn-ops build"
 
 
+def test_a_folder_that_cannot_even_be_asked_is_no_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GDN_OPS_CACHE", "/" + "x" * 300)
+    assert reason() == NOT_BUILT
+
+
+def test_a_library_for_better_processors_is_refused(
+    tmp_path: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doors = LIBRARY.replace("!one->is_there()", "true")
+    sources = write_sources(tmp_path / "better", doors=doors)
+    path = build.build(package, sources).path
+    monkeypatch.setattr(library, "_own_hash", lambda: build.source_hash(sources))
+    assert reason() == (
+        f"{path} was built for processors that can do more than this one: run gdn-ops build"
+    )
+
+
 # Levels.
 
 
