@@ -17,9 +17,9 @@ GdnPlan plan_forward(const GdnSequences& c) {
   while (splits < panels && heads * splits < 4 * threads && heads * splits % threads) ++splits;
   const int64_t each = round_up(panels, splits) / splits;
 #if GDN_FEATURES == 4
-  return {heads * splits, splits, forward_bf16_floats(c, each), 1, 0, nullptr};
+  return {heads * splits, splits, forward_bf16_floats(c, each)};
 #else
-  return {heads * splits, splits, forward_floats(c, each), 1, 0, nullptr};
+  return {heads * splits, splits, forward_floats(c, each)};
 #endif
 }
 
@@ -81,7 +81,7 @@ void finish_backward(const GdnSequences& c, const GdnGradients& to, const GdnPla
 // Over rows and value heads; a task is worth a microsecond or more.
 GdnPlan plan_decode(const GdnSteps& c) {
   const int64_t heads = c.B * c.HV, each = 1 + 4096 / (c.K * c.V * c.T);
-  return {(heads + each - 1) / each, each, decode_floats(c), 1, 0, nullptr};
+  return {(heads + each - 1) / each, each, decode_floats(c)};
 }
 
 void run_decode_task(const GdnSteps& c, const GdnPlan& plan, int64_t index, float* memory) {

@@ -8,8 +8,8 @@ struct GdnPlan {
   int64_t tasks, splits, floats;
   // Of a backward whose key heads are several tasks: by value heads, times by columns of V. Each
   // leaves its part of the sums in `sums`, and who is last to finish a key head adds them up.
-  int64_t values, sum_floats;
-  float* sums;
+  int64_t values = 1, sum_floats = 0;
+  float* sums = nullptr;
 };
 
 struct GdnLevel {
