@@ -8,45 +8,74 @@ comes back is written to where it belongs. So every test that runs the backend c
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
+import re
+import shlex
 import struct
 import subprocess
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gdn_ops.backends.cpp import build, calls
+from gdn_ops.backends.cpp.build import BuildError
 
 SOURCE = Path(__file__).parent / "backends" / "cpp" / "driver.cc"
 
 FORWARD, BACKWARD, DECODE = range(3)
-"""Kinds of calls, as in `driver.cc`."""
+"""Doors, as in `driver.cc`."""
 
-_BYTES = {0: 4, 1: 2, 2: 2}
+_BYTES = {0: 4, 1: 2, 2: 2, 3: 8}
 """Bytes of an element, by the numbers of `GdnType`."""
+
+_ARRAY = ("data", "row", "token", "head", "type")
+"""Fields of `GdnArray`."""
+
+_REFUSED = 2
+"""What `gdn_decode_repeated` returns where a call has to go by `gdn_decode`."""
+
+Region = tuple[int, int]
+"""An address and a number of bytes."""
 
 
 def compile_driver(
     folder: Path, environment: Mapping[str, str] = os.environ, link: Sequence[str] = ()
 ) -> Path:
-    """Compile the kernels and the driver into a program; the objects lie in the folder too.
+    """Compile the kernels and the driver into a program.
 
     Args:
-        folder: made if it is missing.
+        folder: where it lies, with its objects.
         environment: CXX is the compiler, CXXFLAGS are more arguments for it.
         link: more arguments where the program is linked.
 
     Raises:
         BuildError: there is no compiler, or it fails.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     compiler, machine = build.find_compiler(environment)
-    work = build._Work(compiler, folder, build.SOURCES, environment)
+    more = (*build.FLAGS, *shlex.split(environment.get("CXXFLAGS", "")), f"-I{build.SOURCES}")
+
+    def run(*arguments: object) -> str:
+        done = build._run([*compiler, *more, *map(str, arguments)], environment)
+        return done.stderr if done.returncode else ""
+
+    def compile_level(level: build.Level) -> str:
+        to = folder / f"{level.name}.o"
+        if not run(*level.arguments(), "-c", build.SOURCES / "level.cc", "-o", to):
+            return ""
+        # A compiler that does not know a level leaves it out.
+        absent = folder / f"{level.name}.cc"
+        absent.write_text(build._absent(level.name))
+        return run("-c", absent, "-o", to)
+
     levels = build.LEVELS.get(machine, build.OTHER)
-    left_out = work.probe(levels)
-    work.compile([level for level in levels if level.name not in left_out], left_out)
-    program = folder / "driver"
-    objects = [path for path in sorted(folder.glob("*.o")) if path.name != "probe.o"]
-    work._finish(*build.FLAGS, *work.more, *link, SOURCE, *objects, "-o", program)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        failed = "".join(pool.map(compile_level, levels))
+    program, objects = folder / "driver", [folder / f"{level.name}.o" for level in levels]
+    doors = build.SOURCES / "library.cc"
+    failed = failed or run(*link, SOURCE, doors, *objects, "-o", program)
+    if failed:
+        raise BuildError(failed)
     return program
 
 
@@ -56,49 +85,49 @@ class Driver:
     Args:
         command: what runs the program, and the program.
         level: the level that it runs.
-        environment: of the program.
     """
 
-    def __init__(
-        self, command: Sequence[str], level: str = "", environment: Mapping[str, str] = os.environ
-    ) -> None:
-        self.command, self.environment = (*command, level), dict(environment)
+    def __init__(self, command: Sequence[str], level: str = "") -> None:
+        self.command = (*command, level)
         self.calls = 0
+        # A function, not a method: the types of its arguments are set.
+        self.gdn_decode_repeated = lambda *arguments: _REFUSED
 
     def has_level(self) -> bool:
         """Return whether the processor that the program runs on has the level."""
-        head = struct.pack("=2q", DECODE, 0)
-        done = subprocess.run(
-            self.command, input=head, capture_output=True, env=self.environment, text=False
-        )
+        done = subprocess.run(self.command, input=b"", capture_output=True)
         return b"there is no such level" not in done.stderr
 
     def gdn_forward(self, call: bytes) -> int:
-        packed = _Packed(call, calls._SEQUENCES)
-        _describe_sequences(packed)
-        return self._run(FORWARD, packed)
+        sequences = _Packed("GdnSequences", call)
+        _describe_sequences(sequences)
+        return self._run(FORWARD, sequences)
 
     def gdn_backward(self, call: bytes, gradients: bytes) -> int:
-        packed, to = _Packed(call, calls._SEQUENCES), _Packed(gradients, calls._GRADIENTS)
-        sizes = _describe_sequences(packed)
-        _describe_gradients(to, *sizes)
-        return self._run(BACKWARD, packed, to)
+        sequences, to = _Packed("GdnSequences", call), _Packed("GdnGradients", gradients)
+        _describe_sequences(sequences)
+        _describe_gradients(to, sequences)
+        return self._run(BACKWARD, sequences, to)
 
     def gdn_decode(self, call: bytes) -> int:
-        packed = _Packed(call, calls._STEPS)
-        _describe_steps(packed)
-        return self._run(DECODE, packed)
+        steps = _Packed("GdnSteps", call)
+        _describe_steps(steps)
+        return self._run(DECODE, steps)
 
-    def _run(self, kind: int, *structs: _Packed) -> int:
+    def _run(self, door: int, *structs: _Packed) -> int:
         """Send structs and the memory that they point at, and write back what comes."""
-        regions = list(dict.fromkeys(region for one in structs for region in one.regions.values()))
-        numbers = {region: i for i, region in enumerate(regions, 1)}
-        head = struct.pack(f"={2 + len(regions)}q", kind, len(regions), *(n for _, n in regions))
-        sent = [head, *(one.with_numbers(numbers) for one in structs)]
+        pointers: list[tuple[int, Region]] = []
+        start = 0
+        for one in structs:
+            pointers += [(start + 8 * field, region) for field, region in one.regions.items()]
+            start += len(one.data)
+        regions = list(dict.fromkeys(region for _, region in pointers))
+        numbers = {region: i for i, region in enumerate(regions)}
+        head = [door, len(regions), len(pointers), start, *(size for _, size in regions)]
+        head += [number for place, region in pointers for number in (place, numbers[region])]
+        sent = [struct.pack(f"={len(head)}q", *head), *(one.data for one in structs)]
         sent += [ctypes.string_at(address, size) for address, size in regions]
-        done = subprocess.run(
-            self.command, input=b"".join(sent), capture_output=True, env=self.environment
-        )
+        done = subprocess.run(self.command, input=b"".join(sent), capture_output=True)
         assert done.returncode == 0, done.stderr.decode(errors="replace")
         self.calls += 1
         (status,) = struct.unpack_from("=q", done.stdout)
@@ -110,75 +139,97 @@ class Driver:
         return int(status)
 
 
+@functools.cache
+def _fields(name: str) -> dict[str, int]:
+    """Return the numbers of the fields of a struct of `interface.h`, each of eight bytes."""
+    text = re.sub(r"//.*", "", (build.SOURCES / "interface.h").read_text())
+    found = re.search(rf"struct {name} \{{(.*?)\}};", text, re.DOTALL)
+    assert found is not None, name
+    fields: dict[str, int] = {}
+    count = 0
+    for declared in found[1].split(";"):
+        kind, *names = re.findall(r"\w+", declared.replace("const", "")) or ("",)
+        for field in names:
+            for part in [f"{field}.{part}" for part in _ARRAY] if kind == "GdnArray" else [field]:
+                fields[part] = count
+                count += 1
+    return fields
+
+
 class _Packed:
-    """Hold the fields of a packed struct, and the regions of memory that its pointers mean."""
+    """Hold the bytes of a struct, and the regions of memory that its pointers mean."""
 
-    def __init__(self, data: bytes, layout: struct.Struct) -> None:
-        self.layout, self.fields = layout, list(layout.unpack(data))
-        self.regions: dict[int, tuple[int, int]] = {}
+    def __init__(self, name: str, data: bytes) -> None:
+        self.data, self.numbers = data, _fields(name)
+        self.regions: dict[int, Region] = {}
 
-    def add(self, field: int, size: int) -> None:
+    def __getitem__(self, name: str) -> int:
+        return int(struct.unpack_from("=q", self.data, 8 * self.numbers[name])[0])
+
+    def add(self, name: str, size: int) -> None:
         """Note the bytes behind a pointer, if it is one."""
-        if self.fields[field]:
-            self.regions[field] = (self.fields[field], size)
+        if self[name]:
+            self.regions[self.numbers[name]] = (self[name], size)
 
-    def add_array(self, field: int, *sizes: int) -> None:
-        """Note the bytes of an array (rows, tokens, heads, width); its struct begins at a field."""
-        _, *strides, kind = self.fields[field : field + 5]
+    def add_array(self, name: str, *sizes: int) -> None:
+        """Note the bytes of an array (rows, tokens, heads, width)."""
+        strides = [self[f"{name}.{axis}"] for axis in _ARRAY[1:4]]
         last = [(n - 1) * stride for n, stride in zip(sizes, strides, strict=False)]
         # Of no tokens there is nothing.
         count = sum(last) + sizes[-1] if all(sizes) else 0
-        self.add(field, count * _BYTES[kind])
+        self.add(f"{name}.data", count * _BYTES[self[f"{name}.type"]])
 
-    def with_numbers(self, numbers: Mapping[tuple[int, int], int]) -> bytes:
-        """Return the struct with the numbers of regions in the place of pointers."""
-        fields = list(self.fields)
-        for field, region in self.regions.items():
-            fields[field] = numbers[region]
-        return self.layout.pack(*fields)
-
-
-def _describe_sequences(p: _Packed) -> tuple[int, int, int, int, int, int, int]:
-    """Note the memory of `GdnSequences`; return rows, N, T, H, HV, K, V."""
-    N, T, H, HV, K, V = p.fields[34:40]
-    rows = 1 if p.fields[33] else N
-    for field, heads, width in ((0, H, K), (5, H, K), (10, HV, V), (25, HV, V)):
-        p.add_array(field, rows, T, heads, width)
-    for field in (15, 20):
-        p.add_array(field, rows, T, HV, 1)
-    state = HV * K * V * 4
-    p.add(30, N * state)
-    p.add(31, N * state)
-    p.add(32, rows * (T // (calls.CHUNK * p.fields[43])) * state)
-    p.add(33, (N + 1) * 8)
-    return rows, N, T, H, HV, K, V
+    def add_tokens(self, rows: int) -> None:
+        """Note the arrays of q, k, v and o, and of gates."""
+        T, H, HV, K, V = (self[name] for name in ("T", "H", "HV", "K", "V"))
+        for name, heads, width in (("q", H, K), ("k", H, K), ("v", HV, V), ("o", HV, V)):
+            self.add_array(name, rows, T, heads, width)
+        for name in ("decay", "beta"):
+            self.add_array(name, rows, T, HV, 1)
 
 
-def _describe_gradients(
-    p: _Packed, rows: int, N: int, T: int, H: int, HV: int, K: int, V: int
-) -> None:
-    """Note the memory of `GdnGradients`."""
-    for field, heads, width in ((0, HV, V), (6, H, K), (11, H, K), (16, HV, V)):
-        p.add_array(field, rows, T, heads, width)
-    for field in (21, 26):
-        p.add_array(field, rows, T, HV, 1)
-    for field in (5, 31):
-        p.add(field, N * HV * K * V * 4)
+def _rows(p: _Packed) -> int:
+    """Return the rows of a call of sequences."""
+    return 1 if p["starts"] else p["N"]
+
+
+def _state(p: _Packed) -> int:
+    """Return the numbers of a state."""
+    return p["HV"] * p["K"] * p["V"]
+
+
+def _describe_sequences(p: _Packed) -> None:
+    """Note the memory of `GdnSequences`."""
+    p.add_tokens(_rows(p))
+    p.add("initial", 4 * p["N"] * _state(p))
+    p.add("final", 4 * p["N"] * _state(p))
+    p.add("states", 4 * _rows(p) * (p["T"] // (calls.CHUNK * p["chunks_per_state"])) * _state(p))
+    p.add("starts", 8 * (p["N"] + 1))
+
+
+def _describe_gradients(p: _Packed, of: _Packed) -> None:
+    """Note the memory of `GdnGradients` of sequences."""
+    T, H, HV, K, V = (of[name] for name in ("T", "H", "HV", "K", "V"))
+    for name, heads, width in (("d_o", HV, V), ("d_q", H, K), ("d_k", H, K), ("d_v", HV, V)):
+        p.add_array(name, _rows(of), T, heads, width)
+    for name in ("d_decay", "d_beta"):
+        p.add_array(name, _rows(of), T, HV, 1)
+    for name in ("d_final", "d_initial"):
+        p.add(name, 4 * of["N"] * _state(of))
 
 
 def _describe_steps(p: _Packed) -> None:
     """Note the memory of `GdnSteps`."""
-    B, T, H, HV, K, V = p.fields[39:45]
-    for field, heads, width in ((0, H, K), (5, H, K), (10, HV, V), (25, HV, V)):
-        p.add_array(field, B, T, heads, width)
-    for field in (15, 20):
-        p.add_array(field, B, T, HV, 1)
-    slots, element = p.fields[33], _BYTES[p.fields[38]]
-    p.add(33, B * 8)
+    B, T, HV, element = p["B"], p["T"], p["HV"], _BYTES[p["state_type"]]
+    p.add_tokens(B)
+    p.add("slots", 8 * B)
     rows = B
-    if slots:
-        rows = 1 + max(struct.unpack(f"={B}q", ctypes.string_at(slots, 8 * B)))
-    for field, row, head in ((30, *p.fields[34:36]), (31, *p.fields[36:38])):
-        count = (rows - 1) * row + (HV - 1) * head + K * V if rows else 0
-        p.add(field, count * element)
-    p.add(32, B * T * HV * K * V * element)
+    if p["slots"]:
+        rows = 1 + max(struct.unpack(f"={B}q", ctypes.string_at(p["slots"], 8 * B)))
+    for name in ("state", "new_state"):
+        last = (rows - 1) * p[f"{name}_row"] + (HV - 1) * p[f"{name}_head"]
+        p.add(name, element * (last + p["K"] * p["V"] if rows else 0))
+    p.add("states", element * B * T * _state(p))
+    for name in ("A_log", "dt_bias"):
+        if name in p.numbers:
+            p.add(name, 4 * HV)

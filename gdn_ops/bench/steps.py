@@ -9,6 +9,7 @@ kernel.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -32,6 +33,9 @@ ROUNDS = 40
 IN_A_ROW = 50
 STEP_REST = 0.01
 """Seconds before calls in a row in which the threads of whoever ran before fall asleep."""
+
+DOORS = ("gdn_decode", "gdn_decode_repeated")
+"""The doors of the library that a step may go through."""
 
 PASS = "a pass"
 KERNEL = "cpp kernel"
@@ -141,23 +145,31 @@ def _prepare(
 
 def kernel_of(step: Run) -> Run | None:
     """Return the call of the kernel that a step of `cpp` makes, None where it makes none."""
-    seen: list[tuple[Any, ...]] = []
+    # What is prepared once is prepared now.
+    step()
+    seen: list[Run] = []
     loaded: Any = library.library()
-    kernel = loaded.gdn_decode
+    doors = {name: getattr(loaded, name) for name in DOORS if hasattr(loaded, name)}
 
-    def record(*arguments: Any) -> Any:
-        seen.append(arguments)
-        return kernel(*arguments)
+    def recorded(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*arguments: Any) -> Any:
+            seen.append(functools.partial(kernel, *arguments))
+            return kernel(*arguments)
 
-    loaded.gdn_decode = record
+        return record
+
     try:
+        for name, kernel in doors.items():
+            setattr(loaded, name, recorded(kernel))
         # What it writes to has to live as long as it is called.
         written = step()
     finally:
-        loaded.gdn_decode = kernel
-    if len(seen) != 1:
+        for name, kernel in doors.items():
+            setattr(loaded, name, kernel)
+    if not seen:
         return None
-    return lambda: (kernel(*seen[0]), written)
+    *_, call = seen
+    return lambda: (call(), written)
 
 
 def step_rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,7 @@ import cpp_driver
 import gdn_ops
 from cpp_driver import Driver, compile_driver
 from cpp_libraries import levels_here, needs_compiler
-from gdn_ops.backends.cpp import backend
-from gdn_ops.backends.cpp.build import BuildError
+from gdn_ops.backends.cpp import build, library
 from gdn_ops.testing import Example, conformance
 from gdn_ops.testing.oracle import judge
 from gdn_ops.testing.runs import installed
@@ -27,7 +27,6 @@ pytestmark = needs_compiler
 RULES = ("gated_delta", "delta", "gated", "linear")
 DTYPES = ("float32", "bfloat16", "float16")
 ARM = "aarch64-linux-gnu-g++"
-EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
 SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1"
 
 SHAPES = (
@@ -39,68 +38,72 @@ SHAPES = (
 """Whole and cut chunks and panels, runs of chunks, zeros, empty sequences, memory with gaps."""
 
 
-@pytest.fixture(scope="module")
-def programs() -> dict[str, tuple[str, ...] | str]:
-    """The commands that were compiled for this module, or why there is none."""
-    return {}
+def emulator(*names: str) -> str:
+    """Return an emulator; skip a test without."""
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"no {names[0]} (on Debian: qemu-user)")
+    return found
 
 
-def command_for_arm(folder: Path) -> tuple[str, ...]:
-    emulator = next(filter(None, map(shutil.which, EMULATORS)), None)
-    if shutil.which(ARM) is None or emulator is None:
-        raise BuildError(f"no {ARM} or no {EMULATORS[0]}: install g++-{ARM[:-4]} and qemu-user")
+def for_arm(folder: Path) -> tuple[str, ...]:
+    if shutil.which(ARM) is None:
+        pytest.skip(f"no {ARM} (on Debian: g++-aarch64-linux-gnu)")
+    emulated = emulator("qemu-aarch64", "qemu-aarch64-static")
     environment = {**os.environ, "CXX": ARM, "CXXFLAGS": "-Werror"}
     # The emulator finds no libraries of the other machine by itself.
-    return emulator, str(compile_driver(folder, environment, ("-static",)))
+    return emulated, str(compile_driver(folder, environment, ("-static",)))
 
 
-def command_with_sanitizers(folder: Path) -> tuple[str, ...]:
+def with_sanitizers(folder: Path) -> tuple[str, ...]:
+    compiler, _ = build.find_compiler()
+    empty = folder / "empty.cc"
+    empty.write_text("int main() {}\n")
+    program = str(folder / "empty")
+    done = build._run([*compiler, *SANITIZED.split(), str(empty), "-o", program], os.environ)
+    if done.returncode or build._run([program], os.environ).returncode:
+        pytest.skip(f"{compiler[0]} has no sanitizers")
     return (str(compile_driver(folder, {**os.environ, "CXXFLAGS": SANITIZED})),)
 
 
-def command_of_x86(folder: Path, flags: str = "-O1") -> tuple[str, ...]:
-    emulator = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
-    if emulator is None or "avx2" not in levels_here():
-        raise BuildError("no qemu-x86_64, or no levels of x86-64: install qemu-user")
-    return emulator, "-cpu", str(compile_driver(folder, {**os.environ, "CXXFLAGS": flags}))
+def for_x86(folder: Path, flags: str = "-O1") -> tuple[str, ...]:
+    if "avx2" not in levels_here():
+        pytest.skip("this machine is no x86-64")
+    emulated = emulator("qemu-x86_64", "qemu-x86_64-static")
+    return emulated, "-cpu", str(compile_driver(folder, {**os.environ, "CXXFLAGS": flags}))
 
 
-ELSEWHERE = {"arm": command_for_arm, "sanitized": command_with_sanitizers}
+ELSEWHERE = {"arm": for_arm, "sanitized": with_sanitizers}
 """The kernels for ARM64 under an emulator; those for this machine under two sanitizers."""
 
 COMMANDS = {
     **ELSEWHERE,
-    "x86": command_of_x86,
-    "more": functools.partial(command_of_x86, flags="-O1 -mavx2 -mfma"),
+    "x86": for_x86,
+    "more": functools.partial(for_x86, flags="-O1 -mavx2 -mfma"),
 }
 """Beside these, for a processor that is emulated: the usual build, and one that asks for more."""
 
 
-@pytest.fixture
-def commands(
-    programs: dict[str, tuple[str, ...] | str], tmp_path_factory: pytest.TempPathFactory
-) -> Mapping[str, tuple[str, ...]]:
-    """Commands by name, each compiled when it is first asked for."""
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[str, ...]]:
+    """Commands by name, each compiled when it is first asked for; a test is skipped without."""
 
     class Commands(dict[str, tuple[str, ...]]):
         def __missing__(self, name: str) -> tuple[str, ...]:
-            if name not in programs:
-                try:
-                    programs[name] = COMMANDS[name](tmp_path_factory.mktemp(name))
-                except BuildError as error:
-                    programs[name] = str(error)
-            found = programs[name]
-            if isinstance(found, str):
-                pytest.skip(found)
-            return found
+            self[name] = COMMANDS[name](tmp_path_factory.mktemp(name))
+            return self[name]
 
     return Commands()
 
 
 def use(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
     """Let the backend run on a driver."""
-    monkeypatch.setattr(backend, "library", lambda: driver)
-    monkeypatch.setattr(backend, "missing", lambda: None)
+    # Every module of the backend that asks for the library.
+    for name, module in list(sys.modules.items()):
+        if name.startswith("gdn_ops.backends.cpp.") and module is not library:
+            for door, stand_in in (("library", lambda: driver), ("missing", lambda: None)):
+                if callable(getattr(module, door, None)):
+                    monkeypatch.setattr(module, door, stand_in)
     return driver
 
 
@@ -168,9 +171,9 @@ def test_a_sanitizer_ends_the_program_that_reads_beside_an_array(
     use(Driver(commands["sanitized"]), monkeypatch)
     whole = cpp_driver._Packed.add
 
-    def cut(packed: cpp_driver._Packed, field: int, size: int) -> None:
+    def cut(packed: cpp_driver._Packed, name: str, size: int) -> None:
         # The last element of v.
-        whole(packed, field, size - 4 * (field == 10))
+        whole(packed, name, size - 4 * (name == "v.data"))
 
     q, k, v = torch.randn(3, 1, 5, 2, 8)
     gates = torch.rand(2, 1, 5, 2)
