@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "decode.h"
+#include "processor.h"
 #include "rate.h"
 #if GDN_FEATURES == 4
 #include "forward_bf16.h"
@@ -87,49 +88,6 @@ GdnPlan plan_decode(const GdnSteps& c) {
 void run_decode_task(const GdnSteps& c, const GdnPlan& plan, int64_t index, float* memory) {
   const int64_t last = least((index + 1) * plan.splits, c.B * c.HV);
   for (int64_t i = index * plan.splits; i < last; ++i) run_decode(c, i / c.HV, i % c.HV, memory);
-}
-
-// What the compiler was allowed to use the processor has to have, more flags of the build included.
-int is_there() {
-  int found = 1;
-#if defined(__AVX__)
-  found &= !!__builtin_cpu_supports("avx");
-#endif
-#if defined(__AVX2__)
-  found &= !!__builtin_cpu_supports("avx2");
-#endif
-#if defined(__FMA__)
-  found &= !!__builtin_cpu_supports("fma");
-#endif
-#if defined(__BMI2__)
-  found &= !!__builtin_cpu_supports("bmi2");
-#endif
-#if defined(__AVX512F__)
-  found &= !!__builtin_cpu_supports("avx512f");
-#endif
-#if defined(__AVX512BW__)
-  found &= !!__builtin_cpu_supports("avx512bw");
-#endif
-#if defined(__AVX512DQ__)
-  found &= !!__builtin_cpu_supports("avx512dq");
-#endif
-#if defined(__AVX512VL__)
-  found &= !!__builtin_cpu_supports("avx512vl");
-#endif
-#if defined(__AVX512BF16__)
-  found &= !!__builtin_cpu_supports("avx512bf16");
-#endif
-  return found;
-}
-
-// A VDPBF16PS does the work of two FMA. On AMD's processors it takes as long as one, on Intel's as
-// long as two: there making the pairs only costs time.
-int is_best() {
-#if GDN_FEATURES == 4
-  return __builtin_cpu_is("amd");
-#else
-  return 1;
-#endif
 }
 
 }  // namespace
