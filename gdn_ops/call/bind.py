@@ -6,7 +6,6 @@ The checks are derived from the op's spec. Those of shapes, dtypes and attribute
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -16,17 +15,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gdn_ops.call import transforms
-from gdn_ops.call.memory import in_own_memory
+from gdn_ops.call.memory import check_updatable
 from gdn_ops.call.scalars import as_python
+from gdn_ops.call.signature import Signature, signature
 from gdn_ops.call.structure import Structure, check_structure, fail, is_narrow
 from gdn_ops.call.structure import dtype_name as dtype_name
 from gdn_ops.call.transforms import NONE, Transforms
-from gdn_ops.spec.language import Interval, OpSpec, Sizes
+from gdn_ops.call.values import are_readable
+from gdn_ops.call.values import check_values as check_values_of
+from gdn_ops.spec.language import OpSpec, Sizes
 from gdn_ops.spec.rules import Rule, Widths
-from gdn_ops.spec.switches import is_on
-
-CHECK_VALUES_EVERYWHERE = is_on("GDN_OPS_CHECK", "values")
-"""Check value ranges on every device, not only on the CPU, if true. Read at import."""
 
 
 class Tokens(NamedTuple):
@@ -199,6 +197,7 @@ class Call:
 def bind(
     spec: OpSpec,
     arguments: Arguments,
+    key: Signature | None = None,
     *,
     check_values: bool = True,
     sees_transforms: bool | None = None,
@@ -208,6 +207,7 @@ def bind(
     Args:
         spec: the op.
         arguments: those of the call.
+        key: their signature, if it is known.
         check_values: whether to look at values too. It happens for CPU tensors only, or on
             every device under GDN_OPS_CHECK=values; elsewhere a look costs a device sync.
         sees_transforms: whether to ask what transforms concern the tensors; None asks if values
@@ -220,7 +220,8 @@ def bind(
         SpecError: an argument breaks the spec (SpecTypeError if its Python type does).
     """
     # A step costs tens of microseconds: what was checked once is not checked again, values aside.
-    key = _structure(spec, arguments) if check_values else None
+    if key is None and check_values:
+        key = signature(spec, arguments)
     if key is None:
         arguments, key = _in_python(spec, arguments, check_values)
     checked = _checked.get(key) if key is not None else None
@@ -233,12 +234,14 @@ def bind(
     under, asks = NONE, check_values if sees_transforms is None else sees_transforms
     if asks and (transforms.any_active() or forward_ad._current_level >= 0):
         arguments, under = _seen_through(spec, arguments)
-    if arguments.inplace or (check_values and _is_negated(arguments)):
-        arguments = in_own_memory(spec, arguments, check_values)
-    is_readable = checked.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
-    if check_values and is_readable and not (transforms.modes() and transforms.is_recording()):
-        _check_values(spec, arguments, checked.sizes, under)
-    needs_grad = torch.is_grad_enabled() and (_requires_grad(arguments) or under.differentiates)
+    if arguments.inplace and arguments.state is not None:
+        check_updatable(spec, arguments.state, check_values)
+    if check_values and key is None:
+        arguments = _without_negation(arguments)
+    is_readable = check_values and are_readable(checked.device)
+    if is_readable and not (transforms.modes() and transforms.is_recording()):
+        check_values_of(spec, arguments, checked.sizes, under)
+    needs_grad = torch.is_grad_enabled() and (requires_grad(arguments) or under.differentiates)
     if needs_grad:
         check_gradients(spec, arguments)
     return Call(
@@ -260,45 +263,25 @@ def bind(
 
 def _in_python(
     spec: OpSpec, arguments: Arguments, check_values: bool
-) -> tuple[Arguments, tuple[Any, ...] | None]:
-    """Return arguments with Python's numbers, and the key of their structure if there is one."""
+) -> tuple[Arguments, Signature | None]:
+    """Return arguments with Python's numbers, and their signature if there is one."""
     arguments = with_python_numbers(arguments)
-    return arguments, _structure(spec, arguments) if check_values else None
+    return arguments, signature(spec, arguments) if check_values else None
 
 
 MOST_CHECKED = 4096
 """Forget all checked structures when there are so many."""
 
-_checked: dict[tuple[Any, ...], Structure] = {}
+_checked: dict[Signature, Structure] = {}
 
 
-def _structure(spec: OpSpec, arguments: Arguments) -> tuple[Any, ...] | None:
-    """Return a key for all of a call but tensor values, or None for an unusual argument type."""
-    tokens, state, cu_seqlens, state_indices, *attributes = arguments
-    kinds = tuple(map(type, attributes))
-    if not _PLAIN_TYPES.issuperset(kinds):
-        return None
-    # 1, 1.0 and True are equal, but only one of them is a fine bool.
-    parts: list[Any] = [spec.name, kinds, *attributes]
-    for x in (*tokens, state, cu_seqlens, state_indices):
-        if x is None:
-            parts.append(None)
-        elif (type(x) is Tensor or type(x) is torch.nn.Parameter) and not x.is_nested:
-            parts += (x.shape, x.dtype, x.device, x.layout)
-        else:
-            return None
-    return tuple(parts)
+def _without_negation(arguments: Arguments) -> Arguments:
+    """Return arguments whose memory holds their values: kernels do not see that a view negates."""
+    state = None if arguments.state is None else arguments.state.resolve_neg()
+    return arguments._replace(tokens=arguments.tokens.map(Tensor.resolve_neg), state=state)
 
 
-_PLAIN_TYPES = frozenset((bool, int, float, str, type(None)))
-
-
-def _is_negated(arguments: Arguments) -> bool:
-    """Return whether an argument is a view whose memory holds the negative of its values."""
-    return any([x is not None and x.is_neg() for x in (*arguments.tokens, arguments.state)])
-
-
-def _requires_grad(arguments: Arguments) -> bool:
+def requires_grad(arguments: Arguments) -> bool:
     """Return whether any tensor of a call requires a gradient."""
     tokens, state, cu_seqlens, state_indices, *_ = arguments
     given = (*tokens, state, cu_seqlens, state_indices)
@@ -364,84 +347,3 @@ def _seen_through(spec: OpSpec, arguments: Arguments) -> tuple[Arguments, Transf
     if arguments.cu_seqlens is not None:
         arguments = arguments._replace(cu_seqlens=transforms.innermost(arguments.cu_seqlens))
     return arguments, under
-
-
-def _check_values(spec: OpSpec, arguments: Arguments, sizes: Sizes, under: Transforms) -> None:
-    """Check domains, sequence boundaries and slots. NaN passes: NaN in, NaN out."""
-    if not under.has_tangent:
-        _check_numbers(spec, arguments, sizes, under.wraps)
-        return
-    # No tangent of `aminmax` is wanted, and in torch 2.8 it has none.
-    with forward_ad._set_fwd_grad_enabled(False):
-        _check_numbers(spec, arguments, sizes, under.wraps)
-
-
-def _check_numbers(spec: OpSpec, arguments: Arguments, sizes: Sizes, is_wrapped: bool) -> None:
-    for arg, domain in spec.bounded:
-        value = getattr(arguments.tokens, arg.name)
-        if value is not None and is_wrapped:
-            value = transforms.innermost(value)
-        if value is None or value.numel() == 0:
-            continue
-        smallest, largest = torch.aminmax(value.detach() if value.requires_grad else value)
-        low, high = smallest.item(), largest.item()
-        if low < domain.low or high > domain.high:
-            hint = ""
-            if arg.name == "alpha" and low < 0:
-                hint = "; log-space gates go in log_alpha="
-            elif arg.name == "log_alpha" and low >= 0:
-                hint = "; gates in [0, 1] go in alpha="
-            values = f"[{_digits(low, domain)}, {_digits(high, domain)}]"
-            fail(spec, f"{arg.name} has values in {values}, should be in {domain}{hint}")
-    boundaries = arguments.cu_seqlens
-    if boundaries is not None:
-        places = transforms.integers(boundaries)
-        fault = fault_of_boundaries(places, sizes.T)
-        if fault is not None:
-            is_turned = places[0] == 0 and places[-1] == sizes.H
-            hint = "; q looks like (B, H, T, K): q.transpose(1, 2) turns it" if is_turned else ""
-            fail(spec, fault + hint)
-    slots, pool = arguments.state_indices, arguments.state
-    if slots is not None and pool is not None:
-        _check_slots(spec, transforms.integers(slots), pool.shape[0])
-
-
-def _digits(value: float, domain: Interval) -> str:
-    """Return a value as text in four digits, or in more if four hide that it is out of range."""
-    inside = domain.low <= value <= domain.high
-    texts = (f"{value:.{digits}g}" for digits in (4, 9, 17))
-    return next(t for t in texts if (domain.low <= float(t) <= domain.high) == inside)
-
-
-def fault_of_boundaries(boundaries: list[int], tokens: int) -> str | None:
-    """Return what is wrong with the boundaries of packed sequences of so many tokens, or None."""
-    if boundaries[0] != 0:
-        is_lengths = sum(boundaries) == tokens
-        hint = "; lengths become boundaries as 0 and their running sums" if is_lengths else ""
-        return f"cu_seqlens starts with {boundaries[0]}, should start with 0{hint}"
-    if boundaries != sorted(boundaries):  # without a loop over sequences in Python
-        pairs = enumerate(itertools.pairwise(boundaries), 1)
-        i, before, after = next((i, a, b) for i, (a, b) in pairs if b < a)
-        return f"cu_seqlens decreases at index {i} ({before} to {after}), should be non-decreasing"
-    if boundaries[-1] != tokens:
-        return f"cu_seqlens ends with {boundaries[-1]}, should end with T = {tokens}"
-    return None
-
-
-def _check_slots(spec: OpSpec, slots: list[int], count: int) -> None:
-    """Check that every row names a slot of the pool, or -1, and no two rows the same one."""
-    if slots and not (min(slots) >= -1 and max(slots) < count):
-        fail(
-            spec,
-            f"state_indices has values in [{min(slots)}, {max(slots)}], should be in "
-            f"[-1, {count - 1}]: state has {count} slots, and -1 skips a row",
-        )
-    row_of: dict[int, int] = {}
-    for row, slot in enumerate(slots):
-        first = row_of.setdefault(slot, row)
-        if slot >= 0 and first != row:
-            fail(
-                spec,
-                f"state_indices names slot {slot} twice, in rows {first} and {row}, should name "
-                f"a slot once",
-            )

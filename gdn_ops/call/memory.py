@@ -17,32 +17,20 @@ from gdn_ops.call.structure import fail
 from gdn_ops.spec.language import OpSpec
 
 if TYPE_CHECKING:
-    from gdn_ops.call.bind import Arguments, Call
+    from gdn_ops.call.bind import Call
 
 
-def in_own_memory(spec: OpSpec, arguments: Arguments, is_eager: bool) -> Arguments:
-    """Check a state that is updated in place; return arguments whose memory holds their values.
+def check_updatable(spec: OpSpec, state: Tensor, is_eager: bool) -> None:
+    """Check that a state that is updated in place has memory of its own for every element.
 
     Args:
         spec: the op.
-        arguments: those of a call, whose structure is right.
-        is_eager: whether they are tensors that can be asked, which Dynamo's are not.
+        state: the state of a call, whose structure is right.
+        is_eager: whether it is a tensor that can be asked, which Dynamo's is not.
 
     Raises:
         SpecError: the state cannot be updated in place.
     """
-    tokens, state = arguments.tokens, arguments.state
-    if arguments.inplace and state is not None:
-        _check_state(spec, state, is_eager)
-    if not is_eager:
-        return arguments
-    # Kernels do not see that a view negates.
-    state = None if state is None else state.resolve_neg()
-    return arguments._replace(tokens=tokens.map(Tensor.resolve_neg), state=state)
-
-
-def _check_state(spec: OpSpec, state: Tensor, is_eager: bool) -> None:
-    """Check that a state that is updated in place has memory of its own for every element."""
     if overlaps_itself(state):
         fail(
             spec,
@@ -56,12 +44,17 @@ def _check_state(spec: OpSpec, state: Tensor, is_eager: bool) -> None:
             "state is a negated view, whose memory holds -state; inplace needs memory of its "
             "values: pass state.resolve_neg(), or inplace=False",
         )
-    if is_eager and state.is_inference() and not torch.is_inference_mode_enabled():
+    if is_eager and is_frozen(state):
         fail(
             spec,
             "state was made under torch.inference_mode(), which alone may update it in place: "
             "decode under it, or pass state.clone()",
         )
+
+
+def is_frozen(x: Tensor) -> bool:
+    """Return whether a tensor was made under inference mode, which alone may change it."""
+    return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def overlaps_itself(x: Tensor) -> bool:

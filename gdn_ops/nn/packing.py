@@ -7,9 +7,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gdn_ops.call.bind import fault_of_boundaries
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.call.transforms import integers
+from gdn_ops.call.values import fault_of_boundaries
 from gdn_ops.nn.values import check_device, check_tensor, has_values
 from gdn_ops.spec.errors import SpecError
 

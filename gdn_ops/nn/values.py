@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from gdn_ops.call.bind import CHECK_VALUES_EVERYWHERE
 from gdn_ops.call.scalars import as_python
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.call.subclasses import MASKED, is_masked
+from gdn_ops.call.values import CHECK_VALUES_EVERYWHERE
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.rules import FLOAT_DTYPES
 

@@ -410,7 +410,7 @@ def test_16_bit_beta_and_log_alpha_do_not_warn() -> None:
 
 
 def test_values_are_checked_on_every_device_only_when_asked_for() -> None:
-    code = "from gdn_ops.call.bind import CHECK_VALUES_EVERYWHERE; print(CHECK_VALUES_EVERYWHERE)"
+    code = "from gdn_ops.call.values import CHECK_VALUES_EVERYWHERE; print(CHECK_VALUES_EVERYWHERE)"
     settings = [printed(code, GDN_OPS_CHECK=setting) for setting in ("", "values")]
     assert settings == ["False", "True"]
 
