@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, Never, overload
+from typing import Any, Literal, Never, TypeVar, overload
 
 from torch import Tensor
 
-from gdn_ops.call.bind import Arguments, Tokens, arguments_of, bind
+from gdn_ops.call.bind import Arguments, Call, Tokens, arguments_of, bind, signature
 from gdn_ops.call.pointers import refuse_unknown
-from gdn_ops.dispatch import registry
+from gdn_ops.dispatch import plans, registry
+from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.explain import Explanation, explain_call
 from gdn_ops.environment import certificate as certificate  # registers its veto
 from gdn_ops.spec.docs import docstring
@@ -76,10 +77,9 @@ def gated_delta(
 ) -> Tensor | tuple[Tensor, Tensor]:
     if unknown:
         refuse_unknown(GATED_DELTA, unknown)
-    tokens, start = eager.autocast(Tokens(q, k, v, alpha, log_alpha, beta), initial_state)
     arguments = Arguments(
-        tokens,
-        start,
+        Tokens(q, k, v, alpha, log_alpha, beta),
+        initial_state,
         cu_seqlens,
         rule=rule,
         scale=scale,
@@ -88,11 +88,7 @@ def gated_delta(
         return_state=return_state,
         backend=registry.resolve(backend),
     )
-    if eager.is_traced(q):
-        o, state = tracing.traced_sequence(arguments)
-    else:
-        call = bind(GATED_DELTA, arguments)
-        o, state = eager.run_sequence(registry.select(call, arguments.backend), call)
+    o, state = _run(GATED_DELTA, arguments, eager.run_sequence, tracing.traced_sequence)
     return (o, state) if return_state else o
 
 
@@ -115,10 +111,9 @@ def gated_delta_step(
 ) -> tuple[Tensor, Tensor]:
     if unknown:
         refuse_unknown(GATED_DELTA_STEP, unknown)
-    tokens, start = eager.autocast(Tokens(q, k, v, alpha, log_alpha, beta), state)
     arguments = Arguments(
-        tokens,
-        state if inplace else start,
+        Tokens(q, k, v, alpha, log_alpha, beta),
+        state,
         state_indices=state_indices,
         rule=rule,
         scale=scale,
@@ -126,10 +121,7 @@ def gated_delta_step(
         inplace=inplace,
         backend=registry.resolve(backend),
     )
-    if eager.is_traced(q):
-        return tracing.traced_step(arguments)
-    call = bind(GATED_DELTA_STEP, arguments)
-    return eager.run_step(registry.select(call, arguments.backend), call)
+    return _run(GATED_DELTA_STEP, arguments, eager.run_step, tracing.traced_step)
 
 
 @overload
@@ -188,10 +180,9 @@ def gated_delta_steps(
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     if unknown:
         refuse_unknown(GATED_DELTA_STEPS, unknown)
-    tokens, start = eager.autocast(Tokens(q, k, v, alpha, log_alpha, beta), state)
     arguments = Arguments(
-        tokens,
-        state if inplace else start,
+        Tokens(q, k, v, alpha, log_alpha, beta),
+        state,
         state_indices=state_indices,
         rule=rule,
         scale=scale,
@@ -200,16 +191,36 @@ def gated_delta_steps(
         return_states=return_states,
         backend=registry.resolve(backend),
     )
-    states: Tensor | None
-    if eager.is_traced(q):
-        o, new_state, states = tracing.traced_steps(arguments)
-    else:
-        call = bind(GATED_DELTA_STEPS, arguments)
-        o, new_state, states = eager.run_steps(registry.select(call, arguments.backend), call)
+    results = _run(GATED_DELTA_STEPS, arguments, eager.run_steps, tracing.traced_steps)
+    o, new_state, states = results
     if not return_states:
         return o, new_state
     assert states is not None
     return o, new_state, states
+
+
+Results = TypeVar("Results")
+
+
+def _run(
+    spec: OpSpec,
+    arguments: Arguments,
+    run: Callable[[Backend, Call], Results],
+    trace: Callable[[Arguments], Results],
+) -> Results:
+    """Run a call as one before it, or else trace it, or bind it and select its backend."""
+    key = signature(spec, arguments)
+    plan = plans.find(key)
+    results: Results | None = None if plan is None else plan.repeated(arguments)
+    if results is not None:
+        return results
+    given = eager.autocast(arguments)
+    if eager.is_traced(given.tokens.q):
+        return trace(given)
+    call = bind(spec, given, key if given is arguments else None)
+    backend = registry.select(call, given.backend)
+    plans.keep(key, arguments, call, backend)
+    return run(backend, call)
 
 
 def explain(*args: Any, op: str | Callable[..., Any] = "gated_delta", **kwargs: Any) -> Explanation:
@@ -256,12 +267,13 @@ def explain(*args: Any, op: str | Callable[..., Any] = "gated_delta", **kwargs: 
         raise SpecTypeError(f"explain: {error}; op= says which op is called") from None
     except TypeError as error:
         raise TypeError(f"explain: {name}: {error}; op= says which op is called") from None
-    arguments = arguments_of(spec, named)
-    tokens, start = eager.autocast(arguments.tokens, arguments.state)
-    backend = registry.resolve(arguments.backend)
-    start = arguments.state if arguments.inplace else start
-    arguments = arguments._replace(tokens=tokens, state=start, backend=backend)
-    return explain_call(bind(spec, arguments), arguments.backend)
+    return _explained(spec, arguments_of(spec, named))
+
+
+def _explained(spec: OpSpec, arguments: Arguments) -> Explanation:
+    """Explain a call, which may be warned of at the caller of `explain`."""
+    call = bind(spec, eager.autocast(arguments))
+    return explain_call(call, registry.resolve(arguments.backend))
 
 
 _FUNCTIONS: dict[str, tuple[OpSpec, Callable[..., Any]]] = {

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from gdn_ops.backends.cpp import calls
-from gdn_ops.backends.cpp.library import level, library, missing, threads
+from gdn_ops.backends.cpp.library import check_status, level, library, missing, threads
+from gdn_ops.backends.cpp.prepared import is_short, prepared_decode
 from gdn_ops.backends.torch.pure import pure
 from gdn_ops.call.bind import Call, Tokens
 from gdn_ops.dispatch.backend import (
     Backend,
     Forward,
     Grads,
+    Prepared,
     gradients_without_tokens,
     without_tokens,
 )
@@ -62,13 +64,17 @@ class Cpp(Backend):
         saved = () if states is None else (states,)
         if not call.has_tokens:
             return without_tokens(call, saved)
+        if is_short(call):
+            # A final state is float32, where decode ops keep the dtype of the given one.
+            state = None if call.state is None else call.state.to(torch.float32)
+            return Forward(*self.decode_many(call.with_tensors(call.tokens, state))[:2])
         o = empty((s.B, s.T, s.HV, s.V), call.tokens.v.dtype, call.device)
         final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
         call, initial = _prepared(call)
         packed = calls.pack_sequences(
             call, _arrays(call.tokens), o, final, states, initial, threads()
         )
-        _check(library().gdn_forward(packed))
+        check_status(library().gdn_forward(packed))
         return Forward(o, final, saved)
 
     def backward(
@@ -98,7 +104,7 @@ class Cpp(Backend):
         )
         grads = (d_q, d_k, d_v, d_decay, d_beta)
         to = calls.pack_gradients(d_o, d_final, grads, d_initial)
-        _check(library().gdn_backward(packed, to))
+        check_status(library().gdn_backward(packed, to))
         if decay is not None and d_decay is not None:
             d_decay = d_decay.to(decay.dtype)
         return Grads(
@@ -115,6 +121,9 @@ class Cpp(Backend):
 
     def pure(self, call: Call) -> tuple[Tensor, Tensor]:
         return pure(call)
+
+    def prepared(self, call: Call) -> Prepared | None:
+        return prepared_decode(call)
 
     def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run `gated_delta_step`."""
@@ -186,19 +195,9 @@ def _decode(call: Call, o: Tensor, states: Tensor | None, array: calls.Reader) -
         if slots is not None:
             slots = slots.to(torch.int64).contiguous()
         packed = calls.pack_steps(call, arrays, held, state, states, slots, threads())
-        _check(library().gdn_decode(packed))
+        check_status(library().gdn_decode(packed))
     elif state is not held:
         state.copy_(held)
     if call.inplace and given is not None and state is not given:
         return given.copy_(state)
     return state
-
-
-def _check(status: int) -> None:
-    """Check what a kernel returns.
-
-    Raises:
-        MemoryError: a thread found no memory to work in.
-    """
-    if status:
-        raise MemoryError('backend "cpp": no memory for a thread to work in')

@@ -99,6 +99,16 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def check_status(status: int) -> None:
+    """Check what a kernel returns.
+
+    Raises:
+        MemoryError: a thread found no memory to work in.
+    """
+    if status:
+        raise MemoryError('backend "cpp": no memory for a thread to work in')
+
+
 def user_folder() -> Path:
     """Return the folder of the user's cache for a library of these sources and this machine."""
     return cache_folder() / "cpp" / f"{platform.machine() or 'unknown'}-{_own_hash()}"

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from gdn_ops.call import transforms
 from gdn_ops.call.memory import check_updatable
 from gdn_ops.call.scalars import as_python
-from gdn_ops.call.signature import Signature, signature
 from gdn_ops.call.structure import Structure, check_structure, fail, is_narrow
 from gdn_ops.call.structure import dtype_name as dtype_name
 from gdn_ops.call.transforms import NONE, Transforms
@@ -160,6 +160,17 @@ class Call:
         """Return the same call on other tensors."""
         return replace(self, tokens=tokens, state=state)
 
+    def without_memory(self) -> Call:
+        """Return the same call on tensors that have shapes, strides and dtypes, but no values."""
+        state, boundaries, slots = self.state, self.cu_seqlens, self.state_indices
+        return replace(
+            self,
+            tokens=self.tokens.map(_without_memory),
+            state=None if state is None else _without_memory(state),
+            cu_seqlens=None if boundaries is None else _without_memory(boundaries),
+            state_indices=None if slots is None else _without_memory(slots),
+        )
+
     def on_own_pool(self) -> Call:
         """Return the call made in place, on a copy of the pool if the caller's must not change."""
         if self.inplace:
@@ -194,6 +205,10 @@ class Call:
         raise AttributeError(f"Call has no attribute {name!r}{where}")
 
 
+def _without_memory(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
 def bind(
     spec: OpSpec,
     arguments: Arguments,
@@ -224,13 +239,7 @@ def bind(
         key = signature(spec, arguments)
     if key is None:
         arguments, key = _in_python(spec, arguments, check_values)
-    checked = _checked.get(key) if key is not None else None
-    if checked is None:
-        checked = check_structure(spec, arguments)
-        if key is not None and not is_narrow(arguments.tokens.alpha):
-            if len(_checked) >= MOST_CHECKED:
-                _checked.clear()
-            _checked[key] = checked
+    checked = _checked_structure(spec, arguments, key)
     under, asks = NONE, check_values if sees_transforms is None else sees_transforms
     if asks and (transforms.any_active() or forward_ad._current_level >= 0):
         arguments, under = _seen_through(spec, arguments)
@@ -269,23 +278,75 @@ def _in_python(
     return arguments, signature(spec, arguments) if check_values else None
 
 
+Signature = tuple[Any, ...]
+"""A key for all of a call but the values and the addresses of its tensors."""
+
+_PLAIN_TYPES = frozenset((bool, int, float, str, type(None)))
+
+
+def signature(spec: OpSpec, arguments: Arguments) -> Signature | None:
+    """Return the signature of a call, whose checks and choices can be remembered by it.
+
+    Returns:
+        The key, or None for a call with an argument of an unusual type, or a tensor whose memory
+        does not hold its values one by one: nested, sparse, or a negated view.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    tokens, state, cu_seqlens, state_indices, *attributes = arguments
+    kinds = tuple(map(type, attributes))
+    if not _PLAIN_TYPES.issuperset(kinds):
+        return None
+    # 1, 1.0 and True are equal, but only one of them is a fine bool.
+    parts: list[Any] = [spec.name, kinds, *attributes]
+    strided = torch.strided
+    # Every call comes here, and a question costs 0.1 us: only what tells calls apart is asked.
+    for x in (*tokens, state, cu_seqlens, state_indices):
+        if x is None:
+            parts.append(None)
+            continue
+        if type(x) is not Tensor and type(x) is not Parameter:
+            return None
+        if x.layout is not strided or x.is_neg() or x.is_nested:
+            return None
+        parts += (x.shape, x.is_contiguous() or x.stride(), x.dtype, x.is_cpu or x.device)
+    return tuple(parts)
+
+
 MOST_CHECKED = 4096
 """Forget all checked structures when there are so many."""
 
 _checked: dict[Signature, Structure] = {}
 
 
+def _checked_structure(spec: OpSpec, arguments: Arguments, key: Signature | None) -> Structure:
+    """Return what follows from the structure of a call, checked unless its signature is known."""
+    checked = _checked.get(key) if key is not None else None
+    if checked is None:
+        checked = check_structure(spec, arguments)
+        if key is not None and not is_narrow(arguments.tokens.alpha):
+            if len(_checked) >= MOST_CHECKED:
+                _checked.clear()
+            _checked[key] = checked
+    return checked
+
+
 def _without_negation(arguments: Arguments) -> Arguments:
     """Return arguments whose memory holds their values: kernels do not see that a view negates."""
-    state = None if arguments.state is None else arguments.state.resolve_neg()
-    return arguments._replace(tokens=arguments.tokens.map(Tensor.resolve_neg), state=state)
+    tokens, state = arguments.tokens, arguments.state
+    if not any([x is not None and x.is_neg() for x in (*tokens, state)]):
+        return arguments
+    state = None if state is None else state.resolve_neg()
+    return arguments._replace(tokens=tokens.map(Tensor.resolve_neg), state=state)
 
 
 def requires_grad(arguments: Arguments) -> bool:
     """Return whether any tensor of a call requires a gradient."""
     tokens, state, cu_seqlens, state_indices, *_ = arguments
-    given = (*tokens, state, cu_seqlens, state_indices)
-    return any([x is not None and x.requires_grad for x in given])
+    for x in (*tokens, state, cu_seqlens, state_indices):
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def check_gradients(spec: OpSpec, arguments: Arguments) -> None:

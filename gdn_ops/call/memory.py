@@ -134,7 +134,12 @@ def _outside(x: Tensor, first: int, end: int) -> Tensor:
 def _span(x: Tensor) -> tuple[int, int]:
     """Return the addresses of the first byte of a tensor and of the one after its last."""
     first = x.data_ptr()
-    if x.is_contiguous():
-        return first, first + x.nbytes
-    reach = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
-    return first, first + (reach + 1) * x.itemsize if x.numel() else first
+    return first, first + reach(x)
+
+
+def reach(x: Tensor) -> int:
+    """Return how many bytes there are from the first of a tensor to its last, both included."""
+    if x.is_contiguous() or not x.numel():
+        return x.nbytes
+    steps = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return (steps + 1) * x.itemsize

@@ -249,7 +249,7 @@ def _check_dtype(spec: OpSpec, arg: TensorArg, value: Tensor, arguments: Argumen
         warnings.warn(
             f"{spec.name}: alpha is {name}, which has no value between 1 - 2**-{step} and 1; "
             f"pass it as float32, or pass log_alpha=",
-            stacklevel=6,
+            stacklevel=8,
         )
 
 

@@ -7,18 +7,22 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gdn_ops._version import __version__
-from gdn_ops.call.bind import Call
+from gdn_ops.call.bind import Arguments, Call
 from gdn_ops.dispatch.decode_fallbacks import one_by_one, through_rows
 from gdn_ops.dispatch.results import Forward as Forward
 from gdn_ops.dispatch.results import Grads as Grads
 from gdn_ops.dispatch.results import checked_step
 from gdn_ops.spec.rules import Limits
+
+Prepared = Callable[[Arguments], Any]
+"""A function that runs calls of one signature."""
 
 
 class Backend:
@@ -126,6 +130,21 @@ class Backend:
         if call.state_indices is not None:
             return through_rows(call, self.decode_many)
         return one_by_one(call, lambda one: checked_step(self, one, self.decode_one(one)))
+
+    def prepared(self, call: Call) -> Prepared | None:
+        """Return a function that runs calls like this one, or None where there is no shorter way.
+
+        Args:
+            call: a call without gradients and transforms, on tensors without memory. Every call of
+                the function has tensors of the same shapes, strides and dtypes.
+
+        Returns:
+            A function from the arguments of a call to what `decode_one` or `decode_many` returns
+            for it, or to (o, final_state). What the checks of a call find is already found, and no
+            input lies in a state that is updated in place. Its results are not checked. It may
+            return None as long as it has written nothing: the call then goes the long way.
+        """
+        return None
 
 
 def _undefined(backend: Backend, method: str, limit: str) -> NotImplementedError:

@@ -62,7 +62,7 @@ measured, `triton` comes before `tilelang` on every GPU.
 
 def auto_order(device_type: str) -> tuple[str, ...]:
     """Return the names of the backends "auto" tries for a device type, in order."""
-    return AUTO_ORDER.get(device_type, AUTO_ORDER["*"])
+    return AUTO_ORDER.get(device_type) or AUTO_ORDER["*"]
 
 
 def device_kind(device: torch.device) -> str:

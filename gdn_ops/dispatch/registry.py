@@ -263,6 +263,24 @@ def select(call: Call, name: str = "auto") -> Backend:
     raise _unsupported(call, skipped)
 
 
+def is_first(backend: Backend, call: Call, name: str) -> bool:
+    """Return whether `select` would return a backend again, by the first name that it tries.
+
+    Args:
+        backend: what it returned for a call like this one: its limits are not asked again.
+        call: the call, which may be on tensors without memory.
+        name: as given to `select`.
+    """
+    first = order_for(call)[0] if name == "auto" else name
+    if _instances.get(first) is not backend or backend.reasons(call):
+        return False
+    if name == "auto":
+        for veto in vetoes:
+            if veto(backend, call) is not None:
+                return False
+    return True
+
+
 def _unsupported(call: Call, rows: list[tuple[str, list[str]]]) -> BackendUnsupportedError:
     """Return the error for a call: its inputs, the reasons by backend, and a backend that can."""
     cure = _first_that_can(call, {name for name, _ in rows})
@@ -304,7 +322,7 @@ def _warn_of_emulation(backend: Backend, device_type: str) -> None:
         warnings.warn(
             f"backend {backend.name!r} emulates its kernels on {device_type} tensors: "
             f"for checking, not for speed",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from gdn_ops.call import transforms
-from gdn_ops.call.bind import Call, Tokens
+from gdn_ops.call.bind import Arguments, Call, Tokens
 from gdn_ops.call.memory import apart
 from gdn_ops.call.subclasses import is_masked
 from gdn_ops.dispatch.backend import Backend
@@ -49,15 +50,20 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def autocast(tokens: Tokens, state: Tensor | None) -> tuple[Tokens, Tensor | None]:
-    """Cast, if autocast is on, q, k, v to its dtype and narrow gates and states to float32."""
-    q, k, v, alpha, log_alpha, beta = tokens
+def autocast(arguments: Arguments) -> Arguments:
+    """Cast, if autocast is on, q, k, v to its dtype and narrow gates and states to float32.
+
+    A state that is updated in place stays what it is. Without autocast the arguments themselves
+    are returned.
+    """
+    q, k, v, alpha, log_alpha, beta = arguments.tokens
     if not isinstance(q, Tensor) or not is_autocast_on(q.device.type):
-        return tokens, state
+        return arguments
     low = torch.get_autocast_dtype(q.device.type)
     q, k, v = _to_low(q, low), _to_low(k, low), _to_low(v, low)
     tokens = Tokens(q, k, v, _widened(alpha), _widened(log_alpha), _widened(beta))
-    return tokens, _widened(state)
+    state = arguments.state if arguments.inplace else _widened(arguments.state)
+    return arguments._replace(tokens=tokens, state=state)
 
 
 def _to_low(x: Any, low: torch.dtype) -> Any:
@@ -208,10 +214,18 @@ def run_steps(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | No
         return decode_many(backend, call)
 
 
+def to_be_updated(call: Call) -> Call:
+    """Return a call in place that may write its state at any time; autograd hears of the update."""
+    assert call.state is not None
+    # Kernels write where torch does not look: a backward that needs the old state would be wrong.
+    increment_version(call.state)
+    return apart(call)
+
+
 def decode_one(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Decode one token, also on a pool that the backend does not support."""
     if call.inplace and not torch.compiler.is_compiling():
-        call = apart(call)
+        call = to_be_updated(call)
     if call.state_indices is not None and not backend.limits.pools:
         o, state, _ = through_rows(
             call, lambda rows: (*checked_step(backend, rows, backend.decode_one(rows)), None)
@@ -225,7 +239,7 @@ def decode_one(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
 def decode_many(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Decode a few tokens, also on a pool that the backend does not support."""
     if call.inplace and not torch.compiler.is_compiling():
-        call = apart(call)
+        call = to_be_updated(call)
     if call.state_indices is not None and not backend.limits.pools:
         return through_rows(
             call, lambda rows: checked_steps(backend, rows, backend.decode_many(rows))

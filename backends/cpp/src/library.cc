@@ -210,3 +210,5 @@ GDN_EXPORT int64_t gdn_multiply_add(int64_t rounds, int64_t type, int32_t thread
   work.start(threads);
   return operations;
 }
+
+#include "repeated.h"

@@ -162,10 +162,20 @@ def test_memory_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -
         def gdn_forward(self, call: bytes) -> int:
             return 1
 
-    monkeypatch.setattr("gdn_ops.backends.cpp.backend.library", Full)
-    x = inputs(4)
-    text = message_of(MemoryError, gdn_ops.gated_delta, **x, backend="cpp")
-    assert text == 'backend "cpp": no memory for a thread to work in'
+        def gdn_decode_repeated(self, *call: object) -> int:
+            return 1
+
+    x = inputs(33)
+    state = torch.zeros(1, 4, 48, 48)
+    token = {n: y[:, 0] for n, y in x.items()} | {"state": state, "inplace": True}
+    gdn_ops.gated_delta_step(**token, backend="cpp")
+    before = state.clone()
+    for module in ("backend", "prepared"):
+        monkeypatch.setattr(f"gdn_ops.backends.cpp.{module}.library", Full)
+    for function, arguments in ((gdn_ops.gated_delta, x), (gdn_ops.gated_delta_step, token)):
+        text = message_of(MemoryError, function, **arguments, backend="cpp")
+        assert text == 'backend "cpp": no memory for a thread to work in'
+    assert torch.equal(state, before)
 
 
 def test_a_library_that_is_missing_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,47 @@
+"""Make calls of one signature again and again, and see which way they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn_ops import gated_delta, gated_delta_step, gated_delta_steps
+from gdn_ops.backends.cpp.library import missing
+
+needs_cpp = pytest.mark.skipif(missing() is not None, reason=f"backend 'cpp': {missing()}")
+
+B, T, H, HV, K, V = 2, 3, 2, 4, 16, 8
+
+Op = Callable[..., Any]
+
+
+def given(op: Op, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """Return the arguments of a good call on a state, with changes."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = (B,) if op is gated_delta_step else (B, T)
+    arguments: dict[str, Any] = {n: torch.randn(*shape, H, K, generator=draw) / 4 for n in "qk"}
+    arguments["v"] = torch.randn(*shape, HV, V, generator=draw)
+    arguments |= {n: torch.rand(*shape, HV, generator=draw) for n in ("alpha", "beta")}
+    state = torch.randn(B, HV, K, V, generator=draw)
+    if op is gated_delta:
+        arguments |= {"initial_state": state, "return_state": True}
+    else:
+        arguments |= {"state": state, "inplace": True}
+    return arguments | changes
+
+
+def exact(op: Op, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Return the results of the definition, which leaves the arguments as they are."""
+    tensors = {n: x.clone() if isinstance(x, Tensor) else x for n, x in arguments.items()}
+    results: tuple[Tensor, ...] = op(**tensors | {"backend": "naive"})
+    return results
+
+
+OPS: tuple[Op, ...] = (gated_delta, gated_delta_step, gated_delta_steps)
+
+every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+decode_op = pytest.mark.parametrize("op", OPS[1:], ids=lambda op: op.__name__)
