@@ -148,8 +148,10 @@ def test_a_change_of_threads_counts_from_the_next_call_on(monkeypatch: pytest.Mo
     assert seen == [1, 2, 1]
 
 
-def test_a_narrow_alpha_is_warned_of_every_time() -> None:
-    arguments = given(gated_delta_step, inplace=False)
+@pytest.mark.parametrize("backend", ["cpp", "sevens"])
+def test_a_narrow_alpha_is_warned_of_every_time(backend: str) -> None:
+    gdn_ops.register_backend(Sevens)
+    arguments = given(gated_delta_step, inplace=False, backend=backend)
     arguments["alpha"] = arguments["alpha"].bfloat16()
     for _ in range(3):
         with pytest.warns(UserWarning, match="alpha is bfloat16") as caught:

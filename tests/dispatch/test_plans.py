@@ -42,6 +42,7 @@ OPTIONS: dict[str, tuple[Op, dict[str, Any]]] = {
         gated_delta_step,
         {"v": torch.randn(B, 2 * HV * V)[:, : HV * V].view(B, HV, V)},
     ),
+    "heads before rows": (gated_delta_step, {"v": torch.randn(HV, B, V).transpose(0, 1)}),
     "a bfloat16 state": (gated_delta_step, {"state": torch.randn(B, HV, K, V).bfloat16()}),
     "a pool": (
         gated_delta_step,
@@ -109,6 +110,7 @@ BAD: dict[str, dict[str, Any]] = {
     "another dtype": {"k": torch.zeros(B, H, K, dtype=torch.float16)},
     "another device": {"k": torch.zeros(B, H, K, device="meta")},
     "a sparse tensor": {"k": torch.zeros(B, H, K).to_sparse()},
+    "a tensor of another library": {"k": torch.zeros(B, H, K).to_mkldnn()},
     "a nested tensor": {"k": lambda: torch.nested.nested_tensor([torch.zeros(H, K)] * B)},
     "elements that share memory": {"state": torch.zeros(1, HV, K, V).expand(B, HV, K, V)},
     "a state for a gradient": {"state": torch.zeros(B, HV, K, V, requires_grad=True)},
@@ -127,6 +129,29 @@ def test_a_bad_call_is_refused_in_the_same_words(fault: str) -> None:
     before = bad["state"].clone()
     assert message_of(SpecError, gated_delta_step, **bad) == first
     assert torch.equal(bad["state"], before)
+
+
+def test_a_sparse_gate_has_the_strides_of_an_expanded_one_and_is_none() -> None:
+    alpha = torch.rand(1, 1).expand(B, HV)
+    for _ in range(2):
+        gated_delta_step(**given(gated_delta_step, alpha=alpha))
+    assert alpha.to_sparse().stride() == alpha.stride() == (0, 0)
+    text = message_of(
+        SpecError, gated_delta_step, **given(gated_delta_step, alpha=alpha.to_sparse())
+    )
+    assert text == "gated_delta_step: alpha has layout sparse_coo, should be strided"
+
+
+@every_op
+@pytest.mark.parametrize("name", ["q", "v", "beta"])
+def test_a_negated_view_counts_as_its_values(op: Op, name: str) -> None:
+    for _ in range(2):
+        arguments = given(op)
+        expected = exact(op, arguments)
+        op(**arguments)
+    arguments = given(op)
+    arguments[name] = torch._neg_view(-arguments[name])
+    torch.testing.assert_close(op(**arguments), expected)
 
 
 BAD_SLOTS: dict[str, dict[str, Any]] = {
