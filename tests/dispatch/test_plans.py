@@ -131,6 +131,39 @@ def test_a_bad_call_is_refused_in_the_same_words(fault: str) -> None:
     assert torch.equal(bad["state"], before)
 
 
+@every_op
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_every_gate_is_looked_at_and_nothing_between_them(
+    op: Op, name: str, long_ways: list[str]
+) -> None:
+    arguments = given(op)
+    shape = arguments[name].shape
+    gates = torch.full((*shape, 3), 9.0)[..., 1]
+    for i in range(-2, gates.numel()):
+        arguments = given(op)
+        arguments[name] = gates.copy_(arguments[name])
+        long_ways.clear()
+        if i >= 0:
+            place = tuple(int(j) for j in torch.unravel_index(torch.tensor(i), shape))
+            gates[place] = 3.0
+            text = message_of(SpecError, op, **arguments)
+            assert text.startswith(f"{op.__name__}: {name} has values in [")
+        else:
+            op(**arguments)
+            assert long_ways == [op.__name__] * (i == -2)
+
+
+def test_a_state_that_is_only_read_may_lie_in_an_input(long_ways: list[str]) -> None:
+    memory = torch.rand(B * HV * K * V + 8)
+    state, q = memory[8:].view(B, HV, K, V), memory[: B * H * K].view(B, H, K)
+    for _ in range(3):
+        arguments = given(gated_delta_step, state=state, q=q, inplace=False)
+        expected = exact(gated_delta_step, arguments)
+        del long_ways[1:]
+        torch.testing.assert_close(gated_delta_step(**arguments), expected)
+    assert long_ways == ["gated_delta_step"]
+
+
 def test_a_sparse_gate_has_the_strides_of_an_expanded_one_and_is_none() -> None:
     alpha = torch.rand(1, 1).expand(B, HV)
     for _ in range(2):
