@@ -64,7 +64,7 @@ class Level(NamedTuple):
         return (*self.flags, *(f"-DGDN_{name}={value}" for name, value in macros.items()))
 
 
-_AVX2 = ("-mavx2", "-mfma")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
     "-mprefer-vector-width=512",

@@ -1,13 +1,14 @@
 """Turn calls into the structs of `src/interface.h`, packed as bytes.
 
 Every field has eight bytes, so that one format string packs a struct: pointers and sizes as
-integers, the last two, a float and an int, in four bytes each.
+integers; floats, and what stands beside one, in four bytes each.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +29,29 @@ NOTHING = (0, 0, 0, 0, 0)
 
 _SEQUENCES = struct.Struct("=44qfi")
 _GRADIENTS = struct.Struct("=32q")
-_STEPS = struct.Struct("=48qfi")
+_STEPS = struct.Struct("=51qffq")
 
 Array = tuple[int, int, int, int, int]
 Reader = Callable[[Tensor | None], Array]
+
+
+class RawGates(NamedTuple):
+    """Say that the gates of a decode call are raw, as a layer projects them.
+
+    Attributes:
+        A_log: (HV,), float32, contiguous: the decay is a, and α = exp(−exp(A_log) softplus(a +
+            dt_bias)); None where it is α or its logarithm.
+        dt_bias: likewise, or None for 0.
+        beta_factor: β = beta_factor · sigmoid(beta); None where beta is β.
+    """
+
+    A_log: Tensor | None = None
+    dt_bias: Tensor | None = None
+    beta_factor: float | None = None
+
+
+GIVEN = RawGates()
+"""Gates that are no raw ones."""
 
 
 def readable(x: Tensor) -> Tensor:
@@ -108,8 +128,12 @@ def pack_steps(
     states: Tensor | None,
     slots: Tensor | None,
     threads: int,
+    raw: RawGates = GIVEN,
 ) -> bytes:
-    """Return `GdnSteps` of a call; `arrays` are those of q, k, v, decay, beta and o."""
+    """Return `GdnSteps` of a call; `arrays` are those of q, k, v, decay, beta and o.
+
+    With `raw` gates, decay and beta are what the layer projects.
+    """
     s = call.sizes
     q, k, v, decay, beta, o = arrays
     row, head = state.stride()[:2]
@@ -117,9 +141,11 @@ def pack_steps(
     return _STEPS.pack(
         *(*q, *k, *v, *decay, *beta, *o),
         *(state.data_ptr(), new_state.data_ptr(), pointer(states), pointer(slots)),
+        *(pointer(raw.A_log), pointer(raw.dt_bias)),
         *(row, head, new_row, new_head, TYPES[state.dtype]),
         *(s.B, s.T, s.H, s.HV, s.K, s.V),
         *(call.tokens.alpha is None, call.rule.has_erase, call.qk_l2norm),
-        call.scale,
+        raw.beta_factor is not None,
+        *(call.scale, raw.beta_factor or 0.0),
         threads,
     )

@@ -8,7 +8,8 @@
 extern "C" {
 
 // The type of the elements of an array.
-enum GdnType { kGdnFloat32 = 0, kGdnBfloat16 = 1, kGdnFloat16 = 2 };
+// float64 is for decoding: a state of it is computed with in float64, another one in float32.
+enum GdnType { kGdnFloat32 = 0, kGdnBfloat16 = 1, kGdnFloat16 = 2, kGdnFloat64 = 3 };
 
 // Tokens of a chunk.
 enum { kGdnChunk = 32 };
@@ -45,19 +46,24 @@ struct GdnGradients {
 };
 
 // One call of gated_delta_step or gated_delta_steps.
+//
+// Gates may be raw, as a layer projects them: with A_log, alpha = exp(-exp(A_log) softplus(decay +
+// dt_bias)); with beta_is_raw, beta = beta_factor sigmoid(beta).
 struct GdnSteps {
   GdnArray q, k, v, decay, beta;
   GdnArray o;               // (B, T, HV, V)
-  void* state;              // rows of (HV, K, V), read
+  const void* state;        // rows of (HV, K, V), read
   void* new_state;          // the same, written; may be `state`
   void* states;             // (B, T, HV, K, V), the state behind every token; or null
   const int64_t* slots;     // (B,) row of the state, -1 where skipped; or null: row b
+  const float* A_log;       // (HV,), or null where decay is alpha or its logarithm
+  const float* dt_bias;     // (HV,), or null for 0
   int64_t state_row, state_head, new_state_row, new_state_head;
   int64_t state_type;
   int64_t B, T, H, HV, K, V;
-  int64_t decay_is_log, has_erase, qk_l2norm;
-  float scale;
-  int32_t threads;
+  int64_t decay_is_log, has_erase, qk_l2norm, beta_is_raw;
+  float scale, beta_factor;
+  int64_t threads;          // at least 1
 };
 
 }  // extern "C"

@@ -79,15 +79,35 @@ void finish_backward(const GdnSequences& c, const GdnGradients& to, const GdnPla
   add_sums(c, to, t, plan.sums, plan.values, plan.splits / plan.values, memory);
 }
 
-// Over rows and value heads; a task is worth a microsecond or more.
+int64_t bytes_of(int64_t type) {
+  return type == kGdnFloat64 ? 8 : type == kGdnFloat32 ? 4 : 2;
+}
+
+// Over rows and value heads. A task has 64 to 256 KiB of state, which take microseconds: the heads of
+// one task overlap, and a thread that is disturbed leaves tasks to others.
 GdnPlan plan_decode(const GdnSteps& c) {
-  const int64_t heads = c.B * c.HV, each = 1 + 4096 / (c.K * c.V * c.T);
-  return {(heads + each - 1) / each, each, decode_floats(c)};
+  const int64_t heads = c.B * c.HV, bytes = c.K * c.V * bytes_of(c.state_type);
+  const int64_t fewest = ((1 << 16) + bytes - 1) / bytes, most = (1 << 18) / bytes;
+  int64_t each = least(heads / (4 * c.threads), most);
+  if (each < fewest) each = fewest;
+  if (c.threads == 1) each = heads;
+  const bool is_double = c.state_type == kGdnFloat64;
+  const int64_t floats = is_double ? 2 * decode_numbers<double>(c) : decode_numbers<float>(c);
+  return {(heads + each - 1) / each, each, floats};
 }
 
 void run_decode_task(const GdnSteps& c, const GdnPlan& plan, int64_t index, float* memory) {
-  const int64_t last = least((index + 1) * plan.splits, c.B * c.HV);
-  for (int64_t i = index * plan.splits; i < last; ++i) run_decode(c, i / c.HV, i % c.HV, memory);
+  const int64_t first = index * plan.splits, last = least(first + plan.splits, c.B * c.HV);
+  switch (c.state_type) {
+    case kGdnFloat32:
+      return run_heads<float, float>(c, first, last, memory);
+    case kGdnBfloat16:
+      return run_heads<float, Bfloat16>(c, first, last, memory);
+    case kGdnFloat16:
+      return run_heads<float, Float16>(c, first, last, memory);
+    default:
+      return run_heads<double, double>(c, first, last, reinterpret_cast<double*>(memory));
+  }
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // The doors of the library: choose a level, share the tasks of a call among threads.
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 
@@ -9,23 +8,9 @@
 #include <sys/mman.h>
 #endif
 
-#include "level.h"
-
-extern const GdnLevel gdn_level_baseline;
-#if defined(__x86_64__)
-extern const GdnLevel gdn_level_avx2, gdn_level_avx512, gdn_level_avx512bf16;
-#endif
+#include "levels.h"
 
 namespace {
-
-const GdnLevel* const kLevels[] = {
-#if defined(__x86_64__)
-    &gdn_level_avx512bf16,
-    &gdn_level_avx512,
-    &gdn_level_avx2,
-#endif
-    &gdn_level_baseline,
-};
 
 const GdnLevel* level = nullptr;
 
@@ -84,12 +69,9 @@ class Fresh {
   std::atomic<int64_t> next_{0};
 };
 
-// The number of a thread among those that have worked here: it begins with the same share of the
-// tasks in every call, so that states stay in the caches of its core.
-thread_local const int64_t seat = [] {
-  static std::atomic<int64_t> seats{0};
-  return seats.fetch_add(1, std::memory_order_relaxed);
-}();
+// A thread keeps to the share of tasks that it had in the last call: what it wrote there, a state
+// above all, is in the cache of its core.
+thread_local int64_t favourite = 0;
 
 // Tasks in as many shares as there are threads. Whoever has finished his own helps with the others.
 class Shares {
@@ -99,8 +81,9 @@ class Shares {
 
   template <class Run>
   void take(Run run) {
+    const int64_t own = claim();
     for (int64_t s = 0; s < count_; ++s) {
-      const int64_t share = (seat + s) % count_, first = tasks_ * share / count_;
+      const int64_t share = (own + s) % count_, first = tasks_ * share / count_;
       const int64_t last = tasks_ * (share + 1) / count_;
       std::atomic<int64_t>& taken = next_[share].taken;
       for (int64_t i; (i = first + taken.fetch_add(1, std::memory_order_relaxed)) < last;) run(i);
@@ -111,7 +94,17 @@ class Shares {
   static constexpr int kMost = 64;
   struct alignas(64) Next {
     std::atomic<int64_t> taken{0};
+    std::atomic<bool> is_claimed{false};
   };
+
+  int64_t claim() {
+    for (int64_t i = 0; i < count_; ++i) {
+      const int64_t share = (favourite + i) % count_;
+      if (!next_[share].is_claimed.exchange(true)) return favourite = share;
+    }
+    return favourite % count_;
+  }
+
   int64_t tasks_, count_;
   Next next_[kMost];
 };
@@ -182,17 +175,9 @@ GDN_EXPORT const char* gdn_level() { return level->name; }
 
 // Take a level by name, the fastest one for null or ""; return whether it is there.
 GDN_EXPORT int gdn_choose_level(const char* name) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-#endif
-  const bool is_named = name && *name;
-  for (const GdnLevel* one : kLevels) {
-    if (is_named && std::strcmp(name, one->name)) continue;
-    if (!one->is_there() || !(is_named || one->is_best())) continue;
-    level = one;
-    return 1;
-  }
-  return 0;
+  const GdnLevel* found = find_level(name);
+  if (found) level = found;
+  return found != nullptr;
 }
 
 GDN_EXPORT void gdn_set_parallel(void* function) {

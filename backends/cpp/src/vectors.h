@@ -1,16 +1,22 @@
 // Vectors of the level that is compiled: GDN_LANES floats each, by the vector extensions of GCC and
-// Clang, and rows of the other element types as rows of float32.
+// Clang, and rows of the other element types as rows of what is computed with.
 #pragma once
 
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
+#include <cmath>
 #include <initializer_list>
+#include <type_traits>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #include "interface.h"
 
 #define GDN_INLINE __attribute__((always_inline)) inline
+#define GDN_NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 
 namespace {
 
@@ -29,33 +35,63 @@ constexpr int W = GDN_LANES;
 // Aligned like a float: loads and stores work at any address.
 typedef float Vec __attribute__((vector_size(4 * W), aligned(4)));
 typedef uint32_t Bits __attribute__((vector_size(4 * W), aligned(4)));
-typedef int32_t Lanes __attribute__((vector_size(4 * W), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * W), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2)));
+typedef double Wide __attribute__((vector_size(4 * W), aligned(8)));
+
+// The vector of what is computed with, float or double, and how many it holds.
+template <class S>
+struct VectorOf {
+  typedef Vec type;
+};
+template <>
+struct VectorOf<double> {
+  typedef Wide type;
+};
+template <class S>
+using VecOf = typename VectorOf<S>::type;
+template <class S>
+constexpr int lanes = int(sizeof(Vec) / sizeof(S));
 
 GDN_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+GDN_INLINE Wide load(const double* p) { return *reinterpret_cast<const Wide*>(p); }
 GDN_INLINE void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
+GDN_INLINE void store(double* p, Wide x) { *reinterpret_cast<Wide*>(p) = x; }
 // x - 0 is x, of every x: a compiler makes a broadcast of it.
 GDN_INLINE Vec all(float x) { return x - Vec{}; }
+GDN_INLINE Wide all(double x) { return x - Wide{}; }
 
-GDN_INLINE float sum(Vec x) {
-  float parts[W];
+// Hold a vector that has two uses in a register: a compiler would load it for each of them.
+#if defined(__x86_64__)
+#define GDN_KEEP(x) asm("" : "+v"(x))
+#elif defined(__aarch64__)
+#define GDN_KEEP(x) asm("" : "+w"(x))
+#else
+#define GDN_KEEP(x) (void)(x)
+#endif
+
+template <class S>
+GDN_INLINE S sum_lanes(VecOf<S> x) {
+  S parts[lanes<S>];
   memcpy(parts, &x, sizeof parts);
-  for (int step = W / 2; step; step /= 2) {
+  for (int step = lanes<S> / 2; step; step /= 2) {
     for (int i = 0; i < step; ++i) parts[i] += parts[i + step];
   }
   return parts[0];
 }
+GDN_INLINE float sum(Vec x) { return sum_lanes<float>(x); }
+GDN_INLINE double sum(Wide x) { return sum_lanes<double>(x); }
 
 // The first n lanes, none for n <= 0: all bits of a lane, or none.
 GDN_INLINE Bits lanes_below(int64_t n) {
 #if GDN_LANES == 16
-  const Lanes lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Ints all_lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #elif GDN_LANES == 8
-  const Lanes lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  const Ints all_lanes = {0, 1, 2, 3, 4, 5, 6, 7};
 #else
-  const Lanes lanes = {0, 1, 2, 3};
+  const Ints all_lanes = {0, 1, 2, 3};
 #endif
-  return (Bits)(lanes < int32_t(n) - Lanes{});
+  return (Bits)(all_lanes < int32_t(n) - Ints{});
 }
 
 GDN_INLINE Vec keep(Bits lanes, Vec x) { return (Vec)((Bits)x & lanes); }
@@ -131,68 +167,176 @@ GDN_INLINE uint16_t float_to_bfloat(float x) {
   return uint16_t(x == x ? rounded : (bits >> 16 | 0x40u));
 }
 
-// Read n numbers of a type as float32.
-void widen(const void* from, int64_t type, int64_t first, float* to, int64_t n) {
-  if (type == kGdnFloat32) {
-    memcpy(to, static_cast<const float*>(from) + first, size_t(n) * 4);
-    return;
-  }
-  const uint16_t* x = static_cast<const uint16_t*>(from) + first;
-  if (type == kGdnBfloat16) {
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-      Halves narrow;
-      memcpy(&narrow, x + i, sizeof narrow);
-      const Bits bits = __builtin_convertvector(narrow, Bits) << 16;
-      memcpy(to + i, &bits, sizeof bits);
+// Elements of rows of 16-bit floats.
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+GDN_INLINE float scalar(Bfloat16 x) { return bfloat_to_float(x.bits); }
+GDN_INLINE float scalar(Float16 x) { return half_to_float(x.bits); }
+GDN_INLINE float scalar(float x) { return x; }
+GDN_INLINE double scalar(double x) { return x; }
+
+GDN_INLINE void set(Bfloat16& to, float x) { to.bits = float_to_bfloat(x); }
+GDN_INLINE void set(Float16& to, float x) { to.bits = float_to_half(x); }
+GDN_INLINE void set(float& to, float x) { to = x; }
+GDN_INLINE void set(double& to, double x) { to = x; }
+
+GDN_INLINE Vec load(const Bfloat16* p) {
+  Halves x;
+  memcpy(&x, p, sizeof x);
+  return (Vec)(__builtin_convertvector(x, Bits) << 16);
+}
+
+// The nearest bfloat16, in the upper halves; what is in the lower ones has no meaning.
+GDN_INLINE Bits rounded(Vec x) {
+  const Bits bits = (Bits)x;
+  return x == x ? bits + 0x7fffu + (bits >> 16 & 1u) : bits | 0x400000u;
+}
+
+GDN_INLINE void store(Bfloat16* p, Vec x) {
+  const Halves result = __builtin_convertvector(rounded(x) >> 16, Halves);
+  memcpy(p, &result, sizeof result);
+}
+
+// As `half_to_float` and `float_to_half`, a vector at a time.
+GDN_INLINE Vec load(const Float16* p) {
+#if defined(__AVX512F__) && GDN_LANES == 16
+  // The masked forms: GCC warns of the others.
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, x);
+#elif defined(__F16C__) && GDN_LANES == 8
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Halves x;
+  memcpy(&x, p, sizeof x);
+  const Bits h = __builtin_convertvector(x, Bits);
+  const Bits sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
+  const Bits value = (Bits)((Vec)rest * 0x1p112f);
+  return (Vec)(((Ints)rest >= 0x0f800000 ? rest | 0x7f800000u : value) | sign);
+#endif
+}
+
+GDN_INLINE void store(Float16* p, Vec x) {
+#if defined(__AVX512F__) && GDN_LANES == 16
+  const __m256i narrow = _mm512_maskz_cvtps_ph(0xffff, (__m512)x, GDN_NEAREST);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+#elif defined(__F16C__) && GDN_LANES == 8
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, GDN_NEAREST));
+#else
+  const Bits bits = (Bits)x, sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+  const Bits normal = (rest + 0xfffu + (rest >> 13 & 1u) - (112u << 23)) >> 13;
+  const Bits subnormal = (Bits)((Vec)rest + 0.5f) - 0x3f000000u;
+  Bits found = (Ints)rest < 0x38800000 ? subnormal : normal;
+  found = (Ints)rest >= 0x477ff000 ? Bits{} + 0x7c00u : found;
+  found = (Ints)rest > 0x7f800000 ? Bits{} + 0x7e00u : found;
+  const Halves result = __builtin_convertvector(found | sign, Halves);
+  memcpy(p, &result, sizeof result);
+#endif
+}
+
+constexpr int EVEN = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__;  // which of two vectors has them
+
+// A row of N vectors. Two vectors of bfloat16 are the even and the odd of their elements, which are
+// halves of the same words: nothing has to be moved; `arrange` puts a row of numbers into this order.
+template <class S, int N, class E>
+GDN_INLINE void load_row(const E* p, VecOf<S> (&to)[N]) {
+  if constexpr (std::is_same_v<E, Bfloat16>) {
+    for (int n = 0; n < N; n += 2) {
+      Bits words;
+      memcpy(&words, p + n * W, sizeof words);
+      to[n + EVEN] = (Vec)(words << 16);
+      to[n + 1 - EVEN] = (Vec)(words & 0xffff0000u);
     }
-    for (; i < n; ++i) to[i] = bfloat_to_float(x[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = half_to_float(x[i]);
+    for (int n = 0; n < N; ++n) to[n] = load(p + n * lanes<S>);
   }
 }
 
-// Write n float32 numbers in a type.
-void narrow(const float* from, void* to, int64_t type, int64_t first, int64_t n) {
-  if (type == kGdnFloat32) {
-    memcpy(static_cast<float*>(to) + first, from, size_t(n) * 4);
-    return;
-  }
-  uint16_t* x = static_cast<uint16_t*>(to) + first;
-  if (type == kGdnBfloat16) {
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-      Bits bits;
-      memcpy(&bits, from + i, sizeof bits);
-      const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-      const Bits nan = bits >> 16 | 0x40u;
-      const Vec value = load(from + i);
-      const Bits is_number = (Bits)(value == value);
-      const Halves result =
-          __builtin_convertvector((rounded & is_number) | (nan & ~is_number), Halves);
-      memcpy(x + i, &result, sizeof result);
+template <class S, int N, class E>
+GDN_INLINE void store_row(E* p, const VecOf<S> (&from)[N]) {
+  if constexpr (std::is_same_v<E, Bfloat16>) {
+    for (int n = 0; n < N; n += 2) {
+      const Bits low = rounded(from[n + EVEN]) >> 16;
+      const Bits words = low | (rounded(from[n + 1 - EVEN]) & 0xffff0000u);
+      memcpy(p + n * W, &words, sizeof words);
     }
-    for (; i < n; ++i) x[i] = float_to_bfloat(from[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) x[i] = float_to_half(from[i]);
+    for (int n = 0; n < N; ++n) store(p + n * lanes<S>, from[n]);
   }
 }
 
-float number(const GdnArray& x, int64_t index) {
+// Put the columns of N vectors into the order of `load_row`, or back.
+template <int N, bool is_back>
+GDN_INLINE void arrange(float* x) {
+  for (int n = 0; n < N; n += 2, x += 2 * W) {
+    float given[2 * W];
+    memcpy(given, x, sizeof given);
+    for (int i = 0; i < W; ++i) {
+      for (int odd = 0; odd < 2; ++odd) {
+        const int row = odd * W + i, element = 2 * i + odd;
+        x[is_back ? element : row] = given[is_back ? row : element];
+      }
+    }
+  }
+}
+
+// Read n elements of one type as another: a vector at a time where 16 bits become float.
+template <class E, class S>
+GDN_INLINE void convert(const E* from, S* to, int64_t n) {
+  if constexpr (std::is_same_v<E, S>) {
+    memcpy(to, from, size_t(n) * sizeof(S));
+    return;
+  }
+  int64_t i = 0;
+  if constexpr (sizeof(E) + sizeof(S) == 6) {
+    for (; i + W <= n; i += W) store(to + i, load(from + i));
+  }
+  for (from += i, to += i, n -= i, i = 0; i < n; ++i) set(to[i], scalar(from[i]));
+}
+
+// Read n numbers of a type, float or double.
+template <class S>
+void widen(const void* from, int64_t type, int64_t first, S* to, int64_t n) {
+  if (type == kGdnFloat32) return convert(static_cast<const float*>(from) + first, to, n);
+  if (type == kGdnBfloat16) return convert(static_cast<const Bfloat16*>(from) + first, to, n);
+  if (type == kGdnFloat16) return convert(static_cast<const Float16*>(from) + first, to, n);
+  convert(static_cast<const double*>(from) + first, to, n);
+}
+
+// Write n numbers in a type.
+template <class S>
+void narrow(const S* from, void* to, int64_t type, int64_t first, int64_t n) {
+  if (type == kGdnFloat32) return convert(from, static_cast<float*>(to) + first, n);
+  if (type == kGdnBfloat16) return convert(from, static_cast<Bfloat16*>(to) + first, n);
+  if (type == kGdnFloat16) return convert(from, static_cast<Float16*>(to) + first, n);
+  convert(from, static_cast<double*>(to) + first, n);
+}
+
+template <class S>
+S number_of(const GdnArray& x, int64_t index) {
   if (x.type == kGdnFloat32) return static_cast<const float*>(x.data)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(x.data)[index];
-  return x.type == kGdnBfloat16 ? bfloat_to_float(bits) : half_to_float(bits);
+  if (x.type == kGdnBfloat16) return scalar(static_cast<const Bfloat16*>(x.data)[index]);
+  if (x.type == kGdnFloat16) return scalar(static_cast<const Float16*>(x.data)[index]);
+  return S(static_cast<const double*>(x.data)[index]);
+}
+GDN_INLINE float number(const GdnArray& x, int64_t index) { return number_of<float>(x, index); }
+
+// Return 1 / sqrt(sum of squares + 1e-6) of a row; `padded` is a multiple of the lanes, with zeros
+// behind it.
+template <class S>
+S inverse_norm(const S* x, int64_t padded) {
+  VecOf<S> squares = {};
+  for (int64_t i = 0; i < padded; i += lanes<S>) squares += load(x + i) * load(x + i);
+  return S(1) / std::sqrt(sum(squares) + S(1e-6));
 }
 
-// Return 1 / sqrt(sum of squares + 1e-6) of a row; `padded` is a multiple of W, with zeros behind.
-float inverse_norm(const float* x, int64_t padded) {
-  Vec squares = {};
-  for (int64_t i = 0; i < padded; i += W) squares += load(x + i) * load(x + i);
-  return 1.0f / __builtin_sqrtf(sum(squares) + 1e-6f);
-}
-
-GDN_INLINE void multiply(float* x, float factor, int64_t padded) {
-  for (int64_t i = 0; i < padded; i += W) store(x + i, load(x + i) * factor);
+template <class S>
+GDN_INLINE void multiply(S* x, S factor, int64_t padded) {
+  for (int64_t i = 0; i < padded; i += lanes<S>) store(x + i, load(x + i) * factor);
 }
 
 }  // namespace
