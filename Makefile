@@ -104,9 +104,9 @@ sanitize: $(STAMP)
 		$(BIN)/gdn-ops check --backend cpp --seconds $(SECONDS); \
 	status=$$?; unset LD_PRELOAD; $(BIN)/gdn-ops build && exit $$status
 
-# Needs a C++ compiler and onnxruntime's headers, and nothing of Python.
+# Needs a C++ compiler, onnxruntime's headers and any Python, with no package.
 native:
-	native/build.sh $(ORT_INCLUDE)
+	$(PYTHON) native/build.py $(ORT_INCLUDE)
 
 wheel: $(STAMP)
 	rm -rf build dist

@@ -10,12 +10,9 @@
 // rule has a decay; beta that is not there is 1. Arithmetic is float32, float64 with a float64
 // state, whatever the other tensors are.
 //
-// One head is one unit of work, in blocks of up to 128 columns of its K x V state: the first sweep
-// forms S'^T k, the second writes S_t and reads it, so the second finds the block in the cache
-// and memory is read once and written once. Rows of 16-bit states are widened block by block.
-//
-// new_state may be state itself (bound in place), and o may be v: every element is read before
-// it is written, and no column reads another column.
+// The arithmetic is that of the backend `cpp`: decode.h of backends/cpp/src, compiled for every level
+// of the machine. new_state may be state itself (bound in place), and o may be v: every element is
+// read before it is written, and no column reads another column.
 
 #include <onnxruntime_c_api.h>
 
@@ -46,7 +43,7 @@ static_assert(ORT_API_VERSION >= kApiVersion, "the headers are older than onnxru
 // The operator for one type of q, k, v and one of the state. The types of the other inputs are
 // open, and the kernel checks them: onnxruntime would only say that no kernel matches.
 struct Operator : OrtCustomOp {
-  Operator(const Level* level, Type activation, Type state)
+  Operator(const GdnLevel* level, Type activation, const KnownType& state)
       : OrtCustomOp{}, level(level), activation(activation), state(state) {
     version = kApiVersion;
     OrtCustomOp::GetName = [](const OrtCustomOp*) { return "GatedDeltaStep"; };
@@ -57,7 +54,7 @@ struct Operator : OrtCustomOp {
     OrtCustomOp::GetInputType = [](const OrtCustomOp* self, size_t index) {
       const auto& op = *static_cast<const Operator*>(self);
       return index == kQ       ? op.activation
-             : index == kState ? op.state
+             : index == kState ? op.state.type
                                : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
     };
     OrtCustomOp::GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
@@ -67,7 +64,7 @@ struct Operator : OrtCustomOp {
     OrtCustomOp::GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 2; };
     OrtCustomOp::GetOutputType = [](const OrtCustomOp* self, size_t index) {
       const auto& op = *static_cast<const Operator*>(self);
-      return index == 0 ? op.activation : op.state;
+      return index == 0 ? op.activation : op.state.type;
     };
     OrtCustomOp::GetOutputCharacteristic = [](const OrtCustomOp*, size_t) {
       return INPUT_OUTPUT_REQUIRED;
@@ -78,8 +75,7 @@ struct Operator : OrtCustomOp {
                                      const OrtKernelInfo* info, void** kernel) {
       const auto& op = *static_cast<const Operator*>(self);
       return guarded(*api, [&] {
-        const Types types{op.activation, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, op.state};
-        *kernel = new Kernel(*api, info, op.level, types);
+        *kernel = new Kernel(*api, info, op.level, op.activation, op.state.kernel_type);
       });
     };
     OrtCustomOp::KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
@@ -95,19 +91,20 @@ struct Operator : OrtCustomOp {
     OrtCustomOp::ReleaseMayInplace = [](int*, int*) {};
   }
 
-  const Level* level;
-  Type activation, state;
+  const GdnLevel* level;
+  Type activation;
+  KnownType state;
 };
 
 // What a session needs for as long as it lives: it goes when the library is unloaded.
 class Domain {
  public:
-  Domain(const OrtApi& api, const Level* level) : api_(api) {
+  Domain(const OrtApi& api, const GdnLevel* level) : api_(api) {
     operators_.reserve(std::size(kTypes) * std::size(kTypes));
     check(api, api.CreateCustomOpDomain("gdn_ops", &domain_));
-    for (const Type activation : kTypes) {
-      for (const Type state : kTypes) {
-        operators_.emplace_back(level, activation, state);
+    for (const KnownType& activation : kTypes) {
+      for (const KnownType& state : kTypes) {
+        operators_.emplace_back(level, activation.type, state);
         check(api, api.CustomOpDomain_Add(domain_, &operators_.back()));
       }
     }
@@ -118,7 +115,7 @@ class Domain {
     if (domain_ != nullptr) api_.ReleaseCustomOpDomain(domain_);
   }
 
-  bool is_for(const OrtApi& api, const Level* level) const {
+  bool is_for(const OrtApi& api, const GdnLevel* level) const {
     return &api_ == &api && operators_[0].level == level;
   }
   OrtCustomOpDomain* get() const { return domain_; }
@@ -130,7 +127,7 @@ class Domain {
 };
 
 // One domain for all sessions of an onnxruntime.
-OrtCustomOpDomain* domain_of(const OrtApi& api, const Level* level) {
+OrtCustomOpDomain* domain_of(const OrtApi& api, const GdnLevel* level) {
   static std::mutex mutex;
   static std::vector<std::unique_ptr<Domain>> domains;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -143,8 +140,8 @@ OrtCustomOpDomain* domain_of(const OrtApi& api, const Level* level) {
 
 std::string level_names() {
   std::string names;
-  for (const Level& level : kLevels) {
-    if (level.is_there()) names += (names.empty() ? "" : ", ") + std::string(level.name);
+  for (const GdnLevel* level : kLevels) {
+    if (level->is_there()) names += (names.empty() ? "" : ", ") + std::string(level->name);
   }
   return names;
 }
@@ -164,7 +161,7 @@ GDN_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options,
   }
   return guarded(*api, [&] {
     const char* wanted = std::getenv("GDN_OPS_NATIVE_LEVEL");
-    const Level* level = find_level(wanted);
+    const GdnLevel* level = find_level(wanted);
     if (level == nullptr) {
       throw Mistake("GDN_OPS_NATIVE_LEVEL is '" + std::string(wanted) + "', should be one of " +
                     level_names() + " on this machine");

@@ -11,6 +11,7 @@
 #include <iterator>
 #include <new>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "step.h"
@@ -115,10 +116,13 @@ void check_shape(const char* name, const int64_t* shape, size_t rank,
 }
 
 struct Kernel {
-  Kernel(const OrtApi& api, const OrtKernelInfo* info, const Level* level, Types types)
-      : api_(api) {
-    step_.level = level;
-    step_.types = types;
+  Kernel(const OrtApi& api, const OrtKernelInfo* info, const GdnLevel* level, Type activation,
+         GdnType state)
+      : api_(api), level_(*level), activation_(activation) {
+    call_.state_type = state;
+    call_.T = 1;
+    // onnxruntime does not say how many threads it has.
+    call_.threads = std::max(1u, std::thread::hardware_concurrency());
     read_attributes(info);
     check_inputs(info);
   }
@@ -129,9 +133,9 @@ struct Kernel {
 
  private:
   void compute(OrtKernelContext* context) const;
-  const char* read_input(OrtKernelContext* context, int index,
+  void* read_input(OrtKernelContext* context, int index,
                          const Axes& axes) const;
-  char* create_output(OrtKernelContext* context, size_t index,
+  void* create_output(OrtKernelContext* context, size_t index,
                       std::initializer_list<int64_t> shape) const;
 
   int64_t integer(const OrtKernelInfo* info, const char* name) const {
@@ -148,21 +152,23 @@ struct Kernel {
   Type type_of(const OrtKernelInfo* info, Input input) const;
 
   const OrtApi& api_;
-  Step step_{};
+  const GdnLevel& level_;
+  const Type activation_;
+  GdnSteps call_{};  // without what changes from run to run
   std::string rule_;
   bool has_decay_ = true;
   bool is_there_[kInputCount] = {};
 };
 
 void Kernel::read_attributes(const OrtKernelInfo* info) {
-  step_.H = integer(info, "num_qk_heads");
-  step_.HV = integer(info, "num_v_heads");
-  if (step_.H < 1) {
-    throw Mistake("num_qk_heads is " + std::to_string(step_.H) + ", should be at least 1");
+  call_.H = integer(info, "num_qk_heads");
+  call_.HV = integer(info, "num_v_heads");
+  if (call_.H < 1) {
+    throw Mistake("num_qk_heads is " + std::to_string(call_.H) + ", should be at least 1");
   }
-  if (step_.HV < 1 || step_.HV % step_.H != 0) {
-    throw Mistake("num_v_heads is " + std::to_string(step_.HV) +
-                  ", should be a multiple of num_qk_heads=" + std::to_string(step_.H));
+  if (call_.HV < 1 || call_.HV % call_.H != 0) {
+    throw Mistake("num_v_heads is " + std::to_string(call_.HV) +
+                  ", should be a multiple of num_qk_heads=" + std::to_string(call_.H));
   }
 
   float scale = 0;
@@ -172,13 +178,13 @@ void Kernel::read_attributes(const OrtKernelInfo* info) {
   if (!std::isfinite(scale)) {
     throw Mistake("scale is " + std::to_string(scale) + ", should be a finite number");
   }
-  step_.scale = scale;
+  call_.scale = scale;
 
   const int64_t qk_l2norm = integer(info, "qk_l2norm");
   if (qk_l2norm != 0 && qk_l2norm != 1) {
     throw Mistake("qk_l2norm is " + std::to_string(qk_l2norm) + ", should be 0 or 1");
   }
-  step_.qk_l2norm = qk_l2norm == 1;
+  call_.qk_l2norm = qk_l2norm;
 
   const std::string should = "should be one of gated_delta, delta, gated, linear";
   size_t size = 0;
@@ -193,7 +199,8 @@ void Kernel::read_attributes(const OrtKernelInfo* info) {
     throw Mistake("rule is '" + rule_ + "', " + should);
   }
   has_decay_ = rule_ == "gated_delta" || rule_ == "gated";
-  step_.has_erase = rule_ == "gated_delta" || rule_ == "delta";
+  call_.decay_is_log = has_decay_;
+  call_.has_erase = rule_ == "gated_delta" || rule_ == "delta";
 }
 
 // onnxruntime has checked the types of q and state, and leaves those of the others to us.
@@ -210,20 +217,23 @@ void Kernel::check_inputs(const OrtKernelInfo* info) {
   if (!has_decay_ && is_there_[kLogAlpha]) {
     throw Mistake("log_alpha is given, should be absent: rule '" + rule_ + "' has no decay");
   }
-  check_type(info, kK, kQ, step_.types.activation);
-  check_type(info, kV, kQ, step_.types.activation);
-  step_.types.gate = kFloat32;
+  check_type(info, kK, kQ, activation_);
+  check_type(info, kV, kQ, activation_);
+  for (GdnArray* array : {&call_.q, &call_.k, &call_.v, &call_.o}) {
+    array->type = find_type(activation_)->kernel_type;
+  }
   for (Input gate : {kBeta, kLogAlpha}) {
     if (!is_there_[gate]) continue;
     const Type type = type_of(info, gate);
-    if (std::find(std::begin(kTypes), std::end(kTypes), type) == std::end(kTypes)) {
+    const KnownType* known = find_type(type);
+    if (known == nullptr) {
       throw Mistake(std::string(kInputs[gate]) + " has dtype " + name_of(type) +
                     ", should be one of float32, float16, bfloat16, float64");
     }
-    step_.types.gate = type;
+    (gate == kBeta ? call_.beta : call_.decay).type = known->kernel_type;
   }
   if (is_there_[kBeta] && is_there_[kLogAlpha]) {
-    check_type(info, kBeta, kLogAlpha, step_.types.gate);
+    check_type(info, kBeta, kLogAlpha, type_of(info, kLogAlpha));
   }
 }
 
@@ -247,14 +257,13 @@ Type Kernel::type_of(const OrtKernelInfo* info, Input input) const {
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
-  Step x = step_;
+  GdnSteps x = call_;
   Axis B{"B"}, H{"H", x.H, "num_qk_heads"}, HV{"HV", x.HV, "num_v_heads"}, K{"K"}, V{"V"};
   const Axes axes_of[] = {{{&B, &H, &K}, 3}, {{&B, &H, &K}, 3}, {{&B, &HV, &V}, 3},
                           {{&B, &HV}, 2},    {{&B, &HV}, 2},    {{&B, &HV, &K, &V}, 4}};
-  const char** data_of[] = {&x.q, &x.k, &x.v, &x.log_alpha, &x.beta, &x.state};
+  void* data[kInputCount] = {};
   for (int i = 0; i < kInputCount; ++i) {
-    if (!is_there_[i]) continue;
-    *data_of[i] = read_input(context, i, axes_of[i]);
+    if (is_there_[i]) data[i] = read_input(context, i, axes_of[i]);
   }
   for (const Axis* axis : {&K, &V}) {
     if (axis->size > 0) continue;
@@ -263,15 +272,20 @@ void Kernel::compute(OrtKernelContext* context) const {
   x.B = B.size;
   x.K = K.size;
   x.V = V.size;
-  x.o = create_output(context, 0, {x.B, x.HV, x.V});
+  place(x.q, data[kQ], x.H, x.K);
+  place(x.k, data[kK], x.H, x.K);
+  place(x.v, data[kV], x.HV, x.V);
+  place(x.decay, data[kLogAlpha], x.HV, 1);
+  place(x.beta, data[kBeta], x.HV, 1);
+  x.state = data[kState];
+  place(x.o, create_output(context, 0, {x.B, x.HV, x.V}), x.HV, x.V);
   x.new_state = create_output(context, 1, {x.B, x.HV, x.K, x.V});
+  x.state_head = x.new_state_head = x.K * x.V;
+  x.state_row = x.new_state_row = x.HV * x.state_head;
+  if (x.B == 0) return;
 
-  // A task is worth some microseconds: two heads of 128 x 128 in float32.
-  constexpr int64_t kTaskBytes = int64_t{1} << 17;
-  const int64_t heads = x.B * x.HV, head_bytes = x.K * x.V * bytes_of(x.types.state);
-  if (heads == 0) return;
-  Tasks tasks{x, std::max(int64_t{1}, kTaskBytes / head_bytes)};
-  const size_t count = size_t((heads + tasks.heads_each - 1) / tasks.heads_each);
+  Tasks tasks{level_, x, level_.plan_decode(x)};
+  const size_t count = size_t(tasks.plan.tasks);
   if (count == 1) {
     Tasks::run(&tasks, 0);
   } else {
@@ -280,7 +294,7 @@ void Kernel::compute(OrtKernelContext* context) const {
   if (tasks.has_failed) throw std::bad_alloc();
 }
 
-const char* Kernel::read_input(OrtKernelContext* context, int index,
+void* Kernel::read_input(OrtKernelContext* context, int index,
                                const Axes& axes) const {
   const OrtValue* value = nullptr;
   check(api_, api_.KernelContext_GetInput(context, index, &value));
@@ -296,16 +310,16 @@ const char* Kernel::read_input(OrtKernelContext* context, int index,
   void* data = nullptr;
   // The C API has no other way to read a tensor.
   check(api_, api_.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-  return static_cast<const char*>(data);
+  return data;
 }
 
-char* Kernel::create_output(OrtKernelContext* context, size_t index,
+void* Kernel::create_output(OrtKernelContext* context, size_t index,
                             std::initializer_list<int64_t> shape) const {
   OrtValue* value = nullptr;
   check(api_, api_.KernelContext_GetOutput(context, index, shape.begin(), shape.size(), &value));
   void* data = nullptr;
   check(api_, api_.GetTensorMutableData(value, &data));
-  return static_cast<char*>(data);
+  return data;
 }
 
 }  // namespace

@@ -24,4 +24,5 @@ def copy_source(to: Path) -> Path:
     """Copy all that a build of the distribution reads; return where to."""
     for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md", "MANIFEST.in"):
         shutil.copy(ROOT / name, to)
+    shutil.copytree(ROOT / "native", to / "native", ignore=shutil.ignore_patterns("build", "__*"))
     return copy_package(to)

@@ -101,6 +101,24 @@ class CompileError(BuildError):
         self.lines = tuple(lines)
 
 
+class Door(NamedTuple):
+    """Describe how the kernels of a library are called: what is compiled beside their levels.
+
+    Attributes:
+        name: the file name of the library.
+        source: the file, relative to that of the kernels.
+        flags: for that file alone.
+    """
+
+    name: str
+    source: str
+    flags: tuple[str, ...] = ()
+
+
+TORCH = Door(NAME, "library.cc")
+"""The library of the backend `cpp`; `native/build.py` has that of onnxruntime."""
+
+
 class Built(NamedTuple):
     """Describe a library that was built.
 
@@ -129,7 +147,10 @@ def source_hash(sources: Path = SOURCES) -> str:
 
 
 def build(
-    folder: Path, sources: Path = SOURCES, environment: Mapping[str, str] = os.environ
+    folder: Path,
+    sources: Path = SOURCES,
+    environment: Mapping[str, str] = os.environ,
+    door: Door = TORCH,
 ) -> Built:
     """Build the library into a folder, where it replaces another one at once.
 
@@ -137,26 +158,27 @@ def build(
         folder: made if it is missing.
         sources: the folder of level.cc and library.cc.
         environment: CXX is the compiler, CXXFLAGS and LDFLAGS are more arguments for it.
+        door: what else is compiled into which library.
 
     Raises:
         BuildError: there is no compiler of C++17, the folder cannot be written, or the sources are
             not there.
         CompileError: the compiler failed on them.
     """
-    for name in ("level.cc", "library.cc"):
+    for name in ("level.cc", door.source):
         if not (sources / name).is_file():
             raise BuildError(f"{sources / name} is not there: install gdn_ops again")
     compiler, machine = find_compiler(environment)
     _check_writable(folder)
     with _scratch() as scratch:
-        work = _Work(compiler, scratch, sources, environment)
+        work = _Work(compiler, scratch, sources, environment, door)
         levels = LEVELS.get(machine, OTHER)
         left_out = work.probe(levels)
         kept = [level for level in levels if level.name not in left_out]
         work.compile(kept, left_out)
-        _replace(work.library, folder / NAME)
+        _replace(work.library, folder / door.name)
     names = tuple(level.name for level in kept)
-    return Built(folder / NAME, shlex.join(compiler), names, left_out)
+    return Built(folder / door.name, shlex.join(compiler), names, left_out)
 
 
 def find_compiler(environment: Mapping[str, str] = os.environ) -> tuple[list[str], str]:
@@ -252,11 +274,12 @@ class _Work:
         scratch: Path,
         sources: Path,
         environment: Mapping[str, str],
+        door: Door,
     ) -> None:
         self.compiler, self.scratch, self.sources = compiler, scratch, sources
-        self.environment = environment
+        self.environment, self.door = environment, door
         self.more = _words(environment, "CXXFLAGS")
-        self.library = scratch / NAME
+        self.library = scratch / door.name
 
     def probe(self, levels: Sequence[Level]) -> dict[str, str]:
         """Return why levels cannot be compiled, by name.
@@ -286,9 +309,9 @@ class _Work:
         """
         about = self._write("about", _about(source_hash(self.sources), levels))
         jobs = [(level.name, "level.cc", level.arguments()) for level in levels]
-        jobs += [("library", "library.cc", ()), ("about", str(about), ())]
+        jobs += [("door", self.door.source, self.door.flags), ("about", str(about), ())]
         for name in left_out:
-            # `library.cc` asks every level of the machine whether it is there.
+            # The door asks every level of the machine whether it is there.
             jobs.append((name, str(self._write(name, _absent(name))), ()))
         objects = [self.scratch / f"{name}.o" for name, *_ in jobs]
 

@@ -110,6 +110,13 @@ def test_the_sdist_builds_the_same_wheel(
     assert contents(again) == contents(wheel)
 
 
+def test_the_sdist_carries_the_sources_of_the_library_for_onnxruntime(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        carried = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {f"native/{path.name}" for path in (ROOT / "native").iterdir() if path.is_file()}
+    assert len(sources) >= 5 and sources <= carried
+
+
 def test_the_links_lead_to_the_folders() -> None:
     for name in ("backends", "export"):
         link = ROOT / "gdn_ops" / name

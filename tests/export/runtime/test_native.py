@@ -14,6 +14,8 @@ import pytest
 import torch
 from onnx import helper
 
+from gdn_ops import gated_delta_step
+from gdn_ops.backends.cpp import library
 from gdn_ops.export.node.schema import ATTRIBUTES, DOMAIN, ELEMENT_TYPES, INPUTS, OUTPUTS, STEP
 from gdn_ops.spec.ops import RULES
 from onnx_native import DTYPES, Node, model_of, needs_library, session_of
@@ -71,7 +73,7 @@ def _levels() -> list[str]:
     return []
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512bf16"])
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param not in _levels():
         pytest.skip(f"this machine has no {request.param}")
@@ -83,7 +85,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 @pytest.mark.parametrize("state", DTYPES)
 def test_every_level_agrees_with_naive_at_every_width(level: str, state: str, rule: str) -> None:
     node = Node(types=types_of(state=state), rule=rule)
-    # Blocks of 128, 64 (float64), 32, 8 and 1 columns.
+    # Blocks of four vectors of columns, single ones, and columns that fill none.
     for V in (1, 8, 43, 64, 128, 171):
         node.check(**node.draw(B=1, K=19, V=V))
 
@@ -265,6 +267,23 @@ def test_threads_change_no_bit() -> None:
     drawn = Node().draw(B=8, K=128, V=128)
     feeds = {name: x.numpy().astype(np.float32) for name, x in drawn.items()}
     assert_equal(one.run(None, feeds), four.run(None, feeds))
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("activation", ["float32", "bfloat16", "float16"])
+def test_the_backend_cpp_gives_the_same_bits(level: str, activation: str, state: str) -> None:
+    if library.missing() is not None or not library.library().gdn_choose_level(level.encode()):
+        pytest.skip(f"backend 'cpp': {library.missing() or f'no level {level}'}")
+    try:
+        node = Node((2, 6), types=types_of(activation, state=state), qk_l2norm=1)
+        tensors = node.draw(B=3, K=40, V=200)
+        given = {name: x.to(DTYPES[node.types[name]]) for name, x in tensors.items()}
+        scale = float(np.float32(0.3))
+        other = gated_delta_step(**given, scale=scale, qk_l2norm=True, backend="cpp")
+        for x, y in zip(node(**tensors), other, strict=True):
+            assert torch.equal(x, y.double())
+    finally:
+        library.choose_level(library.library(), "")
 
 
 def test_a_session_outlives_its_options_and_other_sessions() -> None:
