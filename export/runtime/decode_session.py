@@ -190,21 +190,17 @@ class DecodeSession:
             return self._step(args)
 
     def _step(self, args: tuple[Array, ...]) -> Any:
-        is_own = True
+        foreign = []
         for (array, shape, dtype, buffer), x in zip(self._taken, args, strict=True):
             if x is not array:
-                is_own = False
                 if type(x) is not np.ndarray or x.dtype is not dtype or x.shape != shape:
                     buffer.check("DecodeSession.step", x)
-        if not is_own:
-            # Copy what lies in a buffer, by whatever way, before that is written.
-            foreign = [
-                (taken[0], x.copy() if np.may_share_memory(x, self._memory) else x)
-                for taken, x in zip(self._taken, args, strict=True)
-                if x is not taken[0]
-            ]
-            for array, x in foreign:
-                np.copyto(array, x)
+                # What lies in a buffer, by whatever way, is copied before that is written.
+                if not x.flags.owndata and np.may_share_memory(x, self._memory):
+                    x = x.copy()
+                foreign.append((array, x))
+        for array, x in foreign:
+            array[...] = x
         for results in self._results:
             if results.is_free():
                 break
