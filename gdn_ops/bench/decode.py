@@ -149,8 +149,10 @@ def _own_ways(model: ModelProto, batch: int, feeds: list[Array], library: str | 
             ways.append(Way(f"{body} in place, bare", _Bare(start(body)).step))
         ways.append(Way(f"{body} two buffers", _Bare(start(body, in_place=False)).step))
     if library is not None:
-        session = start("custom", custom_op_library=library)
-        ways.append(Way("custom in place", functools.partial(session.step, *feeds)))
+        own, copied = (start("custom", custom_op_library=library) for _ in range(2))
+        ways.append(Way("custom in place", functools.partial(copied.step, *feeds)))
+        buffers = functools.partial(own.step, *own.buffers.values())
+        ways.append(Way("custom in place, own buffers", buffers))
     return ways
 
 

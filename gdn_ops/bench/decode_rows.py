@@ -16,9 +16,7 @@ def decode_rows(
     The state has `mib` MiB; `added` is, by way, what step() adds to the run of onnxruntime.
     """
     rows = timed_rows("decode", case, "us", timing, "floor", floor=timing["floor"].median)
-    if "ort in place" not in timing:
-        return rows
-    own, bare = timing["ort in place"], timing["ort in place, bare"]
+    floor = timing["floor"]
 
     def judge(
         name: str, unit: str, median: float, best: float, bound: float, at_least: bool = False
@@ -26,11 +24,18 @@ def decode_rows(
         """Add a row with its target."""
         reached = median >= bound if at_least else median <= bound
         target = f"{'>=' if at_least else '<='} {bound:g}{'x' if unit == 'x' else ' us'}"
-        numbers = (median, best, len(own.samples))
+        numbers = (median, best, len(floor.samples))
         rows.append(Row("decode", case, name, unit, *numbers, target=target, reached=reached))
 
+    for way in ("custom in place", "custom in place, own buffers"):
+        if way in timing:
+            x = timing[way]
+            judge(f"{way} / floor", "x", x.median / floor.median, x.best / floor.best, 1.6)
+    if "ort in place" not in timing:
+        return rows
+    own, bare = timing["ort in place"], timing["ort in place, bare"]
     # What step() adds has targets of its own.
-    pairs = [("ort, bare / floor", bare, timing["floor"], 4.0 if mib < 2 else 3.0, False)]
+    pairs = [("ort, bare / floor", bare, floor, 4.0 if mib < 2 else 3.0, False)]
     others = (("standard in place", 3.0), ("torch", 3.0), ("compile", 2.0))
     pairs += [(f"{other} / ort", timing[other], own, bound, True) for other, bound in others]
     for name, x, y, bound, at_least in pairs:
