@@ -121,13 +121,17 @@ GDN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 GDN_INLINE float half_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000u) << 16, rest = uint32_t(h & 0x7fffu) << 13;
-  float value, moved = 0x1p112f;
-  memcpy(&value, &rest, 4);
-  // The product moves the exponent's bias from 15 to 127, of subnormal numbers too.
-  value *= moved;
-  uint32_t found;
-  memcpy(&found, &value, 4);
-  if (rest >= 0x0f800000u) found = rest | 0x7f800000u;
+  // The exponent's bias moves from 15 to 127, and that of infinity and NaN on to 255.
+  uint32_t found = rest + (112u << 23);
+  if (rest >= 0x0f800000u) found += 112u << 23;
+  float value;
+  if (rest < 0x00800000u) {
+    // A subnormal number is the rest of 2^-14 + it, which is none as a float32.
+    found += 1u << 23;
+    memcpy(&value, &found, 4);
+    value -= 0x1p-14f;
+    memcpy(&found, &value, 4);
+  }
   found |= sign;
   memcpy(&value, &found, 4);
   return value;
