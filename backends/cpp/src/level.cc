@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "decode.h"
+#include "level_layers.h"
 #include "processor.h"
 #include "rate.h"
 #include "subnormal.h"
@@ -124,4 +125,4 @@ extern const GdnLevel GDN_OF(GDN_LEVEL);
 const GdnLevel GDN_OF(GDN_LEVEL) = {GDN_TEXT(GDN_LEVEL), is_there,          is_best,
                                     plan_forward,        run_forward_task,  plan_backward,
                                     run_backward_task,   finish_backward,   plan_decode,
-                                    run_decode_task,     run_multiply_adds};
+                                    run_decode_task,     run_multiply_adds, &layers};

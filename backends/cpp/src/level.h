@@ -1,7 +1,7 @@
 // One level: the same kernels compiled for one kind of processor. `library.cc` chooses among them.
 #pragma once
 
-#include "interface.h"
+#include "interface_layers.h"
 
 // How a call is cut into tasks, and the floats of memory that a task works in.
 struct GdnPlan {
@@ -10,6 +10,21 @@ struct GdnPlan {
   // leaves its part of the sums in `sums`, and who is last to finish a key head adds them up.
   int64_t values = 1, sum_floats = 0;
   float* sums = nullptr;
+};
+
+// The kernels of what stands around the rule in a layer.
+struct GdnLayers {
+  GdnPlan (*plan_convolution)(const GdnConvolution&);
+  void (*run_convolution)(const GdnConvolution&, const GdnPlan&, int64_t task, float* memory);
+  GdnPlan (*plan_convolution_backward)(const GdnConvolution&);
+  void (*run_convolution_backward)(const GdnConvolution&, const GdnConvolutionGradients&,
+                                   const GdnPlan&, int64_t task, float* memory);
+  GdnPlan (*plan_norm)(const GdnNorm&);
+  void (*run_norm)(const GdnNorm&, const GdnPlan&, int64_t task, float* memory);
+  GdnPlan (*plan_norm_backward)(const GdnNorm&);
+  void (*run_norm_backward)(const GdnNorm&, const GdnNormGradients&, const GdnPlan&, int64_t task,
+                            float* memory);
+  void (*finish_norm_backward)(const GdnNorm&, const GdnNormGradients&);
 };
 
 struct GdnLevel {
@@ -26,4 +41,5 @@ struct GdnLevel {
   GdnPlan (*plan_decode)(const GdnSteps&);
   void (*run_decode)(const GdnSteps&, const GdnPlan&, int64_t task, float* memory);
   int64_t (*run_multiply_adds)(int64_t rounds, int64_t type, float* memory);
+  const GdnLayers* layers;
 };

@@ -166,6 +166,23 @@ void run_backward(const Backward& both, const GdnPlan& plan, int64_t task, float
   level->finish_backward(both.call, both.gradients, plan, head, own);
 }
 
+// A call of what stands around the rule, and its gradients.
+template <class Call, class Gradients>
+struct Pair {
+  const Call& call;
+  const Gradients& gradients;
+};
+using ConvolutionPair = Pair<GdnConvolution, GdnConvolutionGradients>;
+using NormPair = Pair<GdnNorm, GdnNormGradients>;
+
+void run_convolution_pair(const ConvolutionPair& x, const GdnPlan& plan, int64_t task, float* own) {
+  level->layers->run_convolution_backward(x.call, x.gradients, plan, task, own);
+}
+
+void run_norm_pair(const NormPair& x, const GdnPlan& plan, int64_t task, float* own) {
+  level->layers->run_norm_backward(x.call, x.gradients, plan, task, own);
+}
+
 }  // namespace
 
 #define GDN_EXPORT extern "C" __attribute__((visibility("default")))
@@ -226,6 +243,38 @@ GDN_EXPORT int64_t gdn_multiply_add(int64_t rounds, int64_t type, int32_t thread
   Work<Rounds> work{call, {threads, 1, 16}, run_rounds};
   work.start(threads);
   return operations;
+}
+
+// Run a short convolution; return 1 where there is no memory, as all below do.
+GDN_EXPORT int gdn_convolution(const GdnConvolution* call) {
+  const GdnLayers& layers = *level->layers;
+  Work<GdnConvolution> work{*call, layers.plan_convolution(*call), layers.run_convolution};
+  return work.start(call->threads);
+}
+
+// Run its backward.
+GDN_EXPORT int gdn_convolution_backward(const GdnConvolution* call,
+                                        const GdnConvolutionGradients* gradients) {
+  const ConvolutionPair both{*call, *gradients};
+  const GdnPlan plan = level->layers->plan_convolution_backward(*call);
+  Work<ConvolutionPair> work{both, plan, run_convolution_pair};
+  return work.start(call->threads);
+}
+
+// Run a gated norm.
+GDN_EXPORT int gdn_norm(const GdnNorm* call) {
+  const GdnLayers& layers = *level->layers;
+  Work<GdnNorm> work{*call, layers.plan_norm(*call), layers.run_norm};
+  return work.start(call->threads);
+}
+
+// Run its backward.
+GDN_EXPORT int gdn_norm_backward(const GdnNorm* call, const GdnNormGradients* gradients) {
+  const NormPair both{*call, *gradients};
+  Work<NormPair> work{both, level->layers->plan_norm_backward(*call), run_norm_pair};
+  const int status = work.start(call->threads);
+  if (!status) level->layers->finish_norm_backward(*call, *gradients);
+  return status;
 }
 
 #include "repeated.h"

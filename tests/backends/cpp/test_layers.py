@@ -1,0 +1,308 @@
+"""The kernels around the rule compute what plain torch does in float64, at every level."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from errors import message_of
+from fences import all_fenced, assert_untouched, fenced
+from gdn_ops.backends.cpp import layers, library
+from gdn_ops.nn.norm import gated_rms_norm
+from gdn_ops.nn.windows import advance
+
+if library.missing() is not None:
+    pytest.skip(f"backend 'cpp': {library.missing()}", allow_module_level=True)
+
+LEVELS = ("avx512bf16", "avx512", "avx2", "baseline")
+
+ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Of the largest number of a result, and at least of 1."""
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test at one level, and leave the best one behind."""
+    loaded = library.library()
+    if not loaded.gdn_choose_level(request.param.encode()):
+        pytest.skip(f"the library or this processor has no level {request.param}")
+    yield request.param
+    library.choose_level(loaded, "")
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def exact(x: Tensor | None) -> Tensor | None:
+    """Return a leaf with the same numbers in float64."""
+    return None if x is None else x.detach().double().requires_grad_()
+
+
+def assert_close(names: str, actual: list[Tensor], wanted: list[Tensor]) -> None:
+    for name, a, b in zip(names.split(), actual, wanted, strict=True):
+        size = max(1.0, float(b.detach().abs().max())) if b.numel() else 1.0
+        error = float((a.double() - b.detach()).abs().max()) if b.numel() else 0.0
+        assert error <= ROUNDING[a.dtype] * size, (name, error, size)
+
+
+def convolved(
+    call: layers.Convolution, d_y: Tensor, d_final: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return y, the last inputs and the gradients, of the kernels and of plain torch in float64."""
+    x, reach = call.x, call.weight.shape[1] - 1
+    final = torch.empty(call.sequences, x.shape[2], reach, dtype=x.dtype) if reach else None
+    own = [layers.convolution(call, final)]
+    given = [exact(t) for t in call[:4]]
+    options = {"silu": call.silu, "lengths": call.lengths, "cu_seqlens": call.starts}
+    y, last = advance(*given, **options)
+    loss = (y * d_y.double()).sum()
+    if d_final is not None:
+        loss = loss + (last * d_final.double()).sum()
+    leaves = [t for t in given if t is not None]
+    reference = [y, *([last] if reach else []), *torch.autograd.grad(loss, leaves)]
+    gradients = layers.convolution_backward(call, d_y, d_final, needs_x=True)
+    own += [t for t in (final, *gradients) if t is not None]
+    return own, reference
+
+
+def names_of(call: layers.Convolution) -> str:
+    names = ["y", *(["final"] if call.weight.shape[1] > 1 else []), "d_x", "d_weight"]
+    names += [] if call.bias is None else ["d_bias"]
+    return " ".join(names + ([] if call.state is None else ["d_state"]))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels last": lambda x: x,
+    "tokens last": lambda x: x.mT.contiguous().mT,
+    "gaps": lambda x: torch.stack((x, x), 3)[..., 0],
+    "reversed": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+}
+
+
+@given(
+    rows=st.integers(1, 3),
+    tokens=st.integers(1, 70),
+    channels=st.integers(1, 40),
+    taps=st.sampled_from((1, 2, 3, 4, 4, 4, 5, 20)),
+    dtype=st.sampled_from(list(ROUNDING)),
+    layout=st.sampled_from(list(LAYOUTS)),
+    kind=st.sampled_from(("whole", "lengths", "packed")),
+    silu=st.booleans(),
+    has_bias=st.booleans(),
+    has_state=st.booleans(),
+    has_d_final=st.booleans(),
+    cuts=st.lists(st.integers(0, 70), max_size=5),
+    level=st.sampled_from(LEVELS),
+)
+def test_the_convolution_is_that_of_plain_torch(
+    rows: int,
+    tokens: int,
+    channels: int,
+    taps: int,
+    dtype: torch.dtype,
+    layout: str,
+    kind: str,
+    silu: bool,
+    has_bias: bool,
+    has_state: bool,
+    has_d_final: bool,
+    cuts: list[int],
+    level: str,
+) -> None:
+    loaded = library.library()
+    if not loaded.gdn_choose_level(level.encode()):
+        return
+    rows = 1 if kind == "packed" else rows
+    made = functools.partial(normal, dtype=dtype)
+    ends = sorted(min(cut, tokens) for cut in cuts)
+    starts = torch.tensor([0, *ends, tokens]) if kind == "packed" else None
+    lengths = torch.arange(rows) * 7 % (tokens + 1) if kind == "lengths" else None
+    past = (rows if starts is None else len(starts) - 1, channels, taps - 1)
+    call = layers.Convolution(
+        LAYOUTS[layout](made(rows, tokens, channels)),
+        made(channels, taps, seed=1),
+        made(channels, seed=2) if has_bias else None,
+        made(*past, seed=3) if has_state and taps > 1 else None,
+        starts,
+        lengths,
+        silu,
+    )
+    d_final = made(*past, seed=4) if has_d_final and taps > 1 else None
+    d_y = LAYOUTS[layout](made(rows, tokens, channels, seed=5))
+    try:
+        assert_close(names_of(call), *convolved(call, d_y, d_final))
+    finally:
+        library.choose_level(loaded, "")
+
+
+def test_many_tokens_and_channels_are_convolved_in_tasks(level: str) -> None:
+    made = functools.partial(normal, dtype=torch.float32)
+    for width, tokens in ((2050, 130), (1008, 65), (16, 700)):
+        call = layers.Convolution(
+            made(2, tokens, width), made(width, 4, seed=1), None, None, None, None, True
+        )
+        d_y = made(2, tokens, width, seed=2)
+        assert_close(names_of(call), *convolved(call, d_y, None))
+
+
+@pytest.mark.parametrize("kept", [3, 4, 30])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_a_token_updates_its_state_in_place(level: str, dtype: torch.dtype, kept: int) -> None:
+    weight = normal(50, 4, seed=1, dtype=dtype)
+    state, x = normal(2, 50, kept, seed=3, dtype=dtype), normal(2, 1, 50, dtype=dtype)
+    held, given = fenced(state, 7.0), exact(state[..., -3:])
+    y = layers.convolution(layers.Convolution(x, weight, None, held, None, None, True), held)
+    wanted, _ = advance(exact(x), exact(weight), None, given, silu=True)
+    assert_close("y", [y], [wanted])
+    assert torch.equal(held, torch.cat([state[..., 1:], x.mT], -1))
+    assert_untouched([held])
+
+
+def normed(
+    x: Tensor, weight: Tensor, z: Tensor | None, d_y: Tensor, gate: str | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return y and the gradients of a norm, of the kernels and of plain torch in float64."""
+    own = [layers.norm(x, weight, z, 0.01, gate)]
+    own += [t for t in layers.norm_backward(x, weight, z, 0.01, gate, d_y) if t is not None]
+    given = [exact(t) for t in (x, weight, z)]
+    y = gated_rms_norm(*given, eps=0.01, activation=gate or "silu")
+    leaves = [t for t in given if t is not None]
+    return own, [y, *torch.autograd.grad(y, leaves, d_y.double())]
+
+
+@given(
+    shape=st.lists(st.integers(1, 5), max_size=4),
+    width=st.integers(1, 70),
+    dtype=st.sampled_from(list(ROUNDING)),
+    gate=st.sampled_from(("silu", "sigmoid", None)),
+    is_transposed=st.booleans(),
+    level=st.sampled_from(LEVELS),
+)
+def test_the_norm_is_that_of_plain_torch(
+    shape: list[int],
+    width: int,
+    dtype: torch.dtype,
+    gate: str | None,
+    is_transposed: bool,
+    level: str,
+) -> None:
+    loaded = library.library()
+    if not loaded.gdn_choose_level(level.encode()):
+        return
+    x, z, d_y = (normal(*shape, width, seed=seed, dtype=dtype) for seed in (0, 1, 2))
+    if is_transposed:
+        x, z, d_y = (t.transpose(0, -1).contiguous().transpose(0, -1) for t in (x, z, d_y))
+    weight = normal(width, seed=3, dtype=dtype)
+    names = "y d_x d_weight" + (" d_z" if gate else "")
+    try:
+        assert_close(names, *normed(x, weight, z if gate else None, d_y, gate))
+    finally:
+        library.choose_level(loaded, "")
+
+
+def test_many_rows_are_normed_in_parts(level: str) -> None:
+    x, z, d_y = (normal(2, 9001, 3, 16, seed=seed) for seed in (0, 1, 2))
+    # Summed over all rows the weight's gradient is large, and so is its error.
+    assert_close("y d_x d_weight d_z", *normed(x, normal(16, seed=3), z, d_y, "silu"))
+
+
+def test_activations_are_right_at_their_ends(level: str) -> None:
+    x = torch.tensor([-1e30, -1e4, -104.0, -88.0, -86.5, -1e-30, 0.0, 20.0, 88.0, 1e4, 1e30])
+    call = layers.Convolution(x.view(1, -1, 1), torch.ones(1, 1), None, None, None, None, True)
+    y = layers.convolution(call).flatten()
+    wanted = torch.nn.functional.silu(x.double())
+    assert torch.all((y - wanted).abs() <= 1e-6 * wanted.abs() + 1e-35)
+    ends = x.clone()
+    ends[[0, -1]] = torch.tensor([torch.nan, torch.inf])
+    y = layers.convolution(call._replace(x=ends.view(1, -1, 1))).flatten()
+    assert y[0].isnan() and y[-1] == torch.inf and y[1:-1].isfinite().all()
+
+
+def test_every_number_of_float16_is_read() -> None:
+    bits = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
+    x = bits.view(torch.float16)
+    call = layers.Convolution(x.view(1, -1, 1), torch.ones(1, 1), None, None, None, None, False)
+    y = layers.convolution(call).flatten()
+    assert torch.equal(y.nan_to_num(1.5), x.nan_to_num(1.5))
+    assert torch.equal(y.isnan(), x.isnan())
+
+
+def results(tokens: int) -> list[Tensor]:
+    """Return what a convolution and a norm result in, with their gradients."""
+    x, weight = normal(2, tokens, 1100), normal(1100, 4, seed=1)
+    state = normal(2, 1100, 3, seed=2)
+    call = layers.Convolution(x, weight, weight[:, 0].contiguous(), state, None, None, True)
+    d_final = torch.empty_like(state)
+    out = [layers.convolution(call, d_final), d_final.clone()]
+    out += [t for t in layers.convolution_backward(call, x, d_final, needs_x=True) if t is not None]
+    rows, w = x.unflatten(2, (-1, 10)), normal(10, seed=3)
+    out += [layers.norm(rows, w, -rows, 1e-5, "silu")]
+    gradients = layers.norm_backward(rows, w, -rows, 1e-5, "silu", rows)
+    return out + [t for t in gradients if t is not None]
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Set the threads of torch, and set them back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_changes_no_bit(threads: Callable[[int], None]) -> None:
+    threads(1)
+    alone = results(150)
+    for count in (2, 3, 5):
+        threads(count)
+        assert all(map(torch.equal, results(150), alone))
+
+
+def test_eight_threads_may_call_at_once() -> None:
+    sizes = (1, 5, 16, 17, 33, 64, 65, 90)
+    alone = [results(tokens) for tokens in sizes]
+    with ThreadPoolExecutor(8) as pool:
+        for got, right in zip(pool.map(results, sizes), alone, strict=True):
+            assert all(map(torch.equal, got, right))
+
+
+@pytest.mark.parametrize("tokens, channels", [(1, 3), (16, 17), (67, 33), (3, 64)])
+def test_nothing_beside_the_operands_is_read(level: str, tokens: int, channels: int) -> None:
+    operands = {
+        "x": normal(2, tokens, channels),
+        "weight": normal(channels, 4, seed=1),
+        "bias": normal(channels, seed=2),
+        "state": normal(2, channels, 3, seed=3),
+    }
+    within = all_fenced(operands)
+    for silu in (False, True):
+        own, inside = (
+            layers.Convolution(**given, starts=None, lengths=None, silu=silu)
+            for given in (operands, within)
+        )
+        d_y, d_final = normal(2, tokens, channels, seed=4), normal(2, channels, 3, seed=5)
+        got = layers.convolution_backward(
+            inside, fenced(d_y, torch.nan), fenced(d_final, torch.nan), needs_x=True
+        )
+        right = layers.convolution_backward(own, d_y, d_final, needs_x=True)
+        assert torch.equal(layers.convolution(inside), layers.convolution(own))
+        assert all(map(torch.equal, got, right))
+    x, z, weight = normal(tokens, channels), normal(tokens, channels, seed=1), normal(channels)
+    y = layers.norm(x, weight, z, 1e-5, "silu")
+    inside = [fenced(t, torch.nan) for t in (x, weight, z)]
+    assert torch.equal(layers.norm(*inside, 1e-5, "silu"), y)
+    d = layers.norm_backward(x, weight, z, 1e-5, "silu", z)
+    assert all(map(torch.equal, layers.norm_backward(*inside, 1e-5, "silu", inside[2]), d))
+
+
+def test_memory_that_is_not_there_is_an_error() -> None:
+    text = message_of(MemoryError, layers.check, 1)
+    assert text == "the C++ kernels: no memory for a thread to work in"
