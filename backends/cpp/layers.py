@@ -59,23 +59,31 @@ class Convolution(NamedTuple):
         """Return `GdnConvolution`, with its results."""
         x, weight, bias, state, starts, lengths, silu = self
         rows, tokens, channels = x.shape
-        taps = weight.shape[1]
+        reach = weight.shape[1] - 1
         stored = state if final is None else final
-        per_channel, per_tap = weight.stride()
         return _CONVOLUTION.pack(
             *(*array(x), *array(y)),
-            *(weight.data_ptr(), 0, per_tap, per_channel, TYPES[weight.dtype]),
-            *(NOTHING if bias is None else vector(bias)),
+            *(*taps(weight), *vector(bias)),
             *(*window(state), *window(final)),
             *(pointer(starts), pointer(lengths)),
             *(rows, self.sequences, tokens, channels),
-            *(taps, taps - 1 if stored is None else stored.shape[2], silu, threads()),
+            *(reach + 1, reach if stored is None else stored.shape[2], silu, threads()),
         )
 
 
-def vector(x: Tensor) -> Array:
+def vector(x: Tensor | None) -> Array:
     """Return a tensor of one axis, of channels, as pointer, strides and type."""
+    if x is None:
+        return NOTHING
     return (x.data_ptr(), 0, 0, x.stride(0), TYPES[x.dtype])
+
+
+def taps(x: Tensor | None) -> Array:
+    """Return the weight of a convolution (D, taps) as pointer, strides and type."""
+    if x is None:
+        return NOTHING
+    per_channel, per_tap = x.stride()
+    return (x.data_ptr(), 0, per_tap, per_channel, TYPES[x.dtype])
 
 
 def window(x: Tensor | None) -> Array:

@@ -50,13 +50,35 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def differentiable_gradients(
-    function: Callable[..., Tensor],
+    function: Callable[..., Tensor | tuple[Tensor | None, ...]],
     operands: Sequence[Tensor | None],
     needed: Sequence[bool],
-    d_y: Tensor,
+    d_results: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Return gradients of a function, themselves differentiable; None for those not needed."""
+    """Return gradients of a function, themselves differentiable; None for those not needed.
+
+    Args:
+        function: returns a tensor or several.
+        operands: its arguments.
+        needed: whether the gradient of each is.
+        d_results: the gradient of each result, None for one that has no influence.
+    """
     wanted = [x for x, is_needed in zip(operands, needed, strict=True) if is_needed]
-    y = function(*operands)
-    gradients = iter(torch.autograd.grad(y, wanted, d_y, create_graph=True))  # type: ignore[arg-type]
+    with torch.enable_grad():
+        results = function(*operands)
+        results = results if isinstance(results, tuple) else (results,)
+        pairs = [
+            (y, d)
+            for y, d in zip(results, d_results, strict=True)
+            if y is not None and d is not None and y.requires_grad
+        ]
+        gradients = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs],
+                wanted,  # type: ignore[arg-type]
+                [d for _, d in pairs],
+                create_graph=True,
+                materialize_grads=True,
+            )
+        )
     return [next(gradients) if is_needed else None for is_needed in needed]

@@ -18,11 +18,17 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from gdn_ops.kernel_support.host_memory import empty
+from gdn_ops.nn import kernels
 from gdn_ops.nn.blocks import blocks, differentiable_gradients, runs_in_blocks, wide
 
 
 def causal_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, silu: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    silu: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Convolve every channel along T; tokens before the first are zero.
 
@@ -31,10 +37,17 @@ def causal_convolution(
         weight: (D, k), its last column being of the token itself.
         bias: (D,) or None.
         silu: whether y = silu(p), else y = p.
+        backend: of the rule: the C++ kernels run beside "cpp", and beside "auto" where they can.
 
     Returns:
         (B, T, D), contiguous, in the dtype of x. It is computed in float32 at least.
     """
+    if kernels.may_run(backend, x, weight, bias):
+
+        def plain(x: Tensor, weight: Tensor, bias: Tensor | None, _: None) -> tuple[Tensor, None]:
+            return _whole(x, weight, bias, silu), None
+
+        return kernels.convolve(x, weight, bias, None, plain, silu=silu, keeps=False)[0]
     if runs_in_blocks(x):
         y: Tensor = _Blocked.apply(x, weight, bias, silu)  # type: ignore[no-untyped-call]
         return y
@@ -121,7 +134,7 @@ class _Blocked(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             whole = functools.partial(_whole, silu=ctx.silu)
-            return (*differentiable_gradients(whole, (x, weight, bias), needed, d_y), None)
+            return (*differentiable_gradients(whole, (x, weight, bias), needed, (d_y,)), None)
         operands = _Operands(x, weight, bias)
         dtype, reach = operands.dtype, operands.reach
         d_x = empty(x.shape, x.dtype, x.device) if needed[0] else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from gdn_ops.call.scalars import as_python
-from gdn_ops.nn.blocks import runs_in_blocks
-from gdn_ops.nn.causal import causal_convolution, convolved_window
+from gdn_ops.nn import kernels
 from gdn_ops.nn.packing import check_boundaries, check_lengths
 from gdn_ops.nn.values import (
     check_counts,
@@ -18,8 +20,42 @@ from gdn_ops.nn.values import (
     check_sequences,
     check_tensor,
 )
+from gdn_ops.nn.windows import advance
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.torch_ops.eager import full_precision
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    *,
+    silu: bool,
+    backend: str,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Convolve what was checked, by the C++ kernels or in plain torch.
+
+    Args:
+        backend: of the rule.
+        x, weight, bias, state, silu, lengths, cu_seqlens: as `advance` takes them.
+
+    Returns:
+        What `advance` returns.
+    """
+    plain: Callable[..., tuple[Tensor, Tensor]] = functools.partial(
+        advance, silu=silu, lengths=lengths, cu_seqlens=cu_seqlens
+    )
+    tells = [y for y in (lengths, cu_seqlens) if y is not None]
+    if kernels.may_run(backend, x, weight, bias, state) and all(map(kernels.tells, tells)):
+        y, final = kernels.convolve(
+            x, weight, bias, state, plain, silu=silu, lengths=lengths, starts=cu_seqlens
+        )
+        assert final is not None
+        return y, final
+    return plain(x, weight, bias, state)
 
 
 class ShortConvolution(nn.Module):
@@ -30,6 +66,8 @@ class ShortConvolution(nn.Module):
         kernel_size: k.
         bias: whether there is one.
         activation: "silu" or None.
+        backend: of the rule beside it: the C++ kernels run beside "cpp", and beside "auto" where
+            they can.
         device, dtype: of the parameters.
 
     Raises:
@@ -43,6 +81,7 @@ class ShortConvolution(nn.Module):
         *,
         bias: bool = False,
         activation: str | None = "silu",
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -55,7 +94,7 @@ class ShortConvolution(nn.Module):
         check_flags("ShortConvolution", bias=bias)
         check_made("ShortConvolution", device, dtype)
         self.channels, self.kernel_size = as_python(channels), as_python(kernel_size)
-        self.activation = activation
+        self.activation, self.backend = activation, backend
         weight = torch.empty(self.channels, self.kernel_size, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.empty_like(weight[:, 0])) if bias else None
@@ -103,25 +142,51 @@ class ShortConvolution(nn.Module):
         self._check(x, state, lengths, cu_seqlens)
         # Autocast of one narrow dtype refuses to join tensors of the other.
         with full_precision(x.device.type):
-            return self._advance(x, state, lengths, cu_seqlens)
+            return convolve(
+                *(x, self.weight, self.bias, state),
+                silu=self.activation == "silu",
+                backend=self.backend,
+                lengths=lengths,
+                cu_seqlens=cu_seqlens,
+            )
 
-    def _advance(
-        self, x: Tensor, state: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Convolve what was checked, and return the state behind it."""
-        if cu_seqlens is not None:
-            return self._packed(x, state, cu_seqlens)
-        reach, tokens = self.kernel_size - 1, x.shape[1]
-        past = self.zero_state(x.shape[0]) if state is None else state
-        window = torch.cat([past.mT.to(x.dtype), x], 1)
-        if lengths is None:
-            last = window[:, tokens:]
-        else:
-            # The token at index i of a row stands at i + reach of its window.
-            index = lengths[:, None] + torch.arange(reach, device=x.device)
-            last = window.gather(1, index[..., None].expand(-1, -1, self.channels))
-        # A copy: a view would keep the whole window alive.
-        return self._convolve(window), last.mT.contiguous()
+    def apart(
+        self,
+        parts: Sequence[Tensor],
+        silu: Sequence[bool],
+        state: Tensor | None,
+        *,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Convolve inputs that lie apart, each with the next of the channels; nothing is checked.
+
+        Args:
+            parts: (B, T, width) each, their widths adding up to the channels.
+            silu: whether each is activated, in place of the activation of the module.
+            state, lengths, cu_seqlens: as `forward` takes them.
+
+        Returns:
+            The results, and the state of all channels.
+        """
+        widths = [x.shape[2] for x in parts]
+        weights = self.weight.split(widths)
+        biases = [None] * len(parts) if self.bias is None else self.bias.split(widths)
+        states = [None] * len(parts) if state is None else state.split(widths, 1)
+        with full_precision(parts[0].device.type):
+            results = [
+                convolve(
+                    *(x, weight, bias, past),
+                    silu=is_active,
+                    backend=self.backend,
+                    lengths=lengths,
+                    cu_seqlens=cu_seqlens,
+                )
+                for x, weight, bias, past, is_active in zip(
+                    parts, weights, biases, states, silu, strict=True
+                )
+            ]
+        return [y for y, _ in results], torch.cat([final for _, final in results], 1)
 
     def _check(
         self,
@@ -154,32 +219,6 @@ class ShortConvolution(nn.Module):
                 f"kernel_size - 1) = {expected}"
             )
         check_kept(owner, x, {"state": state})
-
-    def _convolve(self, window: Tensor) -> Tensor:
-        """Convolve (B, reach + T, channels) to (B, T, channels)."""
-        reach, silu = self.kernel_size - 1, self.activation == "silu"
-        if window.shape[1] > reach + 1 and runs_in_blocks(window):
-            return causal_convolution(window, self.weight, self.bias, silu=silu)[:, reach:]
-        return convolved_window(window, self.weight, self.bias, silu=silu)
-
-    def _packed(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """Convolve packed sequences as one long row, each behind its own past inputs."""
-        reach, sequences, cuts = self.kernel_size - 1, cu_seqlens.shape[0] - 1, cu_seqlens.long()
-        token, sequence, step = (
-            torch.arange(count, device=cuts.device) for count in (x.shape[1], sequences, reach)
-        )
-        own = torch.searchsorted(cuts[1:].contiguous(), token, right=True)
-        # Indices into the row: (N, reach) of what precedes a sequence, (T,) of the tokens, and
-        # (N, reach) of the last inputs of each sequence, its past included.
-        past_slots = (cuts[:-1] + sequence * reach)[:, None] + step
-        token_slots = token + (own + 1) * reach
-        last_slots = (cuts[1:] + sequence * reach)[:, None] + step
-        past = self.zero_state(sequences) if state is None else state
-        window = x.new_zeros(x.shape[1] + past_slots.numel(), self.channels)
-        window = window.index_copy(0, past_slots.flatten(), past.mT.to(x.dtype).flatten(0, 1))
-        window = window.index_copy(0, token_slots, x[0])
-        y = self._convolve(window.unsqueeze(0))[:, token_slots - reach]
-        return y, window[last_slots].mT.contiguous()
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}, activation={self.activation!r}"

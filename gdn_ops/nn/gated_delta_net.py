@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gdn_ops.call.scalars import as_python
+from gdn_ops.nn import kernels, token
 from gdn_ops.nn.convolution import ShortConvolution
 from gdn_ops.nn.decay_groups import parameters_without_weight_decay
 from gdn_ops.nn.gates import DecayGate
@@ -69,8 +70,8 @@ def run_rule(
     q = tokens["q"]
     is_token = q is not None and q.dim() == 4 and q.shape[1] == 1
     if is_token and cu_seqlens is None and chunk_size is None:
-        token = {name: None if x is None else x.squeeze(1) for name, x in tokens.items()}
-        o, final = step(**token, state=state, **options)
+        one = {name: None if x is None else x.squeeze(1) for name, x in tokens.items()}
+        o, final = step(**one, state=state, **options)
         return o.unsqueeze(1), final
     packing = {"cu_seqlens": cu_seqlens, "chunk_size": chunk_size}
     return sequence(**tokens, initial_state=state, return_state=True, **packing, **options)
@@ -172,12 +173,16 @@ class GatedDeltaNet(nn.Module):
         self.conv: ShortConvolution | None = None
         if kernel:
             channels = sum(self._split)
-            self.conv = ShortConvolution(channels, kernel, bias=conv_bias, activation=None, **made)
+            self.conv = ShortConvolution(
+                channels, kernel, bias=conv_bias, activation=None, backend=self.backend, **made
+            )
         if self.output_gate is not None:
             self.g_proj = nn.Linear(width, values, bias=False, **made)
         if self.output_norm:
             activation = self.output_gate or "silu"
-            self.o_norm = GatedRMSNorm(self.value_dim, eps, activation, **made)
+            self.o_norm = GatedRMSNorm(
+                self.value_dim, eps, activation, backend=self.backend, **made
+            )
         self.o_proj = nn.Linear(values, width, bias=False, **made)
 
     @property
@@ -250,6 +255,10 @@ class GatedDeltaNet(nn.Module):
         if unknown:
             refuse_input("GatedDeltaNet", unknown, ("x", "state", "mask", "cu_seqlens"))
         self._check(x, state, mask, cu_seqlens)
+        if state is not None and mask is None and cu_seqlens is None and self._is_token(x):
+            mixed = token.mixed(self, x, state)
+            if mixed is not None:
+                return self._project(mixed[0]), mixed[1]
         padding = None if mask is None else Padding.of(mask)
         if padding is not None:
             x = padding.front(x)
@@ -269,17 +278,32 @@ class GatedDeltaNet(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return q, k (B, T, H, K), v (B, T, HV, V) and the state of the convolution."""
         parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        if self.conv is not None:
+        features = [self.feature_map, self.feature_map, "silu"]
+        if self.conv is not None and self._convolves_apart(*parts, state):
+            silu = [name == "silu" for name in features]
+            parts, state = self.conv.apart(
+                parts, silu, state, lengths=lengths, cu_seqlens=cu_seqlens
+            )
+            features = ["none" if name == "silu" else name for name in features]
+        elif self.conv is not None:
             mixed, state = self.conv(
                 torch.cat(parts, -1), state, lengths=lengths, cu_seqlens=cu_seqlens
             )
             parts = list(mixed.split(self._split, -1))
-        feature = FEATURE_MAPS[self.feature_map]
-        q, k = (feature(y).unflatten(-1, (self.num_heads, -1)) for y in parts[:2])
+        q, k, v = (FEATURE_MAPS[name](y) for name, y in zip(features, parts, strict=True))
+        q, k = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k))
         if self.qk_norm == "l1":
             q, k = (functional.normalize(y, p=1.0, dim=-1, eps=1e-6) for y in (q, k))
-        v = functional.silu(parts[2]).unflatten(-1, (self.num_value_heads, -1))
-        return q, k, v, state
+        return q, k, v.unflatten(-1, (self.num_value_heads, -1)), state
+
+    def _convolves_apart(self, *tensors: Tensor | None) -> bool:
+        """Return whether the convolution takes q, k and v where they lie, not joined into one."""
+        is_bare = self.conv is not None and kernels.is_bare(self.conv, ShortConvolution)
+        return is_bare and kernels.may_run(self.backend, *tensors)
+
+    def _is_token(self, x: Tensor) -> bool:
+        """Return whether x is one token outside of a graph, and the layer none of a subclass."""
+        return not torch.compiler.is_compiling() and x.shape[1] == 1 and type(self) is GatedDeltaNet
 
     def _gates(self, x: Tensor, padding: Padding | None) -> tuple[Tensor | None, Tensor]:
         """Return log α, or None without a decay, and β, (B, T, HV) in float32 at least."""
@@ -306,8 +330,12 @@ class GatedDeltaNet(nn.Module):
             o = self.o_norm(o, z)
         elif z is not None:
             o = o * GATE_ACTIVATIONS[self.output_gate or "silu"](z)
+        return self._project(o.flatten(-2))
+
+    def _project(self, o: Tensor) -> Tensor:
+        """Project o (B, T, HV V) to (B, T, hidden_size)."""
         check_weights("GatedDeltaNet", "o", o, o_proj=self.o_proj)
-        y: Tensor = self.o_proj(o.flatten(-2))
+        y: Tensor = self.o_proj(o)
         return y
 
     def _check(

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from gdn_ops.call.scalars import as_python
 from gdn_ops.kernel_support.host_memory import empty
+from gdn_ops.nn import kernels
 from gdn_ops.nn.blocks import blocks, differentiable_gradients, runs_in_blocks, wide
 from gdn_ops.nn.values import (
     check_counts,
@@ -29,7 +30,13 @@ GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def gated_rms_norm(
-    x: Tensor, weight: Tensor, z: Tensor | None = None, *, eps: float, activation: str = "silu"
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor | None = None,
+    *,
+    eps: float,
+    activation: str = "silu",
+    backend: str = "auto",
 ) -> Tensor:
     """Return w ⊙ x / sqrt(mean(x²) + eps) ⊙ activation(z), computed in float32 at least.
 
@@ -39,10 +46,14 @@ def gated_rms_norm(
         z: like x, or None for no gate.
         eps: added to the mean of squares.
         activation: of z, "silu" or "sigmoid".
+        backend: of the rule: the C++ kernels run beside "cpp", and beside "auto" where they can.
 
     Returns:
         Like x.
     """
+    if kernels.may_run(backend, x, weight, z) and (z is None or z.shape == x.shape):
+        whole = functools.partial(_whole, eps=eps, activation=activation)
+        return kernels.gated_norm(x, weight, z, whole, eps=eps, gate=activation)
     if z is not None and runs_in_blocks(x) and z.shape == x.shape:
         y: Tensor = _Blocked.apply(x, weight, z, eps, activation)  # type: ignore[no-untyped-call]
         return y
@@ -98,7 +109,7 @@ class _Blocked(torch.autograd.Function):
         if torch.is_grad_enabled():
             whole = functools.partial(_whole, eps=ctx.eps, activation=ctx.activation)
             needed = ctx.needs_input_grad[:3]
-            grads = differentiable_gradients(whole, (x, weight, z), needed, d_y)
+            grads = differentiable_gradients(whole, (x, weight, z), needed, (d_y,))
             return (*grads, None, None)
         rows = _Rows(x, weight, z)
         d_rows = d_y.reshape(rows.x.shape)
@@ -139,6 +150,8 @@ class GatedRMSNorm(nn.Module):
         width: of the last axis, which is normalised.
         eps: added to the mean of squares.
         activation: of the gate z, "silu" or "sigmoid".
+        backend: of the rule beside it: the C++ kernels run beside "cpp", and beside "auto" where
+            they can.
         device, dtype: of the weight.
 
     Raises:
@@ -151,6 +164,7 @@ class GatedRMSNorm(nn.Module):
         eps: float = 1e-5,
         activation: str = "silu",
         *,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -164,7 +178,7 @@ class GatedRMSNorm(nn.Module):
                 f"{', '.join(GATE_ACTIVATIONS)}"
             )
         self.eps = as_python(eps)
-        self.activation = activation
+        self.activation, self.backend = activation, backend
         self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -199,7 +213,8 @@ class GatedRMSNorm(nn.Module):
             raise SpecError(
                 f"GatedRMSNorm: z has shape {tuple(z.shape)}, should be that of x, {tuple(x.shape)}"
             )
-        return gated_rms_norm(x, self.weight, z, eps=self.eps, activation=self.activation)
+        options = {"activation": self.activation, "backend": self.backend}
+        return gated_rms_norm(x, self.weight, z, eps=self.eps, **options)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, activation={self.activation!r}"

@@ -49,6 +49,30 @@ struct GdnNormGradients {
   float* d_weight;         // (width,)
 };
 
+// One token of a layer: all that stands between its projections. Value heads come in groups of R
+// behind key heads. In arrays of heads `token` is the stride of key heads, `head` that of the value
+// heads of one; their last axis is contiguous.
+//
+//     q, k, v = conv(...), q and k activated if asked to, v always; q, k normalised
+//     alpha = exp(-exp(A_log) softplus(a + dt_bias))      beta = beta_factor sigmoid(b)
+//     o = norm(rule(q, k, v, alpha, beta)) gate(z)
+struct GdnToken {
+  GdnArray q, k;             // (B, H, K)
+  GdnArray v, z;             // (B, H, R, V); z no array without a gate
+  GdnArray a, b;             // (B, H, R); a no array without a decay
+  GdnArray A_log, dt_bias;   // (H R,): `head` is the stride; dt_bias may be no array
+  GdnArray weight, bias;     // of a convolution of H K, H K, H R V channels; or no arrays
+  GdnArray past, kept;       // (B, channels, inputs) before and behind the token; may be the same
+  GdnArray norm;             // (V,): the weight of the norm
+  GdnArray o;                // (B, H, R, V)
+  void *state, *new_state;   // (B, H R, K, V), rows of a head behind one another; may be the same
+  int64_t state_row, state_head, new_state_row, new_state_head, state_type;
+  int64_t B, H, R, K, V, taps, inputs;
+  int64_t has_silu, has_erase, qk_l2norm, gate;
+  float scale, beta_factor, eps;
+  int32_t threads;
+};
+
 }  // extern "C"
 
 // Sums over rows are formed in at most so many parts, whatever the threads.

@@ -25,6 +25,8 @@ struct GdnLayers {
   void (*run_norm_backward)(const GdnNorm&, const GdnNormGradients&, const GdnPlan&, int64_t task,
                             float* memory);
   void (*finish_norm_backward)(const GdnNorm&, const GdnNormGradients&);
+  GdnPlan (*plan_token)(const GdnToken&);
+  void (*run_token)(const GdnToken&, const GdnPlan&, int64_t task, float* memory);
 };
 
 struct GdnLevel {

@@ -4,6 +4,7 @@
 #include "convolution_backward.h"
 #include "level.h"
 #include "norm.h"
+#include "token.h"
 
 namespace {
 
@@ -71,9 +72,20 @@ void run_norm_backward_task(const GdnNorm& c, const GdnNormGradients& to, const 
   run_norm_backward(c, to, index, memory);
 }
 
+// Over rows and key heads; a task is worth a microsecond or more.
+GdnPlan plan_token(const GdnToken& c) {
+  const int64_t heads = c.B * c.H, each = 1 + 8192 / (c.R * c.K * c.V);
+  return cut((heads + each - 1) / each, each, token_floats(c));
+}
+
+void run_token_task(const GdnToken& c, const GdnPlan& plan, int64_t index, float* memory) {
+  const int64_t last = least((index + 1) * plan.splits, c.B * c.H);
+  for (int64_t i = index * plan.splits; i < last; ++i) run_token(c, i / c.H, i % c.H, memory);
+}
+
 constexpr GdnLayers layers = {
     plan_convolution, run_convolution_task, plan_convolution_backward,
     run_convolution_backward_task, plan_norm, run_norm_task, plan_norm_backward,
-    run_norm_backward_task, finish_norm_backward};
+    run_norm_backward_task, finish_norm_backward, plan_token, run_token_task};
 
 }  // namespace

@@ -277,4 +277,11 @@ GDN_EXPORT int gdn_norm_backward(const GdnNorm* call, const GdnNormGradients* gr
   return status;
 }
 
+// Run one token of a layer.
+GDN_EXPORT int gdn_token(const GdnToken* call) {
+  const GdnLayers& layers = *level->layers;
+  Work<GdnToken> work{*call, layers.plan_token(*call), layers.run_token};
+  return work.start(call->threads);
+}
+
 #include "repeated.h"

@@ -40,8 +40,7 @@ GDN_INLINE void norm_write(const GdnNorm& c, const GdnArray& x, int64_t index,
 int64_t norm_floats(const GdnNorm& c) { return 8 * round_up(c.width, W); }
 
 float* norm_weight(const GdnNorm& c, float* memory) {
-  GdnArray weight = c.weight;
-  read_row(weight, 0, c.width, round_up(c.width, W), memory);
+  read_row(c.weight, 0, c.width, round_up(c.width, W), memory);
   return memory + round_up(c.width, W);
 }
 

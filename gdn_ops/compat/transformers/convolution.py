@@ -1,4 +1,4 @@
-"""Replace the short convolution of transformers' layers on CPUs by one in blocks of tokens.
+"""Replace the short convolution of transformers' layers on CPUs by that of `gdn_ops.nn`.
 
 Elsewhere than on CPUs, in a graph, or for operands of a kind that is not known here, the original
 runs.
@@ -7,6 +7,7 @@ runs.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdn_ops.backends.cpp import layers
 from gdn_ops.compat.transformers import packing
 from gdn_ops.compat.transformers.rule import ORIGINAL, original_of
 from gdn_ops.compat.transformers.signatures import definition, mismatch_of_parameters
 from gdn_ops.compat.transformers.trial import difference, drawn, plain_torch
+from gdn_ops.nn import kernels
 from gdn_ops.nn.blocks import is_plain, wide
 from gdn_ops.nn.causal import causal_convolution, convolved_window
 
@@ -32,8 +35,17 @@ PARAMETERS = {
 """What the parameters of each function begin with, in order."""
 
 
-def whole_convolution(original: Function) -> Function:
-    """Return the replacement of `causal_conv1d_fn`."""
+def _automatic() -> str:
+    return "auto"
+
+
+def whole_convolution(original: Function, backend: Callable[[], str] = _automatic) -> Function:
+    """Return the replacement of `causal_conv1d_fn`.
+
+    Args:
+        original: what it replaces.
+        backend: says which backend runs the rule, at every call.
+    """
 
     def causal_conv1d_fn(
         hidden_states: Tensor,
@@ -53,17 +65,40 @@ def whole_convolution(original: Function) -> Function:
                 packing.check_package(hidden_states.device.type)
             return original(hidden_states, weight, bias, activation=activation, **options)
         x, silu = hidden_states.transpose(1, 2), activation is not None
+        name = backend()
         if sequences is None:
-            return causal_convolution(x, weight, bias, silu=silu).transpose(1, 2)
-        lengths = torch.unique_consecutive(sequences[0], return_counts=True)[1].tolist()
-        parts = [causal_convolution(part, weight, bias, silu=silu) for part in x.split(lengths, 1)]
-        return torch.cat(parts, 1).transpose(1, 2)
+            y = causal_convolution(x, weight, bias, silu=silu, backend=name)
+            return y.transpose(1, 2)
+        return _packed(x, weight, bias, sequences[0], silu, name).transpose(1, 2)
 
     return causal_conv1d_fn
 
 
-def convolution_update(original: Function) -> Function:
-    """Return the replacement of `causal_conv1d_update`, which also writes the next state."""
+def _packed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Tensor, silu: bool, backend: str
+) -> Tensor:
+    """Convolve (1, T, D), each token being of the sequence of its number (T,)."""
+    lengths = torch.unique_consecutive(numbers, return_counts=True)[1]
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor | None, _: None) -> tuple[Tensor, None]:
+        parts = x.split(lengths.tolist(), 1)
+        results = [causal_convolution(y, weight, bias, silu=silu, backend="torch") for y in parts]
+        return torch.cat(results, 1), None
+
+    if not kernels.may_run(backend, x, weight, bias) or not kernels.tells(numbers):
+        return plain(x, weight, bias, None)[0]
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    options: dict[str, Any] = {"silu": silu, "keeps": False, "starts": starts}
+    return kernels.convolve(x, weight, bias, None, plain, **options)[0]
+
+
+def convolution_update(original: Function, backend: Callable[[], str] = _automatic) -> Function:
+    """Return the replacement of `causal_conv1d_update`, which also writes the next state.
+
+    Args:
+        original: what it replaces.
+        backend: says which backend runs the rule, at every call.
+    """
 
     def causal_conv1d_update(
         hidden_states: Tensor,
@@ -84,6 +119,11 @@ def convolution_update(original: Function) -> Function:
             or conv_state.shape[2] < taps - 1
         ):
             return original(hidden_states, conv_state, weight, bias, activation, **options)
+        given = (hidden_states, weight, bias, conv_state)
+        if kernels.may_run(backend(), *given) and not kernels.needs_grad(*given):
+            x, silu = hidden_states.transpose(1, 2), activation is not None
+            call = layers.Convolution(x, weight, bias, conv_state, None, None, silu)
+            return layers.convolution(call, conv_state).transpose(1, 2)
         window = torch.cat([conv_state, hidden_states], -1)
         conv_state.copy_(window[..., 1:])
         wide_window = window[..., -taps:].mT.to(wide(weight.dtype))
@@ -93,14 +133,23 @@ def convolution_update(original: Function) -> Function:
     return causal_conv1d_update
 
 
-_REPLACEMENTS: dict[str, Callable[[Function], Function]] = {
+_REPLACEMENTS: dict[str, Callable[[Function, Callable[[], str]], Function]] = {
     "causal_conv1d_fn": whole_convolution,
     "causal_conv1d_update": convolution_update,
 }
 
+Maker = Callable[[Callable[[], str]], Function]
+"""Make a replacement, told what says which backend runs the rule."""
 
-def examine_convolution(name: str, module: ModuleType) -> Function | str | None:
-    """Return the replacement of a module's convolution, why there can be none, or None.
+
+def _replacement(name: str, original: Function, backend: Callable[[], str]) -> Function:
+    new = _REPLACEMENTS[name](original, backend)
+    setattr(new, ORIGINAL, original)
+    return new
+
+
+def examine_convolution(name: str, module: ModuleType) -> Maker | str | None:
+    """Return what makes the replacement of a module's convolution, why none can, or None.
 
     None where the module has no such function.
     """
@@ -111,8 +160,8 @@ def examine_convolution(name: str, module: ModuleType) -> Function | str | None:
     expected = definition(original, PARAMETERS[name])
     if expected is None:
         return mismatch_of_parameters(name, original, PARAMETERS[name])
-    new = _REPLACEMENTS[name](original)
-    setattr(new, ORIGINAL, original)
+    make = functools.partial(_replacement, name, original)
+    new = make(_automatic)
     with plain_torch():
         for example in _examples(name):
             # Copies, because an update writes its second argument.
@@ -120,7 +169,7 @@ def examine_convolution(name: str, module: ModuleType) -> Function | str | None:
             incompatibility = difference(*runs)
             if incompatibility is not None:
                 return f"{name} {incompatibility}"
-    return new
+    return make
 
 
 def _run_of(function: Function, arguments: list[Any]) -> Callable[[], Sequence[Tensor]]:

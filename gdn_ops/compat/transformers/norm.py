@@ -1,4 +1,4 @@
-"""Replace the gated norm of transformers' layers on CPUs by one in blocks of rows.
+"""Replace the gated norm of transformers' layers on CPUs by that of `gdn_ops.nn`.
 
 Elsewhere than on CPUs, in a graph, or for operands of a kind that is not known here, the original
 runs.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gdn_ops.compat.transformers.signatures import definition, modules_of, parameters_of
 from gdn_ops.compat.transformers.trial import difference, drawn, plain_torch
+from gdn_ops.nn import kernels
 from gdn_ops.nn.blocks import is_plain
 from gdn_ops.nn.norm import gated_rms_norm
 
@@ -27,8 +28,13 @@ _GATES = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
 """Activations of a gate as transformers calls them, and as `gated_rms_norm` does."""
 
 
-def gated_norm(original: Forward) -> Forward:
-    """Return the replacement of a gated norm's forward."""
+def gated_norm(original: Forward, backend: Callable[[], str] = lambda: "auto") -> Forward:
+    """Return the replacement of a gated norm's forward.
+
+    Args:
+        original: what it replaces.
+        backend: says which backend runs the rule, at every call.
+    """
 
     @functools.wraps(original)
     def forward(self: Any, hidden_states: Tensor, *gates: Any, **options: Any) -> Tensor:
@@ -44,13 +50,23 @@ def gated_norm(original: Forward) -> Forward:
             or activation is None
             or not is_plain(hidden_states)
             or hidden_states.shape != gate.shape
-            # In half precision transformers rounds between norm and gate.
-            or {hidden_states.dtype, gate.dtype, weight.dtype} != {torch.float32}
+            or not _is_closer(name := backend(), hidden_states, gate, weight)
         ):
             return original(self, hidden_states, *gates, **options)
-        return gated_rms_norm(hidden_states, weight, gate, eps=eps, activation=activation)
+        return gated_rms_norm(
+            hidden_states, weight, gate, eps=eps, activation=activation, backend=name
+        )
 
     return forward
+
+
+def _is_closer(backend: str, *tensors: Tensor) -> bool:
+    """Return whether ours is at least as fast and as close to the norm as the original.
+
+    In half precision the original rounds between norm and gate, and the kernels do not.
+    """
+    is_single = {x.dtype for x in tensors} == {torch.float32}
+    return is_single or kernels.may_run(backend, *tensors)
 
 
 def candidates(module: ModuleType) -> list[type[nn.Module]]:

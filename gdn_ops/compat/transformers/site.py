@@ -83,10 +83,10 @@ class Site:
         new = {name: rule.replacement(self.backend, self.note) for name, rule in plan.rules.items()}
         for name, function in new.items():
             self._set(self.module, name, function, plan.rules[name].original)
-        for name, function in plan.convolutions.items():
-            self._set(self.module, name, function, vars(self.module)[name])
+        for name, make in plan.convolutions.items():
+            self._set(self.module, name, make(self.backend), vars(self.module)[name])
         for cls in plan.norms:
-            self._set(cls, "forward", gated_norm(vars(cls)["forward"]))
+            self._set(cls, "forward", gated_norm(vars(cls)["forward"], self.backend))
         for model, names in plan.models:
             self._set(model, "forward", with_positions(vars(model)["forward"], names))
         for layer in plan.layers:
