@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gdn_ops.backends.cpp import token as kernel
+from gdn_ops.backends.cpp import layer_token as kernel
 from gdn_ops.kernel_support.host_memory import settle_allocator
 from gdn_ops.nn import kernels
 from gdn_ops.nn.convolution import ShortConvolution

@@ -27,10 +27,12 @@ GdnSteps token_steps(const GdnToken& c) {
   return s;
 }
 
-GDN_INLINE int64_t decode_memory(const GdnSteps& s) { return decode_floats(s); }
+GDN_INLINE int64_t decode_memory(const GdnSteps& s) { return decode_numbers<float>(s); }
 
 GDN_INLINE void decode_heads(const GdnSteps& s, float* memory) {
-  for (int64_t r = 0; r < s.HV; ++r) run_decode(s, 0, r, memory);
+  if (s.state_type == kGdnFloat32) return run_heads<float, float>(s, 0, s.HV, memory);
+  if (s.state_type == kGdnBfloat16) return run_heads<float, Bfloat16>(s, 0, s.HV, memory);
+  run_heads<float, Float16>(s, 0, s.HV, memory);
 }
 
 // Rows of one key head, and memory to form them in.
