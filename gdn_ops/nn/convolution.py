@@ -150,44 +150,6 @@ class ShortConvolution(nn.Module):
                 cu_seqlens=cu_seqlens,
             )
 
-    def apart(
-        self,
-        parts: Sequence[Tensor],
-        silu: Sequence[bool],
-        state: Tensor | None,
-        *,
-        lengths: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[list[Tensor], Tensor]:
-        """Convolve inputs that lie apart, each with the next of the channels; nothing is checked.
-
-        Args:
-            parts: (B, T, width) each, their widths adding up to the channels.
-            silu: whether each is activated, in place of the activation of the module.
-            state, lengths, cu_seqlens: as `forward` takes them.
-
-        Returns:
-            The results, and the state of all channels.
-        """
-        widths = [x.shape[2] for x in parts]
-        weights = self.weight.split(widths)
-        biases = [None] * len(parts) if self.bias is None else self.bias.split(widths)
-        states = [None] * len(parts) if state is None else state.split(widths, 1)
-        with full_precision(parts[0].device.type):
-            results = [
-                convolve(
-                    *(x, weight, bias, past),
-                    silu=is_active,
-                    backend=self.backend,
-                    lengths=lengths,
-                    cu_seqlens=cu_seqlens,
-                )
-                for x, weight, bias, past, is_active in zip(
-                    parts, weights, biases, states, silu, strict=True
-                )
-            ]
-        return [y for y, _ in results], torch.cat([final for _, final in results], 1)
-
     def _check(
         self,
         x: Tensor,
@@ -222,3 +184,43 @@ class ShortConvolution(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}, activation={self.activation!r}"
+
+
+def convolve_apart(
+    conv: ShortConvolution,
+    parts: Sequence[Tensor],
+    silu: Sequence[bool],
+    state: Tensor | None,
+    *,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Convolve inputs that lie apart, each with the next of the channels; nothing is checked.
+
+    Args:
+        conv: the convolution, one that `kernels.is_bare`.
+        parts: (B, T, width) each, their widths adding up to the channels.
+        silu: whether each is activated, in place of the activation of the module.
+        state, lengths, cu_seqlens: as `ShortConvolution.forward` takes them.
+
+    Returns:
+        The results, and the state of all channels.
+    """
+    widths = [x.shape[2] for x in parts]
+    weights = conv.weight.split(widths)
+    biases = [None] * len(parts) if conv.bias is None else conv.bias.split(widths)
+    states = [None] * len(parts) if state is None else state.split(widths, 1)
+    with full_precision(parts[0].device.type):
+        results = [
+            convolve(
+                *(x, weight, bias, past),
+                silu=is_active,
+                backend=conv.backend,
+                lengths=lengths,
+                cu_seqlens=cu_seqlens,
+            )
+            for x, weight, bias, past, is_active in zip(
+                parts, weights, biases, states, silu, strict=True
+            )
+        ]
+    return [y for y, _ in results], torch.cat([final for _, final in results], 1)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from gdn_ops.call.scalars import as_python
 from gdn_ops.nn import kernels, token
-from gdn_ops.nn.convolution import ShortConvolution
+from gdn_ops.nn.convolution import ShortConvolution, convolve_apart
 from gdn_ops.nn.decay_groups import parameters_without_weight_decay
 from gdn_ops.nn.gates import DecayGate
 from gdn_ops.nn.names import own_options, refuse_input, refuse_option
@@ -281,8 +281,8 @@ class GatedDeltaNet(nn.Module):
         features = [self.feature_map, self.feature_map, "silu"]
         if self.conv is not None and self._convolves_apart(*parts, state):
             silu = [name == "silu" for name in features]
-            parts, state = self.conv.apart(
-                parts, silu, state, lengths=lengths, cu_seqlens=cu_seqlens
+            parts, state = convolve_apart(
+                self.conv, parts, silu, state, lengths=lengths, cu_seqlens=cu_seqlens
             )
             features = ["none" if name == "silu" else name for name in features]
         elif self.conv is not None:
