@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             names.append(name)
             return getattr(loaded, name)
 
-    for module in ("layers", "token"):
+    for module in ("layers", "layer_token"):
         monkeypatch.setattr(f"gdn_ops.backends.cpp.{module}.library", Noting)
     yield names
 
