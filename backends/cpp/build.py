@@ -61,7 +61,9 @@ class Level(NamedTuple):
             "ROWS": self.rows,
             "FEATURES": self.features,
         }
-        return (*self.flags, *(f"-DGDN_{name}={value}" for name, value in macros.items()))
+        defined = (f"-DGDN_{name}={value}" for name, value in macros.items())
+        # A weak symbol of exceptions would be shared by all levels.
+        return (*self.flags, "-fno-exceptions", *defined)
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")

@@ -6,7 +6,6 @@
 #include "level_layers.h"
 #include "processor.h"
 #include "rate.h"
-#include "subnormal.h"
 #if GDN_FEATURES == 4
 #include "forward_bf16.h"
 #endif
@@ -33,7 +32,6 @@ void run_forward_task(const GdnSequences& c, const GdnPlan& plan, int64_t index,
   t.panel = index % plan.splits * each;
   t.panels = least(each, panels - t.panel);
   if (t.panels <= 0) return;
-  const Flushed flushed(!needs_subnormals(c, t));
 #if GDN_FEATURES == 4
   // A few tokens gain nothing from pairs, and are exact without them.
   if (c.q.type == kGdnBfloat16 && c.T > 16) return run_forward_bf16(c, t, memory);
@@ -73,7 +71,6 @@ void run_backward_task(const GdnSequences& c, const GdnGradients& to, const GdnP
                        int64_t index, float* memory) {
   const int64_t part = index % plan.splits;
   const Task t = backward_task(c, plan, index / plan.splits, part);
-  const Flushed flushed(!needs_subnormals(c, t));
   run_backward(c, to, t, plan.sums ? sums_of(c, plan.sums, plan.splits, part) : Sums{}, memory);
 }
 

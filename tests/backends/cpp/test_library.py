@@ -220,8 +220,8 @@ def test_a_level_that_is_slower_here_is_taken_where_it_is_named_and_not_by_itsel
     write_sources(sources, level=LEVEL.replace("GDN_LANES}", f"[] {{ return int({is_best}); }}}}"))
     level = (sources / "level.cc").read_text()
     (sources / "level.cc").write_text(f"#include <cstring>\n{level}")
-    for name in ("interface.h", "level.h", "library.cc"):
-        (sources / name).write_text((build.SOURCES / name).read_text())
+    for path in (*build.SOURCES.glob("*.h"), build.SOURCES / "library.cc"):
+        (sources / path.name).write_text(path.read_text())
     environment = {**os.environ, "CXXFLAGS": "-Wno-missing-field-initializers"}
     build.build(package, sources, environment)
     monkeypatch.setattr(library, "_own_hash", lambda: build.source_hash(sources))
