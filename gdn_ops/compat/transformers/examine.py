@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from gdn_ops.compat.transformers import convolution, norm
+from gdn_ops.compat.transformers import convolution, norm, token
 from gdn_ops.compat.transformers.discovery import CHUNK, FUNCTIONS, RECURRENT
 from gdn_ops.compat.transformers.padding import MASK
 from gdn_ops.compat.transformers.positions import INPUTS, POSITIONS
@@ -36,11 +36,13 @@ class Layer:
         cls: the class.
         parameters: names of the parameters of its forward, in order, without `self`.
         holds: whether it calls the functions through attributes of its own.
+        left: why one token is not advanced in one call between the projections, or None.
     """
 
     cls: type[nn.Module]
     parameters: tuple[str, ...]
     holds: bool
+    left: str | None
 
 
 @dataclass(frozen=True)
@@ -116,5 +118,6 @@ def _layers(module: ModuleType) -> list[Layer]:
         methods = [f for f in vars(cls).values() if inspect.isfunction(f)]
         holds = any(mentions(f, tuple(HELD.values())) for f in methods)
         if holds or any(mentions(f, FUNCTIONS) for f in methods if f.__name__ != "__init__"):
-            layers.append(Layer(cls, parameter_names(vars(cls)["forward"]), holds))
+            reason = token.incompatibility_of(cls)
+            layers.append(Layer(cls, parameter_names(vars(cls)["forward"]), holds, reason))
     return layers

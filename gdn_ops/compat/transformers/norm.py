@@ -24,7 +24,7 @@ Forward = Callable[..., Tensor]
 
 _PARAMETERS = ("hidden_states", "gate")
 
-_GATES = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
+GATES = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
 """Activations of a gate as transformers calls them, and as `gated_rms_norm` does."""
 
 
@@ -41,7 +41,7 @@ def gated_norm(original: Forward, backend: Callable[[], str] = lambda: "auto") -
         gate = gates[0] if len(gates) == 1 and not options else options.get("gate")
         weight, eps = getattr(self, "weight", None), getattr(self, "variance_epsilon", None)
         # Where a norm names no activation it has the one that the trial has seen.
-        activation = _GATES.get(getattr(self, "activation", "silu"))
+        activation = GATES.get(getattr(self, "activation", "silu"))
         if (
             len(gates) + len(options) != 1
             or gate is None
@@ -92,7 +92,7 @@ def incompatibility_of(cls: type[nn.Module]) -> str | None:
         x, gate = drawn((3, 4), (3, 4))
         has_choice = isinstance(getattr(norm, "activation", None), str)
         # None leaves the norm's own.
-        for activation in (None, *_GATES) if has_choice else (None,):
+        for activation in (None, *GATES) if has_choice else (None,):
             if activation is not None:
                 norm.activation = activation
             reason = difference(lambda: [original(norm, x, gate)], lambda: [new(norm, x, gate)])

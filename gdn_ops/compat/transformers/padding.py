@@ -31,13 +31,21 @@ def sequences() -> Tensor | None:
     return getattr(_current, "sequences", None)
 
 
+Advance = Callable[[nn.Module, dict[str, Any]], Tensor | None]
+"""Compute a layer's forward from its arguments by name, or return None for another call."""
+
+
 def with_context(
-    forward: Callable[..., Any], names: tuple[str, ...], holds_functions: bool
+    forward: Callable[..., Any],
+    names: tuple[str, ...],
+    holds_functions: bool,
+    advance: Advance | None = None,
 ) -> Callable[..., Any]:
     """Return a layer's forward, wrapped so that its functions see its mask and `seq_idx`.
 
     Its parameters have these names, in order. A layer that holds its functions, as attributes of
-    its own, has to keep packed sequences apart in its convolution.
+    its own, has to keep packed sequences apart in its convolution. `advance` computes some calls,
+    after the same checks.
     """
 
     @functools.wraps(forward)
@@ -54,6 +62,10 @@ def with_context(
         if mixes and packing.is_packed(named):
             text = packing.WITHOUT_CONVOLUTION.format(layer=type(self).__name__)
             raise SpecError(f"accelerate: {text}")
+        if advance is not None:
+            y = advance(self, named)
+            if y is not None:
+                return y
         outer = getattr(_current, "mask", None), getattr(_current, "sequences", None)
         _current.mask, _current.sequences = mask, named.get("seq_idx")
         try:

@@ -9,13 +9,15 @@ from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from gdn_ops.compat.transformers import token
 from gdn_ops.compat.transformers.discovery import architecture_of
 from gdn_ops.compat.transformers.examine import HELD, PACKAGE, Plan
 from gdn_ops.compat.transformers.norm import gated_norm
 from gdn_ops.compat.transformers.padding import with_context
 from gdn_ops.compat.transformers.positions import with_positions
+from gdn_ops.spec.ops import GATED_DELTA_STEP
 
 _MISSING = object()
 
@@ -91,12 +93,21 @@ class Site:
             self._set(model, "forward", with_positions(vars(model)["forward"], names))
         for layer in plan.layers:
             forward = vars(layer.cls)["forward"]
-            self._set(layer.cls, "forward", with_context(forward, layer.parameters, layer.holds))
+            advance = self._advance if layer.left is None else None
+            wrapped = with_context(forward, layer.parameters, layer.holds, advance)
+            self._set(layer.cls, "forward", wrapped)
             if layer.holds:
                 for name, attribute in HELD.items():
                     replaced = (plan.rules[name].original, vars(self.module).get(PACKAGE[name]))
                     self._set(layer.cls, attribute, _held(attribute, replaced, new[name]))
         self._forget_graphs()
+
+    def _advance(self, layer: nn.Module, named: dict[str, Any]) -> Tensor | None:
+        """Advance a layer by one token, and count that as a step of the rule."""
+        y = token.advance(layer, named, self.backend())
+        if y is not None:
+            self.note(GATED_DELTA_STEP.name, "cpp")
+        return y
 
     def _forget_graphs(self) -> None:
         """Drop the compiled graphs, which would not notice the change of a class.

@@ -1,0 +1,195 @@
+"""A decoded token of a layer is one call between its projections, where that is the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compat_models import FAMILIES, SMALL, model, relative, tokens
+from gdn_ops.backends.cpp import library
+from gdn_ops.compat.transformers import accelerate, token
+from gdn_ops.nn import kernels
+
+if library.missing() is not None:
+    pytest.skip(f"backend 'cpp': {library.missing()}", allow_module_level=True)
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "small_blocks"),
+    # Some releases of transformers warn of what they call themselves.
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+]
+
+
+def layer_of(family: str) -> Any:
+    """Return the first layer of linear attention of a tiny model."""
+    return next(x for x in model(family).modules() if hasattr(x, "A_log"))
+
+
+def fits(family: str) -> None:
+    """Skip where layers of this release do not fit."""
+    reason = token.incompatibility_of(type(layer_of(family)))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def decoded(family: str, count: int, rows: int = 2) -> tuple[list[Tensor], Any]:
+    """Return the logits of decoded tokens, and the cache behind them."""
+    tiny, ids = model(family), tokens(rows, 9 + count)
+    with torch.no_grad():
+        out = tiny(ids[:, :9], use_cache=True)
+        cache, logits = out.past_key_values, []
+        for t in range(9, 9 + count):
+            out = tiny(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            logits.append(out.logits)
+    return logits, cache
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoded_tokens_are_those_of_transformers(family: str) -> None:
+    fits(family)
+    expected, _ = decoded(family, 4)
+    with accelerate(strict=True) as used:
+        own, _ = decoded(family, 4)
+    for a, b in zip(own, expected, strict=True):
+        assert relative(a, b) < 4e-6
+    steps = {key[1:]: count for key, count in used.calls.items() if "step" in key[1]}
+    assert set(steps) == {("gated_delta_step", "cpp")}
+
+
+def test_a_token_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits(SMALL)
+    names: list[str] = []
+    loaded = library.library()
+
+    class Noting:
+        def __getattr__(self, name: str) -> Any:
+            names.append(name)
+            return getattr(loaded, name)
+
+    for module in ("layers", "token", "backend"):
+        monkeypatch.setattr(f"gdn_ops.backends.cpp.{module}.library", Noting)
+    with accelerate():
+        decoded(SMALL, 0)
+        names.clear()
+        decoded(SMALL, 1)
+    assert names.count("gdn_token") == names.count("gdn_forward") > 0
+    assert "gdn_decode" not in names
+
+
+@pytest.mark.parametrize("why", ["backend", "library", "hook", "gradients"])
+def test_another_call_runs_as_the_parts_do(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits(SMALL)
+    expected, _ = decoded(SMALL, 2)
+    seen: list[int] = []
+    handles: list[Any] = []
+    with accelerate("torch" if why == "backend" else "auto"):
+        # Only now: what is replaced was tried before.
+        monkeypatch.setattr(token.kernel, "token", lambda *_: seen.append(1))
+        if why == "library":
+            monkeypatch.setattr(kernels, "missing", lambda: "not built")
+        if why == "hook":
+            layers = [x for x in model(SMALL).modules() if hasattr(x, "A_log")]
+            norms = [getattr(x, "norm", None) or x.o_norm for x in layers]
+            handles = [x.register_forward_hook(lambda *_: None) for x in norms]
+        if why == "gradients":
+            monkeypatch.setattr(kernels, "needs_grad", lambda *_: True)
+        own, _ = decoded(SMALL, 2)
+    for handle in handles:
+        handle.remove()
+    assert seen == []
+    for a, b in zip(own, expected, strict=True):
+        assert relative(a, b) < 4e-6
+
+
+class Recording(token._Cache):
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return True
+
+
+def test_calls_of_other_kinds_are_left() -> None:
+    fits(SMALL)
+    layer: Any = next(x for x in model(SMALL).modules() if hasattr(x, "A_log"))
+    inputs = torch.randn(2, *layer.conv1d.weight.shape[::2])
+    state = torch.randn(2, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
+    x = torch.randn(2, 1, layer.hidden_size)
+    named: dict[str, Any] = {"hidden_states": x, "cache": token._Cache(inputs, state)}
+    with torch.no_grad():
+        assert token.advance(layer, named, "cpp") is not None
+        for other in (
+            {"attention_mask": torch.ones(2, 1)},
+            {"seq_idx": torch.zeros(1, 2)},
+            {"hidden_states": x.expand(2, 3, -1)},
+            {"hidden_states": x.double()},
+            {"cache": None},
+            {"cache": object()},
+            {"cache": Recording(inputs, state)},
+            {"cache": token._Cache(inputs, state.mT.contiguous().mT)},
+            {"cache": token._Cache(inputs[:1], state)},
+        ):
+            before = inputs.clone(), state.clone()
+            assert token.advance(layer, named | other, "cpp") is None, other
+            assert torch.equal(inputs, before[0]) and torch.equal(state, before[1])
+    assert token.advance(layer, named, "cpp") is None  # autograd records it
+
+
+class Strange(nn.Module):
+    """A layer with projections of known names that is something else."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj"):
+            setattr(self, name, nn.Linear(8, 8, bias=False))
+        self.conv1d = nn.Conv1d(8, 8, 3, groups=8)
+        self.activation, self.layer_idx = "silu", layer_idx
+
+    def forward(self, hidden_states: Tensor, cache: Any = None) -> Tensor:
+        return hidden_states
+
+
+class Unbuildable(nn.Module):
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.width = config.a_setting_that_no_layer_has
+
+
+class Unknown(nn.Module):
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (Strange, "cannot be replaced on an example: ValueError: it is of another kind"),
+        (Unknown, "its projections are not known"),
+        (
+            Unbuildable,
+            "cannot be tried: AttributeError: 'types.SimpleNamespace' object has no attribute "
+            "'a_setting_that_no_layer_has'",
+        ),
+    ],
+)
+def test_a_layer_of_another_kind_is_left(cls: type[nn.Module], reason: str) -> None:
+    assert token.incompatibility_of(cls) == reason
+
+
+def test_a_layer_that_computes_something_else_is_left() -> None:
+    fits(SMALL)
+    cls = type(layer_of(SMALL))
+
+    class Doubled(cls):  # type: ignore[misc, valid-type]
+        def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
+            return 2 * super().forward(*arguments, **keywords)
+
+    reason = token.incompatibility_of(Doubled)
+    assert reason is not None
+    assert reason.startswith("gives other numbers on an example: relative difference ")
+
+
+def test_without_a_library_a_layer_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token, "missing", lambda: "not built")
+    assert token.incompatibility_of(Unknown) == "not built"
