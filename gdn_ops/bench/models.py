@@ -1,15 +1,16 @@
 """Measure whole models of transformers, with their own delta rule and with gdn_ops, in turns.
 
-One random Qwen3.5 in float32: hidden 1024, four layers of which three are linear attention, 16
-key heads and 32 value heads of 128. Both ways run the same model object in the same process,
-after their logits and loss were compared. Prefill and decode take turns in a process that does
-nothing else, as one that serves: after a training step the C library's heap behaves differently.
-Peak memory is measured in a process of its own for each way.
+One random Qwen3.5 in float32 or bfloat16: hidden 1024, four layers of which three are linear
+attention, 16 key heads and 32 value heads of 128. Both ways run the same model object in the same
+process, after their logits and loss were compared. Prefill and decode take turns in a process that
+does nothing else, as one that serves: after a training step the C library's heap behaves
+differently. Peak memory is measured in a process of its own for each way.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -34,6 +35,12 @@ from gdn_ops.dispatch import registry
 PEER = "transformers"
 ALLOWED = 1e-4
 """Largest relative difference of logits and loss that is the same model in float32."""
+
+DTYPES = ("float32", "bfloat16")
+
+ROUNDED = 1.5
+"""How many times as far from the model in float32 as transformers' own a model of bfloat16 may be,
+beyond the rounding of a result."""
 
 STAGES = 4
 """Lines that `run` logs."""
@@ -81,11 +88,11 @@ TARGETS = tuple(
         ("torch", "memory", 0.5, False, "<= 1/2"),
     )
 )
-"""For float32 on CPUs, memory being that of a training step."""
+"""On CPUs, those of "torch" for float32; memory is that of a training step."""
 
 
-def build(shape: Shape) -> Any:
-    """Return a random Qwen3.5 of a shape, in eval mode.
+def build(shape: Shape, dtype: str = "float32") -> Any:
+    """Return a random Qwen3.5 of a shape in a dtype, in eval mode.
 
     Raises:
         ValueError: transformers is not usable.
@@ -111,7 +118,7 @@ def build(shape: Shape) -> Any:
         linear_value_head_dim=shape.width,
         pad_token_id=0,
     )
-    return Qwen3_5ForCausalLM(config).eval()
+    return Qwen3_5ForCausalLM(config).eval().to(getattr(torch, dtype))
 
 
 def prompt(shape: Shape) -> Tensor:
@@ -177,13 +184,14 @@ def run(backends: Sequence[str], setting: Setting, log: Log, shape: Shape | None
 
     Raises:
         RefusedError: a backend computes another model; nothing was timed.
-        ValueError: a backend is unknown, transformers not usable, or the setting not float32
-            on a CPU.
+        ValueError: a backend is unknown, transformers not usable, or the setting not float32 or
+            bfloat16 on a CPU.
     """
     shape = shape or Shape()
-    if (setting.dtype, setting.device) != ("float32", "cpu"):
+    if setting.dtype not in DTYPES or setting.device != "cpu":
+        known = " and ".join(DTYPES)
         raise ValueError(
-            f"bench models measures float32 on cpu, not {setting.dtype} on {setting.device}"
+            f"bench models measures {known} on cpu, not {setting.dtype} on {setting.device}"
         )
     check(backends)
     result, names = Result(suite.system(setting)), (PEER, *backends)
@@ -192,15 +200,17 @@ def run(backends: Sequence[str], setting: Setting, log: Log, shape: Shape | None
     log("prefill and decode")
     _add_serving_rows(names, setting, shape, result)
     log("memory of a training step")
-    memory_rows(shape.case, names, PEER, functools.partial(call, _weigh, shape=shape), result)
-    result.rows = [with_target(row, TARGETS) for row in result.rows]
+    weigh = functools.partial(call, _weigh, shape=shape, dtype=setting.dtype)
+    memory_rows(shape.case, names, PEER, weigh, result)
+    targets = TARGETS if setting.has_targets else [t for t in TARGETS if t.comparator == "cpp"]
+    result.rows = [with_target(row, targets) for row in result.rows]
     return result
 
 
 def _train(names: Sequence[str], setting: Setting, log: Log, shape: Shape, result: Result) -> None:
     """Compare logits and loss and time training steps, with a model that is freed afterwards."""
     log("logits and loss")
-    model, ids = build(shape), prompt(shape)
+    model, ids = build(shape, setting.dtype), prompt(shape)
     result.checks += _verify(model, ids, names, shape.case)
     log("training step")
     actions = {name: functools.partial(_under, name, training_step, model, ids) for name in names}
@@ -215,7 +225,7 @@ def _under(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _add_serving_rows(names: Sequence[str], setting: Setting, shape: Shape, result: Result) -> None:
     """Add the rows of prefill and decode, timed in a process of their own."""
-    timings = call(_serve, names, setting.repeats, shape)
+    timings = call(_serve, names, setting.repeats, shape, setting.dtype)
     if isinstance(timings, str):
         result.skipped += [(what, "all", timings) for what in ("prefill", "decode")]
         return
@@ -223,9 +233,11 @@ def _add_serving_rows(names: Sequence[str], setting: Setting, shape: Shape, resu
         result.rows += timed_rows(what, shape.case, "ms", timings[what], PEER, per=per)
 
 
-def _serve(names: Sequence[str], repeats: int, shape: Shape) -> dict[str, dict[str, Timing]]:
+def _serve(
+    names: Sequence[str], repeats: int, shape: Shape, dtype: str
+) -> dict[str, dict[str, Timing]]:
     """Time prefill and decode; return the timing by measurement and by comparator."""
-    model, ids = build(shape), prompt(shape)
+    model, ids = build(shape, dtype), prompt(shape)
     actions = {name: functools.partial(_under, name, prefill, model, ids) for name in names}
     timings = {"prefill": interleave(actions, repeats)}
     for name in names:
@@ -235,24 +247,40 @@ def _serve(names: Sequence[str], repeats: int, shape: Shape) -> dict[str, dict[s
 
 
 def _verify(model: Any, ids: Tensor, names: Sequence[str], case: str) -> list[Check]:
-    results: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in names:
-        with way(name):
-            results[name] = prefill(model, ids), training_step(model, ids)
+    """Compare logits and loss with those of transformers, rounded ones by what is exact."""
+    results = {name: _results(name, model, ids) for name in names}
+    exact, is_rounded = results[PEER], model.dtype != torch.float32
+    if is_rounded:
+        exact = _results(PEER, copy.deepcopy(model).float(), ids)
     checks = []
     for name in names[1:]:
-        for what, x, own in zip(("logits", "loss"), results[name], results[PEER], strict=True):
-            error = float((x - own).norm() / own.norm())
-            check = Check(name, case, f"{what} against {PEER}", error, ALLOWED)
+        for i, what in enumerate(("logits", "loss")):
+            allowed = ALLOWED
+            if is_rounded:
+                rounding = torch.finfo(model.dtype).eps
+                allowed = ROUNDED * _error(results[PEER][i], exact[i]) + rounding
+            against = "float32" if is_rounded else PEER
+            error = _error(results[name][i], exact[i])
+            check = Check(name, case, f"{what} against {against}", error, allowed)
             if not check.passed:
                 raise RefusedError(str(check))
             checks.append(check)
     return checks
 
 
-def _weigh(name: str, shape: Shape) -> Peak:
+def _results(name: str, model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits of a prefill and the loss, as a comparator computes them."""
+    with way(name):
+        return prefill(model, ids), training_step(model, ids)
+
+
+def _error(x: Tensor, exact: Tensor) -> float:
+    return float((x.float() - exact).norm() / exact.norm())
+
+
+def _weigh(name: str, shape: Shape, dtype: str) -> Peak:
     """Return the peak memory of one training step, after one on a few tokens."""
-    model, ids = build(shape), prompt(shape)
+    model, ids = build(shape, dtype), prompt(shape)
     with way(name):
         training_step(model, ids[:, :256])
         return find_device("cpu").peak(lambda: training_step(model, ids))

@@ -157,8 +157,8 @@ def _add_models(below: Any) -> None:
         "models",
         _run_models,
         "Measure a whole model of transformers, with its own delta rule and with ours.",
-        more="One random Qwen3.5 in float32 on the CPU: prefill, decode, a training step and its "
-        "memory, after logits and loss were compared.",
+        more="One random Qwen3.5 on the CPU: prefill, decode, a training step and its memory, "
+        "after logits and loss were compared.",
         examples=("gdn-ops bench models --backend torch,compile --plot models.png",),
     )
     parser.add_argument(
@@ -166,6 +166,12 @@ def _add_models(below: Any) -> None:
         type=names,
         metavar="NAMES",
         help='backends, with commas, or "all" (default: torch)',
+    )
+    parser.add_argument(
+        "--dtype",
+        type=one_of("dtype", ("float32", "bfloat16")),
+        metavar="DTYPE",
+        help="dtype of the model, float32 or bfloat16 (default: float32)",
     )
     _add_threads(parser)
     _add_repeats(parser)
@@ -342,7 +348,7 @@ def _run_models(options: Options) -> int:
     every = options.backend == ALL
     backends = suite.every_backend("cpu") if every else options.backend or ("cpp",)
     models.check(backends)
-    setting = Setting(repeats=options.repeats or REPEATS)
+    setting = Setting(options.dtype or "float32", repeats=options.repeats or REPEATS)
     _prepare(options, [setting], "models")
     with progress(models.STAGES, "starting", is_quiet=True) as log:
         result = models.run(backends, setting, log)

@@ -79,14 +79,34 @@ def test_another_model_is_refused_before_it_is_timed(monkeypatch: pytest.MonkeyP
     assert len(calls) == 2
 
 
+@needs_qwen3_5
+def test_a_rounded_model_is_compared_with_an_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = models.build(TINY, "bfloat16"), models.prompt(TINY)
+    assert model.dtype == torch.bfloat16
+    names = (models.PEER, "torch")
+    checks = models._verify(model, ids, names, TINY.case)
+    assert [check.what for check in checks] == ["logits against float32", "loss against float32"]
+    assert all(0 < check.error <= check.allowance < 0.1 for check in checks)
+    prefill = models.prefill
+    rounded = functools.partial(prefill, model)
+    # Another model: its logits have another sign.
+    monkeypatch.setattr(
+        models, "prefill", lambda m, i: -rounded(i) if m is model else prefill(m, i)
+    )
+    with pytest.raises(RefusedError, match="logits against float32"):
+        monkeypatch.setattr(models, "ROUNDED", 0.0)
+        models._verify(model, ids, names, TINY.case)
+
+
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(SpecError, match="unknown backend 'fast'"):
         models.run(("fast",), ONCE, lambda text: None, TINY)
 
 
 def test_what_it_does_not_measure_is_refused() -> None:
-    with pytest.raises(ValueError, match="measures float32 on cpu, not bfloat16 on cpu"):
-        models.run(("torch",), Setting("bfloat16", "cpu", 1), lambda text: None, TINY)
+    text = "bench models measures float32 and bfloat16 on cpu, not float16 on cpu"
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        models.run(("torch",), Setting("float16", "cpu", 1), lambda text: None, TINY)
 
 
 @needs_qwen3_5
