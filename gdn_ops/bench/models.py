@@ -202,7 +202,8 @@ def run(backends: Sequence[str], setting: Setting, log: Log, shape: Shape | None
     log("memory of a training step")
     weigh = functools.partial(call, _weigh, shape=shape, dtype=setting.dtype)
     memory_rows(shape.case, names, PEER, weigh, result)
-    targets = TARGETS if setting.has_targets else [t for t in TARGETS if t.comparator == "cpp"]
+    is_exact = setting.dtype == "float32"
+    targets = TARGETS if is_exact else [t for t in TARGETS if t.comparator == "cpp"]
     result.rows = [with_target(row, targets) for row in result.rows]
     return result
 

@@ -22,6 +22,7 @@ from gdn_ops.cli.parser import (
     names,
     names_or_none,
     one_name,
+    one_of,
     path,
     real,
     refuse_without_effect,
@@ -165,7 +166,7 @@ def _add_models(below: Any) -> None:
         "--backend",
         type=names,
         metavar="NAMES",
-        help='backends, with commas, or "all" (default: torch)',
+        help='backends, with commas, or "all" (default: cpp)',
     )
     parser.add_argument(
         "--dtype",

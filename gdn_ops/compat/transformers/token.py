@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdn_ops.backends.cpp import token as kernel
+from gdn_ops.backends.cpp import layer_token as kernel
 from gdn_ops.backends.cpp.library import missing
 from gdn_ops.compat.transformers.norm import GATES
 from gdn_ops.compat.transformers.packing import is_packed

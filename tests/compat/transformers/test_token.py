@@ -70,7 +70,7 @@ def test_a_token_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
             names.append(name)
             return getattr(loaded, name)
 
-    for module in ("layers", "token", "backend"):
+    for module in ("layers", "layer_token", "backend"):
         monkeypatch.setattr(f"gdn_ops.backends.cpp.{module}.library", Noting)
     with accelerate():
         decoded(SMALL, 0)
