@@ -44,6 +44,10 @@ struct Backward {
   float *values, *d_o, *d_r;                         // [C][Vs]
   float *U_t, *d_o_t, *d_r_t;                        // [Vs][C]
   float* d_S;                                        // per value head: a state
+  float* ends;                                       // per value head: see faint_ends
+
+  // Per value head, the token up to which subnormal numbers may count.
+  int64_t* faint_ends() const { return reinterpret_cast<int64_t*>(ends); }
 };
 
 // Take the working memory from an arena; return how many floats that is.
@@ -58,6 +62,7 @@ int64_t take_backward(const GdnSequences& c, float* memory, Backward& w) {
   take({&w.values, &w.d_o, &w.d_r, &w.U_t, &w.d_o_t, &w.d_r_t}, C * Vs);
   take({&w.rows}, 2 * C * Kp);
   take({&w.d_S}, R * Vs * Kp);
+  take({&w.ends}, R * 2);
   take({&w.run.k_t, &w.run.q_t, &w.run.d_k, &w.run.d_q}, e * C * Kp);
   take({&w.run.products}, e * 2 * C * C);
   take({&w.run.inverse}, e * 2 * C);
@@ -78,7 +83,7 @@ struct Chunk {
   const Task& t;
   const Sums& sums;
   const Backward& w;
-  int64_t token, count, used, reach, head, Kp, Vs;
+  int64_t token, count, used, reach, head, Kp, Vs, faint_end;
   Keys keys;
   float *S, *U, *erased, *d_k, *d_q, *d_S;
   Gates g;
@@ -90,6 +95,7 @@ Chunk chunk_of(const GdnSequences& c, const GdnGradients& to, const Task& t, con
   const int64_t Kp = padded(c.K), Vs = t.panels * P, token = first + e * C;
   const int64_t count = least(C, last - token), head = t.head * (c.HV / c.H) + t.value + r;
   Chunk x{c, to, t, sums, w, token, count, round_up(count, MR), reach_of(count), head, Kp, Vs,
+          w.faint_ends()[r],
           {}, {}, {}, {}, {}, {}, {}, {}};
   x.keys.k_t = w.run.k_t + e * C * Kp;
   x.keys.q_t = w.run.q_t + e * C * Kp;
@@ -108,7 +114,10 @@ Chunk chunk_of(const GdnSequences& c, const GdnGradients& to, const Task& t, con
 void run_again(const Chunk& x, float* next) {
   const GdnSequences& c = x.c;
   const Ahead ahead{c, x.t, c.v, x.token + C, x.head, x.t.last, 0};
-  form_pairs<false>(x.g, x.keys.products, x.count, x.w.A, x.w.M, nullptr, c.has_erase);
+  const bool may_flush = sizes_of(c, x.t, x.token, x.count, x.head, x.g).may_flush;
+  with_flushing(may_flush, [&] {
+    form_pairs<false>(x.g, x.keys.products, x.count, x.w.A, x.w.M, nullptr, c.has_erase);
+  });
   Columns from{x.w.values, x.Vs};
   if (lies_in_tiles(c.v, c.V, x.count)) {
     from = columns_of(c.v, x.t, x.token, x.head);
@@ -119,6 +128,7 @@ void run_again(const Chunk& x, float* next) {
   memset(x.U + x.used * x.Vs, 0, size_t((x.reach - x.used) * x.Vs) * 4);
   for (int64_t p = 0; p < x.t.panels; ++p) {
     const float* S = x.S + p * x.Kp * P;
+    const Flushed flushed(may_flush && is_ordinary(S, x.Kp * P));
     form_writes(c, x.keys, x.g, x.count, x.w.A, S, from.data + p * P, from.ld, x.U + p * P, x.Vs,
                 x.erased + p * P, [&](int64_t m) { return ahead.tile(p, m); });
     if (!next) continue;
@@ -352,6 +362,10 @@ void store_gates(const Chunk& x, const float* from, const GdnArray& to, float* s
 void run_back(const Chunk& x) {
   const Backward& w = x.w;
   float E_start[C] = {}, E_end[C], d_alpha[C], d_beta[C];
+  const int64_t size = x.t.panels * x.Kp * P;
+  const Flushed flushed(x.token >= x.faint_end &&
+                        may_flush_back(x.c, x.to.d_o, x.t, x.token, x.count, x.head, x.g) &&
+                        is_ordinary(x.S, size) && is_ordinary(x.d_S, size));
   form_pairs<true>(x.g, x.keys.products, x.count, w.A, w.M, w.D, x.c.has_erase);
   load_values(x.to.d_o, x.t, x.token, x.count, x.head, x.c.V, w.d_o);
   solve_gradients(x, E_end);
@@ -491,6 +505,7 @@ void run_backward(const GdnSequences& c, const GdnGradients& to, const Task& t, 
   for (int64_t r = 0; r < t.values; ++r) {
     const int64_t head = t.n * c.HV + t.head * R + t.value + r;
     load_state(to.d_final + head * K * V, K, V, Kp, t, w.d_S + r * size);
+    w.faint_ends()[r] = to.d_initial ? faint_end(c, to.d_o, t, head) : t.first;
   }
   const int64_t slot = t.row * (c.T / span) + t.first / span;
   const int64_t runs = (t.last - t.first + span - 1) / span;

@@ -79,12 +79,20 @@ void multiply_keys(int64_t count, int64_t K, Keys& x, bool has_erase) {
   }
 }
 
+GDN_INLINE float decay_of(const GdnSequences& c, const Task& t, int64_t token, int64_t head) {
+  const float x = number(c.decay, at(c.decay, t.row, token, head));
+  return c.decay_is_log ? __builtin_expf(x) : x;
+}
+
+constexpr float kStrong = 0x1p-80f;
+
 // The gates of a chunk of one value head, up to the reach of its tokens.
 struct Gates {
   float alpha[C], beta[C];
   float b[C];  // decay from the start of the chunk to token i
   float d[C];  // decay from token j to the end of the chunk
   float end;   // decay of the whole chunk
+  bool are_strong;  // products of them may be subnormal, or with an operand
 };
 
 void load_gates(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t head,
@@ -94,13 +102,16 @@ void load_gates(const GdnSequences& c, const Task& t, int64_t token, int64_t cou
     g.alpha[i] = 1.0f;
     g.beta[i] = 0.0f;
     if (i >= count) continue;
-    if (c.decay.data) {
-      const float x = number(c.decay, at(c.decay, t.row, token + i, head));
-      g.alpha[i] = c.decay_is_log ? __builtin_expf(x) : x;
-    }
+    if (c.decay.data) g.alpha[i] = decay_of(c, t, token + i, head);
     g.beta[i] = c.beta.data ? number(c.beta, at(c.beta, t.row, token + i, head)) : 1.0f;
   }
+  // An exact zero leaves no product.
   float product = 1.0f;
+  for (int64_t i = 0; i < reach && product > kStrong; ++i) {
+    if (g.alpha[i] > 0.0f) product *= g.alpha[i];
+  }
+  g.are_strong = product <= kStrong;
+  product = 1.0f;
   for (int64_t i = 0; i < reach; ++i) g.b[i] = product *= g.alpha[i];
   g.end = product;
   product = 1.0f;

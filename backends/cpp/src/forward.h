@@ -1,7 +1,7 @@
 // The forward of one key head of one sequence (docs/math.md §3): the state never leaves the caches.
 #pragma once
 
-#include "chunk.h"
+#include "subnormal.h"
 
 namespace {
 
@@ -235,7 +235,10 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
       const int64_t head = t.head * R + r;
       Gates g;
       load_gates(c, t, token, count, head, g);
-      form_pairs<false>(g, x.products, count, A, M, nullptr, c.has_erase);
+      const bool may_flush = sizes_of(c, t, token, count, head, g).may_flush;
+      with_flushing(may_flush, [&] {
+        form_pairs<false>(g, x.products, count, A, M, nullptr, c.has_erase);
+      });
       const bool is_direct = lies_in_tiles(c.v, V, count) && lies_in_tiles(c.o, V, count);
       const Ahead ahead{c, t, c.v, token + C, head, token + C, r};
       Columns from{values, t.panels * P}, to = from;
@@ -247,6 +250,7 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
       }
       for (int64_t p = 0; p < t.panels; ++p) {
         float* state = S + r * size + p * Kp * P;
+        const Flushed flushed(may_flush && is_ordinary(state, Kp * P));
         form_writes(c, x, g, count, A, state, from.data + p * P, from.ld, U, P, nullptr,
                     [](int64_t) { return Lines{}; });
         for (int64_t m = 0; m < count; m += MR) {

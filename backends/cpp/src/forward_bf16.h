@@ -166,7 +166,10 @@ void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
       const int64_t head = t.head * R + r;
       Gates g;
       load_gates(c, t, token, count, head, g);
-      form_pairs<false>(g, x.products, count, A, M, nullptr, c.has_erase);
+      const bool may_flush = sizes_of(c, t, token, count, head, g).may_flush;
+      with_flushing(may_flush, [&] {
+        form_pairs<false>(g, x.products, count, A, M, nullptr, c.has_erase);
+      });
       for (int64_t i = 0; i < used; ++i) {
         narrow(M + i * C, M_pairs + i * C / 2, kGdnBfloat16, 0, C);
       }
@@ -176,6 +179,7 @@ void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
       const Ahead ahead{c, t, c.v, token + C, head, token + C, r};
       for (int64_t p = 0; p < t.panels; ++p) {
         float *state = S + r * size + p * Kp * P, *columns = values + p * P;
+        const Flushed flushed(may_flush && is_ordinary(state, Kp * P));
         for (int64_t i = 0; i < Kp; i += 2) {
           for (int n = 0; n < NV; ++n) {
             const float* row = state + i * P + n * W;
