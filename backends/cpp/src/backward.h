@@ -503,8 +503,8 @@ void run_backward(const GdnSequences& c, const GdnGradients& to, const Task& t, 
   Backward w;
   take_backward(c, memory, w);
   for (int64_t r = 0; r < t.values; ++r) {
-    const int64_t head = t.n * c.HV + t.head * R + t.value + r;
-    load_state(to.d_final + head * K * V, K, V, Kp, t, w.d_S + r * size);
+    const int64_t head = t.head * R + t.value + r;
+    load_state(to.d_final + (t.n * c.HV + head) * K * V, K, V, Kp, t, w.d_S + r * size);
     w.faint_ends()[r] = to.d_initial ? faint_end(c, to.d_o, t, head) : t.first;
   }
   const int64_t slot = t.row * (c.T / span) + t.first / span;
