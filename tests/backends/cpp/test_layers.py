@@ -15,16 +15,24 @@ from torch import Tensor
 from errors import message_of
 from fences import all_fenced, assert_untouched, fenced
 from gdn_ops.backends.cpp import layers, library
-from gdn_ops.nn.norm import gated_rms_norm
 from gdn_ops.nn.windows import advance
+from layer_kernels import (
+    LAYOUTS,
+    ROUNDING,
+    ConvolutionCase,
+    NormCase,
+    assert_close,
+    convolved,
+    exact,
+    names_of,
+    normal,
+    normed,
+)
 
 if library.missing() is not None:
     pytest.skip(f"backend 'cpp': {library.missing()}", allow_module_level=True)
 
 LEVELS = ("avx512bf16", "avx512", "avx2", "baseline")
-
-ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Of the largest number of a result, and at least of 1."""
 
 
 @pytest.fixture(params=LEVELS)
@@ -37,111 +45,36 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     library.choose_level(loaded, "")
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def exact(x: Tensor | None) -> Tensor | None:
-    """Return a leaf with the same numbers in float64."""
-    return None if x is None else x.detach().double().requires_grad_()
-
-
-def assert_close(names: str, actual: list[Tensor], wanted: list[Tensor]) -> None:
-    for name, a, b in zip(names.split(), actual, wanted, strict=True):
-        size = max(1.0, float(b.detach().abs().max())) if b.numel() else 1.0
-        error = float((a.double() - b.detach()).abs().max()) if b.numel() else 0.0
-        assert error <= ROUNDING[a.dtype] * size, (name, error, size)
-
-
-def convolved(
-    call: layers.Convolution, d_y: Tensor, d_final: Tensor | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return y, the last inputs and the gradients, of the kernels and of plain torch in float64."""
-    x, reach = call.x, call.weight.shape[1] - 1
-    final = torch.empty(call.sequences, x.shape[2], reach, dtype=x.dtype) if reach else None
-    own = [layers.convolution(call, final)]
-    given = [exact(t) for t in call[:4]]
-    options = {"silu": call.silu, "lengths": call.lengths, "cu_seqlens": call.starts}
-    y, last = advance(*given, **options)
-    loss = (y * d_y.double()).sum()
-    if d_final is not None:
-        loss = loss + (last * d_final.double()).sum()
-    leaves = [t for t in given if t is not None]
-    reference = [y, *([last] if reach else []), *torch.autograd.grad(loss, leaves)]
-    gradients = layers.convolution_backward(call, d_y, d_final, needs_x=True)
-    own += [t for t in (final, *gradients) if t is not None]
-    return own, reference
-
-
-def names_of(call: layers.Convolution) -> str:
-    names = ["y", *(["final"] if call.weight.shape[1] > 1 else []), "d_x", "d_weight"]
-    names += [] if call.bias is None else ["d_bias"]
-    return " ".join(names + ([] if call.state is None else ["d_state"]))
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "channels last": lambda x: x,
-    "tokens last": lambda x: x.mT.contiguous().mT,
-    "gaps": lambda x: torch.stack((x, x), 3)[..., 0],
-    "reversed": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
-}
+def check(case: ConvolutionCase | NormCase, level: str) -> None:
+    """Check a case at one level, if it is there."""
+    loaded = library.library()
+    if loaded.gdn_choose_level(level.encode()):
+        try:
+            case.check()
+        finally:
+            library.choose_level(loaded, "")
 
 
 @given(
-    rows=st.integers(1, 3),
-    tokens=st.integers(1, 70),
-    channels=st.integers(1, 40),
-    taps=st.sampled_from((1, 2, 3, 4, 4, 4, 5, 20)),
-    dtype=st.sampled_from(list(ROUNDING)),
-    layout=st.sampled_from(list(LAYOUTS)),
-    kind=st.sampled_from(("whole", "lengths", "packed")),
-    silu=st.booleans(),
-    has_bias=st.booleans(),
-    has_state=st.booleans(),
-    has_d_final=st.booleans(),
-    cuts=st.lists(st.integers(0, 70), max_size=5),
+    case=st.builds(
+        ConvolutionCase,
+        rows=st.integers(1, 3),
+        tokens=st.integers(1, 70),
+        channels=st.integers(1, 40),
+        taps=st.sampled_from((1, 2, 3, 4, 4, 4, 5, 20)),
+        dtype=st.sampled_from(list(ROUNDING)),
+        layout=st.sampled_from(list(LAYOUTS)),
+        kind=st.sampled_from(("whole", "lengths", "packed")),
+        silu=st.booleans(),
+        has_bias=st.booleans(),
+        has_state=st.booleans(),
+        has_d_final=st.booleans(),
+        cuts=st.lists(st.integers(0, 70), max_size=5),
+    ),
     level=st.sampled_from(LEVELS),
 )
-def test_the_convolution_is_that_of_plain_torch(
-    rows: int,
-    tokens: int,
-    channels: int,
-    taps: int,
-    dtype: torch.dtype,
-    layout: str,
-    kind: str,
-    silu: bool,
-    has_bias: bool,
-    has_state: bool,
-    has_d_final: bool,
-    cuts: list[int],
-    level: str,
-) -> None:
-    loaded = library.library()
-    if not loaded.gdn_choose_level(level.encode()):
-        return
-    rows = 1 if kind == "packed" else rows
-    made = functools.partial(normal, dtype=dtype)
-    ends = sorted(min(cut, tokens) for cut in cuts)
-    starts = torch.tensor([0, *ends, tokens]) if kind == "packed" else None
-    lengths = torch.arange(rows) * 7 % (tokens + 1) if kind == "lengths" else None
-    past = (rows if starts is None else len(starts) - 1, channels, taps - 1)
-    call = layers.Convolution(
-        LAYOUTS[layout](made(rows, tokens, channels)),
-        made(channels, taps, seed=1),
-        made(channels, seed=2) if has_bias else None,
-        made(*past, seed=3) if has_state and taps > 1 else None,
-        starts,
-        lengths,
-        silu,
-    )
-    d_final = made(*past, seed=4) if has_d_final and taps > 1 else None
-    d_y = LAYOUTS[layout](made(rows, tokens, channels, seed=5))
-    try:
-        assert_close(names_of(call), *convolved(call, d_y, d_final))
-    finally:
-        library.choose_level(loaded, "")
+def test_the_convolution_is_that_of_plain_torch(case: ConvolutionCase, level: str) -> None:
+    check(case, level)
 
 
 def test_many_tokens_and_channels_are_convolved_in_tasks(level: str) -> None:
@@ -167,46 +100,19 @@ def test_a_token_updates_its_state_in_place(level: str, dtype: torch.dtype, kept
     assert_untouched([held])
 
 
-def normed(
-    x: Tensor, weight: Tensor, z: Tensor | None, d_y: Tensor, gate: str | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return y and the gradients of a norm, of the kernels and of plain torch in float64."""
-    own = [layers.norm(x, weight, z, 0.01, gate)]
-    own += [t for t in layers.norm_backward(x, weight, z, 0.01, gate, d_y) if t is not None]
-    given = [exact(t) for t in (x, weight, z)]
-    y = gated_rms_norm(*given, eps=0.01, activation=gate or "silu")
-    leaves = [t for t in given if t is not None]
-    return own, [y, *torch.autograd.grad(y, leaves, d_y.double())]
-
-
 @given(
-    shape=st.lists(st.integers(1, 5), max_size=4),
-    width=st.integers(1, 70),
-    dtype=st.sampled_from(list(ROUNDING)),
-    gate=st.sampled_from(("silu", "sigmoid", None)),
-    is_transposed=st.booleans(),
+    case=st.builds(
+        NormCase,
+        shape=st.lists(st.integers(1, 5), max_size=4),
+        width=st.integers(1, 70),
+        dtype=st.sampled_from(list(ROUNDING)),
+        gate=st.sampled_from(("silu", "sigmoid", None)),
+        is_transposed=st.booleans(),
+    ),
     level=st.sampled_from(LEVELS),
 )
-def test_the_norm_is_that_of_plain_torch(
-    shape: list[int],
-    width: int,
-    dtype: torch.dtype,
-    gate: str | None,
-    is_transposed: bool,
-    level: str,
-) -> None:
-    loaded = library.library()
-    if not loaded.gdn_choose_level(level.encode()):
-        return
-    x, z, d_y = (normal(*shape, width, seed=seed, dtype=dtype) for seed in (0, 1, 2))
-    if is_transposed:
-        x, z, d_y = (t.transpose(0, -1).contiguous().transpose(0, -1) for t in (x, z, d_y))
-    weight = normal(width, seed=3, dtype=dtype)
-    names = "y d_x d_weight" + (" d_z" if gate else "")
-    try:
-        assert_close(names, *normed(x, weight, z if gate else None, d_y, gate))
-    finally:
-        library.choose_level(loaded, "")
+def test_the_norm_is_that_of_plain_torch(case: NormCase, level: str) -> None:
+    check(case, level)
 
 
 def test_many_rows_are_normed_in_parts(level: str) -> None:
