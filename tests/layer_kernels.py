@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from gdn_ops.backends.cpp import layers
+import gdn_ops
+from fences import assert_untouched, fenced
+from gdn_ops.backends.cpp import layer_token, layers
+from gdn_ops.nn.gates import gate
 from gdn_ops.nn.norm import gated_rms_norm
 from gdn_ops.nn.windows import advance
+from gdn_ops.spec.ops import GATED_DELTA
 
 ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the largest number of a result, and at least of 1."""
@@ -110,6 +115,20 @@ class ConvolutionCase(NamedTuple):
         assert_close(names_of(call), *convolved(call, d_y, d_final))
 
 
+CONVOLUTIONS = (
+    ConvolutionCase(),
+    ConvolutionCase(taps=3, layout="tokens last", kind="lengths", silu=False),
+    ConvolutionCase(layout="gaps", kind="packed"),
+    ConvolutionCase(rows=3, tokens=2, channels=33, taps=5, kind="lengths", has_bias=False),
+    ConvolutionCase(tokens=70, channels=64, layout="reversed", kind="packed", silu=False),
+    ConvolutionCase(tokens=3, channels=70, layout="tokens last", has_state=False),
+    ConvolutionCase(tokens=1, channels=16, taps=20, has_d_final=False),
+    ConvolutionCase(rows=3, taps=1, kind="lengths"),
+    ConvolutionCase(rows=1, tokens=65, channels=1100, has_bias=False),
+)
+"""Every layout and kind, whole and cut vectors, few and many taps, several tasks."""
+
+
 def normed(
     x: Tensor, weight: Tensor, z: Tensor | None, d_y: Tensor, gate: str | None
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -140,3 +159,161 @@ class NormCase(NamedTuple):
         weight = normal(width, seed=3, dtype=dtype)
         names = "y d_x d_weight" + (" d_z" if self.gate else "")
         assert_close(names, *normed(x, weight, z if self.gate else None, d_y, self.gate))
+
+
+NORMS = (
+    NormCase(),
+    NormCase(width=64, gate="sigmoid"),
+    NormCase(shape=(), width=7, gate=None),
+    NormCase(shape=(2, 3, 4, 2), is_transposed=True),
+    NormCase(shape=(150,), width=33, gate="sigmoid"),
+    NormCase(shape=(150,), width=16, gate=None),
+)
+"""Every gate, whole and cut vectors, rows of one part of a sum and of several."""
+
+
+class TokenCase(NamedTuple):
+    """Describe one token of a layer of H key heads of width K, each with R value heads of width V.
+
+    q, k and v are one projection, and so are the gates b and a. Without `has_bias` neither the
+    convolution nor the decay has one; `inputs` of the convolution are kept, of which it reads the
+    last taps - 1.
+    """
+
+    sizes: tuple[int, int, int, int] = (2, 2, 20, 36)
+    taps: int = 4
+    inputs: int = 3
+    dtype: torch.dtype = torch.float32
+    state_dtype: torch.dtype = torch.float32
+    gate: str | None = "silu"
+    rule: str = "gated_delta"
+    has_bias: bool = True
+    silu: bool = True
+    qk_l2norm: bool = True
+    inplace: bool = False
+
+    def drawn(self) -> dict[str, Tensor | None]:
+        """Return the tensors of a call by name, None for those that it does not have."""
+        H, R, K, V = self.sizes
+        rows, values, channels = 2, H * R * V, 2 * H * K + H * R * V
+        made = functools.partial(normal, dtype=self.dtype)
+        has_decay = GATED_DELTA.rule[self.rule].has_decay
+        return {
+            "qkv": made(rows, 1, channels),
+            "z": made(rows, 1, values, seed=1) if self.gate else None,
+            "ba": made(rows, 1, 2 * H * R, seed=2),
+            "A_log": normal(H * R, seed=3) if has_decay else None,
+            "dt_bias": made(H * R, seed=4) if has_decay and self.has_bias else None,
+            "weight": made(channels, self.taps, seed=5) if self.taps else None,
+            "bias": made(channels, seed=6) if self.taps and self.has_bias else None,
+            "norm": made(V, seed=7),
+            "past": made(rows, channels, self.inputs, seed=8) if self.taps else None,
+            "state": normal(rows, H * R, K, V, seed=9, dtype=self.state_dtype),
+        }
+
+    def run(self, x: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return o, the inputs that are kept and the new state, of the kernel."""
+        sizes = layer_token.Sizes(*self.sizes)
+        H, R, K, V = sizes
+        heads, values = layer_token.heads, R * V
+        given = layer_token.Projections(
+            q=heads(x["qkv"], K),
+            k=heads(x["qkv"], K, first=H * K),
+            v=heads(x["qkv"], values, V, 2 * H * K),
+            z=heads(x["z"], values, V),
+            a=heads(x["ba"] if x["A_log"] is not None else None, 2 * R, first=R),
+            b=heads(x["ba"], 2 * R),
+        )
+        layer = layer_token.Parameters(
+            *(x[name] for name in ("A_log", "dt_bias", "weight", "bias", "norm")),
+            eps=0.01,
+            gate=self.gate,
+            beta_factor=2.0,
+            silu=self.silu,
+            has_erase=GATED_DELTA.rule[self.rule].has_erase,
+            qk_l2norm=self.qk_l2norm,
+        )
+        past, state = (None if t is None else t.clone() for t in (x["past"], x["state"]))
+        kept = past if past is None or self.inplace else torch.empty_like(past)
+        new = state if self.inplace else torch.empty_like(state)
+        o = layer_token.token(2, sizes, given, layer, (past, kept), (state, new), self.dtype)
+        return o, kept, new
+
+    def exact(self, x: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return o and the new state, of plain torch in float64."""
+        H, R, K, V = self.sizes
+        x = {name: None if t is None else t.double() for name, t in x.items()}
+        p = x["qkv"]
+        if self.taps:
+            past = x["past"][..., self.inputs - self.taps + 1 :]
+            p, _ = advance(p, x["weight"], x["bias"], past, silu=False)
+        qk, v = p.split((2 * H * K, H * R * V), -1)
+        q, k = (functional.silu(qk) if self.silu else qk).view(2, 2, H, K).unbind(1)
+        b, a = (t.reshape(2, H * R) for t in x["ba"].view(2, H, 2, R).unbind(2))
+        o, state = gdn_ops.gated_delta_step(
+            *(q, k, functional.silu(v).view(2, H * R, V)),
+            log_alpha=None if x["A_log"] is None else gate(a, x["A_log"], x["dt_bias"]),
+            beta=2 * b.sigmoid(),
+            state=x["state"],
+            rule=self.rule,
+            qk_l2norm=self.qk_l2norm,
+            backend="naive",
+        )
+        z = None if x["z"] is None else x["z"].view(2, H * R, V)
+        o = gated_rms_norm(o, x["norm"], z, eps=0.01, activation=self.gate or "silu")
+        return o.view(2, 1, -1), state
+
+    def check(self) -> None:
+        """Compare the kernel with plain torch."""
+        x = self.drawn()
+        (o, kept, state), wanted = self.run(x), self.exact(x)
+        assert_close("o state", [o, state], list(wanted))
+        if kept is not None:
+            assert torch.equal(kept, torch.cat([x["past"][..., 1:], x["qkv"].mT], -1))
+
+
+TOKENS = (
+    TokenCase(),
+    TokenCase(inplace=True, inputs=4, gate="sigmoid"),
+    TokenCase(sizes=(1, 3, 7, 5), taps=3, inputs=2, gate=None, has_bias=False, rule="gated"),
+    TokenCase(sizes=(3, 1, 16, 64), taps=0, silu=False, rule="delta", inplace=True),
+    TokenCase(sizes=(2, 1, 8, 33), taps=1, inputs=2, qk_l2norm=False, rule="linear"),
+    TokenCase(sizes=(1, 2, 32, 130), state_dtype=torch.bfloat16, inplace=True),
+    TokenCase(sizes=(1, 2, 32, 130), state_dtype=torch.float16, taps=0, has_bias=False),
+)
+"""Every option, whole and cut vectors, states of every type in their place and in another one."""
+
+
+def check_in_place(dtype: torch.dtype, kept: int) -> None:
+    """Convolve one token whose inputs, more than are read or just those, are updated in place."""
+    weight = normal(50, 4, seed=1, dtype=dtype)
+    state, x = normal(2, 50, kept, seed=3, dtype=dtype), normal(2, 1, 50, dtype=dtype)
+    held, given = fenced(state, 7.0), exact(state[..., -3:])
+    y = layers.convolution(layers.Convolution(x, weight, None, held, None, None, True), held)
+    wanted, _ = advance(exact(x), exact(weight), None, given, silu=True)
+    assert_close("y", [y], [wanted])
+    assert torch.equal(held, torch.cat([state[..., 1:], x.mT], -1))
+    assert_untouched([held])
+
+
+def check_ends() -> None:
+    """Compare SiLU where e^x is too large or too small, and beyond, with that of plain torch."""
+    x = torch.tensor([-1e30, -1e4, -104.0, -88.0, -86.5, -1e-30, 0.0, 20.0, 88.0, 1e4, 1e30])
+    call = layers.Convolution(x.view(1, -1, 1), torch.ones(1, 1), None, None, None, None, True)
+    y = layers.convolution(call).flatten()
+    wanted = functional.silu(x.double())
+    assert torch.all((y - wanted).abs() <= 1e-6 * wanted.abs() + 1e-35)
+    ends = x.clone()
+    ends[[0, -1]] = torch.tensor([torch.nan, torch.inf])
+    y = layers.convolution(call._replace(x=ends.view(1, -1, 1))).flatten()
+    assert y[0].isnan() and y[-1] == torch.inf and y[1:-1].isfinite().all()
+
+
+def check_float16() -> None:
+    """Read and write every number of float16, one by one and in vectors."""
+    x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.float16)
+    for width in (1, 64):
+        weight = torch.ones(width, 1)
+        call = layers.Convolution(x.view(1, -1, width), weight, None, None, None, None, False)
+        y = layers.convolution(call).flatten()
+        assert torch.all((y == x) | (y.isnan() & x.isnan()))

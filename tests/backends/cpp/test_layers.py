@@ -13,17 +13,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from errors import message_of
-from fences import all_fenced, assert_untouched, fenced
+from fences import all_fenced, fenced
 from gdn_ops.backends.cpp import layers, library
-from gdn_ops.nn.windows import advance
 from layer_kernels import (
     LAYOUTS,
     ROUNDING,
+    TOKENS,
     ConvolutionCase,
     NormCase,
     assert_close,
+    check_ends,
+    check_float16,
+    check_in_place,
     convolved,
-    exact,
     names_of,
     normal,
     normed,
@@ -90,14 +92,7 @@ def test_many_tokens_and_channels_are_convolved_in_tasks(level: str) -> None:
 @pytest.mark.parametrize("kept", [3, 4, 30])
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 def test_a_token_updates_its_state_in_place(level: str, dtype: torch.dtype, kept: int) -> None:
-    weight = normal(50, 4, seed=1, dtype=dtype)
-    state, x = normal(2, 50, kept, seed=3, dtype=dtype), normal(2, 1, 50, dtype=dtype)
-    held, given = fenced(state, 7.0), exact(state[..., -3:])
-    y = layers.convolution(layers.Convolution(x, weight, None, held, None, None, True), held)
-    wanted, _ = advance(exact(x), exact(weight), None, given, silu=True)
-    assert_close("y", [y], [wanted])
-    assert torch.equal(held, torch.cat([state[..., 1:], x.mT], -1))
-    assert_untouched([held])
+    check_in_place(dtype, kept)
 
 
 @given(
@@ -121,25 +116,18 @@ def test_many_rows_are_normed_in_parts(level: str) -> None:
     assert_close("y d_x d_weight d_z", *normed(x, normal(16, seed=3), z, d_y, "silu"))
 
 
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_the_token_of_a_layer_is_that_of_plain_torch(level: str, dtype: torch.dtype) -> None:
+    for case in TOKENS:
+        case._replace(dtype=dtype).check()
+
+
 def test_activations_are_right_at_their_ends(level: str) -> None:
-    x = torch.tensor([-1e30, -1e4, -104.0, -88.0, -86.5, -1e-30, 0.0, 20.0, 88.0, 1e4, 1e30])
-    call = layers.Convolution(x.view(1, -1, 1), torch.ones(1, 1), None, None, None, None, True)
-    y = layers.convolution(call).flatten()
-    wanted = torch.nn.functional.silu(x.double())
-    assert torch.all((y - wanted).abs() <= 1e-6 * wanted.abs() + 1e-35)
-    ends = x.clone()
-    ends[[0, -1]] = torch.tensor([torch.nan, torch.inf])
-    y = layers.convolution(call._replace(x=ends.view(1, -1, 1))).flatten()
-    assert y[0].isnan() and y[-1] == torch.inf and y[1:-1].isfinite().all()
+    check_ends()
 
 
-def test_every_number_of_float16_is_read() -> None:
-    bits = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
-    x = bits.view(torch.float16)
-    call = layers.Convolution(x.view(1, -1, 1), torch.ones(1, 1), None, None, None, None, False)
-    y = layers.convolution(call).flatten()
-    assert torch.equal(y.nan_to_num(1.5), x.nan_to_num(1.5))
-    assert torch.equal(y.isnan(), x.isnan())
+def test_every_number_of_float16_is_read(level: str) -> None:
+    check_float16()
 
 
 def results(tokens: int) -> list[Tensor]:
