@@ -2,7 +2,7 @@
 //
 // In:  int64 door, number of buffers, number of pointers, bytes of the structs;
 //      the bytes of every buffer; of every pointer its place in the structs and its buffer;
-//      the structs of `interface.h`, one behind the other; the buffers.
+//      the structs of the door, one behind the other; the buffers.
 // Out: int64 status, the buffers.
 //
 // The first argument is the level to run. Every buffer is an allocation of its own, so that a
@@ -12,13 +12,23 @@
 #include <cstdlib>
 #include <vector>
 
-#include "interface.h"
+#include "interface_layers.h"
+
+struct GdnRepeated;  // begins with its steps, whose pointers are those of the call
 
 extern "C" {
 int gdn_choose_level(const char* name);
 int gdn_forward(const GdnSequences* call);
 int gdn_backward(const GdnSequences* call, const GdnGradients* gradients);
 int gdn_decode(const GdnSteps* call);
+int gdn_decode_repeated(const GdnRepeated* earlier, int threads, void* q, void* k, void* v,
+                        void* decay, void* beta, void* slots, void* o, void* state,
+                        void* new_state, void* states);
+int gdn_convolution(const GdnConvolution* call);
+int gdn_convolution_backward(const GdnConvolution* call, const GdnConvolutionGradients* gradients);
+int gdn_norm(const GdnNorm* call);
+int gdn_norm_backward(const GdnNorm* call, const GdnNormGradients* gradients);
+int gdn_token(const GdnToken* call);
 }
 
 namespace {
@@ -44,16 +54,45 @@ const Call* as(const std::vector<int64_t>& structs, size_t at = 0) {
   return reinterpret_cast<const Call*>(reinterpret_cast<const char*>(structs.data()) + at);
 }
 
+template <class Call>
+int call(int (*door)(const Call*), const std::vector<int64_t>& structs) {
+  return door(as<Call>(structs));
+}
+
+template <class Call, class Gradients>
+int call(int (*door)(const Call*, const Gradients*), const std::vector<int64_t>& structs) {
+  return door(as<Call>(structs), as<Gradients>(structs, sizeof(Call)));
+}
+
+int decode_again(const std::vector<int64_t>& structs) {
+  const GdnSteps& s = *as<GdnSteps>(structs);
+  const auto* earlier = reinterpret_cast<const GdnRepeated*>(structs.data());
+  return gdn_decode_repeated(earlier, 1, s.q.data, s.k.data, s.v.data, s.decay.data, s.beta.data,
+                             const_cast<int64_t*>(s.slots), s.o.data, const_cast<void*>(s.state),
+                             s.new_state, s.states);
+}
+
+// The doors as `cpp_driver.py` numbers them.
 int run(int64_t door, const std::vector<int64_t>& structs) {
   switch (door) {
     case 0:
-      return gdn_forward(as<GdnSequences>(structs));
-    case 1: {
-      const auto* gradients = as<GdnGradients>(structs, sizeof(GdnSequences));
-      return gdn_backward(as<GdnSequences>(structs), gradients);
-    }
+      return call(gdn_forward, structs);
+    case 1:
+      return call(gdn_backward, structs);
     case 2:
-      return gdn_decode(as<GdnSteps>(structs));
+      return call(gdn_decode, structs);
+    case 3:
+      return decode_again(structs);
+    case 4:
+      return call(gdn_convolution, structs);
+    case 5:
+      return call(gdn_convolution_backward, structs);
+    case 6:
+      return call(gdn_norm, structs);
+    case 7:
+      return call(gdn_norm_backward, structs);
+    case 8:
+      return call(gdn_token, structs);
   }
   fail("there is no such door");
 }

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
+import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-import cpp_driver
 import gdn_ops
 from cpp_driver import Driver, compile_driver
 from cpp_libraries import levels_here, needs_compiler
+from cpp_structs import DOORS, Packed
 from gdn_ops.backends.cpp import build, library
+from gdn_ops.dispatch import plans
+from gdn_ops.nn import GatedDeltaNet, kernels
 from gdn_ops.testing import Example, conformance
 from gdn_ops.testing.oracle import judge
 from gdn_ops.testing.runs import installed
+from layer_kernels import (
+    CONVOLUTIONS,
+    NORMS,
+    ROUNDING,
+    TOKENS,
+    check_ends,
+    check_float16,
+    check_in_place,
+    normal,
+)
+from nn_layers import OPTIONS, WIDTH, make
+from repeated_calls import DECODED, given
 
 pytestmark = needs_compiler
 
@@ -84,6 +102,25 @@ COMMANDS = {
 """Beside these, for a processor that is emulated: the usual build, and one that asks for more."""
 
 
+def forward_and_backward() -> None:
+    """Run the rule on packed sequences with a state, with all that a call may have."""
+    q, k, v = (normal(1, 300, 2, 8, seed=seed).requires_grad_() for seed in range(3))
+    gates = normal(2, 1, 300, 2).sigmoid().requires_grad_()
+    state = normal(2, 2, 8, 8)
+    options = {"cu_seqlens": torch.tensor([0, 40, 300]), "initial_state": state}
+    o, last = gdn_ops.gated_delta(q, k, v, *gates, **options, return_state=True, backend="cpp")
+    (o.sum() + last.sum()).backward()
+
+
+OVERFLOW = "AddressSanitizer: (heap-buffer-overflow|unknown-crash)"
+"""What a sanitizer says of a number beside an array, and of a vector that begins within it."""
+
+CUT: tuple[Callable[[], None], ...] = (
+    forward_and_backward,
+    *(case.check for case in (*DECODED, *CONVOLUTIONS, *NORMS, *TOKENS)),
+)
+
+
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[str, ...]]:
     """Commands by name, each compiled when it is first asked for; a test is skipped without."""
@@ -98,35 +135,143 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[str
 
 def use(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
     """Let the backend run on a driver."""
-    # Every module of the backend that asks for the library.
+    # Every module that asks for the library.
     for name, module in list(sys.modules.items()):
-        if name.startswith("gdn_ops.backends.cpp.") and module is not library:
+        asks = name.startswith("gdn_ops.backends.cpp.") or module is kernels
+        if asks and module is not library:
             for door, stand_in in (("library", lambda: driver), ("missing", lambda: None)):
                 if callable(getattr(module, door, None)):
                     monkeypatch.setattr(module, door, stand_in)
+    # A plan that was made for the library does not fit a driver, nor the other way round.
+    monkeypatch.setattr(plans, "_plans", OrderedDict())
     return driver
 
 
-LEVELS = [("arm", "baseline"), *(("sanitized", level) for level in levels_here())]
+every_level = pytest.mark.parametrize(
+    ("name", "level"),
+    [("arm", "baseline"), *(("sanitized", level) for level in levels_here())],
+)
 
 
-@pytest.mark.parametrize(("name", "level"), LEVELS)
+def at_level(
+    name: str, level: str, commands: Mapping[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> Driver:
+    """Let the backend run at a level of a driver; skip a test without."""
+    driver = use(Driver(commands[name], level), monkeypatch)
+    if not driver.has_level():
+        pytest.skip(f"this processor has no level {level}")
+    return driver
+
+
+@every_level
 def test_the_kernels_compute_the_definition_elsewhere(
     name: str,
     level: str,
     commands: Mapping[str, tuple[str, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    driver = use(Driver(commands[name], level), monkeypatch)
-    if not driver.has_level():
-        pytest.skip(f"this processor has no level {level}")
+    driver = at_level(name, level, commands, monkeypatch)
     for dtype in DTYPES:
         for rule in RULES:
             for example in SHAPES:
                 drawn = replace(example, rule=rule, dtype=dtype)
                 verdict = judge(drawn, "cpp")
                 assert verdict.passed, (drawn, verdict)
-    assert driver.calls >= 2 * len(DTYPES) * len(RULES) * len(SHAPES)
+    assert len(driver.calls) >= 2 * len(DTYPES) * len(RULES) * len(SHAPES)
+
+
+@every_level
+def test_the_kernels_around_the_rule_are_right_elsewhere(
+    name: str,
+    level: str,
+    commands: Mapping[str, tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = at_level(name, level, commands, monkeypatch)
+    for dtype in ROUNDING:
+        for case in (*CONVOLUTIONS, *NORMS, *TOKENS):
+            case._replace(dtype=dtype).check()
+        for kept in (3, 30):
+            check_in_place(dtype, kept)
+    check_ends()
+    check_float16()
+    assert set(driver.calls) == {door for door in DOORS if re.search("conv|norm|token", door)}
+
+
+@every_level
+def test_layers_are_right_elsewhere(
+    name: str,
+    level: str,
+    commands: Mapping[str, tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = at_level(name, level, commands, monkeypatch)
+    for option in ("the paper", "grouped values", "no short conv", "a biased convolution of 3"):
+        for dtype, bound in BOUNDS.items():
+            layer, x = make(**OPTIONS[option]).to(dtype), normal(2, 9, WIDTH, dtype=dtype)
+            exactly = copy.deepcopy(layer).double()
+            # Those of 16 bits depend on every rounding on the way.
+            has_grads = dtype == torch.float32
+            results = (ran(layer, x, has_grads), ran(exactly, x.double(), has_grads))
+            for own, wanted in zip(*results, strict=True):
+                size = max(1.0, float(wanted.abs().max()))
+                assert float((own - wanted).abs().max()) <= bound * size
+    assert set(driver.calls) == set(DOORS) - {"gdn_decode", "gdn_decode_repeated"}
+
+
+BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Of layers, whose projections round too."""
+
+
+def ran(layer: GatedDeltaNet, x: Tensor, has_grads: bool) -> list[Tensor]:
+    """Return what a layer gives for some tokens, with gradients, and for two more one by one."""
+    leaf = x[:, :7].clone().requires_grad_(has_grads)
+    with torch.set_grad_enabled(has_grads):
+        y, state = layer(leaf)
+    out = [y.detach()]
+    if has_grads:
+        out += torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])
+    with torch.no_grad():
+        for t in (7, 8):
+            y, state = layer(x[:, t : t + 1], state)
+            out += [y, *(s for s in state if s is not None)]
+    return out
+
+
+@every_level
+def test_one_token_is_decoded_after_another_elsewhere(
+    name: str,
+    level: str,
+    commands: Mapping[str, tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = at_level(name, level, commands, monkeypatch)
+    for case in DECODED:
+        for dtype in ROUNDING:
+            # Other states of `gated_delta` are copied first.
+            own = case.state_dtype if case.op is gdn_ops.gated_delta else dtype
+            for state_dtype in {case.state_dtype, own}:
+                driver.calls.clear()
+                case._replace(dtype=dtype, state_dtype=state_dtype).check()
+                assert driver.calls == ["gdn_decode", *3 * ["gdn_decode_repeated"]]
+
+
+@every_level
+def test_a_gate_out_of_its_domain_changes_no_state_elsewhere(
+    name: str,
+    level: str,
+    commands: Mapping[str, tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = at_level(name, level, commands, monkeypatch)
+    arguments = given(gdn_ops.gated_delta_step, backend="cpp")
+    gdn_ops.gated_delta_step(**arguments)
+    before = arguments["state"].clone()
+    arguments["alpha"][-1, -1] = 1.5
+    with pytest.raises(gdn_ops.SpecError, match="alpha"):
+        gdn_ops.gated_delta_step(**arguments)
+    assert driver.calls[-1] == "gdn_decode_repeated"
+    assert torch.equal(arguments["state"], before)
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
@@ -137,7 +282,7 @@ def test_the_whole_kit_passes_elsewhere(
     for subject in conformance.subjects(installed("cpp")):
         row = conformance.run_subject("cpp", subject, examples=5, seed=0, shrink=False)
         assert row.passed and row.examples, row
-    assert driver.calls > 100
+    assert len(driver.calls) > 100
 
 
 def on(processor: str, command: tuple[str, ...], level: str = "") -> Driver:
@@ -156,7 +301,10 @@ def test_a_processor_below_avx2_runs_the_baseline(
     for dtype in DTYPES:
         verdict = judge(replace(SHAPES[0], dtype=dtype), "cpp")
         assert verdict.passed, (dtype, verdict)
-    assert driver.calls >= 2 * len(DTYPES)
+    for dtype in ROUNDING:
+        for case in (CONVOLUTIONS[0], NORMS[0], TOKENS[0]):
+            case._replace(dtype=dtype).check()
+    assert len(driver.calls) >= 2 * len(DTYPES)
 
 
 def test_a_library_that_asks_for_more_has_no_level_on_a_processor_with_less(
@@ -165,19 +313,32 @@ def test_a_library_that_asks_for_more_has_no_level_on_a_processor_with_less(
     assert not on("Nehalem", commands["more"]).has_level()
 
 
-def test_a_sanitizer_ends_the_program_that_reads_beside_an_array(
+def test_a_sanitizer_ends_the_program_that_touches_what_is_beside_an_array(
     commands: Mapping[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(Driver(commands["sanitized"]), monkeypatch)
-    whole = cpp_driver._Packed.add
+    # Names of functions take most of the time.
+    monkeypatch.setenv("ASAN_OPTIONS", "symbolize=0")
+    driver = use(Driver(commands["sanitized"]), monkeypatch)
+    whole = Packed.add
+    noted: list[tuple[str, str]] = []
 
-    def cut(packed: cpp_driver._Packed, name: str, size: int) -> None:
-        # The last element of v.
-        whole(packed, name, size - 4 * (name == "v.data"))
+    def note(packed: Packed, name: str, size: int) -> None:
+        if packed[name] and size:
+            noted.append((packed.name, name))
+        whole(packed, name, size)
 
-    q, k, v = torch.randn(3, 1, 5, 2, 8)
-    gates = torch.rand(2, 1, 5, 2)
-    gdn_ops.gated_delta(q, k, v, *gates, backend="cpp")
-    monkeypatch.setattr(cpp_driver._Packed, "add", cut)
-    with pytest.raises(AssertionError, match="heap-buffer-overflow"):
-        gdn_ops.gated_delta(q, k, v, *gates, backend="cpp")
+    def cut(packed: Packed, name: str, size: int) -> None:
+        # The last byte of one array.
+        whole(packed, name, size - ((packed.name, name) == beside))
+
+    for run in CUT:
+        noted.clear()
+        monkeypatch.setattr(Packed, "add", note)
+        run()
+        monkeypatch.setattr(Packed, "add", cut)
+        # Few rows need few of these.
+        for beside in dict.fromkeys(noted):
+            if beside[1] != "partials":
+                with pytest.raises(AssertionError, match=OVERFLOW):
+                    run()
+    assert set(driver.calls) == set(DOORS)
