@@ -246,8 +246,9 @@ constexpr int EVEN = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__;  // which of two ve
 
 // A row of N vectors. Two vectors of bfloat16 are the even and the odd of their elements, which are
 // halves of the same words: nothing has to be moved; `arrange` puts a row of numbers into this order.
+// Pointers: Clang takes a reference to such an array for one that is aligned like a whole vector.
 template <class S, int N, class E>
-GDN_INLINE void load_row(const E* p, VecOf<S> (&to)[N]) {
+GDN_INLINE void load_row(const E* p, VecOf<S>* to) {
   if constexpr (std::is_same_v<E, Bfloat16>) {
     for (int n = 0; n < N; n += 2) {
       Bits words;
@@ -261,7 +262,7 @@ GDN_INLINE void load_row(const E* p, VecOf<S> (&to)[N]) {
 }
 
 template <class S, int N, class E>
-GDN_INLINE void store_row(E* p, const VecOf<S> (&from)[N]) {
+GDN_INLINE void store_row(E* p, const VecOf<S>* from) {
   if constexpr (std::is_same_v<E, Bfloat16>) {
     for (int n = 0; n < N; n += 2) {
       const Bits low = rounded(from[n + EVEN]) >> 16;
