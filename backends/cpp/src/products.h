@@ -11,7 +11,12 @@ constexpr int NV = 2;           // vectors of a register block
 constexpr int P = NV * W;       // columns of a panel
 static_assert(C % MR == 0 && C % P == 0, "blocks fill a chunk");
 
+// Clang takes a reference to a block for one that is aligned like a whole vector.
+#if defined(__clang__)
+typedef Vec Block[MR][NV] __attribute__((aligned(4 * W)));
+#else
 typedef Vec Block[MR][NV];
+#endif
 
 // Tokens of a chunk of `count` that are worked on: whole blocks and whole vectors.
 constexpr int64_t reach_of(int64_t count) { return round_up(count, MR > W ? MR : W); }
