@@ -7,7 +7,7 @@ import operator
 import sys
 from typing import Any
 
-_PLAIN = frozenset((bool, int, float, str, type(None)))
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def as_python(value: Any) -> Any:

@@ -298,8 +298,10 @@ class GatedDeltaNet(nn.Module):
 
     def _convolves_apart(self, *tensors: Tensor | None) -> bool:
         """Return whether the convolution takes q, k and v where they lie, not joined into one."""
-        is_bare = self.conv is not None and kernels.is_bare(self.conv, ShortConvolution)
-        return is_bare and kernels.may_run(self.backend, *tensors)
+        conv = self.conv
+        if conv is None or not kernels.may_run(self.backend, *tensors):
+            return False
+        return kernels.is_bare(conv, ShortConvolution)
 
     def _is_token(self, x: Tensor) -> bool:
         """Return whether x is one token outside of a graph, and the layer none of a subclass."""

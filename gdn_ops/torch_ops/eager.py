@@ -63,7 +63,9 @@ def autocast(arguments: Arguments) -> Arguments:
     q, k, v = _to_low(q, low), _to_low(k, low), _to_low(v, low)
     tokens = Tokens(q, k, v, _widened(alpha), _widened(log_alpha), _widened(beta))
     state = arguments.state if arguments.inplace else _widened(arguments.state)
-    return arguments._replace(tokens=tokens, state=state)
+    # torch.compile of torch 2.8 traces no _replace.
+    _, _, *others = arguments
+    return Arguments(tokens, state, *others)
 
 
 def _to_low(x: Any, low: torch.dtype) -> Any:

@@ -134,7 +134,8 @@ def test_a_wrong_backward_is_named(change: Callable[[Any], Any], text: str) -> N
     graded = torch.func.grad(lambda v: gdn_ops.gated_delta(v=v, **given).sum())
     assert message_of(TypeError, graded, v.detach()) == text
     o = torch.compile(gdn_ops.gated_delta, backend="aot_eager")(v=v, **given)
-    assert message_of(TypeError, o.sum().backward) == text
+    # Some releases of torch add which node of the graph ran.
+    assert message_of(TypeError, o.sum().backward).startswith(text)
 
 
 STEP = "a tuple (o, state)"
