@@ -100,7 +100,9 @@ sanitize: $(STAMP)
 	CXXFLAGS="$(SANITIZE)" $(BIN)/gdn-ops build
 	export LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 GDN_OPS_CACHE=$$(mktemp -d); \
-	$(BIN)/python -m pytest -n 0 tests/backends/cpp/test_backend.py && \
+	$(BIN)/python -m pytest -n 0 \
+		tests/backends/cpp/test_backend.py tests/backends/cpp/test_layers.py \
+		tests/backends/cpp/test_subnormal.py && \
 		$(BIN)/gdn-ops check --backend cpp --seconds $(SECONDS); \
 	status=$$?; unset LD_PRELOAD; $(BIN)/gdn-ops build && exit $$status
 

@@ -68,7 +68,7 @@ int64_t take_backward(const GdnSequences& c, float* memory, Backward& w) {
   take({&w.run.inverse}, e * 2 * C);
   take({&w.run.U, &w.run.erased}, e * C * Vs);
   take({&w.run.S}, e * Vs * Kp);
-  return arena.next - memory;
+  return arena.used;
 }
 
 int64_t backward_floats(const GdnSequences& c) {
@@ -118,7 +118,7 @@ void run_again(const Chunk& x, float* next) {
   with_flushing(may_flush, [&] {
     form_pairs<false>(x.g, x.keys.products, x.count, x.w.A, x.w.M, nullptr, c.has_erase);
   });
-  Columns from{x.w.values, x.Vs};
+  Columns from{x.w.values, x.Vs, false};
   if (lies_in_tiles(c.v, c.V, x.count)) {
     from = columns_of(c.v, x.t, x.token, x.head);
   } else {
@@ -159,8 +159,8 @@ void solve_gradients(const Chunk& x, float* E_end) {
   const Ahead ahead{x.c, x.t, x.to.d_o, x.token - C, x.head, x.token - span, r};
   const GdnArray& d_v = x.to.d_v;
   const bool is_direct = lies_in_tiles(d_v, x.c.V, x.count);
-  const Columns to =
-      is_direct ? columns_of(d_v, x.t, x.token, x.head) : Columns{w.values, x.Vs};
+  Columns to = is_direct ? columns_of(d_v, x.t, x.token, x.head) : Columns{w.values, x.Vs, false};
+  to.passes_caches = is_direct && passes_caches(x.c, d_v);
   Vec ends[C] = {};
   for (int64_t p = 0; p < x.t.panels; ++p) {
     float* d_r = w.d_r + p * P;
@@ -177,7 +177,7 @@ void solve_gradients(const Chunk& x, float* E_end) {
       if (x.c.has_erase) solve_back(acc, w.A, d_r, x.Vs, m, x.used);
       store_block(acc, d_r + m * x.Vs, x.Vs);
       scale_rows(acc, x.g.beta + m);
-      store_block(acc, to.data + m * to.ld + p * P, to.ld);
+      to.store(acc, m, p);
     }
   }
   if (!is_direct) store_values(w.values, x.t, x.token, x.count, x.head, x.c.V, d_v);
@@ -532,6 +532,7 @@ void run_backward(const GdnSequences& c, const GdnGradients& to, const Task& t, 
     float* state = to.d_initial + (t.n * c.HV + t.head * R + t.value + r) * K * V;
     store_state(w.d_S + r * size, K, V, Kp, t, state);
   }
+  end_streams();
 }
 
 }  // namespace

@@ -5,12 +5,14 @@
 
 namespace {
 
-// Floats of working memory, taken one after another, each on a cache line of its own.
+// Floats of working memory, taken one after another, each on a cache line of its own; without
+// memory they are only counted.
 struct Arena {
-  float* next;
+  float* memory;
+  int64_t used = 0;
   float* take(int64_t floats) {
-    float* start = next;
-    next += round_up(floats, 16);
+    float* start = memory ? memory + used : nullptr;
+    used += round_up(floats, 16);
     return start;
   }
 };
@@ -23,21 +25,34 @@ int64_t forward_floats(const GdnSequences& c, int64_t panels) {
   return 4 * C * Kp + 4 * C * C + C * panels * P + C * P + R * panels * Kp * P + 8 * 16;
 }
 
+GDN_INLINE void copy_panel(const float* from, float* to) {
+  for (int n = 0; n < NV; ++n) store(to + n * W, load(from + n * W));
+}
+
 // state (K, V) of a head <-> panels [Kp][P] of its columns.
 void load_state(const float* state, int64_t K, int64_t V, int64_t Kp, const Task& t, float* S) {
-  for (int64_t p = 0; p < t.panels; ++p, S += Kp * P) {
-    const int64_t v = (t.panel + p) * P, width = least(P, V - v);
-    if (!state || width < P) memset(S, 0, size_t(Kp * P) * 4);
-    if (!state) continue;
-    for (int64_t i = 0; i < K; ++i) memcpy(S + i * P, state + i * V + v, size_t(width) * 4);
-    memset(S + K * P, 0, size_t((Kp - K) * P) * 4);
+  const int64_t size = Kp * P, first = t.panel * P;
+  const int64_t whole = state ? least(t.panels, (V - first) / P) : 0;
+  memset(S + whole * size, 0, size_t((t.panels - whole) * size) * 4);
+  for (int64_t p = 0; p < whole; ++p) memset(S + p * size + K * P, 0, size_t((Kp - K) * P) * 4);
+  // A row after another, as they lie.
+  for (int64_t i = 0; state && i < K; ++i) {
+    const float* row = state + i * V + first;
+    for (int64_t p = 0; p < whole; ++p) copy_panel(row + p * P, S + p * size + i * P);
+    if (whole < t.panels) {
+      memcpy(S + whole * size + i * P, row + whole * P, size_t(V - first - whole * P) * 4);
+    }
   }
 }
 
 void store_state(const float* S, int64_t K, int64_t V, int64_t Kp, const Task& t, float* state) {
-  for (int64_t p = 0; p < t.panels; ++p, S += Kp * P) {
-    const int64_t v = (t.panel + p) * P, width = least(P, V - v);
-    for (int64_t i = 0; i < K; ++i) memcpy(state + i * V + v, S + i * P, size_t(width) * 4);
+  const int64_t size = Kp * P, first = t.panel * P, whole = least(t.panels, (V - first) / P);
+  for (int64_t i = 0; i < K; ++i) {
+    float* row = state + i * V + first;
+    for (int64_t p = 0; p < whole; ++p) copy_panel(S + p * size + i * P, row + p * P);
+    if (whole < t.panels) {
+      memcpy(row + whole * P, S + whole * size + i * P, size_t(V - first - whole * P) * 4);
+    }
   }
 }
 
@@ -200,7 +215,27 @@ GDN_INLINE void advance_state(const Keys& x, const Gates& g, int64_t count, int6
 struct Columns {
   float* data;
   int64_t ld;
+  bool passes_caches;
+
+  GDN_INLINE void store(const Block& acc, int64_t row, int64_t panel) const {
+    float* to = data + row * ld + panel * P;
+    if (passes_caches) {
+      stream_block(acc, to, ld);
+    } else {
+      store_block(acc, to, ld);
+    }
+  }
 };
+
+constexpr int64_t kStreamed = 1 << 23;  // bytes: more than a core holds for who reads them next
+
+// Whether a result is large enough to be written past the caches: nothing is read of lines that are
+// overwritten. Its rows of a tile are whole lines.
+GDN_INLINE bool passes_caches(const GdnSequences& c, const GdnArray& x) {
+  const int64_t rows = c.starts ? 1 : c.N, bytes = rows * c.T * c.HV * c.V * 4;
+  const uint64_t strides = uint64_t(x.row) | uint64_t(x.token) | uint64_t(x.head);
+  return has_streams && bytes >= kStreamed && strides % 16 == 0 && uintptr_t(x.data) % 64 == 0;
+}
 
 // Whether whole blocks of float32 can be read or written where they are.
 GDN_INLINE bool lies_in_tiles(const GdnArray& x, int64_t V, int64_t count) {
@@ -209,7 +244,7 @@ GDN_INLINE bool lies_in_tiles(const GdnArray& x, int64_t V, int64_t count) {
 
 GDN_INLINE Columns columns_of(const GdnArray& x, const Task& t, int64_t token, int64_t head) {
   float* data = static_cast<float*>(x.data) + at(x, t.row, token, head) + t.panel * P;
-  return {data, x.token};
+  return {data, x.token, false};
 }
 
 void run_forward(const GdnSequences& c, const Task& t, float* memory) {
@@ -225,6 +260,7 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
   float* S = arena.take(R * size);
   const States states{S, Kp, R, size};
   load_states(c, t, states);
+  const bool are_streamed = passes_caches(c, c.o);
   int64_t chunk = 0;
   for (int64_t token = t.first; token < t.last; token += C, ++chunk) {
     const int64_t count = least(C, t.last - token);
@@ -241,10 +277,11 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
       });
       const bool is_direct = lies_in_tiles(c.v, V, count) && lies_in_tiles(c.o, V, count);
       const Ahead ahead{c, t, c.v, token + C, head, token + C, r};
-      Columns from{values, t.panels * P}, to = from;
+      Columns from{values, t.panels * P, false}, to = from;
       if (is_direct) {
         from = columns_of(c.v, t, token, head);
         to = columns_of(c.o, t, token, head);
+        to.passes_caches = are_streamed;
       } else {
         load_values(c.v, t, token, count, head, V, values);
       }
@@ -258,7 +295,7 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
           multiply_fetching(acc, x.q_t + m, state, K, ahead.tile(p, m));
           scale_rows(acc, g.b + m);
           multiply_add(acc, M + m * C, C, 1, U, P, m + MR);
-          store_block(acc, to.data + m * to.ld + p * P, to.ld);
+          to.store(acc, m, p);
         }
         advance_state(x, g, count, K, U, P, U, state, state);
       }
@@ -266,6 +303,7 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
     }
   }
   store_states(c, t, states, c.final, t.n);
+  end_streams();
 }
 
 }  // namespace

@@ -69,6 +69,13 @@ GDN_INLINE void store_block(const Block& acc, float* x, int64_t ldx) {
   }
 }
 
+// Store a block past the caches; its rows are whole cache lines.
+GDN_INLINE void stream_block(const Block& acc, float* x, int64_t ldx) {
+  for (int m = 0; m < MR; ++m) {
+    for (int n = 0; n < NV; ++n) stream(x + m * ldx + n * W, acc[m][n]);
+  }
+}
+
 GDN_INLINE void scale_rows(Block& acc, const float* factors) {
   for (int m = 0; m < MR; ++m) {
     for (int n = 0; n < NV; ++n) acc[m][n] *= all(factors[m]);

@@ -57,6 +57,23 @@ GDN_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 GDN_INLINE Wide load(const double* p) { return *reinterpret_cast<const Wide*>(p); }
 GDN_INLINE void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
 GDN_INLINE void store(double* p, Wide x) { *reinterpret_cast<Wide*>(p) = x; }
+
+// Store past the caches, at an address that is aligned to a vector; `has_streams` says whether it
+// does. Other threads see it after `end_streams`.
+#if defined(__AVX512F__) && GDN_LANES == 16
+constexpr bool has_streams = true;
+GDN_INLINE void stream(float* p, Vec x) { _mm512_stream_ps(p, (__m512)x); }
+GDN_INLINE void end_streams() { _mm_sfence(); }
+#elif defined(__AVX__) && GDN_LANES == 8
+constexpr bool has_streams = true;
+GDN_INLINE void stream(float* p, Vec x) { _mm256_stream_ps(p, (__m256)x); }
+GDN_INLINE void end_streams() { _mm_sfence(); }
+#else
+constexpr bool has_streams = false;
+GDN_INLINE void stream(float* p, Vec x) { store(p, x); }
+GDN_INLINE void end_streams() {}
+#endif
+
 // x - 0 is x, of every x: a compiler makes a broadcast of it.
 GDN_INLINE Vec all(float x) { return x - Vec{}; }
 GDN_INLINE Wide all(double x) { return x - Wide{}; }

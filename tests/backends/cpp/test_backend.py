@@ -113,6 +113,22 @@ def test_parts_of_a_key_head_add_up(
     assert all(map(torch.equal, results(x), results(x)))
 
 
+def test_a_large_result_is_that_of_its_parts(level: str) -> None:
+    """What is written past the caches is what is written through them."""
+    x = inputs(1100, 2, 8, width=16, V=128)
+    o, state, _, _, d_v, *_ = results(x)
+    assert o.numel() * 4 >= 1 << 23
+    for head in range(2):
+        heads = {"q": slice(head, head + 1), "k": slice(head, head + 1)}
+        part = {
+            name: y[:, :, heads.get(name, slice(8 * head, 8 * head + 8))] for name, y in x.items()
+        }
+        own_o, own_state, _, _, own_d_v, *_ = results(part)
+        assert torch.equal(own_o, o[:, :, 8 * head : 8 * head + 8])
+        assert torch.equal(own_state, state[:, 8 * head : 8 * head + 8])
+        assert torch.equal(own_d_v, d_v[:, :, 8 * head : 8 * head + 8])
+
+
 def test_eight_threads_may_call_at_once() -> None:
     calls = [inputs(T) for T in (1, 33, 64, 90, 128, 129, 200, 300)]
     alone = [results(x) for x in calls]
