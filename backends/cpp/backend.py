@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gdn_ops.backends.cpp import calls
 from gdn_ops.backends.cpp.library import check_status, level, library, missing, threads
-from gdn_ops.backends.cpp.prepared import is_short, prepared_decode
+from gdn_ops.backends.cpp.prepared import as_rows, is_short, prepared_decode
 from gdn_ops.backends.torch.pure import pure
 from gdn_ops.call.bind import Call, Tokens
 from gdn_ops.dispatch.backend import (
@@ -64,10 +64,12 @@ class Cpp(Backend):
         saved = () if states is None else (states,)
         if not call.has_tokens:
             return without_tokens(call, saved)
-        if is_short(call):
+        rows = call if call.cu_seqlens is None else as_rows(call)
+        if rows is not None and is_short(rows):
             # A final state is float32, where decode ops keep the dtype of the given one.
             state = None if call.state is None else call.state.to(torch.float32)
-            return Forward(*self.decode_many(call.with_tensors(call.tokens, state))[:2])
+            o, final, _ = self.decode_many(rows.with_tensors(rows.tokens, state))
+            return Forward(o.view(s.B, s.T, s.HV, s.V), final)
         o = empty((s.B, s.T, s.HV, s.V), call.tokens.v.dtype, call.device)
         final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
         call, initial = _prepared(call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,6 +78,18 @@ def is_short(call: Call) -> bool:
     if call.needs_grad or call.cu_seqlens is not None or call.chunk_size is not None:
         return False
     return call.sizes.T <= MOST_STEPS
+
+
+def as_rows(call: Call) -> Call | None:
+    """Return a packed call whose sequences have the same few tokens as a batch, or None."""
+    s, boundaries = call.sizes, call.cu_seqlens
+    each, rest = divmod(s.T, s.N)
+    if call.needs_grad or boundaries is None or rest or not 0 < each <= MOST_STEPS:
+        return None
+    if not bool((boundaries.diff() == each).all()):
+        return None
+    tokens = call.tokens.map(lambda x: x[0].unflatten(0, (s.N, each)))
+    return replace(call, sizes=replace(s, B=s.N, T=each), tokens=tokens, cu_seqlens=None)
 
 
 def _is_direct(call: Call) -> bool:

@@ -64,6 +64,7 @@ def autocast(arguments: Arguments) -> Arguments:
     tokens = Tokens(q, k, v, _widened(alpha), _widened(log_alpha), _widened(beta))
     state = arguments.state if arguments.inplace else _widened(arguments.state)
     # torch.compile of torch 2.8 traces no _replace.
+    others: list[Any]
     _, _, *others = arguments
     return Arguments(tokens, state, *others)
 

@@ -129,6 +129,23 @@ def test_a_large_result_is_that_of_its_parts(level: str) -> None:
         assert torch.equal(own_d_v, d_v[:, :, 8 * head : 8 * head + 8])
 
 
+@pytest.mark.parametrize("each", [1, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_sequences_of_a_few_tokens_are_rows_of_a_batch(dtype: str, each: int) -> None:
+    rule = {"rule": "gated_delta", "dtype": dtype, "initial_state": True, "K": 12, "V": 20}
+    for lengths in ((each,) * 7, (each,) * 6 + (each + 1,), (0, each, 2 * each)):
+        verdict = judge(Example(T=sum(lengths), lengths=lengths, H=2, R=2, **rule), "cpp")
+        assert verdict.passed, (lengths, verdict)
+    x = {name: y[:, : 6 * each] for name, y in inputs(30).items()}
+    ends = torch.arange(0, 6 * each + 1, each, dtype=torch.int32)
+    rows = {name: y[0].unflatten(0, (6, each)) for name, y in x.items()}
+    with torch.no_grad():
+        o, state = gdn_ops.gated_delta(**x, cu_seqlens=ends, return_state=True, backend="cpp")
+        own_o, own_state = gdn_ops.gated_delta(**rows, return_state=True, backend="cpp")
+    assert torch.equal(o[0].unflatten(0, (6, each)), own_o)
+    assert torch.equal(state, own_state)
+
+
 def test_eight_threads_may_call_at_once() -> None:
     calls = [inputs(T) for T in (1, 33, 64, 90, 128, 129, 200, 300)]
     alone = [results(x) for x in calls]
