@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,3 +119,18 @@ def _reason() -> str | None:
 
 
 needs_compiler = pytest.mark.skipif(_reason() is not None, reason=str(_reason()))
+
+
+def note_calls(monkeypatch: pytest.MonkeyPatch, *modules: str) -> list[str]:
+    """Return a list that receives the names of the library's functions that modules call."""
+    names: list[str] = []
+    loaded = library.library()
+
+    class Noting:
+        def __getattr__(self, name: str) -> Any:
+            names.append(name)
+            return getattr(loaded, name)
+
+    for module in modules:
+        monkeypatch.setattr(f"gdn_ops.backends.cpp.{module}.library", Noting)
+    return names

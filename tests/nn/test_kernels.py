@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import gdn_ops
+from cpp_libraries import note_calls
 from errors import message_of
 from gdn_ops.backends.cpp import library
 from gdn_ops.nn import GatedDeltaNet, GatedRMSNorm, ShortConvolution, State, kernels
@@ -28,19 +29,9 @@ TOKENS = 37
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Note the names of the doors of the library that are called."""
-    names: list[str] = []
-    loaded = library.library()
-
-    class Noting:
-        def __getattr__(self, name: str) -> Any:
-            names.append(name)
-            return getattr(loaded, name)
-
-    for module in ("layers", "layer_token"):
-        monkeypatch.setattr(f"gdn_ops.backends.cpp.{module}.library", Noting)
-    yield names
+    return note_calls(monkeypatch, "layers", "layer_token")
 
 
 def plain(function: Callable[[], Any]) -> Any:

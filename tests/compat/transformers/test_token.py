@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compat_models import FAMILIES, SMALL, model, relative, tokens
+from cpp_libraries import note_calls
 from gdn_ops.backends.cpp import library
 from gdn_ops.compat.transformers import accelerate, token
 from gdn_ops.nn import kernels
@@ -62,16 +63,7 @@ def test_decoded_tokens_are_those_of_transformers(family: str) -> None:
 
 def test_a_token_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     fits(SMALL)
-    names: list[str] = []
-    loaded = library.library()
-
-    class Noting:
-        def __getattr__(self, name: str) -> Any:
-            names.append(name)
-            return getattr(loaded, name)
-
-    for module in ("layers", "layer_token", "backend"):
-        monkeypatch.setattr(f"gdn_ops.backends.cpp.{module}.library", Noting)
+    names = note_calls(monkeypatch, "layers", "layer_token", "backend")
     with accelerate():
         decoded(SMALL, 0)
         names.clear()
