@@ -10,6 +10,9 @@ import pytest
 
 from gdn_ops.backends.cpp import build, library
 
+LEVELS = ("avx512bf16", "avx512", "avx2", "baseline")
+"""Those for x86-64, the fastest first."""
+
 HEADER = """
 struct GdnLevel {
   const char* name;

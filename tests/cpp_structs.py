@@ -192,7 +192,7 @@ DOORS: dict[str, tuple[tuple[str, Callable[[Packed, Packed], None]], ...]] = {
     "gdn_forward": (_SEQUENCES,),
     "gdn_backward": (_SEQUENCES, ("GdnGradients", _describe_gradients)),
     "gdn_decode": (_STEPS,),
-    # What follows the steps has no pointers.
+    # The fields behind the steps are no pointers.
     "gdn_decode_repeated": (_STEPS,),
     "gdn_convolution": (_CONVOLUTION,),
     "gdn_convolution_backward": (

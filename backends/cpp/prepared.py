@@ -27,7 +27,7 @@ Measured at B=1, H/HV=16/32, K=V=128 with one thread on an AVX-512 core, as thos
 """
 
 REFUSED = 2
-"""What the kernel returns, before it writes, where a call has to go the long way."""
+"""The status of the kernel, before it writes, where a call has to go the long way."""
 
 
 def prepared_decode(call: Call) -> Prepared | None:

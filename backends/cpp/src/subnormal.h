@@ -92,7 +92,7 @@ float largest_of(const GdnArray& x, int64_t index, int64_t n) {
   return most;
 }
 
-// What is of ordinary size.
+// Bounds of ordinary sizes.
 constexpr float kLargest = 0x1p24f;  // of values, states and their gradients
 constexpr float kLeastWrite = 0x1p-24f, kLeastGradient = 0x1p-56f;
 constexpr float kLeastKey = 0x1p-16f, kLargestKey = 0x1p16f;
@@ -102,7 +102,7 @@ GDN_INLINE bool is_ordinary(const float* state, int64_t n) {
   return largest(state, n) <= kLargest;
 }
 
-// What there is to know of a chunk of one value head, for the forward.
+// The sizes of a chunk of one value head, as far as the forward asks for them.
 struct Sizes {
   bool may_flush;  // decays are strong, nothing is large, and the state behind holds a write
   bool writes[C];  // token i writes something of ordinary size, and reads it

@@ -32,7 +32,7 @@ _CACHE = (
     "is_recording_past",
     "update_recurrent_state",
 )
-"""What a cache is asked for; releases before 5.24 have other ones."""
+"""Methods of a cache that are called; releases before 5.24 have other ones."""
 
 
 def projections_of(layer: nn.Module) -> tuple[str, ...] | None:
@@ -198,7 +198,7 @@ _CONFIG = {
     "rms_norm_eps": 0.1,
     "layer_types": ["linear_attention"],
 }
-"""What layers read of their configuration; a layer that reads more is left."""
+"""Settings that layers read of their configuration; a layer that reads more is left."""
 
 
 def incompatibility_of(cls: type[nn.Module]) -> str | None:

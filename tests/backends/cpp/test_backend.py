@@ -20,7 +20,6 @@ from gdn_ops.testing.oracle import judge
 if library.missing() is not None:
     pytest.skip(f"backend 'cpp': {library.missing()}", allow_module_level=True)
 
-LEVELS = ("avx512bf16", "avx512", "avx2", "baseline")
 RULES = ("gated_delta", "delta", "gated", "linear")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,16 +30,6 @@ SHAPES = (
     Example(T=140, H=2, K=64, V=33, lengths=(0, 5, 130, 0, 5), strided=True),
 )
 """Whole and cut chunks and panels, runs of chunks, zeros, empty sequences, memory with gaps."""
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a test at one level, and leave the best one behind."""
-    loaded = library.library()
-    if not loaded.gdn_choose_level(request.param.encode()):
-        pytest.skip(f"the library or this processor has no level {request.param}")
-    yield request.param
-    library.choose_level(loaded, "")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,7 +103,7 @@ def test_parts_of_a_key_head_add_up(
 
 
 def test_a_large_result_is_that_of_its_parts(level: str) -> None:
-    """What is written past the caches is what is written through them."""
+    """Compare what is written past the caches with what is written through them."""
     x = inputs(1100, 2, 8, width=16, V=128)
     o, state, _, _, d_v, *_ = results(x)
     assert o.numel() * 4 >= 1 << 23

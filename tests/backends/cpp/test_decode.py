@@ -21,18 +21,7 @@ from gdn_ops.spec.ops import RULES
 if library.missing() is not None:
     pytest.skip(f"backend 'cpp': {library.missing()}", allow_module_level=True)
 
-LEVELS = ("avx512bf16", "avx512", "avx2", "baseline")
 NARROW = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a test at one level, and leave the best one behind."""
-    loaded = library.library()
-    if not loaded.gdn_choose_level(request.param.encode()):
-        pytest.skip(f"the library or this processor has no level {request.param}")
-    yield request.param
-    library.choose_level(loaded, "")
 
 
 @pytest.fixture(autouse=True)

@@ -113,7 +113,7 @@ def forward_and_backward() -> None:
 
 
 OVERFLOW = "AddressSanitizer: (heap-buffer-overflow|unknown-crash)"
-"""What a sanitizer says of a number beside an array, and of a vector that begins within it."""
+"""Words of a sanitizer on a number beside an array, and of a vector that begins within it."""
 
 CUT: tuple[Callable[[], None], ...] = (
     forward_and_backward,

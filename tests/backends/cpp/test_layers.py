@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cpp_libraries import LEVELS
 from errors import message_of
 from fences import all_fenced, fenced
 from gdn_ops.backends.cpp import layers, library
@@ -33,18 +34,6 @@ from layer_kernels import (
 
 if library.missing() is not None:
     pytest.skip(f"backend 'cpp': {library.missing()}", allow_module_level=True)
-
-LEVELS = ("avx512bf16", "avx512", "avx2", "baseline")
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a test at one level, and leave the best one behind."""
-    loaded = library.library()
-    if not loaded.gdn_choose_level(request.param.encode()):
-        pytest.skip(f"the library or this processor has no level {request.param}")
-    yield request.param
-    library.choose_level(loaded, "")
 
 
 def check(case: ConvolutionCase | NormCase, level: str) -> None:

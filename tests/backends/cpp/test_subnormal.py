@@ -157,7 +157,7 @@ def test_gradients_of_one_output_that_reads_a_faint_trace_stay_right(
         for name, x in own.items():
             size = float(right[name].norm())
             off = float((x.double() - right[name]).norm())
-            # What is lost where subnormal numbers are zero is 2^-126.
+            # Flushing loses 2^-126.
             assert off <= 1e-3 * size + 2.0**-140, (bits, name)
 
 
