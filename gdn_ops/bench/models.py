@@ -39,8 +39,8 @@ ALLOWED = 1e-4
 DTYPES = ("float32", "bfloat16")
 
 ROUNDED = 1.5
-"""How many times as far from the model in float32 as transformers' own a model of bfloat16 may be,
-beyond the rounding of a result."""
+"""The allowance of a bfloat16 model: its distance from the float32 model over that of transformers'
+own, beyond the rounding of a result."""
 
 STAGES = 4
 """Lines that `run` logs."""

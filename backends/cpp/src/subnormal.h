@@ -2,8 +2,8 @@
 // strong decays are such numbers in every chunk.
 //
 // They are taken for zero while a chunk is computed whose operands are all of ordinary size, if it
-// has results beside which the lost terms, below 2^-100, are nothing: see `Sizes` and `may_flush_back`.
-// Elsewhere a faint decay acts as it is (docs/math.md §4).
+// has results beside which the lost terms, below 2^-100, are nothing: see `Sizes` and
+// `may_flush_back`. Elsewhere a faint decay acts as it is (docs/math.md §4).
 #pragma once
 
 #include "chunk.h"
@@ -141,7 +141,7 @@ bool may_flush_back(const GdnSequences& c, const GdnArray& d_o, const Task& t, i
 }
 
 // The token up to which faint traces may be all that there is of the gradient of the initial state:
-// the first one where an output counts that reads this state, else where nothing is left of it.
+// none, so the first token, if an output counts that reads this state, else where it has faded.
 int64_t faint_end(const GdnSequences& c, const GdnArray& d_o, const Task& t, int64_t head) {
   float decay = 1.0f;
   for (int64_t token = t.first; token < t.last; ++token) {
