@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,6 +27,9 @@ from gdn_ops.spec.rules import Limits
 
 MOST_STEPS: Final = 8
 """Tokens per row up to which a call without gradients takes the decode kernel."""
+
+EMULATED_PROCESSORS: Final = 132
+"""Multiprocessors of an H100 or H200, which an emulation stands for."""
 
 MOST_HEADS: Final = 65535
 """Programs along the second and the third axis of a GPU's grid, where heads and, in blocks of
@@ -74,6 +78,11 @@ class Tables:
             return recorded
         return self._target_of(device.index or 0) if device.type == "cuda" else self._emulated
 
+    def processors(self, device: torch.device) -> int:
+        """Return how many multiprocessors a device has, each of which runs a program or more."""
+        is_real = device.type == "cuda" and recorded_target() is None
+        return _processors_of(device.index or 0) if is_real else EMULATED_PROCESSORS
+
     def key(
         self, device: torch.device, K: int, V: int, dtype: torch.dtype | None = None
     ) -> tuple[Any, ...]:
@@ -113,6 +122,11 @@ class Tables:
                 configs += [replace(own, **{name: other}) for other in _varied(tiles, choices)]
         configs = [config for config in configs if self._allows(own, config)]
         return tuple(Row(row.key, config) for config in dict.fromkeys(configs))
+
+
+@functools.cache
+def _processors_of(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 _CLASSES = {torch.bfloat16: "low", torch.float16: "float16", torch.float32: "float32"}

@@ -14,7 +14,6 @@ from gdn_ops.backends.tilelang.host import table
 from gdn_ops.backends.tilelang.host.table import Config
 from gdn_ops.call.bind import Call
 from gdn_ops.kernel_support.backend import Tables, environment_choice
-from gdn_ops.kernel_support.launches import recorded_target
 from gdn_ops.kernel_support.tuning import StepConfig
 from gdn_ops.spec.language import Sizes
 from gdn_ops.spec.ops import GATED_DELTA
@@ -37,9 +36,6 @@ of products, not measured."""
 
 NARROWEST: Final = 32
 """Columns of V that a program of the walks has at least. By width of the products, not measured."""
-
-EMULATED_PROCESSORS: Final = 132
-"""Streaming multiprocessors of an H100 or H200, which an emulation stands for."""
 
 
 def width_class(K: int) -> int:
@@ -89,24 +85,13 @@ def shape_reasons(call: Call) -> list[str]:
     return []
 
 
-@functools.cache
-def _processors_of(index: int) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
-
-
-def processors(device: torch.device) -> int:
-    """Return how many programs a device runs at the same time, one on each multiprocessor."""
-    is_real = device.type == "cuda" and recorded_target() is None
-    return _processors_of(device.index or 0) if is_real else EMULATED_PROCESSORS
-
-
 def columns(device: torch.device, s: Sizes, BV: int) -> int:
     """Return how many columns of V a program of the walks has, at most BV.
 
-    V is split further where there would be fewer programs than processors. What is computed for a
-    column does not depend on it.
+    V is split further where more than a third of the processors would be idle: twice the programs
+    of nearly as many take two turns. What is computed for a column does not depend on it.
     """
-    while BV > NARROWEST and processors(device) > s.N * s.HV * -(-s.V // BV):
+    while BV > NARROWEST and 7 * tables.processors(device) > 10 * s.N * s.HV * -(-s.V // BV):
         BV //= 2
     return BV
 
@@ -123,7 +108,7 @@ def segment_chunks(device: torch.device, s: Sizes, C: int, config: Config) -> in
         return config.segment
     programs = s.N * s.HV * -(-s.V // columns(device, s, config.states.BV))
     chunks = -(-s.B * s.T // (max(s.N, 1) * C))
-    processor_count = processors(device)
+    processor_count = tables.processors(device)
     if not _cuts or chunks < LEAST_CHUNKS or 2 * programs >= processor_count:
         return ONE_SEGMENT // C
     return max(LEAST_SEGMENT, -(-chunks // (processor_count // programs)))

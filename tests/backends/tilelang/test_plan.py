@@ -77,14 +77,15 @@ def _segments(**changes: Any) -> int | None:
 SMALL = Sizes(B=1, T=64, H=1, HV=1, K=128, V=128, N=1)
 
 
-def test_v_is_split_where_there_would_be_fewer_programs_than_processors() -> None:
+def test_v_is_split_where_a_third_of_the_processors_would_idle() -> None:
     # 132 multiprocessors; 128 columns.
     def columns(HV: int, N: int = 1) -> int:
         return configs.columns(CPU, dataclasses.replace(SMALL, HV=HV, H=HV, N=N), 64)
 
-    assert columns(66) == 64, "132 programs"
-    assert columns(65) == 32, "130 programs"
-    assert columns(17, N=4) == 64, "136 programs"
+    assert columns(64) == 64, "128 programs: 256 would take two turns"
+    assert columns(47) == 64, "94 programs"
+    assert columns(46) == 32, "92 programs"
+    assert columns(12, N=4) == 64, "96 programs"
     assert columns(1) == 32, "never narrower"
     assert configs.columns(CPU, SMALL, 16) == 16
 
