@@ -1,9 +1,10 @@
 """Run the chunkwise form as Triton kernels, on NVIDIA and AMD GPUs.
 
-    solve, states, output                     three launches forward (`forward`)
-    states, local_gradients, state_gradients,
-    pair_gradients, token_gradients             five backward (`backward`)
-    tokens                                      one for a token, or a few (`decode`)
+    prepare, walk                                        two launches forward (`forward`)
+    walk, walk_back, pair_gradients, token_gradients     four backward (`backward`)
+    tokens                                               one for a token, or a few (`decode`)
+
+Where sequences are cut into segments (docs/math.md §6), two more either way, with `compose`.
 
 Launch configurations are data (`table`), chosen by `config`. On CPU tensors the same kernels are
 emulated, for checking (`emulation`); without a GPU they are compiled for one (`aot`).

@@ -39,6 +39,7 @@ Choices = Mapping[str, Sequence[Any]]
 """Field of a configuration -> the values to try."""
 
 _TILES: Final[Choices] = {"BV": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}
+_WITHOUT_COLUMNS: Final[Choices] = {"warps": (2, 4, 8), "stages": (1, 2, 3)}
 
 
 class Tables:
@@ -118,7 +119,7 @@ class Tables:
         ]
         for name, tiles in vars(own).items():
             if isinstance(tiles, Tiles):
-                choices = _TILES if tiles.BV else {**_TILES, "BV": ()}
+                choices = _TILES if tiles.BV else _WITHOUT_COLUMNS
                 configs += [replace(own, **{name: other}) for other in _varied(tiles, choices)]
         configs = [config for config in configs if self._allows(own, config)]
         return tuple(Row(row.key, config) for config in dict.fromkeys(configs))

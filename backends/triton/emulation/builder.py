@@ -83,6 +83,13 @@ class Extent(NamedTuple):
     stop: int
 
 
+def _block(descriptor: Any, offsets: Any) -> tuple[Any, Any]:
+    """Return the pointers to a block of a descriptor, and which of them lie in its matrix."""
+    ptrs, mask = descriptor.materialize_pointers(offsets)
+    # Triton 3.6 returns an array.
+    return ptrs, mask if isinstance(mask, TensorHandle) else TensorHandle(mask, tl.int1)
+
+
 def _stray(address: int, size: int, extents: Sequence[Extent], does: str) -> str:
     """Return a text that says how far an address lies outside of the nearest tensor."""
     if not extents:
@@ -152,6 +159,32 @@ class Builder(Stock):  # type: ignore[misc]
     def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *hints: Any) -> Any:
         self._check(ptrs, mask, "writes")
         memory.store(ptrs.data, value.data, mask.data)
+
+    def create_make_tensor_descriptor(
+        self, base: Any, shape: Any, strides: Any, block: Any, is_signed: bool, padding: Any
+    ) -> Any:
+        """Return a descriptor of a matrix; what a GPU's descriptors cannot have is an error."""
+        size = base.dtype.element_ty.primitive_bitwidth // 8
+        apart = [int(stride.data.item()) * size for stride in strides]
+        if base.data.item() % 16 or any(n % 16 for n in apart[:-1]) or apart[-1] != size:
+            raise ValueError(
+                f"a tensor descriptor begins {base.data.item() % 16} bytes behind a multiple of 16 "
+                f"and has strides of {apart} bytes, should be multiples of 16, the last {size}"
+            )
+        return interpreter.TensorDescHandle(base, shape, strides, block, padding)
+
+    def create_descriptor_load(self, descriptor: Any, offsets: Any, *hints: Any) -> Any:
+        """Load a block by a descriptor: zero outside of its matrix, or NaN where it is made so."""
+        ptrs, mask = _block(descriptor, offsets)
+        dtype = ptrs.get_element_ty()
+        outside = 0.0 if descriptor.padding == ir.PADDING_OPTION.PAD_ZERO else float("nan")
+        fill = narrow(np.full(ptrs.data.shape, outside, np.float32), dtype)
+        return self.create_masked_load(ptrs, mask, TensorHandle(fill, dtype))
+
+    def create_descriptor_store(self, descriptor: Any, value: Any, offsets: Any) -> None:
+        """Store a block by a descriptor, but for what lies outside of its matrix."""
+        ptrs, mask = _block(descriptor, offsets)
+        self.create_masked_store(ptrs, value, mask)
 
     def _check(self, ptrs: Any, mask: Any, does: str) -> None:
         """Raise an IndexError where a program accesses memory outside of its launch's tensors."""

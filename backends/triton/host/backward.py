@@ -1,10 +1,12 @@
-"""Run the backward in five launches.
+"""Run the backward in four launches, or in six.
 
-states            walks forward again: U and the state at every chunk start
-local_gradients   s Pᵀ dO of all chunks
-state_gradients   walks backward: dRHS and dS at every chunk end
+walk              walks forward again: U and the state at every chunk start
+walk_back         walks backward: dRHS and dS at every chunk end
 pair_gradients    the terms that are quadratic in the chunk
 token_gradients   the gradients
+
+Where a sequence is cut into segments, `walk_back` and `compose` are launched before the second:
+what a segment adds to dS, and dS at the cuts.
 """
 
 from __future__ import annotations
@@ -14,10 +16,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.backends.triton.host.forward import common, gate_of, options, run_states, width
 from gdn_ops.backends.triton.host.launcher import launch
-from gdn_ops.backends.triton.host.plan import Plan, Saved, dense, readable, strides
-from gdn_ops.backends.triton.kernels import pair_gradients, state_gradients, token_gradients
+from gdn_ops.backends.triton.host.plan import (
+    Plan,
+    Saved,
+    common,
+    dense,
+    gate_kind,
+    gate_of,
+    options,
+    readable,
+    strides,
+    width,
+)
+from gdn_ops.backends.triton.host.walk import walk_again, walk_gradients
+from gdn_ops.backends.triton.kernels import pair_gradients, token_gradients
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Grads
 
@@ -50,9 +63,10 @@ def backward(
     s = call.sizes
     q, k, v, d_o = (readable(x) for x in (*call.tokens[:3], d_o))
     kept = Saved(*saved)
-    given = _Given(call, plan, kept, q, k, v, d_o, common(call, plan) | {"V": s.V})
-    u, states, _ = run_states(call, plan, k, v, kept, 1)
-    d_rhs, d_states, d_initial = _walk_back(given, d_final.contiguous())
+    constants = {"H": s.H, "R": s.HV // s.H, "GATE": gate_kind(call), "NORM": call.qk_l2norm}
+    given = _Given(call, plan, kept, q, k, v, d_o, common(call, plan) | constants | {"V": s.V})
+    u, states = walk_again(call, plan, kept)
+    d_rhs, d_states, d_initial = walk_gradients(call, plan, kept, d_o, d_final.contiguous())
     d_qk, d_kk, sums = _pair_gradients(given, u, d_rhs)
 
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -78,37 +92,6 @@ def backward(
         beta=d_beta,
         state=None if call.state is None else d_initial.to(call.state.dtype),
     )
-
-
-def _walk_back(given: _Given, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the walk backward.
-
-    Returns:
-        dRHS (HV, chunk_slots, C, V), dS at every chunk end (HV, chunk_slots, K, V), and the
-        gradient of the initial state (N, HV, K, V) float32.
-    """
-    call, plan, saved, q, k, _, d_o, constants = given
-    s, device, kept = call.sizes, call.device, plan.kept
-    cu, scale = dense(call.cu_seqlens), float(call.scale)
-    shared = (plan.chunk_slots, *strides(q), *strides(k), *strides(d_o))
-    d_rhs = torch.empty((s.HV, plan.chunk_slots, plan.C, s.V), dtype=kept, device=device)
-    tiles = plan.config.local_gradients
-    BV = width(tiles, s.V)
-    launch(
-        state_gradients.local_gradients, (plan.chunk_slots, -(-s.V // BV), s.H),
-        q, k, d_o, saved.gates, saved.inv_norms, d_rhs, cu, scale,
-        s.N, s.T, *shared, **constants, BV=BV, **options(tiles),
-    )  # fmt: skip
-    d_states = torch.empty((s.HV, plan.chunk_slots, s.K, s.V), dtype=kept, device=device)
-    d_initial = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
-    tiles = plan.config.state_gradients
-    BV = width(tiles, s.V)
-    launch(
-        state_gradients.state_gradients, (s.N * s.HV, -(-s.V // BV)),
-        q, k, d_o, *saved, d_final, d_rhs, d_states, d_initial, cu, scale,
-        s.T, *shared, **constants, ERASE=call.rule.has_erase, BV=BV, **options(tiles),
-    )  # fmt: skip
-    return d_rhs, d_states, d_initial
 
 
 def _pair_gradients(given: _Given, u: Tensor, d_rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,7 +54,7 @@ tables: Final = Tables(
     step={"BV": (8, 16, 32, 64), "warps": (1, 2, 4, 8)},
     sequence={
         "C": CHUNKS,
-        "chunks_per_state": (1, 2, 4),
+        "descriptors": (False, True),
         "pair_rows": (32, 64),
         "reload": (False, True),
     },

@@ -6,9 +6,14 @@ from torch import Tensor
 
 from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host.config import power_of_two
-from gdn_ops.backends.triton.host.forward import gate_kind, gate_of
 from gdn_ops.backends.triton.host.launcher import launch
-from gdn_ops.backends.triton.host.plan import dense, readable, strides
+from gdn_ops.backends.triton.host.plan import (
+    dense,
+    gate_kind,
+    gate_of,
+    readable,
+    strides,
+)
 from gdn_ops.backends.triton.kernels import step
 from gdn_ops.call.bind import Call
 

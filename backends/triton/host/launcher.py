@@ -2,10 +2,11 @@
 
     launch(kernel, grid, *arguments, CONSTEXPR=..., num_warps=4, ...)
 
-is `kernel[grid](...)` where the tensors are on a GPU. Where they are on the CPU, every program of
-the grid runs in Python, one after the other, on the memory of the tensors: the same source, the
-same rounding of bfloat16 and of TF32, no environment variable, nothing patched. It is for checking:
-a line of a kernel costs some twenty microseconds in every program.
+is `kernel[grid](...)` where the tensors are on a GPU, on that GPU whichever is the current one.
+Where they are on the CPU, every program of the grid runs in Python, one after the other, on the
+memory of the tensors: the same source, the same rounding of bfloat16 and of TF32, no environment
+variable, nothing patched. It is for checking: a line of a kernel costs some twenty microseconds in
+every program.
 
 Where they are on the meta device, nothing runs: inside `recording` of
 `gdn_ops.kernel_support.launches` a launch is recorded.
@@ -17,6 +18,9 @@ between programs, the order of additions, and a compiler that is wrong.
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+import triton
 
 from gdn_ops.kernel_support.launches import Launch, note
 
@@ -30,7 +34,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
         args: the arguments of the kernel: tensors, numbers, None for what is absent. The first
             is a tensor, whose device is that of the launch.
         kwargs: arguments by name, and options of the launch, like `num_warps`, which an
-            emulation ignores.
+            emulation ignores. With TMA=True the kernel makes tensor descriptors.
 
     Raises:
         TypeError: in an emulation, an argument that the kernel does not have or take.
@@ -46,5 +50,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
         from gdn_ops.backends.triton.emulation.programs import emulate
 
         emulate(kernel, grid, args, kwargs)
+    elif where.device.index == torch.cuda.current_device():
+        _launch(kernel, grid, args, kwargs)
     else:
-        kernel[grid](*args, **kwargs)
+        with torch.cuda.device(where.device):
+            _launch(kernel, grid, args, kwargs)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], args: Any, kwargs: dict[str, Any]) -> None:
+    """Launch a kernel on the current GPU."""
+    if kwargs.get("TMA"):
+        # It is of this thread and context: autograd runs backwards on threads of its own.
+        triton.set_allocator(_allocate)
+    kernel[grid](*args, **kwargs)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Return memory of the current GPU for descriptors; torch aligns it to 512 bytes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")

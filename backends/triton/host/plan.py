@@ -1,16 +1,28 @@
-"""Plan a call: its sizes, scratch memory and strides."""
+"""Plan a call: its sizes and scratch memory, the constants and options of its launches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gdn_ops.backends.triton.host import config as configs
+from gdn_ops.backends.triton.host.config import power_of_two
 from gdn_ops.backends.triton.host.table import Config
+from gdn_ops.backends.triton.kernels.blocks import ALPHA, LOG_ALPHA, NO_DECAY
 from gdn_ops.call.bind import Call
+from gdn_ops.kernel_support.backend import environment_choice
+from gdn_ops.kernel_support.tuning import Tiles
+from gdn_ops.spec.language import Sizes
+
+LEAST_CUTS: Final = 3
+"""Segments of a sequence from which on it is cut: a segment is walked twice, the first time with K
+more columns and without its output. By count of products, not measured."""
+
+LEAST_SEGMENT: Final = 8
+"""Chunks that a segment has at least. By count of launches, not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +32,19 @@ class Plan:
     Attributes:
         config: its configuration.
         C: tokens per chunk.
+        L: chunks per segment.
         chunk_slots: how many chunks the tensors kept per chunk have room for.
-        state_slots: how many states are kept, one per `chunks_per_state` chunks.
+        segment_slots: how many segments the tensors kept per segment have room for; 0 where every
+            sequence is one.
         kept: dtype of what is kept per chunk: that of q, but float32 for float16, whose range
             a state, an inverse or a gradient may leave where no result does.
     """
 
     config: Config
     C: int
+    L: int
     chunk_slots: int
-    state_slots: int
+    segment_slots: int
     kept: torch.dtype
 
 
@@ -40,16 +55,40 @@ def make_plan(call: Call) -> Plan:
     config: Config = configs.tables.choose(call.device, s.K, s.V, dtype)
     C = call.chunk_size or config.C
 
+    L = segment_chunks(call.device, s, C, config)
+
     def slots(tokens: int) -> int:
         return s.T // tokens + s.N if call.cu_seqlens is not None else s.N * -(-s.T // tokens)
 
     return Plan(
         config=config,
         C=C,
+        L=L,
         chunk_slots=slots(C),
-        state_slots=slots(C * config.chunks_per_state),
+        segment_slots=slots(C * L) if L else 0,
         kept=torch.float32 if dtype == torch.float16 else dtype,
     )
+
+
+def segment_chunks(device: torch.device, s: Sizes, C: int, config: Config) -> int:
+    """Return how many chunks of a sequence are walked by one program, 0 for all of them.
+
+    A sequence is cut (docs/math.md §6) where its map pays: where the GPU has room for LEAST_CUTS
+    segments of every sequence, each walked twice, and these have LEAST_SEGMENT chunks. What a
+    sequence computes so depends, in its rounding, on how many others are in the call;
+    GDN_OPS_TRITON_SEGMENTS=off, read at import, never cuts.
+    """
+    if config.segment is not None:
+        return config.segment
+    BV = min(config.walk.BV, power_of_two(s.V))
+    cuts = configs.tables.processors(device) // max(1, s.N * s.HV * -(-s.V // BV))
+    chunks = -(-s.B * s.T // (max(s.N, 1) * C))
+    if not _cuts or cuts < LEAST_CUTS or chunks < LEAST_CUTS * LEAST_SEGMENT:
+        return 0
+    return max(LEAST_SEGMENT, -(-chunks // cuts))
+
+
+_cuts = environment_choice("GDN_OPS_TRITON_SEGMENTS", ("on", "off")) == "on"
 
 
 class Saved(NamedTuple):
@@ -57,24 +96,52 @@ class Saved(NamedTuple):
 
     Attributes:
         gates: (4, HV, chunk_slots, C) float32: G as hi and lo, z, β.
-        inv_norms: (H, chunk_slots, C) float32, empty without qk_l2norm.
+        factors: (3, HV, chunk_slots, C) float32: of rows of K S, Q S and U.
+        ends: (HV, chunk_slots) float32: b_C.
+        inv_norms: (H, chunk_slots, C) float32: 1/‖k‖, empty without qk_l2norm.
         inverses: (HV, chunk_slots, C, C), empty without an error term.
+        scores: (HV, chunk_slots, C, C): P.
+        starts: (segment_slots, HV, K, V) float32: the states that segments start from.
+        maps: (segment_slots, HV, V + K, K) float32: what segments make of states.
+        scaled_q, scaled_k: (B, T, H, K): times powers of two, empty without qk_l2norm.
     """
 
     gates: Tensor
+    factors: Tensor
+    ends: Tensor
     inv_norms: Tensor
     inverses: Tensor
+    scores: Tensor
+    starts: Tensor
+    maps: Tensor
+    scaled_q: Tensor
+    scaled_k: Tensor
 
 
 def empty_saved(call: Call, plan: Plan) -> Saved:
     """Allocate `Saved` for a call."""
     s, slots, C, device = call.sizes, plan.chunk_slots, plan.C, call.device
     norms = (s.H, slots, C) if call.qk_l2norm else (0,)
-    inverses = (s.HV, slots, C, C) if call.rule.has_erase else (0,)
+    rows = (s.B, s.T, s.H, s.K) if call.qk_l2norm else (0,)
+    squares = (s.HV, slots, C, C)
+
+    def float32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    def kept(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=plan.kept, device=device)
+
     return Saved(
-        torch.empty((4, s.HV, slots, C), dtype=torch.float32, device=device),
-        torch.empty(norms, dtype=torch.float32, device=device),
-        torch.empty(inverses, dtype=plan.kept, device=device),
+        gates=float32(4, s.HV, slots, C),
+        factors=float32(3, s.HV, slots, C),
+        ends=float32(s.HV, slots),
+        inv_norms=float32(*norms),
+        inverses=kept(*(squares if call.rule.has_erase else (0,))),
+        scores=kept(*squares),
+        starts=float32(plan.segment_slots, s.HV, s.K, s.V),
+        maps=float32(plan.segment_slots, s.HV, s.V + s.K, s.K),
+        scaled_q=kept(*rows),
+        scaled_k=kept(*rows),
     )
 
 
@@ -91,3 +158,75 @@ def dense(x: Tensor | None) -> Tensor | None:
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Return the strides of batch row, token and head."""
     return x.stride(0), x.stride(1), x.stride(2)
+
+
+def operands(call: Call, saved: Saved) -> tuple[Tensor, Tensor]:
+    """Return q and k as the walks read them: scaled where they are normalised."""
+    if call.qk_l2norm:
+        return saved.scaled_q, saved.scaled_k
+    return readable(call.tokens.q), readable(call.tokens.k)
+
+
+def gate_kind(call: Call) -> int:
+    """Return the kernels' constant for the form in which a call gives its decay."""
+    if not call.rule.has_decay:
+        return int(NO_DECAY.value)
+    return int(LOG_ALPHA.value if call.tokens.alpha is None else ALPHA.value)
+
+
+def common(call: Call, plan: Plan) -> dict[str, Any]:
+    """Return the compile-time constants that all kernels share."""
+    return {
+        "K": call.sizes.K,
+        "C": plan.C,
+        "BK": power_of_two(call.sizes.K),
+        "VARLEN": call.cu_seqlens is not None,
+        "PRECISION": precision(call),
+    }
+
+
+def precision(call: Call) -> str:
+    """Return how products of float32 operands are formed in a call; beside float16, by TF32."""
+    if configs.tables.target(call.device).startswith("gfx"):
+        return "ieee"
+    return "tf32" if call.tokens.q.dtype == torch.float16 else configs.float32_products
+
+
+def solve_precision(call: Call) -> str:
+    """Return how the products are formed that T is made of.
+
+    For bfloat16, which T is rounded to, one pass of TF32 is enough: docs/backends.md has the study.
+    """
+    if configs.tables.target(call.device).startswith("gfx"):
+        return "ieee"
+    return "tf32" if call.tokens.q.dtype == torch.bfloat16 else configs.float32_products
+
+
+def options(tiles: Tiles) -> dict[str, Any]:
+    """Return the options of a launch; multiply and add are fused, the default of Triton 3.9."""
+    return {
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def width(tiles: Tiles, V: int) -> int:
+    """Return how many columns of V a program takes."""
+    return min(tiles.BV, power_of_two(V))
+
+
+def gate_of(call: Call) -> Tensor | None:
+    """Return the gate as given, contiguous, or None."""
+    return dense(call.tokens.log_alpha if call.tokens.alpha is None else call.tokens.alpha)
+
+
+def is_weighted(call: Call) -> bool:
+    """Return whether T is multiplied by β where it is formed: a backward needs it without."""
+    return call.rule.has_erase and not call.needs_grad
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Return whether tensor descriptors can read x (B, T, heads, D), by units of 16 bytes."""
+    apart = (n * x.element_size() for size, n in zip(x.shape, strides(x), strict=False) if size > 1)
+    return x.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in apart)

@@ -28,76 +28,72 @@ class Config:
 
     Attributes:
         C: tokens per chunk.
-        solve, states, output: of the forward; `solve` has no columns of V.
-        local_gradients, state_gradients, pair_gradients, token_gradients: of the backward.
+        prepare, walk: of the forward; `prepare` has no columns of V.
+        walk_back, pair_gradients, token_gradients: of the backward.
         pair_rows: rows of the squares that a program of `pair_gradients` has.
         reload: whether `token_gradients` reads k again instead of holding it in registers.
         measured: where and when, or that it was not.
-        chunks_per_state: chunks per kept state in the forward.
+        descriptors: whether tiles are read by tensor descriptors where tensors allow it.
+        segment: chunks of a segment of a sequence; None leaves it to `config.segment_chunks`.
     """
 
     C: int
-    solve: Tiles
-    states: Tiles
-    output: Tiles
-    local_gradients: Tiles
-    state_gradients: Tiles
+    prepare: Tiles
+    walk: Tiles
+    walk_back: Tiles
     pair_gradients: Tiles
     token_gradients: Tiles
     pair_rows: int
     reload: bool
     measured: str
-    chunks_per_state: int = 1
+    descriptors: bool = False
+    segment: int | None = None
 
 
 # fmt: off
 _FLOAT32 = Config(
-    C=32, solve=Tiles(0, 4, 1), states=Tiles(32, 4, 1), output=Tiles(32, 4, 1),
-    local_gradients=Tiles(32, 4, 1), state_gradients=Tiles(32, 4, 1),
+    C=32, prepare=Tiles(0, 4, 1), walk=Tiles(32, 4, 1), walk_back=Tiles(32, 4, 1),
     pair_gradients=Tiles(32, 4, 1), token_gradients=Tiles(32, 8, 1),
     pair_rows=32, reload=True, measured=UNMEASURED,
 )
 
 _HOPPER = Config(
-    C=64, solve=Tiles(0, 4, 1), states=Tiles(64, 4, 2), output=Tiles(128, 8, 2),
-    local_gradients=Tiles(128, 8, 2), state_gradients=Tiles(64, 8, 2),
+    C=64, prepare=Tiles(0, 4, 1), walk=Tiles(64, 4, 2), walk_back=Tiles(64, 4, 2),
     pair_gradients=Tiles(64, 8, 1), token_gradients=Tiles(64, 8, 1),
     pair_rows=64, reload=False, measured=UNMEASURED,
 )
 
 _UNMEASURED: dict[tuple[int, str], Config] = {
-    (64, "low"): replace(
-        _HOPPER, output=Tiles(64, 4, 2), local_gradients=Tiles(64, 4, 2),
-        state_gradients=Tiles(64, 4, 2),
-    ),
+    (64, "low"): _HOPPER,
     (64, "float32"): _FLOAT32,
     (128, "float32"): _FLOAT32,
     (256, "low"): Config(
-        C=64, solve=Tiles(0, 8, 1), states=Tiles(32, 8, 1), output=Tiles(64, 8, 1),
-        local_gradients=Tiles(64, 8, 1), state_gradients=Tiles(32, 8, 1),
+        C=64, prepare=Tiles(0, 8, 1), walk=Tiles(32, 8, 1), walk_back=Tiles(32, 8, 1),
         pair_gradients=Tiles(32, 8, 1), token_gradients=Tiles(32, 8, 1),
         pair_rows=32, reload=True, measured=UNMEASURED,
     ),
     (256, "float32"): Config(
-        C=32, solve=Tiles(0, 8, 1), states=Tiles(16, 8, 1), output=Tiles(16, 8, 1),
-        local_gradients=Tiles(16, 8, 1), state_gradients=Tiles(16, 8, 1),
+        C=32, prepare=Tiles(0, 8, 1), walk=Tiles(16, 8, 1), walk_back=Tiles(16, 8, 1),
         pair_gradients=Tiles(16, 8, 1), token_gradients=Tiles(16, 8, 1),
         pair_rows=32, reload=True, measured=UNMEASURED,
     ),
 }
 
-_OWN: dict[tuple[str, int, str], Config] = {
+_ALIKE: dict[tuple[str, int, str], Config] = {
     **{(target, *key): config for target in TARGETS for key, config in _UNMEASURED.items()},
     ("sm_80", 128, "low"): replace(
-        _HOPPER, states=Tiles(64, 8, 2), pair_gradients=Tiles(64, 4, 1),
+        _HOPPER, walk=Tiles(32, 8, 2), walk_back=Tiles(32, 8, 2), pair_gradients=Tiles(64, 4, 1),
         token_gradients=Tiles(32, 8, 1), pair_rows=32, reload=True,
     ),
     ("sm_90", 128, "low"): _HOPPER,
-    ("sm_100", 128, "low"): _HOPPER,
+    ("sm_100", 128, "low"): replace(_HOPPER, walk=Tiles(64, 8, 2), walk_back=Tiles(64, 8, 2)),
     ("gfx942", 128, "low"): replace(
-        _HOPPER, output=Tiles(128, 8, 1), state_gradients=Tiles(64, 4, 2),
-        pair_gradients=Tiles(64, 4, 1),
+        _HOPPER, walk=Tiles(32, 4, 2), walk_back=Tiles(32, 4, 1), pair_gradients=Tiles(64, 4, 1),
     ),
+}
+
+_OWN: dict[tuple[str, int, str], Config] = {
+    key: replace(row, descriptors=key[0] in ("sm_90", "sm_100")) for key, row in _ALIKE.items()
 }
 
 SEQUENCE: dict[tuple[str, int, str], Config] = {

@@ -18,8 +18,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gdn_ops._version import version_key
-
 SEARCH = tl.constexpr(128)
 """Sequences looked at together when the owner of a slot is searched."""
 
@@ -31,6 +29,8 @@ LOG_ALPHA = tl.constexpr(2)
 L2NORM_EPSILON = tl.constexpr(1e-6)
 LOG_FLOOR = tl.constexpr(-1000.0)
 """The conventions of `gdn_ops.call.numerics`, for float32."""
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 EXPONENT = tl.constexpr(0x7F800000)
 LEAST_EXPONENT = tl.constexpr(0x00800000)
@@ -51,7 +51,7 @@ nor a quotient by it leaves the range of float32 (docs/math.md §5).
 
 
 @triton.jit
-def sequence(n, cu_seqlens, T, C: tl.constexpr, VARLEN: tl.constexpr):
+def sequence(n, cu_seqlens, T, C, VARLEN: tl.constexpr):
     """Return (batch row, first token in it, tokens, first slot) of sequence n."""
     if VARLEN:
         begin = tl.load(cu_seqlens + n).to(tl.int64)
@@ -67,7 +67,7 @@ def sequence(n, cu_seqlens, T, C: tl.constexpr, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def owner(p, cu_seqlens, N, T, C: tl.constexpr, VARLEN: tl.constexpr):
+def owner(p, cu_seqlens, N, T, C, VARLEN: tl.constexpr):
     """Return (sequence, chunk in it) of slot p; an empty slot's chunk is past the sequence."""
     if VARLEN:
         n = tl.zeros([], tl.int32) - 1
@@ -109,6 +109,54 @@ def rows(x, row, batch_stride, first, token_stride, head, head_stride, i, d):
     return x + start + (i * token_stride)[:, None] + d[None, :]
 
 
+# A tile is read and written by a tensor descriptor where the GPU has them (TMA), which needs no
+# mask for what lies outside of its matrix, and by pointers elsewhere.
+
+
+@triton.jit
+def tiles_of(
+    x, start, stride, M, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr
+):
+    """Return the tiles (BM, BN) of a matrix (M, N) that begins at x + start, for `read_tile`."""
+    if TMA:
+        tiles = tl.make_tensor_descriptor(x + start, [M, N], [stride, 1], [BM, BN])
+    else:
+        tiles = x + start
+    return tiles
+
+
+@triton.jit
+def tile_pointers(tiles, m_0, n_0, stride, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Return the pointers to a tile (BM, BN) and which of its entries lie in the matrix (M, N)."""
+    m, n = m_0 + tl.arange(0, BM), n_0 + tl.arange(0, BN)
+    start = tiles + tl.cast(m_0, tl.int64) * stride
+    pointers = start + (tl.arange(0, BM) * stride)[:, None] + n[None, :]
+    return pointers, (m < M)[:, None] & (n < N)[None, :]
+
+
+@triton.jit
+def read_tile(tiles, m_0, n_0, stride, M, N, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
+    """Return the tile (BM, BN) that begins in row m_0 and column n_0; 0 outside of the matrix."""
+    if TMA:
+        tile = tiles.load([m_0, n_0])
+    else:
+        pointers, inside = tile_pointers(tiles, m_0, n_0, stride, M, N, BM, BN)
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def write_tile(
+    tiles, x, m_0, n_0, stride, M, N, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr
+):
+    """Write x (BM, BN) to the tile that begins in row m_0 and column n_0."""
+    if TMA:
+        tiles.store([m_0, n_0], x)
+    else:
+        pointers, inside = tile_pointers(tiles, m_0, n_0, stride, M, N, BM, BN)
+        tl.store(pointers, x, mask=inside)
+
+
 @triton.jit
 def chunk_rows(x, head, slot, i, d, chunk_slots, C: tl.constexpr, D: tl.constexpr):
     """Return the pointers to rows i, columns d of a tensor (heads, chunk_slots, C, D)."""
@@ -137,6 +185,16 @@ def read_beta(gates, hv, slot, i, HV, chunk_slots, C: tl.constexpr):
 
 
 @triton.jit
+def chunk_decay(gates, hv, slot, i, HV, chunk_slots, C: tl.constexpr, CROSSED: tl.constexpr):
+    """Return b (C,), d (C,) and b_C of a chunk (docs/math.md §3), with CROSSED zeros in between."""
+    hi, lo, z = read_gates(gates, hv, slot, i, HV, chunk_slots, C)
+    hi_C, lo_C, z_C = read_gates(gates, hv, slot, C - 1, HV, chunk_slots, C)
+    b = decay(hi, lo, z, 0.0, 0.0, 0.0, CROSSED)
+    d = decay(hi_C, lo_C, z_C, hi, lo, z, CROSSED)
+    return b, d, decay(hi_C, lo_C, z_C, 0.0, 0.0, 0.0, CROSSED)
+
+
+@triton.jit
 def inverse_norm(x):
     """Return 1 / sqrt(sum(x²) + 1e-6) of every row, float32."""
     wide = x.to(tl.float32)
@@ -151,9 +209,15 @@ def scaled_rows(x, inv_norm):
     key would have the factor 1000 multiplied into values, which it is a zero for.
     """
     exponent = (inv_norm.to(tl.int32, bitcast=True) & EXPONENT) + LEAST_EXPONENT
-    power = exponent.to(tl.float32, bitcast=True)
-    inverse = (-exponent + TWICE_ONE_EXPONENT).to(tl.float32, bitcast=True)
-    return (x.to(tl.float32) * power[:, None]).to(x.dtype), inv_norm * inverse
+    power = exponent.to(tl.float32, bitcast=True).to(x.dtype)
+    return x * power[:, None], rest_of_norm(inv_norm)
+
+
+@triton.jit
+def rest_of_norm(inv_norm):
+    """Return what `scaled_rows` leaves of 1 / norm: above 1/2, at most 1."""
+    exponent = (inv_norm.to(tl.int32, bitcast=True) & EXPONENT) + LEAST_EXPONENT
+    return inv_norm * (-exponent + TWICE_ONE_EXPONENT).to(tl.float32, bitcast=True)
 
 
 # Beside tiles of float16, everything else is a TF32 operand, rounded here, since a GPU cuts off.
@@ -179,76 +243,16 @@ def operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     return x.to(dtype)
 
 
-# T = (I + A)⁻¹ by halves (docs/math.md §3): [[X, 0], [-Y B X, Y]] of [[X⁻¹, 0], [B, Y⁻¹]]. Every
-# step forms entries of the inverse of a leading block, which stay of the order of β for unit keys;
-# powers of A, as in (I - A)(I + A²)(I + A⁴)..., would pass through 10⁶ for repeated keys and β = 2.
-
-
 @triton.jit
-def halves(m, n: tl.constexpr, b: tl.constexpr):
-    """Return the diagonal blocks (2n, b, b) and the lower left ones (n, b, b) of (n, 2b, 2b)."""
-    x = tl.permute(tl.reshape(m, (n, 2, b, 2, b)), (0, 2, 4, 1, 3))
-    left, right = tl.split(x)
-    top, below = tl.split(left)
-    _above, bottom = tl.split(right)
-    diagonal = tl.permute(tl.join(top, bottom), (0, 3, 1, 2))
-    return tl.reshape(diagonal, (2 * n, b, b)), below
-
-
-SINGLES_SPILL = tl.constexpr(version_key(triton.__version__) < version_key("3.9"))
-"""Say that a batch of one must be multiplied in two dimensions: as a batch it makes `solve` spill
-18 to 34 registers on sm_90 before Triton 3.9. From 3.9 on two dimensions cost 57 registers more."""
-
-
-@triton.jit
-def product(x, y, n: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the products (n, b, b) of two batches of n blocks (b, b)."""
-    if n == 1 and SINGLES_SPILL:
-        left, right = tl.reshape(x, (b, b)), tl.reshape(y, (b, b))
-        xy = tl.reshape(tl.dot(left, right, input_precision=PRECISION), (1, b, b))
-    else:
-        xy = tl.dot(x, y, input_precision=PRECISION)
-    return xy
-
-
-@triton.jit
-def merged(x, below, n: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the inverses (n, 2b, 2b) from those of the diagonal blocks, (2n, b, b)."""
-    top, bottom = tl.split(tl.permute(tl.reshape(x, (n, 2, b, b)), (0, 2, 3, 1)))
-    lower = -product(product(bottom, below, n, b, PRECISION), top, n, b, PRECISION)
-    whole = tl.join(tl.join(top, lower), tl.join(tl.zeros_like(top), bottom))
-    return tl.reshape(tl.permute(whole, (0, 3, 1, 4, 2)), (n, 2 * b, 2 * b))
-
-
-@triton.jit
-def inverse_of_sixteen(a, n: tl.constexpr, PRECISION: tl.constexpr):
-    """Return (I + A)⁻¹ of n strictly lower blocks (n, 16, 16), halving by masks."""
-    i = tl.arange(0, 16)
-    apart = (i[:, None] ^ i[None, :])[None]
-    eye = tl.where(apart == 0, 1.0, 0.0)
-    x = eye - tl.where(apart == 1, a, 0.0)
-    for level in tl.static_range(1, 4):
-        # The pairs of blocks of 2**level rows: their numbers differ in the last bit only.
-        below = tl.where((apart >> level) == 1, a, 0.0)
-        right = tl.dot(below, x, input_precision=PRECISION)
-        x -= tl.dot(x, right, input_precision=PRECISION)
-    return x
-
-
-@triton.jit
-def unit_lower_inverse(a, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Return (I + A)⁻¹ (C, C) of a strictly lower A (C, C), C one of 16, 32, 64."""
-    whole = tl.reshape(a, (1, C, C))
-    if C == 64:
-        diagonal, below_32 = halves(whole, 1, 32)
-        diagonal, below_16 = halves(diagonal, 2, 16)
-        x = inverse_of_sixteen(diagonal, 4, PRECISION)
-        x = merged(x, below_16, 2, 16, PRECISION)
-        x = merged(x, below_32, 1, 32, PRECISION)
-    elif C == 32:
-        diagonal, below_16 = halves(whole, 1, 16)
-        x = inverse_of_sixteen(diagonal, 2, PRECISION)
-        x = merged(x, below_16, 1, 16, PRECISION)
-    else:
-        x = inverse_of_sixteen(whole, 1, PRECISION)
-    return tl.reshape(x, (C, C))
+def written(
+    u, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv, valid, in_v, HV,
+    chunk_slots, V: tl.constexpr, C: tl.constexpr, ERASE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return U of a chunk (C, BV): kept, or diag(β) V for rules without an error term."""
+    if ERASE:
+        from_u = chunk_rows(u, hv, slot, i, dv, chunk_slots, C, V)
+        return tl.load(from_u, mask=in_v[None, :], other=0.0)
+    from_v = rows(v, row, v_batch, first, v_token, hv, v_head, i, dv)
+    values = widened(tl.load(from_v, mask=valid[:, None] & in_v[None, :], other=0.0))
+    beta = read_beta(gates, hv, slot, i, HV, chunk_slots, C)
+    return operand(values.to(tl.float32) * beta[:, None], values.dtype, PRECISION)

@@ -29,8 +29,8 @@ from gdn_ops.backends.triton.kernels.blocks import (
     rows,
     sequence,
     widened,
+    written,
 )
-from gdn_ops.backends.triton.kernels.output import written
 
 
 @triton.jit
@@ -60,12 +60,12 @@ def straddling(X, i, j):
     return tl.sum(tl.where(i[:, None] > j[None, :], before_t, 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N", "T", "chunk_slots", "H", "R"))
 def pair_gradients(
     q, k, v, d_o, gates, inv_norms, u, d_rhs, d_qk, d_kk, gate_sums, beta_sums, cu_seqlens, scale,
     N, T, chunk_slots, q_batch, q_token, q_head, k_batch, k_token, k_head,
     v_batch, v_token, v_head, o_batch, o_token, o_head,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, GATE: tl.constexpr,
     ERASE: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def pair_gradients(
 
     Grid (chunk_slots, H, C / ROWS): a program has ROWS rows of the squares.
     """
-    HV: tl.constexpr = H * R
+    HV = H * R
     slot, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n, chunk = owner(slot, cu_seqlens, N, T, C, VARLEN)
     row, begin, length, _first_slot = sequence(n, cu_seqlens, T, C, VARLEN)

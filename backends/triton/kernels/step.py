@@ -16,17 +16,17 @@ import triton.language as tl
 from gdn_ops.backends.triton.kernels.blocks import L2NORM_EPSILON, LOG_ALPHA, NO_DECAY
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T", "H", "R"))
 def tokens(
     q, k, v, gate, beta, state, new_state, states, indices, o, scale,
     T, q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     state_row, state_head, state_k, new_row, new_head, new_k,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    H, R, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr,
     NORM: tl.constexpr, HAS_STATE: tl.constexpr, KEEP: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """Decode the tokens, see the module. Grid (B HV, ceil(V / BV))."""
-    HV: tl.constexpr = H * R
+    HV = H * R
     row = tl.program_id(0).to(tl.int64) // HV
     hv = tl.program_id(0).to(tl.int64) % HV
     h = hv // R

@@ -4,7 +4,7 @@ No sum leaves a program: no atomics, and the same call gives the same bits. FLA 
 `chunk_bwd_dqkwg` and `prepare_wy_repr_bwd`.
 
     reads   q, k, v, dO; gates, inv_norms, α; U, dRHS (HV, chunk_slots, C, V); S, dS
-            (HV, chunk_slots, K, V)
+            (HV, chunk_slots, V, K), transposed
     writes  dq, dk (B, T, H, K), dv (B, T, HV, V), dα or d log α, dβ (B, T, HV)
 """
 
@@ -19,6 +19,7 @@ from gdn_ops.backends.triton.kernels.blocks import (
     LIFT,
     LIFTED,
     NO_DECAY,
+    chunk_decay,
     chunk_row,
     chunk_rows,
     inverse_norm,
@@ -29,10 +30,9 @@ from gdn_ops.backends.triton.kernels.blocks import (
     rows,
     sequence,
     widened,
+    written,
 )
-from gdn_ops.backends.triton.kernels.output import written
 from gdn_ops.backends.triton.kernels.pair_gradients import faint_at, zeros_at
-from gdn_ops.backends.triton.kernels.states import chunk_decay
 
 
 @triton.jit
@@ -87,11 +87,11 @@ def projected(d_x, tile, inv_norm):
 def through_states(
     d_x, q_tile, inv_norm_q, d_o, gates, states, starts, scale, row, first, h, slot, i, dk, valid,
     chunk_slots, o_batch, o_token, o_head,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return dQ (C, BK) with what comes through the states added; store E in column start."""
-    HV: tl.constexpr = H * R
+    HV = H * R
     in_k = dk < K
     for r in tl.range(0, R, disable_licm=True):
         hv = h * R + r
@@ -102,13 +102,13 @@ def through_states(
         for column in tl.range(0, V, BV, disable_licm=True):
             dv = column + tl.arange(0, BV)
             in_v = dv < V
-            in_state = in_k[:, None] & in_v[None, :]
-            from_states = chunk_rows(states, hv, slot, dk, dv, chunk_slots, K, V)
+            in_state = in_v[:, None] & in_k[None, :]
+            from_states = chunk_rows(states, hv, slot, dv, dk, chunk_slots, V, K)
             S = tl.load(from_states, mask=in_state, other=0.0)
             from_o = rows(d_o, row, o_batch, first, o_token, hv, o_head, i, dv)
             g = widened(tl.load(from_o, mask=valid[:, None] & in_v[None, :], other=0.0))
             # §5 s diag(b) dO Sᵀ to dQ; E_i,start += s rowsum(dO ⊙ Q S)          [C, BK]
-            x = tl.dot(g, tl.trans(S), input_precision=PRECISION) * scale
+            x = tl.dot(g, S, input_precision=PRECISION) * scale
             start += tl.sum(x * (q_tile.to(tl.float32) * inv_norm_q[:, None]), 1)
             d_x += x * b[:, None]
         if GATE != NO_DECAY:
@@ -120,7 +120,7 @@ def through_states(
 def key_terms(
     d_x, k_tile, inv_norm_k, b, d, beta, v, u, d_rhs, gates, states, d_states, d_v, from_k, row,
     first, hv, slot, i, dk, valid, T, chunk_slots, v_batch, v_token, v_head,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+    HV, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     RELOAD: tl.constexpr, GATE: tl.constexpr, ERASE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add a head's terms to dK (C, BK), and write its dV.
@@ -137,16 +137,16 @@ def key_terms(
     for column in tl.range(0, V, BV, disable_licm=True):
         dv = column + tl.arange(0, BV)
         in_v = dv < V
-        in_state = in_k[:, None] & in_v[None, :]
+        in_state = in_v[:, None] & in_k[None, :]
         in_values = valid[:, None] & in_v[None, :]
         S = tl.load(
-            chunk_rows(states, hv, slot, dk, dv, chunk_slots, K, V), mask=in_state, other=0.0
+            chunk_rows(states, hv, slot, dv, dk, chunk_slots, V, K), mask=in_state, other=0.0
         )
         from_rhs = chunk_rows(d_rhs, hv, slot, i, dv, chunk_slots, C, V)
         dR = tl.load(from_rhs, mask=in_v[None, :], other=0.0)
         if ERASE:
             # §5 − diag(βb) dRHS Sᵀ to dK; − β rowsum(dRHS ⊙ K S) to E_i,start
-            x = tl.dot(dR, tl.trans(S), input_precision=PRECISION)
+            x = tl.dot(dR, S, input_precision=PRECISION)
             if RELOAD:
                 k_tile = tl.load(from_k, mask=in_rows, other=0.0)
             erased += tl.sum(x * (k_tile.to(tl.float32) * inv_norm_k[:, None]), 1)
@@ -159,7 +159,7 @@ def key_terms(
         x = dR.to(tl.float32) * beta[:, None]
         tl.store(to_v, x.to(d_v.dtype.element_ty), mask=in_values)
         # §5 diag(d) U dS_Cᵀ to dK; E_C,j += rowsum((K dS_C) ⊙ U)            [C, BK]
-        from_states = chunk_rows(d_states, hv, slot, dk, dv, chunk_slots, K, V)
+        from_states = chunk_rows(d_states, hv, slot, dv, dk, chunk_slots, V, K)
         dS = tl.load(from_states, mask=in_state, other=0.0)
         # §5 E_C,start = ⟨dS_C, S⟩
         if GATE != NO_DECAY:
@@ -168,7 +168,7 @@ def key_terms(
             u, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv, valid, in_v,
             HV, chunk_slots, V, C, ERASE, PRECISION,
         )  # fmt: skip
-        x = tl.dot(U, tl.trans(dS), input_precision=PRECISION)
+        x = tl.dot(U, dS, input_precision=PRECISION)
         if RELOAD:
             k_tile = tl.load(from_k, mask=in_rows, other=0.0)
         end += tl.sum(x * (k_tile.to(tl.float32) * inv_norm_k[:, None]), 1)
@@ -176,13 +176,13 @@ def key_terms(
     return d_x, end, erased, d_b, corner
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N", "T", "chunk_slots", "H", "R"))
 def token_gradients(
     q, k, v, gate, d_o, gates, inv_norms, u, d_rhs, states, d_states, d_qk, d_kk, gate_sums,
     beta_sums, starts, d_q, d_k, d_v, d_gate, d_beta, cu_seqlens, scale,
     N, T, chunk_slots, q_batch, q_token, q_head, k_batch, k_token, k_head,
     v_batch, v_token, v_head, o_batch, o_token, o_head,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, RELOAD: tl.constexpr,
     GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr,
     VARLEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -191,7 +191,7 @@ def token_gradients(
 
     RELOAD: whether k is read again (from a cache) where it is needed, instead of held.
     """
-    HV: tl.constexpr = H * R
+    HV = H * R
     slot, h = tl.program_id(0), tl.program_id(1)
     n, chunk = owner(slot, cu_seqlens, N, T, C, VARLEN)
     row, begin, length, _first_slot = sequence(n, cu_seqlens, T, C, VARLEN)

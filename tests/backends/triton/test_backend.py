@@ -59,8 +59,10 @@ def test_dtypes_chunk_sizes_widths_and_many_sequences_are_the_definition(example
 
 
 CHOICES: dict[str, dict[str, Any]] = {
-    "every two chunks": {"chunks_per_state": 2, "C": 16},
-    "every four chunks": {"chunks_per_state": 4, "C": 16},
+    "by pointers": {"descriptors": False},
+    "by pointers, small chunks": {"descriptors": False, "C": 16},
+    "segments of a chunk": {"segment": 1, "C": 16},
+    "segments of two chunks, by pointers": {"segment": 2, "C": 16, "descriptors": False},
     "half squares": {"pair_rows": 32},
     "whole squares": {"pair_rows": 64},
     "k held": {"reload": False},
@@ -68,7 +70,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "narrow tiles": {
         field.name: Tiles(16, 4, 1)
         for field in dataclasses.fields(table.Config)
-        if field.type == "Tiles" and field.name != "solve"
+        if field.type == "Tiles" and field.name != "prepare"
     },
 }
 
@@ -117,7 +119,7 @@ def test_a_strided_view_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -
 # Launches and bytes, from what a call on the meta device would launch.
 
 
-def test_forward_takes_three_launches_and_backward_five() -> None:
+def test_forward_takes_two_launches_and_backward_four() -> None:
     triton = backend.Triton()
     call = meta_call(True, **SIZES)
     with torch.no_grad(), recording("sm_90") as launches:
@@ -125,14 +127,25 @@ def test_forward_takes_three_launches_and_backward_five() -> None:
         forward = [launch.kernel.__name__ for launch in launches]
         triton.backward(call, out.saved, torch.empty_like(out.o), torch.empty_like(out.final_state))
     names = [launch.kernel.__name__ for launch in launches]
-    assert forward == ["solve", "states", "output"]
-    assert names[3:] == [
-        "states",
-        "local_gradients",
-        "state_gradients",
-        "pair_gradients",
-        "token_gradients",
-    ]
+    assert forward == ["prepare", "walk"]
+    assert names[2:] == ["walk", "walk_back", "pair_gradients", "token_gradients"]
+
+
+def test_a_long_sequence_of_few_heads_is_cut_into_segments() -> None:
+    triton, few = backend.Triton(), SIZES | {"T": 32768, "H": 2, "HV": 8}
+    call = meta_call(True, **few)
+    with torch.no_grad(), recording("sm_90") as launches:
+        out = triton.forward(call)
+        triton.backward(call, out.saved, torch.empty_like(out.o), torch.empty_like(out.final_state))
+        for whole in (SIZES, few | {"T": 1024}):
+            triton.forward(meta_call(**whole))
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names[:4] == ["prepare", "walk", "compose", "walk"]
+    assert names[4:8] == ["walk", "walk_back", "compose", "walk_back"]
+    assert names[8:] == ["pair_gradients", "token_gradients", *["prepare", "walk"] * 2]
+    # 512 chunks of 8 heads, in two blocks of columns, on 132 processors; the map has K more.
+    grids = [launch.grid for launch in launches[1:8]]
+    assert grids == [(64, 4), (8, 4), *[(64, 2)] * 3, (8, 4), (64, 2)]
 
 
 # Bad input.

@@ -23,6 +23,7 @@ from ahead_of_time import (  # noqa: E402
 )
 from gdn_ops.aot.gpu_limits import Product  # noqa: E402
 from gdn_ops.aot.sass import Usage  # noqa: E402
+from gdn_ops.backends.triton import Triton  # noqa: E402
 from gdn_ops.backends.triton.aot.compiler import (  # noqa: E402
     TARGETS,
     specialised,
@@ -30,6 +31,7 @@ from gdn_ops.backends.triton.aot.compiler import (  # noqa: E402
 from gdn_ops.backends.triton.aot.usage import amd_usage, products  # noqa: E402
 from gdn_ops.backends.triton.host.launcher import launch  # noqa: E402
 from gdn_ops.kernel_support.launches import recording  # noqa: E402
+from kernel_backends import SIZES, meta_call  # noqa: E402
 from triton_kernels import bad  # noqa: E402
 
 
@@ -89,6 +91,29 @@ def test_the_specialisation_is_the_one_that_a_launch_makes(target: str) -> None:
         assert ours.hash == theirs.hash, name
         hashes[name] = ours.hash
     assert len(set(hashes.values())) == len(GATHERS)
+
+
+def keys(target: str, **sizes: Any) -> set[tuple[str, str]]:
+    """Return what the launches of a call are compiled for, forward and backward."""
+    backend, call = Triton(), meta_call(True, **SIZES | sizes)
+    with torch.no_grad(), recording(target) as launches:
+        out = backend.forward(call)
+        backend.backward(
+            call, out.saved, torch.empty_like(out.o), torch.empty_like(out.final_state)
+        )
+    return {(launch.kernel.__name__, repr(specialised(launch, target)[2])) for launch in launches}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"T": 1000}, {"T": 17}, {"B": 3, "T": 1001}, {"H": 13, "HV": 39}, {"H": 1, "HV": 24}],
+    ids=str,
+)
+def test_no_length_batch_or_number_of_heads_compiles_anything_new(
+    target: str, sizes: dict[str, int]
+) -> None:
+    assert keys(target, **sizes) == keys(target)
 
 
 def test_sources_are_translated_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

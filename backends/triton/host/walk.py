@@ -1,0 +1,145 @@
+"""Launch the walks over chunks: for the output, for a backward, for the cuts between segments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gdn_ops.backends.triton.host import config as configs
+from gdn_ops.backends.triton.host.config import power_of_two
+from gdn_ops.backends.triton.host.launcher import launch
+from gdn_ops.backends.triton.host.plan import (
+    Plan,
+    Saved,
+    common,
+    dense,
+    is_aligned,
+    is_weighted,
+    operands,
+    options,
+    readable,
+    strides,
+    width,
+)
+from gdn_ops.backends.triton.kernels import compose, walk, walk_back
+from gdn_ops.call.bind import Call
+
+
+def walk_for_output(call: Call, plan: Plan, saved: Saved, final: Tensor) -> Tensor:
+    """Walk for the output; return o (B, T, HV, V), and write the final state."""
+    s = call.sizes
+    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.tokens.v.dtype, device=call.device)
+    _walk(call, plan, saved, o=o, final=final)
+    return o
+
+
+def walk_again(call: Call, plan: Plan, saved: Saved) -> tuple[Tensor, Tensor]:
+    """Walk for a backward.
+
+    Returns:
+        U (HV, chunk_slots, C, V), empty without an error term, and the transposed state at the
+        start of every chunk (HV, chunk_slots, V, K), in the dtype of what is kept.
+    """
+    s, device = call.sizes, call.device
+    rows = (s.HV, plan.chunk_slots, plan.C, s.V) if call.rule.has_erase else (0,)
+    u = torch.empty(rows, dtype=plan.kept, device=device)
+    states = torch.empty((s.HV, plan.chunk_slots, s.V, s.K), dtype=plan.kept, device=device)
+    final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
+    _walk(call, plan, saved, u=u, states=states, final=final)
+    return u, states
+
+
+def walk_for_starts(call: Call, plan: Plan, saved: Saved, final: Tensor) -> None:
+    """Write what segments start from, and the final state of sequences without tokens."""
+    _walk(call, plan, saved, maps=saved.maps)
+    # Without an initial state the first one is zero.
+    _compose(call, plan, saved.maps, None, dense(call.state), saved.starts, final)
+
+
+def _walk(
+    call: Call, plan: Plan, saved: Saved, *, o: Tensor | None = None, u: Tensor | None = None,
+    states: Tensor | None = None, final: Tensor | None = None, maps: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launch the walk that writes what it is given."""
+    s, config, v = call.sizes, plan.config, readable(call.tokens.v)
+    q, k = operands(call, saved)
+    BV, cuts = width(config.walk, s.V), plan.segment_slots
+    blocks = -(-s.V // BV) + (0 if maps is None else -(-s.K // BV))
+    initial = saved.starts if cuts else dense(call.state)
+    described = [q, k, v] if o is None else [q, k, v, o]
+    launch(
+        walk.walk, ((cuts or s.N) * s.HV, blocks),
+        q, k, v, saved.gates, saved.factors, saved.ends, saved.inverses, saved.scores, initial,
+        o, u, states, final, maps, dense(call.cu_seqlens),
+        s.N, s.T, plan.L, plan.chunk_slots, s.HV, s.HV // s.H,
+        *strides(q), *strides(k), *strides(v), **common(call, plan), V=s.V, BV=BV,
+        DECAY=call.rule.has_decay, ERASE=call.rule.has_erase,
+        HAS_INITIAL=initial is not None and maps is None, OUTPUT=o is not None,
+        KEEP=states is not None, MAPS=maps is not None, SEGMENTED=cuts > 0,
+        WEIGHTED=is_weighted(call), TMA=config.descriptors and all(map(is_aligned, described)),
+        **options(config.walk),
+    )  # fmt: skip
+
+
+def walk_gradients(
+    call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Walk back with the gradient of the state, given those of o and of the final state.
+
+    Returns:
+        dRHS (HV, chunk_slots, C, V), the transposed dS at the end of every chunk
+        (HV, chunk_slots, V, K), and that of the initial state (N, HV, K, V) float32.
+    """
+    s, device = call.sizes, call.device
+    d_rhs = torch.empty((s.HV, plan.chunk_slots, plan.C, s.V), dtype=plan.kept, device=device)
+    shape = (s.HV, plan.chunk_slots, s.V, s.K)
+    d_states = torch.empty(shape, dtype=plan.kept, device=device)
+    d_initial = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
+    d_end = d_final
+    if plan.segment_slots:
+        shifts, d_end = torch.empty_like(saved.starts), torch.empty_like(saved.starts)
+        _walk_back(call, plan, saved, d_o, d_start=shifts)
+        _compose(call, plan, saved.maps, shifts, d_final, d_end, d_initial)
+    _walk_back(
+        call, plan, saved, d_o, d_end=d_end, d_rhs=d_rhs, d_states=d_states, d_start=d_initial
+    )
+    return d_rhs, d_states, d_initial
+
+
+def _walk_back(
+    call: Call, plan: Plan, saved: Saved, d_o: Tensor, *, d_start: Tensor,
+    d_end: Tensor | None = None, d_rhs: Tensor | None = None, d_states: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launch the walk back, from zero if it is not given what to start from."""
+    s, config = call.sizes, plan.config
+    q, k = operands(call, saved)
+    BV, cuts = width(config.walk_back, s.V), plan.segment_slots
+    described = [q, k, d_o] if d_rhs is None else [q, k, d_o, d_rhs]
+    launch(
+        walk_back.walk_back, ((cuts or s.N) * s.HV, -(-s.V // BV)),
+        q, k, d_o, saved.factors, saved.ends, saved.inverses, saved.scores, d_end, d_rhs,
+        d_states, d_start, dense(call.cu_seqlens),
+        s.N, s.T, plan.L, plan.chunk_slots, s.HV, s.HV // s.H,
+        *strides(q), *strides(k), *strides(d_o), **common(call, plan), V=s.V, BV=BV,
+        DECAY=call.rule.has_decay, ERASE=call.rule.has_erase, SHIFTS=d_end is None,
+        SEGMENTED=cuts > 0, TMA=config.descriptors and all(map(is_aligned, described)),
+        **options(config.walk_back),
+    )  # fmt: skip
+
+
+def _compose(
+    call: Call, plan: Plan, maps: Tensor, shifts: Tensor | None, first: Tensor | None,
+    cuts: Tensor, last: Tensor,
+) -> None:  # fmt: skip
+    """Launch the kernel that writes the states at cuts, or with shifts their gradients."""
+    s = call.sizes
+    BV = min(32, power_of_two(s.V))
+    is_amd = configs.tables.target(call.device).startswith("gfx")
+    launch(
+        compose.compose, (s.N * s.HV, -(-s.V // BV)),
+        maps, shifts, first, cuts, last, dense(call.cu_seqlens), s.T, plan.C * plan.L, s.HV,
+        K=s.K, V=s.V, BK=power_of_two(s.K), BV=BV, BR=16, REVERSE=shifts is not None,
+        HAS_FIRST=first is not None, VARLEN=call.cu_seqlens is not None,
+        PRECISION="ieee" if is_amd else configs.float32_products,
+        num_warps=4, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -1,0 +1,72 @@
+"""Compute the state at every cut between segments, exactly (docs/math.md §6).
+
+One program per sequence, value head and block of BV columns of V. The map of a segment,
+Sᵀ -> Sᵀ Mᵀ + Rᵀ, is applied segment by segment; with REVERSE dSᵀ -> dSᵀ M + rᵀ from the last to
+the first.
+
+    reads   maps (segment_slots, HV, V + K, K) float32 of `walk`: Rᵀ and Mᵀ; with REVERSE the shifts
+            r (segment_slots, HV, K, V) float32 of `walk_back`; the initial state, or the gradient
+            of the final one, (N, HV, K, V)
+    writes  the state at the start of every segment, or its gradient at the end,
+            (segment_slots, HV, K, V) float32; of sequences without tokens what is asked for in the
+            end, (N, HV, K, V) float32
+
+The products are of float32, whatever the dtype of the call: a cut costs no precision.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gdn_ops.backends.triton.kernels.blocks import sequence
+
+
+@triton.jit(do_not_specialize=("T", "tokens", "HV"))
+def compose(
+    maps, shifts, first, cuts, last, cu_seqlens, T, tokens, HV,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute the states at cuts, see the module; `tokens` of a segment. Grid (N HV, ceil(V / BV)).
+
+    BR: entries of the axis of K that are summed over at a time.
+    """
+    n, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
+    _row, _begin, length, first_slot = sequence(n, cu_seqlens, T, tokens, VARLEN)
+    dk, dv = tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
+    in_k, in_v = (dk < K)[None, :], (dv < V)[:, None]
+    cell = dk[None, :] * V + dv[:, None]
+    own = tl.program_id(0).to(tl.int64) * (K * V)
+    S = tl.zeros([BV, BK], tl.float32)
+    if HAS_FIRST:
+        S += tl.load(first + own + cell, mask=in_v & in_k, other=0.0).to(tl.float32)
+    segments = tl.cdiv(length, tokens)
+    if segments == 0:
+        tl.store(last + own + cell, S, mask=in_v & in_k)
+    for step in range(segments):
+        segment = step
+        if REVERSE:
+            segment = segments - 1 - step
+        at = (first_slot + segment) * HV + hv
+        cut, map_of = cuts + at * (K * V), maps + at * ((V + K) * K)
+        tl.store(cut + cell, S, mask=in_v & in_k)
+        if step < segments - 1:
+            # Wait: a thread reads what another one has stored.
+            tl.debug_barrier()
+            # §6 S = M S + R, or dS = Mᵀ dS + r                                  [BV, BK]
+            if REVERSE:
+                S = tl.load(shifts + at * (K * V) + cell, mask=in_v & in_k, other=0.0)
+            else:
+                S = tl.load(map_of + dv[:, None] * K + dk[None, :], mask=in_v & in_k, other=0.0)
+            for r_0 in range(0, K, BR):
+                r = r_0 + tl.arange(0, BR)
+                in_r = r < K
+                from_cut = cut + r[None, :] * V + dv[:, None]
+                x = tl.load(from_cut, mask=in_v & in_r[None, :], other=0.0)
+                if REVERSE:
+                    from_map = map_of + (V + dk)[None, :] * K + r[:, None]
+                else:
+                    from_map = map_of + (V + r)[:, None] * K + dk[None, :]
+                M = tl.load(from_map, mask=in_r[:, None] & in_k, other=0.0)
+                S = tl.dot(x, M, S, input_precision=PRECISION)

@@ -1,0 +1,144 @@
+"""Walk the state over the chunks of a sequence, the only serial part: the second launch.
+
+One program per segment, value head and block of BV columns of V; a segment is L chunks of a
+sequence, or all (docs/math.md §6). It holds Sᵀ, (BV, BK) float32, in
+registers, and every product of a chunk has its left operand there: Sᵀ Kᵀ, Eᵀ Tᵀ, Uᵀ K and
+Sᵀ Qᵀ + Uᵀ Pᵀ follow one another without a way through shared memory, which holds the right ones.
+FLA's names are `chunk_gated_delta_rule_fwd_h` and, for the output, `chunk_fwd_o`.
+
+    reads   q, k, v (B, T, ., .); T, P, β, factors and ends of `prepare`; the state that a segment
+            starts from, (segment_slots, HV, K, V), or (N, HV, K, V)
+    writes  with OUTPUT o (B, T, HV, V)
+            with KEEP U (HV, chunk_slots, C, V), only with an error term, and the transposed state
+            at the start of every chunk (HV, chunk_slots, V, K), in the dtype of what is kept
+            the final state (N, HV, K, V) float32
+            or, with MAPS, (segment_slots, HV, V + K, K) float32 instead of all that: the transposed
+            state that a segment makes of 0, and below it what it makes of each unit row without v
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gdn_ops.backends.triton.kernels.blocks import (
+    chunk_row,
+    chunk_rows,
+    operand,
+    owner,
+    read_beta,
+    read_tile,
+    sequence,
+    tiles_of,
+    widened,
+    write_tile,
+)
+
+
+@triton.jit(do_not_specialize=("N", "T", "L", "chunk_slots", "HV", "R"))
+def walk(
+    q, k, v, gates, factors, ends, inverses, scores, initial, o, u, states, final, maps, cu_seqlens,
+    N, T, L, chunk_slots, HV, R, q_batch, q_token, q_head, k_batch, k_token, k_head,
+    v_batch, v_token, v_head,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, ERASE: tl.constexpr, HAS_INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
+    KEEP: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr,
+    WEIGHTED: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Walk the state over the chunks, see the module.
+
+    Grid (N HV or segment_slots HV, ceil(V / BV)); with MAPS the second is + ceil(K / BV).
+    """
+    n, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
+    h = hv // R
+    begin_chunk = 0
+    if SEGMENTED:
+        n, segment = owner(n, cu_seqlens, N, T, C * L, VARLEN)
+        begin_chunk = segment * L
+    row, begin, length, first_slot = sequence(n, cu_seqlens, T, C, VARLEN)
+    end_chunk = tl.cdiv(length, C)
+    is_last = True
+    if SEGMENTED:
+        is_last = begin_chunk + L >= end_chunk
+        end_chunk = tl.minimum(end_chunk, begin_chunk + L)
+        # A slot may be empty.
+        if begin_chunk >= end_chunk:
+            return
+    i, dk = tl.arange(0, C), tl.arange(0, BK)
+    dv_0 = tl.program_id(1) * BV
+    dv = dv_0 + tl.arange(0, BV)
+    in_state = (dv < V)[:, None] & (dk < K)[None, :]
+    k_start = row * k_batch + begin * k_token + tl.cast(h, tl.int64) * k_head
+    k_tiles = tiles_of(k, k_start, k_token, length, K, C, BK, TMA)
+    v_start = row * v_batch + begin * v_token + tl.cast(hv, tl.int64) * v_head
+    v_tiles = tiles_of(v, v_start, v_token, length, V, C, BV, TMA)
+    squares = tl.cast(hv, tl.int64) * chunk_slots * (C * C)
+    if ERASE:
+        x_tiles = tiles_of(inverses, squares, C, chunk_slots * C, C, C, C, TMA)
+    if OUTPUT:
+        q_start = row * q_batch + begin * q_token + tl.cast(h, tl.int64) * q_head
+        q_tiles = tiles_of(q, q_start, q_token, length, K, C, BK, TMA)
+        p_tiles = tiles_of(scores, squares, C, chunk_slots * C, C, C, C, TMA)
+        o_start = ((row * T + begin) * HV + hv) * V
+        o_tiles = tiles_of(o, o_start, HV * V, length, V, C, BV, TMA)
+    own = tl.program_id(0).to(tl.int64) * (K * V)
+    cell = dk[None, :] * V + dv[:, None]
+    S = tl.zeros([BV, BK], tl.float32)
+    if HAS_INITIAL:
+        S += tl.load(initial + own + cell, mask=in_state, other=0.0).to(tl.float32)
+    if MAPS:
+        unit = dv - tl.cdiv(V, BV) * BV
+        S = tl.where(dk[None, :] == unit[:, None], 1.0, 0.0)
+    for chunk in range(begin_chunk, end_chunk):
+        slot = (first_slot + chunk).to(tl.int32)
+        first = chunk * C
+        k_tile = widened(read_tile(k_tiles, first, 0, k_token, length, K, C, BK, TMA))
+        v_tile = read_tile(v_tiles, first, dv_0, v_token, length, V, C, BV, TMA)
+        # Only what leads to the operand of a product is loaded ahead by the compiler.
+        if OUTPUT:
+            read = tl.load(chunk_row(factors, HV + hv, slot, i, chunk_slots, C))
+        if DECAY:
+            b_C = tl.load(ends + tl.cast(hv, tl.int64) * chunk_slots + slot)
+        write = tl.load(chunk_row(factors, 2 * HV + hv, slot, i, chunk_slots, C))
+        S_low = operand(S, k_tile.dtype, PRECISION)
+        if KEEP:
+            to_states = chunk_rows(states, hv, slot, dv, dk, chunk_slots, V, K)
+            tl.store(to_states, S_low.to(states.dtype.element_ty), mask=in_state)
+        # §3 V − diag(b) K S, times β where T is not, transposed                 [BV, C]
+        U = tl.trans(v_tile).to(tl.float32)
+        if not WEIGHTED:
+            U *= read_beta(gates, hv, slot, i, HV, chunk_slots, C)[None, :]
+        if ERASE:
+            erase = tl.load(chunk_row(factors, hv, slot, i, chunk_slots, C))
+            U -= tl.dot(S_low, tl.trans(k_tile), input_precision=PRECISION) * erase[None, :]
+            # §3 U = T E                                                         [BV, C]
+            x = read_tile(x_tiles, slot * C, 0, C, chunk_slots * C, C, C, C, TMA)
+            E = operand(U, x.dtype, PRECISION)
+            U = tl.dot(E, tl.trans(x), input_precision=PRECISION)
+            if KEEP:
+                to_u = chunk_rows(u, hv, slot, i, dv, chunk_slots, C, V)
+                kept = tl.trans(operand(U, u.dtype.element_ty, PRECISION))
+                tl.store(to_u, kept, mask=(dv < V)[None, :])
+        if OUTPUT:
+            # §3 O = s diag(b) Q S + P U                                         [BV, C]
+            q_tile = widened(read_tile(q_tiles, first, 0, q_token, length, K, C, BK, TMA))
+            out = tl.dot(S_low, tl.trans(q_tile), input_precision=PRECISION) * read[None, :]
+            p = read_tile(p_tiles, slot * C, 0, C, chunk_slots * C, C, C, C, TMA)
+            U_low = operand(U, p.dtype, PRECISION)
+            out = tl.dot(U_low, tl.trans(p), out, input_precision=PRECISION)
+            out_low = tl.trans(out).to(o.dtype.element_ty)
+            write_tile(o_tiles, out_low, first, dv_0, HV * V, length, V, C, BV, TMA)
+        # §3 S_C = b_C S + (diag(d) K)ᵀ U                                        [BV, BK]
+        if DECAY:
+            S *= b_C
+        U_low = operand(U * write[None, :], k_tile.dtype, PRECISION)
+        S = tl.dot(U_low, k_tile, S, input_precision=PRECISION)
+    if MAPS:
+        in_map = (dv < V)[:, None] | ((unit >= 0) & (unit < K))[:, None]
+        at = tl.where(unit < 0, dv, V + unit)
+        to_map = maps + tl.program_id(0).to(tl.int64) * ((V + K) * K) + at[:, None] * K
+        tl.store(to_map + dk[None, :], S, mask=in_map & (dk < K)[None, :])
+    else:
+        if is_last:
+            own = (tl.cast(n, tl.int64) * HV + hv) * (K * V)
+            tl.store(final + own + cell, S, mask=in_state)
