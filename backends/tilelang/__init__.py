@@ -99,9 +99,10 @@ class TileLang(KernelBackend):
         decode.run(call, *tensors)
 
     def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
-        from gdn_ops.backends.tilelang.aot import compiler
+        from gdn_ops.backends.tilelang.aot import budgets, compiler
 
-        return compiler.compile_ahead(self, target, samples, table.ALLOWED_SPILLS)
+        allowed = table.ALLOWED_SPILLS
+        return compiler.compile_ahead(self, target, samples, allowed, budgets.current())
 
 
 BACKEND = TileLang

@@ -78,9 +78,9 @@ class Triton(KernelBackend):
     run_decode = staticmethod(decode.run)
 
     def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
-        from gdn_ops.backends.triton.aot import compiler
+        from gdn_ops.backends.triton.aot import budgets, compiler
 
-        return compiler.compile_ahead(self, target, samples)
+        return compiler.compile_ahead(self, target, samples, budgets=budgets.current())
 
 
 BACKEND = Triton

@@ -13,35 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from gdn_ops.aot.processors import GPUS
 from gdn_ops.aot.results import CompiledKernel
 from gdn_ops.spec.names import unknown
 
+MATRIX = {"sm_90": "HGMMA", "sm_90a": "HGMMA"}
+"""The instruction that a product in 16 bits must use, by target."""
 
-class Budget(NamedTuple):
-    """Describe what a program may use of a GPU, and what it must use.
-
-    Attributes:
-        shared: bytes of shared memory that one program can have.
-        matrix: the instruction that a product in 16 bits must use, or nothing.
-        least_rows: the fewest rows of such a product; a warp group multiplies 64.
-    """
-
-    shared: int
-    matrix: str = ""
-    least_rows: int = 64
-
-
-BUDGETS: dict[str, Budget] = {
-    "sm_80": Budget(163 * 1024),
-    "sm_90": Budget(227 * 1024, matrix="HGMMA"),
-    "sm_90a": Budget(227 * 1024, matrix="HGMMA"),
-    "sm_100": Budget(227 * 1024),
-    "sm_100a": Budget(227 * 1024),
-    "sm_120a": Budget(99 * 1024),
-    "gfx942": Budget(64 * 1024),
-}
-"""A100, H100 and H200 (twice), B200 (twice), RTX 50, MI300. An `a` is NVIDIA's name for a target
-whose code may use all its instructions and runs on nothing newer; Triton leaves it out."""
+LEAST_ROWS = 64
+"""The fewest rows of such a product; a warp group multiplies 64."""
 
 AllowedSpills = Mapping[tuple[str, str], tuple[int, str]]
 """(kernel, target) -> the most spills that a reference may have, and why they must be."""
@@ -89,7 +69,7 @@ def with_failures(
     """Return a compiled kernel with what it does that its target forbids.
 
     Args:
-        row: the kernel; its target is in BUDGETS.
+        row: the kernel; its target is in GPUS.
         products: the products in its source.
         is_reference: whether a reference sample launches it.
         granted: spills that a reference may have.
@@ -102,7 +82,7 @@ def with_failures(
 
 def _failures(row: CompiledKernel, products: Iterable[Product], most: int) -> Iterator[str]:
     """Yield what a kernel does that its target forbids, given the most spills it may have."""
-    shared, matrix, least_rows = BUDGETS[row.target]
+    shared, matrix = GPUS[row.target].program_shared, MATRIX.get(row.target)
     if row.shared > shared:
         yield f"shared memory is {row.shared} bytes, should be at most {shared} on {row.target}"
     if row.spills > most:
@@ -110,6 +90,6 @@ def _failures(row: CompiledKernel, products: Iterable[Product], most: int) -> It
     if not matrix or row.instructions.get(matrix):
         return
     for m, n, k, dtype in products:
-        if dtype in LOW and m >= least_rows:
+        if dtype in LOW and m >= LEAST_ROWS:
             yield f"no {matrix} on {row.target}, but a {dtype} product of {m} x {k} by {k} x {n}"
             return

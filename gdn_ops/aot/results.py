@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
+from gdn_ops.aot.machine_code import Code, Counts
+from gdn_ops.aot.model import Prediction
 from gdn_ops.call.bind import Call
 
 
@@ -26,6 +28,35 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class TimedLaunch:
+    """Describe one launch of a compiled kernel, with its predicted time.
+
+    Attributes:
+        sample: label of the sample that makes it.
+        direction: "forward", "backward" or "decode".
+        order: its place among the launches of the sample in that direction.
+        grid: how many programs it has along each axis.
+        bytes: of the tensors that it reads, and of those that it writes; of all that it is given
+            where that is not known.
+        read, written: these bytes apart, or None.
+        trips: of every loop of the code that counts, by its index, or None where not known.
+        work: what a warp executes, or None.
+        prediction: its time by `gdn_ops.aot.model`, or None.
+    """
+
+    sample: str
+    direction: str
+    order: int
+    grid: tuple[int, ...]
+    bytes: int
+    read: int | None = None
+    written: int | None = None
+    trips: Mapping[int, int] | None = None
+    work: Counts | None = None
+    prediction: Prediction | None = None
+
+
+@dataclass(frozen=True)
 class CompiledKernel:
     """Describe a kernel that was compiled for a GPU.
 
@@ -39,6 +70,11 @@ class CompiledKernel:
         spills: instructions (NVIDIA) or registers (AMD) that move a register to memory.
         stack: bytes per thread.
         instructions: of matrix units, counted in the code by name.
+        warps: of one program.
+        copiers: of these, warps that only copy.
+        programs: that one processor holds at a time.
+        code: the instructions of its loops.
+        launches: all launches of it that samples make.
         failures: what a target forbids and this code does; empty if it passes.
         note: why something that would fail is granted.
         seconds: that compiling took, or reading the result of an earlier compilation.
@@ -53,6 +89,11 @@ class CompiledKernel:
     spills: int = 0
     stack: int = 0
     instructions: Mapping[str, int] = field(default_factory=dict)
+    warps: int = 0
+    copiers: int = 0
+    programs: int = 0
+    code: Code = field(default_factory=Code)
+    launches: tuple[TimedLaunch, ...] = ()
     failures: tuple[str, ...] = ()
     note: str = ""
     seconds: float = 0.0

@@ -82,8 +82,8 @@ def samples(cases: Sequence[Case], *, everything: bool = False) -> Iterator[Samp
 
 
 def spec_of(case: Case) -> OpSpec:
-    """Return the spec of the op that a named case belongs to."""
-    return next(op for op in OPS if case in op.cases)
+    """Return the spec of the op that a named case belongs to: `gated_delta` where it is no op's."""
+    return next((op for op in OPS if case in op.cases), GATED_DELTA)
 
 
 def _of(spec: OpSpec, case: Case, label: str, choice: dict[str, Any]) -> Iterator[Sample]:
@@ -142,14 +142,23 @@ def reasons_against(backend: Backend, sample: Sample) -> list[str]:
 
 def run(backend: Backend, sample: Sample) -> None:
     """Run a sample on a backend as the public API would, its backward too if it needs one."""
+    for _ in directions(backend, sample):
+        pass
+
+
+def directions(backend: Backend, sample: Sample) -> Iterator[str]:
+    """Run a sample as `run` does, and yield "forward", "backward" or "decode" after each."""
     call = sample.call
+    if call.op is not GATED_DELTA:
+        with torch.no_grad():
+            (backend.decode_one if call.op is GATED_DELTA_STEP else backend.decode_many)(call)
+        yield "decode"
+        return
     with torch.no_grad():
-        if call.op is GATED_DELTA_STEP:
-            backend.decode_one(call)
-        elif call.op is GATED_DELTA_STEPS:
-            backend.decode_many(call)
-        else:
-            out = backend.forward(call)
-            if call.needs_grad:
-                cotangents = torch.empty_like(out.o), torch.empty_like(out.final_state)
-                backend.backward(call, out.saved, *cotangents)
+        out = backend.forward(call)
+    yield "forward"
+    if call.needs_grad:
+        cotangents = torch.empty_like(out.o), torch.empty_like(out.final_state)
+        with torch.no_grad():
+            backend.backward(call, out.saved, *cotangents)
+        yield "backward"

@@ -13,7 +13,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from gdn_ops.aot.loops import read_code
+from gdn_ops.aot.machine_code import Code
+from gdn_ops.aot.sass_listing import read_sass
 
 _MATRIX = re.compile(r"\b(HGMMA|HMMA|QGMMA|IGMMA|IMMA|DMMA|UTC\w*MMA)\b")
 _SPILL = re.compile(r"\bSTL\b")
@@ -27,12 +31,23 @@ class Usage(NamedTuple):
         spills: on NVIDIA instructions that store a register to local memory, on AMD registers.
         stack: bytes of local memory per thread.
         instructions: of matrix units, counted by name.
+        code: the instructions of its loops.
     """
 
     registers: int
     spills: int
     stack: int
     instructions: dict[str, int]
+    code: Code = Code()
+
+    def values(self) -> dict[str, Any]:
+        """Return the usage as values of JSON."""
+        return self._asdict() | {"code": self.code.values()}
+
+    @staticmethod
+    def of(value: dict[str, Any]) -> Usage:
+        """Return the usage that `values` was made of."""
+        return Usage(**value | {"code": Code.of(value["code"])})
 
 
 def cubin_usage(cubin: bytes, folders: Sequence[Path] = ()) -> Usage:
@@ -68,6 +83,7 @@ def nvidia_usage(resources: str, code: str) -> Usage:
         spills=len(_SPILL.findall(code)),
         stack=sizes["STACK"] + sizes["LOCAL"],
         instructions=dict(Counter(_MATRIX.findall(code))),
+        code=read_code(read_sass(code)),
     )
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +10,17 @@ from gdn_ops.aot.gpu_limits import refusal
 from gdn_ops.aot.results import CompiledKernel, CompilesAhead
 from gdn_ops.aot.sampling import samples
 from gdn_ops.cli import exit_codes
+from gdn_ops.cli.compile_report import as_json, show
 from gdn_ops.cli.parser import ALL, Options, UsageError, add_command, names, one_name, path
 from gdn_ops.dispatch import registry
-from gdn_ops.dispatch.backend import Backend, installed_version
+from gdn_ops.dispatch.backend import Backend
 from gdn_ops.environment.files import whole
+from gdn_ops.spec.cases import GPU_CASES
 from gdn_ops.spec.language import Case
 from gdn_ops.spec.names import unknown
 from gdn_ops.spec.ops import OPS
 from gdn_ops.terminal.output import check_file
 from gdn_ops.terminal.progress import progress
-from gdn_ops.terminal.tables import table, wrapped
-
-COLUMNS = ("launched by", "options", "shared", "registers", "spills", "stack", "matrix", "")
 
 
 def add_to(commands: Any) -> None:
@@ -34,8 +30,9 @@ def add_to(commands: Any) -> None:
         "compile",
         run,
         "Compile kernels for GPUs, present or not, and judge the generated code.",
-        more="A row of the table is a launch of a kernel: shared memory in bytes, registers, "
-        "spilled registers, stack in bytes, and instructions of matrix units.",
+        more="A row of the first table is the code of a kernel: shared memory in bytes, registers, "
+        "spilled registers, stack in bytes, and instructions of matrix units. A row of the second "
+        "is a launch of it, with its hot loop and the time that a model predicts: docs/cli.md.",
         examples=(
             "gdn-ops compile --backend triton",
             "gdn-ops compile qwen-16-32-8192 --backend triton --target sm_90,gfx942",
@@ -64,7 +61,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(options: Options) -> int:
-    """Compile kernels and show them, a table per target; return the exit code.
+    """Compile kernels and show them, two tables per target; return the exit code.
 
     Raises:
         SpecError, UsageError: a backend, target or case is unknown, or the backend is not
@@ -98,7 +95,7 @@ def run(options: Options) -> int:
 
 
 def write(
-    backend: Backend, rows: Iterable[CompiledKernel], where: Path | None, *, is_told: bool
+    backend: Backend, rows: Sequence[CompiledKernel], where: Path | None, *, is_told: bool
 ) -> None:
     """Write the rows as JSON, if a file is named."""
     if where is not None:
@@ -114,53 +111,8 @@ def find_cases(names: Sequence[str]) -> list[Case]:
     Raises:
         UsageError: no case has that name.
     """
-    known = {case.name: case for op in OPS for case in op.cases}
+    known = {case.name: case for case in (*(x for op in OPS for x in op.cases), *GPU_CASES)}
     for name in names:
         if name not in known:
             raise UsageError(unknown("case", name, known))
     return [known[name] for name in dict.fromkeys(names)] or list(known.values())
-
-
-def show(rows: Sequence[CompiledKernel], target: str) -> None:
-    """Print a table of the kernels of one target, then the text of every failure."""
-    kernels = dict.fromkeys(row.kernel for row in rows)
-    sections = [(name, [cells(row) for row in rows if row.kernel == name]) for name in kernels]
-    print(f"compiled for {target}")
-    print(table(COLUMNS, sections))
-    for row in rows:
-        where = f"{row.kernel} ({row.sample}, {target})"
-        for text in (*row.failures, *([row.note] if row.note else [])):
-            print(wrapped(f"{where}: {text}", indent="  "))
-    print(flush=True)
-
-
-def cells(row: CompiledKernel) -> tuple[str, ...]:
-    """Return the table cells of a launch as text."""
-    matrix = ", ".join(f"{name} {count}" for name, count in sorted(row.instructions.items()))
-    options = ", ".join(filter(None, (_option(*item) for item in row.options.items())))
-    numbers = map(str, (row.shared, row.registers, row.spills, row.stack))
-    verdict = "FAIL" if row.failures else "granted" if row.note else "pass"
-    return f"  {row.sample}", options, *numbers, matrix or "-", verdict
-
-
-def _option(name: str, value: int | bool | str) -> str:
-    """Return a launch option in short; nothing for one that is off or only sets up compiling."""
-    if name.startswith("enable_") or value is False:
-        return ""
-    if value is True:
-        return name
-    return value if isinstance(value, str) else f"{name.removeprefix('num_')} {value}"
-
-
-def as_json(backend: Backend, rows: Iterable[CompiledKernel]) -> str:
-    """Return the rows and versions as JSON; seconds are left out, so that runs can be compared."""
-    names = ("gdn_ops", "torch", *backend.requires)
-    head = {
-        "backend": backend.name,
-        "date": datetime.date.today().isoformat(),
-        "versions": {name: installed_version(name) for name in names} | backend.tools("cuda"),
-    }
-    values = [{n: x for n, x in asdict(row).items() if n != "seconds"} for row in rows]
-    # A kernel a line, so that a change of one is a change of a line.
-    kernels = ",\n  ".join(map(json.dumps, values))
-    return f'{json.dumps(head, indent=1)[:-2]},\n "kernels": [\n  {kernels}\n ]\n}}\n'

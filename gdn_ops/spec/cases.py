@@ -74,6 +74,12 @@ STEPS_CASES = (
 """Drafts of a few tokens that speculative decoding verifies in one call."""
 
 
+GPU_CASES = (
+    *(_case(f"qwen-16-{hv}-8192x4", 4, 8192, 16, hv, 128, 128, _QWEN) for hv in (32, 64)),
+    _case("qwen-2-8-32768", 1, 32768, 2, 8, 128, 128, f"{_QWEN}, one of eight GPUs"),
+)
+"""Long sequences, several or of few heads, for kernels that are compiled and not run."""
+
 PROMPT_CASES = (_case("qwen-16-32-prompt-256", 1, 256, 16, 32, 128, 128, _QWEN),)
 """Short prompts, for benchmarks."""
 

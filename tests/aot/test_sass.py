@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from errors import message_of
 from gdn_ops.aot import sass
-from gdn_ops.aot.gpu_limits import BUDGETS, Product, refusal, with_failures
+from gdn_ops.aot.gpu_limits import Product, refusal, with_failures
+from gdn_ops.aot.machine_code import Code, Counts
+from gdn_ops.aot.processors import GPUS
 from gdn_ops.aot.results import CompiledKernel
 from gdn_ops.aot.sass import Usage, find_tool, nvidia_usage
 
@@ -24,7 +27,10 @@ def test_usage_is_read_from_what_cuobjdump_prints() -> None:
         /*0060*/  HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
     """
     counts = {"HGMMA": 1, "HMMA": 2, "UTCHMMA": 1}
-    assert nvidia_usage(resources, code) == Usage(254, 1, 24, counts)
+    used = nvidia_usage(resources, code)
+    own = Counts(instructions=6, matrix=4, hgmma=1, multiply_adds=16384 + 2 * 2048, spills=2)
+    assert used == Usage(254, 1, 24, counts, Code(own))
+    assert Usage.of(json.loads(json.dumps(used.values()))) == used
 
 
 def tool(folder: Path, mode: int = 0o755) -> Path:
@@ -75,7 +81,7 @@ def row(target: str = "sm_90a", **fields: object) -> CompiledKernel:
 def test_all_shared_memory_of_a_target_may_be_used_and_no_byte_more(
     target: str, bytes_: int
 ) -> None:
-    assert BUDGETS[target].shared == bytes_
+    assert GPUS[target].program_shared == bytes_
     assert with_failures(row(target, shared=bytes_), [], True, {}).failures == ()
     text = f"shared memory is {bytes_ + 1} bytes, should be at most {bytes_} on {target}"
     assert with_failures(row(target, shared=bytes_ + 1), [], False, {}).failures == (text,)

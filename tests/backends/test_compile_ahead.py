@@ -11,8 +11,10 @@ import torch
 
 from ahead_of_time import Launching, ahead, compile_for, compiled, failures, sequence
 from gdn_ops.aot import sampling
-from gdn_ops.aot.gpu_limits import BUDGETS
+from gdn_ops.aot.processors import GPUS
 from gdn_ops.call.bind import Call
+from gdn_ops.dispatch.backend import Backend
+from gdn_ops.dispatch.registry import get_backend
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS, OPS
 from kernel_backends import part
 
@@ -88,7 +90,7 @@ def test_every_target_multiplies_in_its_matrix_unit(
     row = compiled(name, target, product(name))
     assert row.target == target and row.kernel == "product"
     assert row.instructions[instruction] > 0
-    assert 0 < row.shared <= BUDGETS[target].shared and 0 < row.registers <= 512
+    assert 0 < row.shared <= GPUS[target].program_shared and 0 < row.registers <= 512
     assert row.failures == ()
     if name == "triton":
         assert row.options == {"num_warps": 4, "enable_fp_fusion": True}
@@ -229,9 +231,36 @@ def test_every_default_configuration_is_fit_for(name: str, target: str) -> None:
     rows = list(ahead(name, target, sampling.samples(DEFAULTS[name])))
     assert failures(rows) == []
     assert all(row.registers > 0 for row in rows)
+    launches = [(row.kernel, launch) for row in rows for launch in row.launches]
+    assert [(kernel, x.sample) for kernel, x in launches if x.prediction is None] == []
     kernels = [row.kernel for row in rows if row.sample.startswith(sampling.REFERENCE)]
     assert {"prepare", "walk"} < set(kernels) and "tokens" in {row.kernel for row in rows}
     assert len(set(kernels) if name == "triton" else kernels) <= MOST[name], kernels
+
+
+def test_every_launch_of_the_reference_case_is_held_to_its_budget(name: str) -> None:
+    budgets, target = part(name, "aot.budgets").current(), HOPPER[name]
+    if not budgets:
+        pytest.skip(f"no budgets for this version of {name}")
+    samples = [*sampling.samples([GATED_DELTA.case[sampling.REFERENCE]])]
+    rows = list(ahead(name, target, iter(samples)))
+    assert failures(rows) == []
+    made = {(row.kernel, x.direction, row.target) for row in rows for x in row.launches}
+    assert made == set(budgets)
+    # An instruction less than the code has, and a budget too few.
+    backend = get_backend(name)
+    assert isinstance(backend, Backend)
+    less = {key: budget._replace(instructions=0) for key, budget in budgets.items()}
+    del less["solve", "forward", target]
+    compiler = part(name, "aot.compiler")
+    rows = list(compiler.compile_ahead(backend, target, samples, budgets=less))
+    texts = failures(rows)
+    assert (
+        f"solve ({samples[0].label}): forward: no budget on {target}, should be in the table"
+        in (texts[0].removesuffix(" of budgets"))
+    )
+    assert len(texts) == len(budgets)
+    assert all(text.endswith("should be at most 0") for text in texts[1:])
 
 
 TARGETS = {

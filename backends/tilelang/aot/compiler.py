@@ -20,26 +20,43 @@ from pathlib import Path
 from typing import Any
 
 from gdn_ops.aot import jobs
+from gdn_ops.aot.budgets import Budgets
 from gdn_ops.aot.gpu_limits import AllowedSpills, Product
 from gdn_ops.aot.jobs import Built, Job
 from gdn_ops.aot.results import CompiledKernel, Sample
-from gdn_ops.backends.tilelang.aot import cubin
+from gdn_ops.backends.tilelang.aot import accesses, cubin
+from gdn_ops.backends.tilelang.aot.loops import loops_of
 from gdn_ops.backends.tilelang.host.launcher import trace
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.kernel_support.launches import Launch
 
+LANES = 32
+"""Threads of a warp."""
+
 
 def compile_ahead(
-    backend: Backend, target: str, samples: Iterable[Sample], allowed: AllowedSpills | None = None
+    backend: Backend,
+    target: str,
+    samples: Iterable[Sample],
+    allowed: AllowedSpills | None = None,
+    budgets: Budgets | None = None,
 ) -> Iterator[CompiledKernel]:
-    """Compile the kernels that a backend launches; a reference may have the `allowed` spills.
+    """Compile the kernels that a backend launches, and judge them.
+
+    Args:
+        backend: one whose kernels are TileLang's.
+        target: one of `config.TARGETS`.
+        samples: calls on meta tensors.
+        allowed: the spills that a reference may have.
+        budgets: what the launches of the reference case may cost.
 
     Raises:
         ValueError: the target is not one of them.
         FileNotFoundError: there is no nvcc, or no cuobjdump.
     """
     cubin.check(target)
-    yield from jobs.compile_ahead(backend, target, samples, allowed, _specialise, _reason)
+    compiler = jobs.Compiler(_specialise, _reason)
+    yield from jobs.compile_ahead(backend, target, samples, allowed, budgets, compiler)
 
 
 def _specialise(launch: Launch, target: str) -> tuple[Any, Job]:
@@ -51,7 +68,19 @@ def _build(launch: Launch, target: str) -> Built:
     with jobs.front_end:
         traced = trace(launch.kernel, launch.kwargs)
     facts, products = cubin.compiled(traced, target), cubin.products(traced)
-    return Built(facts.shared, facts.usage, products, tuple(_rounded(products)), facts.remarks)
+    copiers = facts.threads // LANES - launch.kwargs["threads"] // LANES
+    return Built(
+        shared=facts.shared,
+        warps=facts.threads // LANES,
+        copiers=copiers,
+        usage=facts.usage,
+        products=products,
+        failures=tuple(_rounded(products)),
+        remarks=facts.remarks,
+        grid=functools.partial(accesses.grid, function=traced),
+        moved=functools.partial(accesses.moved, function=traced),
+        loops=functools.partial(loops_of, function=traced, has_copiers=copiers > 0),
+    )
 
 
 def _rounded(products: Iterable[Product]) -> Iterator[str]:

@@ -28,8 +28,9 @@ from gdn_ops.aot.sass import Usage, cubin_usage, find_tool
 from gdn_ops.backends.tilelang.host import cache, toolchain
 from gdn_ops.backends.tilelang.host.config import TARGETS
 
-_KEPT = 1
-"""Version of cached results: changes when this file or gdn_ops.aot.sass reads something else."""
+_KEPT = 2
+"""Version of cached results: changes when this file, gdn_ops.aot.sass or what it reads
+code with finds something else."""
 
 _OPTIONS = ("--cubin", "-O3", "-lineinfo", "-std=c++20", "-Xptxas", "-v")
 
@@ -39,12 +40,14 @@ class Compiled(NamedTuple):
 
     Attributes:
         shared: bytes of shared memory of a program.
+        threads: of a program, with those that TileLang adds to copy.
         usage: what cuobjdump says of the code.
         stored, loaded: bytes of registers that are spilled and loaded again, as ptxas reports.
         remarks: performance warnings of ptxas, like products that wait for each other.
     """
 
     shared: int
+    threads: int
     usage: Usage
     stored: int
     loaded: int
@@ -69,7 +72,7 @@ def compiled(function: Any, target: str) -> Compiled:
         return _parsed(kept.read_text())
     source, dynamic = lowered(function, target)
     cubin, report = assembled(source, target)
-    result = read(dynamic, cubin, report)
+    result = read(dynamic, threads_of(source), cubin, report)
     _keep(kept, result)
     return result
 
@@ -120,7 +123,7 @@ def _kept(function: Any, target: str) -> Path:
 
 def _parsed(text: str) -> Compiled:
     fields = json.loads(text)
-    usage, remarks = Usage(**fields["usage"]), tuple(fields["remarks"])
+    usage, remarks = Usage.of(fields["usage"]), tuple(fields["remarks"])
     return Compiled(**fields | {"usage": usage, "remarks": remarks})
 
 
@@ -129,7 +132,7 @@ def _keep(path: Path, result: Compiled) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(result._asdict() | {"usage": result.usage._asdict()}, file)
+            json.dump(result._asdict() | {"usage": result.usage.values()}, file)
         os.replace(file.name, path)
 
 
@@ -172,14 +175,34 @@ def assembled(source: str, target: str) -> tuple[bytes, str]:
         return cubin.read_bytes(), report
 
 
-def read(dynamic: int, cubin: bytes, report: str) -> Compiled:
-    """Return the resources that code uses, given its dynamic shared memory and ptxas's report."""
+def threads_of(source: str) -> int:
+    """Return the threads of a program, which a CUDA source declares.
+
+    Raises:
+        ValueError: it does not.
+    """
+    bounds = re.search(r"__launch_bounds__\((\d+)", source)
+    if bounds is None:
+        raise ValueError("the source has no __launch_bounds__")
+    return int(bounds[1])
+
+
+def read(dynamic: int, threads: int, cubin: bytes, report: str) -> Compiled:
+    """Return the resources that code uses.
+
+    Args:
+        dynamic: bytes of its dynamic shared memory.
+        threads: of a program.
+        cubin: the code.
+        report: what ptxas says of it.
+    """
 
     def number(what: str) -> int:
         return sum(map(int, re.findall(rf"(\d+) bytes {what}", report)))
 
     return Compiled(
         shared=dynamic + number("smem"),
+        threads=threads,
         usage=cubin_usage(cubin, [nvcc().parent]),
         stored=number("spill stores"),
         loaded=number("spill loads"),

@@ -20,9 +20,12 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from gdn_ops.aot import jobs
+from gdn_ops.aot.budgets import Budgets
 from gdn_ops.aot.gpu_limits import AllowedSpills
 from gdn_ops.aot.jobs import Built, Job
 from gdn_ops.aot.results import CompiledKernel, Sample
+from gdn_ops.backends.triton.aot.accesses import accesses, moved
+from gdn_ops.backends.triton.aot.loops import loops_of
 from gdn_ops.backends.triton.aot.usage import products, usage
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.kernel_support.launches import Launch
@@ -49,10 +52,23 @@ class Source(ASTSource):  # type: ignore[misc]
 
 
 def compile_ahead(
-    backend: Backend, target: str, samples: Iterable[Sample], allowed: AllowedSpills | None = None
+    backend: Backend,
+    target: str,
+    samples: Iterable[Sample],
+    allowed: AllowedSpills | None = None,
+    budgets: Budgets | None = None,
 ) -> Iterator[CompiledKernel]:
-    """Compile the kernels that a backend launches; a reference may have the `allowed` spills."""
-    return jobs.compile_ahead(backend, target, samples, allowed, _specialise, _reason)
+    """Compile the kernels that a backend launches, and judge them.
+
+    Args:
+        backend: one whose kernels are Triton's.
+        target: one of TARGETS.
+        samples: calls on meta tensors.
+        allowed: the spills that a reference may have.
+        budgets: what the launches of the reference case may cost.
+    """
+    compiler = jobs.Compiler(_specialise, _reason)
+    return jobs.compile_ahead(backend, target, samples, allowed, budgets, compiler)
 
 
 def _specialise(launch: Launch, target: str) -> tuple[Any, Job]:
@@ -85,7 +101,16 @@ def _binder(kernel: Any, target: str) -> Any:
 
 def _build(source: Source, options: Any, target: str) -> Built:
     compiled = triton.compile(source, target=TARGETS[target], options=options.__dict__)
-    return Built(int(compiled.metadata.shared), usage(compiled), products(compiled.asm["ttir"]))
+    facts, ttir = compiled.metadata, compiled.asm["ttir"]
+    return Built(
+        shared=int(facts.shared),
+        warps=int(facts.num_warps),
+        copiers=0,
+        usage=usage(compiled),
+        products=products(ttir),
+        moved=functools.partial(moved, found=accesses(ttir)),
+        loops=loops_of,
+    )
 
 
 def _reason(error: Exception, kernel: Any) -> str:

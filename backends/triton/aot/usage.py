@@ -15,13 +15,15 @@ from typing import Any
 import triton
 from triton.runtime.cache import get_cache_manager
 
+from gdn_ops.aot.amd_listing import read_amd
 from gdn_ops.aot.gpu_limits import Product
+from gdn_ops.aot.loops import read_code
 from gdn_ops.aot.sass import Usage, cubin_usage
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_KEPT = "gdn_ops_usage_1.json"
-"""Name of the cached result, with a number that changes when this file or gdn_ops.aot.sass reads
-something else."""
+_KEPT = "gdn_ops_usage_2.json"
+"""Name of the cached result, with a number that changes when this file, gdn_ops.aot.sass or what
+it reads code with finds something else."""
 
 _AMD_MATRIX = re.compile(r"\bv_(s?mfma)")
 
@@ -31,12 +33,12 @@ def usage(compiled: Any) -> Usage:
     cache = get_cache_manager(compiled.hash)
     kept = cache.get_file(_KEPT)
     if kept is not None:
-        return Usage(**json.loads(Path(kept).read_text()))
+        return Usage.of(json.loads(Path(kept).read_text()))
     if "cubin" in compiled.asm:
         facts = cubin_usage(compiled.asm["cubin"], [_TOOLS])
     else:
         facts = amd_usage(compiled.asm["amdgcn"])
-    cache.put(json.dumps(facts._asdict()), _KEPT, binary=False)
+    cache.put(json.dumps(facts.values()), _KEPT, binary=False)
     return facts
 
 
@@ -55,6 +57,7 @@ def amd_usage(assembly: str) -> Usage:
         spills=read("vgpr_spill_count"),
         stack=read("private_segment_fixed_size"),
         instructions=dict(Counter(names)),
+        code=read_code(read_amd(assembly)),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from errors import message_of
 
@@ -14,9 +15,16 @@ tilelang = pytest.importorskip("tilelang")
 
 from ahead_of_time import Launching, compile_for, compiled  # noqa: E402
 from command_line import Result, run  # noqa: E402
-from gdn_ops.backends.tilelang.aot import cubin  # noqa: E402
+from gdn_ops import Backend  # noqa: E402
+from gdn_ops.aot import jobs, sampling  # noqa: E402
+from gdn_ops.backends.tilelang.aot import accesses, cubin  # noqa: E402
+from gdn_ops.backends.tilelang.aot.loops import loops_of  # noqa: E402
 from gdn_ops.backends.tilelang.host import toolchain  # noqa: E402
 from gdn_ops.backends.tilelang.host.launcher import launch, trace  # noqa: E402
+from gdn_ops.dispatch.registry import get_backend  # noqa: E402
+from gdn_ops.kernel_support.launches import Launch  # noqa: E402
+from gdn_ops.spec.cases import GPU_CASES  # noqa: E402
+from gdn_ops.spec.ops import GATED_DELTA  # noqa: E402
 from tilelang_kernels import compiled as kernels  # noqa: E402
 
 GPUS = ("sm_90a", "sm_80")
@@ -45,6 +53,13 @@ def launching(make: Any, **constants: Any) -> Any:
     return lambda call: launch(make, constants, call.tokens.v)
 
 
+def multiplying(dtype: str) -> Any:
+    """Return what launches a product of two square tiles."""
+    tile = torch.empty(64, 64, dtype=getattr(torch, dtype), device="meta")
+    sums = torch.empty(64, 64, device="meta")
+    return lambda call: launch(kernels.product, TILE | {"dtype": dtype}, tile, tile, sums)
+
+
 # What is wrong is found.
 
 
@@ -57,7 +72,7 @@ def test_bytes_that_are_spilled_are_reported(target: str) -> None:
 
 
 def test_a_product_of_float32_tiles_is_a_failure_for_it_is_one_in_tf32() -> None:
-    row = compiled("tilelang", "sm_80", launching(kernels.product, **TILE | {"dtype": "float32"}))
+    row = compiled("tilelang", "sm_80", multiplying("float32"))
     assert row.instructions.keys() == {"HMMA"}
     assert row.failures == ("a float32 product of 64 x 64 by 64 x 64 is one in TF32",)
 
@@ -108,16 +123,23 @@ extern "C" __global__ void serial(float* y, unsigned long long a, unsigned long 
 def test_what_ptxas_says_costs_time_is_a_failure_of_a_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kernel = cubin.read(1000, *cubin.assembled(SERIAL, "sm_90a"))
+    kernel = cubin.read(1000, 128, *cubin.assembled(SERIAL, "sm_90a"))
     assert kernel.usage.instructions == {"HGMMA": 4}
     # What the host asks for and what the source declares.
     assert kernel.shared == 1000 + 256 * 4
     (remark,) = kernel.remarks
     assert remark.startswith("wgmma.mma_async instructions are serialized due to ")
     monkeypatch.setattr(cubin, "compiled", lambda *_: kernel)
-    launches = launching(kernels.product, **TILE)
+    launches = multiplying("bfloat16")
     assert compiled("tilelang", "sm_90a", launches).failures == (remark,)
     assert compiled("tilelang", "sm_90a", launches, is_reference=False).failures == ()
+
+
+def test_the_threads_of_a_program_are_those_that_its_source_declares() -> None:
+    text = 'extern "C" __global__ void __launch_bounds__(256, 1) states_kernel(const int* cu) {'
+    assert cubin.threads_of(text) == 256
+    message = "the source has no __launch_bounds__"
+    assert message_of(ValueError, cubin.threads_of, "void f() {}") == message
 
 
 # Targets and tools.
@@ -206,6 +228,70 @@ def test_offsets_take_64_bits_where_sizes_are_not_known() -> None:
     stores = [line for line in source.splitlines() if "(Y + " in line]
     assert stores and all("(int64_t)" in line for line in stores)
     assert shared == 0
+
+
+# The grid of a launch, its bytes and its loops are those of the traced kernel.
+
+
+def test_a_grid_and_the_bytes_follow_from_the_arguments() -> None:
+    x = torch.empty(100, 64, device="meta")
+    made = Launch(kernels.normalise, (), (x, x), CALM)
+    function = trace(kernels.normalise, CALM)
+    assert accesses.grid(made, function) == (7,)
+    assert accesses.moved(made, function) == (100 * 64 * 4, 100 * 64 * 4)
+    # Its second operand is transposed; the product is only written.
+    tensors = (torch.empty(64, 64, dtype=torch.bfloat16, device="meta"),) * 2
+    sums = torch.empty(64, 64, device="meta")
+    made = Launch(kernels.product, (), (*tensors, sums), TILE)
+    assert accesses.moved(made, trace(kernels.product, TILE)) == (2 * 8192, 16384)
+
+
+def launches_of_case(name: str) -> dict[str, tuple[Launch, Any]]:
+    """Return the launches of a case's training by kernel, and their kernels traced."""
+    backend = get_backend("tilelang")
+    assert isinstance(backend, Backend)
+    cases = {case.name: case for case in (*GATED_DELTA.cases, *GPU_CASES)}
+    training = list(sampling.samples([cases[name]]))[1]
+    made = [one.launch for one in jobs.launches_of(backend, training, "sm_90a")]
+    return {
+        f"{x.kernel.__name__} {x.kwargs.get('mode', '')}".strip(): (x, trace(x.kernel, x.kwargs))
+        for x in made
+    }
+
+
+def test_loops_are_those_of_the_source() -> None:
+    made = launches_of_case("qwen-16-64-8192x4")
+    grids = {name: accesses.grid(*pair) for name, pair in made.items()}
+    # 128 chunks for each of 4 sequences, and a slot more for each.
+    assert grids["solve"] == grids["token_gradients"] == (4 * 128 + 4, 16)
+    assert grids["states output"] == grids["state_gradients gradients"] == (2 * 4, 64)
+    walked, traced = made["states output"]
+    unsized = walked._replace(args=(*walked.args[:-1], None))
+    message = "blockIdx.x has grid * 2 programs, should be a number"
+    assert message_of(ValueError, accesses.grid, unsized, traced) == message
+    loops = {name: loops_of(*pair, has_copiers=False) for name, pair in made.items()}
+    trips = {name: [loop.trips for loop in own or ()] for name, own in loops.items()}
+    # A search among 4 takes 2 steps; 4 value heads of a key head, in 2 blocks of columns.
+    assert trips["solve"] == [2, 4]
+    assert trips["states output"] == trips["states states"] == [2, 128]
+    assert trips["token_gradients"] == [2, 8]
+    copied = loops_of(*made["solve"], has_copiers=True)
+    assert copied is not None
+    assert [loop.trips for loop in copied] == [2, 4, 0, 0]
+    assert [loop.is_constant for loop in copied] == [False, False, True, False]
+    launch_of_solve, traced = made["solve"]
+    unknown = launch_of_solve._replace(kernel=kernels.product)
+    assert loops_of(unknown, traced, has_copiers=False) is None
+
+
+def test_a_walk_in_segments_has_the_chunks_of_one() -> None:
+    made = launches_of_case("qwen-2-8-32768")
+    walked = made["states output"]
+    L = walked[0].args[[p.name for p in walked[1].params].index("L")]
+    loops = loops_of(*walked, has_copiers=False)
+    assert loops is not None and [loop.trips for loop in loops] == [0, L]
+    composed = loops_of(*made["compose"], has_copiers=False)
+    assert composed is not None and composed[0].trips == 512 // L
 
 
 # The backend itself.

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,15 +23,21 @@ from ahead_of_time import (  # noqa: E402
     sequence,
 )
 from gdn_ops.aot.gpu_limits import Product  # noqa: E402
+from gdn_ops.aot.jobs import launches_of  # noqa: E402
+from gdn_ops.aot.machine_code import Code, Counts  # noqa: E402
 from gdn_ops.aot.sass import Usage  # noqa: E402
+from gdn_ops.aot.source_loops import SourceLoop  # noqa: E402
 from gdn_ops.backends.triton import Triton  # noqa: E402
+from gdn_ops.backends.triton.aot.accesses import Accesses, accesses, moved  # noqa: E402
 from gdn_ops.backends.triton.aot.compiler import (  # noqa: E402
     TARGETS,
     specialised,
 )
+from gdn_ops.backends.triton.aot.loops import loops_of  # noqa: E402
 from gdn_ops.backends.triton.aot.usage import amd_usage, products  # noqa: E402
 from gdn_ops.backends.triton.host.launcher import launch  # noqa: E402
-from gdn_ops.kernel_support.launches import recording  # noqa: E402
+from gdn_ops.dispatch.registry import get_backend  # noqa: E402
+from gdn_ops.kernel_support.launches import Launch, recording  # noqa: E402
 from kernel_backends import SIZES, meta_call  # noqa: E402
 from triton_kernels import bad  # noqa: E402
 
@@ -50,6 +57,7 @@ def test_what_does_not_compile_is_a_failure_though_it_runs_in_an_emulation() -> 
     assert row.failures == (
         "does not compile: CompilationError: NameError('x is not defined'), in: tl.store(X_, x)",
     )
+    assert [(x.grid, x.bytes, x.prediction) for x in row.launches] == [((1,), 4, None)]
 
 
 # The specialisation is that of a launch.
@@ -154,7 +162,8 @@ def test_usage_on_amd_is_read_from_the_assembly() -> None:
     .vgpr_count:     302
     .vgpr_spill_count: 3
     """
-    assert amd_usage(assembly) == Usage(302, 3, 16, {"MFMA": 1, "SMFMA": 1})
+    own = Counts(instructions=2, matrix=2, multiply_adds=32 * 32 * 8 + 16 * 16 * 32)
+    assert amd_usage(assembly) == Usage(302, 3, 16, {"MFMA": 1, "SMFMA": 1}, Code(own))
     with pytest.raises(ValueError, match=r"^the assembly has no .vgpr_count$"):
         amd_usage("s_endpgm")
 
@@ -166,3 +175,67 @@ def test_products_are_read_from_the_representation_of_a_kernel() -> None:
     %d = arith.addf %a, %a : tensor<64x32xf32>
     """  # noqa: E501
     assert products(text) == [Product(64, 32, 128, "bf16"), Product(16, 16, 64, "f32")]
+
+
+TTIR = """
+  tt.func public @walk(%k: !tt.ptr<bf16> {tt.divisibility = 16 : i32}, %k_token: i32, %o: !tt.ptr<f32>, %s: !tt.ptr<f32>, %unused: !tt.ptr<f32>) attributes {noinline = false} {
+    %0 = tt.get_program_id x : i32
+    %from_k = tt.addptr %k, %0 : !tt.ptr<bf16>, i32
+    %tiles = tt.make_tensor_descriptor %from_k, [%k_token], [%c1_i64] : <bf16>, <tensor<64xbf16>>
+    %from_s = tt.splat %s : !tt.ptr<f32> -> tensor<64x!tt.ptr<f32>>
+    %S = tt.load %from_s, %mask : tensor<64x!tt.ptr<f32>>
+    %to_o = tt.splat %o : !tt.ptr<f32> -> tensor<64x!tt.ptr<f32>>
+    %S_1:2 = scf.for %i = %0 to %c8 step %c1 iter_args(%x = %S, %to = %to_o) -> (tensor<64xf32>, tensor<64x!tt.ptr<f32>>) : i32 {
+      %tile = tt.descriptor_load %tiles[%i] : !tt.tensordesc<tensor<64xbf16>> -> tensor<64xbf16>
+      tt.store %to, %x, %mask : tensor<64x!tt.ptr<f32>>
+      %next = tt.addptr %to, %c64 : tensor<64x!tt.ptr<f32>>, tensor<64xi32>
+      scf.yield %x, %next : tensor<64xf32>, tensor<64x!tt.ptr<f32>>
+    }
+    %old = tt.atomic_rmw fadd, acq_rel, gpu, %from_s, %S_1#0, %mask : (tensor<64x!tt.ptr<f32>>, tensor<64xf32>, tensor<64xi1>) -> tensor<64xf32>
+"""  # noqa: E501
+
+
+def test_what_is_read_and_written_follows_from_the_pointers() -> None:
+    found = accesses(TTIR)
+    assert found == Accesses(frozenset({"k", "s"}), frozenset({"o", "s"}))
+    tensors = (meta(8), 2, meta(16, dtype=torch.float32), meta(4, dtype=torch.float32), meta(99))
+    kernel = SimpleNamespace(arg_names=["k", "k_token", "o", "s", "unused"])
+    made = Launch(kernel, (1,), tensors, {"num_warps": 4})
+    assert moved(made, found) == (8 * 2 + 4 * 4, 16 * 4 + 4 * 4)
+
+
+def test_what_cannot_be_followed_is_not_known() -> None:
+    unknown = TTIR.replace("%to_o = tt.splat %o", "%to_o = tt.elsewhere %there")
+    assert accesses(unknown) is None
+    assert moved(Launch(SimpleNamespace(arg_names=[]), (1,), (), {}), None) is None
+
+
+# The loops of a launch are those of its source.
+
+
+def launch_loops(**choice: Any) -> dict[str, Any]:
+    """Return the loops of the launches of a training call, by kernel."""
+    backend = get_backend("triton")
+    assert not isinstance(backend, str)
+    call = replace(sequence(**choice).call, needs_grad=True)
+    made = launches_of(backend, replace(sequence(), call=call), "sm_90")
+    return {one.launch.kernel.__name__: loops_of(one.launch) for one in made}
+
+
+def test_loops_are_those_of_the_source() -> None:
+    loops = launch_loops(T=1000, HV=64)
+    heads, columns = ("value heads", 4), SourceLoop("columns of V", 2, (), is_constant=True)
+    chunks = (SourceLoop("chunks", 16),)
+    alone = (SourceLoop(*heads, (), is_constant=True),)
+    nested = SourceLoop(*heads, (columns,), is_constant=True)
+    assert loops == {
+        **dict.fromkeys(("solve", "output", "local_gradients"), alone),
+        **dict.fromkeys(("states", "state_gradients"), chunks),
+        "pair_gradients": (nested,),
+        "token_gradients": (nested, nested),
+    }
+
+
+def test_loops_of_a_kernel_without_an_entry_are_not_known() -> None:
+    made = Launch(bad.gather, (1,), (meta(64), meta(64), None, 64, 32, 0.5), {"N": 64})
+    assert loops_of(made) is None

@@ -1,0 +1,73 @@
+"""Hold compiled kernels to budgets, so that code which became slower is seen without a GPU.
+
+A backend has a table of budgets for a version of its compiler. They are held at the defaults, in
+the launches of the case `sampling.REFERENCE`, on the targets that the table has. There, a kernel
+without a budget fails too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from gdn_ops.aot.results import CompiledKernel, TimedLaunch
+from gdn_ops.aot.sampling import REFERENCE
+
+
+class Budget(NamedTuple):
+    """Say what a launch may cost. The hot loop is `Code.hot`, a trip of it has its inner loops.
+
+    Attributes:
+        instructions: the most that a warp executes in a trip of the hot loop.
+        barriers: the most in a trip of it.
+        register_a: the fewest HGMMA of a trip with operand A in registers.
+        programs: the fewest that a processor holds.
+        spills: the most in the whole kernel.
+    """
+
+    instructions: int
+    barriers: int
+    register_a: int
+    programs: int
+    spills: int = 0
+
+
+Budgets = Mapping[tuple[str, str, str], Budget]
+"""(kernel, direction, target) -> its budget."""
+
+
+def over_budget(row: CompiledKernel, budgets: Budgets) -> tuple[str, ...]:
+    """Return what a compiled kernel has beyond its budgets, or that it lacks one."""
+    if all(target != row.target for _, _, target in budgets):
+        return ()
+    texts = (
+        f"{launch.direction}: {text}"
+        for launch in row.launches
+        if launch.sample.rpartition(" ")[0] == REFERENCE
+        for text in _excess(row, launch, budgets.get((row.kernel, launch.direction, row.target)))
+    )
+    return tuple(dict.fromkeys(texts))
+
+
+def _excess(row: CompiledKernel, launch: TimedLaunch, budget: Budget | None) -> Iterator[str]:
+    """Yield where a launch is over its budget."""
+    if budget is None:
+        yield f"no budget on {row.target}, should be in the table of budgets"
+        return
+    if launch.trips is None:
+        yield "the trips of its loops are not known, should be given for a budget"
+        return
+    trip = row.code.trip(row.code.hot(launch.trips), launch.trips)
+    for name, value, most in (
+        ("instructions a trip of the hot loop", trip.instructions, budget.instructions),
+        ("barriers a trip of the hot loop", trip.barriers, budget.barriers),
+        ("spills", row.spills, budget.spills),
+    ):
+        if value > most:
+            yield f"{name} are {value}, should be at most {most}"
+    for name, value, least in (
+        ("HGMMA with A in registers", trip.register_a, budget.register_a),
+        ("programs per processor", row.programs, budget.programs),
+    ):
+        if value < least:
+            yield f"{name} are {value}, should be at least {least}"

@@ -1,0 +1,87 @@
+"""Match the loops of a kernel's source with those of its machine code, to know their trips.
+
+A backend says which loops a launch of its kernel has, in the order of the source, and how often
+each is run. A compiler leaves some out: it unrolls a loop whose number of trips is a constant, from
+the inside out, and drops one of a single trip, always where that is a constant. All ways in which
+it may have done so are tried; where none gives the loops of the machine code, or several do with
+different trips, the trips are not known. A loop that is unrolled in part, with nothing left over,
+is not noticed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from gdn_ops.aot.machine_code import Code
+
+
+@dataclass(frozen=True)
+class SourceLoop:
+    """Describe a loop of a kernel's source for one launch.
+
+    Attributes:
+        name: what it goes over, like "chunks".
+        trips: how often a warp that computes runs it each time it is entered.
+        inner: the loops in it.
+        is_constant: whether the number is known to the compiler, which then may unroll the loop;
+            or another reason why the loop may not be there.
+    """
+
+    name: str
+    trips: int
+    inner: tuple[SourceLoop, ...] = ()
+    is_constant: bool = False
+
+
+Nest = tuple[tuple[int, "Nest"], ...]
+"""Loops as pairs: a number, and the loops inside."""
+
+
+def trips_of(code: Code, source: Sequence[SourceLoop] | None) -> dict[int, int] | None:
+    """Return the trips of every loop that counts, or None where they are not known.
+
+    Args:
+        code: the machine code.
+        source: the loops of its source, or None where the backend does not say.
+    """
+    if source is None or code.irregular:
+        return None
+    found = _found(code, -1)
+    fitting = {_numbers(nest) for nest in _forms(tuple(source)) if _shape(nest) == _shape(found)}
+    if len(fitting) != 1:
+        return None
+    trips = dict(zip(_numbers(found), fitting.pop(), strict=True))
+    # What is never run here multiplies nothing: loops that copy, and searches.
+    is_wrong = any(n == 0 and code.loops[i].own.matrix for i, n in trips.items())
+    return None if is_wrong else trips
+
+
+def _found(code: Code, parent: int) -> Nest:
+    return tuple((index, _found(code, index)) for index in code.children(parent))
+
+
+def _forms(loops: tuple[SourceLoop, ...]) -> Iterator[Nest]:
+    """Yield the nests that a compiler may make of loops, with their trips."""
+    for chosen in itertools.product(*([*_forms_of(loop)] for loop in loops)):
+        yield tuple(itertools.chain(*chosen))
+
+
+def _forms_of(loop: SourceLoop) -> Iterator[Nest]:
+    for inner in _forms(loop.inner):
+        if loop.trips == 1:
+            yield inner
+            if loop.is_constant:
+                continue
+        elif loop.is_constant and not inner:
+            yield ()
+        yield ((loop.trips, inner),)
+
+
+def _shape(nest: Nest) -> tuple[object, ...]:
+    return tuple(_shape(inner) for _, inner in nest)
+
+
+def _numbers(nest: Nest) -> tuple[int, ...]:
+    return tuple(n for number, inner in nest for n in (number, *_numbers(inner)))
