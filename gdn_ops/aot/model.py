@@ -17,8 +17,8 @@ Bytes are those of every tensor that the launch reads, and of every one that it 
 several programs read is found in the cache.
 
 The floors are the same without these factors: issue = I w G c / (P s f) of G programs, bytes over
-the bandwidth. The factors and cycles are chosen for Hopper, and were never measured; expect 30 %
-either way there, and no more than an order of candidates elsewhere.
+the bandwidth. The factors and cycles are chosen, not measured: they are meant to be within 30 % on
+Hopper, and to order candidates elsewhere.
 """
 
 from __future__ import annotations

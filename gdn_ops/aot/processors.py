@@ -84,8 +84,9 @@ _B200 = _nvidia(
     "4096 multiply-adds a cycle; 8 TB/s",
 )  # fmt: skip
 _RTX_5090 = _nvidia(
-    "RTX 5090", 170, 2.407e9, 1.792e12, 512, 100,
-    "RTX Blackwell architecture whitepaper: 170 processors, boost clock 2407 MHz, 1792 GB/s",
+    "RTX 5090", 170, 2.407e9, 1.792e12, 256, 100,
+    "RTX Blackwell architecture whitepaper: 170 processors, boost clock 2407 MHz, 1792 GB/s, "
+    "209.5 TFLOP/s in bfloat16 with sums in float32",
     warps=12, programs=24,
 )  # fmt: skip
 _MI300X = Gpu(

@@ -176,7 +176,7 @@ def _launch_values(x: Timed) -> dict[str, Any]:
     if x.hot is not None:
         own["hot_loop"] = {"trips": x.hot[1]} | values(x.hot[0])
     if launch.work is not None and launch.prediction is not None:
-        own |= {"executed": values(launch.work)} | asdict(launch.prediction)
+        own |= {"executed": launch.work.instructions} | asdict(launch.prediction)
     return own
 
 

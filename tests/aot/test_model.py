@@ -64,6 +64,7 @@ def test_the_constants_are_those_of_the_data_sheets() -> None:
         ("sm_80", 1.41e9, 312e12),
         ("sm_90", 1.83e9, 989e12),
         ("sm_100", 1.855e9, 2.25e15),
+        ("sm_120a", 2.407e9, 209.5e12),
         ("gfx942", 2.1e9, 1307e12),
     ):
         gpu = GPUS[target]
