@@ -56,6 +56,9 @@ def add_to(commands: Any) -> None:
         action="store_true",
         help="also compile every option that differs from the defaults; minutes per GPU",
     )
+    parser.add_argument(
+        "--loops", action="store_true", help="also print what the code has in each loop"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--out", type=path, metavar="FILE", help="write the JSON to a file")
 
@@ -86,7 +89,7 @@ def run(options: Options) -> int:
                 own.append(row)
                 advance(f"compiling for {target}: {len(own)} kernels, {row.kernel}")
         if not options.json:
-            show(own, target)
+            show(own, target, has_loops=options.loops)
         rows += own
     if options.json:
         print(as_json(backend, rows), end="")

@@ -17,6 +17,20 @@ from gdn_ops.terminal.tables import Section, table, wrapped
 COLUMNS = ("launched by", "options", "shared", "registers", "spills", "stack", "matrix", "")
 LAUNCH_COLUMNS = ("launch", "fit", "waves", "hot loop", "reg. A", "barriers", "us", "bound")
 
+LOOP_COLUMNS = {
+    "all": "instructions",
+    "matrix": "matrix",
+    "reg. A": "register_a",
+    "bar.": "barriers",
+    "wait": "waits",
+    "ld": "shared_loads",
+    "st": "shared_stores",
+    "shfl": "shuffles",
+    "spill": "spills",
+    "mufu": "special",
+}
+"""Head of a column of the table of loops, and the field of `Counts` in it."""
+
 
 class Timed(NamedTuple):
     """Hold a launch and the place of its kernel among all that were compiled."""
@@ -35,8 +49,14 @@ class Timed(NamedTuple):
         return code.trip(index, trips), trips[index] if index >= 0 else 1
 
 
-def show(rows: Sequence[CompiledKernel], target: str) -> None:
-    """Print the kernels and the launches of one target, then the text of every failure."""
+def show(rows: Sequence[CompiledKernel], target: str, *, has_loops: bool = False) -> None:
+    """Print the kernels and the launches of one target, then the text of every failure.
+
+    Args:
+        rows: the kernels.
+        target: the GPU.
+        has_loops: whether to print what is in each loop too.
+    """
     kernels = dict.fromkeys(row.kernel for row in rows)
     sections = [(name, [cells(row) for row in rows if row.kernel == name]) for name in kernels]
     print(f"compiled for {target}")
@@ -45,6 +65,9 @@ def show(rows: Sequence[CompiledKernel], target: str) -> None:
     if launches:
         print()
         print(table(LAUNCH_COLUMNS, launches))
+    if has_loops:
+        print()
+        print(table(("loop", *LOOP_COLUMNS), [*map(loop_section, rows)]))
     for row in rows:
         where = f"{row.kernel} ({row.sample}, {target})"
         for text in (*row.failures, *([row.note] if row.note else [])):
@@ -131,6 +154,18 @@ def launch_cells(x: Timed) -> tuple[str, ...]:
         f"{time.us:.1f}",
         time.bound,
     )
+
+
+def loop_section(row: CompiledKernel) -> Section:
+    """Return the loops of a kernel, each with its own instructions, inner ones indented."""
+    lines = [("  outside", row.code.outside)]
+    for loop in row.code.loops:
+        lines.append((f"  {'  ' * loop.depth}{'wait' if loop.is_wait else 'loop'}", loop.own))
+    cells = [
+        (name, *(str(getattr(own, field)) for field in LOOP_COLUMNS.values()))
+        for name, own in lines
+    ]
+    return f"{row.kernel}, {row.sample}", cells
 
 
 def as_json(backend: Backend, rows: Sequence[CompiledKernel]) -> str:

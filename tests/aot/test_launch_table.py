@@ -123,6 +123,23 @@ def test_what_is_not_known_is_said_and_makes_no_total(monkeypatch: pytest.Monkey
     ]
 
 
+def test_loops_are_shown_with_what_is_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = Loop(0, 1, False, Counts(instructions=7, shuffles=5, special=1, spills=2, waits=3))
+    code = Code(WALK.outside, (HEAD, inner, replace(WAIT, parent=1, depth=2)))
+    monkeypatch.setattr(Timing, "kernels_of_all", (kernel("walk", code),))
+    result = run("compile", CASE, "--backend", "timing", "--loops")
+    lines = result.stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("loop "))
+    assert lines[start : lines.index("", start)] == [
+        "loop        all  matrix  reg. A  bar.  wait  ld  st  shfl  spill  mufu",
+        "walk, qwen-16-64-8192 inference",
+        "  outside   100  0       0       0     0     0   0   0     0      0",
+        "  loop      600  0       24      2     0     0   0   0     0      0",
+        "    loop    7    0       0       0     3     0   0   5     2      1",
+        "      wait  3    0       0       0     0     0   0   0     0      0",
+    ]
+
+
 def test_the_json_has_the_loops_of_kernels_and_the_times_of_launches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
