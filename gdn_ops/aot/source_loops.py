@@ -27,12 +27,14 @@ class SourceLoop:
         inner: the loops in it.
         is_constant: whether the number is known to the compiler, which then may unroll the loop;
             or another reason why the loop may not be there.
+        is_kept: whether the compiler cannot know it, and always keeps the loop.
     """
 
     name: str
     trips: int
     inner: tuple[SourceLoop, ...] = ()
     is_constant: bool = False
+    is_kept: bool = False
 
 
 Nest = tuple[tuple[int, "Nest"], ...]
@@ -70,7 +72,7 @@ def _forms(loops: tuple[SourceLoop, ...]) -> Iterator[Nest]:
 
 def _forms_of(loop: SourceLoop) -> Iterator[Nest]:
     for inner in _forms(loop.inner):
-        if loop.trips == 1:
+        if loop.trips == 1 and not loop.is_kept:
             yield inner
             if loop.is_constant:
                 continue

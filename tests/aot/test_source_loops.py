@@ -25,6 +25,10 @@ def chunks(trips: int, *inner: SourceLoop) -> SourceLoop:
     return SourceLoop("chunks", trips, inner)
 
 
+def kept(trips: int, *inner: SourceLoop) -> SourceLoop:
+    return SourceLoop("sequences", trips, inner, is_kept=True)
+
+
 def heads(trips: int, *inner: SourceLoop) -> SourceLoop:
     return SourceLoop("heads", trips, inner, is_constant=True)
 
@@ -52,6 +56,10 @@ def heads(trips: int, *inner: SourceLoop) -> SourceLoop:
         # Two that do not, and none.
         (code(-1), [heads(2), heads(4)], None),
         (code(-1), [chunks(1, heads(4))], None),
+        # But for one that is kept.
+        (code(-1), [kept(1, heads(4))], {0: 1}),
+        (code(-1, 0), [kept(1, heads(4))], {0: 1, 1: 4}),
+        (code(), [kept(1)], None),
         # A constant of 1 is always dropped.
         (code(-1, -1), [heads(1, heads(4)), heads(1, heads(4))], {0: 4, 1: 4}),
         (code(-1), [heads(1)], None),

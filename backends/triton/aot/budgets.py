@@ -16,24 +16,20 @@ from gdn_ops.aot.budgets import Budget, Budgets
 BUDGETS: Mapping[str, Budgets] = {
     # (kernel, direction, target): instructions, barriers, HGMMA with A in registers, programs
     "3.9": {
-        ("solve", "forward", "sm_90"): Budget(2763, 50, 0, 2),
-        ("states", "forward", "sm_90"): Budget(750, 11, 0, 2),
-        ("output", "forward", "sm_90"): Budget(893, 19, 4, 1),
-        ("states", "backward", "sm_90"): Budget(750, 11, 0, 2),
-        ("local_gradients", "backward", "sm_90"): Budget(639, 3, 4, 2),
-        ("state_gradients", "backward", "sm_90"): Budget(835, 11, 0, 1),
-        ("pair_gradients", "backward", "sm_90"): Budget(1864, 40, 0, 1),
-        ("token_gradients", "backward", "sm_90"): Budget(2814, 70, 0, 1),
+        ("prepare", "forward", "sm_90"): Budget(1054, 32, 0, 3),
+        ("walk", "forward", "sm_90"): Budget(691, 13, 28, 2),
+        ("walk", "backward", "sm_90"): Budget(662, 18, 16, 2),
+        ("walk_back", "backward", "sm_90"): Budget(722, 16, 20, 1),
+        ("pair_gradients", "backward", "sm_90"): Budget(1910, 40, 0, 1),
+        ("token_gradients", "backward", "sm_90"): Budget(2871, 70, 0, 1),
     },
     "3.6": {
-        ("solve", "forward", "sm_90"): Budget(3112, 54, 0, 2),
-        ("states", "forward", "sm_90"): Budget(741, 11, 0, 2),
-        ("output", "forward", "sm_90"): Budget(990, 18, 4, 1),
-        ("states", "backward", "sm_90"): Budget(741, 11, 0, 2),
-        ("local_gradients", "backward", "sm_90"): Budget(845, 2, 4, 1),
-        ("state_gradients", "backward", "sm_90"): Budget(861, 11, 0, 1),
-        ("pair_gradients", "backward", "sm_90"): Budget(1803, 38, 0, 1),
-        ("token_gradients", "backward", "sm_90"): Budget(2648, 63, 0, 1),
+        ("prepare", "forward", "sm_90"): Budget(1309, 42, 0, 2),
+        ("walk", "forward", "sm_90"): Budget(753, 8, 28, 2),
+        ("walk", "backward", "sm_90"): Budget(671, 15, 16, 2),
+        ("walk_back", "backward", "sm_90"): Budget(754, 11, 20, 1),
+        ("pair_gradients", "backward", "sm_90"): Budget(1807, 38, 0, 1),
+        ("token_gradients", "backward", "sm_90"): Budget(2695, 63, 0, 1),
     },
 }
 """By the version of Triton: that of constraints.txt, and the oldest one."""

@@ -15,31 +15,36 @@ Loops = tuple[SourceLoop, ...]
 
 
 def _chunks(x: Mapping[str, Any]) -> Loops:
-    return (SourceLoop("chunks", -(-x["T"] // x["C"])),)
+    """Return the loop over the chunks of a sequence, or of a segment of L chunks."""
+    chunks = -(-x["T"] // x["C"])
+    return (SourceLoop("chunks", min(chunks, x["L"] or chunks), is_kept=True),)
 
 
 def _heads(x: Mapping[str, Any], *inner: SourceLoop) -> SourceLoop:
-    return SourceLoop("value heads", x["R"], inner, is_constant=True)
+    return SourceLoop("value heads", x["R"], inner, is_kept=True)
 
 
 def _columns(x: Mapping[str, Any]) -> SourceLoop:
     return SourceLoop("columns of V", -(-x["V"] // x["BV"]), is_constant=True)
 
 
-def _output(x: Mapping[str, Any]) -> Loops:
-    chunks = x["CHUNKS_PER_STATE"]
-    return (_heads(x),) if chunks == 1 else (SourceLoop("chunks of a state", chunks),)
+def _prepare(x: Mapping[str, Any]) -> Loops:
+    return SourceLoop("four value heads", -(-x["R"] // 4), is_kept=True), _heads(x)
+
+
+def _compose(x: Mapping[str, Any]) -> Loops:
+    rows = SourceLoop("rows of M", -(-x["K"] // x["BR"]), is_constant=True)
+    return (SourceLoop("segments", -(-x["T"] // x["tokens"]), (rows,), is_kept=True),)
 
 
 KERNELS: dict[str, Callable[[Mapping[str, Any]], Loops]] = {
-    "solve": lambda x: (_heads(x),),
-    "states": _chunks,
-    "output": _output,
-    "local_gradients": lambda x: (_heads(x),),
-    "state_gradients": _chunks,
+    "prepare": _prepare,
+    "walk": _chunks,
+    "compose": _compose,
+    "walk_back": _chunks,
     "pair_gradients": lambda x: (_heads(x, _columns(x)),),
     "token_gradients": lambda x: (_heads(x, _columns(x)), _heads(x, _columns(x))),
-    "tokens": lambda x: (SourceLoop("tokens", x["T"]),),
+    "tokens": lambda x: (SourceLoop("tokens", x["T"], is_kept=True),),
 }
 """By the name of a kernel: its loops, given the arguments of a launch by name, in the order of the
 source."""

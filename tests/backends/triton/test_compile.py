@@ -225,15 +225,24 @@ def launch_loops(**choice: Any) -> dict[str, Any]:
 def test_loops_are_those_of_the_source() -> None:
     loops = launch_loops(T=1000, HV=64)
     heads, columns = ("value heads", 4), SourceLoop("columns of V", 2, (), is_constant=True)
-    chunks = (SourceLoop("chunks", 16),)
-    alone = (SourceLoop(*heads, (), is_constant=True),)
-    nested = SourceLoop(*heads, (columns,), is_constant=True)
+    chunks = (SourceLoop("chunks", 16, is_kept=True),)
+    nested = SourceLoop(*heads, (columns,), is_kept=True)
     assert loops == {
-        **dict.fromkeys(("solve", "output", "local_gradients"), alone),
-        **dict.fromkeys(("states", "state_gradients"), chunks),
+        "prepare": (
+            SourceLoop("four value heads", 1, is_kept=True),
+            SourceLoop(*heads, is_kept=True),
+        ),
+        **dict.fromkeys(("walk", "walk_back"), chunks),
         "pair_gradients": (nested,),
         "token_gradients": (nested, nested),
     }
+
+
+def test_loops_of_segments_are_shorter() -> None:
+    loops = launch_loops(T=32768, H=2, HV=8)
+    assert loops["walk"] == loops["walk_back"] == (SourceLoop("chunks", 64, is_kept=True),)
+    rows = SourceLoop("rows of M", 8, (), is_constant=True)
+    assert loops["compose"] == (SourceLoop("segments", 8, (rows,), is_kept=True),)
 
 
 def test_loops_of_a_kernel_without_an_entry_are_not_known() -> None:
