@@ -1,10 +1,11 @@
 """Measure our backends and the peers on one GPU, unattended, within a time limit.
 
 First, side by side in processes of their own: a short check of every backend of ours, and a warm-up
-of every contender, so that compilers fill their caches on all cores. If one of our backends is
-wrong, nothing is timed. Then one process measures row after row, the most important first; all
-contenders of a row take turns. What ends that process costs one contender one row: the next process
-goes on without it. The result is written after every row, and what was left out is named in it.
+of every contender, so that compilers fill their caches on all cores. A backend of ours that is
+wrong, or that ends its process, is left out, and the run has failed; the others are timed. One
+process measures row after row, the most important first; all contenders of a row take turns. What
+ends that process costs one contender one row: the next process goes on without it. The result is
+written after every row, and what was left out is named in it.
 
 `python -m gdn_ops.bench.gpu` does the same with nothing but torch installed.
 """
@@ -103,7 +104,7 @@ def show_run(
     plot: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Run the benchmark, show and write its result; return 1 if a backend of ours is wrong, else 0.
+    """Run the benchmark, show and write its result; return 1 if a backend of ours fails, else 0.
 
     What happens is told line by line on stdout; where that is for JSON, on stderr.
 

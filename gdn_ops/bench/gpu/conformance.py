@@ -1,7 +1,8 @@
 """Check a backend briefly before `bench gpu` times it: fixed calls at the widths that are timed.
 
 It is no certificate: `gdn-ops check` draws many more. Here a kernel is compiled for few shapes, so
-that the check ends within a minute, and nothing but torch is needed.
+that the check ends within a minute, and nothing but torch is needed. Of a call that fails the
+smallest one that still fails is shown, as code.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from gdn_ops.bench.contender import error_line
 from gdn_ops.bench.gpu.result import Conformance
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
@@ -35,7 +39,9 @@ def _outputs_and_gradients(backend: str, example: Example) -> Verdict:
     return judge(example, backend, isinstance(instance, Backend) and instance.limits.grad)
 
 
-CALLS: tuple[tuple[Callable[[str, Example], Verdict], Example], ...] = (
+Law = Callable[[str, Example], Verdict]
+
+CALLS: tuple[tuple[Law, Example], ...] = (
     (_outputs_and_gradients, _wide(T=150)),
     (_outputs_and_gradients, _wide(T=200, lengths=(70, 0, 1, 129))),
     (single_steps_equal_one_prefill, _wide(T=16)),
@@ -51,6 +57,17 @@ CALLS: tuple[tuple[Callable[[str, Example], Verdict], Example], ...] = (
 """(law, example of it), the most important first."""
 
 
+def _code(law: Law, name: str, example: Example) -> str:
+    """Return the code that judges a backend on an example again."""
+    if law is _outputs_and_gradients:
+        return example.code(name)
+    return (
+        "from gdn_ops.testing import Example\n"
+        f"from {law.__module__} import {law.__name__}\n"
+        f"print({law.__name__}({name!r}, {example!r}))"
+    )
+
+
 def _is_within(limits: Limits, example: Example) -> bool:
     dims = limits.head_dims
     return (
@@ -62,12 +79,50 @@ def _is_within(limits: Limits, example: Example) -> bool:
     )
 
 
+def _smaller(example: Example) -> Iterator[Example]:
+    """Yield calls that are smaller or plainer than an example in one respect."""
+    if example.lengths is not None:
+        yield replace(example, lengths=None, T=max(example.lengths))
+    elif example.T > 1:
+        yield from (replace(example, T=T) for T in (1, example.T // 2, example.T - 1))
+    plain: dict[str, Any] = {
+        "B": 1,
+        "R": 1,
+        "H": 1,
+        "initial_state": False,
+        "strided": False,
+        "keys": "random",
+    }
+    for name, value in plain.items():
+        if getattr(example, name) != value:
+            yield replace(example, **{name: value})
+
+
+def smallest(law: Law, name: str, example: Example, is_time_up: Callable[[], bool]) -> Example:
+    """Return the smallest call found on which a backend is still wrong, from one where it is."""
+
+    def is_wrong(smaller: Example) -> bool:
+        try:
+            return not law(name, smaller).passed
+        except Exception:
+            # What a smaller call raises may be another fault than the one that is looked for.
+            return False
+
+    while True:
+        tried = (smaller for smaller in _smaller(example) if not is_time_up())
+        found = next(filter(is_wrong, tried), None)
+        if found is None:
+            return example
+        example = found
+
+
 def short_check(
     name: str, device: str, seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> Iterator[Conformance]:
-    """Judge the calls that a backend can run; yield the result so far after each of them.
+    """Judge the calls that a backend can run; yield the result so far before and after each.
 
-    No call but the first is begun after `seconds`.
+    No call but the first is begun after `seconds`. Before a call the text is its code: it names the
+    call that a process did not survive.
     """
     instance = registry.get_backend(name)
     if isinstance(instance, str):
@@ -77,20 +132,35 @@ def short_check(
         for law, example in CALLS
         if _is_within(instance.limits, example)
     ]
-    start, worst, done = clock(), 0.0, 0
+    end, so_far = clock() + seconds, Conformance(name, True, 0, len(calls))
+
+    def is_time_up() -> bool:
+        return clock() > end
+
     for law, example in calls:
-        if done and clock() - start > seconds:
-            text = f"the time of {seconds:.0f} s was up"
-            yield Conformance(name, True, done, len(calls), worst, text)
+        if so_far.examples and is_time_up():
+            yield replace(so_far, text=f"the time of {seconds:.0f} s was up")
             return
+        yield replace(so_far, text=_code(law, name, example))
+        judged, worst = so_far.examples + 1, so_far.worst
         try:
             verdict = law(name, example)
         except BackendUnsupportedError:
             continue
-        done += 1
-        worst = max(worst, verdict.worst)
-        if not verdict.passed:
-            text = f"{verdict}\n{example.code(name)}"
-            yield Conformance(name, False, done, len(calls), worst, text)
+        except torch.OutOfMemoryError as error:
+            # Others use the same memory meanwhile.
+            yield replace(
+                so_far, text=f"not judged: {error_line(error)}\n{_code(law, name, example)}"
+            )
             return
-        yield Conformance(name, True, done, len(calls), worst)
+        except Exception as error:
+            text = f"raised {error_line(error)}\n{_code(law, name, example)}"
+            yield replace(so_far, passed=False, examples=judged, text=text)
+            return
+        so_far = replace(so_far, examples=judged, worst=max(worst, verdict.worst))
+        if not verdict.passed:
+            shown = smallest(law, name, example, is_time_up)
+            text = f"{verdict}\n{_code(law, name, shown)}"
+            yield replace(so_far, passed=False, text=text)
+            return
+        yield so_far

@@ -69,7 +69,7 @@ class Conformance:
         examples: how many calls were judged.
         total: how many there are.
         worst: largest error / allowance.
-        text: the failing call as code, or why not all calls were judged.
+        text: how a call fails and the smallest that does, as code; or why not all were judged.
     """
 
     backend: str
@@ -102,7 +102,7 @@ class GpuResult:
         conformance: of each of our backends.
         left_out: (name, reason) of every backend that is not measured at all.
         rows: every row with its outcomes, in the order in which they were measured.
-        failed: whether a backend of ours is wrong.
+        failed: whether a backend of ours is wrong, or has failed in its check or in a row.
     """
 
     system: dict[str, Any]

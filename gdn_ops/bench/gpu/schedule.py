@@ -73,23 +73,26 @@ class _Bench:
     start: Callable[[], Worker]
     clock: Callable[[], float]
     stops: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
     worker: Worker | None = None
 
     def run(self) -> GpuResult:
         self.end = self.clock() + self.plan.seconds
         self._prepare()
-        self.result.failed = not all(c.passed for c in self.result.conformance)
+        self.wrong = {
+            c.backend: "not timed, its check failed: " + c.text.partition("\n")[0]
+            for c in self.result.conformance
+            if not c.passed
+        }
+        self.result.failed = bool(self.wrong)
         self.result.write_json(self.folder)
-        if self.result.failed:
-            self.log("a backend is wrong: nothing is timed")
-            return self.result
         try:
             for i, row in enumerate(self.plan.rows):
                 self._row(row, len(self.plan.rows) - i)
         finally:
             self._end_worker()
-        wrong = (o for _, outcomes in self.result.rows for o in outcomes if not o.is_peer)
-        self.result.failed = any(o.status == "wrong" for o in wrong)
+        ours = (o for _, outcomes in self.result.rows for o in outcomes if not o.is_peer)
+        self.result.failed |= any(o.status in ("wrong", "failed") for o in ours)
         self.result.write_json(self.folder)
         return self.result
 
@@ -129,7 +132,8 @@ class _Bench:
         except StoppedError as error:
             # Too slow is not wrong, but a process that dies is.
             passed = conformance.passed and isinstance(error, TimeUpError)
-            return replace(conformance, passed=passed, text=str(error))
+            text = f"{error}\n{conformance.text}".strip()
+            return replace(conformance, passed=passed, text=text)
         return conformance
 
     def _warm(self, name: str, what: str, ready: float) -> str:
@@ -158,7 +162,9 @@ class _Bench:
         names = []
         for name in self._names():
             stopped = self.stops.get((name, row.what), [])
-            if len(stopped) >= MOST_STOPS:
+            if name in self.wrong:
+                by_name[name] = self._left_out(name, self.wrong[name])
+            elif len(stopped) >= MOST_STOPS:
                 reason = f"left out after it was stopped {len(stopped)} times: {stopped[-1]}"
                 by_name[name] = self._left_out(name, reason)
             else:
@@ -199,7 +205,7 @@ class _Bench:
                     by_name[outcome.contender] = outcome
         except StoppedError as error:
             self._end_worker()
-            return self._blame(row, at, str(error), names, by_name)
+            return self._blame(row, at, error, names, by_name)
         return False
 
     def _end_worker(self) -> None:
@@ -208,15 +214,17 @@ class _Bench:
         self.worker = None
 
     def _blame(
-        self, row: GpuRow, at: str, why: str, names: list[str], by_name: dict[str, Outcome]
+        self, row: GpuRow, at: str, why: StoppedError, names: list[str], by_name: dict[str, Outcome]
     ) -> bool:
         """Blame the contender at work when the worker ended; return whether to go on without it."""
         if at not in names:
             for name in names:
                 by_name.setdefault(name, self._left_out(name, f"not measured: {why}, at {at}"))
             return False
-        by_name[at] = self._left_out(at, f"not measured: {why}", "failed")
-        self.stops.setdefault((at, row.what), []).append(why)
+        # Too slow is no failure: others may have used up the time of the row.
+        status = "left out" if isinstance(why, TimeUpError) else "failed"
+        by_name[at] = self._left_out(at, f"not measured: {why}", status)
+        self.stops.setdefault((at, row.what), []).append(str(why))
         return True
 
     def _left_out(self, name: str, reason: str, status: str = "left out") -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import gdn_ops
+from gdn_ops.backends.torch import Torch
 from gdn_ops.bench import turns
 from gdn_ops.bench.contender import Contender
 from gdn_ops.bench.gpu import conformance, measuring
@@ -17,6 +19,7 @@ from gdn_ops.bench.gpu.measuring import BrokenDeviceError, measure_row
 from gdn_ops.bench.gpu.result import Outcome, reached, roofline_seconds
 from gdn_ops.bench.gpu.rows import ROWS, GpuRow
 from gdn_ops.bench.inputs import Inputs
+from gdn_ops.testing.oracle import Verdict
 from gpu_stand_ins import BACKWARD, BACKWARD_PACKED, FORWARD, STEP, FakeDevice, stand_in
 
 
@@ -202,27 +205,74 @@ def test_the_short_check_passes_a_right_backend(small_calls: None) -> None:
 def test_the_short_check_stops_at_its_time(small_calls: None) -> None:
     now = iter([0.0, 100.0])
     checks = list(conformance.short_check("torch", "cpu", 10.0, lambda: next(now)))
-    assert [c.passed for c in checks] == [True, True]
+    assert [c.passed for c in checks] == [True] * 3
+    assert "print(judge(Example(dtype='bfloat16'" in checks[0].text, "what is at work is told"
     assert (checks[-1].examples, checks[-1].total) == (1, len(conformance.CALLS))
     assert checks[-1].text == "the time of 10 s was up"
 
 
-def test_the_short_check_fails_a_wrong_backend_with_the_call_as_code(
+def broken(monkeypatch: pytest.MonkeyPatch, forward: Callable[[Any, gdn_ops.Forward], Any]) -> None:
+    """Change what the forward of torch returns."""
+    right = Torch.forward
+    monkeypatch.setattr(Torch, "forward", lambda self, call: forward(call, right(self, call)))
+
+
+def test_the_short_check_fails_a_wrong_backend_with_the_smallest_call_as_code(
     small_calls: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gdn_ops.backends.torch import Torch
+    def wrong(call: Any, out: gdn_ops.Forward) -> gdn_ops.Forward:
+        return out._replace(final_state=out.final_state * (1.5 if call.sizes.T > 4 else 1.0))
 
-    right = Torch.forward
-
-    def wrong(self: Torch, call: Any) -> gdn_ops.Forward:
-        out = right(self, call)
-        return out._replace(final_state=out.final_state * 1.5)
-
-    monkeypatch.setattr(Torch, "forward", wrong)
-    (check,) = conformance.short_check("torch", "cpu", 10.0)
+    broken(monkeypatch, wrong)
+    check = list(conformance.short_check("torch", "cpu", 100.0))[-1]
     assert not check.passed
     assert check.text.startswith("WRONG: final_state")
-    assert "print(judge(Example(dtype='bfloat16'" in check.text
+    code = check.text.partition("\n")[2]
+    # One head of each kind, no initial state: what is at its default is not shown.
+    example = "Example(dtype='bfloat16', T=5, K=8, V=16, gate='slow', log_gate=True)"
+    assert example in code
+    shown: list[Verdict] = []
+    exec(code, {"print": shown.append})
+    assert not shown[0].passed
+    # With no time left the call is shown as it was found.
+    now = iter([0.0, 100.0])
+    check = list(conformance.short_check("torch", "cpu", 10.0, lambda: next(now, 100.0)))[-1]
+    assert not check.passed and "T=12, H=2, R=2" in check.text
+
+
+def test_the_code_of_a_law_that_fails_judges_the_law(
+    small_calls: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    law = conformance.rows_of_a_batch_do_not_meet
+    calls = tuple(pair for pair in conformance.CALLS if pair[0] is law)
+    monkeypatch.setattr(conformance, "CALLS", calls)
+
+    def wrong(call: Any, out: gdn_ops.Forward) -> gdn_ops.Forward:
+        return out._replace(o=out.o + 0.1 * out.o.flip(0))
+
+    broken(monkeypatch, wrong)
+    check = list(conformance.short_check("torch", "cpu", 100.0))[-1]
+    shown: list[Verdict] = []
+    exec(check.text.partition("\n")[2], {"print": shown.append})
+    assert not check.passed and not shown[0].passed
+
+
+def test_the_short_check_fails_a_backend_that_raises_and_not_one_without_memory(
+    small_calls: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[Exception] = [RuntimeError("no kernel\nat all"), torch.OutOfMemoryError("full")]
+
+    def fail(call: Any, out: gdn_ops.Forward) -> gdn_ops.Forward:
+        raise errors[0]
+
+    broken(monkeypatch, fail)
+    check = list(conformance.short_check("torch", "cpu", 100.0))[-1]
+    assert (check.passed, check.examples) == (False, 1)
+    assert check.text.startswith("raised RuntimeError: no kernel\nfrom gdn_ops.testing import")
+    errors.reverse()
+    check = list(conformance.short_check("torch", "cpu", 100.0))[-1]
+    assert (check.passed, check.examples) == (True, 0)
+    assert check.text.startswith("not judged: OutOfMemoryError: full\nfrom gdn_ops.testing")
 
 
 @pytest.mark.slow

@@ -70,9 +70,14 @@ class Script:
     def answer(self, order: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
         if order["do"] == "check":
             name = order["backend"]
-            yield {"conformance": asdict(Conformance(name, name not in self.red, 3, 11, 0.5))}
+            state = Conformance(name, True, 3, 11, 0.5)
+            if name in self.red:
+                state = replace(state, passed=False, text="WRONG: o: got 1\nprint(judge(1))")
             if self.end_of_checks is not None:
+                # What is at work is told before it is begun.
+                yield {"conformance": asdict(replace(state, text="print(judge(1))"))}
                 raise self.end_of_checks
+            yield {"conformance": asdict(state)}
         elif order["do"] == "warm":
             yield from ({"warm": row} for row in order["rows"])
         else:
@@ -171,7 +176,7 @@ def test_a_contender_that_hangs_costs_itself_and_is_left_out_in_the_end(script: 
     assert script.rows() == [*everybody, (ROWS[4].name, ["triton", "torch"])]
     by_row = [{o.contender: o for o in outcomes} for _, outcomes in result.rows]
     assert all(of_row["triton"].status == "measured" for of_row in by_row)
-    assert by_row[0]["fla"].status == "failed"
+    assert by_row[0]["fla"].status == "left out"
     assert by_row[0]["fla"].reason == "not measured: stopped after 90 s"
     assert by_row[1]["fla"].reason == "not measured: stopped after 45 s"
     assert by_row[4]["fla"].status == "left out"
@@ -195,26 +200,57 @@ def test_a_process_that_ends_while_timing_leaves_the_row_out(script: Script) -> 
     assert reasons == {"not measured: stopped after 9 s, at timing"}
 
 
-def test_a_wrong_backend_stops_everything(script: Script, tmp_path: Path) -> None:
+def test_a_wrong_backend_is_left_out_and_the_others_are_timed(
+    script: Script, tmp_path: Path
+) -> None:
     script.red = {"triton"}
-    result, told = script.go()
+    result, told = script.go(rows=ROWS[:2])
     assert result.failed
-    assert result.rows == [] and script.rows() == []
-    assert told[-1] == "a backend is wrong: nothing is timed"
+    assert script.rows() == [(row.name, ["torch", "fla"]) for row in ROWS[:2]]
+    for _, outcomes in result.rows:
+        by_name = {o.contender: o for o in outcomes}
+        assert by_name["triton"].status == "left out"
+        assert by_name["triton"].reason == "not timed, its check failed: WRONG: o: got 1"
+        assert by_name["torch"].status == by_name["fla"].status == "measured"
+    assert any("triton: FAILED" in line and "print(judge(" in line for line in told)
     data = json.loads((tmp_path / "gpu-nvidia-h200.json").read_text())
     assert data["failed"] is True
     assert [c["passed"] for c in data["conformance"]] == [False, True]
-    assert report.text(result).endswith("nothing was timed")
+    assert "print(judge(" in report.text(result)
+
+
+def test_peers_are_timed_where_all_of_ours_are_wrong(script: Script) -> None:
+    script.red = {"triton", "torch"}
+    result, _ = script.go(rows=ROWS[:1])
+    assert result.failed
+    assert script.rows() == [(ROWS[0].name, ["fla"])]
+    statuses = {o.contender: o.status for o in result.rows[0][1]}
+    assert statuses == {"triton": "left out", "torch": "left out", "fla": "measured"}
 
 
 def test_a_check_that_dies_is_red_and_one_that_is_too_slow_is_not(script: Script) -> None:
     script.end_of_checks = TimeUpError("stopped after 30 s")
     result, _ = script.go(rows=ROWS[:1])
     assert [(c.passed, c.examples, c.text) for c in result.conformance] == [
-        (True, 3, "stopped after 30 s")
+        (True, 3, "stopped after 30 s\nprint(judge(1))")
     ] * 2
-    script.end_of_checks = StoppedError("the process ended with exit code 1: RuntimeError")
-    assert script.go()[0].failed
+    script.end_of_checks = StoppedError("the process ended with signal SIGSEGV")
+    result, _ = script.go(rows=ROWS[:1])
+    assert result.failed
+    assert [o.status for o in result.rows[0][1]] == ["left out", "left out", "measured"]
+    dead = "the process ended with signal SIGSEGV\nprint(judge(1))"
+    assert [c.text for c in result.conformance] == [dead] * 2
+
+
+def test_a_backend_of_ours_that_dies_in_a_row_fails_the_run_and_a_slow_one_does_not(
+    script: Script,
+) -> None:
+    script.dies = {"fla"}
+    assert not script.go(rows=ROWS[:1])[0].failed
+    script.dies = {"torch"}
+    assert script.go(rows=ROWS[:1])[0].failed
+    script.dies, script.hangs = set(), {"torch"}
+    assert not script.go(rows=ROWS[:1])[0].failed
 
 
 def test_a_wrong_row_of_ours_fails_the_run_and_of_a_peer_does_not(script: Script) -> None:
@@ -338,5 +374,6 @@ def test_the_command_runs_shows_and_ends_with_the_verdict(
     arguments = ["bench", "gpu", "--backend", "torch", "--peer", "fla", "--seconds", "60"]
     result = command_line.run(*arguments, "--out", tmp_path)
     assert result.exit_code == int(wrong), result.output
-    assert ("nothing was timed" in result.output) == wrong
+    assert ("torch: FAILED" in result.output) == wrong
+    assert "goals reached" in result.output
     assert str(tmp_path / "gpu-nvidia-h200.json") in result.output
