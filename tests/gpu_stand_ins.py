@@ -22,6 +22,7 @@ from torch import Tensor
 import gdn_ops
 from gdn_ops.bench.contender import Contender, Prepared
 from gdn_ops.bench.device import Peak, Run
+from gdn_ops.bench.gpu.device import capture
 from gdn_ops.bench.gpu.rows import GpuRow
 from gdn_ops.bench.inputs import Inputs
 from gdn_ops.bench.peers import find_contender
@@ -39,12 +40,15 @@ TINY = (FORWARD, PACKED, BATCH, BACKWARD, BACKWARD_PACKED, STEP, NARROW_STEP)
 class FakeDevice:
     """A device whose clock moves only when a stand-in works."""
 
+    is_gpu = True
+
     def __init__(self, name: str = "NVIDIA H200", l2: int = 0) -> None:
         self.torch_device = "cpu"
         self.name, self.l2 = name, l2
         self.now = 0.0
         self.captured: list[int] = []
         self.refuses_capture = False
+        self.is_full = False
         self.is_broken = False
 
     def clock(self) -> float:
@@ -60,8 +64,20 @@ class FakeDevice:
     def graph(self, runs: Sequence[Run]) -> Callable[[], float]:
         if self.refuses_capture:
             raise RuntimeError("called a synchronizing CUDA operation")
+        if self.is_full:
+            self.run_out_of_memory()
         self.captured.append(len(runs))
         return self.events(runs)
+
+    def sampler(self, run: Run) -> tuple[Callable[[], float], str]:
+        return capture(self, [run])
+
+    def run_out_of_memory(self) -> None:
+        """Fail as a capture does: its end is an error of its own, which hides the first one."""
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     def events(self, runs: Sequence[Run]) -> Callable[[], float]:
         def timed() -> float:

@@ -17,7 +17,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,41 @@ class Worker:
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
+
+
+def spread(
+    orders: Iterable[dict[str, Any]], start: Callable[[], Worker], seconds: float, most: int
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]] | StoppedError]]:
+    """Carry out orders in up to `most` workers at once, each order within `seconds`.
+
+    Returns:
+        An iterator of the orders as they are done, each with its events, or with the error that
+        says how its worker ended. Another worker takes that one's place.
+    """
+    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+
+    def carry_out(order: dict[str, Any]) -> list[dict[str, Any]] | StoppedError:
+        try:
+            worker = idle.get_nowait()
+        except queue.Empty:
+            worker = start()
+        try:
+            events = list(worker.ask(order, seconds))
+        except StoppedError as error:
+            worker.close()
+            return error
+        idle.put(worker)
+        return events
+
+    with ThreadPoolExecutor(most) as pool:
+        try:
+            asked = {pool.submit(carry_out, order): order for order in orders}
+            for done in as_completed(asked):
+                yield asked[done], done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            while not idle.empty():
+                idle.get().close()
 
 
 def call(function: Callable[..., Any], *arguments: object, **named: object) -> Any:

@@ -126,6 +126,7 @@ def our_contender(name: str) -> Contender | str:
     return Contender(name, sequence, step, installed_version("gdn_ops") or "unknown")
 
 
-def error_line(error: Exception) -> str:
-    """Return an error as a reason, in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def error_line(error: BaseException) -> str:
+    """Return an error as a reason, in one line: its type and the first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

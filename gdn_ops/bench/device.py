@@ -7,6 +7,7 @@ later one, and the result says so.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -14,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,15 +40,40 @@ class Peak:
 
 
 class Device:
-    """Measure on the CPU, and on devices that queue nothing."""
+    """Measure on the CPU, and on devices that queue nothing.
+
+    Attributes:
+        is_gpu: whether kernels are compiled for it and its work is timed apart from the host's.
+    """
+
+    is_gpu = False
 
     def __init__(self, torch_device: str = "cpu") -> None:
         self.torch_device = torch_device
 
     clock = staticmethod(time.perf_counter)
 
+    def working(self) -> AbstractContextManager[object]:
+        """Return a context in which all work that is timed is made ready and runs."""
+        return contextlib.nullcontext()
+
     def synchronize(self) -> None:
         """Wait for all work queued on the device."""
+
+    def forget(self) -> None:
+        """Give free cached memory back to the device."""
+
+    def sampler(self, run: Run) -> tuple[Callable[[], float], str]:
+        """Return a function that times a run, and a remark on what is in its time, or ""."""
+
+        def timed() -> float:
+            self.synchronize()
+            start = self.clock()
+            run()
+            self.synchronize()
+            return self.clock() - start
+
+        return timed, ""
 
     def peak(self, run: Run) -> Peak:
         """Return the peak memory of a run."""
@@ -59,6 +86,8 @@ class Device:
 
 class TorchCuda(Device):
     """Measure on a CUDA or ROCm device through torch."""
+
+    is_gpu = True
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)

@@ -1,84 +1,48 @@
 """Measure a backend's configurations and print rows to paste into its table.
 
-A backend takes part through `tunables(call)` and `using(config)` (`Tunable`); str() of a
-configuration is the row to paste. Every candidate is checked first; one that fails is a line with
-its error. Steps are timed for cases of one token, forward and forward with backward for the
-others. On a GPU the time is that of the device's work, replayed from a graph where it can be
-captured.
+Steps are timed for cases of one token, forward and backward for the others. On a GPU all candidates
+are called once before anything is timed, side by side, so that they are compiled; the time is that
+of the device's work, replayed from a graph where it can be captured. Each candidate is checked and
+timed for itself, and its line is printed at once; one that fails, or computes something else, is a
+line with its fault. The fastest of these are then timed in turns, against drift.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from gdn_ops.bench.contender import Contender, Prepared
-from gdn_ops.bench.device import Run, find_device
-from gdn_ops.bench.gpu.device import Cuda
-from gdn_ops.bench.gpu.measuring import WARMUPS
-from gdn_ops.bench.inputs import (
-    Inputs,
-    Setting,
-    find_case,
-    make_inputs,
-    make_output_gradient,
-    make_step_inputs,
-)
-from gdn_ops.bench.steps import check_step
-from gdn_ops.bench.turns import Timing, interleave, sample_in_turns
-from gdn_ops.bench.verify import define_step, verify
-from gdn_ops.call.bind import Call, arguments_of, bind
+from gdn_ops.bench.candidates import AS_IT_IS, Direction, bound, candidates, directions
+from gdn_ops.bench.contender import Contender, error_line
+from gdn_ops.bench.device import Device, find_device
+from gdn_ops.bench.first_calls import Trial, make_first_calls
+from gdn_ops.bench.gpu.device import BrokenDeviceError, Cuda
+from gdn_ops.bench.inputs import Setting, find_case, make_inputs, make_step_inputs
+from gdn_ops.bench.turns import rounds, take_turns
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
-from gdn_ops.kernel_support.tuning import Tunable
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError
-from gdn_ops.spec.language import Case, OpSpec
+from gdn_ops.spec.language import Case
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
-from gdn_ops.torch_ops import eager
 
-AS_IT_IS = "as it is"
-"""Name of the candidate that leaves the choice to the backend."""
+FINALISTS = 4
+"""Candidates that are timed in turns, beside AS_IT_IS: so many graphs are alive at a time."""
 
+QUICK_SAMPLES = 5
+"""Samples of a candidate that is timed for itself."""
 
-def candidates(backend: Backend, call: Call) -> list[Contender]:
-    """Return the configurations to try on a call, each a contender in the context of its own.
-
-    Its name is the row to paste into the backend's table, or AS_IT_IS.
-
-    Raises:
-        ValueError: the backend exposes none.
-    """
-    if not (isinstance(backend, Tunable) and (configs := backend.tunables(call))):
-        raise ValueError(f"backend {backend.name!r} exposes no configurations to tune")
-
-    def sequence(x: Inputs) -> Prepared:
-        return Prepared(lambda: eager.run_sequence(backend, _bound(GATED_DELTA, x))[:1])
-
-    def step(x: Inputs) -> Prepared:
-        in_place = _bound(GATED_DELTA_STEP, x, inplace=True)
-        return Prepared(lambda: eager.run_step(backend, in_place))
-
-    own = [
-        Contender(str(c), sequence, step, context=functools.partial(backend.using, c))
-        for c in configs
-    ]
-    return [Contender(AS_IT_IS, sequence, step), *own]
-
-
-def _bound(spec: OpSpec, x: Inputs, **given: object) -> Call:
-    return bind(spec, arguments_of(spec, {**x.named(), **given}))
+GPU_ROUNDS = 30
+"""Rounds in which the fastest take turns on a GPU; on a CPU the setting says how many."""
 
 
 def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
-    """Measure every candidate configuration of a backend, in turns.
+    """Measure the candidate configurations of a backend.
 
     Returns:
         An iterator that measures. It yields lines to print for each case, or qwen-16-32-2048: a row
-        per candidate, then that to paste.
+        per candidate, then the fastest in turns, then that to paste.
 
     Raises:
         SpecError, ValueError: the backend cannot be tuned, or only emulates on the device, or a
@@ -107,7 +71,7 @@ def _check(backend: Backend, case: Case, setting: Setting) -> None:
     make, spec = make_inputs, GATED_DELTA
     if case.sizes.T == 1:
         make, spec = make_step_inputs, GATED_DELTA_STEP
-    call = _bound(spec, make(case.sizes, setting.torch_dtype, setting.device))
+    call = bound(spec, make(case.sizes, setting.torch_dtype, setting.device))
     candidates(backend, call)
     against = registry.reasons(backend, call)
     if against:
@@ -116,97 +80,126 @@ def _check(backend: Backend, case: Case, setting: Setting) -> None:
         )
 
 
+def find_measured(setting: Setting) -> Device:
+    """Return the device that is measured."""
+    if setting.device.startswith("cuda"):
+        return Cuda(torch.device(setting.device).index or 0)
+    return find_device(setting.device)
+
+
 def _lines(backend: Backend, cases: Sequence[Case], setting: Setting) -> Iterator[str]:
     """Measure the candidates on each case, and yield the lines of `tune`."""
+    failed: set[Trial] = set()
+    device = find_measured(setting)
+    if device.is_gpu:
+        yield f"calling every candidate of {backend.name} once, to compile it"
+        for trial, error in make_first_calls(backend, cases, setting):
+            if error:
+                failed.add(trial)
+                yield f"{trial.case}, {trial.what}: {_failed(trial.candidate, error)}"
     for case in cases:
         yield f"{case}, {setting.dtype}"
-        tuned = _step_actions if case.sizes.T == 1 else _sequence_actions
-        for what, runs, failed in tuned(backend, case, setting):
-            yield from (f"{row}  failed: {text}" for row, text in failed.items())
-            times = _time(runs, setting)
-            for row, t in times.items():
-                yield f"{what}  {t.median * 1e3:10.4f} ms  {row}"
-            own = [row for row in times if row != AS_IT_IS]
-            if own:
-                best = min(own, key=lambda row: times[row].median)
-                yield f"fastest {what}: {best}"
+        for direction in directions(backend, case, setting):
+            names = (Trial(case.name, direction.what, c.name) for c in direction.space)
+            tried = [c for c, t in zip(direction.space, names, strict=True) if t not in failed]
+            try:
+                yield from _Ranking(direction, device, setting).lines(tried)
+            except BrokenDeviceError as error:
+                yield f"the device no longer answers, nothing more is measured: {error}"
+                return
 
 
-Found = Iterator[tuple[str, dict[str, Run], dict[str, str]]]
+def _failed(row: str, error: str) -> str:
+    return f"{row}  failed: {error}"
 
 
-def _sequence_actions(backend: Backend, case: Case, setting: Setting) -> Found:
-    """Check the candidates for a forward, then for forward and backward; yield those that pass."""
-    x = make_inputs(case.sizes, setting.torch_dtype, setting.device)
-    d_o = make_output_gradient(case.sizes, setting.torch_dtype, setting.device)
+class _Ranking:
+    """Time the candidates of a direction: each for itself, then the fastest in turns.
 
-    for what, operands in (("forward", x), ("forward+backward", x.with_grad())):
-        gradients = what != "forward"
-        if gradients and not backend.limits.grad:
-            continue
-        space = candidates(backend, _bound(GATED_DELTA, operands))
-        called, failed = _call(space, lambda c: c.output(x))
-        used = [c for c in space if c.name in called]
-        if used:
-            verify(used, case, x, gradients=gradients)
-        yield what, {c.name: _within(c, c.run(what, x, d_o)) for c in used}, failed
+    Attributes:
+        quick: the median time of every candidate, in seconds.
+        remarks: what else is in that time, which is not compared with one of the device's work.
+    """
 
+    def __init__(self, direction: Direction, device: Device, setting: Setting) -> None:
+        self.direction, self.device, self.setting = direction, device, setting
+        self.quick: dict[str, float] = {}
+        self.remarks: dict[str, str] = {}
 
-def _call(
-    space: list[Contender], call: Callable[[Contender], Any]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Call a function of every candidate in its context; return the values, and the errors."""
-    values, failed = {}, {}
-    for c in space:
+    def lines(self, space: Sequence[Contender]) -> Iterator[str]:
+        """Yield a line per candidate once it is measured, those of the fastest, and the row."""
+        what, samplers = self.direction.what, {}
+        for c in space:
+            try:
+                yield self._alone(c)
+            except Exception as error:
+                yield self._failed(c, error)
+        for c in self._finalists(space):
+            try:
+                samplers[c.name] = self._again(c)
+            except Exception as error:
+                yield self._failed(c, error)
+        times = self._in_turns(samplers)
+        for row, time in times.items():
+            yield f"{what} in turns  {time * 1e3:10.4f} ms  {row}"
+        own = [row for row in times if row != AS_IT_IS]
+        if own:
+            yield f"fastest {what}: {min(own, key=times.__getitem__)}"
+
+    def _alone(self, c: Contender) -> str:
+        """Check and time a candidate for itself; return its line."""
+        with self.device.working():
+            run, results = self.direction.first_call(c)
+            fault = self.direction.fault(c.name, results)
+            if fault:
+                return f"{c.name}  wrong: {fault}"
+            del results
+            sampler, remark = self.device.sampler(run)
+            samples = [sampler() for _ in range(min(QUICK_SAMPLES, self.setting.repeats))]
+        # Its graph, and the memory that the graph holds, end with it.
+        del sampler, run
+        self.device.forget()
+        self.quick[c.name], self.remarks[c.name] = statistics.median(samples), remark
+        line = f"{self.direction.what}  {self.quick[c.name] * 1e3:10.4f} ms  {c.name}"
+        return f"{line}  {remark}".rstrip()
+
+    def _failed(self, c: Contender, error: Exception) -> str:
+        """Return the line of a candidate that failed.
+
+        Raises:
+            BrokenDeviceError: the device no longer answers.
+        """
         try:
-            # A configuration that does not compile is no reason to stop.
-            with c.context():
-                values[c.name] = call(c)
-        except Exception as error:
-            failed[c.name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return values, failed
+            self.device.synchronize()
+            self.device.forget()
+        except Exception:
+            raise BrokenDeviceError(f"{c.name}: {error_line(error)}") from error
+        return _failed(c.name, error_line(error))
 
+    def _finalists(self, space: Sequence[Contender]) -> list[Contender]:
+        """Return AS_IT_IS and the fastest; only those that were timed alike are compared."""
+        alike = [name for name, remark in self.remarks.items() if not remark] or [*self.quick]
+        own = sorted((name for name in alike if name != AS_IT_IS), key=self.quick.__getitem__)
+        chosen = {*own[:FINALISTS], *({AS_IT_IS} & {*alike})}
+        return [c for c in space if c.name in chosen]
 
-def _step_actions(backend: Backend, case: Case, setting: Setting) -> Found:
-    """Check the candidates for a step; yield those that pass."""
-    s = case.sizes
-    start = torch.randn(s.B, s.HV, s.K, s.V, dtype=torch.float32, device=setting.device)
-    x = replace(make_step_inputs(s, setting.torch_dtype, setting.device), state=start)
-    exact = define_step(x)
-    space = candidates(backend, _bound(GATED_DELTA_STEP, x, inplace=True))
-    runs = {c.name: c.step(replace(x, state=start.clone())).run for c in space}
-    results, failed = _call(space, lambda c: runs[c.name]())
-    for name, result in results.items():
-        check_step(name, result, exact, setting)
-    yield "step", {c.name: _within(c, runs[c.name]) for c in space if c.name in results}, failed
+    def _again(self, c: Contender) -> Callable[[], float]:
+        """Return what times a candidate, in the way in which it was timed for itself.
 
+        Raises:
+            RuntimeError: it cannot be timed in that way now.
+        """
+        with self.device.working():
+            run, _ = self.direction.first_call(c)
+            sampler, remark = self.device.sampler(run)
+        if bool(remark) != bool(self.remarks[c.name]):
+            raise RuntimeError(f"not compared: {remark or 'captured only this time'}")
+        return sampler
 
-def _time(actions: dict[str, Run], setting: Setting) -> dict[str, Timing]:
-    """Time the actions that passed, in turns."""
-    if not setting.device.startswith("cuda"):
-        return interleave(actions, setting.repeats, device=find_device(setting.device))
-    device = Cuda(torch.device(setting.device).index or 0)
-    with device.working():
-        replays = {name: _captured(run, device) for name, run in actions.items()}
-        samples = sample_in_turns(replays, 2.0 * len(replays), device.clock)
-    return {name: Timing(tuple(times)) for name, times in samples.items()}
-
-
-def _within(c: Contender, run: Run) -> Run:
-    """Return a run in a contender's context."""
-
-    def wrapped() -> object:
-        with c.context():
-            return run()
-
-    return wrapped
-
-
-def _captured(run: Run, device: Cuda) -> Callable[[], float]:
-    """Return a function that times the device's work of a run."""
-    for _ in range(WARMUPS):
-        run()
-    try:
-        return device.graph([run])
-    except RuntimeError:
-        return device.events([run])
+    def _in_turns(self, samplers: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+        """Return the median times of candidates that take turns."""
+        is_gpu = self.device.is_gpu
+        count = GPU_ROUNDS if is_gpu else self.setting.repeats
+        with self.device.working():
+            samples = take_turns(samplers, rounds(count, collect=not is_gpu))
+        return {name: statistics.median(times) for name, times in samples.items()}

@@ -58,6 +58,14 @@ def take_turns(
     return samples
 
 
+def rounds(count: int, *, collect: bool = True) -> Iterator[int]:
+    """Count rounds; garbage is collected before each, unless `collect` is false."""
+    for i in range(count):
+        if collect:
+            gc.collect()
+        yield i
+
+
 def interleave(
     actions: Mapping[str, Run],
     repeats: int,
@@ -74,15 +82,8 @@ def interleave(
     contenders have threads of their own.
     """
     on = find_device("cpu") if device is None else device
-
-    def rounds() -> Iterator[int]:
-        for i in range(warmups + repeats):
-            if collect:
-                gc.collect()
-            yield i
-
     calls = {name: rested(time_calls([action], on), rest) for name, action in actions.items()}
-    samples = take_turns(calls, rounds())
+    samples = take_turns(calls, rounds(warmups + repeats, collect=collect))
     return {name: Timing(tuple(t for t, _ in values[warmups:])) for name, values in samples.items()}
 
 

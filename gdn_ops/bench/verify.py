@@ -148,7 +148,7 @@ def _outputs(
     return [o.detach(), *torch.autograd.grad(o, leaves.operands()[:5], d_o)]
 
 
-class _Definition:
+class Definition:
     """Hold the parts that the definition gives of one case, and the errors that are allowed."""
 
     def __init__(self, case: Case, x: Inputs, d_o: Tensor, gradients: bool) -> None:
@@ -240,7 +240,7 @@ def verify(
     d_o = make_output_gradient(case.sizes, x.v.dtype, str(x.v.device))
     if isinstance(gradients, bool):
         gradients = [c.name for c in contenders] if gradients else []
-    definition = _Definition(case, x, d_o, bool(gradients))
+    definition = Definition(case, x, d_o, bool(gradients))
     checks: list[Check] = []
     first: list[Tensor] | None = None
     for c in contenders:

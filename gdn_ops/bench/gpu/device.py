@@ -11,10 +11,18 @@ from dataclasses import dataclass
 
 import torch
 
+from gdn_ops.bench.contender import error_line
 from gdn_ops.bench.device import Run, TorchCuda
+
+WARMUPS = 3
+"""Runs before a run is captured or timed."""
 
 LEAD_CYCLES = 200_000
 """Cycles that the device is kept busy before a timed run: about a tenth of a millisecond."""
+
+
+class BrokenDeviceError(RuntimeError):
+    """Report that the device no longer answers, and which contender ran last."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,6 @@ class Cuda(TorchCuda):
         self._stream = torch.cuda.Stream(index)
 
     def working(self) -> AbstractContextManager[object]:
-        """Return a context on whose stream all work runs, also the work that is captured later."""
         return torch.cuda.stream(self._stream)
 
     def graph(self, runs: Sequence[Run]) -> Callable[[], float]:
@@ -112,6 +119,39 @@ class Cuda(TorchCuda):
 
         return timed
 
+    def sampler(self, run: Run) -> tuple[Callable[[], float], str]:
+        for _ in range(WARMUPS):
+            run()
+        return capture(self, [run])
+
     def forget(self) -> None:
-        """Give free cached memory back to the device."""
         torch.cuda.empty_cache()
+
+
+def capture(device: Cuda, runs: Sequence[Run]) -> tuple[Callable[[], float], str]:
+    """Return a function that times the device's work of runs, and "" or why launches are in it.
+
+    Raises:
+        RuntimeError: there is no memory for a graph, or the device no longer answers.
+    """
+    try:
+        replay = device.graph(runs)
+        replay()
+    except RuntimeError as error:
+        device.synchronize()
+        if is_out_of_memory(error):
+            raise
+        return device.events(runs), f"not captured: {error_line(error)}"
+    return replay, ""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error, or one during whose handling it was raised, is for want of memory.
+
+    What ends a capture hides why it failed behind an error of its own.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gdn_ops.bench.child import Emit
-from gdn_ops.bench.contender import Contender
+from gdn_ops.bench.contender import Contender, error_line
 from gdn_ops.bench.device import Run
-from gdn_ops.bench.gpu.device import Cuda
+from gdn_ops.bench.gpu.device import WARMUPS, BrokenDeviceError, Cuda, capture
 from gdn_ops.bench.gpu.errors import exact_backward, exact_forward, exact_step, worst_error
 from gdn_ops.bench.gpu.result import Outcome, roofline_seconds
 from gdn_ops.bench.gpu.rows import GpuRow
@@ -30,7 +30,6 @@ WRONG_ABOVE = {"bfloat16": 0.05, "float16": 0.05, "float32": 0.01}
 """A larger relative error means another function: such a time is not shown. Smaller errors are
 shown beside the time."""
 
-WARMUPS = 3
 GRAPH_SECONDS = 1e-3
 """Short runs are captured several times into one graph, until it takes this long."""
 
@@ -38,10 +37,6 @@ MOST_COPIES = 64
 MOST_REPEATS = 20
 SHARE = {"reference": 0.2, "kernel": 0.15, "wall": 0.1}
 """Share of a row's time that each phase may take."""
-
-
-class BrokenDeviceError(RuntimeError):
-    """Report that the device no longer answers, and which contender ran last."""
 
 
 @dataclass
@@ -123,7 +118,7 @@ class _Measuring:
             seconds = SHARE["reference"] * self.seconds
             return exact_forward(x, seconds, device.clock, device.synchronize), ""
         except torch.OutOfMemoryError as error:
-            return [], f"error not measured: {_short(error)}"
+            return [], f"error not measured: {error_line(error)}"
 
     def _ready(self, c: Contender) -> _Entry | Outcome:
         """Check one contender and capture its work; return its outcome if it cannot be timed."""
@@ -137,14 +132,14 @@ class _Measuring:
             return self._capture(c, who)
         except Exception as error:
             self._still_alive(c, error)
-            return replace(who, status="failed", reason=_short(error))
+            return replace(who, status="failed", reason=error_line(error))
 
     def _still_alive(self, c: Contender, error: Exception) -> None:
         try:
             self.device.synchronize()
             self.device.forget()
         except Exception:
-            raise BrokenDeviceError(f"{c.name}: {_short(error)}") from error
+            raise BrokenDeviceError(f"{c.name}: {error_line(error)}") from error
 
     def _capture(self, c: Contender, who: Outcome) -> _Entry | Outcome:
         before = self.device.clock()
@@ -168,15 +163,10 @@ class _Measuring:
         events()
         once = max(events(), 1e-9)
         many = runs * max(1, min(MOST_REPEATS, round(GRAPH_SECONDS / once)))
-        try:
-            replay, by = self.device.graph(many), "graph"
-            replay()
-        except RuntimeError as error:
-            self._still_alive(c, error)
-            remark = f"not captured: {_short(error)}"
-            who = replace(who, reason="; ".join(filter(None, (who.reason, remark))))
-            replay, by = self.device.events(many), "events"
-        return _Entry(replace(who, kernel_by=by), runs, replay, len(many))
+        replay, remark = capture(self.device, many)
+        reason = "; ".join(filter(None, (who.reason, remark)))
+        who = replace(who, reason=reason, kernel_by="events" if remark else "graph")
+        return _Entry(who, runs, replay, len(many))
 
     def first_call(self, c: Contender) -> tuple[Run, list[Run], tuple[Tensor, ...]]:
         """Return the run that shows peak memory, the runs to time, and a first call's results."""
@@ -217,7 +207,7 @@ class _Measuring:
             try:
                 entry.replay()
             except Exception as error:
-                self._done(replace(entry.outcome, status="failed", reason=_short(error)))
+                self._done(replace(entry.outcome, status="failed", reason=error_line(error)))
                 del entries[name]
         clock, seconds = self.device.clock, self.seconds
         replays = {n: e.replay for n, e in entries.items()}
@@ -239,9 +229,3 @@ class _Measuring:
                     roofline=floor / median if floor and median else None,
                 )
             )
-
-
-def _short(error: BaseException) -> str:
-    """Return an error as one line of text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -13,8 +13,8 @@ from typing import Any
 from gdn_ops.bench.child import Emit, carry_out_orders
 from gdn_ops.bench.contender import Contender
 from gdn_ops.bench.gpu.conformance import short_check
-from gdn_ops.bench.gpu.device import Cuda
-from gdn_ops.bench.gpu.measuring import BrokenDeviceError, measure_row, warm_row
+from gdn_ops.bench.gpu.device import BrokenDeviceError, Cuda
+from gdn_ops.bench.gpu.measuring import measure_row, warm_row
 from gdn_ops.bench.gpu.result import Outcome
 from gdn_ops.bench.gpu.rows import GpuRow, find_row
 from gdn_ops.bench.peers import PEERS, find_contender

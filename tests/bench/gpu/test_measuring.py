@@ -15,7 +15,8 @@ from gdn_ops.backends.torch import Torch
 from gdn_ops.bench import turns
 from gdn_ops.bench.contender import Contender
 from gdn_ops.bench.gpu import conformance, measuring
-from gdn_ops.bench.gpu.measuring import BrokenDeviceError, measure_row
+from gdn_ops.bench.gpu.device import BrokenDeviceError
+from gdn_ops.bench.gpu.measuring import measure_row
 from gdn_ops.bench.gpu.result import Outcome, reached, roofline_seconds
 from gdn_ops.bench.gpu.rows import ROWS, GpuRow
 from gdn_ops.bench.inputs import Inputs
@@ -108,6 +109,13 @@ def test_what_cannot_be_captured_is_timed_by_events_and_says_so(device: FakeDevi
     assert (o.status, o.kernel_by) == ("measured", "events")
     assert o.reason == "not captured: RuntimeError: called a synchronizing CUDA operation"
     assert o.kernel == pytest.approx(1.0)
+
+
+def test_a_capture_without_memory_fails_and_is_not_timed_by_events(device: FakeDevice) -> None:
+    device.is_full = True
+    o = measure_one(device)
+    assert (o.status, o.kernel) == ("failed", None)
+    assert o.reason == "RuntimeError: operation failed due to a previous error during capture"
 
 
 def test_wrong_numbers_have_no_time(device: FakeDevice) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from gdn_ops.bench import child, turns
 from gdn_ops.bench.child import StoppedError, Worker
-from gdn_ops.bench.gpu import measuring, worker
+from gdn_ops.bench.gpu import worker
+from gdn_ops.bench.gpu.device import BrokenDeviceError
 from gdn_ops.bench.gpu.result import Conformance
 from gdn_ops.bench.gpu.worker import Desk
 from gpu_stand_ins import BACKWARD, FORWARD, STEP, FakeDevice, stand_in
@@ -111,7 +112,7 @@ def test_a_worker_tells_who_broke_the_device_and_ends(monkeypatch: pytest.Monkey
     at, events = desk(monkeypatch)
 
     def broken(*_: object) -> None:
-        raise measuring.BrokenDeviceError("fla: RuntimeError: CUDA error")
+        raise BrokenDeviceError("fla: RuntimeError: CUDA error")
 
     monkeypatch.setattr(worker, "measure_row", broken)
     monkeypatch.setattr(worker, "Cuda", lambda: at.device)
