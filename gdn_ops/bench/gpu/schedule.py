@@ -137,24 +137,20 @@ class _Bench:
         return conformance
 
     def _warm(self, name: str, what: str, ready: float) -> str:
-        """Let a contender compile for one direction; return a line that reports it."""
+        """Let a contender compile for the rows of one direction; return a line that reports it."""
         before = self.clock()
         if ready - before < ROW_SECONDS[0]:
             return f"warm-up of {name}, {what}: no time"
-        kinds: dict[tuple[object, ...], str] = {}
-        for row in self.plan.rows:
-            if row.what == what:
-                key = (row.heads, row.dims, row.dtype, row.packed, row.state_dtype)
-                kinds.setdefault(key, row.name)
-        order = {"do": "warm", "contender": name, "rows": list(kinds.values())}
+        rows = [row.name for row in self.plan.rows if row.what == what]
+        order = {"do": "warm", "contender": name, "rows": rows}
         done = 0
         try:
             with closing(self.start()) as worker:
                 for event in worker.ask(order, ready - before):
                     done += "warm" in event
         except StoppedError as error:
-            return f"warm-up of {name}, {what}: {done} of {len(kinds)} kinds, {error}"
-        return f"warm-up of {name}, {what}: {done} kinds in {self.clock() - before:.0f} s"
+            return f"warm-up of {name}, {what}: {done} of {len(rows)} rows, {error}"
+        return f"warm-up of {name}, {what}: {done} rows in {self.clock() - before:.0f} s"
 
     def _row(self, row: GpuRow, rows_left: int) -> None:
         """Measure one row, then write the result so far."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from gdn_ops.bench.child import Emit, carry_out_orders
@@ -20,8 +20,6 @@ from gdn_ops.bench.gpu.rows import GpuRow, find_row
 from gdn_ops.bench.peers import PEERS, find_contender
 
 COMMAND = (sys.executable, "-m", "gdn_ops.bench.gpu.worker")
-
-WARM_TOKENS = 256
 
 
 class Desk:
@@ -66,16 +64,19 @@ class Desk:
         return usable
 
     def _warm(self, row: GpuRow, name: str) -> None:
-        """Run a short version of a row, so that its kernels are in the compiler's cache."""
-        if row.what != "step":
-            lengths = tuple(min(n, WARM_TOKENS) for n in row.lengths)
-            row = replace(row, lengths=lengths)
+        """Call a contender once on a row as it is, so that its kernels are in the compiler's cache.
+
+        A shorter row would not do: compilers make code for numbers that are 1, or that 16 divides,
+        and backends choose by lengths.
+        """
         for c in self._contenders([name]):
             try:
                 warm_row(row, c, self.device)
             except Exception as error:
                 # The row itself will say so; here the next one may do better.
                 print(f"{row.name}: {error}", file=sys.stderr)
+        # Others work beside it.
+        self.device.forget()
         self.emit({"warm": row.name})
 
 

@@ -14,12 +14,20 @@ import torch
 
 import command_line
 import gdn_ops
+from gdn_ops.aot import sampling
+from gdn_ops.aot.results import Sample
 from gdn_ops.bench.child import StoppedError, TimeUpError
-from gdn_ops.bench.gpu import command, report, schedule
+from gdn_ops.bench.gpu import command, report, schedule, worker
 from gdn_ops.bench.gpu.result import Conformance, GpuResult, Outcome
-from gdn_ops.bench.gpu.rows import ROWS
+from gdn_ops.bench.gpu.rows import ROWS, GpuRow
 from gdn_ops.bench.gpu.schedule import Plan, run
+from gdn_ops.bench.gpu.worker import Desk
+from gdn_ops.call.bind import arguments_of, bind
 from gdn_ops.dispatch import registry
+from gdn_ops.kernel_support.backend import KernelBackend
+from gdn_ops.kernel_support.launches import Launch, recording
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
+from gpu_stand_ins import FakeDevice, stand_in
 
 SYSTEM = {
     "date": "2026-11-21",
@@ -128,16 +136,85 @@ def test_every_row_is_measured_in_its_order_and_every_process_ended(script: Scri
     assert told[-1] == f"{ROWS[-1].name}: triton 1 ms, torch 1 ms, fla 1 ms"
 
 
-def test_everybody_compiles_for_every_kind_of_row_before(script: Script) -> None:
+def warmed(script: Script, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[GpuRow]]:
+    """Return the rows on which a run calls each of its contenders to warm it up."""
     script.go()
-    warmed: dict[str, list[str]] = {"triton": [], "torch": [], "fla": []}
+    rows: dict[str, list[GpuRow]] = {"triton": [], "torch": [], "fla": []}
+    monkeypatch.setattr(worker, "warm_row", lambda row, c, device: rows[c.name].append(row))
+    device = FakeDevice()
+    monkeypatch.setattr(worker, "find_contender", lambda name: stand_in(name, device))
     for order, _ in script.orders:
         if order["do"] == "warm":
-            warmed[order["contender"]] += order["rows"]
-    kinds = {(r.what, r.heads, r.dims, r.dtype, r.packed, r.state_dtype) for r in ROWS}
-    assert {name: len(rows) for name, rows in warmed.items()} == dict.fromkeys(warmed, len(kinds))
-    assert ROWS[0].name in warmed["fla"]
-    assert set(warmed["fla"]) < {row.name for row in ROWS}
+            Desk(device, lambda event: None).carry_out(order)
+    return rows
+
+
+def meta_launches(name: str, row: GpuRow) -> list[Launch]:
+    """Return what a backend launches on an H100 for the call of a row."""
+    backend, s, low = registry.get_backend(name), row.sizes, getattr(torch, row.dtype)
+    assert isinstance(backend, KernelBackend)
+    step = row.what == "step"
+    tokens = (s.B,) if step else (s.B, s.T)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    given = {
+        "q": empty(*tokens, s.H, s.K, dtype=low),
+        "k": empty(*tokens, s.H, s.K, dtype=low),
+        "v": empty(*tokens, s.HV, s.V, dtype=low),
+        "log_alpha": empty(*tokens, s.HV),
+        "beta": empty(*tokens, s.HV),
+    }
+    stored = getattr(torch, row.state_dtype) if step else torch.float32
+    state = empty(s.N, s.HV, s.K, s.V, dtype=stored)
+    given |= {"state": state} if step else {"initial_state": state}
+    options: dict[str, Any] = {"inplace": True} if step else {}
+    if row.packed:
+        given["cu_seqlens"] = empty(s.N + 1, dtype=torch.int64)
+    op = GATED_DELTA_STEP if step else GATED_DELTA
+    call = bind(op, arguments_of(op, {**given, **options}), check_values=False)
+    call = replace(call, needs_grad=row.what == "backward")
+    with recording(backend.targets[1] if name == "triton" else backend.targets[0]) as launches:
+        sampling.run(backend, Sample(row.name, call, False))
+    return launches
+
+
+def compiled_for(name: str, row: GpuRow) -> set[str]:
+    """Return the specialisations that a backend's compiler makes code for in a row."""
+    launches = meta_launches(name, row)
+    assert launches
+    if name == "tilelang":
+        return {f"{x.kernel.__name__} {sorted(x.kwargs.items())}" for x in launches}
+    from gdn_ops.backends.triton.aot.compiler import specialised
+
+    kinds = set()
+    for launch in launches:
+        _, options, specialisation = specialised(launch, "sm_90")
+        kinds.add(f"{launch.kernel.__name__} {specialisation} {options}")
+    return kinds
+
+
+@pytest.mark.parametrize("name", ["triton", "tilelang"])
+def test_warm_ups_compile_all_that_the_rows_launch(
+    name: str, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(name)
+    before: dict[str, set[str]] = {"forward": set(), "backward": set(), "step": set()}
+    for row in warmed(script, monkeypatch)["triton"]:
+        before[row.what] |= compiled_for(name, row)
+    for row in ROWS:
+        missing = compiled_for(name, row) - before[row.what]
+        assert not missing, (row.name, missing)
+
+
+def test_everybody_is_warmed_up_on_every_row(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rows in warmed(script, monkeypatch).values():
+        assert sorted(row.name for row in rows) == sorted(row.name for row in ROWS)
+    first = next(order for order, _ in script.orders if order["do"] == "warm")
+    assert first["rows"][:2] == [ROWS[0].name, ROWS[1].name], "the most important first"
 
 
 def test_the_result_is_written_after_every_row(
