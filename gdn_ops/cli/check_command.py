@@ -117,6 +117,7 @@ def judge(name: str, seconds: float, seed: int | None, device: str) -> CheckRepo
         device: torch device; where the backend runs best if empty.
     """
     # The kit needs hypothesis, which is looked for before.
+    from gdn_ops.cli.check_worker import check_side_by_side
     from gdn_ops.testing.conformance import check
 
     backend = registry.get_backend(name)
@@ -127,8 +128,9 @@ def judge(name: str, seconds: float, seed: int | None, device: str) -> CheckRepo
         certificate.suspend(type(backend), where)
     except OSError as error:
         warnings.warn(f"the old certificate could not be taken back: {error}", stacklevel=2)
+    compiles = backend.kernels and where.partition(":")[0] == "cuda"
     with progress(None, name) as advance:
-        return check(
+        return (check_side_by_side if compiles else check)(
             name,
             seconds,
             on_progress=lambda share, text: advance(f"{name}, {share:.0%}: {text}"),

@@ -1,6 +1,7 @@
 """Say of which backends compiling makes new calls slow, and which few calls the kit draws of them.
 
-A backend that is not named here is asked everything that its limits allow.
+A backend that is not named here is asked everything that its limits allow; on a GPU one of kernels
+is asked few widths.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gdn_ops.dispatch.backend import Backend
 from gdn_ops.spec.rules import Limits
 
 __all__ = ["COMPILED", "per_shape", "per_width"]
@@ -62,3 +64,15 @@ COMPILED: dict[str, Callable[[Limits], dict[str, Any]]] = {
 
 A backend of another distribution adds its own row: `COMPILED["mine"] = per_shape`.
 """
+
+
+def few_calls(backend: Backend, device: str) -> dict[str, Any]:
+    """Return options of `strategies.calls` for a backend on a torch device.
+
+    A backend of kernels that has no row in COMPILED compiles them for a GPU, and not to be emulated
+    on a CPU.
+    """
+    own = COMPILED.get(backend.name)
+    if own is None and backend.kernels and device.partition(":")[0] == "cuda":
+        own = per_width
+    return {} if own is None else own(backend.limits)

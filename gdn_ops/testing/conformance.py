@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from hypothesis.errors import FlakyFailure
 
 from gdn_ops.dispatch.registry import Backend
 from gdn_ops.spec.errors import BackendUnsupportedError
-from gdn_ops.testing.compiled import COMPILED
+from gdn_ops.testing.compiled import few_calls
 from gdn_ops.testing.derivatives import (
     second_derivatives,
     second_derivatives_at_the_ends,
@@ -216,8 +216,8 @@ def run_subject(
         shrink: whether to look for the smallest failing call.
         device: torch device of every tensor.
     """
-    limits, row = installed(backend).limits, CheckRow(subject.name)
-    narrowed = COMPILED[backend](limits) if backend in COMPILED else {}
+    instance, row = installed(backend), CheckRow(subject.name)
+    options = few_calls(instance, device) | dict(subject.options)
     failed: set[Example] = set()
 
     @settings(
@@ -229,7 +229,7 @@ def run_subject(
         report_multiple_bugs=False,
         print_blob=False,
     )
-    @given(calls(limits=limits, device=device, **narrowed | dict(subject.options)))
+    @given(calls(limits=instance.limits, device=device, **options))
     def property_holds(example: Example) -> None:
         nonlocal row
         if time.perf_counter() > deadline and row.examples and example not in failed:
@@ -289,8 +289,34 @@ def check(
         SpecError: no backend has that name, or it is not installed.
         ValueError: no subject has a name with `only` in it.
     """
-    everything, tell = _chosen(backend, only, dtypes), on_progress or (lambda share, text: None)
+    everything = _chosen(backend, only, dtypes)
     first = int(torch.seed() % 2**31) if seed is None else seed
+    start = time.perf_counter()
+    rows = {subject.name: CheckRow(subject.name) for subject in everything}
+    for row in run_rounds(backend, everything, seconds, first, device, on_progress):
+        rows[row.subject] = row
+    return CheckReport(backend, tuple(rows.values()), time.perf_counter() - start, device, first)
+
+
+def run_rounds(
+    backend: str,
+    everything: Sequence[Subject],
+    seconds: float,
+    first: int,
+    device: str,
+    on_progress: Callable[[float, str], None] | None = None,
+) -> Iterator[CheckRow]:
+    """Run subjects round and round, each at least once; yield a row so far when it has grown.
+
+    Args:
+        backend: its name.
+        everything: the subjects.
+        seconds: how long; the first round is finished whatever it takes.
+        first: seed of the first round.
+        device: torch device of every tensor.
+        on_progress: called with the fraction done and the subject under test.
+    """
+    tell = on_progress or (lambda share, text: None)
     start, turn = time.perf_counter(), 0
     rows = {subject.name: CheckRow(subject.name) for subject in everything}
     while turn == 0 or time.perf_counter() - start < seconds:
@@ -311,8 +337,8 @@ def check(
                     device=device,
                 )
                 rows[subject.name] = rows[subject.name].plus(new)
+                yield rows[subject.name]
         turn += 1
         if not any(row.passed for row in rows.values()):
             break
     tell(1.0, "done")
-    return CheckReport(backend, tuple(rows.values()), time.perf_counter() - start, device, first)
