@@ -22,7 +22,7 @@ from torch import Tensor
 import gdn_ops
 from gdn_ops.bench.contender import Contender, Prepared
 from gdn_ops.bench.device import Peak, Run
-from gdn_ops.bench.gpu.device import capture
+from gdn_ops.bench.gpu.device import Card, capture
 from gdn_ops.bench.gpu.rows import GpuRow
 from gdn_ops.bench.inputs import Inputs
 from gdn_ops.bench.peers import find_contender
@@ -68,6 +68,20 @@ class FakeDevice:
             self.run_out_of_memory()
         self.captured.append(len(runs))
         return self.events(runs)
+
+    def keep_busy(self) -> None:
+        self.now += 1.0
+
+    def mark(self) -> float:
+        # Something lies between any two marks.
+        self.now += 1e-3
+        return self.now
+
+    def between(self, start: float, stop: float) -> float:
+        return stop - start
+
+    def card(self) -> Card:
+        return Card(1755.0, 3201.0, 1980.0, 3201.0, 700.0)
 
     def sampler(self, run: Run) -> tuple[Callable[[], float], str]:
         return capture(self, [run])
@@ -171,6 +185,8 @@ def define(*qkv: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
 )
 def fla_chunk(x: Any) -> tuple[Tensor, Tensor | None]:
     assert not (x.use_beta_sigmoid_in_kernel or x.allow_neg_eigval or x.state_v_first or x.kwargs)
+    assert x.g.dtype == x.beta.dtype == torch.float32 and x.g.max() <= 0, "g is a logarithm here"
+    assert x.g.shape == x.beta.shape == x.v.shape[:-1]
     o, state = define(
         *(x.q, x.k, x.v),
         beta=x.beta,
@@ -215,7 +231,9 @@ def flash_qla_chunk(x: Any) -> Any:
 )
 def flashinfer_prefill(x: Any) -> tuple[Tensor, Tensor]:
     assert x.q.dim() == 3 and x.cu_seqlens is not None and x.output_final_state
-    assert x.g.dtype == torch.float32 and x.g.min() >= 0, "g is linear alpha here"
+    assert x.g.dtype == x.beta.dtype == x.initial_state.dtype == torch.float32
+    assert x.g.min() >= 0, "g is linear alpha here"
+    assert x.g.shape == x.beta.shape == x.v.shape[:-1] and x.cu_seqlens.dtype == torch.int64
     assert all(y.is_contiguous() for y in (x.q, x.k, x.v, x.g, x.beta, x.initial_state))
     o, state = define(
         *(y.unsqueeze(0) for y in (x.q, x.k, x.v)),
@@ -238,6 +256,9 @@ def flashinfer_decode(x: Any) -> tuple[Tensor, Tensor]:
     assert (x.initial_state is None) == (x.initial_state_indices is None)
     pool = x.state if x.initial_state is None else x.initial_state
     assert pool is not None and x.q.dim() == 4 and x.q.shape[1] == 1
+    assert x.A_log.dtype == x.dt_bias.dtype == torch.float32 and x.a.dtype == x.b.dtype == x.q.dtype
+    assert x.A_log.shape == x.dt_bias.shape == x.v.shape[2:3] and x.a.shape == x.b.shape
+    assert x.a.shape == x.v.shape[:-1]
     if x.initial_state_indices is not None:
         assert torch.equal(x.initial_state_indices, torch.arange(x.q.shape[0]))
         assert pool.dtype == torch.bfloat16

@@ -129,6 +129,8 @@ class _Ranking:
     def lines(self, space: Sequence[Contender]) -> Iterator[str]:
         """Yield a line per candidate once it is measured, those of the fastest, and the row."""
         what, samplers = self.direction.what, {}
+        # The operands were drawn elsewhere than on the stream on which candidates work.
+        self.device.synchronize()
         for c in space:
             try:
                 yield self._alone(c)
@@ -148,6 +150,8 @@ class _Ranking:
 
     def _alone(self, c: Contender) -> str:
         """Check and time a candidate for itself; return its line."""
+        # The graph of the one before it has ended, and held memory.
+        self.device.forget()
         with self.device.working():
             run, results = self.direction.first_call(c)
             fault = self.direction.fault(c.name, results)
@@ -156,9 +160,6 @@ class _Ranking:
             del results
             sampler, remark = self.device.sampler(run)
             samples = [sampler() for _ in range(min(QUICK_SAMPLES, self.setting.repeats))]
-        # Its graph, and the memory that the graph holds, end with it.
-        del sampler, run
-        self.device.forget()
         self.quick[c.name], self.remarks[c.name] = statistics.median(samples), remark
         line = f"{self.direction.what}  {self.quick[c.name] * 1e3:10.4f} ms  {c.name}"
         return f"{line}  {remark}".rstrip()
@@ -171,7 +172,6 @@ class _Ranking:
         """
         try:
             self.device.synchronize()
-            self.device.forget()
         except Exception:
             raise BrokenDeviceError(f"{c.name}: {error_line(error)}") from error
         return _failed(c.name, error_line(error))

@@ -16,6 +16,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 
 from gdn_ops import _interrupt
 from gdn_ops.bench.gpu import report
+from gdn_ops.bench.gpu.device import card_of
 from gdn_ops.bench.gpu.schedule import SECONDS as SECONDS
 from gdn_ops.bench.gpu.schedule import Plan, run
 from gdn_ops.bench.peers import check_peers, peers_on
@@ -59,7 +61,7 @@ def make_plan(backends: Sequence[str], peers: Sequence[str], seconds: float) -> 
 
 
 def system(seconds: float) -> dict[str, Any]:
-    """Return the device, driver, versions and date that identify a run.
+    """Return the device, its clocks, driver, versions and date that identify a run.
 
     Raises:
         ValueError: torch sees no GPU.
@@ -67,7 +69,8 @@ def system(seconds: float) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise ValueError("no GPU: torch.cuda.is_available() is False")
     device = torch.cuda.get_device_name(0)
-    return describe_system(device=device, driver=driver_version(), seconds=seconds)
+    driver, card = driver_version(), asdict(card_of())
+    return describe_system(device=device, card=card, driver=driver, seconds=seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

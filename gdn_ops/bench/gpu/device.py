@@ -1,10 +1,12 @@
-"""Wrap the GPU that `bench gpu` measures: its datasheet rates, graphs and events.
+"""Wrap the GPU that `bench gpu` measures: its datasheet rates, its clocks, graphs and events.
 
 Everything that touches a GPU is here, so that the rest is tested without one.
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +21,9 @@ WARMUPS = 3
 
 LEAD_CYCLES = 200_000
 """Cycles that the device is kept busy before a timed run: about a tenth of a millisecond."""
+
+BUSY_CYCLES = 4_000_000
+"""Cycles that the device is kept busy while a whole call is launched: about two milliseconds."""
 
 
 class BrokenDeviceError(RuntimeError):
@@ -57,6 +62,48 @@ fraction, rather than a wrong one."""
 def find_peaks(name: str) -> Peaks | None:
     """Return the datasheet rates of a device, or None if they are not in the table."""
     return next((peaks for part, peaks in PEAKS if part in name), None)
+
+
+@dataclass(frozen=True)
+class Card:
+    """Hold how fast a card may run now; None for what its driver does not tell.
+
+    Attributes:
+        sm_mhz, memory_mhz: clocks at the moment of asking; those of an idle card are low.
+        most_sm_mhz, most_memory_mhz: the highest clocks.
+        power_limit_w: watts.
+    """
+
+    sm_mhz: float | None = None
+    memory_mhz: float | None = None
+    most_sm_mhz: float | None = None
+    most_memory_mhz: float | None = None
+    power_limit_w: float | None = None
+
+
+_ASKED = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+"""What nvidia-smi is asked for the fields of `Card`, in their order."""
+
+
+def read_card(which: str) -> Card:
+    """Ask nvidia-smi for the clocks and the limit of a card, by its index or UUID."""
+    query = f"--query-gpu={','.join(_ASKED)}"
+    command = ["nvidia-smi", f"--id={which}", query, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return Card()
+    values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
+    if len(values) != len(_ASKED):
+        return Card()
+    # What a card does not tell is "[N/A]".
+    return Card(*(float(v) if re.fullmatch(r"\d+(\.\d+)?", v) else None for v in values))
+
+
+def card_of(index: int = 0) -> Card:
+    """Return the clocks of a torch device; its index is not the driver's where some are hidden."""
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    return read_card(str(index) if uuid is None else f"GPU-{uuid}")
 
 
 class Cuda(TorchCuda):
@@ -118,6 +165,24 @@ class Cuda(TorchCuda):
             return float(start.elapsed_time(stop)) / 1e3
 
         return timed
+
+    def keep_busy(self) -> None:
+        """Give the device nothing to do for as long as a call takes to launch."""
+        torch.cuda._sleep(BUSY_CYCLES)
+
+    def mark(self) -> torch.cuda.Event:
+        """Record the moment at which the device comes here."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
+        """Return the seconds between two marks that the device has passed."""
+        return float(start.elapsed_time(stop)) / 1e3
+
+    def card(self) -> Card:
+        """Return the clocks of the card as they are now."""
+        return card_of(torch.device(self.torch_device).index or 0)
 
     def sampler(self, run: Run) -> tuple[Callable[[], float], str]:
         for _ in range(WARMUPS):

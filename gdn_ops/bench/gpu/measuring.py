@@ -1,16 +1,18 @@
 """Measure one row of `bench gpu`: check every contender, then time the right ones in turns.
 
 Kernel time is that of replaying a captured graph, so neither Python nor launches are in it; wall
-time is that of a call and a wait, as a user meets it; host time is until the call returns. A step
-works on several states in turn, together larger than the last-level cache, because between two
-steps of a layer the other layers' states pass through it.
+time is that of a call and a wait, as a user meets it; host time is until the call returns. Calls
+work on several sets of operands in turn, together twice the last-level cache, because between two
+calls of a layer the other layers' operands and states pass through it.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +20,12 @@ from torch import Tensor
 from gdn_ops.bench.child import Emit
 from gdn_ops.bench.contender import Contender, error_line
 from gdn_ops.bench.device import Run
-from gdn_ops.bench.gpu.device import WARMUPS, BrokenDeviceError, Cuda, capture
+from gdn_ops.bench.gpu.device import WARMUPS, BrokenDeviceError, Card, Cuda, capture
 from gdn_ops.bench.gpu.errors import exact_backward, exact_forward, exact_step, worst_error
+from gdn_ops.bench.gpu.launches import time_launches
 from gdn_ops.bench.gpu.result import Outcome, roofline_seconds
 from gdn_ops.bench.gpu.rows import GpuRow
-from gdn_ops.bench.inputs import make_cotangents
+from gdn_ops.bench.inputs import Inputs, make_cotangents
 from gdn_ops.bench.turns import sample_in_turns, time_calls
 from gdn_ops.bench.verify import Part
 
@@ -33,10 +36,13 @@ shown beside the time."""
 GRAPH_SECONDS = 1e-3
 """Short runs are captured several times into one graph, until it takes this long."""
 
-MOST_COPIES = 64
+MOST_SETS = 64
 MOST_REPEATS = 20
 SHARE = {"reference": 0.2, "kernel": 0.15, "wall": 0.1}
 """Share of a row's time that each phase may take."""
+
+
+Grad = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass
@@ -69,9 +75,21 @@ def warm_row(row: GpuRow, c: Contender, device: Cuda) -> None:
     """Call a contender once, so that its kernels are in its compiler's cache."""
     measuring = _Measuring(row, device, 0.0, lambda event: None)
     with device.working(), torch.no_grad():
-        measuring.draw()
-        if not c.reasons(measuring.inputs, row.what):
+        measuring.draw(1)
+        if not c.reasons(measuring.sets[0].inputs, row.what):
             measuring.first_call(c)
+
+
+class _Set(NamedTuple):
+    """Hold the operands of a call and, for a backward, the gradients of its results."""
+
+    inputs: Inputs
+    cotangents: tuple[Tensor, Tensor] | None
+
+    def copy(self) -> _Set:
+        pair = self.cotangents
+        copied = None if pair is None else (pair[0].clone(), pair[1].clone())
+        return _Set(self.inputs.map(Tensor.clone), copied)
 
 
 class _Measuring:
@@ -84,7 +102,7 @@ class _Measuring:
 
     def run(self, contenders: Sequence[Contender]) -> list[Outcome]:
         self.emit({"at": "reference"})
-        self.draw()
+        self.draw(MOST_SETS)
         self.parts, self.remark = self._reference()
         entries: dict[str, _Entry] = {}
         for c in contenders:
@@ -98,10 +116,14 @@ class _Measuring:
         self._time(entries)
         return list(self.outcomes.values())
 
-    def draw(self) -> None:
-        """Draw the row's operands and, for a backward, the gradients of its results."""
-        self.inputs = self.row.draw(self.device.torch_device)
-        self.cotangents = make_cotangents(self.inputs) if self.row.what == "backward" else None
+    def draw(self, most: int) -> None:
+        """Draw up to `most` sets of operands with the same values, in memory of their own."""
+        x = self.row.draw(self.device.torch_device)
+        first = _Set(x, make_cotangents(x) if self.row.what == "backward" else None)
+        tensors = (*x.operands(), *(first.cotangents or ()))
+        self.set_bytes = sum(y.numel() * y.element_size() for y in tensors)
+        count = max(1, min(most, -(-2 * self.device.l2 // max(1, self.set_bytes))))
+        self.sets = [first, *(first.copy() for _ in range(count - 1))]
 
     def _done(self, outcome: Outcome) -> None:
         self.outcomes[outcome.contender] = outcome
@@ -109,12 +131,12 @@ class _Measuring:
 
     def _reference(self) -> tuple[list[Part], str]:
         """Return the definition's results and no remark, or no results and a remark why."""
-        x, device = self.inputs, self.device
+        (x, cotangents), device = self.sets[0], self.device
         try:
             if self.row.what == "step":
                 return exact_step(x), ""
-            if self.cotangents is not None:
-                return exact_backward(x, *self.cotangents), ""
+            if cotangents is not None:
+                return exact_backward(x, *cotangents), ""
             seconds = SHARE["reference"] * self.seconds
             return exact_forward(x, seconds, device.clock, device.synchronize), ""
         except torch.OutOfMemoryError as error:
@@ -126,7 +148,7 @@ class _Measuring:
         if self.device.clock() - self.start > self.seconds:
             return replace(who, status="left out", reason="not measured: time")
         try:
-            reasons = c.reasons(self.inputs, self.row.what)
+            reasons = c.reasons(self.sets[0].inputs, self.row.what)
             if reasons:
                 return replace(who, status="unsupported", reason="; ".join(reasons))
             return self._capture(c, who)
@@ -146,6 +168,7 @@ class _Measuring:
         whole, runs, results = self.first_call(c)
         self.device.synchronize()
         who = replace(who, first_call=self.device.clock() - before)
+        who = replace(who, sets=len(self.sets), set_mib=self.set_bytes / 2**20)
         if self.parts:
             error, what = worst_error(self.parts, results)
             who = replace(who, error=error, error_of=what)
@@ -163,6 +186,8 @@ class _Measuring:
         events()
         once = max(events(), 1e-9)
         many = runs * max(1, min(MOST_REPEATS, round(GRAPH_SECONDS / once)))
+        if not c.is_peer:
+            who = replace(who, launches=time_launches(c.name, runs[0], self.device))
         replay, remark = capture(self.device, many)
         reason = "; ".join(filter(None, (who.reason, remark)))
         who = replace(who, reason=reason, kernel_by="events" if remark else "graph")
@@ -170,36 +195,36 @@ class _Measuring:
 
     def first_call(self, c: Contender) -> tuple[Run, list[Run], tuple[Tensor, ...]]:
         """Return the run that shows peak memory, the runs to time, and a first call's results."""
+        if self.row.what == "backward":
+            return self._backward_runs(c)
         if self.row.what == "step":
-            return self._step_runs(c)
-        if self.cotangents is None:
-            ready = c.sequence(self.inputs)
-            return ready.run, [ready.run], ready.results()
-        leaves = self.inputs.with_grad()
-        ready, cotangents = c.sequence(leaves), self.cotangents
-        with torch.enable_grad():
-            kept = ready.results()
+            ready = [c.step(x.map(Tensor.clone)) for x, _ in self.sets]
+        else:
+            ready = [c.sequence(x) for x, _ in self.sets]
+        runs = [r.run for r in ready]
+        # Steps in place go on with their states.
+        return runs[0], runs, tuple(x.clone() for x in ready[0].results())
 
-        def backward() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(kept, leaves.operands(), cotangents, retain_graph=True)
-
-        def both() -> tuple[Tensor, ...]:
+    def _backward_runs(self, c: Contender) -> tuple[Run, list[Run], tuple[Tensor, ...]]:
+        def prepared(one: _Set) -> tuple[Grad, Grad]:
+            leaves = one.inputs.with_grad()
+            ready, operands = c.sequence(leaves), leaves.operands()
             with torch.enable_grad():
-                results = ready.results()
-            return torch.autograd.grad(results, leaves.operands(), cotangents)
+                kept = ready.results()
 
-        return both, [backward], backward()
+            def both() -> tuple[Tensor, ...]:
+                with torch.enable_grad():
+                    results = ready.results()
+                return tuple(torch.autograd.grad(results, operands, one.cotangents))
 
-    def _step_runs(self, c: Contender) -> tuple[Run, list[Run], tuple[Tensor, ...]]:
-        """Return the runs of a step on several states, together twice the last-level cache."""
-        state = self.inputs.state
-        assert state is not None
-        size = state.numel() * state.element_size()
-        copies = max(1, min(MOST_COPIES, -(-2 * self.device.l2 // max(1, size))))
-        ready = [c.step(replace(self.inputs, state=state.clone())) for _ in range(copies)]
-        runs: list[Run] = [r.run for r in ready]
-        results = tuple(x.clone() for x in ready[0].read(runs[0]()))
-        return runs[0], runs, results
+            grad = functools.partial(
+                torch.autograd.grad, kept, operands, one.cotangents, retain_graph=True
+            )
+            return both, grad
+
+        pairs = [prepared(one) for one in self.sets]
+        runs: list[Run] = [grad for _, grad in pairs]
+        return pairs[0][0], runs, pairs[0][1]()
 
     def _time(self, entries: dict[str, _Entry]) -> None:
         """Time the entries in turns: first the device's work, then whole calls."""
@@ -212,6 +237,7 @@ class _Measuring:
         clock, seconds = self.device.clock, self.seconds
         replays = {n: e.replay for n, e in entries.items()}
         kernel = sample_in_turns(replays, SHARE["kernel"] * seconds, clock)
+        card = self.device.card() if entries else Card()
         calls = {n: time_calls(e.runs, self.device) for n, e in entries.items()}
         wall = sample_in_turns(calls, SHARE["wall"] * seconds, clock)
         floor = roofline_seconds(self.row, self.device.name)
@@ -227,5 +253,7 @@ class _Measuring:
                     wall=statistics.median(w for w, _ in wall[name]) * 1e3,
                     host=statistics.median(h for _, h in wall[name]) * 1e3,
                     roofline=floor / median if floor and median else None,
+                    sm_mhz=card.sm_mhz,
+                    memory_mhz=card.memory_mhz,
                 )
             )

@@ -41,6 +41,8 @@ def _remark(row: GpuRow, o: Outcome) -> str:
             parts.append(f"goal {goal.what} <= {goal.at_most:g}{unit}: {word}")
     if o.kernel_by == "events":
         parts.append("with launches")
+    if o.launches:
+        parts.append(" + ".join(f"{x['name']} {number(x['ms'])}" for x in o.launches))
     return "; ".join([*parts, *filter(None, [o.reason])])
 
 
@@ -71,10 +73,32 @@ def _cells(row: GpuRow, o: Outcome) -> tuple[str, ...]:
     )
 
 
+def _sets(outcomes: Sequence[Outcome]) -> str:
+    """Return how many sets of operands took turns in a row, where it was more than one."""
+    several = next((o for o in outcomes if o.sets > 1 and o.set_mib is not None), None)
+    return "" if several is None else f", {several.sets} sets of {number(several.set_mib)} MiB"
+
+
+def _clocks(result: GpuResult) -> list[str]:
+    """Return a line of the card's clocks and power limit, as far as they are known."""
+    card = result.system.get("card") or {}
+    told = {
+        "SM clock at most": (card.get("most_sm_mhz"), "MHz"),
+        "memory clock at most": (card.get("most_memory_mhz"), "MHz"),
+        "power limit": (card.get("power_limit_w"), "W"),
+    }
+    parts = [f"{what} {x:g} {unit}" for what, (x, unit) in told.items() if x is not None]
+    during = [o.sm_mhz for _, outcomes in result.rows for o in outcomes if o.sm_mhz is not None]
+    if during:
+        parts.append(f"SM clock after rows {min(during):g} to {max(during):g} MHz")
+    return [", ".join(parts)] if parts else []
+
+
 def text(result: GpuResult) -> str:
     """Return the whole result as a table in plain text."""
     s = result.system
     lines = [f"{s['device']}, driver {s['driver']}, torch {s['versions']['torch']}, {s['date']}"]
+    lines += _clocks(result)
     lines += [f"conformance of {c}" for c in result.conformance]
     lines += [f"left out: {name}: {reason}" for name, reason in result.left_out]
     lines = [wrapped(line, indent="  ") for line in lines]
@@ -86,7 +110,7 @@ def text(result: GpuResult) -> str:
         named = {o.contender for o in outcomes}
         others = dict.fromkeys(p.who for p in row.published if p.who not in named)
         cells += [(f"  {who}", "-", _published(row, who)) for who in others]
-        sections.append((row.name, cells))
+        sections.append((f"{row.name}{_sets(outcomes)}", cells))
     lines.append(table(_HEAD, sections))
     goals = [reached(g, o) for row, os in result.rows for o in os for g in row.goals
              if g.backend == o.contender]  # fmt: skip

@@ -30,6 +30,9 @@ class Outcome:
         peak: MiB allocated at most, above the operands; of forward and backward for a backward.
         roofline: the cost model's time at datasheet rates over the kernel time.
         first_call: seconds of the first call, compilation included.
+        sets, set_mib: how many sets of operands take turns, and MiB of one.
+        launches: "name" and "ms" of every launch of a call of ours in order, by events.
+        sm_mhz, memory_mhz: clocks right after the row was timed, or None.
     """
 
     contender: str
@@ -48,6 +51,11 @@ class Outcome:
     peak: float | None = None
     roofline: float | None = None
     first_call: float | None = None
+    sets: int = 0
+    set_mib: float | None = None
+    launches: list[dict[str, Any]] = field(default_factory=list)
+    sm_mhz: float | None = None
+    memory_mhz: float | None = None
 
 
 def roofline_seconds(row: GpuRow, device_name: str) -> float | None:

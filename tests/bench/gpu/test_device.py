@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
-from gdn_ops.bench.gpu.device import Cuda
+from gdn_ops.bench.gpu.device import Card, Cuda
 from gdn_ops.bench.gpu.measuring import measure_row
 from gdn_ops.bench.gpu.rows import GpuRow
 from gpu_stand_ins import contender
@@ -44,6 +46,27 @@ def test_a_run_that_waits_for_the_device_is_not_captured() -> None:
         assert device.graph([lambda: x.mul_(1.0)])() > 0
 
 
+def test_the_card_tells_its_clocks() -> None:
+    card = Cuda().card()
+    if shutil.which("nvidia-smi"):
+        assert card.sm_mhz is not None and card.most_sm_mhz is not None
+        assert 0 < card.sm_mhz <= card.most_sm_mhz
+    else:
+        assert card == Card()
+
+
+def test_marks_on_the_device_are_apart_as_long_as_its_work() -> None:
+    device = Cuda()
+    with device.working():
+        x = torch.ones(1 << 28, device=device.torch_device)
+        device.keep_busy()
+        start = device.mark()
+        x.mul_(2.0)
+        middle, stop = device.mark(), device.mark()
+        device.synchronize()
+    assert device.between(start, middle) > 10 * device.between(middle, stop)
+
+
 @pytest.mark.parametrize("what", ["forward", "backward", "step"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_row_is_measured(what: str, backend: str) -> None:
@@ -56,3 +79,4 @@ def test_a_row_is_measured(what: str, backend: str) -> None:
     assert 0 < outcome.kernel < outcome.wall
     if backend == "triton":
         assert outcome.kernel_by == "graph", outcome.reason
+        assert outcome.launches and all(launch["ms"] > 0 for launch in outcome.launches)

@@ -19,7 +19,7 @@ from gdn_ops.bench.gpu.device import BrokenDeviceError
 from gdn_ops.bench.gpu.measuring import measure_row
 from gdn_ops.bench.gpu.result import Outcome, reached, roofline_seconds
 from gdn_ops.bench.gpu.rows import ROWS, GpuRow
-from gdn_ops.bench.inputs import Inputs
+from gdn_ops.bench.inputs import Inputs, make_cotangents
 from gdn_ops.testing.oracle import Verdict
 from gpu_stand_ins import BACKWARD, BACKWARD_PACKED, FORWARD, STEP, FakeDevice, stand_in
 
@@ -85,22 +85,54 @@ def test_short_work_is_captured_several_times_and_divided(
     assert outcomes["a"].kernel == pytest.approx(0.5)
 
 
-def test_a_step_works_on_states_that_are_larger_than_the_cache() -> None:
-    size = 3 * 2 * 8 * 4 * 4
+@pytest.mark.parametrize("row", (FORWARD, BACKWARD, STEP), ids=lambda row: row.what)
+def test_sets_of_operands_together_twice_the_cache_take_turns(
+    row: GpuRow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "MOST_SETS", 6)
+    x = row.draw("cpu")
+    tensors = (*x.operands(), *(make_cotangents(x) if row is BACKWARD else ()))
+    size = sum(y.numel() * y.element_size() for y in tensors)
     device = FakeDevice(l2=2 * size + 1)
-    seen: set[int] = set()
+    seen: dict[str, set[int]] = {"q": set(), "state": set()}
 
     def look(x: Inputs) -> None:
         assert x.state is not None
-        seen.add(x.state.data_ptr())
+        seen["q"].add(x.q.data_ptr())
+        seen["state"].add(x.state.data_ptr())
 
-    outcome = measure_one(device, STEP, before=look)
-    assert len(seen) == 5
+    outcome = measure_one(device, row, before=look)
+    assert {name: len(places) for name, places in seen.items()} == {"q": 5, "state": 5}
     assert device.captured == [5]
-    assert outcome.kernel == pytest.approx(1.0), "per step, not per graph"
+    assert outcome.kernel == pytest.approx(1.0), "per call, not per graph"
+    assert outcome.error is not None and outcome.error < 1e-5, "all have the same values"
+    assert outcome.sets == 5
+    assert outcome.set_mib == size / 2**20
     device = FakeDevice(l2=1 << 40)
-    measure_one(device, STEP, seconds=1.0)
-    assert device.captured == [measuring.MOST_COPIES]
+    measure_one(device, row, seconds=1.0)
+    assert device.captured == [6]
+
+
+def test_operands_larger_than_the_cache_are_one_set() -> None:
+    outcome = measure_one(FakeDevice(l2=100))
+    assert outcome.sets == 1
+
+
+def test_the_clocks_after_a_row_are_told(device: FakeDevice) -> None:
+    o = measure_one(device)
+    assert (o.sm_mhz, o.memory_mhz) == (1755.0, 3201.0)
+
+
+def test_a_row_of_ours_holds_its_launches_and_one_of_a_peer_none(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [{"name": "states", "ms": 0.2}]
+    monkeypatch.setattr(measuring, "time_launches", lambda name, run, device: found)
+    ours = replace(stand_in("ours", device), is_peer=False)
+    monkeypatch.setattr(Contender, "reasons", lambda *_: [])
+    outcomes = measure(device, FORWARD, ours, stand_in("peer", device))
+    assert outcomes["ours"].launches == found
+    assert outcomes["peer"].launches == []
 
 
 def test_what_cannot_be_captured_is_timed_by_events_and_says_so(device: FakeDevice) -> None:

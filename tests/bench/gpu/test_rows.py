@@ -159,6 +159,30 @@ def test_a_peer_gets_the_same_problem(
     assert error < (1e-2 if row is NARROW_STEP else 1e-5), what
 
 
+@pytest.mark.parametrize("name", peers_on("cuda"))
+@pytest.mark.parametrize("what", ["forward", "backward", "step"])
+def test_gates_reach_a_peer_in_its_form_and_dtype_where_q_is_narrow(
+    name: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_peers(monkeypatch)
+    lengths = (1, 1, 1) if what == "step" else (20,)
+    row = GpuRow(what, (1, 2), lengths, dims=(8, 4))
+    x, c = row.draw("cpu"), contender(name)
+    if c.reasons(x, what):
+        return
+    # As strong as a decay gets in a model: a confusion of forms shows.
+    assert x.raw is None or x.raw.a.dtype == torch.bfloat16
+    if what != "step":
+        x = replace(x, log_alpha=(64 * x.log_alpha).clamp(min=-20.0))
+    exact_parts = exact(x, what)
+    assert worst_error(exact_parts, results_of(c, x, what))[0] < 2e-2
+    # A gate in another form would be seen; that of a step is mild, and given raw too.
+    confused = replace(x, log_alpha=x.log_alpha.exp() - 1)
+    if x.raw is not None:
+        confused = replace(x, log_alpha=8 * x.log_alpha, raw=x.raw._replace(A_log=x.raw.A_log + 2))
+    assert worst_error(exact_parts, results_of(c, confused, what))[0] > 0.05
+
+
 def test_a_step_of_a_peer_in_place_changes_its_own_state(monkeypatch: pytest.MonkeyPatch) -> None:
     install_peers(monkeypatch)
     for name in ("fla", "flashinfer", "torch"):

@@ -14,20 +14,13 @@ import torch
 
 import command_line
 import gdn_ops
-from gdn_ops.aot import sampling
-from gdn_ops.aot.results import Sample
 from gdn_ops.bench.child import StoppedError, TimeUpError
-from gdn_ops.bench.gpu import command, report, schedule, worker
+from gdn_ops.bench.gpu import command, report, schedule
+from gdn_ops.bench.gpu.device import Card
 from gdn_ops.bench.gpu.result import Conformance, GpuResult, Outcome
-from gdn_ops.bench.gpu.rows import ROWS, GpuRow
+from gdn_ops.bench.gpu.rows import ROWS
 from gdn_ops.bench.gpu.schedule import Plan, run
-from gdn_ops.bench.gpu.worker import Desk
-from gdn_ops.call.bind import arguments_of, bind
 from gdn_ops.dispatch import registry
-from gdn_ops.kernel_support.backend import KernelBackend
-from gdn_ops.kernel_support.launches import Launch, recording
-from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
-from gpu_stand_ins import FakeDevice, stand_in
 
 SYSTEM = {
     "date": "2026-11-21",
@@ -134,87 +127,6 @@ def test_every_row_is_measured_in_its_order_and_every_process_ended(script: Scri
     assert all(worker.closed for worker in script.workers)
     assert len(script.workers) == 2 + 3 * 3 + 1, "checks, warm-ups, and one for all rows"
     assert told[-1] == f"{ROWS[-1].name}: triton 1 ms, torch 1 ms, fla 1 ms"
-
-
-def warmed(script: Script, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[GpuRow]]:
-    """Return the rows on which a run calls each of its contenders to warm it up."""
-    script.go()
-    rows: dict[str, list[GpuRow]] = {"triton": [], "torch": [], "fla": []}
-    monkeypatch.setattr(worker, "warm_row", lambda row, c, device: rows[c.name].append(row))
-    device = FakeDevice()
-    monkeypatch.setattr(worker, "find_contender", lambda name: stand_in(name, device))
-    for order, _ in script.orders:
-        if order["do"] == "warm":
-            Desk(device, lambda event: None).carry_out(order)
-    return rows
-
-
-def meta_launches(name: str, row: GpuRow) -> list[Launch]:
-    """Return what a backend launches on an H100 for the call of a row."""
-    backend, s, low = registry.get_backend(name), row.sizes, getattr(torch, row.dtype)
-    assert isinstance(backend, KernelBackend)
-    step = row.what == "step"
-    tokens = (s.B,) if step else (s.B, s.T)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    given = {
-        "q": empty(*tokens, s.H, s.K, dtype=low),
-        "k": empty(*tokens, s.H, s.K, dtype=low),
-        "v": empty(*tokens, s.HV, s.V, dtype=low),
-        "log_alpha": empty(*tokens, s.HV),
-        "beta": empty(*tokens, s.HV),
-    }
-    stored = getattr(torch, row.state_dtype) if step else torch.float32
-    state = empty(s.N, s.HV, s.K, s.V, dtype=stored)
-    given |= {"state": state} if step else {"initial_state": state}
-    options: dict[str, Any] = {"inplace": True} if step else {}
-    if row.packed:
-        given["cu_seqlens"] = empty(s.N + 1, dtype=torch.int64)
-    op = GATED_DELTA_STEP if step else GATED_DELTA
-    call = bind(op, arguments_of(op, {**given, **options}), check_values=False)
-    call = replace(call, needs_grad=row.what == "backward")
-    with recording(backend.targets[1] if name == "triton" else backend.targets[0]) as launches:
-        sampling.run(backend, Sample(row.name, call, False))
-    return launches
-
-
-def compiled_for(name: str, row: GpuRow) -> set[str]:
-    """Return the specialisations that a backend's compiler makes code for in a row."""
-    launches = meta_launches(name, row)
-    assert launches
-    if name == "tilelang":
-        return {f"{x.kernel.__name__} {sorted(x.kwargs.items())}" for x in launches}
-    from gdn_ops.backends.triton.aot.compiler import specialised
-
-    kinds = set()
-    for launch in launches:
-        _, options, specialisation = specialised(launch, "sm_90")
-        kinds.add(f"{launch.kernel.__name__} {specialisation} {options}")
-    return kinds
-
-
-@pytest.mark.parametrize("name", ["triton", "tilelang"])
-def test_warm_ups_compile_all_that_the_rows_launch(
-    name: str, script: Script, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip(name)
-    before: dict[str, set[str]] = {"forward": set(), "backward": set(), "step": set()}
-    for row in warmed(script, monkeypatch)["triton"]:
-        before[row.what] |= compiled_for(name, row)
-    for row in ROWS:
-        missing = compiled_for(name, row) - before[row.what]
-        assert not missing, (row.name, missing)
-
-
-def test_everybody_is_warmed_up_on_every_row(
-    script: Script, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for rows in warmed(script, monkeypatch).values():
-        assert sorted(row.name for row in rows) == sorted(row.name for row in ROWS)
-    first = next(order for order, _ in script.orders if order["do"] == "warm")
-    assert first["rows"][:2] == [ROWS[0].name, ROWS[1].name], "the most important first"
 
 
 def test_the_result_is_written_after_every_row(
@@ -362,6 +274,40 @@ def test_the_report_names_times_goals_and_what_is_not_ours(
     assert "onnxruntime  -" in text and "0.0058, 0.0185 wall" in text
     assert lines[-2].startswith("theirs: published, not measured here (theirs: NVIDIA H200, CUDA")
     assert lines[-1] == "goals reached: 1 of 5, not measured: 0"
+
+
+def test_the_report_tells_clocks_sets_and_launches(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    card = Card(345.0, 345.0, 1980.0, 3201.0, 700.0)
+    launches = [{"name": "solve", "ms": 0.2}, {"name": "states", "ms": 0.15}]
+    measured = Outcome("triton", "1", False, "measured", kernel=0.4, wall=0.5)
+    outcomes = [
+        replace(measured, sets=4, set_mib=25.5, launches=launches, sm_mhz=mhz)
+        for mhz in (1755.0, 1980.0)
+    ]
+    rows = [(row, [outcome]) for row, outcome in zip(ROWS, outcomes, strict=False)]
+    result = GpuResult({**SYSTEM, "card": asdict(card)}, rows=rows)
+    lines = report.text(result).splitlines()
+    assert lines[1] == (
+        "SM clock at most 1980 MHz, memory clock at most 3201 MHz, power limit 700 W, "
+        "SM clock after rows 1755 to 1980 MHz"
+    )
+    assert "forward 16/64 T=8192, 4 sets of 25.5 MiB" in lines
+    (line, _) = (line for line in lines if line.startswith("  triton"))
+    assert line.split()[1:5] == ["0.4", "-", "0.5", "-"], "device time, and until a call is done"
+    assert line.endswith("; solve 0.2 + states 0.15")
+    data = json.loads(json.dumps(result.to_json()))
+    assert data["system"]["card"]["power_limit_w"] == 700.0
+    (outcome,) = data["rows"][0]["outcomes"]
+    assert outcome["launches"] == launches
+    assert (outcome["kernel"], outcome["wall"], outcome["sm_mhz"]) == (0.4, 0.5, 1755.0)
+    assert (outcome["sets"], outcome["set_mib"]) == (4, 25.5)
+    # What a driver does not tell is null, and not said.
+    result = GpuResult({**SYSTEM, "card": asdict(Card())})
+    assert result.to_json()["system"]["card"] == dict.fromkeys(asdict(card))
+    assert "clock" not in report.text(result)
 
 
 def test_the_result_becomes_json_and_a_plot(script: Script, tmp_path: Path) -> None:
