@@ -92,6 +92,9 @@ class TorchCuda(Device):
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
+    def forget(self) -> None:
+        torch.cuda.empty_cache()
+
     def peak(self, run: Run) -> Peak:
         self.synchronize()
         torch.cuda.reset_peak_memory_stats(self.torch_device)

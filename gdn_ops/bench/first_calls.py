@@ -19,6 +19,7 @@ from gdn_ops.bench.candidates import Direction, directions
 from gdn_ops.bench.child import Emit, StoppedError, Worker, carry_out_orders, spread
 from gdn_ops.bench.contender import error_line
 from gdn_ops.bench.device import find_device
+from gdn_ops.bench.gpu.device import is_out_of_memory
 from gdn_ops.bench.inputs import Setting, find_case
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
@@ -76,21 +77,27 @@ class Desk:
         Raises:
             RuntimeError: the device no longer answers, which ends the process.
         """
-        setting = Setting(**order["setting"])
-        if order["case"] != self.case:
-            backend = registry.get_backend(order["backend"])
-            assert not isinstance(backend, str), backend
-            found = directions(backend, find_case(order["case"]), setting)
-            self.case, self.known = order["case"], {d.what: d for d in found}
-        direction, device = self.known[order["what"]], find_device(setting.device)
-        (c,) = (c for c in direction.space if c.name == order["candidate"])
+        device = find_device(order["setting"]["device"])
         try:
-            with device.working():
-                direction.first_call(c)
+            direction = self._direction(order)
+            (c,) = (c for c in direction.space if c.name == order["candidate"])
+            direction.first_call(c)
             device.synchronize()
         except Exception as error:
             device.synchronize()
-            self.emit({"failed": error_line(error)})
+            # The others use the same memory: whether it is enough is told by the timing.
+            if not is_out_of_memory(error):
+                self.emit({"failed": error_line(error)})
+        device.forget()
+
+    def _direction(self, order: dict[str, Any]) -> Direction:
+        if order["case"] != self.case:
+            self.case, self.known = "", {}
+            backend = registry.get_backend(order["backend"])
+            assert not isinstance(backend, str), backend
+            found = directions(backend, find_case(order["case"]), Setting(**order["setting"]))
+            self.case, self.known = order["case"], {d.what: d for d in found}
+        return self.known[order["what"]]
 
 
 if __name__ == "__main__":

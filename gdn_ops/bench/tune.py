@@ -133,9 +133,10 @@ class _Ranking:
         self.device.synchronize()
         for c in space:
             try:
-                yield self._alone(c)
+                line = self._alone(c)
             except Exception as error:
-                yield self._failed(c, error)
+                line = self._failed(c, error)
+            yield line
         for c in self._finalists(space):
             try:
                 samplers[c.name] = self._again(c)

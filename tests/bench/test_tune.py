@@ -264,6 +264,24 @@ def test_what_ends_a_worker_or_fails_there_is_a_line_and_never_timed(
     assert InProcess.closed == 2
 
 
+def test_what_has_no_memory_beside_the_others_is_tried_alone(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, forward = [1, 2], Tunable.forward
+
+    def fits_alone(self: Tunable, call: Any) -> gdn_ops.Forward:
+        if self.current in full:
+            full.remove(self.current)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, call)
+
+    monkeypatch.setattr(Tunable, "forward", fits_alone)
+    lines = list(tune("tunable", ["tiny"], ONCE))
+    assert full == []
+    assert not any("failed" in line for line in lines)
+    assert lines[-1] == "fastest forward: Config(tiles=2),"
+
+
 def test_only_those_in_turns_have_graphs_that_stay(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

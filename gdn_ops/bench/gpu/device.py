@@ -189,9 +189,6 @@ class Cuda(TorchCuda):
             run()
         return capture(self, [run])
 
-    def forget(self) -> None:
-        torch.cuda.empty_cache()
-
 
 def capture(device: Cuda, runs: Sequence[Run]) -> tuple[Callable[[], float], str]:
     """Return a function that times the device's work of runs, and "" or why launches are in it.
