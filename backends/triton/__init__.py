@@ -26,6 +26,8 @@ from gdn_ops.backends.triton.host import decode
 from gdn_ops.backends.triton.host.backward import backward
 from gdn_ops.backends.triton.host.forward import forward
 from gdn_ops.backends.triton.host.plan import empty_saved, make_plan
+from gdn_ops.call.bind import Call
+from gdn_ops.dispatch.backend import Prepared
 from gdn_ops.kernel_support.backend import KernelBackend
 from gdn_ops.spec.switches import unset_if_empty
 
@@ -76,6 +78,9 @@ class Triton(KernelBackend):
     run_forward = staticmethod(forward)
     run_backward = staticmethod(backward)
     run_decode = staticmethod(decode.run)
+
+    def prepared(self, call: Call) -> Prepared | None:
+        return decode.prepared(call)
 
     def compile_ahead(self, target: str, samples: Iterable[Sample]) -> Iterator[CompiledKernel]:
         from gdn_ops.backends.triton.aot import budgets, compiler

@@ -6,6 +6,7 @@ Nothing here looks at a value, so nothing waits for a device.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -104,8 +105,20 @@ def apart(call: Call) -> Call:
     state = call.state
     if type(state) is not Tensor and type(state) is not Parameter:
         return call
+    if not lies_in(state, (*call.tokens, call.state_indices)):
+        return call
     first, end = _span(state)
-    inputs = (*call.tokens, call.state_indices)
+    indices = call.state_indices
+    return replace(
+        call,
+        tokens=call.tokens.map(lambda x: _outside(x, first, end)),
+        state_indices=None if indices is None else _outside(indices, first, end),
+    )
+
+
+def lies_in(state: Tensor, inputs: Sequence[Tensor | None]) -> bool:
+    """Return whether an input lies between the first and the last byte of a state, in part."""
+    first, end = _span(state)
     for x in inputs:
         if x is None:
             continue
@@ -114,15 +127,8 @@ def apart(call: Call) -> Call:
         if start >= end or (start + x.nbytes <= first and x.is_contiguous()):
             continue
         if _span(x)[1] > first:
-            break
-    else:
-        return call
-    indices = call.state_indices
-    return replace(
-        call,
-        tokens=call.tokens.map(lambda x: _outside(x, first, end)),
-        state_indices=None if indices is None else _outside(indices, first, end),
-    )
+            return True
+    return False
 
 
 def _outside(x: Tensor, first: int, end: int) -> Tensor:
