@@ -39,7 +39,8 @@ class Cell:
         package: the package, or "python".
         tests: files below tests/, with shell patterns, or parameters of one file.
         keyword: pytest's -k.
-        beside: packages that are resolved with it, because they follow its version.
+        beside: packages that are resolved with it, because they follow its version; of a Python,
+            the torch that its environment gets in place of the locked one.
         deps: whether what the package requires is installed too.
         version: a number ("5.12" is any 5.12.x), "lowest" (of pyproject.toml), "locked" or
             "newest".
@@ -90,6 +91,8 @@ PYTHON_TESTS = (
     *("backends/triton/test_backend.py", "backends/triton/test_interpret*.py"),
     "backends/test_kernels.py",
 )
+# What depends on torch and Triton is run there too.
+GPU_MACHINE_TESTS = (*PYTHON_TESTS, *TORCH_TESTS, *TRITON_TESTS, "bench/**/test_*.py")
 PACKAGES = (
     Cell("transformers", TRANSFORMERS_TESTS),
     Cell("onnxruntime", ONNX_TESTS),
@@ -106,13 +109,17 @@ VERSIONS = {
     "onnx": "lowest 1.21 1.22 newest",
     "torch": "lowest 2.11 locked newest",
     "triton": "3.6 3.9",
-    "python": "3.11 newest",
+    "python": "3.11 3.12 newest",
 }
 CELLS = {
     f"{cell.package}-{version}": replace(cell, version=version)
     for cell in PACKAGES
     for version in VERSIONS[cell.package].split()
 }
+# The versions of the machine that `make gpu-kit` packs for.
+CELLS["python-3.12"] = replace(
+    CELLS["python-3.12"], tests=GPU_MACHINE_TESTS, beside=("torch==2.11.*",)
+)
 
 
 def declared() -> list[str]:

@@ -75,16 +75,19 @@ def interpreter(cell: Cell, run: Runner) -> str:
     elif wanted == here:
         raise NotRunError(f"no Python newer than {here[0]}.{here[1]}", excused=True)
     if wanted not in pythons:
-        raise NotRunError(f"no Python {cell.version}")
+        # A newer one need not be here; an older one is this library's own lower bound.
+        raise NotRunError(f"no Python {cell.version}", excused=wanted > here)
     if wanted == here:
         return sys.executable
-    folder = FOLDER / f"python-{'.'.join(map(str, wanted))}"
+    beside = [text.replace("==", "-").removesuffix(".*") for text in cell.beside]
+    folder = FOLDER / "-".join(["python", ".".join(map(str, wanted)), *beside])
     command = [
         "make",
         "--no-print-directory",
         "venv",
         f"VENV={folder}",
         f"PYTHON={pythons[wanted]}",
+        *(f"TORCH={torch}" for torch in cell.beside),
     ]
     run(command, {"MAKEFLAGS": ""})
     return str(folder / "bin" / "python")

@@ -242,7 +242,8 @@ def probe(
         CellFailedError: it cannot be imported, or is another version than the cell's.
     """
     module = "torch" if cell.package == "python" else cell.package
-    shown = sorted({cell.package, *(versions.keys() & set(SHOWN))})
+    whole = ("torch", "triton") if cell.package == "python" and cell.beside else ()
+    shown = sorted({cell.package, *whole, *(versions.keys() & set(SHOWN))})
     done = subprocess.run(
         [python, "-c", PROBE, module, *(name for name in shown if name != "python")],
         cwd=ROOT,
@@ -264,6 +265,10 @@ def check_versions(cell: Cell, versions: dict[str, str], imported: dict[str, str
     version = imported[cell.package]
     if wanted[0].isdigit() and not f"{version}.".startswith(f"{wanted}."):
         raise CellFailedError(f"{cell.package} {version} would run, should be {wanted}")
+    chosen = cell.beside if cell.package == "python" else ()
+    for name, _, bound in (text.partition("==") for text in chosen):
+        if not f"{imported[name]}.".startswith(f"{bound.removesuffix('*').rstrip('.')}."):
+            raise CellFailedError(f"{name} {imported[name]} would run, should be {bound}")
     for name, should_be in versions.items():
         if imported.get(name, should_be) != should_be:
             raise CellFailedError(f"{name} {imported[name]} would run, should be {should_be}")

@@ -21,7 +21,7 @@ def test_the_table_has_the_cells_that_users_were_promised() -> None:
         "onnx": "lowest newest",
         "torch": "lowest 2.11 locked newest",
         "triton": "3.6 3.9",
-        "python": "3.11 newest",
+        "python": "3.11 3.12 newest",
     }
     # The first of a kind that a page names.
     more = {"transformers": "5.14", "onnxruntime": "1.26 1.27 1.28", "onnx": "1.21 1.22"}

@@ -96,11 +96,23 @@ def test_a_newer_python_gets_an_environment_of_the_lock(
     assert install.interpreter(this, lambda *_: None) == sys.executable
 
 
+def test_the_cell_of_the_gpu_machine_gets_its_torch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install, "find_pythons", lambda: {(3, 12): "/twelve"})
+    monkeypatch.setattr(install.sys, "version_info", (3, 11, 7))
+    asked: list[list[str]] = []
+    install.interpreter(CELLS["python-3.12"], lambda command, _: asked.append(command))
+    target = folder / "python-3.12-torch-2.11"
+    assert asked[0][-4:] == ["venv", f"VENV={target}", "PYTHON=/twelve", "TORCH=torch==2.11.*"]
+
+
 def test_only_a_newer_python_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "find_pythons", dict)
     for name, message, excused in (
         ("python-newest", "no Python newer than 3", True),
-        ("python-3.99", r"no Python 3\.99", False),
+        ("python-3.99", r"no Python 3\.99", True),
+        ("python-3.10", r"no Python 3\.10", False),
     ):
         with pytest.raises(NotRunError, match=message) as error:
             install.interpreter(*select([name]), lambda *_: None)

@@ -91,6 +91,17 @@ def test_a_cell_runs_its_own_version_and_what_was_installed_or_fails(
     assert said == message
 
 
+@pytest.mark.parametrize(("torch", "is_right"), [("2.11.0", True), ("2.1.1", False)])
+def test_the_cell_of_a_python_runs_the_torch_that_it_names(torch: str, is_right: bool) -> None:
+    cell = replace(SMALL, package="python", version="3.12", beside=("torch==2.11.*",))
+    said = ""
+    try:
+        run.check_versions(cell, {}, {"python": "3.12.1", "torch": torch})
+    except CellFailedError as error:
+        said = str(error)
+    assert said == ("" if is_right else f"torch {torch} would run, should be 2.11.*")
+
+
 def test_a_module_that_is_not_what_its_metadata_say_fails(tmp_path: Path) -> None:
     (tmp_path / "onnx.py").write_text("__version__ = '0.0.1'\n")
     path = {"PYTHONPATH": str(tmp_path)}
