@@ -10,6 +10,7 @@
 #   make pages                the pages of docs/ that are made from the code
 #   make cpp                  the C++ kernels, which installing gdn_ops builds where it can
 #   make sanitize             the C++ kernels under the address and undefined-behaviour sanitizers (GCC)
+#   make gpu-kit              one archive for a GPU machine without a network (docs/gpu-todo.md)
 #   make native               the custom-op library for onnxruntime (ORT_INCLUDE=<its headers>)
 #
 # torch is installed first and once, if none is there. Which build is up to you:
@@ -28,6 +29,7 @@ WORKERS ?= 2
 COVERAGE ?= --cov --cov-report=term
 BENCH ?=
 ORT_INCLUDE ?=
+KIT ?=
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 # Cells of `make versions`, names or patterns; how many run at once, by cores and memory without;
 # RECORD=1 puts the result of a few cells into docs/versions.md.
@@ -43,7 +45,7 @@ INSTALL := $(BIN)/python -m pip install --quiet
 KERNELS := setup.py backends/cpp/build.py $(wildcard backends/cpp/src/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv lock test check static pytest versions demo fuzz bench docs pages cpp sanitize native wheel clean distclean
+.PHONY: venv lock test check static pytest versions demo fuzz bench docs pages cpp sanitize gpu-kit native wheel clean distclean
 
 venv: $(STAMP)
 
@@ -105,6 +107,10 @@ sanitize: $(STAMP)
 		tests/backends/cpp/test_subnormal.py && \
 		$(BIN)/gdn-ops check --backend cpp --seconds $(SECONDS); \
 	status=$$?; unset LD_PRELOAD; $(BIN)/gdn-ops build && exit $$status
+
+# KIT takes options, such as KIT='--tune qwen-16-64-8192 --limit 58'.
+gpu-kit: $(STAMP)
+	$(BIN)/python benchmarks/gpu_kit/pack.py $(KIT)
 
 # Needs a C++ compiler, onnxruntime's headers and any Python, with no package.
 native:

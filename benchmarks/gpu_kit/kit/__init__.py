@@ -1,0 +1,1 @@
+"""Run stages on a GPU machine: what the archive of `make gpu-kit` holds beside the tree."""
