@@ -60,8 +60,8 @@ class Run:
         print(f"plan {plan}: {len(stages)} stages, {self.seconds:.0f} s, {gpu or 'no GPU'}")
         for text in kit.trouble:
             print(f"kit: {text}")
-        for number in SIGNALS:
-            signal.signal(number, _interrupt)
+        for asking in SIGNALS:
+            signal.signal(asking, _interrupt)
         try:
             for number, stage in enumerate(stages, 1):
                 log = self.out / f"{number}-{stage.name}.log"
