@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from gdn_ops.backends.tilelang.host.toolchain import gpu_reasons
 from gpu_kit_runs import SCRIPTS, run_plan
 from kit.unpack import relocate
 from packing import build
 from packing.archive import LIMIT, KitTooLargeError, pack
 from packing.build import Builder, Made, NotMadeError, TooLargeError, pinned
-from packing.parts import PARTS, Part
+from packing.parts import PARTS, TILELANG_CACHE, TRITON_CACHE, Part
 from paths import ROOT
 from processes import output_of
 from versions.install import find_pythons
@@ -161,9 +162,9 @@ def test_the_tree_is_what_is_committed(builder: Builder, repository: Path) -> No
 def test_kernels_are_not_compiled_without_the_versions_of_the_gpu_machine(
     builder: Builder,
 ) -> None:
-    (cache,) = (part for part in PARTS if part.name == "triton-cache")
-    with pytest.raises(NotMadeError, match=r"no Python 3\.12 with"):
-        builder.make(cache, LIMIT)
+    for part in (TRITON_CACHE, TILELANG_CACHE):
+        with pytest.raises(NotMadeError, match=r"no Python 3\.12 with"):
+            builder.make(part, LIMIT)
 
 
 def test_the_parts_are_named_once_and_have_known_versions() -> None:
@@ -198,17 +199,41 @@ def test_an_archive_is_unpacked_elsewhere_and_runs_with_the_python_of_the_gpu_ma
     assert ran.results["parts"] == ["tree", "one"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
-def test_a_second_process_with_the_cache_compiles_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_launchers_are_compiled_without_a_driver(tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    if not triton.__version__.startswith("3.6."):
+        pytest.skip("only the Triton of the GPU machine is known to compile launchers so")
     fill = SCRIPTS / "kit" / "fill.py"
-    environment = {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "first")}
-    first = json.loads(output_of(fill, "--most", "1", **environment))
+    environment = {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    counts = json.loads(
+        output_of(fill, "triton", "steps", "--most", "1", "--launchers", **environment)
+    )
+    assert (counts["compiled"], counts["failed"]) == (1, [])
+    libraries = {path.name.partition(".")[0] for path in tmp_path.glob("*/*.so")}
+    assert libraries == {"__triton_launcher", "cuda_utils"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "variable"),
+    [
+        ("triton", "TRITON_CACHE_DIR"),
+        pytest.param("tilelang", "TILELANG_CACHE_DIR", marks=pytest.mark.slow),
+    ],
+)
+def test_a_second_process_with_the_cache_compiles_nothing(
+    tmp_path: Path, backend: str, variable: str
+) -> None:
+    pytest.importorskip(backend)
+    if backend == "tilelang" and gpu_reasons():
+        pytest.skip(gpu_reasons()[0])
+    fill = SCRIPTS / "kit" / "fill.py"
+    environment = {"PYTHONPATH": str(ROOT), variable: str(tmp_path / "first")}
+    first = json.loads(output_of(fill, backend, "steps", "--most", "1", **environment))
     assert (first["launches"], first["compiled"], first["failed"]) == (1, 1, [])
     # Nor where the cache lies elsewhere, once it is told.
     moved = (tmp_path / "first").rename(tmp_path / "elsewhere")
     relocate(moved)
-    environment["TRITON_CACHE_DIR"] = str(moved)
-    second = json.loads(output_of(fill, "--most", "1", **environment))
+    environment[variable] = str(moved)
+    second = json.loads(output_of(fill, backend, "steps", "--most", "1", **environment))
     assert (second["compiled"], second["found"]) == (0, 1)
-    assert sorted(second["keys"]) == sorted(path.name for path in moved.iterdir())

@@ -93,6 +93,7 @@ PYTHON_TESTS = (
 )
 # What depends on torch and Triton is run there too.
 GPU_MACHINE_TESTS = (*PYTHON_TESTS, *TORCH_TESTS, *TRITON_TESTS, "bench/**/test_*.py")
+GPU_MACHINE_TESTS += ("gpu_kit/test_*.py",)
 PACKAGES = (
     Cell("transformers", TRANSFORMERS_TESTS),
     Cell("onnxruntime", ONNX_TESTS),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +75,8 @@ class Builder:
         """
         if part == TREE:
             made = self._tree()
-        elif part == TRITON_CACHE:
-            made = self._triton_cache()
-        elif part == TILELANG_CACHE:
-            # What it holds is loaded by a driver, and its key is made of the GPU's own facts.
-            raise NotMadeError("TileLang fills its cache on a machine with a GPU only")
+        elif part in (TRITON_CACHE, TILELANG_CACHE):
+            made = self._cache(part)
         else:
             made = self._wheels(part, room)
         size = made.file.stat().st_size
@@ -101,41 +99,50 @@ class Builder:
         changed = bool(output(["git", "status", "--porcelain"]))
         return Made(target, {"commit": commit, "changes_left_out": changed})
 
-    def _triton_cache(self) -> Made:
+    def _cache(self, part: Part) -> Made:
         """Compile the launches, show that a second process compiles none, and pack their code."""
         if self.python is None:
             raise NotMadeError(f"no Python {PYTHON} with the GPU machine's torch and Triton")
-        cache = self.folder / "triton-cache"
-        self.log("compiling launches for sm_90; the second time most are there")
-        processes = os.cpu_count() or 1
-        filled = self._fill(cache, processes)
-        again = self._fill(cache, processes)
+        backend = part.name.removesuffix("-cache")
+        # What an older source of the kernels has left is not packed.
+        sources = output(["git", "rev-parse", f"HEAD:backends/{backend}"])
+        cache = self.folder / f"{part.name}-{sources}"
+        self.log(f"compiling the launches of {backend} for sm_90, unless they are there")
+        first, again = (self._fill_all(part, cache) for _ in range(2))
         if again["compiled"]:
             raise NotMadeError(f"a second process compiles {again['compiled']} kernels again")
-        used = set(again.pop("keys"))
-        for entry in cache.iterdir():
-            if entry.name not in used:
-                shutil.rmtree(entry)
-        versions = output([str(self.python), "-c", "import triton; print(triton.__version__)"])
+        if not again["found"]:
+            raise NotMadeError(f"no launch was compiled, {again['failed']} failed")
+        command = [str(self.python), "-c", f"import {backend}; print({backend}.__version__)"]
         facts = {
-            "versions": {"triton": versions},
-            "target": "sm_90",
-            "compiled_now": filled["compiled"],
-            "second_process": {name: again[name] for name in ("launches", "compiled", "found")},
-            "failed": again["failed"],
+            "versions": {backend: output(command)},
+            "compiled_now": first["compiled"],
+            "second_process": {n: again[n] for n in ("launches", "compiled", "found", "failed")},
         }
-        name = hashlib.sha256("".join(sorted(used)).encode()).hexdigest()[:16]
-        return Made(self._compressed(cache, f"triton-cache-{name}"), facts)
+        said = "".join(sorted(str(path) for path in cache.rglob("*")))
+        name = hashlib.sha256(said.encode()).hexdigest()[:16]
+        return Made(self._compressed(cache, f"{part.name}-{name}"), facts)
 
-    def _fill(self, cache: Path, processes: int) -> dict[str, Any]:
-        """Run `fill.py` in processes side by side; return their counts together."""
+    def _fill_all(self, part: Part, cache: Path) -> Counter[str]:
+        """Compile the launches of every process that makes some; return the counts together."""
+        histories = ["bench", "steps", "check", *(["tune"] if self.tuned else [])]
+        total: Counter[str] = Counter()
+        for history in histories:
+            total += self._fill(part, cache, history)
+        return total
+
+    def _fill(self, part: Part, cache: Path, history: str) -> Counter[str]:
+        """Run `fill.py` in processes side by side; return their counts, and log what failed."""
         environment = {
-            **os.environ,
-            **{"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"},
+            **{**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            part.variable: str(cache),
         }
+        backend, processes = part.name.removesuffix("-cache"), os.cpu_count() or 1
+        words = [str(self.python), str(FILL), backend, history, "--tune", self.tuned]
+        words += ["--launchers", "--share"]
         running = [
             subprocess.Popen(
-                [str(self.python), str(FILL), "--share", f"{i}/{processes}", "--tune", self.tuned],
+                [*words, f"{i}/{processes}"],
                 env=environment,
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
@@ -143,13 +150,15 @@ class Builder:
             )
             for i in range(processes)
         ]
-        total: dict[str, Any] = {}
-        for process in running:
-            lines = process.communicate()[0].strip().splitlines()
-            if process.returncode > 1 or process.returncode < 0 or not lines:
+        outputs = [process.communicate()[0].strip().splitlines() for process in running]
+        total: Counter[str] = Counter()
+        for process, lines in zip(running, outputs, strict=True):
+            if process.returncode not in (0, 1) or not lines:
                 raise NotMadeError(f"compiling ended with exit code {process.returncode}")
-            for name, value in json.loads(lines[-1]).items():
-                total[name] = total[name] + value if name in total else value
+            counts = json.loads(lines[-1])
+            for text in counts["failed"]:
+                self.log(f"does not compile: {text}")
+            total += Counter({**counts, "failed": len(counts["failed"])})
         return total
 
     def _wheels(self, part: Part, room: int) -> Made:
