@@ -6,8 +6,11 @@ costs no other its check.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+
+DEVICE = os.environ.get("KIT_DEVICE", "cuda")
 
 
 def check(backend: str, seconds: float) -> int:
@@ -15,7 +18,7 @@ def check(backend: str, seconds: float) -> int:
     from gdn_ops.bench.gpu.conformance import short_check
 
     last = None
-    for last in short_check(backend, "cuda", seconds):
+    for last in short_check(backend, DEVICE, seconds):
         print(f"{backend}: {last}", flush=True)
     return 0 if last is not None and last.passed else 1
 

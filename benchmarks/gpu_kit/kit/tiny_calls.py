@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -9,10 +10,11 @@ import torch
 from gdn_ops.testing import Example
 from gdn_ops.testing.decode_laws import single_steps_equal_one_prefill
 
+DEVICE = os.environ.get("KIT_DEVICE", "cuda")
 EXAMPLES = (
-    Example(T=70, R=2, K=64, V=64, dtype="bfloat16", device="cuda"),
-    Example(T=50, lengths=(17, 0, 33), K=64, V=64, dtype="bfloat16", device="cuda"),
-    Example(T=33, K=16, V=24, initial_state=True, device="cuda"),
+    Example(T=70, R=2, K=64, V=64, dtype="bfloat16", device=DEVICE),
+    Example(T=50, lengths=(17, 0, 33), K=64, V=64, dtype="bfloat16", device=DEVICE),
+    Example(T=33, K=16, V=24, initial_state=True, device=DEVICE),
 )
 
 
@@ -21,7 +23,8 @@ def main(backend: str) -> None:
     for example in EXAMPLES:
         example.run(backend)
     single_steps_equal_one_prefill(backend, EXAMPLES[2])
-    torch.cuda.synchronize()
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
     print(f"{backend}: {len(EXAMPLES)} calls with gradients, and steps")
 
 
