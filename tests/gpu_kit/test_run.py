@@ -21,6 +21,8 @@ from kit.table import entry
 from paths import ROOT
 from run import SECONDS
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
+
 GPU = "NVIDIA H200, 580.1, 143771 MiB, 1980 MHz, 1980 MHz"
 
 

@@ -66,16 +66,24 @@ class Run:
             for number, stage in enumerate(stages, 1):
                 log = self.out / f"{number}-{stage.name}.log"
                 outcome = self.tried(stage, kit, bool(gpu), log)
-                results.add(outcome, self.unpacked / "work" / stage.name)
                 self.say(f"{stage.name}: {outcome.line()}")
-                if stage.table and outcome.rows:
-                    self.say(add_rows(kit.tree / stage.table, outcome.rows, kit.environment()))
-                results.write(self.out)
+                self.keep(outcome, stage, kit, results)
         except (Interrupted, KeyboardInterrupt) as error:
             results.trouble.append(f"interrupted in {stage.name}: {type(error).__name__} {error}")
         results.write(self.out)
         print(results.summary())
         return 0 if results.passed else 1
+
+    def keep(self, outcome: Outcome, stage: Stage, kit: Kit, results: Results) -> None:
+        """Keep what a stage has found, use its rows, and write the results so far."""
+        try:
+            results.add(outcome, self.unpacked / "work" / stage.name)
+            if stage.table and outcome.rows:
+                self.say(add_rows(kit.tree / stage.table, outcome.rows, kit.environment()))
+        except Exception as error:
+            results.trouble.append(f"after {stage.name}: {type(error).__name__}: {error}")
+            self.say(results.trouble[-1])
+        results.write(self.out)
 
     def say(self, text: str) -> None:
         """Print a line with the seconds since the beginning."""

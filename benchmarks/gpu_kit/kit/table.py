@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+MOST_SECONDS = 30.0
+
 
 def add_rows(path: Path, rows: Sequence[str], environment: Mapping[str, str]) -> str:
     """Append rows to a module of tables, unless it then cannot be read; return what was done.
@@ -23,17 +25,27 @@ def add_rows(path: Path, rows: Sequence[str], environment: Mapping[str, str]) ->
     except (OSError, SyntaxError, ValueError) as error:
         return f"{path.name}: rows are not used: {error}"
     module = ".".join(["gdn_ops", *path.with_suffix("").parts[-4:]])
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {module}"],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
+    error = import_error(module, environment)
+    if error:
         path.write_text(before, encoding="utf-8")
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return f"{path.name}: rows are not used: {last}"
+        return f"{path.name}: rows are not used: {error}"
     return f"{path.name}: the stages that follow use {len(rows)} measured rows"
+
+
+def import_error(module: str, environment: Mapping[str, str]) -> str:
+    """Return why a fresh process cannot import a module, or ""."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}"],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=MOST_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"it takes longer than {MOST_SECONDS:.0f} s to import"
+    lines = done.stderr.strip().splitlines() or ["no output"]
+    return lines[-1] if done.returncode else ""
 
 
 def entry(row: str) -> str:
