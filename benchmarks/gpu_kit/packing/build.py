@@ -108,7 +108,8 @@ class Builder:
         sources = output(["git", "rev-parse", f"HEAD:backends/{backend}"])
         cache = self.folder / f"{part.name}-{sources}"
         self.log(f"compiling the launches of {backend} for sm_90, unless they are there")
-        first, again = (self._fill_all(part, cache) for _ in range(2))
+        first = self._fill_all(part, cache)
+        again = self._fill_all(part, cache) if first["compiled"] else first
         if again["compiled"]:
             raise NotMadeError(f"a second process compiles {again['compiled']} kernels again")
         if not again["found"]:
