@@ -218,8 +218,7 @@ def compress(folder: Path, out: Any) -> None:
         return None if "__pycache__" in entry.name else entry
 
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-        # Alike things beside each other: what follows finds more of itself.
-        for path in sorted(folder.rglob("*"), key=lambda path: (path.suffix, path)):
+        for path in sorted(folder.rglob("*")):
             if not path.is_dir():
                 tar.add(path, str(path.relative_to(folder)), filter=plain)
 
