@@ -98,12 +98,12 @@ def keep(key: Signature | None, arguments: Arguments, call: Call, backend: Backe
     """
     if key is None or key in _plans or type(backend).prepared is Backend.prepared:
         return
+    is_emulated = call.device.type in backend.limits.emulated_devices
     # Every call with a narrow alpha is warned of.
-    if call.needs_grad or is_narrow(arguments.tokens.alpha):
+    if call.needs_grad or is_emulated or is_narrow(arguments.tokens.alpha):
         return
     name = arguments.backend
-    is_emulated = call.device.type in backend.limits.emulated_devices
-    if is_emulated or not is_ordinary() or not registry.is_first(backend, call, name):
+    if not is_ordinary() or not registry.is_first(backend, call, name):
         return
     call = call.without_memory()
     run = backend.prepared(call)
