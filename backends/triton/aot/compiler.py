@@ -27,6 +27,7 @@ from gdn_ops.aot.results import CompiledKernel, Sample
 from gdn_ops.backends.triton.aot.accesses import accesses, moved
 from gdn_ops.backends.triton.aot.loops import loops_of
 from gdn_ops.backends.triton.aot.usage import products, usage
+from gdn_ops.backends.triton.kernels import settle_keys
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.kernel_support.launches import Launch
 
@@ -80,6 +81,7 @@ def _specialise(launch: Launch, target: str) -> tuple[Any, Job]:
 
 def specialised(launch: Launch, target: str) -> tuple[Source, Any, Any]:
     """Return what Triton compiles for a launch, the options of its compiler, and what for."""
+    settle_keys()
     kernel, compiler = launch.kernel, _compiler(target)
     bound, specialisation, _ = _binder(kernel, target)(*launch.args, **launch.kwargs)
     options, signature, constexprs, attrs = kernel._pack_args(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import triton
 
+from gdn_ops.backends.triton.kernels import settle_keys
 from gdn_ops.kernel_support.launches import Launch, note
 
 
@@ -59,6 +60,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
 
 def _launch(kernel: Any, grid: tuple[int, ...], args: Any, kwargs: dict[str, Any]) -> None:
     """Launch a kernel on the current GPU."""
+    settle_keys()
     if kwargs.get("TMA"):
         # It is of this thread and context: autograd runs backwards on threads of its own.
         triton.set_allocator(_allocate)

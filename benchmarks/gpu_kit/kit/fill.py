@@ -84,8 +84,10 @@ class Triton:
             self.counts.compiled += 1
 
     def look_at(self, launch: Launch) -> None:
-        """Let Triton look at a kernel, as the launches before it have done in their process."""
-        _ = launch.kernel.cache_key
+        """Let Triton form the keys of all kernels, as a launch does on a GPU."""
+        from gdn_ops.backends.triton.kernels import settle_keys
+
+        settle_keys()
 
     def key(self, launch: Launch) -> str:
         """Return what launches of the same code share: dtypes, divisibility, constants."""

@@ -1,4 +1,4 @@
-"""A cache of Triton that has no name is the default one; one that cannot be a folder is named."""
+"""Find a cache of Triton again, by default where Triton has it; one that is no folder is named."""
 
 from __future__ import annotations
 
@@ -36,3 +36,28 @@ def test_a_cache_that_cannot_be_a_folder_is_named(tmp_path: Path) -> None:
     assert failure.startswith("does not compile: ")
     assert f"Error: [Errno 20] Not a directory: '{file}/" in failure
     assert failure.endswith("; set TRITON_CACHE_DIR to a folder that can be written")
+
+
+KEYS = """
+import sys
+import torch
+from gdn_ops.backends.triton import Triton
+from gdn_ops.backends.triton.aot.compiler import specialised
+from gdn_ops.kernel_support.launches import recording
+from kernel_backends import SIZES, meta_call
+call = meta_call(True, **SIZES)
+with torch.no_grad(), recording("sm_90") as launches:
+    out = Triton().forward(call)
+    Triton().backward(call, out.saved, torch.empty_like(out.o), torch.empty_like(out.final_state))
+keys = {}
+for launch in sorted(launches, key=lambda x: x.kernel.__name__, reverse=bool(sys.argv[1:])):
+    specialised(launch, "sm_90")
+    keys[launch.kernel.__name__] = launch.kernel.cache_key
+print(sorted(keys.items()))
+"""
+
+
+def test_a_kernel_has_one_key_whichever_is_launched_first() -> None:
+    path = f"{ROOT}:{ROOT / 'tests'}"
+    first, second = (python("-c", KEYS, *order, PYTHONPATH=path) for order in ((), ("reverse",)))
+    assert first.stdout == second.stdout and "walk_back" in first.stdout
