@@ -123,3 +123,33 @@ def test_what_needs_more_than_a_launch_goes_the_long_way(changes: dict[str, Any]
     with torch.no_grad():
         gdn_ops.gated_delta_step(**given, backend="triton")
     assert [plan for plan in plans._plans.values() if plan is not None] == []
+
+
+@pytest.mark.gpu
+def test_a_loop_of_steps_is_captured_into_a_graph() -> None:
+    given = {
+        name: x.cuda() if isinstance(x, torch.Tensor) else x
+        for name, x in make(False, inplace=True, qk_l2norm=True).items()
+    }
+    start = given["state"].clone()
+
+    def decode() -> torch.Tensor:
+        out = [gdn_ops.gated_delta_step(**given, backend="triton")[0] for _ in range(8)]
+        return torch.stack(out)
+
+    with torch.no_grad():
+        expected = decode()
+        after = given["state"].clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            decode()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = decode()
+        for _ in range(3):
+            given["state"].copy_(start)
+            graph.replay()
+            assert_same_bits(out, expected)
+            assert_same_bits(given["state"], after)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import gdn_ops
 from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.call.numerics import l2norm
 from gdn_ops.spec.ops import GATED_DELTA
@@ -238,3 +239,32 @@ def test_the_walk_back_forms_the_gradients_of_states_and_of_what_is_written(
         case.check("dS", d_states[x.hv, x.slot].T, y.d_end, x)
     for (n, hv), S in case.d_initial.items():
         case.check("dS_0", d_initial[n, hv], S, (n, hv))
+
+
+@pytest.mark.gpu
+def test_a_call_is_captured_into_a_graph_and_runs_on_any_stream() -> None:
+    example = replace(EXAMPLES["bfloat16"], device="cuda")
+    arguments = example.arguments()
+    expected, _ = gdn_ops.gated_delta(**arguments, return_state=True, backend="triton")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        beside, _ = gdn_ops.gated_delta(**arguments, return_state=True, backend="triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _ = gdn_ops.gated_delta(**arguments, return_state=True, backend="triton")
+    graph.replay()
+    assert torch.equal(beside, expected) and torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
+def test_tensors_of_another_gpu_than_the_current_one_are_computed_there() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+
+    def on(n: int) -> Example:
+        return replace(EXAMPLES["bfloat16"], device=f"cuda:{n}")
+
+    results = [gdn_ops.gated_delta(**on(n).arguments(), backend="triton") for n in range(2)]
+    assert results[1].device.index == 1 and torch.equal(results[0].cpu(), results[1].cpu())
