@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,9 @@ from gdn_ops.backends.triton.host.plan import (
 )
 from gdn_ops.backends.triton.kernels import compose, walk, walk_back
 from gdn_ops.call.bind import Call
+
+COMPOSED: Final = 16
+"""Columns of V of a program that composes: few, since sequences of few heads are cut."""
 
 
 def walk_for_output(call: Call, plan: Plan, saved: Saved, final: Tensor) -> Tensor:
@@ -133,13 +138,12 @@ def _compose(
 ) -> None:  # fmt: skip
     """Launch the kernel that writes the states at cuts, or with shifts their gradients."""
     s = call.sizes
-    BV = min(32, power_of_two(s.V))
     is_amd = configs.tables.target(call.device).startswith("gfx")
     launch(
-        compose.compose, (s.N * s.HV, -(-s.V // BV)),
+        compose.compose, (s.N * s.HV, -(-s.V // COMPOSED)),
         maps, shifts, first, cuts, last, dense(call.cu_seqlens), s.T, plan.C * plan.L, s.HV,
-        K=s.K, V=s.V, BK=power_of_two(s.K), BV=BV, BR=16, REVERSE=shifts is not None,
+        K=s.K, V=s.V, BK=power_of_two(s.K), BV=COMPOSED, BR=32, REVERSE=shifts is not None,
         HAS_FIRST=first is not None, VARLEN=call.cu_seqlens is not None,
         PRECISION="ieee" if is_amd else configs.float32_products,
-        num_warps=4, num_stages=1, enable_fp_fusion=True,
+        num_warps=4, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip

@@ -145,7 +145,7 @@ def test_a_long_sequence_of_few_heads_is_cut_into_segments() -> None:
     assert names[8:] == ["pair_gradients", "token_gradients", *["prepare", "walk"] * 2]
     # 512 chunks of 8 heads, in two blocks of columns, on 132 processors; the map has K more.
     grids = [launch.grid for launch in launches[1:8]]
-    assert grids == [(64, 4), (8, 4), *[(64, 2)] * 3, (8, 4), (64, 2)]
+    assert grids == [(64, 4), (8, 8), *[(64, 2)] * 3, (8, 8), (64, 2)]
 
 
 # Bad input.

@@ -241,7 +241,7 @@ def test_loops_are_those_of_the_source() -> None:
 def test_loops_of_segments_are_shorter() -> None:
     loops = launch_loops(T=32768, H=2, HV=8)
     assert loops["walk"] == loops["walk_back"] == (SourceLoop("chunks", 64, is_kept=True),)
-    rows = SourceLoop("rows of M", 8, (), is_constant=True)
+    rows = SourceLoop("rows of M", 4, (), is_constant=True)
     assert loops["compose"] == (SourceLoop("segments", 8, (rows,), is_kept=True),)
 
 
