@@ -37,6 +37,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:backend 'triton' emulates")
 # More sequences than are searched at once, empty ones and runs of one token among them.
 MANY = tuple(17 if n % 64 == 3 else n % 2 for n in range(140))
 
+ONE_TOKEN = [(2, 6, "bfloat16"), (1, 1, "float32"), (8, 3, "float16"), (3, 8, "bfloat16")]
+
 DEFINED = [
     *(
         dataclasses.replace(AWKWARD, dtype=dtype, chunk_size=chunk_size)
@@ -48,6 +50,8 @@ DEFINED = [
         for K, V in [(96, 192), (192, 96), (80, 80), (256, 256), (128, 256), (200, 1), (1, 130)]
     ),
     Example(T=sum(MANY), lengths=MANY, K=8, V=8, chunk_size=16, initial_state=True),
+    # One token of one head: no other has to be as far from it as descriptors want.
+    *(Example(T=1, K=K, V=V, dtype=dtype) for K, V, dtype in ONE_TOKEN),
 ]
 
 
