@@ -15,7 +15,7 @@ _SCRATCH = re.compile(r"scratch_(load|store)")
 _JUMP = re.compile(r"s_(c?)branch\w*")
 
 _COSTS = {"f32": 8, "xf32": 2, "f64": 16}
-"""How many times as long a product of these takes as one in 16 bits. Source: peak rates of the
+"""Times that a product of these takes, in those of one in 16 bits. Source: peak rates of the
 MI300X data sheet, 1307.4 TFLOP/s in 16 bits, 653.7 in xf32, 163.4 in float32 and in float64."""
 
 

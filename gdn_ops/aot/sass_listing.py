@@ -76,7 +76,7 @@ def read_sass(text: str) -> list[Line]:
     returns = {i for i, one in enumerate(code) if one.base == "RET"}
     for i, at in called.items():
         if not any(_reaches(lines, first, returns) for first in at):
-            # What is called never returns: a way to jump out of a loop on sm_80.
+            # Take a call that never returns as a jump: code of sm_80 leaves loops so.
             counts = replace(lines[i].counts, calls=0)
             lines[i] = Line(counts, at, code[i].is_guarded, is_irregular=not at)
     return lines

@@ -102,7 +102,7 @@ def prepared(call: Call) -> Prepared | None:
         if call.inplace and lies_in(state, (q, k, v, alpha, log_alpha, beta, slots)):
             return None
         if not constants:
-            # What tensors without memory do not tell: the GPU.
+            # Ask for the GPU only here: tensors without memory are on none.
             constants.update(_constants(call, tokens, q.device, call.return_states))
         o = torch.empty_like(v, memory_format=in_order)
         new = state if call.inplace else torch.empty_like(state, memory_format=in_order)

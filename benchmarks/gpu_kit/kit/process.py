@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 HEAD_BYTES = 4 << 20
-"""What is written of an output as it comes; of what follows only the end is kept."""
+"""Bytes of an output that are written as they come; of later ones only the last are kept."""
 
 TAIL_BYTES = 1 << 20
 TAIL_LINES = 40

@@ -22,7 +22,7 @@ from packing.parts import PLATFORMS, PYTHON, TILELANG_CACHE, TREE, TRITON_CACHE,
 ROOT = Path(__file__).resolve().parents[3]
 FILL = ROOT / "benchmarks" / "gpu_kit" / "kit" / "fill.py"
 BEST_RATIO = 0.35
-"""What compressing anew leaves of wheels at best; a part that is larger still is not tried."""
+"""Share of its size to which a wheel can be compressed at best; larger parts are not tried."""
 
 # The first makes jumps of x86 code alike, which saves a fifth of the libraries.
 FILTERS: list[dict[str, Any]] = [
@@ -104,7 +104,7 @@ class Builder:
         if self.python is None:
             raise NotMadeError(f"no Python {PYTHON} with the GPU machine's torch and Triton")
         backend = part.name.removesuffix("-cache")
-        # What an older source of the kernels has left is not packed.
+        # Name the cache by the source of the kernels: an older one is not packed.
         sources = output(["git", "rev-parse", f"HEAD:backends/{backend}"])
         cache = self.folder / f"{part.name}-{sources}"
         self.log(f"compiling the launches of {backend} for sm_90, unless they are there")
