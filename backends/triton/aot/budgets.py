@@ -16,7 +16,7 @@ from gdn_ops.aot.budgets import Budget, Budgets
 BUDGETS: Mapping[str, Budgets] = {
     # (kernel, direction, target): instructions, barriers, HGMMA with A in registers, programs
     "3.9": {
-        ("prepare", "forward", "sm_90"): Budget(1054, 32, 0, 3),
+        ("prepare", "forward", "sm_90"): Budget(4382, 18, 0, 2),
         ("walk", "forward", "sm_90"): Budget(691, 13, 28, 2),
         ("walk", "backward", "sm_90"): Budget(662, 18, 16, 2),
         ("walk_back", "backward", "sm_90"): Budget(722, 16, 20, 1),
@@ -24,7 +24,7 @@ BUDGETS: Mapping[str, Budgets] = {
         ("token_gradients", "backward", "sm_90"): Budget(2871, 70, 0, 1),
     },
     "3.6": {
-        ("prepare", "forward", "sm_90"): Budget(1309, 42, 0, 2),
+        ("prepare", "forward", "sm_90"): Budget(4420, 22, 0, 2),
         ("walk", "forward", "sm_90"): Budget(753, 8, 28, 2),
         ("walk", "backward", "sm_90"): Budget(671, 15, 16, 2),
         ("walk_back", "backward", "sm_90"): Budget(754, 11, 20, 1),

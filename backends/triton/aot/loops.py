@@ -29,7 +29,12 @@ def _columns(x: Mapping[str, Any]) -> SourceLoop:
 
 
 def _prepare(x: Mapping[str, Any]) -> Loops:
-    return SourceLoop("four value heads", -(-x["R"] // 4), is_kept=True), _heads(x)
+    fours = SourceLoop("four value heads", -(-x["R"] // 4), is_kept=True)
+    chunks = SourceLoop("chunks", x["chunks"], (fours,), is_kept=True)
+    squares = SourceLoop("four squares", -(-x["chunks"] * x["R"] // 4), is_kept=True)
+    tasks = -(-x["chunk_slots"] // x["chunks"]) * x["H"]
+    programs = x["grams"].shape[0]
+    return (SourceLoop("tasks", -(-tasks // programs), (chunks, squares), is_kept=True),)
 
 
 def _compose(x: Mapping[str, Any]) -> Loops:

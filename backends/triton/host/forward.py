@@ -17,8 +17,11 @@ product is float32 (`config.float32_products`).
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
+from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host.launcher import launch
 from gdn_ops.backends.triton.host.plan import (
     Plan,
@@ -27,7 +30,7 @@ from gdn_ops.backends.triton.host.plan import (
     dense,
     empty_saved,
     gate_kind,
-    gate_of,
+    gate_strides,
     is_weighted,
     options,
     readable,
@@ -36,21 +39,48 @@ from gdn_ops.backends.triton.host.plan import (
 )
 from gdn_ops.backends.triton.host.walk import walk_for_output, walk_for_starts
 from gdn_ops.backends.triton.kernels import prepare
+from gdn_ops.backends.triton.kernels.squares import PAIRS
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Forward
+
+RESIDENT: Final = 2
+"""Programs of `prepare` for each processor: what its programs share between warps stays in the L2
+cache where no more of them run than a processor holds at a time."""
+
+
+def chunks_together(call: Call, plan: Plan) -> int:
+    """Return how many chunks a program prepares.
+
+    It forms T and P of four at a time, one in a warp: of one chunk with four value heads for each
+    key head, else of more, as long as there is a program for every processor.
+    """
+    s, chunks = call.sizes, 1
+    programs = plan.chunk_slots * s.H / configs.tables.processors(call.device)
+    while chunks * (s.HV // s.H) < PAIRS.value and programs >= 2 * chunks:
+        chunks *= 2
+    return chunks
 
 
 def run_prepare(call: Call, plan: Plan) -> Saved:
     """Launch the kernel that forms what the walks need."""
     s, saved = call.sizes, empty_saved(call, plan)
-    q, k, beta = readable(call.tokens.q), readable(call.tokens.k), dense(call.tokens.beta)
+    q, k, beta = readable(call.tokens.q), readable(call.tokens.k), call.tokens.beta
+    gate = call.tokens.log_alpha if call.tokens.alpha is None else call.tokens.alpha
     pair_decays = torch.empty_like(saved.gates)
+    chunks = chunks_together(call, plan)
+    tasks = -(-plan.chunk_slots // chunks) * s.H
+    programs = min(tasks, RESIDENT * configs.tables.processors(call.device))
+    # K Kᵀ and Q Kᵀ, their lower triangles by blocks of 16 x 16.
+    blocks = plan.C // 16 * (plan.C // 16 + 1) // 2
+    shape = (programs, chunks, 2, blocks, 16, 16)
+    grams = torch.empty(shape, dtype=torch.float32, device=call.device)
     launch(
-        prepare.prepare, (plan.chunk_slots, s.H),
-        q, k, gate_of(call), beta, saved.gates, saved.factors, saved.ends, pair_decays,
-        saved.inv_norms, saved.inverses, saved.scores, saved.scaled_q, saved.scaled_k,
-        dense(call.cu_seqlens), float(call.scale), s.N, s.T, plan.chunk_slots, s.HV, s.HV // s.H,
-        *strides(q), *strides(k), **common(call, plan),
+        prepare.prepare, (programs,),
+        q, k, gate, beta, saved.gates, saved.factors, saved.ends, pair_decays,
+        saved.inv_norms, grams, saved.inverses, saved.scores, saved.scaled_q, saved.scaled_k,
+        dense(call.cu_seqlens), float(call.scale), s.N, s.T, plan.chunk_slots, s.H, s.HV,
+        s.HV // s.H, chunks, *strides(q), *strides(k), *gate_strides(gate), *gate_strides(beta),
+        **common(call, plan),
         GATE=gate_kind(call), HAS_BETA=beta is not None, ERASE=call.rule.has_erase,
         WEIGHTED=is_weighted(call), NORM=call.qk_l2norm, SOLVE_PRECISION=solve_precision(call),
         **options(plan.config.prepare),

@@ -160,6 +160,11 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
+def gate_strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Return the strides of batch row, token and head of a gate (B, T, HV), 0 where it is None."""
+    return (0, 0, 0) if x is None else strides(x)
+
+
 def operands(call: Call, saved: Saved) -> tuple[Tensor, Tensor]:
     """Return q and k as the walks read them: scaled where they are normalised."""
     if call.qk_l2norm:

@@ -1,4 +1,14 @@
-"""Invert unit lower triangular blocks on tensor cores (docs/math.md §3)."""
+"""Invert unit lower triangular blocks on tensor cores, each in one warp (docs/math.md §3).
+
+T = (I + A)⁻¹ by halves: [[X, 0], [-Y B X, Y]] of [[X⁻¹, 0], [B, Y⁻¹]]. Every step forms entries of
+the inverse of a leading block, which stay of the order of β for unit keys; powers of A, as in
+(I - A)(I + A²)(I + A⁴)..., would pass through 10⁶ for repeated keys and β = 2.
+
+A lane holds entries of a product in other places than those of an operand, and moving them between
+lanes costs more than the product. So every product is x yᵀ of two blocks, whose columns are summed
+over in the order in which a lane holds them: then nothing moves, and what must be transposed is
+formed a second time, as the transpose of the product.
+"""
 
 from __future__ import annotations
 
@@ -7,63 +17,50 @@ import triton.language as tl
 
 from gdn_ops._version import version_key
 
-# T = (I + A)⁻¹ by halves (docs/math.md §3): [[X, 0], [-Y B X, Y]] of [[X⁻¹, 0], [B, Y⁻¹]]. Every
-# step forms entries of the inverse of a leading block, which stay of the order of β for unit keys;
-# powers of A, as in (I - A)(I + A²)(I + A⁴)..., would pass through 10⁶ for repeated keys and β = 2.
+SPREAD = tl.constexpr(version_key(triton.__version__) >= version_key("3.9"))
+"""Say that the columns of a block that was loaded in halves are also taken in another order. Before
+Triton 3.9 an operand that is joined of two is spread over the lanes as the product is."""
 
 
 @triton.jit
-def halves(m, n: tl.constexpr, b: tl.constexpr):
-    """Return the diagonal blocks (2n, b, b) and the lower left ones (n, b, b) of (n, 2b, 2b)."""
-    x = tl.permute(tl.reshape(m, (n, 2, b, 2, b)), (0, 2, 4, 1, 3))
-    left, right = tl.split(x)
-    top, below = tl.split(left)
-    _above, bottom = tl.split(right)
-    diagonal = tl.permute(tl.join(top, bottom), (0, 3, 1, 2))
-    return tl.reshape(diagonal, (2 * n, b, b)), below
+def by_lanes(x):
+    """Return blocks (n, 16, 16) with their columns in the order in which lanes hold them.
 
-
-SINGLES_SPILL = tl.constexpr(version_key(triton.__version__) < version_key("3.9"))
-"""Say that a batch of one must be multiplied in two dimensions: as a batch it makes `solve` spill
-18 to 34 registers on sm_90 before Triton 3.9. From 3.9 on two dimensions cost 57 registers more."""
+    An accumulator has columns 2t and 2t + 1 of eight in lane t of four, an operand t and t + 4.
+    """
+    n: tl.constexpr = x.shape[0]
+    columns = tl.permute(tl.reshape(x, (n, 16, 2, 4, 2)), (0, 1, 2, 4, 3))
+    return tl.reshape(columns, (n, 16, 16))
 
 
 @triton.jit
-def products(x, y, PRECISION: tl.constexpr):
-    """Return the products (n, b, c) of two batches of n blocks, (b, a) and (a, c)."""
-    if x.shape[0] == 1 and SINGLES_SPILL:
-        left = tl.reshape(x, (x.shape[1], x.shape[2]))
-        right = tl.reshape(y, (y.shape[1], y.shape[2]))
-        xy = tl.dot(left, right, input_precision=PRECISION)[None, :, :]
+def transposed_product(z, x, y, IS_JOINED: tl.constexpr, PRECISION: tl.constexpr):
+    """Return z + x yᵀ of blocks (n, 16, 16), without z where it is None.
+
+    IS_JOINED: whether x or y is formed, without a product in between, of what `block` has loaded.
+    """
+    if SPREAD or not IS_JOINED:
+        x, y = by_lanes(x), by_lanes(y)
+    if z is None:
+        z = tl.dot(x, tl.permute(y, (0, 2, 1)), input_precision=PRECISION)
     else:
-        xy = tl.dot(x, y, input_precision=PRECISION)
-    return xy
+        z = tl.dot(x, tl.permute(y, (0, 2, 1)), z, input_precision=PRECISION)
+    return z
 
 
 @triton.jit
-def ends_of_pairs(x, n: tl.constexpr, b: tl.constexpr):
-    """Return the first and the second blocks (n, b, b) of n pairs, (2n, b, b)."""
-    return tl.split(tl.permute(tl.reshape(x, (n, 2, b, b)), (0, 2, 3, 1)))
-
-
-@triton.jit
-def merged(x, below, n: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
-    """Return inverses (n, 2b, 2b), given those of the diagonal blocks (2n, b, b) and −A below."""
-    top, bottom = ends_of_pairs(x, n, b)
-    lower = products(products(bottom, below, PRECISION), top, PRECISION)
-    whole = tl.join(tl.join(top, lower), tl.join(tl.zeros_like(top), bottom))
-    return tl.reshape(tl.permute(whole, (0, 3, 1, 4, 2)), (n, 2 * b, 2 * b))
-
-
-@triton.jit
-def inverse_of_sixteen(a, n: tl.constexpr, PRECISION: tl.constexpr):
-    """Return (I + A)⁻¹ of −A, n strictly lower blocks (n, 16, 16), halving by masks."""
+def inverse_of_sixteen(a, PRECISION: tl.constexpr):
+    """Return X = (I + A)⁻¹ and Xᵀ of −A, n strictly lower blocks (n, 16, 16), halving by masks."""
     i = tl.arange(0, 16)
     apart = (i[:, None] ^ i[None, :])[None]
-    x = tl.where(apart == 1, a, tl.where(apart == 0, 1.0, 0.0))
+    one = tl.where(apart == 0, 1.0, 0.0) + tl.zeros(a.shape, tl.float32)
+    x = tl.where(apart == 1, a, one)
+    xt = transposed_product(None, one, x, True, PRECISION)
     for level in tl.static_range(1, 4):
         # The pairs of blocks of 2**level rows: their numbers differ in the last bit only.
         below = tl.where((apart >> level) == 1, a, 0.0)
-        right = tl.dot(below, x, input_precision=PRECISION)
-        x = tl.dot(x, right, x, input_precision=PRECISION)
-    return x
+        # X − X B X and its transpose, of the transpose of −B X.
+        right = transposed_product(None, xt, below, True, PRECISION)
+        xt = transposed_product(xt, right, x, level == 1, PRECISION)
+        x = transposed_product(x, x, right, level == 1, PRECISION)
+    return x, xt

@@ -28,19 +28,17 @@ from gdn_ops.backends.triton.kernels.blocks import (
     LOG_FLOOR,
     NO_DECAY,
     chunk_row,
-    operand,
     owner,
     rows,
     scaled_rows,
     sequence,
     widened,
 )
-from gdn_ops.backends.triton.kernels.inverse import (
-    ends_of_pairs,
-    halves,
-    inverse_of_sixteen,
-    merged,
-    products,
+from gdn_ops.backends.triton.kernels.squares import (
+    PAIRS,
+    squares,
+    triangle,
+    write_blocks,
 )
 
 HEADS = tl.constexpr(4)
@@ -48,18 +46,29 @@ HEADS = tl.constexpr(4)
 
 
 @triton.jit
-def log_sums(gate, valid, GATE: tl.constexpr):
+def by_token(x, to, inside, written, other: tl.constexpr):
+    """Return what x points to, (HEADS, C) float32, such that a warp has the tokens of a head.
+
+    Reading has a warp take the heads of a token, which lie together; so what is read is written
+    and read again.
+    """
+    tl.store(to, tl.load(x, mask=inside, other=other).to(tl.float32), mask=written)
+    # Wait: a thread reads what another one has stored.
+    tl.debug_barrier()
+    return tl.load(to, mask=written, other=other)
+
+
+@triton.jit
+def log_sums(given, GATE: tl.constexpr):
     """Return G, float64, and z, float32, of heads of a chunk (docs/math.md §4): (HEADS, C).
 
     The logarithm and the sum G are float64: next to a strong decay, G_i - G_j of later tokens
     is a small difference of large numbers, and fast float32 logarithms are off near α = 1.
     """
     if GATE == ALPHA:
-        alpha = tl.load(gate, mask=valid, other=1.0).to(tl.float32)
-        zero = alpha == 0.0
-        log = tl.log(tl.where(zero, 1.0, alpha).to(tl.float64))
+        zero = given == 0.0
+        log = tl.log(tl.where(zero, 1.0, given).to(tl.float64))
     else:
-        given = tl.load(gate, mask=valid, other=0.0).to(tl.float32)
         zero = given == float("-inf")
         finite = tl.where(zero, 0.0, given)
         log = tl.where(finite < LOG_FLOOR, LOG_FLOOR, finite).to(tl.float64)
@@ -108,8 +117,8 @@ def entry(x, i, at):
 
 @triton.jit
 def vectors(
-    gate, beta, gates, factors, ends, pair_decays, norm_q, norm_k, row, first, h, slot, valid,
-    T, chunk_slots, HV, R,
+    gate, beta, gates, factors, ends, pair_decays, norm_q, norm_k, row, first, left, h, slot,
+    chunk_slots, HV, R, gate_batch, gate_token, gate_head, beta_batch, beta_token, beta_head,
     C: tl.constexpr, GATE: tl.constexpr, HAS_BETA: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Write gates, factors, ends and pair_decays of a chunk, for HEADS value heads at a time."""
@@ -117,15 +126,15 @@ def vectors(
     plane = tl.cast(HV, tl.int64) * chunk_slots * C
     for r_0 in range(0, R, HEADS):
         r = r_0 + tl.arange(0, HEADS)[:, None]
-        hv, inside = h * R + r, (r < R) & valid[None, :]
-        at = (row * T + first) * HV + hv + i * HV
+        hv, inside = h * R + r, (r < R) & (i < left)
         to = (tl.cast(hv, tl.int64) * chunk_slots + slot) * C + i
         in_heads = (r < R) & (i < C)
         if HAS_BETA:
-            b_beta = tl.load(beta + at, mask=inside, other=0.0).to(tl.float32)
+            at = row * beta_batch + first * beta_token + i * beta_token + hv * beta_head
+            b_beta = by_token(beta + at, gates + to + 3 * plane, inside, in_heads, 0.0)
         else:
             b_beta = tl.where(inside, 1.0, 0.0)
-        tl.store(gates + to + 3 * plane, b_beta, mask=in_heads)
+            tl.store(gates + to + 3 * plane, b_beta, mask=in_heads)
         erase = norm_k[None, :] + tl.zeros([HEADS, C], tl.float32)
         read = norm_q[None, :] + tl.zeros([HEADS, C], tl.float32)
         write = norm_k[None, :] + tl.zeros([HEADS, C], tl.float32)
@@ -133,7 +142,9 @@ def vectors(
             erase *= b_beta
         if GATE != NO_DECAY:
             # §4 G, z                                                            [HEADS, C]
-            G, z = log_sums(gate + at, inside, GATE)
+            at = row * gate_batch + first * gate_token + i * gate_token + hv * gate_head
+            unit: tl.constexpr = 1.0 if GATE == ALPHA else 0.0
+            G, z = log_sums(by_token(gate + at, gates + to, inside, in_heads, unit), GATE)
             hi, lo = parts(G)
             tl.store(gates + to, hi, mask=in_heads)
             tl.store(gates + to + plane, lo, mask=in_heads)
@@ -165,67 +176,16 @@ def vectors(
 
 
 @triton.jit
-def tokens_of(first, apart, n: tl.constexpr, b: tl.constexpr):
-    """Return the tokens of n runs of b, `apart` from one another: int32 (n, b)."""
-    return (first + apart * tl.arange(0, n))[:, None] + tl.arange(0, b)[None, :]
-
-
-@triton.jit
-def within(pair_decays, i, plane):
-    """Return D_ij for pairs of tokens i of a run: float32 (n, b, b), 1 where i < j."""
-    hi, lo = tl.load(pair_decays + i), tl.load(pair_decays + plane + i)
-    log = (hi[:, :, None] - hi[:, None, :]) + (lo[:, :, None] - lo[:, None, :])
-    # A minimum that drops NaN would hide one.
-    return tl.exp2(tl.minimum(log, 0.0, propagate_nan=tl.PropagateNan.ALL))
-
-
-@triton.jit
-def across(pair_decays, i, j):
-    """Return D_ij of later tokens i and earlier ones j (n, b): float32 (n, b, b)."""
-    return tl.load(pair_decays + i)[:, :, None] * tl.load(pair_decays + j)[:, None, :]
-
-
-@triton.jit
-def write_blocks(square, x, i, j, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Write blocks (n, b, b) to rows i and columns j (n, b) of a square (C, C)."""
-    to = square + i[:, :, None] * C + j[:, None, :]
-    tl.store(to, operand(x, square.dtype.element_ty, PRECISION))
-
-
-@triton.jit
-def write_inverse(
-    square, x, i, j, beta, C: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Write blocks of T (n, b, b), or of T diag(β), given the pointer to β of a chunk."""
-    if WEIGHTED:
-        x *= tl.load(beta + j)[:, None, :]
-    write_blocks(square, x, i, j, C, PRECISION)
-
-
-@triton.jit
-def write_zeros(square, i, j, C: tl.constexpr):
-    """Write zeros to the mirror images of blocks of rows i and columns j (n, b)."""
-    to = square + j[:, :, None] * C + i[:, None, :]
-    tl.store(to, tl.zeros(to.shape, square.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=("N", "T", "chunk_slots", "HV", "R"))
-def prepare(
-    q, k, gate, beta, gates, factors, ends, pair_decays, inv_norms, inverses, scores,
-    scaled_q, scaled_k, cu_seqlens, scale, N, T, chunk_slots, HV, R,
+def of_chunk(
+    q, k, gate, beta, gates, factors, ends, pair_decays, inv_norms, blocks, scaled_q, scaled_k,
+    scale, row, first, left, h, slot, H, T, chunk_slots, HV, R,
     q_batch, q_token, q_head, k_batch, k_token, k_head,
+    gate_batch, gate_token, gate_head, beta_batch, beta_token, beta_head,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
     HAS_BETA: tl.constexpr, ERASE: tl.constexpr, WEIGHTED: tl.constexpr, NORM: tl.constexpr,
-    VARLEN: tl.constexpr, PRECISION: tl.constexpr, SOLVE_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Form what the walk needs, see the module. Grid (chunk_slots, H)."""
-    slot, h, H = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    n, chunk = owner(slot, cu_seqlens, N, T, C, VARLEN)
-    row, begin, length, _first_slot = sequence(n, cu_seqlens, T, C, VARLEN)
-    left = length - chunk * C
-    if left <= 0:
-        return
-    first = begin + chunk * C
+    """Write what the value heads of a chunk share, and the vectors of each."""
     i, d = tl.arange(0, C), tl.arange(0, BK)
     inside = (i < left)[:, None] & (d < K)[None, :]
     from_q = rows(q, row, q_batch, first, q_token, h, q_head, i, d)
@@ -247,76 +207,67 @@ def prepare(
         kk *= inv_k[:, None] * inv_k[None, :]
     if ERASE:
         kk = tl.where(i[:, None] > i[None, :], kk, 0.0)
+        write_blocks(blocks + triangle(C), kk, C)
     qk = gram(from_q, from_k, inside, PRECISION) * scale
     if NORM:
         qk *= inv_q[:, None] * inv_k[None, :]
     qk = tl.where(i[:, None] >= i[None, :], qk, 0.0)
+    write_blocks(blocks, qk, C)
     vectors(
-        gate, beta, gates, factors, ends, pair_decays, norm_q, norm_k, row, first, h, slot,
-        i < left, T, chunk_slots, HV, R, C, GATE, HAS_BETA, WEIGHTED,
+        gate, beta, gates, factors, ends, pair_decays, norm_q, norm_k, row, first, left, h, slot,
+        chunk_slots, HV, R, gate_batch, gate_token, gate_head, beta_batch, beta_token,
+        beta_head, C, GATE, HAS_BETA, WEIGHTED,
     )  # fmt: skip
-    # Wait: a thread reads what another one has stored.
-    tl.debug_barrier()
-    # The blocks of the lower triangle: of 16 on the diagonal, of 16 and of 32 below it.
-    i_0 = tokens_of(0, 16, C // 16, 16)
-    qk_0 = tl.reshape(qk, (1, C, C))
-    if ERASE:
-        kk_0 = tl.reshape(kk, (1, C, C))
-    if C == 64:
-        i_2, j_2 = tokens_of(32, 64, 1, 32), tokens_of(0, 64, 1, 32)
-        qk_0, qk_2 = halves(qk_0, 1, 32)
-        if ERASE:
-            kk_0, kk_2 = halves(kk_0, 1, 32)
-    if C >= 32:
-        i_1, j_1 = tokens_of(16, 32, C // 32, 16), tokens_of(0, 32, C // 32, 16)
-        whole = tokens_of(0, 32, C // 32, 32)
-        qk_0, qk_1 = halves(qk_0, C // 32, 16)
-        if ERASE:
-            kk_0, kk_1 = halves(kk_0, C // 32, 16)
+
+
+COUNTS = ("N", "T", "chunk_slots", "H", "HV", "R", "chunks")
+STRIDES = ("gate_batch", "gate_token", "gate_head", "beta_batch", "beta_token", "beta_head")
+
+
+@triton.jit(do_not_specialize=COUNTS + STRIDES)
+def prepare(
+    q, k, gate, beta, gates, factors, ends, pair_decays, inv_norms, grams, inverses, scores,
+    scaled_q, scaled_k, cu_seqlens, scale, N, T, chunk_slots, H, HV, R, chunks,
+    q_batch, q_token, q_head, k_batch, k_token, k_head,
+    gate_batch, gate_token, gate_head, beta_batch, beta_token, beta_head,
+    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
+    HAS_BETA: tl.constexpr, ERASE: tl.constexpr, WEIGHTED: tl.constexpr, NORM: tl.constexpr,
+    VARLEN: tl.constexpr, PRECISION: tl.constexpr, SOLVE_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Form what the walk needs, see the module. Grid (tasks that run at a time,)."""
+    blocks = grams + tl.program_id(0).to(tl.int64) * (chunks * 2 * triangle(C))
     plane = tl.cast(HV, tl.int64) * chunk_slots * C
-    # Hoisting what the heads share out of the loop would spill registers.
-    for r in tl.range(0, R, disable_licm=True):
-        at = tl.cast(h * R + r, tl.int64) * chunk_slots + slot
-        to_P, to_T = scores + at * (C * C), inverses + at * (C * C)
-        decays, betas = pair_decays + at * C, gates + 3 * plane + at * C
-        # §3 P = s lower(Q Kᵀ ⊙ D), −A = −strict_lower(diag(β) (K Kᵀ ⊙ D)), T = (I + A)⁻¹
-        P = qk_0
-        if GATE != NO_DECAY:
-            D = within(decays, i_0, plane)
-            P = qk_0 * D
-        write_blocks(to_P, P, i_0, i_0, C, PRECISION)
-        if ERASE:
-            A = kk_0 * -tl.load(betas + i_0)[:, :, None]
-            if GATE != NO_DECAY:
-                A *= D
-            x = inverse_of_sixteen(A, C // 16, SOLVE_PRECISION)
-            if C == 16:
-                write_inverse(to_T, x, i_0, i_0, betas, C, WEIGHTED, PRECISION)
-        if C >= 32:
-            P = qk_1
-            if GATE != NO_DECAY:
-                D = across(decays + 2 * plane, i_1, j_1)
-                P = qk_1 * D
-            write_blocks(to_P, P, i_1, j_1, C, PRECISION)
-            write_zeros(to_P, i_1, j_1, C)
-            if ERASE:
-                A = kk_1 * -tl.load(betas + i_1)[:, :, None]
-                if GATE != NO_DECAY:
-                    A *= D
-                x = merged(x, A, C // 32, 16, SOLVE_PRECISION)
-                write_inverse(to_T, x, whole, whole, betas, C, WEIGHTED, PRECISION)
-        if C == 64:
-            P = qk_2
-            if GATE != NO_DECAY:
-                D = across(decays + 3 * plane, i_2, j_2)
-                P = qk_2 * D
-            write_blocks(to_P, P, i_2, j_2, C, PRECISION)
-            write_zeros(to_P, i_2, j_2, C)
-            if ERASE:
-                A = kk_2 * -tl.load(betas + i_2)[:, :, None]
-                if GATE != NO_DECAY:
-                    A *= D
-                top, bottom = ends_of_pairs(x, 1, 32)
-                x = products(products(bottom, A, SOLVE_PRECISION), top, SOLVE_PRECISION)
-                write_inverse(to_T, x, i_2, j_2, betas, C, WEIGHTED, PRECISION)
-                write_zeros(to_T, i_2, j_2, C)
+    # Hoisting out of the loops what tasks and squares share would spill registers.
+    tasks = tl.cdiv(chunk_slots, chunks) * H
+    for task in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
+        h, first_slot = task % H, task // H * chunks
+        # Wait: the blocks of the last task have been read.
+        tl.debug_barrier()
+        for slot in range(first_slot, tl.minimum(first_slot + chunks, chunk_slots)):
+            n, chunk = owner(slot, cu_seqlens, N, T, C, VARLEN)
+            row, begin, length, _first_slot = sequence(n, cu_seqlens, T, C, VARLEN)
+            # A slot may be empty: what is formed below of it is not read.
+            if chunk * C < length:
+                of_chunk(
+                    q, k, gate, beta, gates, factors, ends, pair_decays, inv_norms,
+                    blocks + (slot - first_slot) * 2 * triangle(C), scaled_q, scaled_k, scale,
+                    row, begin + chunk * C, length - chunk * C, h, slot, H, T, chunk_slots, HV, R,
+                    q_batch, q_token, q_head, k_batch, k_token, k_head, gate_batch, gate_token,
+                    gate_head, beta_batch, beta_token, beta_head, K, C, BK, GATE, HAS_BETA, ERASE,
+                    WEIGHTED, NORM, PRECISION,
+                )  # fmt: skip
+        # Wait: a thread reads what another one has stored.
+        tl.debug_barrier()
+        for pair_0 in tl.range(0, chunks * R, PAIRS, disable_licm=True):
+            pair = pair_0 + tl.arange(0, PAIRS)
+            own = tl.minimum(pair // R, chunks - 1)
+            inside = (pair < chunks * R) & (first_slot + own < chunk_slots)
+            of_pair = tl.minimum(first_slot + own, chunk_slots - 1)
+            at = tl.cast(h * R + pair % R, tl.int64) * chunk_slots + of_pair
+            of_pair_blocks = blocks + own * (2 * triangle(C))
+            squares(
+                of_pair_blocks, of_pair_blocks + triangle(C),
+                pair_decays + at * C, gates + 3 * plane + at * C, scores + at * (C * C),
+                inverses + at * (C * C), inside, plane, C, GATE != NO_DECAY, ERASE, WEIGHTED,
+                PRECISION, SOLVE_PRECISION,
+            )  # fmt: skip

@@ -227,11 +227,11 @@ def test_loops_are_those_of_the_source() -> None:
     heads, columns = ("value heads", 4), SourceLoop("columns of V", 2, (), is_constant=True)
     chunks = (SourceLoop("chunks", 16, is_kept=True),)
     nested = SourceLoop(*heads, (columns,), is_kept=True)
+    fours = SourceLoop("four value heads", 1, is_kept=True)
+    own = SourceLoop("chunks", 1, (fours,), is_kept=True)
+    squares = SourceLoop("four squares", 1, is_kept=True)
     assert loops == {
-        "prepare": (
-            SourceLoop("four value heads", 1, is_kept=True),
-            SourceLoop(*heads, is_kept=True),
-        ),
+        "prepare": (SourceLoop("tasks", 1, (own, squares), is_kept=True),),
         **dict.fromkeys(("walk", "walk_back"), chunks),
         "pair_gradients": (nested,),
         "token_gradients": (nested, nested),
