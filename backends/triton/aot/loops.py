@@ -39,7 +39,9 @@ def _prepare(x: Mapping[str, Any]) -> Loops:
 
 def _compose(x: Mapping[str, Any]) -> Loops:
     rows = SourceLoop("rows of M", -(-x["K"] // x["BR"]), is_constant=True)
-    return (SourceLoop("segments", -(-x["T"] // x["tokens"]), (rows,), is_kept=True),)
+    # The first two cuts need no product.
+    segments = max(-(-x["T"] // x["tokens"]) - 2, 0)
+    return (SourceLoop("segments", segments, (rows,), is_kept=True),)
 
 
 KERNELS: dict[str, Callable[[Mapping[str, Any]], Loops]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -17,9 +18,14 @@ from gdn_ops.kernel_support.backend import environment_choice
 from gdn_ops.kernel_support.tuning import Tiles
 from gdn_ops.spec.language import Sizes
 
-LEAST_CUTS: Final = 3
-"""Segments of a sequence from which on it is cut: a segment is walked twice, the first time with K
-more columns and without its output. By count of products, not measured."""
+STARTS: Final = 0.65
+"""Time of a chunk in a walk for the starts of segments, against one that writes the output."""
+
+COMPOSED: Final = 2.0
+"""The same of a segment in `compose`."""
+
+LAUNCHED: Final = 4.0
+"""The same of two more launches. All three by the model of `gdn-ops compile`, not measured."""
 
 LEAST_SEGMENT: Final = 8
 """Chunks that a segment has at least. By count of launches, not measured."""
@@ -73,19 +79,44 @@ def make_plan(call: Call) -> Plan:
 def segment_chunks(device: torch.device, s: Sizes, C: int, config: Config) -> int:
     """Return how many chunks of a sequence are walked by one program, 0 for all of them.
 
-    A sequence is cut (docs/math.md §6) where its map pays: where the GPU has room for LEAST_CUTS
-    segments of every sequence, each walked twice, and these have LEAST_SEGMENT chunks. What a
+    A sequence is cut (docs/math.md §6) where that should be faster, see `fastest_segment`. What a
     sequence computes so depends, in its rounding, on how many others are in the call;
     GDN_OPS_TRITON_SEGMENTS=off, read at import, never cuts.
     """
     if config.segment is not None:
         return config.segment
-    BV = min(config.walk.BV, power_of_two(s.V))
-    cuts = configs.tables.processors(device) // max(1, s.N * s.HV * -(-s.V // BV))
-    chunks = -(-s.B * s.T // (max(s.N, 1) * C))
-    if not _cuts or cuts < LEAST_CUTS or chunks < LEAST_CUTS * LEAST_SEGMENT:
+    if not _cuts:
         return 0
-    return max(LEAST_SEGMENT, -(-chunks // cuts))
+    BV = min(config.walk.BV, power_of_two(s.V))
+    programs = configs.tables.processors(device) * config.together
+    chunks = -(-s.B * s.T // (max(s.N, 1) * C))
+    return fastest_segment(programs, s.N * s.HV, -(-s.V // BV), -(-s.K // BV), chunks)
+
+
+@functools.lru_cache(maxsize=4096)
+def fastest_segment(programs: int, heads: int, of_v: int, of_k: int, chunks: int) -> int:
+    """Return the chunks of a segment with which the walks should end first, 0 for no cuts.
+
+    Every segment but the last is walked for the state at its end, all at a time, by blocks of V and
+    of K; the first one, whose start is known, by those of V. Then all are walked for the output.
+
+    Args:
+        programs: that the GPU runs at a time.
+        heads: value heads of all sequences.
+        of_v, of_k: blocks of the columns of V and of K.
+        chunks: of a sequence.
+    """
+    best, fastest = 0, float(-(-heads * of_v // programs) * chunks)
+    for cuts in range(2, chunks // LEAST_SEGMENT + 1):
+        L = -(-chunks // cuts)
+        first = heads * ((cuts - 1) * of_v + (cuts - 2) * of_k)
+        walks = STARTS * -(-first // programs) + -(-heads * cuts * of_v // programs)
+        time = walks * L + COMPOSED * cuts + LAUNCHED
+        if time < fastest:
+            best, fastest = L, time
+        if walks * LEAST_SEGMENT > fastest:
+            break
+    return best
 
 
 _cuts = environment_choice("GDN_OPS_TRITON_SEGMENTS", ("on", "off")) == "on"

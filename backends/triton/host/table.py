@@ -34,7 +34,8 @@ class Config:
         reload: whether `token_gradients` reads k again instead of holding it in registers.
         measured: where and when, or that it was not.
         descriptors: whether tiles are read by tensor descriptors where tensors allow it.
-        segment: chunks of a segment of a sequence; None leaves it to `config.segment_chunks`.
+        together: programs of `walk` that a processor holds at a time, as compiled.
+        segment: chunks of a segment of a sequence; None leaves it to `plan.segment_chunks`.
     """
 
     C: int
@@ -47,6 +48,7 @@ class Config:
     reload: bool
     measured: str
     descriptors: bool = False
+    together: int = 1
     segment: int | None = None
 
 
@@ -85,7 +87,7 @@ _ALIKE: dict[tuple[str, int, str], Config] = {
         _HOPPER, walk=Tiles(32, 8, 2), walk_back=Tiles(32, 8, 2), pair_gradients=Tiles(64, 4, 1),
         token_gradients=Tiles(32, 8, 1), pair_rows=32, reload=True,
     ),
-    ("sm_90", 128, "low"): _HOPPER,
+    ("sm_90", 128, "low"): replace(_HOPPER, together=2),
     ("sm_100", 128, "low"): replace(_HOPPER, walk=Tiles(64, 8, 2), walk_back=Tiles(64, 8, 2)),
     ("gfx942", 128, "low"): replace(
         _HOPPER, walk=Tiles(32, 4, 2), walk_back=Tiles(32, 4, 1), pair_gradients=Tiles(64, 4, 1),

@@ -56,9 +56,24 @@ def walk_again(call: Call, plan: Plan, saved: Saved) -> tuple[Tensor, Tensor]:
 
 def walk_for_starts(call: Call, plan: Plan, saved: Saved, final: Tensor) -> None:
     """Write what segments start from, and the final state of sequences without tokens."""
-    _walk(call, plan, saved, maps=saved.maps)
+    if segments_of(call, plan) != 1:
+        _walk(call, plan, saved, maps=saved.maps)
     # Without an initial state the first one is zero.
     _compose(call, plan, saved.maps, None, dense(call.state), saved.starts, final)
+
+
+def segments_of(call: Call, plan: Plan) -> int:
+    """Return the segments of every sequence, 0 where sequences are packed."""
+    return 0 if call.cu_seqlens is not None else plan.segment_slots // max(call.sizes.N, 1)
+
+
+def grid_of_maps(call: Call, plan: Plan, BV: int) -> tuple[int, int]:
+    """Return the grid of the walk for what segments make of states; see `walk.of_map`."""
+    s, cuts = call.sizes, segments_of(call, plan)
+    of_v, of_k = -(-s.V // BV), -(-s.K // BV)
+    if cuts:
+        return s.N * s.HV, (cuts - 1) * of_v + max(cuts - 2, 0) * of_k
+    return plan.segment_slots * s.HV, of_v + of_k
 
 
 def _walk(
@@ -69,17 +84,19 @@ def _walk(
     s, config, v = call.sizes, plan.config, readable(call.tokens.v)
     q, k = operands(call, saved)
     BV, cuts = width(config.walk, s.V), plan.segment_slots
-    blocks = -(-s.V // BV) + (0 if maps is None else -(-s.K // BV))
-    initial = saved.starts if cuts else dense(call.state)
+    grid = ((cuts or s.N) * s.HV, -(-s.V // BV))
+    if maps is not None:
+        grid = grid_of_maps(call, plan, BV)
+    initial = saved.starts if cuts and maps is None else dense(call.state)
     described = [q, k, v] if o is None else [q, k, v, o]
     launch(
-        walk.walk, ((cuts or s.N) * s.HV, blocks),
+        walk.walk, grid,
         q, k, v, saved.gates, saved.factors, saved.ends, saved.inverses, saved.scores, initial,
         o, u, states, final, maps, dense(call.cu_seqlens),
         s.N, s.T, plan.L, plan.chunk_slots, s.HV, s.HV // s.H,
         *strides(q), *strides(k), *strides(v), **common(call, plan), V=s.V, BV=BV,
         DECAY=call.rule.has_decay, ERASE=call.rule.has_erase,
-        HAS_INITIAL=initial is not None and maps is None, OUTPUT=o is not None,
+        HAS_INITIAL=initial is not None, OUTPUT=o is not None,
         KEEP=states is not None, MAPS=maps is not None, SEGMENTED=cuts > 0,
         WEIGHTED=is_weighted(call), TMA=config.descriptors and all(map(is_aligned, described)),
         **options(config.walk),
@@ -103,7 +120,8 @@ def walk_gradients(
     d_end = d_final
     if plan.segment_slots:
         shifts, d_end = torch.empty_like(saved.starts), torch.empty_like(saved.starts)
-        _walk_back(call, plan, saved, d_o, d_start=shifts)
+        if segments_of(call, plan) != 1:
+            _walk_back(call, plan, saved, d_o, d_end=d_final, d_start=shifts)
         _compose(call, plan, saved.maps, shifts, d_final, d_end, d_initial)
     _walk_back(
         call, plan, saved, d_o, d_end=d_end, d_rhs=d_rhs, d_states=d_states, d_start=d_initial
@@ -112,21 +130,25 @@ def walk_gradients(
 
 
 def _walk_back(
-    call: Call, plan: Plan, saved: Saved, d_o: Tensor, *, d_start: Tensor,
-    d_end: Tensor | None = None, d_rhs: Tensor | None = None, d_states: Tensor | None = None,
+    call: Call, plan: Plan, saved: Saved, d_o: Tensor, *, d_end: Tensor, d_start: Tensor,
+    d_rhs: Tensor | None = None, d_states: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launch the walk back, from zero if it is not given what to start from."""
+    """Launch the walk back; for the shifts of segments where it has no gradients to write."""
     s, config = call.sizes, plan.config
     q, k = operands(call, saved)
     BV, cuts = width(config.walk_back, s.V), plan.segment_slots
+    of_v = -(-s.V // BV)
+    grid = ((cuts or s.N) * s.HV, of_v)
+    if d_rhs is None and segments_of(call, plan):
+        grid = (s.N * s.HV, (segments_of(call, plan) - 1) * of_v)
     described = [q, k, d_o] if d_rhs is None else [q, k, d_o, d_rhs]
     launch(
-        walk_back.walk_back, ((cuts or s.N) * s.HV, -(-s.V // BV)),
+        walk_back.walk_back, grid,
         q, k, d_o, saved.factors, saved.ends, saved.inverses, saved.scores, d_end, d_rhs,
         d_states, d_start, dense(call.cu_seqlens),
         s.N, s.T, plan.L, plan.chunk_slots, s.HV, s.HV // s.H,
         *strides(q), *strides(k), *strides(d_o), **common(call, plan), V=s.V, BV=BV,
-        DECAY=call.rule.has_decay, ERASE=call.rule.has_erase, SHIFTS=d_end is None,
+        DECAY=call.rule.has_decay, ERASE=call.rule.has_erase, SHIFTS=d_rhs is None,
         SEGMENTED=cuts > 0, TMA=config.descriptors and all(map(is_aligned, described)),
         **options(config.walk_back),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 One program per sequence, value head and block of BV columns of V. The map of a segment,
 Sᵀ -> Sᵀ Mᵀ + Rᵀ, is applied segment by segment; with REVERSE dSᵀ -> dSᵀ M + rᵀ from the last to
-the first.
+the first. What the first of them starts from is in its R, or r, already.
 
     reads   maps (segment_slots, HV, V + K, K) float32 of `walk`: Rᵀ and Mᵀ; with REVERSE the shifts
             r (segment_slots, HV, K, V) float32 of `walk_back`; the initial state, or the gradient
@@ -20,6 +20,19 @@ import triton
 import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import sequence
+
+
+@triton.jit
+def shift_of(
+    maps, shifts, at, dk, dv, inside, K: tl.constexpr, V: tl.constexpr, REVERSE: tl.constexpr
+):
+    """Return Rᵀ, or with REVERSE rᵀ, of the segment of a head, (BV, BK)."""
+    if REVERSE:
+        S = tl.load(shifts + at * (K * V) + dk[None, :] * V + dv[:, None], mask=inside, other=0.0)
+    else:
+        from_map = maps + at * ((V + K) * K) + dv[:, None] * K + dk[None, :]
+        S = tl.load(from_map, mask=inside, other=0.0)
+    return S
 
 
 @triton.jit(do_not_specialize=("T", "tokens", "HV"))
@@ -42,31 +55,35 @@ def compose(
     if HAS_FIRST:
         S += tl.load(first + own + cell, mask=in_v & in_k, other=0.0).to(tl.float32)
     segments = tl.cdiv(length, tokens)
+    onwards, at = HV, first_slot * HV + hv
+    if REVERSE:
+        onwards, at = -HV, (first_slot + segments - 1) * HV + hv
+    inside = in_v & in_k
     if segments == 0:
-        tl.store(last + own + cell, S, mask=in_v & in_k)
-    for step in range(segments):
-        segment = step
-        if REVERSE:
-            segment = segments - 1 - step
-        at = (first_slot + segment) * HV + hv
-        cut, map_of = cuts + at * (K * V), maps + at * ((V + K) * K)
-        tl.store(cut + cell, S, mask=in_v & in_k)
-        if step < segments - 1:
-            # Wait: a thread reads what another one has stored.
-            tl.debug_barrier()
-            # §6 S = M S + R, or dS = Mᵀ dS + r                                  [BV, BK]
+        tl.store(last + own + cell, S, mask=inside)
+    else:
+        tl.store(cuts + at * (K * V) + cell, S, mask=inside)
+    if segments > 1:
+        S = shift_of(maps, shifts, at, dk, dv, inside, K, V, REVERSE)
+        at += onwards
+        tl.store(cuts + at * (K * V) + cell, S, mask=inside)
+    for _step in range(2, segments):
+        # Wait: a thread reads what another one has stored.
+        tl.debug_barrier()
+        # §6 S = M S + R, or dS = Mᵀ dS + r                                      [BV, BK]
+        S = shift_of(maps, shifts, at, dk, dv, inside, K, V, REVERSE)
+        from_cut, from_map = cuts + at * (K * V), maps + at * ((V + K) * K) + V * K
+        for r_0 in range(0, K, BR):
+            r = r_0 + tl.arange(0, BR)
+            in_r = r < K
+            x = tl.load(
+                from_cut + r[None, :] * V + dv[:, None], mask=in_v & in_r[None, :], other=0.0
+            )
             if REVERSE:
-                S = tl.load(shifts + at * (K * V) + cell, mask=in_v & in_k, other=0.0)
+                entry = dk[None, :] * K + r[:, None]
             else:
-                S = tl.load(map_of + dv[:, None] * K + dk[None, :], mask=in_v & in_k, other=0.0)
-            for r_0 in range(0, K, BR):
-                r = r_0 + tl.arange(0, BR)
-                in_r = r < K
-                from_cut = cut + r[None, :] * V + dv[:, None]
-                x = tl.load(from_cut, mask=in_v & in_r[None, :], other=0.0)
-                if REVERSE:
-                    from_map = map_of + (V + dk)[None, :] * K + r[:, None]
-                else:
-                    from_map = map_of + (V + r)[:, None] * K + dk[None, :]
-                M = tl.load(from_map, mask=in_r[:, None] & in_k, other=0.0)
-                S = tl.dot(x, M, S, input_precision=PRECISION)
+                entry = r[:, None] * K + dk[None, :]
+            M = tl.load(from_map + entry, mask=in_r[:, None] & in_k, other=0.0)
+            S = tl.dot(x, M, S, input_precision=PRECISION)
+        at += onwards
+        tl.store(cuts + at * (K * V) + cell, S, mask=inside)

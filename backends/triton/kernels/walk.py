@@ -7,13 +7,15 @@ Sᵀ Qᵀ + Uᵀ Pᵀ follow one another without a way through shared memory, wh
 FLA's names are `chunk_gated_delta_rule_fwd_h` and, for the output, `chunk_fwd_o`.
 
     reads   q, k, v (B, T, ., .); T, P, β, factors and ends of `prepare`; the state that a segment
-            starts from, (segment_slots, HV, K, V), or (N, HV, K, V)
+            starts from, (segment_slots, HV, K, V), or a sequence, (N, HV, K, V)
     writes  with OUTPUT o (B, T, HV, V)
             with KEEP U (HV, chunk_slots, C, V), only with an error term, and the transposed state
             at the start of every chunk (HV, chunk_slots, V, K), in the dtype of what is kept
             the final state (N, HV, K, V) float32
-            or, with MAPS, (segment_slots, HV, V + K, K) float32 instead of all that: the transposed
-            state that a segment makes of 0, and below it what it makes of each unit row without v
+            or, with MAPS, (segment_slots, HV, V + K, K) float32 instead of all that, for segments
+            but the last: the transposed state that a segment makes of 0, and the first one of the
+            initial state; and below it, for segments between those two, what they make of each
+            unit row without v
 """
 
 from __future__ import annotations
@@ -35,6 +37,18 @@ from gdn_ops.backends.triton.kernels.blocks import (
 )
 
 
+@triton.jit
+def of_map(block, cuts, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr):
+    """Return segment and block of columns of a program that forms a part of a map.
+
+    The blocks of V of segments but the last come first, then those of K of the ones in between.
+    """
+    of_v, of_k = tl.cdiv(V, BV), tl.cdiv(K, BV)
+    rest = block - (cuts - 1) * of_v
+    segment = tl.where(rest < 0, block // of_v, 1 + rest // of_k)
+    return segment, tl.where(rest < 0, block % of_v, of_v + rest % of_k)
+
+
 @triton.jit(do_not_specialize=("N", "T", "L", "chunk_slots", "HV", "R"))
 def walk(
     q, k, v, gates, factors, ends, inverses, scores, initial, o, u, states, final, maps, cu_seqlens,
@@ -47,13 +61,19 @@ def walk(
 ):  # fmt: skip
     """Walk the state over the chunks, see the module.
 
-    Grid (N HV or segment_slots HV, ceil(V / BV)); with MAPS the second is + ceil(K / BV).
+    Grid (N HV or segment_slots HV, ceil(V / BV)); with MAPS the second is + ceil(K / BV), or,
+    where sequences are as long, (N HV, those of `of_map`).
     """
     n, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
-    h = hv // R
+    h, block = hv // R, tl.program_id(1)
     begin_chunk = 0
     if SEGMENTED:
-        n, segment = owner(n, cu_seqlens, N, T, C * L, VARLEN)
+        place = n
+        if MAPS and not VARLEN:
+            segment, block = of_map(block, tl.cdiv(T, C * L), V, K, BV)
+            place = n * tl.cdiv(T, C * L) + segment
+        else:
+            n, segment = owner(n, cu_seqlens, N, T, C * L, VARLEN)
         begin_chunk = segment * L
     row, begin, length, first_slot = sequence(n, cu_seqlens, T, C, VARLEN)
     end_chunk = tl.cdiv(length, C)
@@ -64,8 +84,13 @@ def walk(
         # A slot may be empty.
         if begin_chunk >= end_chunk:
             return
+        if MAPS and is_last:
+            return
     i, dk = tl.arange(0, C), tl.arange(0, BK)
-    dv_0 = tl.program_id(1) * BV
+    dv_0 = block * BV
+    # What the first segment starts from is known.
+    if MAPS and (begin_chunk == 0 and dv_0 >= V):
+        return
     dv = dv_0 + tl.arange(0, BV)
     in_state = (dv < V)[:, None] & (dk < K)[None, :]
     k_start = row * k_batch + begin * k_token + tl.cast(h, tl.int64) * k_head
@@ -81,14 +106,19 @@ def walk(
         p_tiles = tiles_of(scores, squares, C, chunk_slots * C, C, C, C, TMA)
         o_start = ((row * T + begin) * HV + hv) * V
         o_tiles = tiles_of(o, o_start, HV * V, length, V, C, BV, TMA)
-    own = tl.program_id(0).to(tl.int64) * (K * V)
+    of_sequence = (tl.cast(n, tl.int64) * HV + hv) * (K * V)
     cell = dk[None, :] * V + dv[:, None]
     S = tl.zeros([BV, BK], tl.float32)
     if HAS_INITIAL:
-        S += tl.load(initial + own + cell, mask=in_state, other=0.0).to(tl.float32)
+        if MAPS:
+            from_state, known = initial + of_sequence + cell, in_state & (begin_chunk == 0)
+        else:
+            from_state = initial + tl.program_id(0).to(tl.int64) * (K * V) + cell
+            known = in_state
+        S += tl.load(from_state, mask=known, other=0.0).to(tl.float32)
     if MAPS:
         unit = dv - tl.cdiv(V, BV) * BV
-        S = tl.where(dk[None, :] == unit[:, None], 1.0, 0.0)
+        S = tl.where(dk[None, :] == unit[:, None], 1.0, S)
     for chunk in range(begin_chunk, end_chunk):
         slot = (first_slot + chunk).to(tl.int32)
         first = chunk * C
@@ -136,9 +166,9 @@ def walk(
     if MAPS:
         in_map = (dv < V)[:, None] | ((unit >= 0) & (unit < K))[:, None]
         at = tl.where(unit < 0, dv, V + unit)
-        to_map = maps + tl.program_id(0).to(tl.int64) * ((V + K) * K) + at[:, None] * K
+        of_segment = (tl.cast(place, tl.int64) * HV + hv) * ((V + K) * K)
+        to_map = maps + of_segment + at[:, None] * K
         tl.store(to_map + dk[None, :], S, mask=in_map & (dk < K)[None, :])
     else:
         if is_last:
-            own = (tl.cast(n, tl.int64) * HV + hv) * (K * V)
-            tl.store(final + own + cell, S, mask=in_state)
+            tl.store(final + of_sequence + cell, S, mask=in_state)

@@ -9,8 +9,9 @@ One program per segment, value head and block of BV columns of V, as in `walk`: 
     writes  dRHS (HV, chunk_slots, C, V) and the transposed dS at every chunk's end
             (HV, chunk_slots, V, K), in the dtype of what is kept
             dS of the initial state (N, HV, K, V) float32
-            or, with SHIFTS, dS at the start of a segment (segment_slots, HV, K, V) instead of all
-            that, given that it is 0 at the end
+            or, with SHIFTS, dS at the start of segments but the first, (segment_slots, HV, K, V),
+            instead of all that, given that it is 0 at the end, and for the last one that of the
+            final state
 """
 
 from __future__ import annotations
@@ -40,16 +41,25 @@ def walk_back(
     DECAY: tl.constexpr, ERASE: tl.constexpr, SHIFTS: tl.constexpr, SEGMENTED: tl.constexpr,
     VARLEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk dS back, see the module. Grid (N HV or segment_slots HV, ceil(V / BV))."""
+    """Walk dS back, see the module. Grid (N HV or segment_slots HV, ceil(V / BV)).
+
+    With SHIFTS, where sequences are as long, (N HV, that times the segments but one).
+    """
     n, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
-    h = hv // R
+    h, block, place = hv // R, tl.program_id(1), n
     begin_chunk = 0
     if SEGMENTED:
-        n, segment = owner(n, cu_seqlens, N, T, C * L, VARLEN)
+        if SHIFTS and not VARLEN:
+            segment, block = 1 + block // tl.cdiv(V, BV), block % tl.cdiv(V, BV)
+            place = n * tl.cdiv(T, C * L) + segment
+        else:
+            n, segment = owner(n, cu_seqlens, N, T, C * L, VARLEN)
         begin_chunk = segment * L
     row, begin, length, first_slot = sequence(n, cu_seqlens, T, C, VARLEN)
     end_chunk = tl.cdiv(length, C)
+    is_last = True
     if SEGMENTED:
+        is_last = begin_chunk + L >= end_chunk
         end_chunk = tl.minimum(end_chunk, begin_chunk + L)
         # A slot may be empty, and what the first segment shifts is not needed.
         if begin_chunk >= end_chunk:
@@ -57,7 +67,7 @@ def walk_back(
         if SHIFTS and segment == 0:
             return
     i, dk = tl.arange(0, C), tl.arange(0, BK)
-    dv_0 = tl.program_id(1) * BV
+    dv_0 = block * BV
     dv = dv_0 + tl.arange(0, BV)
     in_state = (dv < V)[:, None] & (dk < K)[None, :]
     q_start = row * q_batch + begin * q_token + tl.cast(h, tl.int64) * q_head
@@ -72,11 +82,13 @@ def walk_back(
         x_tiles = tiles_of(inverses, in_head * C, C, chunk_slots * C, C, C, C, TMA)
     if not SHIFTS:
         r_tiles = tiles_of(d_rhs, in_head * V, V, chunk_slots * C, V, C, BV, TMA)
-    own = tl.program_id(0).to(tl.int64) * (K * V)
+    own = (tl.cast(place, tl.int64) * HV + hv) * (K * V)
     cell = dk[None, :] * V + dv[:, None]
-    dS = tl.zeros([BV, BK], tl.float32)
-    if not SHIFTS:
-        dS += tl.load(d_end + own + cell, mask=in_state, other=0.0)
+    from_end, known = d_end + own + cell, in_state
+    if SHIFTS:
+        from_end = d_end + (tl.cast(n, tl.int64) * HV + hv) * (K * V) + cell
+        known = in_state & is_last
+    dS = tl.load(from_end, mask=known, other=0.0)
     for step in range(end_chunk - begin_chunk):
         chunk = end_chunk - 1 - step
         slot = (first_slot + chunk).to(tl.int32)

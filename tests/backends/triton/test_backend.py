@@ -28,6 +28,7 @@ pytest.importorskip("triton")
 from gdn_ops.backends import triton as backend
 from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host import table
+from gdn_ops.backends.triton.host.plan import fastest_segment
 from gdn_ops.kernel_support.launches import recording
 from gdn_ops.kernel_support.tuning import Tiles
 
@@ -125,7 +126,7 @@ def test_a_strided_view_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -
 
 def test_forward_takes_two_launches_and_backward_four() -> None:
     triton = backend.Triton()
-    call = meta_call(True, **SIZES)
+    call = meta_call(True, **SIZES | {"B": 4})
     with torch.no_grad(), recording("sm_90") as launches:
         out = triton.forward(call)
         forward = [launch.kernel.__name__ for launch in launches]
@@ -141,15 +142,26 @@ def test_a_long_sequence_of_few_heads_is_cut_into_segments() -> None:
     with torch.no_grad(), recording("sm_90") as launches:
         out = triton.forward(call)
         triton.backward(call, out.saved, torch.empty_like(out.o), torch.empty_like(out.final_state))
-        for whole in (SIZES, few | {"T": 1024}):
+        for whole in (SIZES | {"B": 4}, few | {"T": 1024}):
             triton.forward(meta_call(**whole))
     names = [launch.kernel.__name__ for launch in launches]
     assert names[:4] == ["prepare", "walk", "compose", "walk"]
     assert names[4:8] == ["walk", "walk_back", "compose", "walk_back"]
     assert names[8:] == ["pair_gradients", "token_gradients", *["prepare", "walk"] * 2]
-    # 512 chunks of 8 heads, in two blocks of columns, on 132 processors; the map has K more.
+    # 16 segments of 8 heads, in two blocks of columns: 15 are walked for the state at their end,
+    # by two blocks of V, and 14 of them for their map, by two blocks of K.
     grids = [launch.grid for launch in launches[1:8]]
-    assert grids == [(64, 4), (8, 8), *[(64, 2)] * 3, (8, 8), (64, 2)]
+    walked = (16 * 8, 2)
+    assert grids == [(8, 15 * 2 + 14 * 2), (8, 8), walked, walked, (8, 15 * 2), (8, 8), walked]
+
+
+@pytest.mark.parametrize(
+    ("heads", "chunks", "segment"),
+    [(64, 128, 64), (32, 128, 43), (8, 512, 32), (256, 128, 0), (32, 16, 0), (32, 0, 0)],
+)
+def test_sequences_are_cut_where_two_walks_end_first(heads: int, chunks: int, segment: int) -> None:
+    # 264 programs at a time, two blocks of columns.
+    assert fastest_segment(264, heads, 2, 2, chunks) == segment
 
 
 # Bad input.

@@ -35,9 +35,11 @@ from gdn_ops.backends.triton.aot.compiler import (  # noqa: E402
 )
 from gdn_ops.backends.triton.aot.loops import loops_of  # noqa: E402
 from gdn_ops.backends.triton.aot.usage import amd_usage, products  # noqa: E402
+from gdn_ops.backends.triton.host.config import tables  # noqa: E402
 from gdn_ops.backends.triton.host.launcher import launch  # noqa: E402
 from gdn_ops.dispatch.registry import get_backend  # noqa: E402
 from gdn_ops.kernel_support.launches import Launch, recording  # noqa: E402
+from gdn_ops.kernel_support.tuning import Row  # noqa: E402
 from kernel_backends import SIZES, meta_call  # noqa: E402
 from triton_kernels import bad  # noqa: E402
 
@@ -118,10 +120,13 @@ def keys(target: str, **sizes: Any) -> set[tuple[str, str]]:
     [{"T": 1000}, {"T": 17}, {"B": 3, "T": 1001}, {"H": 13, "HV": 39}, {"H": 1, "HV": 24}],
     ids=str,
 )
+@pytest.mark.parametrize("segment", [0, 5], ids=["whole", "segments"])
 def test_no_length_batch_or_number_of_heads_compiles_anything_new(
-    target: str, sizes: dict[str, int]
+    target: str, sizes: dict[str, int], segment: int
 ) -> None:
-    assert keys(target, **sizes) == keys(target)
+    key = (target, 128, "low")
+    with tables.using(Row(key, replace(tables.rows[key], segment=segment))):
+        assert keys(target, **sizes) <= keys(target)
 
 
 def test_sources_are_translated_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,9 +245,10 @@ def test_loops_are_those_of_the_source() -> None:
 
 def test_loops_of_segments_are_shorter() -> None:
     loops = launch_loops(T=32768, H=2, HV=8)
-    assert loops["walk"] == loops["walk_back"] == (SourceLoop("chunks", 64, is_kept=True),)
+    assert loops["walk"] == loops["walk_back"] == (SourceLoop("chunks", 32, is_kept=True),)
+    # Of 16 segments, two need no product.
     rows = SourceLoop("rows of M", 4, (), is_constant=True)
-    assert loops["compose"] == (SourceLoop("segments", 8, (rows,), is_kept=True),)
+    assert loops["compose"] == (SourceLoop("segments", 14, (rows,), is_kept=True),)
 
 
 def test_loops_of_a_kernel_without_an_entry_are_not_known() -> None:
