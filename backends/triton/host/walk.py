@@ -88,7 +88,7 @@ def _walk(
     if maps is not None:
         grid = grid_of_maps(call, plan, BV)
     initial = saved.starts if cuts and maps is None else dense(call.state)
-    described = [q, k, v] if o is None else [q, k, v, o]
+    described = [q, k, v, *(x for x in (o, u, states) if x is not None)]
     launch(
         walk.walk, grid,
         q, k, v, saved.gates, saved.factors, saved.ends, saved.inverses, saved.scores, initial,
@@ -141,7 +141,7 @@ def _walk_back(
     grid = ((cuts or s.N) * s.HV, of_v)
     if d_rhs is None and segments_of(call, plan):
         grid = (s.N * s.HV, (segments_of(call, plan) - 1) * of_v)
-    described = [q, k, d_o] if d_rhs is None else [q, k, d_o, d_rhs]
+    described = [q, k, d_o, *(x for x in (d_rhs, d_states) if x is not None)]
     launch(
         walk_back.walk_back, grid,
         q, k, d_o, saved.factors, saved.ends, saved.inverses, saved.scores, d_end, d_rhs,

@@ -157,6 +157,46 @@ def write_tile(
         tl.store(pointers, x, mask=inside)
 
 
+# A transposed state is written half by half of its columns: a whole one takes so much shared memory
+# on its way that only one program would fit a processor.
+
+
+@triton.jit
+def state_tiles(
+    states, hv, chunk_slots, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Return the transposed states of a head, of (HV, chunk_slots, V, K), for `write_state`."""
+    start = tl.cast(hv, tl.int64) * chunk_slots * (V * K)
+    # A block that reached beyond its state would write to the next one.
+    return tiles_of(states, start, K, chunk_slots * V, K, BV, BK // 2, TMA and V % BV == 0)
+
+
+@triton.jit
+def write_columns(
+    tiles, x, slot, dv_0, dk_0: tl.constexpr, V: tl.constexpr, K: tl.constexpr,
+    BV: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Write x (BV, BK) to rows from dv_0 and columns from dk_0 on of a chunk's transposed state."""
+    if TMA and V % BV == 0:
+        tiles.store([slot * V + dv_0, dk_0], x)
+    else:
+        dv, dk = dv_0 + tl.arange(0, BV), dk_0 + tl.arange(0, BK)
+        to = tiles + tl.cast(slot, tl.int64) * (V * K) + dv[:, None] * K + dk[None, :]
+        tl.store(to, x, mask=(dv < V)[:, None] & (dk < K)[None, :])
+
+
+@triton.jit
+def write_state(
+    tiles, x, slot, dv_0, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Write x (BV, BK) to rows from dv_0 on of a chunk's transposed state."""
+    left, right = tl.split(tl.permute(tl.reshape(x, (BV, 2, BK // 2)), (0, 2, 1)))
+    write_columns(tiles, left, slot, dv_0, 0, V, K, BV, BK // 2, TMA)
+    write_columns(tiles, right, slot, dv_0, BK // 2, V, K, BV, BK // 2, TMA)
+
+
 @triton.jit
 def chunk_rows(x, head, slot, i, d, chunk_slots, C: tl.constexpr, D: tl.constexpr):
     """Return the pointers to rows i, columns d of a tensor (heads, chunk_slots, C, D)."""

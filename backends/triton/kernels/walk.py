@@ -25,14 +25,15 @@ import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import (
     chunk_row,
-    chunk_rows,
     operand,
     owner,
     read_beta,
     read_tile,
     sequence,
+    state_tiles,
     tiles_of,
     widened,
+    write_state,
     write_tile,
 )
 
@@ -106,6 +107,11 @@ def walk(
         p_tiles = tiles_of(scores, squares, C, chunk_slots * C, C, C, C, TMA)
         o_start = ((row * T + begin) * HV + hv) * V
         o_tiles = tiles_of(o, o_start, HV * V, length, V, C, BV, TMA)
+    if KEEP:
+        s_tiles = state_tiles(states, hv, chunk_slots, V, K, BV, BK, TMA)
+        if ERASE:
+            in_u = tl.cast(hv, tl.int64) * chunk_slots * (C * V)
+            u_tiles = tiles_of(u, in_u, V, chunk_slots * C, V, C, BV, TMA)
     of_sequence = (tl.cast(n, tl.int64) * HV + hv) * (K * V)
     cell = dk[None, :] * V + dv[:, None]
     S = tl.zeros([BV, BK], tl.float32)
@@ -132,8 +138,8 @@ def walk(
         write = tl.load(chunk_row(factors, 2 * HV + hv, slot, i, chunk_slots, C))
         S_low = operand(S, k_tile.dtype, PRECISION)
         if KEEP:
-            to_states = chunk_rows(states, hv, slot, dv, dk, chunk_slots, V, K)
-            tl.store(to_states, S_low.to(states.dtype.element_ty), mask=in_state)
+            kept = S_low.to(states.dtype.element_ty)
+            write_state(s_tiles, kept, slot, dv_0, V, K, BV, BK, TMA)
         # §3 V − diag(b) K S, times β where T is not, transposed                 [BV, C]
         U = tl.trans(v_tile).to(tl.float32)
         if not WEIGHTED:
@@ -146,9 +152,8 @@ def walk(
             E = operand(U, x.dtype, PRECISION)
             U = tl.dot(E, tl.trans(x), input_precision=PRECISION)
             if KEEP:
-                to_u = chunk_rows(u, hv, slot, i, dv, chunk_slots, C, V)
                 kept = tl.trans(operand(U, u.dtype.element_ty, PRECISION))
-                tl.store(to_u, kept, mask=(dv < V)[None, :])
+                write_tile(u_tiles, kept, slot * C, dv_0, V, chunk_slots * C, V, C, BV, TMA)
         if OUTPUT:
             # §3 O = s diag(b) Q S + P U                                         [BV, C]
             q_tile = widened(read_tile(q_tiles, first, 0, q_token, length, K, C, BK, TMA))

@@ -21,13 +21,14 @@ import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import (
     chunk_row,
-    chunk_rows,
     operand,
     owner,
     read_tile,
     sequence,
+    state_tiles,
     tiles_of,
     widened,
+    write_state,
     write_tile,
 )
 
@@ -82,6 +83,7 @@ def walk_back(
         x_tiles = tiles_of(inverses, in_head * C, C, chunk_slots * C, C, C, C, TMA)
     if not SHIFTS:
         r_tiles = tiles_of(d_rhs, in_head * V, V, chunk_slots * C, V, C, BV, TMA)
+        s_tiles = state_tiles(d_states, hv, chunk_slots, V, K, BV, BK, TMA)
     own = (tl.cast(place, tl.int64) * HV + hv) * (K * V)
     cell = dk[None, :] * V + dv[:, None]
     from_end, known = d_end + own + cell, in_state
@@ -101,8 +103,8 @@ def walk_back(
         write = tl.load(chunk_row(factors, 2 * HV + hv, slot, i, chunk_slots, C))
         dS_low = operand(dS, k_tile.dtype, PRECISION)
         if not SHIFTS:
-            to_states = chunk_rows(d_states, hv, slot, dv, dk, chunk_slots, V, K)
-            tl.store(to_states, dS_low.to(d_states.dtype.element_ty), mask=in_state)
+            kept = dS_low.to(d_states.dtype.element_ty)
+            write_state(s_tiles, kept, slot, dv_0, V, K, BV, BK, TMA)
         # §5 dU = Pᵀ dO + diag(d) K dS_C, transposed                             [BV, C]
         dU = tl.dot(dS_low, tl.trans(k_tile), input_precision=PRECISION) * write[None, :]
         p = read_tile(p_tiles, slot * C, 0, C, chunk_slots * C, C, C, C, TMA)
