@@ -31,6 +31,9 @@ MOST_STEPS: Final = 8
 EMULATED_PROCESSORS: Final = 132
 """Multiprocessors of an H100 or H200, which an emulation stands for."""
 
+EMULATED_MEMORY: Final = 141 * 10**9
+"""Bytes of memory of an H200."""
+
 MOST_HEADS: Final = 65535
 """Programs along the second and the third axis of a GPU's grid, where heads and, in blocks of
 columns, V are. Rows, sequences and chunks are along the first one, of 2**31 - 1 programs."""
@@ -84,6 +87,11 @@ class Tables:
         is_real = device.type == "cuda" and recorded_target() is None
         return _processors_of(device.index or 0) if is_real else EMULATED_PROCESSORS
 
+    def memory(self, device: torch.device) -> int:
+        """Return the bytes of memory that a device has."""
+        is_real = device.type == "cuda" and recorded_target() is None
+        return _memory_of(device.index or 0) if is_real else EMULATED_MEMORY
+
     def key(
         self, device: torch.device, K: int, V: int, dtype: torch.dtype | None = None
     ) -> tuple[Any, ...]:
@@ -128,6 +136,11 @@ class Tables:
 @functools.cache
 def _processors_of(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+@functools.cache
+def _memory_of(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).total_memory)
 
 
 _CLASSES = {torch.bfloat16: "low", torch.float16: "float16", torch.float32: "float32"}

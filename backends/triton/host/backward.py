@@ -65,7 +65,7 @@ def backward(
     kept = Saved(*saved)
     constants = {"H": s.H, "R": s.HV // s.H, "GATE": gate_kind(call), "NORM": call.qk_l2norm}
     given = _Given(call, plan, kept, q, k, v, d_o, common(call, plan) | constants | {"V": s.V})
-    u, states = walk_again(call, plan, kept)
+    u, states = (kept.u, kept.states) if plan.keep else walk_again(call, plan, kept)
     d_rhs, d_states, d_initial = walk_gradients(call, plan, kept, d_o, d_final.contiguous())
     d_qk, d_kk, sums = _pair_gradients(given, u, d_rhs)
 

@@ -18,14 +18,24 @@ from gdn_ops.kernel_support.backend import environment_choice
 from gdn_ops.kernel_support.tuning import Tiles
 from gdn_ops.spec.language import Sizes
 
-STARTS: Final = 0.65
-"""Time of a chunk in a walk for the starts of segments, against one that writes the output."""
+CHUNK: Final = 20
+"""Time of a chunk in a walk that writes the output. This and the next three are in its twentieths,
+by the model of `gdn-ops compile`, not measured."""
 
-COMPOSED: Final = 2.0
-"""The same of a segment in `compose`."""
+STARTS: Final = 13
+"""The same in a walk for the starts of segments."""
 
-LAUNCHED: Final = 4.0
-"""The same of two more launches. All three by the model of `gdn-ops compile`, not measured."""
+COMPOSED: Final = 40
+"""Time of a segment in `compose`."""
+
+LAUNCHED: Final = 80
+"""Time that two more launches take."""
+
+CUTS: Final = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
+"""Numbers of segments that are looked at."""
+
+KEPT: Final = 256
+"""The part of the device's memory that U and the states of one call may take."""
 
 LEAST_SEGMENT: Final = 8
 """Chunks that a segment has at least. By count of launches, not measured."""
@@ -42,6 +52,7 @@ class Plan:
         chunk_slots: how many chunks the tensors kept per chunk have room for.
         segment_slots: how many segments the tensors kept per segment have room for; 0 where every
             sequence is one.
+        keep: whether the forward keeps U and the states of all chunks.
         kept: dtype of what is kept per chunk: that of q, but float32 for float16, whose range
             a state, an inverse or a gradient may leave where no result does.
     """
@@ -51,6 +62,7 @@ class Plan:
     L: int
     chunk_slots: int
     segment_slots: int
+    keep: bool
     kept: torch.dtype
 
 
@@ -72,6 +84,7 @@ def make_plan(call: Call) -> Plan:
         L=L,
         chunk_slots=slots(C),
         segment_slots=slots(C * L) if L else 0,
+        keep=keeps_states(call, slots(C), C, config),
         kept=torch.float32 if dtype == torch.float16 else dtype,
     )
 
@@ -90,10 +103,12 @@ def segment_chunks(device: torch.device, s: Sizes, C: int, config: Config) -> in
     BV = min(config.walk.BV, power_of_two(s.V))
     programs = configs.tables.processors(device) * config.together
     chunks = -(-s.B * s.T // (max(s.N, 1) * C))
-    return fastest_segment(programs, s.N * s.HV, -(-s.V // BV), -(-s.K // BV), chunks)
+    sizes = programs, s.N * s.HV, -(-s.V // BV), -(-s.K // BV), chunks
+    # Sizes that are not known yet have no hash.
+    known = all(type(n) is int for n in sizes)
+    return _known_segment(*sizes) if known else fastest_segment(*sizes)
 
 
-@functools.lru_cache(maxsize=4096)
 def fastest_segment(programs: int, heads: int, of_v: int, of_k: int, chunks: int) -> int:
     """Return the chunks of a segment with which the walks should end first, 0 for no cuts.
 
@@ -106,20 +121,39 @@ def fastest_segment(programs: int, heads: int, of_v: int, of_k: int, chunks: int
         of_v, of_k: blocks of the columns of V and of K.
         chunks: of a sequence.
     """
-    best, fastest = 0, float(-(-heads * of_v // programs) * chunks)
-    for cuts in range(2, chunks // LEAST_SEGMENT + 1):
+    best, fastest = 0, CHUNK * -(-heads * of_v // programs) * chunks
+    for cuts in CUTS:
+        if cuts * LEAST_SEGMENT > chunks:
+            break
         L = -(-chunks // cuts)
         first = heads * ((cuts - 1) * of_v + (cuts - 2) * of_k)
-        walks = STARTS * -(-first // programs) + -(-heads * cuts * of_v // programs)
+        walks = STARTS * -(-first // programs) + CHUNK * -(-heads * cuts * of_v // programs)
         time = walks * L + COMPOSED * cuts + LAUNCHED
         if time < fastest:
             best, fastest = L, time
-        if walks * LEAST_SEGMENT > fastest:
-            break
     return best
 
 
+_known_segment = functools.lru_cache(maxsize=4096)(fastest_segment)
+
 _cuts = environment_choice("GDN_OPS_TRITON_SEGMENTS", ("on", "off")) == "on"
+
+
+def keeps_states(call: Call, slots: int, C: int, config: Config) -> bool:
+    """Return whether the forward keeps U and the states of all chunks for the backward.
+
+    Otherwise the backward walks again. They are kept where those of one call take at most a
+    KEPT-th of the device's memory; GDN_OPS_TRITON_KEEP, read at import, keeps or drops all.
+    """
+    if not call.needs_grad or not config.keep or _kept == "off":
+        return False
+    s = call.sizes
+    rows = s.V * s.K + (C * s.V if call.rule.has_erase else 0)
+    nbytes = s.HV * slots * rows * call.tokens.q.element_size()
+    return _kept == "on" or nbytes * KEPT <= configs.tables.memory(call.device)
+
+
+_kept = environment_choice("GDN_OPS_TRITON_KEEP", ("auto", "on", "off"))
 
 
 class Saved(NamedTuple):
@@ -135,6 +169,8 @@ class Saved(NamedTuple):
         starts: (segment_slots, HV, K, V) float32: the states that segments start from.
         maps: (segment_slots, HV, V + K, K) float32: what segments make of states.
         scaled_q, scaled_k: (B, T, H, K): times powers of two, empty without qk_l2norm.
+        u: (HV, chunk_slots, C, V): U, empty without an error term or where it is not kept.
+        states: (HV, chunk_slots, V, K): transposed, at the start of every chunk, empty if not kept.
     """
 
     gates: Tensor
@@ -147,6 +183,8 @@ class Saved(NamedTuple):
     maps: Tensor
     scaled_q: Tensor
     scaled_k: Tensor
+    u: Tensor
+    states: Tensor
 
 
 def empty_saved(call: Call, plan: Plan) -> Saved:
@@ -155,6 +193,7 @@ def empty_saved(call: Call, plan: Plan) -> Saved:
     norms = (s.H, slots, C) if call.qk_l2norm else (0,)
     rows = (s.B, s.T, s.H, s.K) if call.qk_l2norm else (0,)
     squares = (s.HV, slots, C, C)
+    written = (s.HV, slots, C, s.V) if call.rule.has_erase else (0,)
 
     def float32(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -173,6 +212,8 @@ def empty_saved(call: Call, plan: Plan) -> Saved:
         maps=float32(plan.segment_slots, s.HV, s.V + s.K, s.K),
         scaled_q=kept(*rows),
         scaled_k=kept(*rows),
+        u=kept(*(written if plan.keep else (0,))),
+        states=kept(*((s.HV, slots, s.V, s.K) if plan.keep else (0,))),
     )
 
 

@@ -35,6 +35,7 @@ class Config:
         measured: where and when, or that it was not.
         descriptors: whether tiles are read by tensor descriptors where tensors allow it.
         together: programs of `walk` that a processor holds at a time, as compiled.
+        keep: whether a forward may keep U and states for its backward: not where it then spills.
         segment: chunks of a segment of a sequence; None leaves it to `plan.segment_chunks`.
     """
 
@@ -49,6 +50,7 @@ class Config:
     measured: str
     descriptors: bool = False
     together: int = 1
+    keep: bool = True
     segment: int | None = None
 
 

@@ -31,15 +31,16 @@ COMPOSED: Final = 16
 
 
 def walk_for_output(call: Call, plan: Plan, saved: Saved, final: Tensor) -> Tensor:
-    """Walk for the output; return o (B, T, HV, V), and write the final state."""
+    """Walk for the output; return o (B, T, HV, V), and write the final state and what is kept."""
     s = call.sizes
     o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.tokens.v.dtype, device=call.device)
-    _walk(call, plan, saved, o=o, final=final)
+    u, states = (saved.u, saved.states) if plan.keep else (None, None)
+    _walk(call, plan, saved, o=o, u=u, states=states, final=final)
     return o
 
 
 def walk_again(call: Call, plan: Plan, saved: Saved) -> tuple[Tensor, Tensor]:
-    """Walk for a backward.
+    """Walk once more, for a backward whose forward has kept nothing of it.
 
     Returns:
         U (HV, chunk_slots, C, V), empty without an error term, and the transposed state at the
@@ -88,7 +89,7 @@ def _walk(
     if maps is not None:
         grid = grid_of_maps(call, plan, BV)
     initial = saved.starts if cuts and maps is None else dense(call.state)
-    described = [q, k, v, *(x for x in (o, u, states) if x is not None)]
+    described = [q, k, v, *(x for x in (o, u, states) if x is not None and x.numel())]
     launch(
         walk.walk, grid,
         q, k, v, saved.gates, saved.factors, saved.ends, saved.inverses, saved.scores, initial,

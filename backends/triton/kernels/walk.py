@@ -135,7 +135,9 @@ def walk(
             read = tl.load(chunk_row(factors, HV + hv, slot, i, chunk_slots, C))
         if DECAY:
             b_C = tl.load(ends + tl.cast(hv, tl.int64) * chunk_slots + slot)
-        write = tl.load(chunk_row(factors, 2 * HV + hv, slot, i, chunk_slots, C))
+        # Beside an output and what is kept it has no registers.
+        if not (OUTPUT and KEEP):
+            write = tl.load(chunk_row(factors, 2 * HV + hv, slot, i, chunk_slots, C))
         S_low = operand(S, k_tile.dtype, PRECISION)
         if KEEP:
             kept = S_low.to(states.dtype.element_ty)
@@ -158,6 +160,8 @@ def walk(
             # §3 O = s diag(b) Q S + P U                                         [BV, C]
             q_tile = widened(read_tile(q_tiles, first, 0, q_token, length, K, C, BK, TMA))
             out = tl.dot(S_low, tl.trans(q_tile), input_precision=PRECISION) * read[None, :]
+            if KEEP:
+                write = tl.load(chunk_row(factors, 2 * HV + hv, slot, i, chunk_slots, C))
             p = read_tile(p_tiles, slot * C, 0, C, chunk_slots * C, C, C, C, TMA)
             U_low = operand(U, p.dtype, PRECISION)
             out = tl.dot(U_low, tl.trans(p), out, input_precision=PRECISION)
