@@ -33,7 +33,11 @@ class Budget(NamedTuple):
 
 
 Budgets = Mapping[tuple[str, str, str], Budget]
-"""(kernel, direction, target) -> its budget."""
+"""(kernel, direction, target) -> its budget.
+
+Where a kernel is launched more than once in a direction, the direction may have the place of the
+launch behind it, counted from 0: "forward 3".
+"""
 
 
 def over_budget(row: CompiledKernel, budgets: Budgets) -> tuple[str, ...]:
@@ -44,9 +48,15 @@ def over_budget(row: CompiledKernel, budgets: Budgets) -> tuple[str, ...]:
         f"{launch.direction}: {text}"
         for launch in row.launches
         if launch.sample.rpartition(" ")[0] == REFERENCE
-        for text in _excess(row, launch, budgets.get((row.kernel, launch.direction, row.target)))
+        for text in _excess(row, launch, _budget_of(row, launch, budgets))
     )
     return tuple(dict.fromkeys(texts))
+
+
+def _budget_of(row: CompiledKernel, launch: TimedLaunch, budgets: Budgets) -> Budget | None:
+    """Return the budget of a launch: that of its place, or of all launches of its kernel."""
+    place = (row.kernel, f"{launch.direction} {launch.order}", row.target)
+    return budgets.get(place) or budgets.get((row.kernel, launch.direction, row.target))
 
 
 def _excess(row: CompiledKernel, launch: TimedLaunch, budget: Budget | None) -> Iterator[str]:

@@ -107,12 +107,19 @@ def _flow(one: _Instruction, meeting: dict[str, int]) -> tuple[list[int], bool, 
 
     Args:
         one: the instruction.
-        meeting: where the lanes of a warp meet again, by the register that BSSY sets; kept here.
+        meeting: where the lanes of a warp meet again, by the register that BSSY sets, and where
+            BMOV moves it; kept here.
     """
     found = _TARGET.search(one.operands)
     target = [int(found[1], 16)] if found else []
     if one.base == "BSSY":
         meeting[one.operands.partition(",")[0]] = target[0]
+        return [], True, False
+    if one.base == "BMOV":
+        # Where there are not enough of them, one is kept in a register.
+        to, _, kept = one.operands.partition(", ")
+        if kept in meeting:
+            meeting[to] = meeting[kept]
         return [], True, False
     if one.base == "BSYNC" and one.operands in meeting:
         return [meeting[one.operands]], True, False

@@ -57,6 +57,14 @@ def test_a_kernel_without_a_budget_fails_where_others_have_one() -> None:
     assert over_budget(ROW, {}) == ()
 
 
+def test_a_launch_may_have_a_budget_of_its_own() -> None:
+    text = "forward: barriers a trip of the hot loop are 7, should be at most 6"
+    tight = EXACT._replace(barriers=6)
+    assert over_budget(ROW, {KEY: EXACT, ("walk", "forward 0", "sm_90"): tight}) == (text,)
+    assert over_budget(ROW, {KEY: tight, ("walk", "forward 0", "sm_90"): EXACT}) == ()
+    assert over_budget(ROW, {KEY: tight, ("walk", "forward 1", "sm_90"): EXACT}) == (text,)
+
+
 def test_a_budget_needs_the_trips() -> None:
     unknown = replace(ROW, launches=(replace(LAUNCH, trips=None),))
     text = "forward: the trips of its loops are not known, should be given for a budget"

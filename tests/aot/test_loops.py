@@ -147,6 +147,16 @@ def test_lanes_may_meet_again_where_bssy_says() -> None:
     assert sizes(ended("NOP", *meeting[1:])) == []
 
 
+def test_a_place_where_lanes_meet_may_be_moved() -> None:
+    moved = (
+        *("BSSY B0, @9", "BMOV.32.CLEAR R6, B0", "BSSY B0, @5", "@P1 BRA @5", "BSYNC B0"),
+        *("BMOV.32 B11, R6", "BSYNC B11", "FADD R1, R1, R1", "EXIT", "FADD R2, R2, R2"),
+    )
+    # What B0 says after the move is not where B11 leads to: line 7 is never reached.
+    code = ended(*moved, "@P0 BRA @0")
+    assert sizes(code) == [(0, 9)] and not code.irregular
+
+
 @pytest.mark.parametrize(
     ("instruction", "counts"),
     [

@@ -27,7 +27,7 @@ pytest.importorskip("triton")
 
 from gdn_ops.backends import triton as backend
 from gdn_ops.backends.triton.host import config as configs
-from gdn_ops.backends.triton.host import table
+from gdn_ops.backends.triton.host import plan, table
 from gdn_ops.backends.triton.host.plan import fastest_segment
 from gdn_ops.kernel_support.launches import recording
 from gdn_ops.kernel_support.tuning import Tiles
@@ -133,6 +133,7 @@ def test_forward_takes_two_launches_and_backward_four() -> None:
         triton.backward(call, out.saved, torch.empty_like(out.o), torch.empty_like(out.final_state))
     names = [launch.kernel.__name__ for launch in launches]
     assert forward == ["prepare", "walk"]
+    # What would fill more than a 256th of the memory is not kept: the backward walks again.
     assert names[2:] == ["walk", "walk_back", "pair_gradients", "token_gradients"]
 
 
@@ -146,13 +147,26 @@ def test_a_long_sequence_of_few_heads_is_cut_into_segments() -> None:
             triton.forward(meta_call(**whole))
     names = [launch.kernel.__name__ for launch in launches]
     assert names[:4] == ["prepare", "walk", "compose", "walk"]
-    assert names[4:8] == ["walk", "walk_back", "compose", "walk_back"]
-    assert names[8:] == ["pair_gradients", "token_gradients", *["prepare", "walk"] * 2]
+    assert names[4:7] == ["walk_back", "compose", "walk_back"]
+    assert names[7:] == ["pair_gradients", "token_gradients", *["prepare", "walk"] * 2]
     # 16 segments of 8 heads, in two blocks of columns: 15 are walked for the state at their end,
     # by two blocks of V, and 14 of them for their map, by two blocks of K.
-    grids = [launch.grid for launch in launches[1:8]]
+    grids = [launch.grid for launch in launches[1:7]]
     walked = (16 * 8, 2)
-    assert grids == [(8, 15 * 2 + 14 * 2), (8, 8), walked, walked, (8, 15 * 2), (8, 8), walked]
+    assert grids == [(8, 15 * 2 + 14 * 2), (8, 8), walked, (8, 15 * 2), (8, 8), walked]
+
+
+@pytest.mark.parametrize("kept", ["auto", "on", "off"])
+def test_states_are_kept_where_the_memory_allows_it(
+    kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_kept", kept)
+    # U and the states of a chunk and head take 48 KiB in bfloat16.
+    most = configs.tables.memory(torch.device("meta")) // 256 // (48 * 1024)
+    for chunks in (most // 64, most // 64 + 1):
+        made = plan.make_plan(meta_call(True, **SIZES | {"T": 64 * chunks}))
+        assert made.keep == (kept == "on" or (kept == "auto" and chunks * 64 <= most))
+    assert not plan.make_plan(meta_call(False, **SIZES)).keep
 
 
 @pytest.mark.parametrize(
