@@ -93,6 +93,7 @@ _ALIKE: dict[tuple[str, int, str], Config] = {
     ("sm_100", 128, "low"): replace(_HOPPER, walk=Tiles(64, 8, 2), walk_back=Tiles(64, 8, 2)),
     ("gfx942", 128, "low"): replace(
         _HOPPER, walk=Tiles(32, 4, 2), walk_back=Tiles(32, 4, 1), pair_gradients=Tiles(64, 4, 1),
+        keep=False,
     ),
 }
 
