@@ -69,7 +69,7 @@ def segments_of(call: Call, plan: Plan) -> int:
 
 
 def grid_of_maps(call: Call, plan: Plan, BV: int) -> tuple[int, int]:
-    """Return the grid of the walk for what segments make of states; see `walk.of_map`."""
+    """Return the grid of the walk for what segments make of states; see `walk.part_of`."""
     s, cuts = call.sizes, segments_of(call, plan)
     of_v, of_k = -(-s.V // BV), -(-s.K // BV)
     if cuts:

@@ -39,15 +39,45 @@ from gdn_ops.backends.triton.kernels.blocks import (
 
 
 @triton.jit
-def of_map(block, cuts, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr):
-    """Return segment and block of columns of a program that forms a part of a map.
+def part_of(
+    cu_seqlens, N, T, L, HV, V: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+    MAPS: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """Return what a program walks: sequence, segment, place of its map, block of columns.
 
-    The blocks of V of segments but the last come first, then those of K of the ones in between.
+    With MAPS and sequences that are as long, there are programs for what is needed alone: the
+    blocks of V of segments but the last, and then those of K of the ones in between.
     """
-    of_v, of_k = tl.cdiv(V, BV), tl.cdiv(K, BV)
-    rest = block - (cuts - 1) * of_v
-    segment = tl.where(rest < 0, block // of_v, 1 + rest // of_k)
-    return segment, tl.where(rest < 0, block % of_v, of_v + rest % of_k)
+    n, block = tl.program_id(0) // HV, tl.program_id(1)
+    place = n
+    if MAPS and not VARLEN:
+        cuts, of_v, of_k = tl.cdiv(T, C * L), tl.cdiv(V, BV), tl.cdiv(K, BV)
+        rest = block - (cuts - 1) * of_v
+        segment = tl.where(rest < 0, block // of_v, 1 + rest // of_k)
+        block = tl.where(rest < 0, block % of_v, of_v + rest % of_k)
+        place = n * cuts + segment
+    else:
+        n, segment = owner(n, cu_seqlens, N, T, C * L, VARLEN)
+    return n, segment, place, block
+
+
+@triton.jit
+def first_state(
+    initial, n, hv, begin_chunk, HV, dv, dk, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, MAPS: tl.constexpr,
+):  # fmt: skip
+    """Return the transposed state that a program starts from, (BV, BK) float32."""
+    S = tl.zeros([dv.shape[0], dk.shape[0]], tl.float32)
+    if HAS_INITIAL:
+        at, known = tl.program_id(0).to(tl.int64), (dv < V)[:, None] & (dk < K)[None, :]
+        if MAPS:
+            at, known = tl.cast(n, tl.int64) * HV + hv, known & (begin_chunk == 0)
+        from_state = initial + at * (K * V) + dk[None, :] * V + dv[:, None]
+        S += tl.load(from_state, mask=known, other=0.0).to(tl.float32)
+    if MAPS:
+        unit = dv - tl.cdiv(V, BV) * BV
+        S = tl.where(dk[None, :] == unit[:, None], 1.0, S)
+    return S
 
 
 @triton.jit(do_not_specialize=("N", "T", "L", "chunk_slots", "HV", "R"))
@@ -63,18 +93,15 @@ def walk(
     """Walk the state over the chunks, see the module.
 
     Grid (N HV or segment_slots HV, ceil(V / BV)); with MAPS the second is + ceil(K / BV), or,
-    where sequences are as long, (N HV, those of `of_map`).
+    where sequences are as long, (N HV, those of `part_of`).
     """
     n, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
     h, block = hv // R, tl.program_id(1)
     begin_chunk = 0
     if SEGMENTED:
-        place = n
-        if MAPS and not VARLEN:
-            segment, block = of_map(block, tl.cdiv(T, C * L), V, K, BV)
-            place = n * tl.cdiv(T, C * L) + segment
-        else:
-            n, segment = owner(n, cu_seqlens, N, T, C * L, VARLEN)
+        n, segment, place, block = part_of(
+            cu_seqlens, N, T, L, HV, V, K, C, BV, MAPS, VARLEN
+        )  # fmt: skip
         begin_chunk = segment * L
     row, begin, length, first_slot = sequence(n, cu_seqlens, T, C, VARLEN)
     end_chunk = tl.cdiv(length, C)
@@ -93,7 +120,6 @@ def walk(
     if MAPS and (begin_chunk == 0 and dv_0 >= V):
         return
     dv = dv_0 + tl.arange(0, BV)
-    in_state = (dv < V)[:, None] & (dk < K)[None, :]
     k_start = row * k_batch + begin * k_token + tl.cast(h, tl.int64) * k_head
     k_tiles = tiles_of(k, k_start, k_token, length, K, C, BK, TMA)
     v_start = row * v_batch + begin * v_token + tl.cast(hv, tl.int64) * v_head
@@ -112,19 +138,7 @@ def walk(
         if ERASE:
             in_u = tl.cast(hv, tl.int64) * chunk_slots * (C * V)
             u_tiles = tiles_of(u, in_u, V, chunk_slots * C, V, C, BV, TMA)
-    of_sequence = (tl.cast(n, tl.int64) * HV + hv) * (K * V)
-    cell = dk[None, :] * V + dv[:, None]
-    S = tl.zeros([BV, BK], tl.float32)
-    if HAS_INITIAL:
-        if MAPS:
-            from_state, known = initial + of_sequence + cell, in_state & (begin_chunk == 0)
-        else:
-            from_state = initial + tl.program_id(0).to(tl.int64) * (K * V) + cell
-            known = in_state
-        S += tl.load(from_state, mask=known, other=0.0).to(tl.float32)
-    if MAPS:
-        unit = dv - tl.cdiv(V, BV) * BV
-        S = tl.where(dk[None, :] == unit[:, None], 1.0, S)
+    S = first_state(initial, n, hv, begin_chunk, HV, dv, dk, V, K, BV, HAS_INITIAL, MAPS)
     for chunk in range(begin_chunk, end_chunk):
         slot = (first_slot + chunk).to(tl.int32)
         first = chunk * C
@@ -173,6 +187,7 @@ def walk(
         U_low = operand(U * write[None, :], k_tile.dtype, PRECISION)
         S = tl.dot(U_low, k_tile, S, input_precision=PRECISION)
     if MAPS:
+        unit = dv - tl.cdiv(V, BV) * BV
         in_map = (dv < V)[:, None] | ((unit >= 0) & (unit < K))[:, None]
         at = tl.where(unit < 0, dv, V + unit)
         of_segment = (tl.cast(place, tl.int64) * HV + hv) * ((V + K) * K)
@@ -180,4 +195,6 @@ def walk(
         tl.store(to_map + dk[None, :], S, mask=in_map & (dk < K)[None, :])
     else:
         if is_last:
-            tl.store(final + of_sequence + cell, S, mask=in_state)
+            of_sequence = (tl.cast(n, tl.int64) * HV + hv) * (K * V)
+            to_final = final + of_sequence + dk[None, :] * V + dv[:, None]
+            tl.store(to_final, S, mask=(dv < V)[:, None] & (dk < K)[None, :])
