@@ -1,7 +1,7 @@
 """Run the chunkwise form as Triton kernels, on NVIDIA and AMD GPUs.
 
     prepare, walk                                two launches forward (`forward`)
-    walk_back, pair_gradients, token_gradients   three backward (`backward`), and walk before them
+    walk_back, token_gradients, gate_gradients   three backward (`backward`), and walk before them
                                                  where the forward kept no states
     tokens                                       one for a token, or a few (`decode`)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gdn_ops.aot.source_loops import SourceLoop
+from gdn_ops.backends.triton.kernels.blocks import ALPHA, NO_DECAY
 from gdn_ops.kernel_support.launches import Launch
 
 Loops = tuple[SourceLoop, ...]
@@ -37,6 +38,24 @@ def _prepare(x: Mapping[str, Any]) -> Loops:
     return (SourceLoop("tasks", -(-tasks // programs), (chunks, squares), is_kept=True),)
 
 
+def _token_gradients(x: Mapping[str, Any]) -> Loops:
+    columns = _columns(x)
+    corners = () if x["TMA"] or x["GATE"] == NO_DECAY.value else (columns,)
+    pairs = _heads(x, columns)
+    of_a = (pairs,) if x["ERASE"] else ()
+    return pairs, _heads(x, columns, *corners), *of_a, pairs, pairs
+
+
+def _gate_gradients(x: Mapping[str, Any]) -> Loops:
+    gates = SourceLoop("four value heads", -(-x["R"] // 4), is_kept=True)
+    if x["GATE"] != ALPHA.value:
+        return (gates,)
+    products = (_columns(x),) * (2 if x["ERASE"] else 1)
+    # As if every chunk had rare gates of one kind.
+    kinds = SourceLoop("kinds of rare gates", 1, is_kept=True)
+    return _heads(x, *products, kinds), gates
+
+
 def _compose(x: Mapping[str, Any]) -> Loops:
     rows = SourceLoop("rows of M", -(-x["K"] // x["BR"]), is_constant=True)
     # The first two cuts need no product.
@@ -49,8 +68,8 @@ KERNELS: dict[str, Callable[[Mapping[str, Any]], Loops]] = {
     "walk": _chunks,
     "compose": _compose,
     "walk_back": _chunks,
-    "pair_gradients": lambda x: (_heads(x, _columns(x)),),
-    "token_gradients": lambda x: (_heads(x, _columns(x)), _heads(x, _columns(x))),
+    "token_gradients": _token_gradients,
+    "gate_gradients": _gate_gradients,
     "tokens": lambda x: (SourceLoop("tokens", x["T"], is_kept=True),),
 }
 """By the name of a kernel: its loops, given the arguments of a launch by name, in the order of the

@@ -2,8 +2,8 @@
 
 walk              walks forward again: U and the state at every chunk start
 walk_back         walks backward: dRHS and dS at every chunk end
-pair_gradients    the terms that are quadratic in the chunk
-token_gradients   the gradients
+token_gradients   the gradients of q, k and v, and sums of tokens
+gate_gradients    the gradients of gates and β
 
 Where a sequence is cut into segments, `walk_back` and `compose` are launched before the second:
 what a segment adds to dS, and dS at the cuts.
@@ -11,7 +11,7 @@ what a segment adds to dS, and dS at the cuts.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,28 +24,16 @@ from gdn_ops.backends.triton.host.plan import (
     dense,
     gate_kind,
     gate_of,
+    is_aligned,
     options,
     readable,
     strides,
     width,
 )
 from gdn_ops.backends.triton.host.walk import walk_again, walk_gradients
-from gdn_ops.backends.triton.kernels import pair_gradients, token_gradients
+from gdn_ops.backends.triton.kernels import gate_gradients, token_gradients
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Grads
-
-
-class _Given(NamedTuple):
-    """Hold what every launch reads: the call, its plan, its tensors, and shared constants."""
-
-    call: Call
-    plan: Plan
-    saved: Saved
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    d_o: Tensor
-    constants: dict[str, Any]
 
 
 def backward(
@@ -63,26 +51,36 @@ def backward(
     s = call.sizes
     q, k, v, d_o = (readable(x) for x in (*call.tokens[:3], d_o))
     kept = Saved(*saved)
-    constants = {"H": s.H, "R": s.HV // s.H, "GATE": gate_kind(call), "NORM": call.qk_l2norm}
-    given = _Given(call, plan, kept, q, k, v, d_o, common(call, plan) | constants | {"V": s.V})
     u, states = (kept.u, kept.states) if plan.keep else walk_again(call, plan, kept)
     d_rhs, d_states, d_initial = walk_gradients(call, plan, kept, d_o, d_final.contiguous())
-    d_qk, d_kk, sums = _pair_gradients(given, u, d_rhs)
-
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     gate, beta = gate_of(call), call.tokens.beta
     d_gate = None if gate is None else torch.empty_like(gate)
     d_beta = None if beta is None else torch.empty(beta.shape, dtype=beta.dtype, device=beta.device)
-    tiles = plan.config.token_gradients
+    tiles, erase = plan.config.token_gradients, call.rule.has_erase
+    BV = width(tiles, s.V)
+    sums = _scratch(call, plan, BV)
+    read = [q, k, d_o, d_rhs, *([u] if erase else [])]
+    sizes = (s.N, s.T, plan.chunk_slots, *strides(q), *strides(k), *strides(v), *strides(d_o))
+    shared = dense(call.cu_seqlens), float(call.scale), *sizes
+    constants = common(call, plan) | {
+        "H": s.H, "R": s.HV // s.H, "V": s.V, "BV": BV, "GATE": gate_kind(call),
+        "HAS_BETA": beta is not None, "ERASE": erase, "NORM": call.qk_l2norm,
+    }  # fmt: skip
+    by_descriptors = plan.config.descriptors and _has_whole_tiles(call, d_o, BV)
     launch(
         token_gradients.token_gradients, (plan.chunk_slots, s.H),
-        q, k, v, gate, d_o, kept.gates, kept.inv_norms, u, d_rhs, states, d_states, d_qk, d_kk,
-        sums[2:], sums[0], sums[1], d_q, d_k, d_v, d_gate, d_beta,
-        dense(call.cu_seqlens), float(call.scale),
-        s.N, s.T, plan.chunk_slots, *strides(q), *strides(k), *strides(v), *strides(d_o),
-        **given.constants, HAS_BETA=beta is not None, ERASE=call.rule.has_erase,
-        PARTS=len(sums) - 2, RELOAD=plan.config.reload, BV=width(tiles, s.V), **options(tiles),
+        q, k, v, d_o, kept.gates, u, d_rhs, states, d_states, *sums, d_q, d_k, d_v, *shared,
+        TMA=by_descriptors and all(map(is_aligned, (*read, states, d_states, d_q, d_k, d_v))),
+        **constants, **options(tiles),
     )  # fmt: skip
+    if gate is not None or beta is not None:
+        launch(
+            gate_gradients.gate_gradients, (plan.chunk_slots, s.H),
+            q, k, v, gate, d_o, kept.gates, u, d_rhs, *sums, d_gate, d_beta, *shared,
+            TMA=by_descriptors and all(map(is_aligned, read)), **constants,
+            **options(replace(tiles, stages=1)),
+        )  # fmt: skip
     return Grads(
         q=d_q,
         k=d_k,
@@ -94,28 +92,22 @@ def backward(
     )
 
 
-def _pair_gradients(given: _Given, u: Tensor, d_rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the kernel of the terms that are quadratic in the chunk.
+def _scratch(call: Call, plan: Plan, BV: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate what `token_gradients` leaves to `gate_gradients`, and reads itself.
 
     Returns:
-        d(q kᵀ) and d(k kᵀ), (H, chunk_slots, C, C), the latter empty without an error term; and
-        (parts + 2, HV, chunk_slots, C) float32: the sums for β, room for those of chunk starts, and
-        the parts of the sums for the gate.
+        The sums of tokens (6, HV, chunk_slots, C) float32, those of rows of S dS_Cᵀ
+        (HV, chunk_slots, BV) float32, and numbers of rows (H, chunk_slots, C or BV) int32.
     """
-    call, plan, saved, q, k, v, d_o, constants = given
-    s, erase, tiles = call.sizes, call.rule.has_erase, plan.config.pair_gradients
-    squares = (s.H, plan.chunk_slots, plan.C, plan.C)
-    d_qk = torch.empty(squares, dtype=plan.kept, device=call.device)
-    d_kk = torch.empty(squares if erase else (0,), dtype=plan.kept, device=call.device)
-    rows = min(plan.config.pair_rows, plan.C)
-    parts = plan.C // rows
-    shape = (parts + 2, s.HV, plan.chunk_slots, plan.C)
-    sums = torch.empty(shape, dtype=torch.float32, device=call.device)
-    launch(
-        pair_gradients.pair_gradients, (plan.chunk_slots, s.H, parts),
-        q, k, v, d_o, saved.gates, saved.inv_norms, u, d_rhs, d_qk, d_kk, sums[2:], sums[0],
-        dense(call.cu_seqlens), float(call.scale),
-        s.N, s.T, plan.chunk_slots, *strides(q), *strides(k), *strides(v), *strides(d_o),
-        **constants, ERASE=erase, ROWS=rows, BV=width(tiles, s.V), **options(tiles),
-    )  # fmt: skip
-    return d_qk, d_kk, sums
+    s, slots, C, device = call.sizes, plan.chunk_slots, plan.C, call.device
+    return (
+        torch.empty((6, s.HV, slots, C), dtype=torch.float32, device=device),
+        torch.empty((s.HV, slots, BV), dtype=torch.float32, device=device),
+        torch.empty((s.H, slots, max(C, BV)), dtype=torch.int32, device=device),
+    )
+
+
+def _has_whole_tiles(call: Call, d_o: Tensor, BV: int) -> bool:
+    """Return whether tiles of BV columns end where heads do, which lie side by side in d_o."""
+    s = call.sizes
+    return s.V % BV == 0 and (s.HV == s.H or d_o.stride(2) == s.V)

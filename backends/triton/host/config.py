@@ -55,8 +55,6 @@ tables: Final = Tables(
     sequence={
         "C": CHUNKS,
         "descriptors": (False, True),
-        "pair_rows": (32, 64),
-        "reload": (False, True),
     },
 )
 

@@ -29,9 +29,7 @@ class Config:
     Attributes:
         C: tokens per chunk.
         prepare, walk: of the forward; `prepare` has no columns of V.
-        walk_back, pair_gradients, token_gradients: of the backward.
-        pair_rows: rows of the squares that a program of `pair_gradients` has.
-        reload: whether `token_gradients` reads k again instead of holding it in registers.
+        walk_back, token_gradients: of the backward.
         measured: where and when, or that it was not.
         descriptors: whether tiles are read by tensor descriptors where tensors allow it.
         together: programs of `walk` that a processor holds at a time, as compiled.
@@ -43,10 +41,7 @@ class Config:
     prepare: Tiles
     walk: Tiles
     walk_back: Tiles
-    pair_gradients: Tiles
     token_gradients: Tiles
-    pair_rows: int
-    reload: bool
     measured: str
     descriptors: bool = False
     together: int = 1
@@ -57,14 +52,12 @@ class Config:
 # fmt: off
 _FLOAT32 = Config(
     C=32, prepare=Tiles(0, 4, 1), walk=Tiles(32, 4, 1), walk_back=Tiles(32, 4, 1),
-    pair_gradients=Tiles(32, 4, 1), token_gradients=Tiles(32, 8, 1),
-    pair_rows=32, reload=True, measured=UNMEASURED,
+    token_gradients=Tiles(32, 8, 1), measured=UNMEASURED,
 )
 
 _HOPPER = Config(
     C=64, prepare=Tiles(0, 4, 1), walk=Tiles(64, 4, 2), walk_back=Tiles(64, 4, 2),
-    pair_gradients=Tiles(64, 8, 1), token_gradients=Tiles(64, 8, 1),
-    pair_rows=64, reload=False, measured=UNMEASURED,
+    token_gradients=Tiles(64, 4, 2), measured=UNMEASURED,
 )
 
 _UNMEASURED: dict[tuple[int, str], Config] = {
@@ -73,26 +66,25 @@ _UNMEASURED: dict[tuple[int, str], Config] = {
     (128, "float32"): _FLOAT32,
     (256, "low"): Config(
         C=64, prepare=Tiles(0, 8, 1), walk=Tiles(32, 8, 1), walk_back=Tiles(32, 8, 1),
-        pair_gradients=Tiles(32, 8, 1), token_gradients=Tiles(32, 8, 1),
-        pair_rows=32, reload=True, measured=UNMEASURED,
+        token_gradients=Tiles(32, 8, 1), measured=UNMEASURED,
     ),
     (256, "float32"): Config(
         C=32, prepare=Tiles(0, 8, 1), walk=Tiles(16, 8, 1), walk_back=Tiles(16, 8, 1),
-        pair_gradients=Tiles(16, 8, 1), token_gradients=Tiles(16, 8, 1),
-        pair_rows=32, reload=True, measured=UNMEASURED,
+        token_gradients=Tiles(16, 8, 1), measured=UNMEASURED,
     ),
 }
 
 _ALIKE: dict[tuple[str, int, str], Config] = {
     **{(target, *key): config for target in TARGETS for key, config in _UNMEASURED.items()},
     ("sm_80", 128, "low"): replace(
-        _HOPPER, walk=Tiles(32, 8, 2), walk_back=Tiles(32, 8, 2), pair_gradients=Tiles(64, 4, 1),
-        token_gradients=Tiles(32, 8, 1), pair_rows=32, reload=True,
+        _HOPPER, walk=Tiles(32, 8, 2), walk_back=Tiles(32, 8, 2),
+        token_gradients=Tiles(32, 8, 2),
     ),
     ("sm_90", 128, "low"): replace(_HOPPER, together=2),
     ("sm_100", 128, "low"): replace(_HOPPER, walk=Tiles(64, 8, 2), walk_back=Tiles(64, 8, 2)),
     ("gfx942", 128, "low"): replace(
-        _HOPPER, walk=Tiles(32, 4, 2), walk_back=Tiles(32, 4, 1), pair_gradients=Tiles(64, 4, 1),
+        _HOPPER, walk=Tiles(32, 4, 2), walk_back=Tiles(32, 4, 1),
+        token_gradients=Tiles(64, 4, 1),
         keep=False,
     ),
 }

@@ -114,9 +114,7 @@ def rows(x, row, batch_stride, first, token_stride, head, head_stride, i, d):
 
 
 @triton.jit
-def tiles_of(
-    x, start, stride, M, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr
-):
+def tiles_of(x, start, stride, M, N, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
     """Return the tiles (BM, BN) of a matrix (M, N) that begins at x + start, for `read_tile`."""
     if TMA:
         tiles = tl.make_tensor_descriptor(x + start, [M, N], [stride, 1], [BM, BN])
@@ -195,6 +193,52 @@ def write_state(
     left, right = tl.split(tl.permute(tl.reshape(x, (BV, 2, BK // 2)), (0, 2, 1)))
     write_columns(tiles, left, slot, dv_0, 0, V, K, BV, BK // 2, TMA)
     write_columns(tiles, right, slot, dv_0, BK // 2, V, K, BV, BK // 2, TMA)
+
+
+@triton.jit
+def head_tile(
+    tiles, head, head_stride, m_0, n_0, stride, M, N: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Return a tile (BM, BN) of a head's matrix (M, N); with TMA heads lie side by side."""
+    if TMA:
+        tile = tiles.load([m_0, head * N + n_0])
+    else:
+        start = tiles + tl.cast(head, tl.int64) * head_stride
+        tile = read_tile(start, m_0, n_0, stride, M, N, BM, BN, TMA)
+    return tile
+
+
+@triton.jit
+def write_head_tile(
+    tiles, x, head, head_stride, m_0, n_0, stride, M, N: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Write x (BM, BN) to a tile of a head's matrix (M, N), as `head_tile` reads it."""
+    if TMA:
+        tiles.store([m_0, head * N + n_0], x.to(tiles.dtype))
+    else:
+        start = tiles + tl.cast(head, tl.int64) * head_stride
+        x = x.to(tiles.dtype.element_ty)
+        write_tile(start, x, m_0, n_0, stride, M, N, BM, BN, TMA)
+
+
+@triton.jit
+def kept_tile(
+    tiles, at, m_0, n_0, M: tl.constexpr, N: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Return a tile (BM, BN) of matrix `at` of many (M, N), which lie one behind another."""
+    if TMA:
+        tile = tiles.load([at * M + m_0, n_0])
+    else:
+        m, n = m_0 + tl.arange(0, BM), n_0 + tl.arange(0, BN)
+        pointers = tiles + tl.cast(at, tl.int64) * (M * N) + m[:, None] * N + n[None, :]
+        if M % BM == 0 and N % BN == 0:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit

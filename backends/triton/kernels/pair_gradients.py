@@ -1,11 +1,7 @@
-"""Form the terms that are quadratic in a chunk, summed over the R value heads of a key head.
+"""Form the terms of a backward that are quadratic in a chunk, summed over R value heads.
 
-    reads   q, k, v, dO; gates, inv_norms; U, dRHS (HV, chunk_slots, C, V)
-    writes  Σ s dP ⊙ D and Σ M (H, chunk_slots, C, C) in the dtype of what is kept; their parts of
-            d log α and dβ, (parts + 1, HV, chunk_slots, C) float32
-
-No sum leaves a program: no atomics, and the same call gives the same bits. In FLA they are part of
-`chunk_bwd_dqkwg` and `prepare_wy_repr_bwd`.
+`token_gradients` calls it, for P and for A: the sums stay in the registers of its program. In FLA
+they are part of `chunk_bwd_dqkwg` and `prepare_wy_repr_bwd`.
 """
 
 from __future__ import annotations
@@ -14,23 +10,32 @@ import triton
 import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import (
-    ALPHA,
     LIFT,
-    LIFTED,
+    LOG2_E,
+    LOG_FLOOR,
     NO_DECAY,
     chunk_row,
-    chunk_rows,
     decay,
-    inverse_norm,
+    head_tile,
+    kept_tile,
     operand,
-    owner,
     read_beta,
     read_gates,
-    rows,
-    sequence,
+    read_tile,
     widened,
     written,
 )
+
+SMALL_BETA = tl.constexpr(1e-6)
+"""The least β that dβ is divided by; below it, dβ is formed without a quotient."""
+
+STARTS = tl.constexpr(0)
+ENDS = tl.constexpr(1)
+ERASED = tl.constexpr(2)
+INNER = tl.constexpr(3)
+OF_BETA = tl.constexpr(5)
+"""Planes of the sums of a token: E_i,start but for what is erased; E_C,i; rowsum(dRHS ⊙ K S);
+those over pairs i ≥ t > j, of P and of A; and what dβ is formed of."""
 
 
 @triton.jit
@@ -50,123 +55,188 @@ def faint_at(gates, hv, slot, t, HV, chunk_slots, C: tl.constexpr):
 
 
 @triton.jit
-def straddling(X, i, j):
-    """Return the sum of X_ij over the pairs i ≥ t > j, for t = 1 + j: (C,), of rows i.
+def pair_decay(gates, hv, slot, i, j, HV, chunk_slots, C: tl.constexpr, ROUNDED: tl.constexpr):
+    """Return D_ij, (C, C), at most 1 where i < j.
+
+    With ROUNDED, of sums that are float32: the error is that of a bfloat16 at most.
+    """
+    hi_i, lo_i, z_i = read_gates(gates, hv, slot, i, HV, chunk_slots, C)
+    hi, lo, z = read_gates(gates, hv, slot, j, HV, chunk_slots, C)
+    if ROUNDED:
+        # A zero is as good as e**-1000: what crosses it is 0.
+        G_i = (hi_i + z_i * LOG_FLOOR) * LOG2_E
+        G = (hi + z * LOG_FLOOR) * LOG2_E
+        log = G_i[:, None] - G[None, :]
+        # A minimum that drops NaN would hide one.
+        return tl.exp2(tl.minimum(log, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    return decay(
+        hi_i[:, None], lo_i[:, None], z_i[:, None], hi[None, :], lo[None, :], z[None, :], 0
+    )
+
+
+@triton.jit
+def log_decay(gates, hv, slot, i, j, HV, chunk_slots, C: tl.constexpr):
+    """Return G_i − G_j and z_i − z_j, (C, C)."""
+    hi_i, lo_i, z_i = read_gates(gates, hv, slot, i, HV, chunk_slots, C)
+    hi, lo, z = read_gates(gates, hv, slot, j, HV, chunk_slots, C)
+    log = (hi_i[:, None] - hi[None, :]) + (lo_i[:, None] - lo[None, :])
+    return log, z_i[:, None] - z[None, :]
+
+
+@triton.jit
+def straddling(X, later, i, j, PRECISION: tl.constexpr):
+    """Return the sum of X_ij over the pairs i ≥ t > j, for every t: (C,).
 
     Only such pairs are added and none is subtracted: each holds α_t as a factor, so that
     the sum keeps its precision relative to a tiny α_t.
+
+    Args:
+        X: (C, C) float32.
+        later: 1 for j ≥ i, else 0, in the dtype of operands.
     """
-    before_t = tl.cumsum(X, 1)
-    return tl.sum(tl.where(i[:, None] > j[None, :], before_t, 0.0), 0)
+    from_t = tl.dot(later, operand(X, later.dtype, PRECISION), input_precision=PRECISION)
+    return tl.sum(tl.where(i[:, None] > j[None, :], from_t, 0.0), 1)
 
 
-@triton.jit(do_not_specialize=("N", "T", "chunk_slots", "H", "R"))
+@triton.jit
 def pair_gradients(
-    q, k, v, d_o, gates, inv_norms, u, d_rhs, d_qk, d_kk, gate_sums, beta_sums, cu_seqlens, scale,
-    N, T, chunk_slots, q_batch, q_token, q_head, k_batch, k_token, k_head,
-    v_batch, v_token, v_head, o_batch, o_token, o_head,
-    H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, GATE: tl.constexpr,
-    ERASE: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    xy, v, gates, sums, places, left_tiles, u_tiles, i, row, first, place, h, slot, length,
+    chunk_slots, v_batch, v_token, v_head, left_token, left_head,
+    H, R, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
+    HAS_BETA: tl.constexpr, ERASE: tl.constexpr, OF_A: tl.constexpr, TMA: tl.constexpr,
+    dtype: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Form Σ_r s dP ⊙ D and Σ_r M (H, chunk_slots, C, C), and their part of d log α, dβ.
+    """Return Σ_r dP ⊙ D / s, (C, C), or with OF_A Σ_r M.
 
-    Grid (chunk_slots, H, C / ROWS): a program has ROWS rows of the squares.
+    Write sums of INNER, with OF_A of INNER + 1 and OF_BETA. What is returned has no meaning above
+    the diagonal, nor has M on it.
+
+    Args:
+        xy: s lower(Q Kᵀ), with OF_A strict_lower(K Kᵀ).
+        left_tiles: of dO, with OF_A of dRHS.
+        place: the chunk's first token in its sequence; `first` counts from the row's beginning.
+        the others: as in `token_gradients`.
     """
     HV = H * R
-    slot, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n, chunk = owner(slot, cu_seqlens, N, T, C, VARLEN)
-    row, begin, length, _first_slot = sequence(n, cu_seqlens, T, C, VARLEN)
-    if chunk * C >= length:
-        return
-    i, j, dk = part * ROWS + tl.arange(0, ROWS), tl.arange(0, C), tl.arange(0, BK)
-    in_k = dk < K
-    valid_i, valid_j = chunk * C + i < length, chunk * C + j < length
-    first = begin + chunk * C
-    from_k = rows(k, row, k_batch, first, k_token, h, k_head, j, dk)
-    k_j = tl.load(from_k, mask=valid_j[:, None] & in_k[None, :], other=0.0)
-    if NORM:
-        inv_norm_j = tl.load(chunk_row(inv_norms, h, slot, j, chunk_slots, C))
-    if GATE != NO_DECAY:
-        from_q = rows(q, row, q_batch, first, q_token, h, q_head, i, dk)
-        q_i = tl.load(from_q, mask=valid_i[:, None] & in_k[None, :], other=0.0)
-        qk = tl.dot(q_i, tl.trans(k_j), input_precision=PRECISION)
-        if NORM:
-            qk *= inverse_norm(q_i)[:, None] * inv_norm_j[None, :]
-    if ERASE:
-        from_k = rows(k, row, k_batch, first, k_token, h, k_head, i, dk)
-        k_i = tl.load(from_k, mask=valid_i[:, None] & in_k[None, :], other=0.0)
-        kk = tl.dot(k_i, tl.trans(k_j), input_precision=PRECISION)
-        if NORM:
-            inv_norm_i = tl.load(chunk_row(inv_norms, h, slot, i, chunk_slots, C))
-            kk *= inv_norm_i[:, None] * inv_norm_j[None, :]
-    sum_qk = tl.zeros([ROWS, C], tl.float32)
-    sum_kk = tl.zeros([ROWS, C], tl.float32)
+    valid = place + i < length
+    total = tl.zeros([C, C], tl.float32)
     for r in tl.range(0, R, disable_licm=True):
         hv = h * R + r
-        dP = tl.zeros([ROWS, C], tl.float32)
-        dA = tl.zeros([ROWS, C], tl.float32)
+        at = hv * chunk_slots + slot
+        # §5 dP = s lower(dO Uᵀ),  −dA = strict_lower(dRHS Uᵀ), but for scale and mask       [C, C]
+        x = tl.zeros([C, C], tl.float32)
         for column in tl.range(0, V, BV, disable_licm=True):
-            dv = column + tl.arange(0, BV)
-            in_v = dv < V
-            U = written(
-                u, v, gates, hv, slot, j, first, row, v_batch, v_token, v_head, dv, valid_j, in_v,
-                HV, chunk_slots, V, C, ERASE, PRECISION,
-            )  # fmt: skip
-            from_o = rows(d_o, row, o_batch, first, o_token, hv, o_head, i, dv)
-            g = widened(tl.load(from_o, mask=valid_i[:, None] & in_v[None, :], other=0.0))
-            # §5 dP = s lower(dO Uᵀ),  dA = −strict_lower(dRHS Uᵀ)               [ROWS, C]
-            dP += tl.dot(g, tl.trans(U), input_precision=PRECISION)
+            if OF_A:
+                left = kept_tile(left_tiles, at, 0, column, C, V, C, BV, TMA)
+            else:
+                left = head_tile(
+                    left_tiles, r, left_head, place, column, left_token, length, V, C, BV, TMA
+                )
             if ERASE:
-                from_rhs = chunk_rows(d_rhs, hv, slot, i, dv, chunk_slots, C, V)
-                dR = tl.load(from_rhs, mask=in_v[None, :], other=0.0)
-                dA += tl.dot(dR, tl.trans(U), input_precision=PRECISION)
-        dP = tl.where(i[:, None] >= j[None, :], dP * scale, 0.0)
-        if GATE != NO_DECAY:
-            hi_i, lo_i, z_i = read_gates(gates, hv, slot, i, HV, chunk_slots, C)
-            hi, lo, z = read_gates(gates, hv, slot, j, HV, chunk_slots, C)
-            D = decay(
-                hi_i[:, None], lo_i[:, None], z_i[:, None], hi[None, :], lo[None, :], z[None, :], 0
-            )
-            # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ                               [ROWS, C]
-            E = dP * qk
-            dP *= D
-        sum_qk += dP
-        if ERASE:
-            # §5 dβ: rowsum(dA ⊙ K Kᵀ ⊙ D),  M = diag(β) dA ⊙ D                  [ROWS], [ROWS, C]
-            beta = read_beta(gates, hv, slot, i, HV, chunk_slots, C)
-            dA = tl.where(i[:, None] > j[None, :], -dA, 0.0)
-            if GATE != NO_DECAY:
-                E += (dA * kk) * beta[:, None]
-                dA *= D
-            tl.store(chunk_row(beta_sums, hv, slot, i, chunk_slots, C), tl.sum(dA * kk, 1))
-            sum_kk += dA * beta[:, None]
-        if GATE != NO_DECAY:
-            # §5 d log α_t: X = E ⊙ D over i ≥ t > j, or X¹ where α_t = 0        [C]
-            sums = straddling(E * D, i, j)
-            inner = j < C - 1
-            if tl.max(z, 0) > 0:
-                D = decay(
-                    hi_i[:, None], lo_i[:, None], z_i[:, None],
-                    hi[None, :], lo[None, :], z[None, :], 1,
+                U = kept_tile(u_tiles, at, 0, column, C, V, C, BV, TMA)
+            else:
+                dv = column + tl.arange(0, BV)
+                U = written(
+                    u_tiles, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv, valid,
+                    dv < V, HV, chunk_slots, V, C, ERASE, PRECISION,
                 )  # fmt: skip
-                is_zero = zeros_at(gates, hv, slot, tl.minimum(j + 1, C - 1), HV, chunk_slots, C)
-                sums = tl.where(is_zero, straddling(E * D, i, j), sums)
-            if GATE == ALPHA:  # noqa: SIM102  (known when compiled, the next one is not)
-                if tl.min(hi, 0) < -LIFT:
-                    D = decay(
-                        hi_i[:, None], lo_i[:, None], z_i[:, None],
-                        hi[None, :], lo[None, :], z[None, :], LIFTED,
+            x = tl.dot(widened(left), tl.trans(U), x, input_precision=PRECISION)
+        if GATE != NO_DECAY:
+            D = pair_decay(
+                gates, hv, slot, i, tl.arange(0, C), HV, chunk_slots, C, dtype == tl.bfloat16
+            )
+        if OF_A:
+            beta = read_beta(gates, hv, slot, i, HV, chunk_slots, C)
+            if HAS_BETA:
+                # §5 dβ = rowsum(dRHS ⊙ U) / β, or rowsum(dA ⊙ K Kᵀ ⊙ D) + ...               [C]
+                j = tl.load(places + tl.arange(0, C))
+                of_beta = tl.sum(tl.where(i[:, None] == j[None, :], x, 0.0), 1)
+                is_small = valid & (beta < SMALL_BETA)
+                if tl.max(is_small.to(tl.int32), 0) > 0:
+                    others = -x * xy
+                    if GATE != NO_DECAY:
+                        others *= D
+                    of_beta = tl.where(is_small, tl.sum(others, 1), of_beta)
+                tl.store(chunk_row(sums, HV * OF_BETA + hv, slot, i, chunk_slots, C), of_beta)
+            x *= -beta[:, None]
+        # §5 dP ⊙ D,  M = diag(β) dA ⊙ D                                                  [C, C]
+        if GATE != NO_DECAY:
+            x *= D
+        total += x
+        if GATE != NO_DECAY:
+            # §5 d log α_t: X = E ⊙ D over i ≥ t > j                                        [C]
+            # What is compared with the sum lies in the registers that operands are taken from, and
+            # comes after it: x and D are held no longer.
+            j = tl.load(places + tl.arange(0, C))
+            later = tl.where((i[:, None] <= j[None, :]) & (total == total), 1.0, 0.0).to(dtype)
+            inner = straddling(x * xy, later, i, j, PRECISION)
+            to_inner = chunk_row(sums, HV * (INNER + OF_A) + hv, slot, i, chunk_slots, C)
+            tl.store(to_inner, inner)
+    return total
+
+
+@triton.jit
+def rare_pairs(
+    q_tiles, k_tiles, inv_q, inv_k, v, gates, sums, places, g_tiles, r_tiles, u_tiles, scale, i,
+    row, first, place, h, slot, length, chunk_slots, q_token, k_token, v_batch, v_token, v_head,
+    o_token, o_head, H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, ERASE: tl.constexpr, TMA: tl.constexpr, dtype: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the sums of inner pairs over again for t with α_t = 0, or below e**-60.
+
+    Few chunks have such tokens. E is formed again for them, so that the others need not hold it.
+    """
+    HV = H * R
+    valid = place + i < length
+    for r in tl.range(0, R, disable_licm=True):
+        hv = h * R + r
+        at = hv * chunk_slots + slot
+        hi_C, _lo_C, z_C = read_gates(gates, hv, slot, C - 1, HV, chunk_slots, C)
+        # Kind 0: X¹ where α_t = 0. Kind 1: X, lifted, where α_t is faint.
+        first_kind = tl.where(z_C > 0, 0, 1)
+        end_kind = tl.where(hi_C < -LIFT, 2, 1)
+        if first_kind < end_kind:
+            # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ                                        [C, C]
+            x = tl.zeros([C, C], tl.float32)
+            for column in tl.range(0, V, BV, num_stages=1, disable_licm=True):
+                g = head_tile(g_tiles, r, o_head, place, column, o_token, length, V, C, BV, TMA)
+                if ERASE:
+                    U = kept_tile(u_tiles, at, 0, column, C, V, C, BV, TMA)
+                else:
+                    dv = column + tl.arange(0, BV)
+                    U = written(
+                        u_tiles, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv,
+                        valid, dv < V, HV, chunk_slots, V, C, ERASE, PRECISION,
                     )  # fmt: skip
-                    is_faint = faint_at(
-                        gates, hv, slot, tl.minimum(j + 1, C - 1), HV, chunk_slots, C
-                    )
-                    sums = tl.where(is_faint, straddling(E * D, i, j), sums)
-            to_sums = chunk_row(gate_sums, part * HV + hv, slot, j, chunk_slots, C)
-            tl.store(to_sums + 1, sums, mask=inner)
-            tl.store(to_sums, tl.zeros([C], tl.float32), mask=j == 0)
-    to_qk = chunk_rows(d_qk, h, slot, i, j, chunk_slots, C, C)
-    tl.store(to_qk, operand(sum_qk, d_qk.dtype.element_ty, PRECISION))
-    if ERASE:
-        to_kk = chunk_rows(d_kk, h, slot, i, j, chunk_slots, C, C)
-        tl.store(to_kk, operand(sum_kk, d_kk.dtype.element_ty, PRECISION))
+                x = tl.dot(widened(g), tl.trans(U), x, input_precision=PRECISION)
+            q_tile = read_tile(q_tiles, place, 0, q_token, length, K, C, BK, TMA)
+            k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
+            E = x * tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            E *= (inv_q * scale)[:, None] * inv_k[None, :]
+            if ERASE:
+                x = tl.zeros([C, C], tl.float32)
+                for column in tl.range(0, V, BV, num_stages=1, disable_licm=True):
+                    U = kept_tile(u_tiles, at, 0, column, C, V, C, BV, TMA)
+                    dR = kept_tile(r_tiles, at, 0, column, C, V, C, BV, TMA)
+                    x = tl.dot(dR, tl.trans(U), x, input_precision=PRECISION)
+                beta = read_beta(gates, hv, slot, i, HV, chunk_slots, C)
+                k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
+                x *= tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
+                E -= x * ((beta * inv_k)[:, None] * inv_k[None, :])
+            for kind in range(first_kind, end_kind):
+                log, zeros = log_decay(gates, hv, slot, i, tl.arange(0, C), HV, chunk_slots, C)
+                log += tl.where(kind == 1, LIFT, 0.0)
+                D = tl.exp(tl.where(log > 0.0, 0.0, log))
+                X = tl.where(zeros == 1 - kind, E * D, 0.0)
+                j = tl.load(places + tl.arange(0, C))
+                later = tl.where((i[:, None] <= j[None, :]) & (X == X), 1.0, 0.0).to(dtype)
+                inner = straddling(X, later, i, j, PRECISION)
+                is_rare = faint_at(gates, hv, slot, i, HV, chunk_slots, C)
+                if kind == 0:
+                    is_rare = zeros_at(gates, hv, slot, i, HV, chunk_slots, C)
+                to_inner = chunk_row(sums, HV * INNER + hv, slot, i, chunk_slots, C)
+                tl.store(to_inner, inner, mask=is_rare)
+                if ERASE:
+                    to_inner = chunk_row(sums, HV * (INNER + 1) + hv, slot, i, chunk_slots, C)
+                    tl.store(to_inner, tl.zeros([C], tl.float32), mask=is_rare)

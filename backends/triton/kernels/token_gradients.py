@@ -1,11 +1,17 @@
-"""Compute all gradients of a chunk, given dRHS, dS and what `pair_gradients` has formed.
+"""Compute the gradients of q, k and v of a chunk, given U, S, dRHS and dS.
 
-No sum leaves a program: no atomics, and the same call gives the same bits. FLA forms them with
-`chunk_bwd_dqkwg` and `prepare_wy_repr_bwd`.
+One program per chunk and key head. The squares of the chunk are summed over the R value heads
+(`pair_gradients`), and what comes through the states is added to dq, then to dk; each sum has a
+loop over the heads of its own, so that no two lie in registers at a time. Sums of tokens, of which
+the gradients of gates and β are made, are left to `gate_gradients`. No sum leaves a program: no
+atomics, and the same call gives the same bits. FLA's names are `chunk_bwd_dqkwg` and
+`prepare_wy_repr_bwd`.
 
-    reads   q, k, v, dO; gates, inv_norms, α; U, dRHS (HV, chunk_slots, C, V); S, dS
-            (HV, chunk_slots, V, K), transposed
-    writes  dq, dk (B, T, H, K), dv (B, T, HV, V), dα or d log α, dβ (B, T, HV)
+    reads   q, k, v, dO; gates; U, dRHS (HV, chunk_slots, C, V); S, dS (HV, chunk_slots, V, K),
+            transposed
+    writes  dq, dk (B, T, H, K), dv (B, T, HV, V)
+            sums of tokens (6, HV, chunk_slots, C) and of rows of S dS_Cᵀ (HV, chunk_slots, BV),
+            float32, numbers of rows (H, chunk_slots, C or BV) int32
 """
 
 from __future__ import annotations
@@ -14,66 +20,41 @@ import triton
 import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import (
-    ALPHA,
-    EXP_OF_LIFT,
-    LIFT,
-    LIFTED,
     NO_DECAY,
     chunk_decay,
     chunk_row,
-    chunk_rows,
+    head_tile,
     inverse_norm,
+    kept_tile,
     operand,
     owner,
     read_beta,
-    read_gates,
+    read_tile,
     rows,
     sequence,
+    tiles_of,
     widened,
+    write_head_tile,
+    write_tile,
     written,
 )
-from gdn_ops.backends.triton.kernels.pair_gradients import faint_at, zeros_at
+from gdn_ops.backends.triton.kernels.pair_gradients import (
+    ENDS,
+    ERASED,
+    OF_BETA,
+    SMALL_BETA,
+    STARTS,
+    pair_gradients,
+)
 
 
 @triton.jit
-def gate_gradient(
-    start, end, corner, gates, hv, slot, i, HV, chunk_slots, C: tl.constexpr, CROSSED: tl.constexpr
-):
-    """Return the sum over pairs i ≥ t > j that leave the chunk: start, end, corner (§5), (C,)."""
-    b, d, b_C = chunk_decay(gates, hv, slot, i, HV, chunk_slots, C, CROSSED)
-    from_t = tl.cumsum(start * b, 0, reverse=True)
-    before = tl.sum(tl.where(i[:, None] > i[None, :], (end * d)[None, :], 0.0), 1)
-    return from_t + before + corner * b_C
-
-
-@triton.jit
-def gate_total(
-    start, end, corner, gate, valid, gate_sums, gates, hv, slot, i, HV, chunk_slots,
-    C: tl.constexpr, PARTS: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
-    """Return d log α and, where α = 0, dα, or dα of every token, (C,)."""
-    sums = tl.load(chunk_row(gate_sums, hv, slot, i, chunk_slots, C))
-    for part in tl.static_range(1, PARTS):
-        sums += tl.load(chunk_row(gate_sums, part * HV + hv, slot, i, chunk_slots, C))
-    total = gate_gradient(start, end, corner, gates, hv, slot, i, HV, chunk_slots, C, 0) + sums
-    given = tl.load(gate, mask=valid, other=1.0).to(tl.float32)
-    is_zero = zeros_at(gates, hv, slot, i, HV, chunk_slots, C)
-    if GATE == ALPHA:
-        total = total / tl.where(is_zero, 1.0, given)
-        hi_C, _lo_C, z_C = read_gates(gates, hv, slot, C - 1, HV, chunk_slots, C)
-        if z_C > 0:
-            at_zero = gate_gradient(start, end, corner, gates, hv, slot, i, HV, chunk_slots, C, 1)
-            total = tl.where(is_zero, at_zero + sums, total)
-        if hi_C < -LIFT:
-            is_faint = faint_at(gates, hv, slot, i, HV, chunk_slots, C)
-            lifted = gate_gradient(
-                start, end, corner, gates, hv, slot, i, HV, chunk_slots, C, LIFTED
-            )
-            quotient = (lifted + sums) / tl.where(is_faint, given * EXP_OF_LIFT, 1.0)
-            total = tl.where(is_faint, quotient, total)
-    else:
-        total = tl.where(is_zero, 0.0, total)
-    return total
+def normalised(tile, inv_norm, NORM: tl.constexpr, PRECISION: tl.constexpr):
+    """Return a tile as an operand, its rows of norm 1 with NORM."""
+    x = widened(tile)
+    if NORM:
+        x = operand(tile.to(tl.float32) * inv_norm[:, None], x.dtype, PRECISION)
+    return x
 
 
 @triton.jit
@@ -85,188 +66,252 @@ def projected(d_x, tile, inv_norm):
 
 @triton.jit
 def through_states(
-    d_x, q_tile, inv_norm_q, d_o, gates, states, starts, scale, row, first, h, slot, i, dk, valid,
-    chunk_slots, o_batch, o_token, o_head,
-    H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BV: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    d_x, q_tiles, inv_q, gates, sums, corners, places, g_tiles, s_tiles, ds_tiles, scale, i, place,
+    h, slot, length, chunk_slots, q_token, o_token, o_head,
+    H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    GATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return dQ (C, BK) with what comes through the states added; store E in column start."""
+    """Return dQ (C, BK) with what comes through the states; write sums of STARTS, and corners."""
     HV = H * R
-    in_k = dk < K
     for r in tl.range(0, R, disable_licm=True):
         hv = h * R + r
-        start = tl.zeros([C], tl.float32)
-        b = tl.full([C], 1.0, tl.float32)
-        if GATE != NO_DECAY:
-            b, _d, _b_C = chunk_decay(gates, hv, slot, i, HV, chunk_slots, C, 0)
+        at = hv * chunk_slots + slot
+        # §5 s diag(b) dO Sᵀ to dQ; E_i,start += s rowsum(dO ⊙ Q S)                          [C, BK]
+        x = tl.zeros([C, BK], tl.float32)
+        corner = tl.zeros([BV, BV], tl.float32)
         for column in tl.range(0, V, BV, disable_licm=True):
-            dv = column + tl.arange(0, BV)
-            in_v = dv < V
-            in_state = in_v[:, None] & in_k[None, :]
-            from_states = chunk_rows(states, hv, slot, dv, dk, chunk_slots, V, K)
-            S = tl.load(from_states, mask=in_state, other=0.0)
-            from_o = rows(d_o, row, o_batch, first, o_token, hv, o_head, i, dv)
-            g = widened(tl.load(from_o, mask=valid[:, None] & in_v[None, :], other=0.0))
-            # §5 s diag(b) dO Sᵀ to dQ; E_i,start += s rowsum(dO ⊙ Q S)          [C, BK]
-            x = tl.dot(g, S, input_precision=PRECISION) * scale
-            start += tl.sum(x * (q_tile.to(tl.float32) * inv_norm_q[:, None]), 1)
-            d_x += x * b[:, None]
+            g = head_tile(g_tiles, r, o_head, place, column, o_token, length, V, C, BV, TMA)
+            S = kept_tile(s_tiles, at, column, 0, V, K, BV, BK, TMA)
+            x = tl.dot(widened(g), S, x, input_precision=PRECISION)
+            if GATE != NO_DECAY and TMA:
+                dS = kept_tile(ds_tiles, at, column, 0, V, K, BV, BK, TMA)
+                corner = tl.dot(S, tl.trans(dS), corner, input_precision=PRECISION)
         if GATE != NO_DECAY:
-            tl.store(chunk_row(starts, hv, slot, i, chunk_slots, C), start)
+            if not TMA:
+                # What pointers read lies in registers: not both products at once.
+                for column in tl.range(0, V, BV, disable_licm=True):
+                    S = kept_tile(s_tiles, at, column, 0, V, K, BV, BK, TMA)
+                    dS = kept_tile(ds_tiles, at, column, 0, V, K, BV, BK, TMA)
+                    corner = tl.dot(S, tl.trans(dS), corner, input_precision=PRECISION)
+            # §5 E_C,start = ⟨dS_C, S⟩, the sum of the diagonal of S dS_Cᵀ                  [BV, BV]
+            m = tl.arange(0, BV)
+            corner = tl.where(m[:, None] == tl.load(places + m)[None, :], corner, 0.0)
+            to_corner = chunk_row(corners, hv, slot, m, chunk_slots, BV)
+            tl.store(to_corner, tl.sum(corner, 1))
+            q_tile = read_tile(q_tiles, place, 0, q_token, length, K, C, BK, TMA)
+            start = tl.sum(x * q_tile.to(tl.float32), 1) * (inv_q * scale)
+            tl.store(chunk_row(sums, HV * STARTS + hv, slot, i, chunk_slots, C), start)
+            b, _d, _b_C = chunk_decay(gates, hv, slot, i, HV, chunk_slots, C, 0)
+            d_x += x * (b * scale)[:, None]
+        else:
+            d_x += x * scale
     return d_x
 
 
 @triton.jit
-def key_terms(
-    d_x, k_tile, inv_norm_k, b, d, beta, v, u, d_rhs, gates, states, d_states, d_v, from_k, row,
-    first, hv, slot, i, dk, valid, T, chunk_slots, v_batch, v_token, v_head,
-    HV, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    RELOAD: tl.constexpr, GATE: tl.constexpr, ERASE: tl.constexpr, PRECISION: tl.constexpr,
+def through_rhs(
+    d_x, k_tiles, inv_k, v, gates, sums, r_tiles, s_tiles, dv_tiles, i, row, first, place, h, slot,
+    length, chunk_slots, k_token, v_batch, v_token, v_head,
+    H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add a head's terms to dK (C, BK), and write its dV.
-
-    Returns:
-        dK; E in row C; rowsum(dRHS ⊙ K S); rowsum(dRHS ⊙ V): (C,); and E_C,start (1,).
-    """
-    end = tl.zeros([C], tl.float32)
-    erased = tl.zeros([C], tl.float32)
-    d_b = tl.zeros([C], tl.float32)
-    corner = tl.zeros([1], tl.float32)
-    in_k = dk < K
-    in_rows = valid[:, None] & in_k[None, :]
-    for column in tl.range(0, V, BV, disable_licm=True):
-        dv = column + tl.arange(0, BV)
-        in_v = dv < V
-        in_state = in_v[:, None] & in_k[None, :]
-        in_values = valid[:, None] & in_v[None, :]
-        S = tl.load(
-            chunk_rows(states, hv, slot, dv, dk, chunk_slots, V, K), mask=in_state, other=0.0
-        )
-        from_rhs = chunk_rows(d_rhs, hv, slot, i, dv, chunk_slots, C, V)
-        dR = tl.load(from_rhs, mask=in_v[None, :], other=0.0)
+    """Return dK (C, BK) with what comes through dRHS; write dV, sums of ERASED; finish OF_BETA."""
+    HV = H * R
+    valid = place + i < length
+    for r in tl.range(0, R, disable_licm=True):
+        hv = h * R + r
+        at = hv * chunk_slots + slot
+        beta = read_beta(gates, hv, slot, i, HV, chunk_slots, C)
+        is_small = valid
         if ERASE:
-            # §5 − diag(βb) dRHS Sᵀ to dK; − β rowsum(dRHS ⊙ K S) to E_i,start
-            x = tl.dot(dR, S, input_precision=PRECISION)
-            if RELOAD:
-                k_tile = tl.load(from_k, mask=in_rows, other=0.0)
-            erased += tl.sum(x * (k_tile.to(tl.float32) * inv_norm_k[:, None]), 1)
-            d_x -= x * (beta * b)[:, None]
-        # §5 dV = diag(β) dRHS,  dβ = rowsum(dRHS ⊙ V) ...                   [C, BV]
-        from_v = rows(v, row, v_batch, first, v_token, hv, v_head, i, dv)
-        values = tl.load(from_v, mask=in_values, other=0.0).to(tl.float32)
-        d_b += tl.sum(dR.to(tl.float32) * values, 1)
-        to_v = rows(d_v, row * T, HV * V, first, HV * V, hv, V, i, dv)
-        x = dR.to(tl.float32) * beta[:, None]
-        tl.store(to_v, x.to(d_v.dtype.element_ty), mask=in_values)
-        # §5 diag(d) U dS_Cᵀ to dK; E_C,j += rowsum((K dS_C) ⊙ U)            [C, BK]
-        from_states = chunk_rows(d_states, hv, slot, dv, dk, chunk_slots, V, K)
-        dS = tl.load(from_states, mask=in_state, other=0.0)
-        # §5 E_C,start = ⟨dS_C, S⟩
+            is_small = valid & (beta < SMALL_BETA)
+        with_v = HAS_BETA and tl.max(is_small.to(tl.int32), 0) > 0
+        d_b = tl.zeros([C], tl.float32)
+        x = tl.zeros([C, BK], tl.float32)
+        for column in tl.range(0, V, BV, disable_licm=True):
+            dR = kept_tile(r_tiles, at, 0, column, C, V, C, BV, TMA)
+            if ERASE:
+                S = kept_tile(s_tiles, at, column, 0, V, K, BV, BK, TMA)
+                x = tl.dot(dR, S, x, input_precision=PRECISION)
+            if with_v:
+                # §5 dβ = rowsum(dRHS ⊙ V) ..., where it is not rowsum(dRHS ⊙ U) / β             [C]
+                dv = column + tl.arange(0, BV)
+                from_v = rows(v, row, v_batch, first, v_token, hv, v_head, i, dv)
+                inside = is_small[:, None] & (dv < V)[None, :]
+                values = tl.load(from_v, mask=inside, other=0.0)
+                d_b += tl.sum(dR.to(tl.float32) * values.to(tl.float32), 1)
+            # §5 dV = diag(β) dRHS                                                           [C, BV]
+            dV = dR.to(tl.float32) * beta[:, None]
+            write_head_tile(dv_tiles, dV, r, V, place, column, HV * V, length, V, C, BV, TMA)
+        if with_v:
+            to_beta = chunk_row(sums, HV * OF_BETA + hv, slot, i, chunk_slots, C)
+            if ERASE:
+                d_b += tl.load(to_beta)
+            tl.store(to_beta, d_b, mask=is_small)
+        if ERASE:
+            # §5 − diag(βb) dRHS Sᵀ to dK,  rowsum(dRHS ⊙ K S)                               [C, BK]
+            k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
+            erased = tl.sum(x * k_tile.to(tl.float32), 1) * inv_k
+            tl.store(chunk_row(sums, HV * ERASED + hv, slot, i, chunk_slots, C), erased)
+            if GATE != NO_DECAY:
+                b, _d, _b_C = chunk_decay(gates, hv, slot, i, HV, chunk_slots, C, 0)
+                beta *= b
+            d_x -= x * beta[:, None]
+    return d_x
+
+
+@triton.jit
+def through_written(
+    d_x, k_tiles, inv_k, v, gates, sums, u_tiles, ds_tiles, i, row, first, place, h, slot, length,
+    chunk_slots, k_token, v_batch, v_token, v_head,
+    H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    GATE: tl.constexpr, ERASE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return dK (C, BK) with what comes through dS at the chunk's end; write sums of ENDS."""
+    HV = H * R
+    valid = place + i < length
+    for r in tl.range(0, R, disable_licm=True):
+        hv = h * R + r
+        at = hv * chunk_slots + slot
+        # §5 diag(d) U dS_Cᵀ to dK; E_C,j += rowsum((K dS_C) ⊙ U)                            [C, BK]
+        x = tl.zeros([C, BK], tl.float32)
+        for column in tl.range(0, V, BV, disable_licm=True):
+            dS = kept_tile(ds_tiles, at, column, 0, V, K, BV, BK, TMA)
+            if ERASE:
+                U = kept_tile(u_tiles, at, 0, column, C, V, C, BV, TMA)
+            else:
+                dv = column + tl.arange(0, BV)
+                U = written(
+                    u_tiles, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv, valid,
+                    dv < V, HV, chunk_slots, V, C, ERASE, PRECISION,
+                )  # fmt: skip
+            x = tl.dot(U, dS, x, input_precision=PRECISION)
         if GATE != NO_DECAY:
-            corner += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
-        U = written(
-            u, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv, valid, in_v,
-            HV, chunk_slots, V, C, ERASE, PRECISION,
-        )  # fmt: skip
-        x = tl.dot(U, dS, input_precision=PRECISION)
-        if RELOAD:
-            k_tile = tl.load(from_k, mask=in_rows, other=0.0)
-        end += tl.sum(x * (k_tile.to(tl.float32) * inv_norm_k[:, None]), 1)
-        d_x += x * d[:, None]
-    return d_x, end, erased, d_b, corner
+            k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
+            end = tl.sum(x * k_tile.to(tl.float32), 1) * inv_k
+            tl.store(chunk_row(sums, HV * ENDS + hv, slot, i, chunk_slots, C), end)
+            _b, d, _b_C = chunk_decay(gates, hv, slot, i, HV, chunk_slots, C, 0)
+            x *= d[:, None]
+        d_x += x
+    return d_x
 
 
 @triton.jit(do_not_specialize=("N", "T", "chunk_slots", "H", "R"))
 def token_gradients(
-    q, k, v, gate, d_o, gates, inv_norms, u, d_rhs, states, d_states, d_qk, d_kk, gate_sums,
-    beta_sums, starts, d_q, d_k, d_v, d_gate, d_beta, cu_seqlens, scale,
+    q, k, v, d_o, gates, u, d_rhs, states, d_states, sums, corners, places, d_q, d_k, d_v,
+    cu_seqlens, scale,
     N, T, chunk_slots, q_batch, q_token, q_head, k_batch, k_token, k_head,
     v_batch, v_token, v_head, o_batch, o_token, o_head,
-    H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, RELOAD: tl.constexpr,
+    H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr,
-    VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Form dq, dk, dv, the gate's gradient and dβ. Grid (chunk_slots, H).
-
-    RELOAD: whether k is read again (from a cache) where it is needed, instead of held.
-    """
+    """Form dq, dk, dv and sums of tokens, see the module. Grid (chunk_slots, H)."""
     HV = H * R
     slot, h = tl.program_id(0), tl.program_id(1)
     n, chunk = owner(slot, cu_seqlens, N, T, C, VARLEN)
     row, begin, length, _first_slot = sequence(n, cu_seqlens, T, C, VARLEN)
-    if chunk * C >= length:
+    place = chunk * C
+    if place >= length:
         return
-    i, dk = tl.arange(0, C), tl.arange(0, BK)
-    in_k = dk < K
-    valid = chunk * C + i < length
-    first = begin + chunk * C
-    in_rows = valid[:, None] & in_k[None, :]
-    from_q = rows(q, row, q_batch, first, q_token, h, q_head, i, dk)
-    from_k = rows(k, row, k_batch, first, k_token, h, k_head, i, dk)
-    q_tile = tl.load(from_q, mask=in_rows, other=0.0)
-    k_tile = tl.load(from_k, mask=in_rows, other=0.0)
-    inv_norm_q = tl.full([C], 1.0, tl.float32)
-    inv_norm_k = tl.full([C], 1.0, tl.float32)
+    first = begin + place
+    i = tl.arange(0, C)
+    of_heads = tl.cast(h, tl.int64) * R
+    o_start = row * o_batch + begin * o_token + of_heads * o_head
+    g_tiles = tiles_of(d_o, o_start, o_token, length, R * V, C, BV, TMA)
+    u_tiles = u
+    if ERASE:
+        u_tiles = tiles_of(u, 0, V, HV * chunk_slots * C, V, C, BV, TMA)
+    r_tiles = tiles_of(d_rhs, 0, V, HV * chunk_slots * C, V, C, BV, TMA)
+    s_tiles = tiles_of(states, 0, K, HV * chunk_slots * V, K, BV, BK, TMA)
+    ds_tiles = tiles_of(d_states, 0, K, HV * chunk_slots * V, K, BV, BK, TMA)
+    v_start = ((row * T + begin) * HV + of_heads) * V
+    dv_tiles = tiles_of(d_v, v_start, HV * V, length, R * V, C, BV, TMA)
+    q_start = row * q_batch + begin * q_token + tl.cast(h, tl.int64) * q_head
+    q_tiles = tiles_of(q, q_start, q_token, length, K, C, BK, TMA)
+    k_start = row * k_batch + begin * k_token + tl.cast(h, tl.int64) * k_head
+    k_tiles = tiles_of(k, k_start, k_token, length, K, C, BK, TMA)
+
+    # Numbers of rows are read where masks need them: formed, they would be kept in registers.
+    WIDEST: tl.constexpr = max(C, BV)
+    places += (tl.cast(h, tl.int64) * chunk_slots + slot) * WIDEST
+    tl.store(places + tl.arange(0, WIDEST), tl.arange(0, WIDEST))
+    tl.debug_barrier()
+    # §5 dP ⊙ D                                                                               [C, C]
+    q_tile = read_tile(q_tiles, place, 0, q_token, length, K, C, BK, TMA)
+    k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
+    qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+    inv_q = tl.full([C], 1.0, tl.float32)
+    inv_k = inv_q
     if NORM:
-        inv_norm_q = inverse_norm(q_tile)
-        inv_norm_k = inverse_norm(k_tile)
-    # First dQ, then dK: both sums at once would not fit the registers.
-    pairs = tl.load(chunk_rows(d_qk, h, slot, i, i, chunk_slots, C, C))
-    hat = widened(k_tile)
-    if NORM:
-        hat = operand(k_tile.to(tl.float32) * inv_norm_k[:, None], hat.dtype, PRECISION)
-    # §5 (dP ⊙ D) K to dQ, of the normalised q, k                                [C, BK]
-    d_x = tl.dot(pairs, hat, input_precision=PRECISION)
+        inv_q, inv_k = inverse_norm(q_tile), inverse_norm(k_tile)
+        qk *= inv_q[:, None] * inv_k[None, :]
+    j = tl.load(places + i)
+    qk = tl.where(i[:, None] >= j[None, :], qk, 0.0)
+    pairs = pair_gradients(
+        qk, v, gates, sums, places, g_tiles, u_tiles, i, row, first, place, h, slot, length,
+        chunk_slots, v_batch, v_token, v_head, o_token, o_head,
+        H, R, V, C, BV, GATE, HAS_BETA, ERASE, False, TMA, d_rhs.dtype.element_ty, PRECISION,
+    )  # fmt: skip
+    j = tl.load(places + i)
+    pairs = tl.where(i[:, None] >= j[None, :], pairs, 0.0) * scale
+    pairs = operand(pairs, d_rhs.dtype.element_ty, PRECISION)
+    # q and k are read again for every head: they would not fit the registers either.
+    # §5 (dP ⊙ D) K to dQ, of the normalised q, k                                            [C, BK]
+    k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
+    d_x = tl.dot(pairs, normalised(k_tile, inv_k, NORM, PRECISION), input_precision=PRECISION)
     d_x = through_states(
-        d_x, q_tile, inv_norm_q, d_o, gates, states, starts, scale, row, first, h, slot, i, dk,
-        valid, chunk_slots, o_batch, o_token, o_head, H, R, K, V, C, BV, GATE, PRECISION,
+        d_x, q_tiles, inv_q, gates, sums, corners, places, g_tiles, s_tiles, ds_tiles, scale, i,
+        place, h, slot, length, chunk_slots, q_token, o_token, o_head,
+        H, R, K, V, C, BK, BV, GATE, TMA, PRECISION,
     )  # fmt: skip
     if NORM:
-        d_x = projected(d_x, q_tile, inv_norm_q)
-    to_q = rows(d_q, row * T, H * K, first, H * K, h, K, i, dk)
-    tl.store(to_q, d_x.to(d_q.dtype.element_ty), mask=in_rows)
-    # Wait: a thread reads what another one has stored in `starts`.
-    tl.debug_barrier()
+        q_tile = read_tile(q_tiles, place, 0, q_token, length, K, C, BK, TMA)
+        d_x = projected(d_x, q_tile, inv_q)
+    x_start = ((row * T + begin) * H + h) * K
+    dq_tiles = tiles_of(d_q, x_start, H * K, length, K, C, BK, TMA)
+    d_x = d_x.to(d_q.dtype.element_ty)
+    write_tile(dq_tiles, d_x, place, 0, H * K, length, K, C, BK, TMA)
 
-    # §5 (dP ⊙ D)ᵀ Q,  (M + Mᵀ) K to dK                                          [C, BK]
-    q_hat = widened(q_tile)
-    if NORM:
-        q_hat = operand(q_tile.to(tl.float32) * inv_norm_q[:, None], q_hat.dtype, PRECISION)
-    d_x = tl.dot(tl.trans(pairs), q_hat, input_precision=PRECISION)
     if ERASE:
-        M = tl.load(chunk_rows(d_kk, h, slot, i, i, chunk_slots, C, C))
-        d_x += tl.dot(M, hat, input_precision=PRECISION)
-        d_x += tl.dot(tl.trans(M), hat, input_precision=PRECISION)
-    for r in tl.range(0, R, disable_licm=True):
-        hv = h * R + r
-        beta = read_beta(gates, hv, slot, i, HV, chunk_slots, C)
-        b = tl.full([C], 1.0, tl.float32)
-        d = tl.full([C], 1.0, tl.float32)
-        if GATE != NO_DECAY:
-            b, d, _b_C = chunk_decay(gates, hv, slot, i, HV, chunk_slots, C, 0)
-        d_x, end, erased, d_b, corner = key_terms(
-            d_x, k_tile, inv_norm_k, b, d, beta, v, u, d_rhs, gates, states, d_states, d_v, from_k,
-            row, first, hv, slot, i, dk, valid, T, chunk_slots, v_batch, v_token, v_head,
-            HV, K, V, C, BV, RELOAD, GATE, ERASE, PRECISION,
+        # §5 M                                                                               [C, C]
+        k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
+        kk = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
+        if NORM:
+            kk *= inv_k[:, None] * inv_k[None, :]
+        j = tl.load(places + i)
+        kk = tl.where(i[:, None] > j[None, :], kk, 0.0)
+        M = pair_gradients(
+            kk, v, gates, sums, places, r_tiles, u_tiles, i, row, first, place, h, slot, length,
+            chunk_slots, v_batch, v_token, v_head, V, V,
+            H, R, V, C, BV, GATE, HAS_BETA, ERASE, True, TMA, d_rhs.dtype.element_ty, PRECISION,
         )  # fmt: skip
-        at = (row * T + first) * HV + hv + i * HV
-        if ERASE:
-            # §5 dβ = rowsum(dRHS ⊙ (V − diag(b) K S)) + rowsum(dA ⊙ K Kᵀ ⊙ D)   [C]
-            d_b += tl.load(chunk_row(beta_sums, hv, slot, i, chunk_slots, C)) - b * erased
-        if HAS_BETA:
-            tl.store(d_beta + at, d_b.to(d_beta.dtype.element_ty), mask=valid)
-        if GATE != NO_DECAY:
-            # §5 d log α and, where α = 0, dα                                    [C]
-            start = tl.load(chunk_row(starts, hv, slot, i, chunk_slots, C)) - beta * erased
-            total = gate_total(
-                start, end, corner, gate + at, valid, gate_sums, gates, hv, slot, i, HV,
-                chunk_slots, C, PARTS, GATE,
-            )  # fmt: skip
-            tl.store(d_gate + at, total.to(d_gate.dtype.element_ty), mask=valid)
-    if RELOAD:
-        k_tile = tl.load(from_k, mask=in_rows, other=0.0)
+        j = tl.load(places + i)
+        M = tl.where(i[:, None] > j[None, :], M, 0.0)
+        M = operand(M, d_rhs.dtype.element_ty, PRECISION)
+    # §5 (dP ⊙ D)ᵀ Q,  (M + Mᵀ) K to dK                                                      [C, BK]
+    q_tile = read_tile(q_tiles, place, 0, q_token, length, K, C, BK, TMA)
+    q_hat = normalised(q_tile, inv_q, NORM, PRECISION)
+    d_x = tl.dot(tl.trans(pairs), q_hat, input_precision=PRECISION)
+    k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
+    if ERASE:
+        k_hat = normalised(k_tile, inv_k, NORM, PRECISION)
+        d_x = tl.dot(M, k_hat, d_x, input_precision=PRECISION)
+        d_x = tl.dot(tl.trans(M), k_hat, d_x, input_precision=PRECISION)
+    d_x = through_rhs(
+        d_x, k_tiles, inv_k, v, gates, sums, r_tiles, s_tiles, dv_tiles, i, row, first, place, h,
+        slot, length, chunk_slots, k_token, v_batch, v_token, v_head,
+        H, R, K, V, C, BK, BV, GATE, HAS_BETA, ERASE, TMA, PRECISION,
+    )  # fmt: skip
+    d_x = through_written(
+        d_x, k_tiles, inv_k, v, gates, sums, u_tiles, ds_tiles, i, row, first, place, h, slot,
+        length, chunk_slots, k_token, v_batch, v_token, v_head,
+        H, R, K, V, C, BK, BV, GATE, ERASE, TMA, PRECISION,
+    )  # fmt: skip
     if NORM:
-        d_x = projected(d_x, k_tile, inv_norm_k)
-    to_k = rows(d_k, row * T, H * K, first, H * K, h, K, i, dk)
-    tl.store(to_k, d_x.to(d_k.dtype.element_ty), mask=in_rows)
+        k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
+        d_x = projected(d_x, k_tile, inv_k)
+    dk_tiles = tiles_of(d_k, x_start, H * K, length, K, C, BK, TMA)
+    d_x = d_x.to(d_k.dtype.element_ty)
+    write_tile(dk_tiles, d_x, place, 0, H * K, length, K, C, BK, TMA)

@@ -68,10 +68,6 @@ CHOICES: dict[str, dict[str, Any]] = {
     "by pointers, small chunks": {"descriptors": False, "C": 16},
     "segments of a chunk": {"segment": 1, "C": 16},
     "segments of two chunks, by pointers": {"segment": 2, "C": 16, "descriptors": False},
-    "half squares": {"pair_rows": 32},
-    "whole squares": {"pair_rows": 64},
-    "k held": {"reload": False},
-    "k read again": {"reload": True},
     "narrow tiles": {
         field.name: Tiles(16, 4, 1)
         for field in dataclasses.fields(table.Config)
@@ -109,6 +105,30 @@ def test_the_same_call_gives_the_same_bits() -> None:
             assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("rule", ["gated_delta", "delta", "gated"])
+def test_the_gradient_of_beta_is_right_where_beta_is_zero_or_tiny(rule: str, dtype: str) -> None:
+    # Elsewhere it is a quotient by β.
+    example = dataclasses.replace(AWKWARD, dtype=dtype, rule=rule, seed=4)
+    arguments = example.arguments()
+    beta = arguments["beta"].clone()
+    beta[:, ::3], beta[:, 1::5] = 0.0, 1e-9
+    gradients = {}
+    for backend_, to in (("triton", torch.float32), ("naive", torch.float64)):
+        wide = {
+            name: x.to(to) if to == torch.float64 and isinstance(x, torch.Tensor) else x
+            for name, x in arguments.items()
+        }
+        leaf = beta.to(to).requires_grad_()
+        o = gdn_ops.gated_delta(**wide | {"beta": leaf}, backend=backend_)
+        (gradients[backend_],) = torch.autograd.grad(o.to(to).square().sum(), leaf)
+    got, expected = gradients["triton"].double(), gradients["naive"]
+    most = 2.0**-5 if dtype == "bfloat16" else 1e-4
+    for at in (beta == 0.0, beta == torch.tensor(1e-9), beta > 1e-6):
+        assert int(at.sum()) > 9
+        assert (got[at] - expected[at]).norm() <= most * expected[at].norm()
+
+
 def test_a_strided_view_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     # q, k and v as a model slices them out of one projection: no copy is made of them.
     B, T, H, K = 2, 20, 2, 16
@@ -134,7 +154,7 @@ def test_forward_takes_two_launches_and_backward_four() -> None:
     names = [launch.kernel.__name__ for launch in launches]
     assert forward == ["prepare", "walk"]
     # What would fill more than a 256th of the memory is not kept: the backward walks again.
-    assert names[2:] == ["walk", "walk_back", "pair_gradients", "token_gradients"]
+    assert names[2:] == ["walk", "walk_back", "token_gradients", "gate_gradients"]
 
 
 def test_a_long_sequence_of_few_heads_is_cut_into_segments() -> None:
@@ -148,7 +168,7 @@ def test_a_long_sequence_of_few_heads_is_cut_into_segments() -> None:
     names = [launch.kernel.__name__ for launch in launches]
     assert names[:4] == ["prepare", "walk", "compose", "walk"]
     assert names[4:7] == ["walk_back", "compose", "walk_back"]
-    assert names[7:] == ["pair_gradients", "token_gradients", *["prepare", "walk"] * 2]
+    assert names[7:] == ["token_gradients", "gate_gradients", *["prepare", "walk"] * 2]
     # 16 segments of 8 heads, in two blocks of columns: 15 are walked for the state at their end,
     # by two blocks of V, and 14 of them for their map, by two blocks of K.
     grids = [launch.grid for launch in launches[1:7]]

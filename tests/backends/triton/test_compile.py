@@ -238,8 +238,15 @@ def test_loops_are_those_of_the_source() -> None:
     assert loops == {
         "prepare": (SourceLoop("tasks", 1, (own, squares), is_kept=True),),
         **dict.fromkeys(("walk", "walk_back"), chunks),
-        "pair_gradients": (nested,),
-        "token_gradients": (nested, nested),
+        "token_gradients": (nested,) * 5,
+        "gate_gradients": (
+            SourceLoop(
+                *heads,
+                (columns, columns, SourceLoop("kinds of rare gates", 1, is_kept=True)),
+                is_kept=True,
+            ),
+            SourceLoop("four value heads", 1, is_kept=True),
+        ),
     }
 
 
