@@ -21,7 +21,9 @@ _WARP_SHAPES = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "16832": 16 * 8 * 32}
 
 _WARPS_OF_GROUP = 4
 
-_POLLS = ("NANOSLEEP", "SYNCS.PHASECHK", "USETMAXREG.TRY_ALLOC")
+_POLLS = ("NANOSLEEP", "SYNCS.PHASECHK", "USETMAXREG.TRY_ALLOC", "BRA.U.ANY")
+"""Opcodes of loops that only wait, and of those that go on for lanes whose register differs, where
+the kernels have no such lanes."""
 
 _KINDS = {
     "LDS": "shared_loads",

@@ -147,6 +147,11 @@ def test_lanes_may_meet_again_where_bssy_says() -> None:
     assert sizes(ended("NOP", *meeting[1:])) == []
 
 
+def test_a_loop_for_lanes_that_differ_counts_once() -> None:
+    code = ended("@P3 R2UR P1, UR20, R13", "SYNCS.EXCH.64 URZ, [UR20], UR4", "@P3 BRA.U.ANY @0")
+    assert [loop.is_wait for loop in code.loops] == [True]
+
+
 def test_a_place_where_lanes_meet_may_be_moved() -> None:
     moved = (
         *("BSSY B0, @9", "BMOV.32.CLEAR R6, B0", "BSSY B0, @5", "@P1 BRA @5", "BSYNC B0"),
