@@ -85,5 +85,8 @@ if __name__ == "__main__":
     sys.addaudithook(at_import)
     from gdn_ops.cli import main
 
+    # Python 3.12 sends instructions only where a frame asked for them before tracing began
+    # (https://github.com/python/cpython/issues/103615); later is enough before and after it.
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(at_instruction)
     main()
