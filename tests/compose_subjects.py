@@ -20,6 +20,9 @@ from gdn_ops.nn import GatedDeltaNet
 
 WIDTH = 16
 
+NO_GRADIENTS = "refused: RuntimeError: Unable to handle autograd's threading"
+"""What a fork says of any backward, where torch has threads for devices and has run a backward."""
+
 
 class Mixer(nn.Module):
     """Map x (B, T, 16) to the same shape by the op on one backend."""
@@ -129,6 +132,11 @@ def in_a_fork(run: Callable[[], Any]) -> str:
     text = os.read(reader, 5000).decode()
     os.close(reader)
     return text
+
+
+def backward_of_torch() -> None:
+    """Run a backward without an op of ours."""
+    torch.ones(2, requires_grad=True).sum().backward()
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -19,7 +19,15 @@ from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import compose_subjects
-from compose_subjects import gradients, in_a_fork, inputs, module, outcome
+from compose_subjects import (
+    NO_GRADIENTS,
+    backward_of_torch,
+    gradients,
+    in_a_fork,
+    inputs,
+    module,
+    outcome,
+)
 from compose_table import COLUMNS, TABLE, markdown
 from gdn_ops.backends.compile import Compile
 from onnx_steps import Step, feed
@@ -133,14 +141,22 @@ def pickled(model: nn.Module) -> None:
 
 
 def forked(model: nn.Module) -> None:
-    model(inputs())  # Whatever is loaded or compiled before the fork.
+    y = model(inputs()).detach()  # Whatever is loaded or compiled before the fork.
     right = gradients(model, inputs())[0]
 
     def same() -> None:
+        with torch.no_grad():
+            close(model(inputs()), y)
+
+    def same_gradients() -> None:
         model.zero_grad()
         close(gradients(model, inputs())[0], right)
 
     assert (got := in_a_fork(same)) == "works", got
+    # Gradients are there wherever torch has them in forks.
+    torch_says = in_a_fork(backward_of_torch)
+    assert torch_says == "works" or torch_says.startswith(NO_GRADIENTS), torch_says
+    assert (got := in_a_fork(same_gradients)) == torch_says, got
 
 
 def threaded(model: nn.Module) -> None:
