@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+import torch
+
 from gdn_ops.aot.machine_code import Counts, values
 from gdn_ops.aot.results import CompiledKernel, TimedLaunch
 from gdn_ops.dispatch.backend import Backend, installed_version
@@ -171,10 +173,12 @@ def loop_section(row: CompiledKernel) -> Section:
 def as_json(backend: Backend, rows: Sequence[CompiledKernel]) -> str:
     """Return the rows and versions as JSON; seconds are left out, so that runs can be compared."""
     names = ("gdn_ops", "torch", *backend.requires)
+    # Metadata of wheels from PyPI leave out the build of torch.
+    versions = {name: installed_version(name) for name in names} | {"torch": torch.__version__}
     head = {
         "backend": backend.name,
         "date": datetime.date.today().isoformat(),
-        "versions": {name: installed_version(name) for name in names} | backend.tools("cuda"),
+        "versions": versions | backend.tools("cuda"),
     }
     launches, totals = [], []
     for target in dict.fromkeys(row.target for row in rows):
