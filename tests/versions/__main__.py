@@ -57,7 +57,7 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("cells", nargs="*", metavar="CELL", help="names or patterns (default: all)")
     parser.add_argument("--list", action="store_true", help="name the cells and end")
     parser.add_argument("--jobs", type=int, help="cells at once (default: by cores and memory)")
-    parser.add_argument("--minutes", type=float, default=60, help="time limit of a cell")
+    parser.add_argument("--minutes", type=float, default=120, help="time limit of a cell")
     parser.add_argument("--record", action="store_true", help="record also what was named")
     parser.add_argument("--render", action="store_true", help="write the page of what is recorded")
     return parser.parse_args(arguments)
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     # A time limit from outside ends this as Ctrl-C does, with all that was started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    jobs = asked.jobs or default_jobs()
+    jobs = min(asked.jobs or default_jobs(), len(cells))
     print(f"{len(cells)} cells, {jobs} at once", flush=True)
     results: list[Result] = []
     try:

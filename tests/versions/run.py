@@ -98,14 +98,20 @@ def run_cells(cells: Sequence[Cell], jobs: int, seconds: float) -> Iterator[Resu
 
     Args:
         cells: what to run.
-        jobs: how many run at once.
+        jobs: how many run at once; they share the processes that tests run in.
         seconds: the time limit of each command of a cell.
     """
     LOGS.mkdir(parents=True, exist_ok=True)
     ended = threading.Event()
-    environment = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
+    workers = max(1, default_jobs() // jobs)
+    environment = {"OMP_NUM_THREADS": "1"} if jobs * workers > 1 else {}
+    # In a worker even where it is one, so that a crash of the interpreter is one failed test and
+    # not the end.
+    options = ["-n", str(workers), *(["--dist", "loadfile"] if workers > 1 else [])]
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run_cell, cell, environment, seconds, ended) for cell in cells]
+        futures = [
+            pool.submit(run_cell, cell, options, environment, seconds, ended) for cell in cells
+        ]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -115,7 +121,11 @@ def run_cells(cells: Sequence[Cell], jobs: int, seconds: float) -> Iterator[Resu
 
 
 def run_cell(
-    cell: Cell, environment: dict[str, str], seconds: float, ended: threading.Event
+    cell: Cell,
+    options: Sequence[str],
+    environment: dict[str, str],
+    seconds: float,
+    ended: threading.Event,
 ) -> Result:
     """Install and run one cell; nothing that goes wrong with it is raised."""
     start, log = time.monotonic(), log_of(cell.name)
@@ -124,7 +134,7 @@ def run_cell(
     result = Result(cell.name, "not run", datetime.date.today().isoformat())
     result.tests = list(cell.tests)
     try:
-        run_tests(cell, environment, run, result)
+        run_tests(cell, options, environment, run, result)
     except NotRunError as error:
         result.reason, result.excused = str(error), error.excused
     except CellFailedError as error:
@@ -135,6 +145,7 @@ def run_cell(
 
 def run_tests(
     cell: Cell,
+    options: Sequence[str],
     environment: dict[str, str],
     run: Callable[[list[str], dict[str, str]], int],
     result: Result,
@@ -154,11 +165,9 @@ def run_tests(
     report = log.with_suffix(".xml")
     report.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="gdn_ops-") as folder:
-        # In a worker, so that a crash of the interpreter is one failed test and not the end.
-        options = ["-n", "1", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        options += [f"--basetemp={folder}/tests"]
+        outputs = ["-p", "no:cacheprovider", f"--junitxml={report}", f"--basetemp={folder}/tests"]
         code = run(
-            [python, "-m", "pytest", *options, *arguments],
+            [python, "-m", "pytest", *options, *outputs, *arguments],
             {**environment, **path, "GDN_OPS_CACHE": f"{folder}/cache"},
         )
     ending = f"pytest ended with {code}: {last_line(log)}"

@@ -38,6 +38,7 @@ SMALL = Cell("numpy", ("test_small.py",), version="1.0")
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for logs, and tests that take no time."""
     monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(run, "default_jobs", lambda: 1)
     monkeypatch.setattr(run, "install", lambda cell, runner: {})
     monkeypatch.setattr(run, "probe", lambda *_: {"numpy": "1.0.1"})
     monkeypatch.setattr(run, "test_arguments", lambda _: [str(tmp_path / "test_small.py")])
@@ -198,6 +199,16 @@ def test_as_many_cells_run_at_once_as_cores_and_memory_allow(
     monkeypatch.setattr(run.os, "cpu_count", lambda: cores)
     monkeypatch.setattr(run, "available_memory", lambda: memory)
     assert run.default_jobs() == jobs
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(3, "3"), (0, "1")])
+def test_the_tests_of_a_lone_cell_share_out_to_every_core(
+    place: Path, monkeypatch: pytest.MonkeyPatch, processes: int, workers: str
+) -> None:
+    monkeypatch.setattr(run, "default_jobs", lambda: processes)
+    source = "import os\ndef test_one(): raise ValueError(os.environ['PYTEST_XDIST_WORKER_COUNT'])"
+    assert one(place, source).failures
+    assert f"ValueError: {workers}\n" in run.log_of("numpy-1.0").read_text()
 
 
 @pytest.mark.parametrize(("state", "code"), [("passed", 0), ("failed", 1), ("not run", 1)])
