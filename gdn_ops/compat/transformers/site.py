@@ -144,7 +144,9 @@ def _held(attribute: str, originals: Iterable[Any], new: Any) -> property:
     replaced = [original for original in originals if original is not None]
 
     def get(layer: nn.Module) -> Any:
-        held = vars(layer)[attribute]
+        # torch.compile of torch 2.11 and older takes `vars(layer)[attribute]` for the attribute,
+        # which is this property.
+        held = super(nn.Module, layer).__getattribute__("__dict__")[attribute]
         return new if any(held is original for original in replaced) else held
 
     def set_(layer: nn.Module, value: Any) -> None:
