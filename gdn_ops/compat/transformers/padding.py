@@ -50,7 +50,8 @@ def with_context(
 
     @functools.wraps(forward)
     def forward_with_context(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-        named = dict(zip(names, arguments, strict=False)) | keywords
+        # torch.compile of torch 2.8 cannot trace `strict=False`, which is the default.
+        named = dict(zip(names, arguments)) | keywords  # noqa: B905
         mask = named.get(MASK)
         if not torch.compiler.is_compiling():
             cache = next((x for x in named.values() if hasattr(x, "has_previous_state")), None)

@@ -65,7 +65,8 @@ class Rule:
         )
 
         def replacement(*positional: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
-            given = dict(zip(names, positional, strict=False)) | keywords
+            # torch.compile of torch 2.8 cannot trace `strict=False`, which is the default.
+            given = dict(zip(names, positional)) | keywords  # noqa: B905
             if not _binds(names, positional, keywords, given, takes_any):
                 # The original says what is wrong, as it always does.
                 return self.original(*positional, **keywords)  # type: ignore[no-any-return]
