@@ -78,6 +78,7 @@ TORCH_TESTS = (
     *("torch_ops/test_*.py", "call/test_*.py", "dispatch/test_*.py", "nn/test_*.py"),
     *("export/torch_exporter/test_modules.py", "testing/test_conformance.py"),
     *("backends/test_compile.py", "backends/test_compile_threads.py"),
+    "compat/transformers/test_releases.py",
 )
 OF_TORCH = "(not test_conformance or torch or compile or naive) and not triton"
 TRITON_TESTS = ("backends/triton/test_*.py", "backends/test_kernels.py")
