@@ -65,11 +65,11 @@ _UNMEASURED: dict[tuple[int, str], Config] = {
     (64, "float32"): _FLOAT32,
     (128, "float32"): _FLOAT32,
     (256, "low"): Config(
-        C=64, prepare=Tiles(0, 8, 1), walk=Tiles(32, 8, 1), walk_back=Tiles(32, 8, 1),
+        C=64, prepare=Tiles(0, 4, 1), walk=Tiles(32, 8, 1), walk_back=Tiles(32, 8, 1),
         token_gradients=Tiles(32, 8, 1), measured=UNMEASURED,
     ),
     (256, "float32"): Config(
-        C=32, prepare=Tiles(0, 8, 1), walk=Tiles(16, 8, 1), walk_back=Tiles(16, 8, 1),
+        C=32, prepare=Tiles(0, 4, 1), walk=Tiles(16, 8, 1), walk_back=Tiles(16, 8, 1),
         token_gradients=Tiles(16, 8, 1), measured=UNMEASURED,
     ),
 }
