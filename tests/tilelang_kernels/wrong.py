@@ -156,3 +156,62 @@ def viewed(T: Any) -> Any:
             x[0] = square[1, 1]
 
     return viewed
+
+
+def unawaited(T: Any, *, then: str) -> Any:
+    """What follows a product that nothing has waited for."""
+    beside = {"wg_wait": -1}
+
+    @T.prim_func
+    def unawaited(x: T.Tensor((16, 16), "bfloat16"), y: T.Tensor((16, 16), "float32")):
+        with T.Kernel(1, threads=128):
+            a = T.alloc_shared((16, 16), "bfloat16")
+            c = T.alloc_fragment((16, 16), "float32")
+            d = T.alloc_fragment((16, 16), "float32")
+            T.copy(x, a)
+            T.gemm(a, a, c, clear_accum=True, annotations=beside)
+            if then == "read the result":
+                d[0, 0] = c[0, 0]
+            if then == "read it after a branch":
+                if y[0, 0] > 0.0:
+                    T.gemm(a, a, d, clear_accum=True)
+                T.copy(c, y)
+            if then == "write the result":
+                T.clear(c)
+            if then == "write an operand":
+                T.clear(a)
+            if then == "write another tile":
+                b = T.alloc_shared((16, 16), "bfloat16")
+                T.clear(b)
+            if then == "wait":
+                T.gemm(a, a, c, clear_accum=False, annotations=beside)
+                T.gemm(a, a, d, clear_accum=True)
+                for i, j in T.Parallel(16, 16):
+                    y[i, j] = c[i, j] + d[i, j]
+
+    return unawaited
+
+
+def unawaited_in_loop(T: Any, *, then: str) -> Any:
+    """What follows a product of a loop that nothing has waited for."""
+
+    @T.prim_func
+    def unawaited_in_loop(x: T.Tensor((4, 16, 16), "bfloat16"), y: T.Tensor((16, 16), "float32")):
+        with T.Kernel(1, threads=128):
+            a = T.alloc_shared((16, 16), "bfloat16")
+            b = T.alloc_shared((16, 16), "bfloat16")
+            c = T.alloc_fragment((16, 16), "float32")
+            d = T.alloc_fragment((16, 16), "float32")
+            T.clear(b)
+            T.clear(c)
+            T.clear(d)
+            for turn in T.Pipelined(4, num_stages=2):
+                T.copy(x[turn, :, :], a)
+                T.gemm(a, b, c, annotations={"wg_wait": -1})
+                if then != "end the loop":
+                    T.gemm(b, b, d)
+                if then == "wait and hold":
+                    T.evaluate(a[0, 0])
+            T.copy(c, y)
+
+    return unawaited_in_loop

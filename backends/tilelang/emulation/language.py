@@ -10,7 +10,8 @@ raises NotImplementedError.
 
 What a GPU would refuse, or do with less precision than a reader expects, is refused here too:
 products of float32 (TF32 on a GPU) or of tiles in the wrong memory, shapes that do not match.
-`rounding` finishes what is traced here: low precision, and parallel loops, which may not race.
+`rounding` finishes what is traced here: low precision, parallel loops, which may not race, and
+products that run beside other statements on a GPU, which must be waited for.
 
 What an emulation does not show: races between programs, the order in which a GPU adds, layouts of
 fragments, how much shared memory there is, and a compiler that is wrong.
@@ -23,6 +24,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from gdn_ops.backends.tilelang.emulation.operands import Tile, check_product, matched, matrix, whole
+from gdn_ops.backends.tilelang.emulation.prelude import GEMM, UNAWAITED_GEMM
+
+UNAWAITED: Final = {"wg_wait": -1}
+"""What a product says that is not waited for."""
 
 _NOTHING: Final = frozenset(
     {
@@ -129,6 +134,7 @@ class Language:
         transpose_B: bool = False,
         policy: Any = None,
         clear_accum: bool = False,
+        annotations: dict[str, int] | None = None,
     ) -> None:
         """Emit C += A B, or C = A B, in float32.
 
@@ -139,8 +145,10 @@ class Language:
             transpose_A, transpose_B: whether an operand is stored transposed.
             policy: how warps share the work, on a GPU.
             clear_accum: whether C is 0 before.
+            annotations: {"wg_wait": -1} for a product that the next one without it waits for.
 
         Raises:
+            NotImplementedError: other annotations.
             ValueError: operands that a GPU has no instruction for, shapes that do not match,
                 and float32 operands, which a GPU would round to TF32.
         """
@@ -152,7 +160,10 @@ class Language:
         shape = [*c.shape, a.shape[0] if transpose_A else a.shape[1]]
         flags = [int(transpose_A), int(transpose_B), int(clear_accum)]
         operands = [*c.pointer(), *a.pointer(), *b.pointer()]
-        build.evaluate(tirx.call_extern("void", "gdn_ops_gemm", *operands, *shape, *flags))
+        if annotations not in (None, UNAWAITED):
+            raise NotImplementedError(f"T.gemm with {annotations} has no emulation on CPU tensors")
+        name = GEMM if annotations is None else UNAWAITED_GEMM
+        build.evaluate(tirx.call_extern("void", name, *operands, *shape, *flags))
 
     def reduce_sum(self, buffer: Any, out: Any, dim: int = -1, clear: bool = True) -> None:
         """Sum a tile along an axis, in its dtype."""

@@ -12,6 +12,10 @@ from __future__ import annotations
 
 from typing import Final
 
+GEMM: Final = "gdn_ops_gemm"
+UNAWAITED_GEMM: Final = "gdn_ops_gemm_unawaited"
+"""Names of the function that multiplies: it tells what a GPU would wait for."""
+
 PRELUDE: Final = r"""
 #include <math.h>
 #include <stdint.h>
@@ -136,6 +140,7 @@ extern "C" __attribute__((noinline)) int32_t gdn_ops_gemm(
     gdn_ops_columns<1>(c + j, ldc, a, row, step, b + j * column, ldb, M, K, turned_b, clear);
   return 0;
 }
+#define gdn_ops_gemm_unawaited gdn_ops_gemm
 
 #pragma GCC pop_options
 """

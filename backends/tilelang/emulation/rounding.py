@@ -26,6 +26,8 @@ import torch
 from tvm import tirx
 
 from gdn_ops.backends.tilelang.emulation.bounds import Bounds
+from gdn_ops.backends.tilelang.emulation.prelude import GEMM
+from gdn_ops.backends.tilelang.emulation.products import Products
 from gdn_ops.backends.tilelang.emulation.races import Accesses
 
 LOW: Final = ("bfloat16", "float16")
@@ -58,7 +60,8 @@ def lowered(function: Any) -> tuple[Any, list[str]]:
 
     Raises:
         NotImplementedError: a dtype or an operation that has no emulation.
-        ValueError: a parallel loop whose iterations depend on each other.
+        ValueError: a parallel loop whose iterations depend on each other; a product that is used
+            before it has been waited for.
     """
     for parameter in function.params:
         dtype = str(parameter.dtype)
@@ -123,6 +126,8 @@ class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
         self.encoded: dict[Any, str] = {}
         self.variables: dict[Any, Any] = {}
         self.accesses = Accesses()
+        self.products = Products()
+        self.is_operand = False
         self.bounds = Bounds()
         self.refused: Exception | None = None
         self.grid: dict[str, Any] = {}
@@ -176,7 +181,7 @@ class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
         self.bounds.loop(op)
         if op.kind == tirx.ForKind.THREAD_BINDING:
             self.grid[str(op.thread_binding.thread_tag)] = extent
-        with self.accesses.loop(op):
+        with self.accesses.loop(op), self.products.loop():
             body = self.visit_stmt(op.body)
         if op.kind == tirx.ForKind.THREAD_BINDING:
             return tirx.For(op.loop_var, low, extent, op.kind, body, op.thread_binding)
@@ -184,7 +189,7 @@ class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
 
     def visit_if_then_else_(self, op: Any) -> Any:
         condition = self.visit_expr(op.condition)
-        with self.accesses.condition(op.condition):
+        with self.accesses.condition(op.condition), self.products.branches():
             with self.bounds.condition(op.condition):
                 then = self.visit_stmt(op.then_case)
             with self.bounds.condition(tirx.Not(op.condition)):
@@ -205,6 +210,8 @@ class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
 
     def visit_buffer_load_(self, op: Any) -> Any:
         self.accesses.load(op)
+        if not self.is_operand:
+            self.products.load(op.buffer)
         buffer, indices = self._place(op)
         load = tirx.BufferLoad(buffer, indices)
         dtype = self.encoded.get(op.buffer)
@@ -212,6 +219,7 @@ class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
 
     def visit_buffer_store_(self, op: Any) -> Any:
         self.accesses.store(op)
+        self.products.store(op.buffer, op.value)
         buffer, indices = self._place(op)
         value, dtype = self.visit_expr(op.value), self.encoded.get(op.buffer)
         if dtype is not None:
@@ -252,7 +260,13 @@ class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
             raise self._refuse(name)
         if name == "tirx.call_extern":
             self.accesses.call()
+            c, a, b = (op.args[i].args[0].buffer for i in (1, 3, 5))
+            self.products.product(c, (a, b), is_awaited=str(op.args[0].value) == GEMM)
+            # The addresses of operands are no loads of them.
+            self.is_operand = True
         arguments = self._arguments(op, name)
+        if name == "tirx.call_extern":
+            self.is_operand = False
         exact = "float32" if dtype in LOW else dtype
         if name in _MISSING:
             function = _MISSING[name] + ("f" if exact == "float32" else "")

@@ -107,6 +107,42 @@ def test_a_race_and_a_product_inside_of_a_parallel_loop_are_refused(kernel: Any,
     assert message_of(ValueError, traced, kernel) == text
 
 
+@pytest.mark.parametrize(
+    ("then", "text"),
+    [
+        ("read the result", "c is read before its product has been waited for"),
+        ("read it after a branch", "c is read before its product has been waited for"),
+        ("write the result", "c is written before its product has been waited for"),
+        ("write an operand", "a is written while a product runs that may read there"),
+        ("write another tile", "b is written while a product runs that may read there"),
+        ("end the kernel", "a product has not been waited for where a loop, or the kernel, ends"),
+    ],
+)
+def test_what_is_done_beside_a_product_of_it_is_refused(then: str, text: str) -> None:
+    assert message_of(ValueError, traced, wrong.unawaited, then=then) == text
+
+
+@pytest.mark.parametrize(
+    ("then", "text"),
+    [
+        ("end the loop", "a product has not been waited for where a loop, or the kernel, ends"),
+        ("wait", "a is loaded again while a product of it may run"),
+    ],
+)
+def test_a_loop_may_not_load_what_a_product_of_it_reads(then: str, text: str) -> None:
+    assert message_of(ValueError, traced, wrong.unawaited_in_loop, then=then) == text
+
+
+@needs_compiler
+def test_one_wait_is_for_all_products_before_it() -> None:
+    x = torch.randint(-4, 5, (4, 16, 16), generator=torch.Generator().manual_seed(7)).bfloat16()
+    y = torch.empty(16, 16)
+    launch(wrong.unawaited, {"then": "wait"}, x[0], y)
+    assert torch.equal(y, 3 * (x[0].float() @ x[0].float()))
+    launch(wrong.unawaited_in_loop, {"then": "wait and hold"}, x, y)
+    assert torch.equal(y, torch.zeros(16, 16))
+
+
 @needs_compiler
 def test_what_only_looks_like_a_race_is_none() -> None:
     x = torch.randint(0, 9, (8, 16), generator=torch.Generator().manual_seed(6)).float()
