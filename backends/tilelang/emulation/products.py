@@ -3,8 +3,9 @@
 On Hopper a product that is issued without a wait runs beside the statements that follow it, until a
 later product is waited for: then all that were issued before are done. Until then nothing may read
 or write its result, or write to shared memory: TileLang gives the memory of a tile to another one
-after the last statement that names it, so that any tile may lie where an operand does. Where a loop
-is pipelined, the copy engine writes a tile again after that statement, which may not be the product.
+after the last statement that names it, so that any tile may lie where an operand does. In a
+pipelined loop the copy engine writes a tile again after that statement, which may not be such a
+product.
 """
 
 from __future__ import annotations
@@ -71,10 +72,11 @@ class Products:
         Raises:
             ValueError: it is.
         """
+        name = str(buffer.name) or "a tile"
         if any(buffer.same_as(product.result) for product in self._running):
-            raise ValueError(f"{_named(buffer)} is written before its product has been waited for")
+            raise ValueError(f"{name} is written before its product has been waited for")
         if self._running and str(buffer.scope()).startswith("shared"):
-            raise ValueError(f"{_named(buffer)} is written while a product runs that may read there")
+            raise ValueError(f"{name} is written while a product runs that may read there")
         self._given_back.discard(buffer)
         if _reads_tensor(value):
             self._loaded.add(buffer)

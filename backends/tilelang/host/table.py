@@ -97,5 +97,5 @@ _FULL = (
     "of 32 would not spill and double the steps of the serial walk"
 )
 
-ALLOWED_SPILLS: AllowedSpills = {("token_gradients", "sm_80"): (4, _FULL)}
+ALLOWED_SPILLS: AllowedSpills = {("token_gradients", "sm_80"): (5, _FULL)}
 """(kernel, target) -> the most spills that a reference may have there, and why."""

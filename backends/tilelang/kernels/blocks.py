@@ -58,6 +58,10 @@ NO_DECAY, ALPHA, LOG_ALPHA = 0, 1, 2
 PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}
 """Tiles of an operand, by the dtype of a call."""
 
+PENDING = {"wg_wait": -1}
+"""Options of a product that is not waited for: on Hopper, the next product without them waits for
+all that were issued before it. Elsewhere every product is done when the next statement runs."""
+
 PAIRS = {
     1: ((0, 0),),
     2: ((0, 1), (1, 0), (0, 0)),
@@ -140,19 +144,31 @@ def blocks(T: Any) -> SimpleNamespace:
             x = x + T.cast(part[i, j], "float32")
         return x
 
-    def product(policy: Any) -> Any:
+    def product(policy: Any, is_awaited: bool = True) -> Any:
         """Return the macro of a product that warps share by a policy."""
 
         @T.macro
         def multiply(a, b, c, transpose_A, transpose_B, clear):
             """Add the product of two operands to c, or set c to it."""
             for index, (x, y) in [*enumerate(PAIRS[len(a)])]:
+                is_last = index == len(PAIRS[len(a)]) - 1
                 T.gemm(
                     a[x], b[y], c, transpose_A=transpose_A, transpose_B=transpose_B,
                     policy=policy, clear_accum=clear and index == 0,
+                    annotations=None if is_awaited and is_last else PENDING,
                 )  # fmt: skip
 
         return multiply
+
+    @T.macro
+    def hold(parts):
+        """Keep the tiles of an operand until here.
+
+        In a pipelined loop a tile is given back to the copy engine after the last statement that
+        names it, which is too early where that is a product that nothing has waited for yet.
+        """
+        for part in parts:
+            T.evaluate(part[0, 0])
 
     @T.macro
     def store(x, to, outer, inner, column):
@@ -161,37 +177,64 @@ def blocks(T: Any) -> SimpleNamespace:
             if i < to.shape[2] and column + j < to.shape[3]:
                 to[outer, inner, i, column + j] = T.cast(x[i, j], to.dtype)
 
-    def decay(hi_i: Any, lo_i: Any, z_i: Any, hi_j: Any, lo_j: Any, z_j: Any, crossed: int) -> Any:
-        """Return exp(G_i - G_j) where `crossed` zeros lie between, else 0 (docs/math.md §4).
-
-        G = hi + lo: equal parts cancel exactly, so a difference of large sums keeps its
-        precision. It is at most 0 for i >= j; the other half is kept finite. A minimum would lose
-        NaN.
-        """
-        log = (hi_i - hi_j) + (lo_i - lo_j)
-        if crossed == LIFTED:
-            log, crossed = log + LIFT, 0
-        factor = T.exp(T.if_then_else(log > 0.0, 0.0, log))
-        return T.if_then_else(z_i - z_j == float(crossed), factor, 0.0)
-
-    def pair_decay(g: Any, i: Any, j: Any, crossed: int) -> Any:
-        """Return D_ij of a chunk with gates g (4, C), or D¹_ij."""
-        return decay(g[0, i], g[1, i], g[2, i], g[0, j], g[1, j], g[2, j], crossed)
-
-    def start_decay(g: Any, i: Any, crossed: int) -> Any:
-        """Return b_i of a chunk with gates g (4, C), or b¹_i; b_C is the last."""
-        return decay(g[0, i], g[1, i], g[2, i], 0.0, 0.0, 0.0, crossed)
-
     return SimpleNamespace(
         operand=operand,
         owner=owner,
         put=put,
         value=value,
         multiply=product(T.GemmWarpPolicy.Square),
+        # Issue a product of several that do not depend on each other; the last one is `multiply`.
+        issue=product(T.GemmWarpPolicy.Square, False),
         # Spread rows over as many warps as possible, for the sums over rows that follow.
         multiply_rows=product(T.GemmWarpPolicy.FullRow),
+        issue_rows=product(T.GemmWarpPolicy.FullRow, False),
+        hold=hold,
         store=store,
+        **vars(_decays(T)),
+    )
+
+
+def _decays(T: Any) -> SimpleNamespace:
+    """Return the macros of decays within a chunk."""
+
+    @T.macro
+    def decay(hi_i, lo_i, z_i, hi_j, lo_j, z_j, crossed, is_after):
+        """Return D: exp(G_i - G_j) if i is after j and `crossed` zeros lie between, else 0.
+
+        That is docs/math.md §4. G = hi + lo: equal parts cancel exactly, so a difference of large
+        sums keeps its precision. It is at most 0 where i is after j.
+        """
+        # Every step has a name, and the last is a sum, so that no element has a branch of its own.
+        log = (hi_i - hi_j) + (lo_i - lo_j)
+        zeros = z_i - z_j
+        if crossed == LIFTED:
+            lifted = log + LIFT
+            # A minimum would lose NaN.
+            log = T.Select(lifted > 0.0, 0.0, lifted)
+        is_kept = is_after and zeros == float(max(crossed, 0))
+        return T.exp(log + T.Select(is_kept, 0.0, -T.infinity(F32)))
+
+    @T.macro
+    def pair_decay(g, i, j, crossed):
+        """Return D_ij of a chunk with gates g (4, C), or D¹_ij; 0 for i < j."""
+        return decay(g[0, i], g[1, i], g[2, i], g[0, j], g[1, j], g[2, j], crossed, i >= j)
+
+    def branched_pair_decay(g: Any, i: Any, j: Any, crossed: int) -> Any:
+        """Return the same, finite for i < j, with a branch for each element: in fewer registers."""
+        log = (g[0, i] - g[0, j]) + (g[1, i] - g[1, j])
+        if crossed == LIFTED:
+            log, crossed = log + LIFT, 0
+        factor = T.exp(T.if_then_else(log > 0.0, 0.0, log))
+        return T.if_then_else(g[2, i] - g[2, j] == float(crossed), factor, 0.0)
+
+    @T.macro
+    def start_decay(g, i, crossed):
+        """Return b_i of a chunk with gates g (4, C), or b¹_i; b_C is the last."""
+        return decay(g[0, i], g[1, i], g[2, i], 0.0, 0.0, 0.0, crossed, True)
+
+    return SimpleNamespace(
         decay=decay,
         pair_decay=pair_decay,
+        branched_pair_decay=branched_pair_decay,
         start_decay=start_decay,
     )

@@ -40,10 +40,20 @@ def chunk_tiles(T: Any, C: int, dtype: str, bulk: bool) -> SimpleNamespace:
 
     @T.macro
     def scale_rows(parts, factors, row, width):
-        """Multiply the rows of an operand by powers of two, which is exact."""
+        """Multiply the rows of an operand by powers of two, which is exact in bfloat16."""
+        for part in parts:
+            # By way of registers: a tile that is read and written has a barrier for every pass.
+            scaled = T.alloc_fragment((C, width), part.dtype)
+            for i, j in T.Parallel(C, width):
+                scaled[i, j] = part[i, j] * T.cast(factors[row, i], part.dtype)
+            T.copy(scaled, part)
+
+    @T.macro
+    def scale_rows_in_place(parts, factors, row, width):
+        """Do the same where TileLang finds no layout for what is in registers."""
         for part in parts:
             for i, j in T.Parallel(C, width):
-                part[i, j] = T.cast(T.cast(part[i, j], F32) * factors[row, i], part.dtype)
+                part[i, j] = part[i, j] * T.cast(factors[row, i], part.dtype)
 
     @T.macro
     def load_inverse(inverses, hv, slot, parts):
@@ -58,7 +68,8 @@ def chunk_tiles(T: Any, C: int, dtype: str, bulk: bool) -> SimpleNamespace:
     def clear_tail(tile, rest, width):
         """Zero the rows that belong to no token of this sequence, whatever is in them."""
         for i, j in T.Parallel(C, width):
-            tile[i, j] = T.if_then_else(i < rest, tile[i, j], T.cast(0.0, tile.dtype))
+            if i >= rest:
+                tile[i, j] = T.cast(0.0, tile.dtype)
 
     @T.macro
     def lower(x, parts, height, width):
@@ -76,4 +87,7 @@ def chunk_tiles(T: Any, C: int, dtype: str, bulk: bool) -> SimpleNamespace:
             from_start[i] = b.start_decay(g, i, 0)
             to_end[i] = b.pair_decay(g, C - 1, i, 0)
 
-    return macros(load, load_operand, scale_rows, load_inverse, clear_tail, lower, chunk_decay)
+    return macros(
+        load, load_operand, scale_rows, scale_rows_in_place, load_inverse, clear_tail, lower,
+        chunk_decay,
+    )  # fmt: skip

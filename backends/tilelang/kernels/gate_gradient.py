@@ -39,8 +39,8 @@ class Row:
     COUNT = 12
 
 
-def gate_gradient(T: Any, C: int, BK: int, erase: bool) -> SimpleNamespace:
-    """Return the macros."""
+def gate_gradient(T: Any, C: int, BK: int, erase: bool, decay: Any) -> SimpleNamespace:
+    """Return the macros; squares of decays are formed by `decay`, one of the two of `blocks`."""
     b = blocks(T)
     quarter = C // QUARTERS
 
@@ -110,7 +110,7 @@ def gate_gradient(T: Any, C: int, BK: int, erase: bool) -> SimpleNamespace:
 
     @T.macro
     def form_gate(gate, d_gate, first, hv, m, f, kind, rest):
-        """Write d log α, or dα; X is E ⊙ D, and f.dP is E."""
+        """Write d log α, or dα; X is E ⊙ D, f.dP is E, and f.D is free."""
         g, t = m.g, m.t
         # §5 d log α_t: X = E ⊙ D over i ≥ t > j                                 [C]
         sum_straddling(m, Row.TOTAL)
@@ -123,7 +123,9 @@ def gate_gradient(T: Any, C: int, BK: int, erase: bool) -> SimpleNamespace:
         if kind == ALPHA and g[2, C - 1] > 0.0:
             # §5 dα_t where α_t = 0: X¹ = E ⊙ D¹                                 [C]
             for i, j in T.Parallel(C, C):
-                m.X[i, j] = f.dP[i, j] * b.pair_decay(g, i, j, 1)
+                f.D[i, j] = decay(g, i, j, 1)
+            for i, j in T.Parallel(C, C):
+                m.X[i, j] = f.dP[i, j] * f.D[i, j]
             chunk_decay(g, t, 1)
             sum_straddling(m, Row.PAIR)
             for i in T.Parallel(C):
@@ -132,7 +134,9 @@ def gate_gradient(T: Any, C: int, BK: int, erase: bool) -> SimpleNamespace:
         if kind == ALPHA and g[0, C - 1] < -LIFT:
             # §5 dα_t where 0 < α_t < e⁻⁶⁰: X is e⁶⁰ E ⊙ D                           [C]
             for i, j in T.Parallel(C, C):
-                m.X[i, j] = f.dP[i, j] * b.pair_decay(g, i, j, LIFTED)
+                f.D[i, j] = decay(g, i, j, LIFTED)
+            for i, j in T.Parallel(C, C):
+                m.X[i, j] = f.dP[i, j] * f.D[i, j]
             chunk_decay(g, t, LIFTED)
             sum_straddling(m, Row.PAIR)
             for i in T.Parallel(C):

@@ -51,20 +51,25 @@ def gates_of_chunk(T: Any, C: int, BK: int) -> SimpleNamespace:
         for i, j in T.Parallel(C, BK):
             squares[i, j] = T.cast(x[i, j], F32) * T.cast(x[i, j], F32)
         T.reduce_sum(squares, sums, dim=1, clear=True)
+        # By way of shared memory each row is one thread's, not that of all that have summed it.
+        T.copy(sums, to[row, 0:C])
         factor = T.alloc_var(F32)
         power = T.alloc_var(F32)
         step = T.alloc_var(F32)
+        back = T.alloc_var(F32)
         for i in T.Parallel(C):
-            factor = T.if_then_else(i < rest, 1.0 / T.sqrt(sums[i] + L2NORM_EPSILON), 1.0)
+            factor = T.if_then_else(i < rest, 1.0 / T.sqrt(to[row, i] + L2NORM_EPSILON), 1.0)
             power = 1.0
             for large, small in POWERS:
                 step = T.if_then_else(factor <= small, large, 1.0)
                 step = T.if_then_else(factor > large, small, step)
+                back = T.if_then_else(factor <= small, small, 1.0)
+                back = T.if_then_else(factor > large, large, back)
                 factor = factor * step
-                power = power / step
-            step = T.if_then_else(factor > 1.0, 0.5, 1.0)
-            to[row, i] = factor * step
-            to[row + Norm.QUERY_POWER, i] = power / step
+                power = power * back
+            is_above = factor > 1.0
+            to[row, i] = T.Select(is_above, factor * 0.5, factor)
+            to[row + Norm.QUERY_POWER, i] = T.Select(is_above, power * 2.0, power)
 
     @T.macro
     def form(m, gate, beta, at, kind, has_beta):

@@ -78,11 +78,12 @@ def solve(T: Any, *, K: int, BK: int, C: int, dtype: str, erase: bool, threads: 
                         for i, j in T.Parallel(C, C):
                             D = b.decay(
                                 m.hi[i], m.lo[i], m.z_sums[last, i],
-                                m.hi[j], m.lo[j], m.z_sums[last, j], 0,
+                                m.hi[j], m.lo[j], m.z_sums[last, j], 0, i > j,
                             )  # fmt: skip
-                            both = m.inv_norm[Norm.KEY, i] * m.inv_norm[Norm.KEY, j]
-                            scaled = m.kk[i, j] * both * m.beta[i]
-                            m.a[i, j] = T.if_then_else(i > j, scaled * D, 0.0)
+                            left = m.inv_norm[Norm.KEY, i] * m.beta[i]
+                            scaled = (m.kk[i, j] * left) * (m.inv_norm[Norm.KEY, j] * D)
+                            m.pairs[i, j] = T.Select(i > j, scaled, 0.0)
+                        T.copy(m.pairs, m.a)
                         # §3 T = (I + A)⁻¹                                       [C, C]
                         inverse_of.form(m)
                         b.store(m.x, inverses, hv, slot, 0)
@@ -103,6 +104,7 @@ def _tiles(T: Any, BK: int, C: int, dtype: str) -> SimpleNamespace:
         **named(T.alloc_shared, F32, a=(C, C), x=(C, C)),
         **named(T.alloc_shared, F32, blocks_right=(half, ROWS), blocks_lower=(half, ROWS)),
         **named(b.operand, F32, left=(half, half), right=(half, half)),
-        **named(T.alloc_fragment, F32, squares=(C, BK), sums=(C,), kk=(C, C), product=(half, half)),
+        **named(T.alloc_fragment, F32, squares=(C, BK), sums=(C,), kk=(C, C), pairs=(C, C)),
+        product=T.alloc_fragment((half, half), F32),
         column=T.alloc_local((ROWS,), F32),
     )

@@ -45,7 +45,7 @@ def state_gradients(
     T_HV, T_slots, kept_HV, kept_slots = T.dynamic("T_HV, T_slots, kept_HV, kept_slots")
     out_slots, ends_HV = T.dynamic("out_slots, ends_HV")
     threads, stages = fitting(threads, stages, C, BV)
-    step, kept = _steps(T, BK, BV, C, dtype, erase), kept_of(dtype)
+    step, kept = _steps(T, BK, BV, C, dtype, erase, bulk), kept_of(dtype)
 
     @T.prim_func
     def state_gradients(
@@ -101,8 +101,6 @@ def state_gradients(
                     chunk_of.scale_rows(m.q, m.inv_norm, Norm.QUERY_POWER, BK)
                 # §3 b, d; b_C is the last b                                     [C], [C]
                 chunk_of.chunk_decay(m.g, m.from_start, m.to_end)
-                # §5 s Pᵀ = s (K Qᵀ) ⊙ Dᵀ                                        [C, C]
-                step.form_P(m, scale)
                 chunk_of.lower(m.dS, m.dS_low, BK, BV)
                 if not is_shift:
                     T.copy(
@@ -110,8 +108,10 @@ def state_gradients(
                         d_states[hv, slot, 0:BK, dv : dv + BV],
                         annotations=PLAIN,
                     )
-                # §5 dU = s Pᵀ dO + diag(d) K dS_C                               [C, BV]
-                step.form_dU(m)
+                # §5 s Pᵀ = s (K Qᵀ) ⊙ Dᵀ, and beside it K dS_C             [C, C], [C, BV]
+                step.form_P(m, scale)
+                # §5 dU = s Pᵀ dO + diag(d) K dS_C, and beside it s (diag(b) Q)ᵀ dO
+                step.form_dU(m, scale)
                 # §5 dRHS = Tᵀ dU                                                [C, BV]
                 step.form_dRHS(m)
                 if not is_shift:
@@ -123,7 +123,8 @@ def state_gradients(
                         annotations=PLAIN,
                     )
                 # §5 dS_0 = b_C dS_C + s (diag(b) Q)ᵀ dO − (diag(βb) K)ᵀ dRHS    [BK, BV]
-                step.go_back(m, scale)
+                if erase:
+                    step.go_back(m)
             if segment == 0 or (is_shift and chunks > 0):
                 b.store(m.dS, d_starts, slot_of_segment if is_shift else n, hv, dv)
 
@@ -142,28 +143,51 @@ def _tiles(T: Any, BK: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
     )
 
 
-def _steps(T: Any, BK: int, BV: int, C: int, dtype: str, erase: bool) -> SimpleNamespace:
-    """Return the macros of a chunk: from dS at its end to dS at its start."""
+def _steps(
+    T: Any, BK: int, BV: int, C: int, dtype: str, erase: bool, is_beside: bool
+) -> SimpleNamespace:
+    """Return the macros of a chunk: from dS at its end to dS at its start.
+
+    With `is_beside`, K dS is formed beside K Qᵀ, which takes registers that sm_80 lacks.
+    """
     b, chunk_of = blocks(T), chunk_tiles(T, C, dtype, True)
 
     @T.macro
-    def form_P(m, scale):
-        """Set P to s Pᵀ, formed as such: no product is transposed."""
-        b.multiply(m.k, m.q, m.kq, False, True, True)
-        for i, j in T.Parallel(C, C):
-            D = b.pair_decay(m.g, j, i, 0)
-            both = m.inv_norm[Norm.KEY, i] * m.inv_norm[Norm.QUERY, j]
-            scaled = m.kq[i, j] * (both * scale) * D
-            m.kq[i, j] = T.if_then_else(i <= j, scaled, 0.0)
-        chunk_of.lower(m.kq, m.P, C, C)
-
-    @T.macro
-    def form_dU(m):
-        """Set dU from dS and dO."""
+    def read(m):
+        """Set dU to diag(d) K dS."""
         b.multiply(m.k, m.dS_low, m.dU, False, False, True)
         for i, j in T.Parallel(C, BV):
             m.dU[i, j] = m.dU[i, j] * (m.to_end[i] * m.inv_norm[Norm.KEY, i])
+
+    @T.macro
+    def form_P(m, scale):
+        """Set P to s Pᵀ, formed as such: no product is transposed; and dU to diag(d) K dS."""
+        if is_beside:
+            b.issue(m.k, m.q, m.kq, False, True, True)
+            read(m)
+        else:
+            b.multiply(m.k, m.q, m.kq, False, True, True)
+        for i, j in T.Parallel(C, C):
+            D = b.pair_decay(m.g, j, i, 0)
+            left = m.inv_norm[Norm.KEY, i] * scale
+            scaled = (m.kq[i, j] * left) * (m.inv_norm[Norm.QUERY, j] * D)
+            m.kq[i, j] = T.Select(i <= j, scaled, 0.0)
+        chunk_of.lower(m.kq, m.P, C, C)
+        if not is_beside:
+            read(m)
+
+    @T.macro
+    def form_dU(m, scale):
+        """Add s Pᵀ dO to dU, and carry dS to the start of the chunk as far as dO goes."""
+        for i, j in T.Parallel(C, BV):
+            left = m.from_start[i] * m.inv_norm[Norm.QUERY, i]
+            m.dR[i, j] = b.value(m.d_o, i, j) * (left * scale)
+        chunk_of.lower(m.dR, m.low, C, BV)
+        for i, j in T.Parallel(BK, BV):
+            m.dS[i, j] = m.dS[i, j] * m.from_start[C - 1]
+        b.issue(m.q, m.low, m.dS, True, False, False)
         b.multiply(m.P, m.d_o, m.dU, False, False, False)
+        b.hold(m.q)
 
     @T.macro
     def form_dRHS(m):
@@ -175,20 +199,12 @@ def _steps(T: Any, BK: int, BV: int, C: int, dtype: str, erase: bool) -> SimpleN
             T.copy(m.dU, m.dR)
 
     @T.macro
-    def go_back(m, scale):
-        """Carry dS to the start of the chunk."""
-        for i, j in T.Parallel(BK, BV):
-            m.dS[i, j] = m.dS[i, j] * m.from_start[C - 1]
+    def go_back(m):
+        """Take from dS what the error term takes from the state."""
         for i, j in T.Parallel(C, BV):
-            left = m.from_start[i] * m.inv_norm[Norm.QUERY, i]
-            m.dU[i, j] = b.value(m.d_o, i, j) * (left * scale)
-        chunk_of.lower(m.dU, m.low, C, BV)
-        b.multiply(m.q, m.low, m.dS, True, False, False)
-        if erase:
-            for i, j in T.Parallel(C, BV):
-                left = m.g[3, i] * m.from_start[i] * m.inv_norm[Norm.KEY, i]
-                m.dR[i, j] = -m.dR[i, j] * left
-            chunk_of.lower(m.dR, m.low, C, BV)
-            b.multiply(m.k, m.low, m.dS, True, False, False)
+            left = m.g[3, i] * m.from_start[i] * m.inv_norm[Norm.KEY, i]
+            m.dR[i, j] = -m.dR[i, j] * left
+        chunk_of.lower(m.dR, m.low, C, BV)
+        b.multiply(m.k, m.low, m.dS, True, False, False)
 
     return macros(form_P, form_dU, form_dRHS, go_back)

@@ -19,6 +19,7 @@ from typing import Any
 
 from gdn_ops.backends.tilelang.kernels.blocks import (
     F32,
+    I32,
     blocks,
     kept_of,
     macros,
@@ -46,8 +47,8 @@ def states(
     kept = kept_of(dtype)
     columns = -(-V // BV)
     all_columns = columns + (-(-K // BV) if is_map else 0)
-    update = _updates(T, BK, BV, C, erase, columns, is_map)
-    output = _outputs(T, V, BV, C, dtype)
+    update = _updates(T, BK, BV, C, dtype, erase, columns, is_map)
+    output = _outputs(T, V, BV, C, dtype, erase)
 
     @T.prim_func
     def states(
@@ -75,15 +76,16 @@ def states(
             m = _tiles(T, BK, BV, C, dtype)
             slot_of_segment = program // all_columns
             column = program % all_columns
-            R = HV // H
-            h = hv // R
-            n = b.owner(cu, N1 - 1, C * L, slot_of_segment)
-            begin = cu[n]
-            length = cu[n + 1] - begin
-            segment = slot_of_segment - (begin // (C * L) + n)
-            first_chunk = segment * L
-            chunks = T.max(T.min(T.ceildiv(length, C) - first_chunk, L), 0)
-            first_slot = begin // C + n + first_chunk
+            n = T.alloc_var(I32, b.owner(cu, N1 - 1, C * L, slot_of_segment))
+            h = T.alloc_var(I32, hv // (HV // H))
+            segment = T.alloc_var(I32, slot_of_segment - (cu[n] // (C * L) + n))
+            all_chunks = T.ceildiv(cu[n + 1] - cu[n], C)
+            # A slot that no segment has begins where the sequence ends.
+            first_chunk = T.alloc_var(I32, T.min(segment * L, all_chunks))
+            length = T.alloc_var(I32, cu[n + 1] - cu[n] - first_chunk * C)
+            chunks = T.alloc_var(I32, T.max(T.min(T.ceildiv(length, C), L), 0))
+            first_slot = T.alloc_var(I32, cu[n] // C + n + first_chunk)
+            first_token = T.alloc_var(I32, cu[n] + first_chunk * C)
             dv = column * BV
             is_own = segment == 0 or chunks > 0
             if is_map:
@@ -94,8 +96,8 @@ def states(
                 T.clear(m.S)
             for chunk in T.Pipelined(chunks, num_stages=stages):
                 slot = first_slot + chunk
-                first = begin + (first_chunk + chunk) * C
-                rest = length - (first_chunk + chunk) * C
+                first = first_token + chunk * C
+                rest = length - chunk * C
                 chunk_of.load_operand(k, first, h, 0, BK, rest, m.k)
                 chunk_of.load(v, first, hv, dv, BV, rest, m.v)
                 T.copy(gates[hv, slot, 0:4, 0:C], m.g)
@@ -117,17 +119,30 @@ def states(
                 chunk_of.lower(m.S, m.S_low, BK, BV)
                 if mode == "states":
                     b.store(m.S, chunk_states, hv, slot, dv)
-                # §3 E = V − diag(b) K S,  U = T diag(β) E                       [C, BV]
+                # §3 K S, and beside it Q Kᵀ and Q S                     [C, BV], [C, C], [C, BV]
+                if has_output:
+                    output.read(m)
+                elif erase:
+                    b.multiply(m.k, m.S_low, m.read, False, False, True)
+                # §3 E = V − diag(b) K S                                         [C, BV]
+                if erase:
+                    update.form_E(m, column)
+                # §3 P = lower(Q Kᵀ ⊙ D), and s in it                            [C, C]
+                if has_output:
+                    output.form_P(m, scale)
+                # §3 U = T diag(β) E                                             [C, BV]
                 update.form_U(m, column)
                 if mode == "states" and erase:
                     b.store(m.U, u, hv, slot, dv)
-                # §3 S_C = b_C S + (diag(d) K)ᵀ U                                [BK, BV]
-                update.advance(m)
+                update.weigh(m)
+                # §3 O = s (diag(b) Q S + P U), not waited for                   [C, BV]
                 if has_output:
-                    # §3 O = s (diag(b) Q S + lower(Q Kᵀ ⊙ D) U)                 [C, BV]
-                    output.form(m, rest, scale)
-                    output.store(m.out_tile, o, first, hv, dv, rest)
-            if has_output and is_own and (first_chunk + L) * C >= length:
+                    output.add(m)
+                # §3 S_C = b_C S + (diag(d) K)ᵀ U                                [BK, BV]
+                b.multiply(m.k, m.weighted, m.S, True, False, False)
+                if has_output:
+                    output.store(m.out, m.out_tile, o, first, hv, dv, rest)
+            if has_output and is_own and length <= L * C:
                 b.store(m.S, final, n, hv, dv)
             if is_map and is_own:
                 if column < columns:
@@ -152,15 +167,15 @@ def _tiles(T: Any, BK: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
 
 
 def _updates(
-    T: Any, BK: int, BV: int, C: int, erase: bool, columns: int, is_map: bool
+    T: Any, BK: int, BV: int, C: int, dtype: str, erase: bool, columns: int, is_map: bool
 ) -> SimpleNamespace:
     """Return the macros of the state: from S at the start of a chunk to S at its end."""
-    b = blocks(T)
+    b, chunk_of = blocks(T), chunk_tiles(T, C, dtype, True)
 
     def value(m: Any, i: Any, j: Any, column: Any) -> Any:
         """Return element (i, j) of V, 0 in the columns of a map."""
         element = T.cast(m.v[i, j], F32)
-        return T.if_then_else(column < columns, element, 0.0) if is_map else element
+        return T.Select(column < columns, element, 0.0) if is_map else element
 
     @T.macro
     def start_map(S, column):
@@ -170,56 +185,70 @@ def _updates(
             S[i, j] = T.if_then_else(column >= columns and i == dk + j, 1.0, 0.0)
 
     @T.macro
+    def form_E(m, column):
+        """Round diag(β) E to an operand."""
+        for i, j in T.Parallel(C, BV):
+            left = m.from_start[i] * m.inv_norm[Norm.KEY, i]
+            x = value(m, i, j, column) - m.read[i, j] * left
+            m.read[i, j] = x * m.g[3, i]
+        chunk_of.lower(m.read, m.E, C, BV)
+
+    @T.macro
     def form_U(m, column):
         """Set U to T diag(β) E, or to diag(β) V for rules without an error term."""
         if erase:
-            b.multiply(m.k, m.S_low, m.read, False, False, True)
-            for i, j in T.Parallel(C, BV):
-                left = m.from_start[i] * m.inv_norm[Norm.KEY, i]
-                x = value(m, i, j, column) - m.read[i, j] * left
-                b.put(m.E, i, j, x * m.g[3, i])
             b.multiply(m.x, m.E, m.U, False, False, True)
         else:
             for i, j in T.Parallel(C, BV):
                 m.U[i, j] = value(m, i, j, column) * m.g[3, i]
 
     @T.macro
-    def advance(m):
-        """Carry S to the end of the chunk."""
+    def weigh(m):
+        """Round diag(d) U to an operand, and set S to b_C S."""
         for i, j in T.Parallel(C, BV):
-            b.put(m.weighted, i, j, m.U[i, j] * (m.to_end[i] * m.inv_norm[Norm.KEY, i]))
+            m.read[i, j] = m.U[i, j] * (m.to_end[i] * m.inv_norm[Norm.KEY, i])
+        chunk_of.lower(m.read, m.weighted, C, BV)
         for i, j in T.Parallel(BK, BV):
             m.S[i, j] = m.S[i, j] * m.from_start[C - 1]
-        b.multiply(m.k, m.weighted, m.S, True, False, False)
 
-    return macros(start_map, form_U, advance)
+    return macros(start_map, form_E, form_U, weigh)
 
 
-def _outputs(T: Any, V: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
+def _outputs(T: Any, V: int, BV: int, C: int, dtype: str, erase: bool) -> SimpleNamespace:
     """Return the macros of the output of a chunk."""
-    b = blocks(T)
+    b, chunk_of = blocks(T), chunk_tiles(T, C, dtype, True)
 
     @T.macro
-    def form(m, rest, scale):
-        """Set the tile of o from S at the chunk's start, which is still in S_low, and U."""
+    def read(m):
+        """Multiply Q and K by S, and Q by K."""
+        b.issue(m.q, m.k, m.qk, False, True, True)
+        if erase:
+            b.issue(m.k, m.S_low, m.read, False, False, True)
+        b.multiply(m.q, m.S_low, m.out, False, False, True)
+
+    @T.macro
+    def form_P(m, scale):
+        """Round s P to an operand, and set `out` to s diag(b) Q S."""
         for i, j in T.Parallel(C, BV):
-            b.put(m.U_low, i, j, m.U[i, j])
-        b.multiply(m.q, m.k, m.qk, False, True, True)
+            left = m.from_start[i] * m.inv_norm[Norm.QUERY, i]
+            m.out[i, j] = m.out[i, j] * (left * scale)
         for i, j in T.Parallel(C, C):
             D = b.pair_decay(m.g, i, j, 0)
-            both = m.inv_norm[Norm.QUERY, i] * m.inv_norm[Norm.KEY, j]
-            scaled = m.qk[i, j] * both * D
-            b.put(m.P, i, j, T.if_then_else(i >= j and i < rest, scaled, 0.0))
-        b.multiply(m.q, m.S_low, m.out, False, False, True)
-        for i, j in T.Parallel(C, BV):
-            m.out[i, j] = m.out[i, j] * (m.from_start[i] * m.inv_norm[Norm.QUERY, i])
-        b.multiply(m.P, m.U_low, m.out, False, False, False)
-        for i, j in T.Parallel(C, BV):
-            m.out_tile[i, j] = T.cast(m.out[i, j] * scale, dtype)
+            left = m.inv_norm[Norm.QUERY, i] * scale
+            scaled = (m.qk[i, j] * left) * (m.inv_norm[Norm.KEY, j] * D)
+            m.qk[i, j] = T.Select(i >= j, scaled, 0.0)
+        chunk_of.lower(m.qk, m.P, C, C)
 
     @T.macro
-    def store(tile, o, first, hv, dv, rest):
+    def add(m):
+        """Issue the product that adds s P U to `out`."""
+        chunk_of.lower(m.U, m.U_low, C, BV)
+        b.issue(m.P, m.U_low, m.out, False, False, False)
+
+    @T.macro
+    def store(x, tile, o, first, hv, dv, rest):
         """Store the rows of o that are tokens."""
+        T.copy(x, tile)
         if rest >= C:
             T.copy(tile, o[first : first + C, hv, dv : dv + BV])
         else:
@@ -227,4 +256,4 @@ def _outputs(T: Any, V: int, BV: int, C: int, dtype: str) -> SimpleNamespace:
                 if i < rest and dv + j < V:
                     o[first + i, hv, dv + j] = tile[i, j]
 
-    return macros(form, store)
+    return macros(read, form_P, add, store)

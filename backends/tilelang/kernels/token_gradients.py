@@ -52,8 +52,10 @@ def token_gradients(
     # Element by element: TileLang 0.1.15 would wait for a whole copy inside the pipelined loop.
     rows_of = chunk_tiles(T, C, dtype, False)
     turn_of = _turns(T, BK, V, BV, C, dtype, erase)
-    pairs = pair_gradients(T, C, BK // SLICE, SLICE, erase)
-    gate_of = gate_gradient(T, C, BK, erase)
+    # Without a second group of warps that copies, a thread has no register to spare.
+    decay = b.pair_decay if stages > 0 else b.branched_pair_decay
+    pairs = pair_gradients(T, C, BK // SLICE, SLICE, erase, decay)
+    gate_of = gate_gradient(T, C, BK, erase, decay)
     finish = _results(T, K, BK, C, dtype)
 
     @T.prim_func
@@ -96,8 +98,8 @@ def token_gradients(
             for row, i in T.Parallel(Norm.COUNT, C):
                 m.inv_norm[row, i] = inv_norms[h, slot, row, i]
             if has_norm != 0:
-                rows_of.scale_rows(m.q, m.inv_norm, Norm.QUERY_POWER, BK)
-                rows_of.scale_rows(m.k, m.inv_norm, Norm.KEY_POWER, BK)
+                rows_of.scale_rows_in_place(m.q, m.inv_norm, Norm.QUERY_POWER, BK)
+                rows_of.scale_rows_in_place(m.k, m.inv_norm, Norm.KEY_POWER, BK)
             for tile in [*f.dQ, *f.dK, *m.squares]:
                 T.clear(tile)
             for turn in T.Pipelined(turns, num_stages=stages):
@@ -230,9 +232,10 @@ def _turns(T: Any, BK: int, V: int, BV: int, C: int, dtype: str, erase: bool) ->
     def form_pairs(m, f):
         """Add the products of the turn to dP and dA."""
         # §5 dP = s lower(dO Uᵀ),  dA = −strict_lower(dRHS Uᵀ)                   [C, C]
-        b.multiply_rows(m.d_o, m.U, f.dP, False, True, False)
+        # The next product is waited for, and these with it.
+        b.issue_rows(m.d_o, m.U, f.dP, False, True, False)
         if erase:
-            b.multiply_rows(m.dR, m.U, f.dA, False, True, False)
+            b.issue_rows(m.dR, m.U, f.dA, False, True, False)
 
     @T.macro
     def through(left, state, t, weight, tile, to, f, sums):
