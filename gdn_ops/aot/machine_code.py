@@ -154,7 +154,7 @@ class Line(NamedTuple):
         counts: of this instruction alone.
         targets: indices of the lines that it may jump to.
         goes_on: whether the next line may follow it.
-        polls: whether it asks for something that may not have arrived yet, or for lanes that differ.
+        polls: whether it asks for what may not have arrived yet, or for lanes that differ.
         is_irregular: whether it may jump to a place that the listing does not name.
     """
 

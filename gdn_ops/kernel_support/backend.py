@@ -28,8 +28,11 @@ from gdn_ops.spec.rules import Limits
 MOST_STEPS: Final = 8
 """Tokens per row up to which a call without gradients takes the decode kernel."""
 
-EMULATED_PROCESSORS: Final = 132
-"""Multiprocessors of an H100 or H200, which an emulation stands for."""
+PROCESSORS: Final = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+"""Multiprocessors of A100, H200, B200 and MI300X, for launches that are only recorded."""
+
+EMULATED_PROCESSORS: Final = PROCESSORS["sm_90"]
+"""Those of the GPU that an emulation stands for."""
 
 EMULATED_MEMORY: Final = 141 * 10**9
 """Bytes of memory of an H200."""
@@ -84,8 +87,10 @@ class Tables:
 
     def processors(self, device: torch.device) -> int:
         """Return how many multiprocessors a device has, each of which runs a program or more."""
-        is_real = device.type == "cuda" and recorded_target() is None
-        return _processors_of(device.index or 0) if is_real else EMULATED_PROCESSORS
+        recorded = recorded_target()
+        if device.type == "cuda" and recorded is None:
+            return _processors_of(device.index or 0)
+        return PROCESSORS.get((recorded or "").removesuffix("a"), EMULATED_PROCESSORS)
 
     def memory(self, device: torch.device) -> int:
         """Return the bytes of memory that a device has."""

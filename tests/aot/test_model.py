@@ -7,6 +7,7 @@ import pytest
 from gdn_ops.aot.machine_code import Counts
 from gdn_ops.aot.model import predict
 from gdn_ops.aot.processors import GPUS, programs_per_processor
+from gdn_ops.kernel_support.backend import PROCESSORS
 
 HOPPER, AMPERE, MI300 = GPUS["sm_90"], GPUS["sm_80"], GPUS["gfx942"]
 
@@ -132,3 +133,7 @@ def test_the_same_code_has_the_same_time() -> None:
     work = Counts(instructions=12345, barriers=7, waits=3, multiply_adds=98765)
     first, again = (predict(HOPPER, work, 8, 1, (77, 3), 123456) for _ in range(2))
     assert first == again
+
+
+def test_recorded_launches_are_planned_for_the_processors_of_the_model() -> None:
+    assert {name: GPUS[name].processors for name in PROCESSORS} == PROCESSORS
