@@ -35,3 +35,22 @@ def gather(X_, Y_, Z_, n, m, scale, N: tl.constexpr):
     if Z_ is not None:
         x += tl.load(Z_ + i)
     tl.store(Y_ + i, x * scale)
+
+
+@triton.jit
+def transposed_product(X_, Y_, Z_, n, N: tl.constexpr):
+    i = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    x, y = tl.load(X_ + i), tl.load(Y_ + i)
+    xy = tl.dot(x, y).to(x.dtype)
+    tl.store(Z_ + i, tl.dot(tl.trans(xy), y).to(x.dtype))
+
+
+@triton.jit
+def transposed_sum_of_products(X_, Y_, Z_, n, N: tl.constexpr):
+    i = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    x, y = tl.load(X_ + i), tl.load(Y_ + i)
+    total = tl.zeros([N, N], tl.float32)
+    for _ in range(n):
+        total = tl.dot(x, y, total)
+    total = tl.trans((total * 2.0).to(x.dtype))
+    tl.store(Z_ + i, tl.dot(total, y).to(x.dtype))

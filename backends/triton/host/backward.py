@@ -60,6 +60,9 @@ def backward(
     tiles, erase = plan.config.token_gradients, call.rule.has_erase
     BV = width(tiles, s.V)
     sums = _scratch(call, plan, BV)
+    squares = torch.empty(
+        (s.H, plan.chunk_slots, 2, plan.C, plan.C), dtype=plan.kept, device=call.device
+    )
     read = [q, k, d_o, d_rhs, *([u] if erase else [])]
     sizes = (s.N, s.T, plan.chunk_slots, *strides(q), *strides(k), *strides(v), *strides(d_o))
     shared = dense(call.cu_seqlens), float(call.scale), *sizes
@@ -70,7 +73,8 @@ def backward(
     by_descriptors = plan.config.descriptors and _has_whole_tiles(call, d_o, BV)
     launch(
         token_gradients.token_gradients, (plan.chunk_slots, s.H),
-        q, k, v, d_o, kept.gates, u, d_rhs, states, d_states, *sums, d_q, d_k, d_v, *shared,
+        q, k, v, d_o, kept.gates, u, d_rhs, states, d_states, squares, *sums, d_q,
+        d_k, d_v, *shared,
         TMA=by_descriptors and all(map(is_aligned, (*read, states, d_states, d_q, d_k, d_v))),
         **constants, **options(tiles),
     )  # fmt: skip

@@ -12,6 +12,7 @@ atomics, and the same call gives the same bits. FLA's names are `chunk_bwd_dqkwg
     writes  dq, dk (B, T, H, K), dv (B, T, HV, V)
             sums of tokens (6, HV, chunk_slots, C) and of rows of S dS_Cᵀ (HV, chunk_slots, BV),
             float32, numbers of rows (H, chunk_slots, C or BV) int32
+            squares (H, chunk_slots, 2, C, C), to read them transposed
 """
 
 from __future__ import annotations
@@ -199,8 +200,8 @@ def through_written(
 
 @triton.jit(do_not_specialize=("N", "T", "chunk_slots", "H", "R"))
 def token_gradients(
-    q, k, v, d_o, gates, u, d_rhs, states, d_states, sums, corners, places, d_q, d_k, d_v,
-    cu_seqlens, scale,
+    q, k, v, d_o, gates, u, d_rhs, states, d_states, squares, sums, corners, places, d_q, d_k,
+    d_v, cu_seqlens, scale,
     N, T, chunk_slots, q_batch, q_token, q_head, k_batch, k_token, k_head,
     v_batch, v_token, v_head, o_batch, o_token, o_head,
     H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -257,6 +258,8 @@ def token_gradients(
     j = tl.load(places + i)
     pairs = tl.where(i[:, None] >= j[None, :], pairs, 0.0) * scale
     pairs = operand(pairs, d_rhs.dtype.element_ty, PRECISION)
+    squares += (tl.cast(h, tl.int64) * chunk_slots + slot) * (2 * C * C)
+    tl.store(squares + i[:, None] * C + tl.arange(0, C)[None, :], pairs)
     # q and k are read again for every head: they would not fit the registers either.
     # §5 (dP ⊙ D) K to dQ, of the normalised q, k                                            [C, BK]
     k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
@@ -290,14 +293,20 @@ def token_gradients(
         j = tl.load(places + i)
         M = tl.where(i[:, None] > j[None, :], M, 0.0)
         M = operand(M, d_rhs.dtype.element_ty, PRECISION)
+        tl.store(squares + (C * C + i[:, None] * C) + tl.arange(0, C)[None, :], M)
     # §5 (dP ⊙ D)ᵀ Q,  (M + Mᵀ) K to dK                                                      [C, BK]
     q_tile = read_tile(q_tiles, place, 0, q_token, length, K, C, BK, TMA)
     q_hat = normalised(q_tile, inv_q, NORM, PRECISION)
+    # What is transposed is read again: before Triton 3.7.1 a product with a transposed product is
+    # wrong on Hopper. Wait: a thread reads what another one has stored.
+    tl.debug_barrier()
+    pairs = tl.load(squares + i[:, None] * C + tl.arange(0, C)[None, :])
     d_x = tl.dot(tl.trans(pairs), q_hat, input_precision=PRECISION)
     k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
     if ERASE:
         k_hat = normalised(k_tile, inv_k, NORM, PRECISION)
         d_x = tl.dot(M, k_hat, d_x, input_precision=PRECISION)
+        M = tl.load(squares + (C * C + i[:, None] * C) + tl.arange(0, C)[None, :])
         d_x = tl.dot(tl.trans(M), k_hat, d_x, input_precision=PRECISION)
     d_x = through_rhs(
         d_x, k_tiles, inv_k, v, gates, sums, r_tiles, s_tiles, dv_tiles, i, row, first, place, h,
