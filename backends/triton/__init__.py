@@ -26,7 +26,7 @@ from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host import decode
 from gdn_ops.backends.triton.host.backward import backward
 from gdn_ops.backends.triton.host.forward import forward
-from gdn_ops.backends.triton.host.plan import empty_saved, make_plan
+from gdn_ops.backends.triton.host.plan import empty_saved, make_plan, pointer_remarks
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.backend import Prepared
 from gdn_ops.kernel_support.backend import KernelBackend
@@ -79,6 +79,9 @@ class Triton(KernelBackend):
     run_forward = staticmethod(forward)
     run_backward = staticmethod(backward)
     run_decode = staticmethod(decode.run)
+
+    def remarks(self, call: Call) -> list[str]:
+        return pointer_remarks(call)
 
     def prepared(self, call: Call) -> Prepared | None:
         return decode.prepared(call)

@@ -56,6 +56,10 @@ class Backend:
         """Return the reasons against running a call, beyond those that `limits` gives."""
         return []
 
+    def remarks(self, call: Call) -> list[str]:
+        """Return what makes a call that it can run slower than it need be, for `explain`."""
+        return []
+
     @classmethod
     def tools(cls, device: str) -> dict[str, str]:
         """Return the versions, by name, of further tools that make its code for a torch device.

@@ -51,7 +51,7 @@ class Explanation:
         backend: the backend that would run, or None.
         reasons: (backend, reasons against it) in the order of preference.
         pinned: whether the call names its backend.
-        notes: what is allowed, and looks like a mistake.
+        notes: what is allowed, and looks like a mistake, or makes that backend slower.
     """
 
     op: str
@@ -98,7 +98,10 @@ def explain_call(call: Call, name: str = "auto") -> Explanation:
         if not against and chosen is None and name in ("auto", candidate):
             chosen = candidate
         rows.append((candidate, tuple(against)))
-    notes = layout_notes(call.sizes)
+    notes = tuple(layout_notes(call.sizes))
+    runs = None if chosen is None else get_backend(chosen)
+    if runs is not None and not isinstance(runs, str):
+        notes += tuple(runs.remarks(call))
     return Explanation(call.op.name, call.describe(), chosen, tuple(rows), name != "auto", notes)
 
 

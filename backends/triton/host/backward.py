@@ -20,11 +20,11 @@ from gdn_ops.backends.triton.host.launcher import launch
 from gdn_ops.backends.triton.host.plan import (
     Plan,
     Saved,
+    by_descriptors,
     common,
     dense,
     gate_kind,
     gate_of,
-    is_aligned,
     options,
     readable,
     strides,
@@ -70,19 +70,19 @@ def backward(
         "H": s.H, "R": s.HV // s.H, "V": s.V, "BV": BV, "GATE": gate_kind(call),
         "HAS_BETA": beta is not None, "ERASE": erase, "NORM": call.qk_l2norm,
     }  # fmt: skip
-    by_descriptors = plan.config.descriptors and _has_whole_tiles(call, d_o, BV)
+    whole = _has_whole_tiles(call, d_o, BV)
     launch(
         token_gradients.token_gradients, (plan.chunk_slots, s.H),
         q, k, v, d_o, kept.gates, u, d_rhs, states, d_states, squares, *sums, d_q,
         d_k, d_v, *shared,
-        TMA=by_descriptors and all(map(is_aligned, (*read, states, d_states, d_q, d_k, d_v))),
+        TMA=whole and by_descriptors(plan.config, (*read, states, d_states, d_q, d_k, d_v)),
         **constants, **options(tiles),
     )  # fmt: skip
     if gate is not None or beta is not None:
         launch(
             gate_gradients.gate_gradients, (plan.chunk_slots, s.H),
             q, k, v, gate, d_o, kept.gates, u, d_rhs, *sums, d_gate, d_beta, *shared,
-            TMA=by_descriptors and all(map(is_aligned, read)), **constants,
+            TMA=whole and by_descriptors(plan.config, read), **constants,
             **options(replace(tiles, stages=1)),
         )  # fmt: skip
     return Grads(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from gdn_ops.backends.triton.host import config as configs
@@ -17,6 +20,7 @@ from gdn_ops.call.bind import Call
 from gdn_ops.kernel_support.backend import environment_choice
 from gdn_ops.kernel_support.tuning import Tiles
 from gdn_ops.spec.language import Sizes
+from gdn_ops.spec.ops import GATED_DELTA
 
 CHUNK: Final = 20
 """Time of a chunk in a walk that writes the output. This and the next three are in its twentieths,
@@ -301,6 +305,33 @@ def gate_of(call: Call) -> Tensor | None:
 def is_weighted(call: Call) -> bool:
     """Return whether T is multiplied by β where it is formed: a backward needs it without."""
     return call.rule.has_erase and not call.needs_grad
+
+
+HAS_DESCRIPTORS: Final = hasattr(tl, "make_tensor_descriptor")
+"""Whether this Triton has tensor descriptors."""
+
+
+def by_descriptors(config: Config, tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether a launch reads and writes tensors by descriptors."""
+    given = (x for x in tensors if x is not None and x.numel())
+    return config.descriptors and HAS_DESCRIPTORS and all(map(is_aligned, given))
+
+
+def pointer_remarks(call: Call) -> list[str]:
+    """Return why tiles of a call are read by pointers where its GPU could read them faster."""
+    tokens = call.tokens
+    config = configs.tables.choose(call.device, call.sizes.K, call.sizes.V, tokens.q.dtype)
+    if call.op is not GATED_DELTA or not config.descriptors:
+        return []
+    if not HAS_DESCRIPTORS:
+        return [
+            f"triton {triton.__version__} has no tensor descriptors: tiles are read by pointers"
+        ]
+    given = {"q": tokens.q, "k": tokens.k, "v": tokens.v}
+    odd = [name for name, x in given.items() if not is_aligned(readable(x))]
+    if not odd:
+        return []
+    return [f"{', '.join(odd)} not aligned to 16 bytes: tiles are read by pointers"]
 
 
 def is_aligned(x: Tensor) -> bool:

@@ -13,9 +13,9 @@ from gdn_ops.backends.triton.host.launcher import launch
 from gdn_ops.backends.triton.host.plan import (
     Plan,
     Saved,
+    by_descriptors,
     common,
     dense,
-    is_aligned,
     is_weighted,
     operands,
     options,
@@ -89,7 +89,6 @@ def _walk(
     if maps is not None:
         grid = grid_of_maps(call, plan, BV)
     initial = saved.starts if cuts and maps is None else dense(call.state)
-    described = [q, k, v, *(x for x in (o, u, states) if x is not None and x.numel())]
     launch(
         walk.walk, grid,
         q, k, v, saved.gates, saved.factors, saved.ends, saved.inverses, saved.scores, initial,
@@ -99,7 +98,7 @@ def _walk(
         DECAY=call.rule.has_decay, ERASE=call.rule.has_erase,
         HAS_INITIAL=initial is not None, OUTPUT=o is not None,
         KEEP=states is not None, MAPS=maps is not None, SEGMENTED=cuts > 0,
-        WEIGHTED=is_weighted(call), TMA=config.descriptors and all(map(is_aligned, described)),
+        WEIGHTED=is_weighted(call), TMA=by_descriptors(config, (q, k, v, o, u, states)),
         **options(config.walk),
     )  # fmt: skip
 
@@ -142,7 +141,6 @@ def _walk_back(
     grid = ((cuts or s.N) * s.HV, of_v)
     if d_rhs is None and segments_of(call, plan):
         grid = (s.N * s.HV, (segments_of(call, plan) - 1) * of_v)
-    described = [q, k, d_o, *(x for x in (d_rhs, d_states) if x is not None)]
     launch(
         walk_back.walk_back, grid,
         q, k, d_o, saved.factors, saved.ends, saved.inverses, saved.scores, d_end, d_rhs,
@@ -150,7 +148,7 @@ def _walk_back(
         s.N, s.T, plan.L, plan.chunk_slots, s.HV, s.HV // s.H,
         *strides(q), *strides(k), *strides(d_o), **common(call, plan), V=s.V, BV=BV,
         DECAY=call.rule.has_decay, ERASE=call.rule.has_erase, SHIFTS=d_rhs is None,
-        SEGMENTED=cuts > 0, TMA=config.descriptors and all(map(is_aligned, described)),
+        SEGMENTED=cuts > 0, TMA=by_descriptors(config, (q, k, d_o, d_rhs, d_states)),
         **options(config.walk_back),
     )  # fmt: skip
 

@@ -222,3 +222,31 @@ def test_ieee_products_are_the_definition_too(monkeypatch: pytest.MonkeyPatch) -
     assert configs.float32_products == "tf32x3"
     monkeypatch.setattr(configs, "float32_products", "ieee")
     check_definition("triton", AWKWARD)
+
+
+# What makes a call slower than it need be, for `explain`.
+
+
+def explained(**changes: Any) -> tuple[str, ...]:
+    example = Example(T=64, K=128, V=128, dtype="bfloat16")
+    arguments = example.arguments() | changes
+    arguments.pop("state", None)
+    return tuple(gdn_ops.explain(**arguments, backend="triton").notes)
+
+
+def test_tiles_that_are_read_by_pointers_are_explained() -> None:
+    assert explained() == ()
+    k = Example(T=64, K=128, V=128, dtype="bfloat16").arguments()["k"]
+    wide = torch.nn.functional.pad(k, (1, 0))
+    assert explained(k=wide[..., 1:]) == ("k not aligned to 16 bytes: tiles are read by pointers",)
+
+
+def test_a_triton_without_descriptors_reads_by_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "HAS_DESCRIPTORS", False)
+    version = backend.importlib.metadata.version("triton")
+    text = f"triton {version} has no tensor descriptors: tiles are read by pointers"
+    assert explained() == (text,)
+    with torch.no_grad(), recording("sm_90") as launches:
+        backend.Triton().forward(meta_call(**SIZES))
+    assert [launch.kwargs.get("TMA", False) for launch in launches] == [False] * len(launches)
+    check_definition("triton", Example(T=70, K=16, V=16, dtype="bfloat16"))
