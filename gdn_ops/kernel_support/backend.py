@@ -87,6 +87,8 @@ class Tables:
 
     def processors(self, device: torch.device) -> int:
         """Return how many multiprocessors a device has, each of which runs a program or more."""
+        if device.type == "cpu":
+            return EMULATED_PROCESSORS
         recorded = recorded_target()
         if device.type == "cuda" and recorded is None:
             return _processors_of(device.index or 0)

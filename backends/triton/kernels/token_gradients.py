@@ -198,6 +198,30 @@ def through_written(
     return d_x
 
 
+@triton.jit
+def keep_square(square, x, i, C: tl.constexpr):
+    """Write x (C, C), for `turned`."""
+    tl.store(square + i[:, None] * C + tl.arange(0, C)[None, :], x)
+
+
+@triton.jit
+def turned(square, i, C: tl.constexpr):
+    """Return what `keep_square` has written, transposed.
+
+    It is read again, since before Triton 3.7.1 a product with a transposed product is wrong on
+    Hopper.
+    """
+    return tl.trans(tl.load(square + i[:, None] * C + tl.arange(0, C)[None, :]))
+
+
+@triton.jit
+def places_of_rows(places, h, slot, chunk_slots, WIDEST: tl.constexpr):
+    """Write the numbers of rows of a chunk to memory of its own; return the pointer to them."""
+    places += (tl.cast(h, tl.int64) * chunk_slots + slot) * WIDEST
+    tl.store(places + tl.arange(0, WIDEST), tl.arange(0, WIDEST))
+    return places
+
+
 @triton.jit(do_not_specialize=("N", "T", "chunk_slots", "H", "R"))
 def token_gradients(
     q, k, v, d_o, gates, u, d_rhs, states, d_states, squares, sums, corners, places, d_q, d_k,
@@ -235,9 +259,7 @@ def token_gradients(
     k_tiles = tiles_of(k, k_start, k_token, length, K, C, BK, TMA)
 
     # Numbers of rows are read where masks need them: formed, they would be kept in registers.
-    WIDEST: tl.constexpr = max(C, BV)
-    places += (tl.cast(h, tl.int64) * chunk_slots + slot) * WIDEST
-    tl.store(places + tl.arange(0, WIDEST), tl.arange(0, WIDEST))
+    places = places_of_rows(places, h, slot, chunk_slots, max(C, BV))
     tl.debug_barrier()
     # §5 dP ⊙ D                                                                               [C, C]
     q_tile = read_tile(q_tiles, place, 0, q_token, length, K, C, BK, TMA)
@@ -259,7 +281,7 @@ def token_gradients(
     pairs = tl.where(i[:, None] >= j[None, :], pairs, 0.0) * scale
     pairs = operand(pairs, d_rhs.dtype.element_ty, PRECISION)
     squares += (tl.cast(h, tl.int64) * chunk_slots + slot) * (2 * C * C)
-    tl.store(squares + i[:, None] * C + tl.arange(0, C)[None, :], pairs)
+    keep_square(squares, pairs, i, C)
     # q and k are read again for every head: they would not fit the registers either.
     # §5 (dP ⊙ D) K to dQ, of the normalised q, k                                            [C, BK]
     k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
@@ -293,21 +315,18 @@ def token_gradients(
         j = tl.load(places + i)
         M = tl.where(i[:, None] > j[None, :], M, 0.0)
         M = operand(M, d_rhs.dtype.element_ty, PRECISION)
-        tl.store(squares + (C * C + i[:, None] * C) + tl.arange(0, C)[None, :], M)
+        keep_square(squares + C * C, M, i, C)
     # §5 (dP ⊙ D)ᵀ Q,  (M + Mᵀ) K to dK                                                      [C, BK]
     q_tile = read_tile(q_tiles, place, 0, q_token, length, K, C, BK, TMA)
     q_hat = normalised(q_tile, inv_q, NORM, PRECISION)
-    # What is transposed is read again: before Triton 3.7.1 a product with a transposed product is
-    # wrong on Hopper. Wait: a thread reads what another one has stored.
+    # Wait: a thread reads what another one has stored.
     tl.debug_barrier()
-    pairs = tl.load(squares + i[:, None] * C + tl.arange(0, C)[None, :])
-    d_x = tl.dot(tl.trans(pairs), q_hat, input_precision=PRECISION)
+    d_x = tl.dot(turned(squares, i, C), q_hat, input_precision=PRECISION)
     k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
     if ERASE:
         k_hat = normalised(k_tile, inv_k, NORM, PRECISION)
         d_x = tl.dot(M, k_hat, d_x, input_precision=PRECISION)
-        M = tl.load(squares + (C * C + i[:, None] * C) + tl.arange(0, C)[None, :])
-        d_x = tl.dot(tl.trans(M), k_hat, d_x, input_precision=PRECISION)
+        d_x = tl.dot(turned(squares + C * C, i, C), k_hat, d_x, input_precision=PRECISION)
     d_x = through_rhs(
         d_x, k_tiles, inv_k, v, gates, sums, r_tiles, s_tiles, dv_tiles, i, row, first, place, h,
         slot, length, chunk_slots, k_token, v_batch, v_token, v_head,
