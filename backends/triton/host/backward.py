@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host.launcher import launch
 from gdn_ops.backends.triton.host.plan import (
     Plan,
@@ -60,9 +61,10 @@ def backward(
     tiles, erase = plan.config.token_gradients, call.rule.has_erase
     BV = width(tiles, s.V)
     sums = _scratch(call, plan, BV)
-    squares = torch.empty(
-        (s.H, plan.chunk_slots, 2, plan.C, plan.C), dtype=plan.kept, device=call.device
-    )
+    # Products with a transposed product are not for Hopper, see `token_gradients.turned`.
+    reread = configs.tables.target(call.device) in ("sm_90", "sm_100")
+    shape = (s.H, plan.chunk_slots, 2, plan.C, plan.C)
+    squares = torch.empty(shape if reread else (0,), dtype=plan.kept, device=call.device)
     read = [q, k, d_o, d_rhs, *([u] if erase else [])]
     sizes = (s.N, s.T, plan.chunk_slots, *strides(q), *strides(k), *strides(v), *strides(d_o))
     shared = dense(call.cu_seqlens), float(call.scale), *sizes
@@ -76,6 +78,7 @@ def backward(
         q, k, v, d_o, kept.gates, u, d_rhs, states, d_states, squares, *sums, d_q,
         d_k, d_v, *shared,
         TMA=whole and by_descriptors(plan.config, (*read, states, d_states, d_q, d_k, d_v)),
+        REREAD=reread,
         **constants, **options(tiles),
     )  # fmt: skip
     if gate is not None or beta is not None:

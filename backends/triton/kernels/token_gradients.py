@@ -12,7 +12,7 @@ atomics, and the same call gives the same bits. FLA's names are `chunk_bwd_dqkwg
     writes  dq, dk (B, T, H, K), dv (B, T, HV, V)
             sums of tokens (6, HV, chunk_slots, C) and of rows of S dS_Cᵀ (HV, chunk_slots, BV),
             float32, numbers of rows (H, chunk_slots, C or BV) int32
-            squares (H, chunk_slots, 2, C, C), to read them transposed
+            with REREAD squares (H, chunk_slots, 2, C, C), to read them transposed
 """
 
 from __future__ import annotations
@@ -199,19 +199,21 @@ def through_written(
 
 
 @triton.jit
-def keep_square(square, x, i, C: tl.constexpr):
-    """Write x (C, C), for `turned`."""
-    tl.store(square + i[:, None] * C + tl.arange(0, C)[None, :], x)
+def keep_square(square, x, i, C: tl.constexpr, REREAD: tl.constexpr):
+    """Write x (C, C) with REREAD, for `turned`."""
+    if REREAD:
+        tl.store(square + i[:, None] * C + tl.arange(0, C)[None, :], x)
 
 
 @triton.jit
-def turned(square, i, C: tl.constexpr):
-    """Return what `keep_square` has written, transposed.
+def turned(square, x, i, C: tl.constexpr, REREAD: tl.constexpr):
+    """Return x transposed; with REREAD it is what `keep_square` has written.
 
-    It is read again, since before Triton 3.7.1 a product with a transposed product is wrong on
-    Hopper.
+    Before Triton 3.7.1 a product with a transposed product is wrong on Hopper.
     """
-    return tl.trans(tl.load(square + i[:, None] * C + tl.arange(0, C)[None, :]))
+    if REREAD:
+        x = tl.load(square + i[:, None] * C + tl.arange(0, C)[None, :])
+    return tl.trans(x)
 
 
 @triton.jit
@@ -230,7 +232,7 @@ def token_gradients(
     v_batch, v_token, v_head, o_batch, o_token, o_head,
     H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr,
-    VARLEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr, TMA: tl.constexpr, REREAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Form dq, dk, dv and sums of tokens, see the module. Grid (chunk_slots, H)."""
     HV = H * R
@@ -281,7 +283,7 @@ def token_gradients(
     pairs = tl.where(i[:, None] >= j[None, :], pairs, 0.0) * scale
     pairs = operand(pairs, d_rhs.dtype.element_ty, PRECISION)
     squares += (tl.cast(h, tl.int64) * chunk_slots + slot) * (2 * C * C)
-    keep_square(squares, pairs, i, C)
+    keep_square(squares, pairs, i, C, REREAD)
     # q and k are read again for every head: they would not fit the registers either.
     # §5 (dP ⊙ D) K to dQ, of the normalised q, k                                            [C, BK]
     k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
@@ -296,8 +298,7 @@ def token_gradients(
         d_x = projected(d_x, q_tile, inv_q)
     x_start = ((row * T + begin) * H + h) * K
     dq_tiles = tiles_of(d_q, x_start, H * K, length, K, C, BK, TMA)
-    d_x = d_x.to(d_q.dtype.element_ty)
-    write_tile(dq_tiles, d_x, place, 0, H * K, length, K, C, BK, TMA)
+    write_tile(dq_tiles, d_x.to(d_q.dtype.element_ty), place, 0, H * K, length, K, C, BK, TMA)
 
     if ERASE:
         # §5 M                                                                               [C, C]
@@ -315,18 +316,19 @@ def token_gradients(
         j = tl.load(places + i)
         M = tl.where(i[:, None] > j[None, :], M, 0.0)
         M = operand(M, d_rhs.dtype.element_ty, PRECISION)
-        keep_square(squares + C * C, M, i, C)
+        keep_square(squares + C * C, M, i, C, REREAD)
     # §5 (dP ⊙ D)ᵀ Q,  (M + Mᵀ) K to dK                                                      [C, BK]
     q_tile = read_tile(q_tiles, place, 0, q_token, length, K, C, BK, TMA)
     q_hat = normalised(q_tile, inv_q, NORM, PRECISION)
     # Wait: a thread reads what another one has stored.
     tl.debug_barrier()
-    d_x = tl.dot(turned(squares, i, C), q_hat, input_precision=PRECISION)
+    d_x = tl.dot(turned(squares, pairs, i, C, REREAD), q_hat, input_precision=PRECISION)
     k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
     if ERASE:
         k_hat = normalised(k_tile, inv_k, NORM, PRECISION)
         d_x = tl.dot(M, k_hat, d_x, input_precision=PRECISION)
-        d_x = tl.dot(turned(squares + C * C, i, C), k_hat, d_x, input_precision=PRECISION)
+        Mt = turned(squares + C * C, M, i, C, REREAD)
+        d_x = tl.dot(Mt, k_hat, d_x, input_precision=PRECISION)
     d_x = through_rhs(
         d_x, k_tiles, inv_k, v, gates, sums, r_tiles, s_tiles, dv_tiles, i, row, first, place, h,
         slot, length, chunk_slots, k_token, v_batch, v_token, v_head,
@@ -341,5 +343,4 @@ def token_gradients(
         k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
         d_x = projected(d_x, k_tile, inv_k)
     dk_tiles = tiles_of(d_k, x_start, H * K, length, K, C, BK, TMA)
-    d_x = d_x.to(d_k.dtype.element_ty)
-    write_tile(dk_tiles, d_x, place, 0, H * K, length, K, C, BK, TMA)
+    write_tile(dk_tiles, d_x.to(d_k.dtype.element_ty), place, 0, H * K, length, K, C, BK, TMA)
