@@ -28,6 +28,7 @@ class SourceLoop:
         is_constant: whether the number is known to the compiler, which then may unroll the loop;
             or another reason why the loop may not be there.
         is_kept: whether the compiler cannot know it, and always keeps the loop.
+        may_rest: whether a launch may never run it though it multiplies.
     """
 
     name: str
@@ -35,7 +36,11 @@ class SourceLoop:
     inner: tuple[SourceLoop, ...] = ()
     is_constant: bool = False
     is_kept: bool = False
+    may_rest: bool = False
 
+
+_RESTS = -1
+"""Stands for no trips of a loop that multiplies where it is run."""
 
 Nest = tuple[tuple[int, "Nest"], ...]
 """Loops as pairs: a number, and the loops inside."""
@@ -57,7 +62,7 @@ def trips_of(code: Code, source: Sequence[SourceLoop] | None) -> dict[int, int] 
     trips = dict(zip(_numbers(found), fitting.pop(), strict=True))
     # What is never run here multiplies nothing: loops that copy, and searches.
     is_wrong = any(n == 0 and code.loops[i].own.matrix for i, n in trips.items())
-    return None if is_wrong else trips
+    return None if is_wrong else {i: max(n, 0) for i, n in trips.items()}
 
 
 def _found(code: Code, parent: int) -> Nest:
@@ -78,7 +83,7 @@ def _forms_of(loop: SourceLoop) -> Iterator[Nest]:
                 continue
         elif loop.is_constant and not inner:
             yield ()
-        yield ((loop.trips, inner),)
+        yield ((loop.trips or (_RESTS if loop.may_rest else 0), inner),)
 
 
 def _shape(nest: Nest) -> tuple[object, ...]:

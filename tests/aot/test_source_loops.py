@@ -72,6 +72,8 @@ def heads(trips: int, *inner: SourceLoop) -> SourceLoop:
         # A warp that computes never runs the loops of those that copy; these multiply nothing.
         (code(-1, -1), [chunks(5), chunks(0)], {0: 5, 1: 0}),
         (code(-1, own=PRODUCT), [chunks(0)], None),
+        # But for one that may rest.
+        (code(-1, own=PRODUCT), [SourceLoop("cuts", 0, may_rest=True)], {0: 0}),
     ],
 )
 def test_trips_are_those_of_the_source_or_unknown(

@@ -246,7 +246,8 @@ def test_every_launch_of_the_reference_case_is_held_to_its_budget(name: str) -> 
     rows = list(ahead(name, target, iter(samples)))
     assert failures(rows) == []
     made = {(row.kernel, x.direction, row.target) for row in rows for x in row.launches}
-    assert made == set(budgets)
+    # Behind the direction may be the place of the launch.
+    assert made == {(kernel, way.partition(" ")[0], target) for kernel, way, target in budgets}
     # Budgets that nothing can hold, and one that is missing.
     backend = get_backend(name)
     assert isinstance(backend, Backend)

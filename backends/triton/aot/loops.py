@@ -60,7 +60,7 @@ def _compose(x: Mapping[str, Any]) -> Loops:
     rows = SourceLoop("rows of M", -(-x["K"] // x["BR"]), is_constant=True)
     # The first two cuts need no product.
     segments = max(-(-x["T"] // x["tokens"]) - 2, 0)
-    return (SourceLoop("segments", segments, (rows,), is_kept=True),)
+    return (SourceLoop("segments", segments, (rows,), is_kept=True, may_rest=True),)
 
 
 KERNELS: dict[str, Callable[[Mapping[str, Any]], Loops]] = {
