@@ -126,21 +126,9 @@ def write_gradients(
             corner = tl.load(chunk_row(corners, hv, slot, m, chunk_slots, BV))
             corner = tl.sum(corner, 1, keep_dims=True)
             total = gate_gradient(
-                start,
-                sums,
-                corner,
-                gate + at,
-                inside,
-                gates,
-                hv,
-                slot,
-                i,
-                HV,
-                chunk_slots,
-                C,
-                GATE,
-                ERASE,
-            )
+                start, sums, corner, gate + at, inside, gates, hv, slot, i, HV, chunk_slots, C,
+                GATE, ERASE,
+            )  # fmt: skip
             tl.store(d_gate + at, total.to(d_gate.dtype.element_ty), mask=inside)
 
 
