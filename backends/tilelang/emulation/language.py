@@ -27,7 +27,7 @@ from gdn_ops.backends.tilelang.emulation.operands import Tile, check_product, ma
 from gdn_ops.backends.tilelang.emulation.prelude import GEMM, UNAWAITED_GEMM
 
 UNAWAITED: Final = {"wg_wait": -1}
-"""What a product says that is not waited for."""
+"""Mark a product that is not waited for."""
 
 _NOTHING: Final = frozenset(
     {

@@ -308,7 +308,7 @@ def is_weighted(call: Call) -> bool:
 
 
 HAS_DESCRIPTORS: Final = hasattr(tl, "make_tensor_descriptor")
-"""Whether this Triton has tensor descriptors."""
+"""Say whether the installed Triton has tensor descriptors."""
 
 
 def by_descriptors(config: Config, tensors: Iterable[Tensor | None]) -> bool:
@@ -320,8 +320,10 @@ def by_descriptors(config: Config, tensors: Iterable[Tensor | None]) -> bool:
 def pointer_remarks(call: Call) -> list[str]:
     """Return why tiles of a call are read by pointers where its GPU could read them faster."""
     tokens = call.tokens
+    if call.op is not GATED_DELTA:
+        return []
     config = configs.tables.choose(call.device, call.sizes.K, call.sizes.V, tokens.q.dtype)
-    if call.op is not GATED_DELTA or not config.descriptors:
+    if not config.descriptors:
         return []
     if not HAS_DESCRIPTORS:
         return [

@@ -165,8 +165,7 @@ def pair_gradients(
         total += x
         if GATE != NO_DECAY:
             # §5 d log α_t: X = E ⊙ D over i ≥ t > j                                        [C]
-            # What is compared with the sum lies in the registers that operands are taken from, and
-            # comes after it: x and D are held no longer.
+            # Form the mask after the sum, in the layout of operands: x and D are held no longer.
             j = tl.load(places + tl.arange(0, C))
             later = tl.where((i[:, None] <= j[None, :]) & (total == total), 1.0, 0.0).to(dtype)
             inner = straddling(x * xy, later, i, j, PRECISION)

@@ -212,7 +212,7 @@ def squares(
             qk, kk, decays, beta, to_P, to_T, inside, plane, 32, C, DECAY, ERASE, WEIGHTED,
             PRECISION, SOLVE_PRECISION,
         )  # fmt: skip
-        # What is below, [[U, 0], [W, V]] (-A) [[X, 0], [Z, Y]], by columns of 16.
+        # Form the four blocks below, [[U, 0], [W, V]] (-A) [[X, 0], [Z, Y]], by columns of 16.
         a = entries(qk, kk, decays, beta, to_P, inside, plane, 32, 0, C, DECAY, ERASE, PRECISION)
         b = entries(qk, kk, decays, beta, to_P, inside, plane, 48, 0, C, DECAY, ERASE, PRECISION)
         c = entries(qk, kk, decays, beta, to_P, inside, plane, 32, 16, C, DECAY, ERASE, PRECISION)

@@ -89,7 +89,7 @@ def through_states(
                 corner = tl.dot(S, tl.trans(dS), corner, input_precision=PRECISION)
         if GATE != NO_DECAY:
             if not TMA:
-                # What pointers read lies in registers: not both products at once.
+                # Form this product apart: both at once would not fit the registers.
                 for column in tl.range(0, V, BV, disable_licm=True):
                     S = kept_tile(s_tiles, at, column, 0, V, K, BV, BK, TMA)
                     dS = kept_tile(ds_tiles, at, column, 0, V, K, BV, BK, TMA)

@@ -116,7 +116,7 @@ def walk(
             return
     i, dk = tl.arange(0, C), tl.arange(0, BK)
     dv_0 = block * BV
-    # What the first segment starts from is known.
+    # Leave out the map of the first segment, whose start is known.
     if MAPS and (begin_chunk == 0 and dv_0 >= V):
         return
     dv = dv_0 + tl.arange(0, BV)
