@@ -88,7 +88,7 @@ def make_plan(call: Call) -> Plan:
         L=L,
         chunk_slots=slots(C),
         segment_slots=slots(C * L) if L else 0,
-        keep=keeps_states(call, slots(C), C, config),
+        keep=keeps_states(call, slots(C), C),
         kept=torch.float32 if dtype == torch.float16 else dtype,
     )
 
@@ -143,13 +143,13 @@ _known_segment = functools.lru_cache(maxsize=4096)(fastest_segment)
 _cuts = environment_choice("GDN_OPS_TRITON_SEGMENTS", ("on", "off")) == "on"
 
 
-def keeps_states(call: Call, slots: int, C: int, config: Config) -> bool:
+def keeps_states(call: Call, slots: int, C: int) -> bool:
     """Return whether the forward keeps U and the states of all chunks for the backward.
 
     Otherwise the backward walks again. They are kept where those of one call take at most a
     KEPT-th of the device's memory; GDN_OPS_TRITON_KEEP, read at import, keeps or drops all.
     """
-    if not call.needs_grad or not config.keep or _kept == "off":
+    if not call.needs_grad or _kept == "off":
         return False
     s = call.sizes
     rows = s.V * s.K + (C * s.V if call.rule.has_erase else 0)

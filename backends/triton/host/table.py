@@ -33,7 +33,6 @@ class Config:
         measured: where and when, or that it was not.
         descriptors: whether tiles are read by tensor descriptors where tensors allow it.
         together: programs of `walk` that a processor holds at a time, as compiled.
-        keep: whether a forward may keep U and states for its backward: not where it then spills.
         segment: chunks of a segment of a sequence; None leaves it to `plan.segment_chunks`.
     """
 
@@ -45,7 +44,6 @@ class Config:
     measured: str
     descriptors: bool = False
     together: int = 1
-    keep: bool = True
     segment: int | None = None
 
 
@@ -83,9 +81,12 @@ _ALIKE: dict[tuple[str, int, str], Config] = {
     ("sm_90", 128, "low"): replace(_HOPPER, together=2),
     ("sm_100", 128, "low"): replace(_HOPPER, walk=Tiles(64, 8, 2), walk_back=Tiles(64, 8, 2)),
     ("gfx942", 128, "low"): replace(
-        _HOPPER, walk=Tiles(32, 4, 2), walk_back=Tiles(32, 4, 1),
+        _HOPPER, walk=Tiles(16, 4, 1), walk_back=Tiles(16, 4, 1),
         token_gradients=Tiles(64, 4, 1),
-        keep=False,
+    ),
+    ("gfx942", 256, "low"): replace(
+        _UNMEASURED[256, "low"], walk=Tiles(16, 4, 1), walk_back=Tiles(16, 4, 1),
+        token_gradients=Tiles(32, 4, 1),
     ),
 }
 
