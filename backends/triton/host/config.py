@@ -41,8 +41,8 @@ def _target_of(index: int) -> str:
 
 
 @functools.cache
-def _width_class(K: int, V: int) -> int:
-    return max(64, power_of_two(max(K, V)))
+def _width_class(K: int) -> int:
+    return max(64, power_of_two(K))
 
 
 tables: Final = Tables(
@@ -50,7 +50,7 @@ tables: Final = Tables(
     target_of=_target_of,
     # An emulation runs what a Hopper GPU would.
     emulated="sm_90",
-    width_of=_width_class,
+    width_of=lambda K, V: _width_class(K),
     step={"BV": (8, 16, 32, 64), "warps": (1, 2, 4, 8)},
     sequence={
         "C": CHUNKS,

@@ -5,9 +5,9 @@ where it was measured. What no GPU has measured is the same for all that it suit
 because it compiles without spilling at K = V = 128 in 16 bits; what was tried is in
 docs/backends.md.
 
-The head-dim class is the larger of K and V, padded to a power of two, at least 64; the dtype class
-is "low" for bfloat16. For float16, whose operands are TF32, it is "float16", with the rows of
-float32 where it has none of its own.
+The head-dim class is K padded to a power of two, at least 64: columns of V are taken by blocks. The
+dtype class is "low" for bfloat16. For float16, whose operands are TF32, it is "float16", with the
+rows of float32 where it has none of its own.
 """
 
 from __future__ import annotations
