@@ -1,9 +1,9 @@
 """Run the chunkwise form as Triton kernels, on NVIDIA and AMD GPUs.
 
-    prepare, walk                                two launches forward (`forward`)
-    walk_back, token_gradients, gate_gradients   three backward (`backward`), and walk before them
-                                                 where the forward kept no states
-    tokens                                       one for a token, or a few (`decode`)
+    prepare, walk                two launches forward (`forward`)
+    walk_back, token_gradients   two backward (`backward`), and walk before them where the forward
+                                 kept no states
+    tokens                       one for a token, or a few (`decode`)
 
 Where sequences are cut into segments (docs/math.md §6), two more either way, with `compose`.
 

@@ -4,6 +4,7 @@ A loop is a natural loop of the flow graph: a jump back to a line that every way
 (its head), and all lines from which the jump is reached without passing the head. So a slow path
 that the compiler moves behind the end belongs to the loop that it returns to, a jump back from it
 is no loop, and what is never reached, like the last jump of a listing to itself, does not count.
+Lines before a head that some rounds and some ways in skip belong to its loop too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def read_code(lines: Sequence[Line]) -> Code:
     irregular = sum(lines[ends[block] - 1].is_irregular for block in order)
     reached = {i for block in order for i in range(block, ends[block])}
     irregular += any(line.counts.matrix for i, line in enumerate(lines) if i not in reached)
+    beside: list[tuple[int, int]] = []
     for block in order:
         for target in graph[block]:
             if place[target] > place[block]:
@@ -39,7 +41,12 @@ def read_code(lines: Sequence[Line]) -> Code:
             if target in _dominating(block, parents):
                 bodies.setdefault(target, set()).update(_body(block, target, graph))
             else:
-                irregular += 1
+                beside.append((block, target))
+    for block, target in beside:
+        if target in bodies:
+            bodies[target] |= _body(block, target, graph) & _reached(target, graph)
+        else:
+            irregular += 1
     return _nested(lines, order, ends, bodies, irregular)
 
 
@@ -157,3 +164,14 @@ def _body(last: int, head: int, graph: Graph) -> set[int]:
                 body.add(block)
                 waiting.append(block)
     return body
+
+
+def _reached(first: int, graph: Graph) -> set[int]:
+    """Return the blocks that may follow a block, itself among them."""
+    found, waiting = {first}, [first]
+    while waiting:
+        for block in graph[waiting.pop()]:
+            if block not in found:
+                found.add(block)
+                waiting.append(block)
+    return found

@@ -83,7 +83,15 @@ def _forms_of(loop: SourceLoop) -> Iterator[Nest]:
                 continue
         elif loop.is_constant and not inner:
             yield ()
-        yield ((loop.trips or (_RESTS if loop.may_rest else 0), inner),)
+        if loop.may_rest and not loop.trips:
+            yield ((_RESTS, _at_rest(inner)),)
+        else:
+            yield ((loop.trips, inner),)
+
+
+def _at_rest(nest: Nest) -> Nest:
+    """Return a nest of which nothing is run: which of two loops a compiler has kept is the same."""
+    return tuple((_RESTS, _at_rest(inner)) for _, inner in nest)
 
 
 def _shape(nest: Nest) -> tuple[object, ...]:

@@ -162,6 +162,13 @@ def test_a_place_where_lanes_meet_may_be_moved() -> None:
     assert sizes(code) == [(0, 9)] and not code.irregular
 
 
+def test_lines_before_a_head_that_may_be_skipped_belong_to_its_loop() -> None:
+    # Line 1 is run where P0 does not hold: on the way in, and once more before every round.
+    jumps = ("@P0 BRA @2", "MOV R0, RZ", "FADD R1, R1, R1", "@P1 BRA @1", "@P2 BRA @2", "EXIT")
+    code = code_of(*jumps)
+    assert sizes(code) == [(0, 4)] and not code.irregular
+
+
 @pytest.mark.parametrize(
     ("instruction", "counts"),
     [

@@ -74,6 +74,12 @@ def heads(trips: int, *inner: SourceLoop) -> SourceLoop:
         (code(-1, own=PRODUCT), [chunks(0)], None),
         # But for one that may rest.
         (code(-1, own=PRODUCT), [SourceLoop("cuts", 0, may_rest=True)], {0: 0}),
+        # Which of two loops in it is left does not matter.
+        (
+            code(-1, 0),
+            [SourceLoop("cuts", 0, (heads(2), heads(4)), may_rest=True)],
+            {0: 0, 1: 0},
+        ),
     ],
 )
 def test_trips_are_those_of_the_source_or_unknown(

@@ -24,8 +24,7 @@ BUDGETS: Mapping[str, Budgets] = {
         ("walk_back", "backward 0", "sm_90"): Budget(634, 11, 20, 2),
         ("compose", "backward", "sm_90"): Budget(1768, 11, 0, 3),
         ("walk_back", "backward 2", "sm_90"): Budget(728, 17, 20, 2),
-        ("token_gradients", "backward", "sm_90"): Budget(1657, 27, 0, 2),
-        ("gate_gradients", "backward", "sm_90"): Budget(1724, 38, 4, 2),
+        ("token_gradients", "backward", "sm_90"): Budget(1671, 27, 0, 2),
     },
     "3.6": {
         ("prepare", "forward", "sm_90"): Budget(4420, 22, 0, 2),
@@ -35,8 +34,7 @@ BUDGETS: Mapping[str, Budgets] = {
         ("walk_back", "backward 0", "sm_90"): Budget(652, 7, 20, 2),
         ("compose", "backward", "sm_90"): Budget(1768, 11, 0, 3),
         ("walk_back", "backward 2", "sm_90"): Budget(711, 12, 20, 2),
-        ("token_gradients", "backward", "sm_90"): Budget(1351, 25, 0, 2),
-        ("gate_gradients", "backward", "sm_90"): Budget(1753, 50, 4, 2),
+        ("token_gradients", "backward", "sm_90"): Budget(1379, 25, 0, 2),
     },
 }
 """By the version of Triton: that of constraints.txt, and the oldest one."""

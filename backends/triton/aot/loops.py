@@ -10,6 +10,7 @@ from typing import Any
 
 from gdn_ops.aot.source_loops import SourceLoop
 from gdn_ops.backends.triton.kernels.blocks import ALPHA, NO_DECAY
+from gdn_ops.backends.triton.kernels.gate_gradients import HEADS, ROWS, WIDTH
 from gdn_ops.kernel_support.launches import Launch
 
 Loops = tuple[SourceLoop, ...]
@@ -43,17 +44,19 @@ def _token_gradients(x: Mapping[str, Any]) -> Loops:
     corners = () if x["TMA"] or x["GATE"] == NO_DECAY.value else (columns,)
     pairs = _heads(x, columns)
     of_a = (pairs,) if x["ERASE"] else ()
-    return pairs, _heads(x, columns, *corners), *of_a, pairs, pairs
+    rare = (_rare_pairs(x),) if x["GATE"] == ALPHA.value else ()
+    has_gates = x["GATE"] != NO_DECAY.value or x["HAS_BETA"]
+    fours = SourceLoop("four value heads", -(-x["R"] // HEADS.value), is_kept=True)
+    gates = (fours,) if has_gates else ()
+    return pairs, _heads(x, columns, *corners), *of_a, pairs, pairs, *rare, *gates
 
 
-def _gate_gradients(x: Mapping[str, Any]) -> Loops:
-    gates = SourceLoop("four value heads", -(-x["R"] // 4), is_kept=True)
-    if x["GATE"] != ALPHA.value:
-        return (gates,)
-    products = (_columns(x),) * (2 if x["ERASE"] else 1)
-    # As if every chunk had rare gates of one kind.
-    kinds = SourceLoop("kinds of rare gates", 1, is_kept=True)
-    return _heads(x, *products, kinds), gates
+def _rare_pairs(x: Mapping[str, Any]) -> SourceLoop:
+    of_k = SourceLoop("columns of K", -(-x["K"] // min(x["BK"], WIDTH.value)), is_constant=True)
+    rows = SourceLoop("rows of pairs", x["C"] // ROWS.value, (_columns(x), of_k), is_constant=True)
+    # No gate of a named case is rare.
+    kinds = SourceLoop("kinds of rare gates", 0, (rows,), is_kept=True, may_rest=True)
+    return _heads(x, kinds)
 
 
 def _compose(x: Mapping[str, Any]) -> Loops:
@@ -69,7 +72,6 @@ KERNELS: dict[str, Callable[[Mapping[str, Any]], Loops]] = {
     "compose": _compose,
     "walk_back": _chunks,
     "token_gradients": _token_gradients,
-    "gate_gradients": _gate_gradients,
     "tokens": lambda x: (SourceLoop("tokens", x["T"], is_kept=True),),
 }
 """By the name of a kernel: its loops, given the arguments of a launch by name, in the order of the

@@ -21,7 +21,7 @@ from gdn_ops.aot.loops import read_code
 from gdn_ops.aot.sass import Usage, cubin_usage
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_KEPT = "gdn_ops_usage_4.json"
+_KEPT = "gdn_ops_usage_5.json"
 """Name of the cached result, with a number that changes when this file, gdn_ops.aot.sass or what
 it reads code with finds something else."""
 

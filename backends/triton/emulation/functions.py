@@ -51,7 +51,8 @@ def translated(value: Any) -> Any:
     if getattr(value, "__module__", None) not in COPIED:
         return emulated(value) if isinstance(value, JITFunction) else value
     if isinstance(value, compiled.constexpr):
-        return tl.constexpr(translated(value.value))
+        # A number: functions take it where they take one that is known when they are compiled.
+        return translated(value.value)
     if isinstance(value, compiled.dtype):
         return tl.dtype(value.name)
     return getattr(copied(value.__module__), getattr(value, "__name__", ""), value)

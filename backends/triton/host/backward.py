@@ -1,17 +1,14 @@
-"""Run the backward in four launches, or in six.
+"""Run the backward in two launches, or in four.
 
-walk              walks forward again: U and the state at every chunk start
 walk_back         walks backward: dRHS and dS at every chunk end
-token_gradients   the gradients of q, k and v, and sums of tokens
-gate_gradients    the gradients of gates and β
+token_gradients   the gradients of q, k, v, gates and β
 
-Where a sequence is cut into segments, `walk_back` and `compose` are launched before the second:
-what a segment adds to dS, and dS at the cuts.
+Where a sequence is cut into segments, `walk_back` and `compose` are launched before the first:
+what a segment adds to dS, and dS at the cuts. Where the forward has kept no states, `walk` goes
+before all of them: U and the state at every chunk start.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,7 +29,7 @@ from gdn_ops.backends.triton.host.plan import (
     width,
 )
 from gdn_ops.backends.triton.host.walk import walk_again, walk_gradients
-from gdn_ops.backends.triton.kernels import gate_gradients, token_gradients
+from gdn_ops.backends.triton.kernels import token_gradients
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Grads
 
@@ -65,29 +62,18 @@ def backward(
     reread = configs.tables.target(call.device) in ("sm_90", "sm_100")
     shape = (s.H, plan.chunk_slots, 2, plan.C, plan.C)
     squares = torch.empty(shape if reread else (0,), dtype=plan.kept, device=call.device)
-    read = [q, k, d_o, d_rhs, *([u] if erase else [])]
-    sizes = (s.N, s.T, plan.chunk_slots, *strides(q), *strides(k), *strides(v), *strides(d_o))
-    shared = dense(call.cu_seqlens), float(call.scale), *sizes
-    constants = common(call, plan) | {
-        "H": s.H, "R": s.HV // s.H, "V": s.V, "BV": BV, "GATE": gate_kind(call),
-        "HAS_BETA": beta is not None, "ERASE": erase, "NORM": call.qk_l2norm,
-    }  # fmt: skip
-    whole = _has_whole_tiles(call, d_o, BV)
+    read = [q, k, d_o, d_rhs, states, d_states, *([u] if erase else [])]
+    is_whole = _has_whole_tiles(call, d_o, BV)
     launch(
         token_gradients.token_gradients, (plan.chunk_slots, s.H),
-        q, k, v, d_o, kept.gates, u, d_rhs, states, d_states, squares, *sums, d_q,
-        d_k, d_v, *shared,
-        TMA=whole and by_descriptors(plan.config, (*read, states, d_states, d_q, d_k, d_v)),
-        REREAD=reread,
-        **constants, **options(tiles),
+        q, k, v, gate, d_o, kept.gates, u, d_rhs, states, d_states, squares, *sums,
+        d_q, d_k, d_v, d_gate, d_beta, dense(call.cu_seqlens), float(call.scale),
+        s.N, s.T, plan.chunk_slots, *strides(q), *strides(k), *strides(v), *strides(d_o),
+        **common(call, plan), H=s.H, R=s.HV // s.H, V=s.V, BV=BV, GATE=gate_kind(call),
+        HAS_BETA=beta is not None, ERASE=erase, NORM=call.qk_l2norm,
+        TMA=is_whole and by_descriptors(plan.config, (*read, d_q, d_k, d_v)), REREAD=reread,
+        **options(tiles),
     )  # fmt: skip
-    if gate is not None or beta is not None:
-        launch(
-            gate_gradients.gate_gradients, (plan.chunk_slots, s.H),
-            q, k, v, gate, d_o, kept.gates, u, d_rhs, *sums, d_gate, d_beta, *shared,
-            TMA=whole and by_descriptors(plan.config, read), **constants,
-            **options(replace(tiles, stages=1)),
-        )  # fmt: skip
     return Grads(
         q=d_q,
         k=d_k,
@@ -100,7 +86,7 @@ def backward(
 
 
 def _scratch(call: Call, plan: Plan, BV: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate what `token_gradients` leaves to `gate_gradients`, and reads itself.
+    """Allocate what `token_gradients` writes and reads again.
 
     Returns:
         The sums of tokens (6, HV, chunk_slots, C) float32, those of rows of S dS_Cᵀ

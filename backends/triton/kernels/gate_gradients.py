@@ -1,10 +1,7 @@
-"""Form the gradients of gates and of β of a chunk: the last launch of a backward.
+"""Form the gradients of gates and of β of a chunk, from the sums of its tokens.
 
-One program per chunk and key head; it takes HEADS of the value heads together. Where gates are
-α = 0, or below e**-60, it forms the sums over inner pairs over again (`rare_pairs`).
-
-    reads   the sums of `token_gradients`; gates, α; where gates are rare q, k, v, dO, U, dRHS
-    writes  dα or d log α, dβ (B, T, HV)
+`token_gradients` calls it in the end. HEADS of the value heads are taken together. Where gates are
+α = 0, or below e**-60, the sums over inner pairs are formed over again (`rare_pairs`).
 """
 
 from __future__ import annotations
@@ -15,19 +12,22 @@ import triton.language as tl
 from gdn_ops.backends.triton.kernels.blocks import (
     ALPHA,
     EXP_OF_LIFT,
+    L2NORM_EPSILON,
     LIFT,
     LIFTED,
     NO_DECAY,
     chunk_decay,
     chunk_row,
     decay,
-    inverse_norm,
+    head_tile,
+    kept_tile,
     owner,
     read_beta,
     read_gates,
     read_tile,
     sequence,
-    tiles_of,
+    widened,
+    written,
 )
 from gdn_ops.backends.triton.kernels.pair_gradients import (
     ENDS,
@@ -36,13 +36,160 @@ from gdn_ops.backends.triton.kernels.pair_gradients import (
     OF_BETA,
     SMALL_BETA,
     STARTS,
-    faint_at,
-    rare_pairs,
-    zeros_at,
 )
 
 HEADS = tl.constexpr(4)
 """Value heads whose gradients are formed together."""
+
+ROWS = tl.constexpr(16)
+"""Rows of pairs that are formed together: few, for the registers of `token_gradients`."""
+
+WIDTH = tl.constexpr(64)
+"""Columns of K that are read at a time for them."""
+
+
+@triton.jit
+def zeros_at(gates, hv, slot, t, HV, chunk_slots, C: tl.constexpr):
+    """Return whether α_t = 0 for tokens t of a chunk, from the running count z: bool, like t."""
+    z = chunk_row(gates, 2 * HV + hv, slot, t, chunk_slots, C)
+    return tl.load(z) > tl.load(z - 1, mask=t > 0, other=0.0)
+
+
+@triton.jit
+def faint_at(gates, hv, slot, t, HV, chunk_slots, C: tl.constexpr):
+    """Return whether 0 < α_t < e**-60 for tokens t of a chunk, from its log sums: bool, like t."""
+    hi = chunk_row(gates, hv, slot, t, chunk_slots, C)
+    lo = chunk_row(gates, HV + hv, slot, t, chunk_slots, C)
+    rest = tl.load(lo) - tl.load(lo - 1, mask=t > 0, other=0.0)
+    return (tl.load(hi) - tl.load(hi - 1, mask=t > 0, other=0.0)) + rest < -LIFT
+
+
+@triton.jit
+def log_decay(gates, hv, slot, i, j, HV, chunk_slots, C: tl.constexpr):
+    """Return G_i − G_j and z_i − z_j, (tokens i, tokens j)."""
+    hi_i, lo_i, z_i = read_gates(gates, hv, slot, i, HV, chunk_slots, C)
+    hi, lo, z = read_gates(gates, hv, slot, j, HV, chunk_slots, C)
+    log = (hi_i[:, None] - hi[None, :]) + (lo_i[:, None] - lo[None, :])
+    return log, z_i[:, None] - z[None, :]
+
+
+@triton.jit
+def sum_of_squares(x):
+    """Return the sum of the squares of every row, float32."""
+    wide = x.to(tl.float32)
+    return tl.sum(wide * wide, 1)
+
+
+@triton.jit
+def rare_rows(
+    q, k, v, d_o, gates, u, d_rhs, scale, e, i, row, first, place, hv, r, slot, length, chunk_slots,
+    q_token, k_token, v_batch, v_token, v_head, o_token, o_head,
+    HV, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ERASE: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return ROWS rows of E (ROWS, C) for a value head, from row e.
+
+    Args:
+        q, k: the rows of the sequence for a key head.
+        d_o: the same for its first value head.
+        u, d_rhs: (HV, chunk_slots, C, V).
+        the others: as in `token_gradients`.
+    """
+    at = hv * chunk_slots + slot
+    # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ                                            [ROWS, C]
+    dp = tl.zeros([ROWS, C], tl.float32)
+    da = tl.zeros([ROWS, C], tl.float32)
+    for column in tl.range(0, V, BV, num_stages=1, disable_licm=True):
+        g = head_tile(d_o, r, o_head, place + e, column, o_token, length, V, ROWS, BV, False)
+        if ERASE:
+            U = kept_tile(u, at, 0, column, C, V, C, BV, False)
+            dR = kept_tile(d_rhs, at, e, column, C, V, ROWS, BV, False)
+            da = tl.dot(dR, tl.trans(U), da, input_precision=PRECISION)
+        else:
+            dv = column + tl.arange(0, BV)
+            U = written(
+                u, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv,
+                place + i < length, dv < V, HV, chunk_slots, V, C, ERASE, PRECISION,
+            )  # fmt: skip
+        dp = tl.dot(widened(g), tl.trans(U), dp, input_precision=PRECISION)
+    # Columns of K are taken by blocks, for the registers.
+    BC: tl.constexpr = min(BK, WIDTH)
+    qk = tl.zeros([ROWS, C], tl.float32)
+    kk = tl.zeros([ROWS, C], tl.float32)
+    q_square = tl.zeros([ROWS], tl.float32)
+    row_square = tl.zeros([ROWS], tl.float32)
+    k_square = tl.zeros([C], tl.float32)
+    for column in tl.range(0, K, BC, num_stages=1, disable_licm=True):
+        k_tile = read_tile(k, place, column, k_token, length, K, C, BC, False)
+        q_tile = read_tile(q, place + e, column, q_token, length, K, ROWS, BC, False)
+        qk = tl.dot(q_tile, tl.trans(k_tile), qk, input_precision=PRECISION)
+        if ERASE:
+            k_rows = read_tile(k, place + e, column, k_token, length, K, ROWS, BC, False)
+            kk = tl.dot(k_rows, tl.trans(k_tile), kk, input_precision=PRECISION)
+            if NORM:
+                row_square += sum_of_squares(k_rows)
+        if NORM:
+            q_square += sum_of_squares(q_tile)
+            k_square += sum_of_squares(k_tile)
+    dp *= qk * scale
+    if NORM:
+        dp *= tl.rsqrt(q_square + L2NORM_EPSILON)[:, None]
+    if ERASE:
+        da *= kk
+        if NORM:
+            da *= tl.rsqrt(row_square + L2NORM_EPSILON)[:, None]
+        beta = read_beta(gates, hv, slot, e + tl.arange(0, ROWS), HV, chunk_slots, C)
+        dp -= da * beta[:, None]
+    if NORM:
+        dp *= tl.rsqrt(k_square + L2NORM_EPSILON)[None, :]
+    return dp
+
+
+@triton.jit
+def rare_pairs(
+    q, k, v, d_o, gates, u, d_rhs, sums, scale, i, row, first, place, h, slot, length,
+    chunk_slots, q_token, k_token, v_batch, v_token, v_head, o_token, o_head,
+    H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ERASE: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the sums of inner pairs over again for t with α_t = 0, or below e**-60.
+
+    Few chunks have such tokens. E is formed again for them, so that the others need not hold it.
+    """
+    HV = H * R
+    for r in tl.range(0, R, disable_licm=True):
+        hv = h * R + r
+        hi_C, _lo_C, z_C = read_gates(gates, hv, slot, C - 1, HV, chunk_slots, C)
+        # Kind 0: X¹ where α_t = 0. Kind 1: X, lifted, where α_t is faint.
+        first_kind = tl.where(z_C > 0, 0, 1)
+        end_kind = tl.where(hi_C < -LIFT, 2, 1)
+        for kind in tl.range(first_kind, end_kind, disable_licm=True):
+            # Sum X over rows from the last one on, for every column.
+            below = tl.zeros([C], tl.float32)
+            for n in tl.range(0, C, ROWS, disable_licm=True):
+                e = C - ROWS - n
+                t = e + tl.arange(0, ROWS)
+                X = rare_rows(
+                    q, k, v, d_o, gates, u, d_rhs, scale, e, i, row, first, place, hv, r, slot,
+                    length, chunk_slots, q_token, k_token, v_batch, v_token, v_head, o_token,
+                    o_head, HV, K, V, C, BK, BV, ERASE, NORM, PRECISION,
+                )  # fmt: skip
+                log, zeros = log_decay(gates, hv, slot, t, i, HV, chunk_slots, C)
+                log += tl.where(kind == 1, LIFT, 0.0)
+                X *= tl.exp(tl.where(log > 0.0, 0.0, log))
+                X = tl.where((zeros == 1 - kind) & (t[:, None] > i[None, :]), X, 0.0)
+                # §5 the sum over i ≥ t > j                                            [ROWS, C]
+                from_t = tl.cumsum(X, 0, reverse=True) + below[None, :]
+                inner = tl.sum(tl.where(t[:, None] > i[None, :], from_t, 0.0), 1)
+                below += tl.sum(X, 0)
+                is_rare = faint_at(gates, hv, slot, t, HV, chunk_slots, C)
+                if kind == 0:
+                    is_rare = zeros_at(gates, hv, slot, t, HV, chunk_slots, C)
+                to_inner = chunk_row(sums, HV * INNER + hv, slot, t, chunk_slots, C)
+                tl.store(to_inner, inner, mask=is_rare)
+                if ERASE:
+                    to_inner = chunk_row(sums, HV * (INNER + 1) + hv, slot, t, chunk_slots, C)
+                    tl.store(to_inner, tl.zeros([ROWS], tl.float32), mask=is_rare)
 
 
 @triton.jit
@@ -132,50 +279,36 @@ def write_gradients(
             tl.store(d_gate + at, total.to(d_gate.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=("N", "T", "chunk_slots", "H", "R"))
+@triton.jit
 def gate_gradients(
-    q, k, v, gate, d_o, gates, u, d_rhs, sums, corners, places, d_gate, d_beta, cu_seqlens, scale,
-    N, T, chunk_slots, q_batch, q_token, q_head, k_batch, k_token, k_head,
+    q, k, v, gate, d_o, gates, u, d_rhs, sums, corners, d_gate, d_beta, cu_seqlens, scale,
+    slot, h, N, T, chunk_slots, q_batch, q_token, q_head, k_batch, k_token, k_head,
     v_batch, v_token, v_head, o_batch, o_token, o_head,
     H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr,
-    VARLEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Form the gate's gradient and dβ, see the module. Grid (chunk_slots, H)."""
-    HV = H * R
-    slot, h = tl.program_id(0), tl.program_id(1)
+    """Write the gradients of the gate and of β for a chunk and key head, as in `token_gradients`.
+
+    Args:
+        slot, h: the chunk and the key head.
+        the others: as in `token_gradients`.
+    """
     n, chunk = owner(slot, cu_seqlens, N, T, C, VARLEN)
     row, begin, length, _first_slot = sequence(n, cu_seqlens, T, C, VARLEN)
     place = chunk * C
-    if place >= length:
-        return
     first = begin + place
     i = tl.arange(0, C)
     if GATE == ALPHA:
-        o_start = row * o_batch + begin * o_token + tl.cast(h, tl.int64) * R * o_head
-        g_tiles = tiles_of(d_o, o_start, o_token, length, R * V, C, BV, TMA)
-        u_tiles = u
-        if ERASE:
-            u_tiles = tiles_of(u, 0, V, HV * chunk_slots * C, V, C, BV, TMA)
-        r_tiles = tiles_of(d_rhs, 0, V, HV * chunk_slots * C, V, C, BV, TMA)
-        q_start = row * q_batch + begin * q_token + tl.cast(h, tl.int64) * q_head
-        q_tiles = tiles_of(q, q_start, q_token, length, K, C, BK, TMA)
-        k_start = row * k_batch + begin * k_token + tl.cast(h, tl.int64) * k_head
-        k_tiles = tiles_of(k, k_start, k_token, length, K, C, BK, TMA)
-        inv_q = tl.full([C], 1.0, tl.float32)
-        inv_k = inv_q
-        if NORM:
-            q_tile = read_tile(q_tiles, place, 0, q_token, length, K, C, BK, TMA)
-            k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
-            inv_q, inv_k = inverse_norm(q_tile), inverse_norm(k_tile)
-        places += (tl.cast(h, tl.int64) * chunk_slots + slot) * max(C, BV)
+        q += row * q_batch + begin * q_token + tl.cast(h, tl.int64) * q_head
+        k += row * k_batch + begin * k_token + tl.cast(h, tl.int64) * k_head
+        d_o += row * o_batch + begin * o_token + tl.cast(h, tl.int64) * R * o_head
         rare_pairs(
-            q_tiles, k_tiles, inv_q, inv_k, v, gates, sums, places, g_tiles, r_tiles, u_tiles,
-            scale, i, row, first, place, h, slot, length, chunk_slots, q_token, k_token,
-            v_batch, v_token, v_head, o_token, o_head,
-            H, R, K, V, C, BK, BV, ERASE, TMA, d_rhs.dtype.element_ty, PRECISION,
+            q, k, v, d_o, gates, u, d_rhs, sums, scale, i, row, first, place, h, slot, length,
+            chunk_slots, q_token, k_token, v_batch, v_token, v_head, o_token, o_head,
+            H, R, K, V, C, BK, BV, ERASE, NORM, PRECISION,
         )  # fmt: skip
-        # Wait: a thread reads what another one has stored in `sums`.
+        # Wait: a thread reads what another one has stored.
         tl.debug_barrier()
     write_gradients(
         gate, gates, sums, corners, d_gate, d_beta, row, first, h, slot, place + i < length, T,

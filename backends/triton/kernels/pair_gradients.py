@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import (
-    LIFT,
     LOG2_E,
     LOG_FLOOR,
     NO_DECAY,
@@ -21,7 +20,6 @@ from gdn_ops.backends.triton.kernels.blocks import (
     operand,
     read_beta,
     read_gates,
-    read_tile,
     widened,
     written,
 )
@@ -36,22 +34,6 @@ INNER = tl.constexpr(3)
 OF_BETA = tl.constexpr(5)
 """Planes of the sums of a token: E_i,start but for what is erased; E_C,i; rowsum(dRHS ⊙ K S);
 those over pairs i ≥ t > j, of P and of A; and what dβ is formed of."""
-
-
-@triton.jit
-def zeros_at(gates, hv, slot, t, HV, chunk_slots, C: tl.constexpr):
-    """Return whether α_t = 0 for tokens t of a chunk, from the running count z: bool, like t."""
-    z = chunk_row(gates, 2 * HV + hv, slot, t, chunk_slots, C)
-    return tl.load(z) > tl.load(z - 1, mask=t > 0, other=0.0)
-
-
-@triton.jit
-def faint_at(gates, hv, slot, t, HV, chunk_slots, C: tl.constexpr):
-    """Return whether 0 < α_t < e**-60 for tokens t of a chunk, from its log sums: bool, like t."""
-    hi = chunk_row(gates, hv, slot, t, chunk_slots, C)
-    lo = chunk_row(gates, HV + hv, slot, t, chunk_slots, C)
-    rest = tl.load(lo) - tl.load(lo - 1, mask=t > 0, other=0.0)
-    return (tl.load(hi) - tl.load(hi - 1, mask=t > 0, other=0.0)) + rest < -LIFT
 
 
 @triton.jit
@@ -72,15 +54,6 @@ def pair_decay(gates, hv, slot, i, j, HV, chunk_slots, C: tl.constexpr, ROUNDED:
     return decay(
         hi_i[:, None], lo_i[:, None], z_i[:, None], hi[None, :], lo[None, :], z[None, :], 0
     )
-
-
-@triton.jit
-def log_decay(gates, hv, slot, i, j, HV, chunk_slots, C: tl.constexpr):
-    """Return G_i − G_j and z_i − z_j, (C, C)."""
-    hi_i, lo_i, z_i = read_gates(gates, hv, slot, i, HV, chunk_slots, C)
-    hi, lo, z = read_gates(gates, hv, slot, j, HV, chunk_slots, C)
-    log = (hi_i[:, None] - hi[None, :]) + (lo_i[:, None] - lo[None, :])
-    return log, z_i[:, None] - z[None, :]
 
 
 @triton.jit
@@ -172,70 +145,3 @@ def pair_gradients(
             to_inner = chunk_row(sums, HV * (INNER + OF_A) + hv, slot, i, chunk_slots, C)
             tl.store(to_inner, inner)
     return total
-
-
-@triton.jit
-def rare_pairs(
-    q_tiles, k_tiles, inv_q, inv_k, v, gates, sums, places, g_tiles, r_tiles, u_tiles, scale, i,
-    row, first, place, h, slot, length, chunk_slots, q_token, k_token, v_batch, v_token, v_head,
-    o_token, o_head, H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, ERASE: tl.constexpr, TMA: tl.constexpr, dtype: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Write the sums of inner pairs over again for t with α_t = 0, or below e**-60.
-
-    Few chunks have such tokens. E is formed again for them, so that the others need not hold it.
-    """
-    HV = H * R
-    valid = place + i < length
-    for r in tl.range(0, R, disable_licm=True):
-        hv = h * R + r
-        at = hv * chunk_slots + slot
-        hi_C, _lo_C, z_C = read_gates(gates, hv, slot, C - 1, HV, chunk_slots, C)
-        # Kind 0: X¹ where α_t = 0. Kind 1: X, lifted, where α_t is faint.
-        first_kind = tl.where(z_C > 0, 0, 1)
-        end_kind = tl.where(hi_C < -LIFT, 2, 1)
-        if first_kind < end_kind:
-            # §5 E = dP ⊙ Q Kᵀ + diag(β) dA ⊙ K Kᵀ                                        [C, C]
-            x = tl.zeros([C, C], tl.float32)
-            for column in tl.range(0, V, BV, num_stages=1, disable_licm=True):
-                g = head_tile(g_tiles, r, o_head, place, column, o_token, length, V, C, BV, TMA)
-                if ERASE:
-                    U = kept_tile(u_tiles, at, 0, column, C, V, C, BV, TMA)
-                else:
-                    dv = column + tl.arange(0, BV)
-                    U = written(
-                        u_tiles, v, gates, hv, slot, i, first, row, v_batch, v_token, v_head, dv,
-                        valid, dv < V, HV, chunk_slots, V, C, ERASE, PRECISION,
-                    )  # fmt: skip
-                x = tl.dot(widened(g), tl.trans(U), x, input_precision=PRECISION)
-            q_tile = read_tile(q_tiles, place, 0, q_token, length, K, C, BK, TMA)
-            k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
-            E = x * tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            E *= (inv_q * scale)[:, None] * inv_k[None, :]
-            if ERASE:
-                x = tl.zeros([C, C], tl.float32)
-                for column in tl.range(0, V, BV, num_stages=1, disable_licm=True):
-                    U = kept_tile(u_tiles, at, 0, column, C, V, C, BV, TMA)
-                    dR = kept_tile(r_tiles, at, 0, column, C, V, C, BV, TMA)
-                    x = tl.dot(dR, tl.trans(U), x, input_precision=PRECISION)
-                beta = read_beta(gates, hv, slot, i, HV, chunk_slots, C)
-                k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
-                x *= tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
-                E -= x * ((beta * inv_k)[:, None] * inv_k[None, :])
-            for kind in range(first_kind, end_kind):
-                log, zeros = log_decay(gates, hv, slot, i, tl.arange(0, C), HV, chunk_slots, C)
-                log += tl.where(kind == 1, LIFT, 0.0)
-                D = tl.exp(tl.where(log > 0.0, 0.0, log))
-                X = tl.where(zeros == 1 - kind, E * D, 0.0)
-                j = tl.load(places + tl.arange(0, C))
-                later = tl.where((i[:, None] <= j[None, :]) & (X == X), 1.0, 0.0).to(dtype)
-                inner = straddling(X, later, i, j, PRECISION)
-                is_rare = faint_at(gates, hv, slot, i, HV, chunk_slots, C)
-                if kind == 0:
-                    is_rare = zeros_at(gates, hv, slot, i, HV, chunk_slots, C)
-                to_inner = chunk_row(sums, HV * INNER + hv, slot, i, chunk_slots, C)
-                tl.store(to_inner, inner, mask=is_rare)
-                if ERASE:
-                    to_inner = chunk_row(sums, HV * (INNER + 1) + hv, slot, i, chunk_slots, C)
-                    tl.store(to_inner, tl.zeros([C], tl.float32), mask=is_rare)

@@ -1,15 +1,15 @@
-"""Compute the gradients of q, k and v of a chunk, given U, S, dRHS and dS.
+"""Compute the gradients of the tokens of a chunk, given U, S, dRHS and dS.
 
 One program per chunk and key head. The squares of the chunk are summed over the R value heads
 (`pair_gradients`), and what comes through the states is added to dq, then to dk; each sum has a
-loop over the heads of its own, so that no two lie in registers at a time. Sums of tokens, of which
-the gradients of gates and β are made, are left to `gate_gradients`. No sum leaves a program: no
-atomics, and the same call gives the same bits. FLA's names are `chunk_bwd_dqkwg` and
-`prepare_wy_repr_bwd`.
+loop over the heads of its own, so that no two lie in registers at a time. Sums of tokens are
+written to memory, and the gradients of gates and β made of them in the end (`gate_gradients`). No
+sum leaves a program: no atomics, and the same call gives the same bits. FLA's names are
+`chunk_bwd_dqkwg` and `prepare_wy_repr_bwd`.
 
-    reads   q, k, v, dO; gates; U, dRHS (HV, chunk_slots, C, V); S, dS (HV, chunk_slots, V, K),
+    reads   q, k, v, α, dO; gates; U, dRHS (HV, chunk_slots, C, V); S, dS (HV, chunk_slots, V, K),
             transposed
-    writes  dq, dk (B, T, H, K), dv (B, T, HV, V)
+    writes  dq, dk (B, T, H, K), dv (B, T, HV, V), dα or d log α, dβ (B, T, HV)
             sums of tokens (6, HV, chunk_slots, C) and of rows of S dS_Cᵀ (HV, chunk_slots, BV),
             float32, numbers of rows (H, chunk_slots, C or BV) int32
             with REREAD squares (H, chunk_slots, 2, C, C), to read them transposed
@@ -39,6 +39,7 @@ from gdn_ops.backends.triton.kernels.blocks import (
     write_tile,
     written,
 )
+from gdn_ops.backends.triton.kernels.gate_gradients import gate_gradients
 from gdn_ops.backends.triton.kernels.pair_gradients import (
     ENDS,
     ERASED,
@@ -226,15 +227,15 @@ def places_of_rows(places, h, slot, chunk_slots, WIDEST: tl.constexpr):
 
 @triton.jit(do_not_specialize=("N", "T", "chunk_slots", "H", "R"))
 def token_gradients(
-    q, k, v, d_o, gates, u, d_rhs, states, d_states, squares, sums, corners, places, d_q, d_k,
-    d_v, cu_seqlens, scale,
+    q, k, v, gate, d_o, gates, u, d_rhs, states, d_states, squares, sums, corners, places, d_q,
+    d_k, d_v, d_gate, d_beta, cu_seqlens, scale,
     N, T, chunk_slots, q_batch, q_token, q_head, k_batch, k_token, k_head,
     v_batch, v_token, v_head, o_batch, o_token, o_head,
     H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr,
     VARLEN: tl.constexpr, TMA: tl.constexpr, REREAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Form dq, dk, dv and sums of tokens, see the module. Grid (chunk_slots, H)."""
+    """Form the gradients of tokens, see the module. Grid (chunk_slots, H)."""
     HV = H * R
     slot, h = tl.program_id(0), tl.program_id(1)
     n, chunk = owner(slot, cu_seqlens, N, T, C, VARLEN)
@@ -344,3 +345,14 @@ def token_gradients(
         d_x = projected(d_x, k_tile, inv_k)
     dk_tiles = tiles_of(d_k, x_start, H * K, length, K, C, BK, TMA)
     write_tile(dk_tiles, d_x.to(d_k.dtype.element_ty), place, 0, H * K, length, K, C, BK, TMA)
+    if GATE != NO_DECAY or HAS_BETA:
+        # Wait: a thread reads what another one has stored.
+        tl.debug_barrier()
+        # Find the chunk again, by a zero that is read: kept, it would not fit the registers.
+        zero = tl.load(places)
+        gate_gradients(
+            q, k, v, gate, d_o, gates, u, d_rhs, sums, corners, d_gate, d_beta, cu_seqlens, scale,
+            slot + zero, h + zero, N, T, chunk_slots, q_batch, q_token, q_head,
+            k_batch, k_token, k_head, v_batch, v_token, v_head, o_batch, o_token, o_head,
+            H, R, K, V, C, BK, BV, GATE, HAS_BETA, ERASE, NORM, VARLEN, PRECISION,
+        )  # fmt: skip

@@ -235,18 +235,14 @@ def test_loops_are_those_of_the_source() -> None:
     fours = SourceLoop("four value heads", 1, is_kept=True)
     own = SourceLoop("chunks", 1, (fours,), is_kept=True)
     squares = SourceLoop("four squares", 1, is_kept=True)
+    of_k = SourceLoop("columns of K", 2, is_constant=True)
+    rows = SourceLoop("rows of pairs", 4, (columns, of_k), is_constant=True)
+    kinds = SourceLoop("kinds of rare gates", 0, (rows,), is_kept=True, may_rest=True)
+    rare = SourceLoop(*heads, (kinds,), is_kept=True)
     assert loops == {
         "prepare": (SourceLoop("tasks", 1, (own, squares), is_kept=True),),
         **dict.fromkeys(("walk", "walk_back"), chunks),
-        "token_gradients": (nested,) * 5,
-        "gate_gradients": (
-            SourceLoop(
-                *heads,
-                (columns, columns, SourceLoop("kinds of rare gates", 1, is_kept=True)),
-                is_kept=True,
-            ),
-            SourceLoop("four value heads", 1, is_kept=True),
-        ),
+        "token_gradients": (*(nested,) * 5, rare, fours),
     }
 
 
