@@ -41,7 +41,8 @@ def _target_of(index: int) -> str:
 
 
 @functools.cache
-def _width_class(K: int) -> int:
+def _width_class(K: int, V: int) -> int:
+    """Return the head-dim class: that of K, since V is taken by blocks."""
     return max(64, power_of_two(K))
 
 
@@ -50,7 +51,7 @@ tables: Final = Tables(
     target_of=_target_of,
     # An emulation runs what a Hopper GPU would.
     emulated="sm_90",
-    width_of=lambda K, V: _width_class(K),
+    width_of=_width_class,
     step={"BV": (8, 16, 32, 64), "warps": (1, 2, 4, 8)},
     sequence={
         "C": CHUNKS,

@@ -67,6 +67,32 @@ def projected(d_x, tile, inv_norm):
 
 
 @triton.jit
+def erased_pairs(
+    k_tiles, inv_k, v, gates, sums, places, r_tiles, u_tiles, i, row, first, place, h, slot,
+    length, chunk_slots, k_token, v_batch, v_token, v_head,
+    H, R, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr,
+    TMA: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return M summed over the R value heads as an operand, (C, C); write sums of tokens."""
+    # §5 M                                                                               [C, C]
+    k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
+    kk = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
+    if NORM:
+        kk *= inv_k[:, None] * inv_k[None, :]
+    j = tl.load(places + i)
+    kk = tl.where(i[:, None] > j[None, :], kk, 0.0)
+    M = pair_gradients(
+        kk, v, gates, sums, places, r_tiles, u_tiles, i, row, first, place, h, slot, length,
+        chunk_slots, v_batch, v_token, v_head, V, V,
+        H, R, V, C, BV, GATE, HAS_BETA, ERASE, True, TMA, dtype, PRECISION,
+    )  # fmt: skip
+    j = tl.load(places + i)
+    M = tl.where(i[:, None] > j[None, :], M, 0.0)
+    return operand(M, dtype, PRECISION)
+
+
+@triton.jit
 def through_states(
     d_x, q_tiles, inv_q, gates, sums, corners, places, g_tiles, s_tiles, ds_tiles, scale, i, place,
     h, slot, length, chunk_slots, q_token, o_token, o_head,
@@ -302,21 +328,11 @@ def token_gradients(
     write_tile(dq_tiles, d_x.to(d_q.dtype.element_ty), place, 0, H * K, length, K, C, BK, TMA)
 
     if ERASE:
-        # §5 M                                                                               [C, C]
-        k_tile = read_tile(k_tiles, place, 0, k_token, length, K, C, BK, TMA)
-        kk = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
-        if NORM:
-            kk *= inv_k[:, None] * inv_k[None, :]
-        j = tl.load(places + i)
-        kk = tl.where(i[:, None] > j[None, :], kk, 0.0)
-        M = pair_gradients(
-            kk, v, gates, sums, places, r_tiles, u_tiles, i, row, first, place, h, slot, length,
-            chunk_slots, v_batch, v_token, v_head, V, V,
-            H, R, V, C, BV, GATE, HAS_BETA, ERASE, True, TMA, d_rhs.dtype.element_ty, PRECISION,
+        M = erased_pairs(
+            k_tiles, inv_k, v, gates, sums, places, r_tiles, u_tiles, i, row, first, place, h, slot,
+            length, chunk_slots, k_token, v_batch, v_token, v_head, H, R, K, V, C, BK, BV, GATE,
+            HAS_BETA, ERASE, NORM, TMA, d_rhs.dtype.element_ty, PRECISION,
         )  # fmt: skip
-        j = tl.load(places + i)
-        M = tl.where(i[:, None] > j[None, :], M, 0.0)
-        M = operand(M, d_rhs.dtype.element_ty, PRECISION)
         keep_square(squares + C * C, M, i, C, REREAD)
     # §5 (dP ⊙ D)ᵀ Q,  (M + Mᵀ) K to dK                                                      [C, BK]
     q_tile = read_tile(q_tiles, place, 0, q_token, length, K, C, BK, TMA)
