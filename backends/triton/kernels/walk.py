@@ -177,15 +177,18 @@ def walk(
             if KEEP:
                 write = tl.load(chunk_row(factors, 2 * HV + hv, slot, i, chunk_slots, C))
             p = read_tile(p_tiles, slot * C, 0, C, chunk_slots * C, C, C, C, TMA)
-            U_low = operand(U, p.dtype, PRECISION)
-            out = tl.dot(U_low, tl.trans(p), out, input_precision=PRECISION)
+            out = tl.dot(operand(U, p.dtype, PRECISION), tl.trans(p), out, PRECISION)
             out_low = tl.trans(out).to(o.dtype.element_ty)
-            write_tile(o_tiles, out_low, first, dv_0, HV * V, length, V, C, BV, TMA)
+            if not TMA:
+                write_tile(o_tiles, out_low, first, dv_0, HV * V, length, V, C, BV, TMA)
         # §3 S_C = b_C S + (diag(d) K)ᵀ U                                        [BV, BK]
         if DECAY:
             S *= b_C
         U_low = operand(U * write[None, :], k_tile.dtype, PRECISION)
         S = tl.dot(U_low, k_tile, S, input_precision=PRECISION)
+        if OUTPUT and TMA:
+            # Write it last: all warps wait for its copy, and for no product above.
+            write_tile(o_tiles, out_low, first, dv_0, HV * V, length, V, C, BV, TMA)
     if MAPS:
         unit = dv - tl.cdiv(V, BV) * BV
         in_map = (dv < V)[:, None] | ((unit >= 0) & (unit < K))[:, None]
