@@ -28,6 +28,7 @@ if str(ROOT) not in sys.path:
 MODULES = (
     "gdn_ops",
     "gdn_ops.nn",
+    "gdn_ops.parallel",
     "gdn_ops.export",
     "gdn_ops.compat.transformers",
     "gdn_ops.compat.fla",
