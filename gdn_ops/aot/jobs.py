@@ -46,6 +46,7 @@ class Built(NamedTuple):
             None where that is not known.
         loops: returns the loops that a launch has in the source of its kernel; None where that is
             not known.
+        turned: returns the same in another order in which the compiler may leave them.
     """
 
     shared: int
@@ -58,6 +59,7 @@ class Built(NamedTuple):
     grid: Callable[[Launch], tuple[int, ...]] = operator.attrgetter("grid")
     moved: Callable[[Launch], tuple[int, int] | None] = lambda launch: None
     loops: Callable[[Launch], Sequence[SourceLoop] | None] = lambda launch: None
+    turned: Callable[[Launch], Sequence[SourceLoop] | None] = lambda launch: None
 
 
 class Job(NamedTuple):
@@ -192,7 +194,8 @@ def _timed(one: Made, built: Built, fits: int, target: str) -> TimedLaunch:
     timed = replace(_placed(one), grid=grid)
     if moved is not None:
         timed = replace(timed, bytes=sum(moved), read=moved[0], written=moved[1])
-    trips = None if one.is_packed else trips_of(code, built.loops(one.launch))
+    loops, turned = built.loops(one.launch), built.turned(one.launch)
+    trips = None if one.is_packed else trips_of(code, loops, turned)
     if trips is None:
         return timed
     if not fits:

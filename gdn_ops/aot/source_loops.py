@@ -46,23 +46,36 @@ Nest = tuple[tuple[int, "Nest"], ...]
 """Loops as pairs: a number, and the loops inside."""
 
 
-def trips_of(code: Code, source: Sequence[SourceLoop] | None) -> dict[int, int] | None:
+def trips_of(
+    code: Code,
+    source: Sequence[SourceLoop] | None,
+    turned: Sequence[SourceLoop] | None = None,
+) -> dict[int, int] | None:
     """Return the trips of every loop that counts, or None where they are not known.
 
     Args:
         code: the machine code.
         source: the loops of its source, or None where the backend does not say.
+        turned: the same in another order in which a compiler may leave them, or None.
     """
     if source is None or code.irregular:
         return None
     found = _found(code, -1)
-    fitting = {_numbers(nest) for nest in _forms(tuple(source)) if _shape(nest) == _shape(found)}
+    fitting: set[tuple[int, ...]] = set()
+    for loops in (source, turned):
+        nests = _forms(tuple(loops)) if loops is not None else ()
+        fitting |= {_numbers(nest) for nest in nests if _shape(nest) == _shape(found)}
+    numbers = _numbers(found)
+    # What is never run here multiplies nothing: loops that copy, and searches.
+    multiplies = [bool(code.loops[i].own.matrix) for i in numbers]
+    fitting = {
+        trips
+        for trips in fitting
+        if not any(n == 0 and own for n, own in zip(trips, multiplies, strict=True))
+    }
     if len(fitting) != 1:
         return None
-    trips = dict(zip(_numbers(found), fitting.pop(), strict=True))
-    # What is never run here multiplies nothing: loops that copy, and searches.
-    is_wrong = any(n == 0 and code.loops[i].own.matrix for i, n in trips.items())
-    return None if is_wrong else {i: max(n, 0) for i, n in trips.items()}
+    return {i: max(n, 0) for i, n in zip(numbers, fitting.pop(), strict=True)}
 
 
 def _found(code: Code, parent: int) -> Nest:

@@ -86,3 +86,13 @@ def test_trips_are_those_of_the_source_or_unknown(
     found: Code, source: Any, trips: dict[int, int] | None
 ) -> None:
     assert trips_of(found, source) == trips
+
+
+def test_loops_that_copy_may_stand_before_those_that_compute() -> None:
+    own, copied = chunks(5), chunks(0)
+    code_of = (Loop(-1, 0, False, PLAIN), Loop(-1, 0, False, PRODUCT))
+    found = Code(PLAIN, code_of)
+    assert trips_of(found, [own, copied]) is None
+    assert trips_of(found, [own, copied], [copied, own]) == {0: 0, 1: 5}
+    # Where nothing tells the two apart, neither is believed.
+    assert trips_of(code(-1, -1), [own, copied], [copied, own]) is None

@@ -80,6 +80,9 @@ def _build(launch: Launch, target: str) -> Built:
         grid=functools.partial(accesses.grid, function=traced),
         moved=functools.partial(accesses.moved, function=traced),
         loops=functools.partial(loops_of, function=traced, has_copiers=copiers > 0),
+        turned=functools.partial(
+            loops_of, function=traced, has_copiers=copiers > 0, copiers_first=True
+        ),
     )
 
 

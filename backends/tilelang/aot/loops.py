@@ -8,6 +8,7 @@ never runs: its trips are 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gdn_ops.aot.source_loops import SourceLoop
@@ -63,13 +64,16 @@ KERNELS: dict[str, Callable[[Mapping[str, Any]], Loops]] = {
 source."""
 
 
-def loops_of(launch: Launch, function: Any, *, has_copiers: bool) -> Sequence[SourceLoop] | None:
+def loops_of(
+    launch: Launch, function: Any, *, has_copiers: bool, copiers_first: bool = False
+) -> Sequence[SourceLoop] | None:
     """Return the loops of a launch, or None of an unknown kernel.
 
     Args:
         launch: the launch.
         function: its kernel, traced.
         has_copiers: whether it has warps that only copy.
+        copiers_first: whether their code stands before that of the warps that compute.
     """
     loops = KERNELS.get(launch.kernel.__name__)
     if loops is None:
@@ -80,5 +84,10 @@ def loops_of(launch: Launch, function: Any, *, has_copiers: bool) -> Sequence[So
     own = loops(dict(zip(names, launch.args, strict=True)) | launch.kwargs)
     if not has_copiers:
         return own
+    *searches, last = own
     # A search that the compiler moves ahead of where the warps part stands there once.
-    return (*own, *(SourceLoop(x.name, 0, is_constant=len(own) > 1 and x is own[0]) for x in own))
+    if copiers_first:
+        again = [replace(x, is_constant=True) for x in searches]
+        return (*searches, SourceLoop(last.name, 0), *again, last)
+    again = [SourceLoop(x.name, 0, is_constant=True) for x in searches]
+    return (*own, *again, SourceLoop(last.name, 0))

@@ -67,7 +67,7 @@ _OWN: dict[tuple[str, int, str], Config] = {
     ("sm_80", 128, "float32"): _row(32, Tiles(32, 8, 0), Tiles(32, 8, 0), Tiles(32, 8, 0)),
     ("sm_80", 192, "low"): _row(32, Tiles(32, 4, 1), Tiles(32, 4, 1), Tiles(32, 4, 0)),
     ("sm_80", 256, "low"): _row(32, Tiles(32, 4, 1), Tiles(32, 4, 1), Tiles(32, 4, 0)),
-    ("sm_100a", 128, "low"): _row(64, Tiles(64, 4, 2), Tiles(64, 4, 2), Tiles(16, 8, 0)),
+    ("sm_100a", 128, "low"): _row(64, Tiles(64, 8, 2), Tiles(32, 8, 2), Tiles(16, 8, 0)),
     ("sm_120a", 64, "low"): _row(64, Tiles(32, 4, 1), Tiles(32, 4, 1), Tiles(32, 8, 0)),
     ("sm_120a", 64, "float32"): _row(32, Tiles(16, 4, 0), Tiles(16, 4, 0), Tiles(16, 4, 0)),
     ("sm_120a", 128, "low"): _row(32, Tiles(32, 4, 1), Tiles(32, 4, 1), Tiles(32, 8, 0)),

@@ -279,6 +279,10 @@ def test_loops_are_those_of_the_source() -> None:
     assert copied is not None
     assert [loop.trips for loop in copied] == [2, 4, 0, 0]
     assert [loop.is_constant for loop in copied] == [False, False, True, False]
+    turned = loops_of(*made["solve"], has_copiers=True, copiers_first=True)
+    assert turned is not None
+    assert [loop.trips for loop in turned] == [2, 0, 2, 4]
+    assert [loop.is_constant for loop in turned] == [False, False, True, False]
     launch_of_solve, traced = made["solve"]
     unknown = launch_of_solve._replace(kernel=kernels.product)
     assert loops_of(unknown, traced, has_copiers=False) is None
