@@ -66,7 +66,7 @@ def trips_of(
         nests = _forms(tuple(loops)) if loops is not None else ()
         fitting |= {_numbers(nest) for nest in nests if _shape(nest) == _shape(found)}
     numbers = _numbers(found)
-    # What is never run here multiplies nothing: loops that copy, and searches.
+    # Drop forms in which a loop that multiplies is never run: only copies and searches are.
     multiplies = [bool(code.loops[i].own.matrix) for i in numbers]
     fitting = {
         trips

@@ -74,7 +74,7 @@ def heads(trips: int, *inner: SourceLoop) -> SourceLoop:
         (code(-1, own=PRODUCT), [chunks(0)], None),
         # But for one that may rest.
         (code(-1, own=PRODUCT), [SourceLoop("cuts", 0, may_rest=True)], {0: 0}),
-        # Which of two loops in it is left does not matter.
+        # Ignore which of the loops inside is left.
         (
             code(-1, 0),
             [SourceLoop("cuts", 0, (heads(2), heads(4)), may_rest=True)],
@@ -94,5 +94,5 @@ def test_loops_that_copy_may_stand_before_those_that_compute() -> None:
     found = Code(PLAIN, code_of)
     assert trips_of(found, [own, copied]) is None
     assert trips_of(found, [own, copied], [copied, own]) == {0: 0, 1: 5}
-    # Where nothing tells the two apart, neither is believed.
+    # Refuse both orders where nothing tells them apart.
     assert trips_of(code(-1, -1), [own, copied], [copied, own]) is None

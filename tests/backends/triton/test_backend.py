@@ -224,7 +224,7 @@ def test_ieee_products_are_the_definition_too(monkeypatch: pytest.MonkeyPatch) -
     check_definition("triton", AWKWARD)
 
 
-# What makes a call slower than it need be, for `explain`.
+# Explain what makes a call slower than it need be.
 
 
 def explained(**changes: Any) -> tuple[str, ...]:
