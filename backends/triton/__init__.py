@@ -1,11 +1,12 @@
 """Run the chunkwise form as Triton kernels, on NVIDIA and AMD GPUs.
 
     prepare, walk                two launches forward (`forward`)
-    walk_back, token_gradients   two backward (`backward`), and walk before them where the forward
-                                 kept no states
+    walk_back, token_gradients   two backward (`backward`)
     tokens                       one for a token, or a few (`decode`)
 
-Where sequences are cut into segments (docs/math.md §6), two more either way, with `compose`.
+Where sequences are cut into segments (docs/math.md §6), two more either way, with `compose`: four
+at most. Where the forward kept no states, walk is run once more: before walk_back, or in the launch
+that composes.
 
 Launch configurations are data (`table`), chosen by `config`. On CPU tensors the same kernels are
 emulated, for checking (`emulation`); without a GPU they are compiled for one (`aot`).

@@ -22,6 +22,14 @@ def _chunks(x: Mapping[str, Any]) -> Loops:
     return (SourceLoop("chunks", min(chunks, x["L"] or chunks), is_kept=True),)
 
 
+def _walk(x: Mapping[str, Any]) -> Loops:
+    """Return the loops of the walk, without those of the programs that compose beside it."""
+    if not x["COMPOSED"]:
+        return _chunks(x)
+    rows = SourceLoop("rows of M", 0, is_constant=True)
+    return SourceLoop("segments", 0, (rows,), is_kept=True, may_rest=True), *_chunks(x)
+
+
 def _heads(x: Mapping[str, Any], *inner: SourceLoop) -> SourceLoop:
     return SourceLoop("value heads", x["R"], inner, is_kept=True)
 
@@ -68,7 +76,7 @@ def _compose(x: Mapping[str, Any]) -> Loops:
 
 KERNELS: dict[str, Callable[[Mapping[str, Any]], Loops]] = {
     "prepare": _prepare,
-    "walk": _chunks,
+    "walk": _walk,
     "compose": _compose,
     "walk_back": _chunks,
     "token_gradients": _token_gradients,

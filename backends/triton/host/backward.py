@@ -4,8 +4,9 @@ walk_back         walks backward: dRHS and dS at every chunk end
 token_gradients   the gradients of q, k, v, gates and β
 
 Where a sequence is cut into segments, `walk_back` and `compose` are launched before the first:
-what a segment adds to dS, and dS at the cuts. Where the forward has kept no states, `walk` goes
-before all of them: U and the state at every chunk start.
+what a segment adds to dS, and dS at the cuts. Where the forward has kept no states, `walk` computes
+U and the state at every chunk start again: a launch before the first, or, where a sequence is cut,
+the one that composes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from gdn_ops.backends.triton.host.plan import (
     strides,
     width,
 )
-from gdn_ops.backends.triton.host.walk import walk_again, walk_gradients
+from gdn_ops.backends.triton.host.walk import walk_for_gradients
 from gdn_ops.backends.triton.kernels import token_gradients
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Grads
@@ -49,8 +50,9 @@ def backward(
     s = call.sizes
     q, k, v, d_o = (readable(x) for x in (*call.tokens[:3], d_o))
     kept = Saved(*saved)
-    u, states = (kept.u, kept.states) if plan.keep else walk_again(call, plan, kept)
-    d_rhs, d_states, d_initial = walk_gradients(call, plan, kept, d_o, d_final.contiguous())
+    u, states, d_rhs, d_states, d_initial = walk_for_gradients(
+        call, plan, kept, d_o, d_final.contiguous()
+    )
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     gate, beta = gate_of(call), call.tokens.beta
     d_gate = None if gate is None else torch.empty_like(gate)

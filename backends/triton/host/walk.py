@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,42 @@ from gdn_ops.call.bind import Call
 
 COMPOSED: Final = 16
 """Columns of V of a program that composes: few, since sequences of few heads are cut."""
+ROWS: Final = 32
+"""Entries of K that it sums over at a time."""
+
+
+class Cuts(NamedTuple):
+    """Hold the tensors of states at cuts, or of their gradients, in the order of `compose`.
+
+    Attributes:
+        shifts: what segments add to a gradient (segment_slots, HV, K, V) float32; None for states.
+        first: what they start from (N, HV, K, V), or None.
+        cuts: where they are written (segment_slots, HV, K, V) float32.
+        last: where those of sequences without tokens are (N, HV, K, V) float32.
+    """
+
+    shifts: Tensor | None
+    first: Tensor | None
+    cuts: Tensor
+    last: Tensor
+
+
+class Walked(NamedTuple):
+    """Hold what the last launch of a backward reads, in the dtype of what is kept.
+
+    Attributes:
+        u: U (HV, chunk_slots, C, V), empty without an error term.
+        states: the transposed states at the start of every chunk (HV, chunk_slots, V, K).
+        d_rhs: dRHS (HV, chunk_slots, C, V).
+        d_states: the transposed dS at the end of every chunk (HV, chunk_slots, V, K).
+        d_initial: dS of the initial state (N, HV, K, V) float32.
+    """
+
+    u: Tensor
+    states: Tensor
+    d_rhs: Tensor
+    d_states: Tensor
+    d_initial: Tensor
 
 
 def walk_for_output(call: Call, plan: Plan, saved: Saved, final: Tensor) -> Tensor:
@@ -39,28 +75,12 @@ def walk_for_output(call: Call, plan: Plan, saved: Saved, final: Tensor) -> Tens
     return o
 
 
-def walk_again(call: Call, plan: Plan, saved: Saved) -> tuple[Tensor, Tensor]:
-    """Walk once more, for a backward whose forward has kept nothing of it.
-
-    Returns:
-        U (HV, chunk_slots, C, V), empty without an error term, and the transposed state at the
-        start of every chunk (HV, chunk_slots, V, K), in the dtype of what is kept.
-    """
-    s, device = call.sizes, call.device
-    rows = (s.HV, plan.chunk_slots, plan.C, s.V) if call.rule.has_erase else (0,)
-    u = torch.empty(rows, dtype=plan.kept, device=device)
-    states = torch.empty((s.HV, plan.chunk_slots, s.V, s.K), dtype=plan.kept, device=device)
-    final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
-    _walk(call, plan, saved, u=u, states=states, final=final)
-    return u, states
-
-
 def walk_for_starts(call: Call, plan: Plan, saved: Saved, final: Tensor) -> None:
     """Write what segments start from, and the final state of sequences without tokens."""
     if segments_of(call, plan) != 1:
         _walk(call, plan, saved, maps=saved.maps)
     # Without an initial state the first one is zero.
-    _compose(call, plan, saved.maps, None, dense(call.state), saved.starts, final)
+    _compose(call, plan, saved.maps, Cuts(None, dense(call.state), saved.starts, final))
 
 
 def segments_of(call: Call, plan: Plan) -> int:
@@ -80,53 +100,72 @@ def grid_of_maps(call: Call, plan: Plan, BV: int) -> tuple[int, int]:
 def _walk(
     call: Call, plan: Plan, saved: Saved, *, o: Tensor | None = None, u: Tensor | None = None,
     states: Tensor | None = None, final: Tensor | None = None, maps: Tensor | None = None,
+    cuts: Cuts | None = None,
 ) -> None:  # fmt: skip
     """Launch the walk that writes what it is given."""
     s, config, v = call.sizes, plan.config, readable(call.tokens.v)
     q, k = operands(call, saved)
-    BV, cuts = width(config.walk, s.V), plan.segment_slots
-    grid = ((cuts or s.N) * s.HV, -(-s.V // BV))
+    BV, slots = width(config.walk, s.V), plan.segment_slots
+    composed = 0 if cuts is None else -(-s.V // COMPOSED)
+    grid = ((slots or s.N) * s.HV, composed - (-s.V // BV))
     if maps is not None:
         grid = grid_of_maps(call, plan, BV)
-    initial = saved.starts if cuts and maps is None else dense(call.state)
+    initial = saved.starts if slots and maps is None else dense(call.state)
     launch(
         walk.walk, grid,
         q, k, v, saved.gates, saved.factors, saved.ends, saved.inverses, saved.scores, initial,
-        o, u, states, final, maps, dense(call.cu_seqlens),
+        o, u, states, final, maps if cuts is None else saved.maps, *(cuts or (None,) * 4),
+        dense(call.cu_seqlens),
         s.N, s.T, plan.L, plan.chunk_slots, s.HV, s.HV // s.H,
         *strides(q), *strides(k), *strides(v), **common(call, plan), V=s.V, BV=BV,
         DECAY=call.rule.has_decay, ERASE=call.rule.has_erase,
         HAS_INITIAL=initial is not None, OUTPUT=o is not None,
-        KEEP=states is not None, MAPS=maps is not None, SEGMENTED=cuts > 0,
+        KEEP=states is not None, MAPS=maps is not None, COMPOSED=composed, SEGMENTED=slots > 0,
         WEIGHTED=is_weighted(call), TMA=by_descriptors(config, (q, k, v, o, u, states)),
+        BC=COMPOSED, BR=ROWS, CUT_PRECISION=_precision_of_cuts(call),
         **options(config.walk),
     )  # fmt: skip
 
 
-def walk_gradients(
+def walk_for_gradients(
     call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Walked:
     """Walk back with the gradient of the state, given those of o and of the final state.
 
-    Returns:
-        dRHS (HV, chunk_slots, C, V), the transposed dS at the end of every chunk
-        (HV, chunk_slots, V, K), and that of the initial state (N, HV, K, V) float32.
+    Where the forward has kept nothing, it is walked once more. It need not wait for what a segment
+    adds to dS, nor for dS at the cuts, so both are computed in one launch.
     """
     s, device = call.sizes, call.device
     d_rhs = torch.empty((s.HV, plan.chunk_slots, plan.C, s.V), dtype=plan.kept, device=device)
     shape = (s.HV, plan.chunk_slots, s.V, s.K)
     d_states = torch.empty(shape, dtype=plan.kept, device=device)
     d_initial = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
-    d_end = d_final
+    d_end, cuts = d_final, None
     if plan.segment_slots:
         shifts, d_end = torch.empty_like(saved.starts), torch.empty_like(saved.starts)
         if segments_of(call, plan) != 1:
             _walk_back(call, plan, saved, d_o, d_end=d_final, d_start=shifts)
-        _compose(call, plan, saved.maps, shifts, d_final, d_end, d_initial)
+        cuts = Cuts(shifts, d_final, d_end, d_initial)
+        if plan.keep:
+            _compose(call, plan, saved.maps, cuts)
+    u, states = (saved.u, saved.states) if plan.keep else walk_again(call, plan, saved, cuts)
     _walk_back(
         call, plan, saved, d_o, d_end=d_end, d_rhs=d_rhs, d_states=d_states, d_start=d_initial
     )
-    return d_rhs, d_states, d_initial
+    return Walked(u, states, d_rhs, d_states, d_initial)
+
+
+def walk_again(
+    call: Call, plan: Plan, saved: Saved, cuts: Cuts | None = None
+) -> tuple[Tensor, Tensor]:
+    """Walk once more for U and the states, and compute dS at the cuts, if any, beside it."""
+    s, device = call.sizes, call.device
+    rows = (s.HV, plan.chunk_slots, plan.C, s.V) if call.rule.has_erase else (0,)
+    u = torch.empty(rows, dtype=plan.kept, device=device)
+    states = torch.empty((s.HV, plan.chunk_slots, s.V, s.K), dtype=plan.kept, device=device)
+    final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
+    _walk(call, plan, saved, u=u, states=states, final=final, cuts=cuts)
+    return u, states
 
 
 def _walk_back(
@@ -153,18 +192,20 @@ def _walk_back(
     )  # fmt: skip
 
 
-def _compose(
-    call: Call, plan: Plan, maps: Tensor, shifts: Tensor | None, first: Tensor | None,
-    cuts: Tensor, last: Tensor,
-) -> None:  # fmt: skip
+def _compose(call: Call, plan: Plan, maps: Tensor, cuts: Cuts) -> None:
     """Launch the kernel that writes the states at cuts, or with shifts their gradients."""
     s = call.sizes
-    is_amd = configs.tables.target(call.device).startswith("gfx")
     launch(
         compose.compose, (s.N * s.HV, -(-s.V // COMPOSED)),
-        maps, shifts, first, cuts, last, dense(call.cu_seqlens), s.T, plan.C * plan.L, s.HV,
-        K=s.K, V=s.V, BK=power_of_two(s.K), BV=COMPOSED, BR=32, REVERSE=shifts is not None,
-        HAS_FIRST=first is not None, VARLEN=call.cu_seqlens is not None,
-        PRECISION="ieee" if is_amd else configs.float32_products,
+        maps, *cuts, dense(call.cu_seqlens), s.T, plan.C * plan.L, s.HV,
+        K=s.K, V=s.V, BK=power_of_two(s.K), BV=COMPOSED, BR=ROWS,
+        REVERSE=cuts.shifts is not None, HAS_FIRST=cuts.first is not None,
+        VARLEN=call.cu_seqlens is not None, PRECISION=_precision_of_cuts(call),
         num_warps=4, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def _precision_of_cuts(call: Call) -> str:
+    """Return the precision of the products at cuts, which are of float32."""
+    is_amd = configs.tables.target(call.device).startswith("gfx")
+    return "ieee" if is_amd else configs.float32_products

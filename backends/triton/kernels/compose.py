@@ -35,22 +35,19 @@ def shift_of(
     return S
 
 
-@triton.jit(do_not_specialize=("T", "tokens", "HV"))
-def compose(
-    maps, shifts, first, cuts, last, cu_seqlens, T, tokens, HV,
+@triton.jit
+def compose_head(
+    maps, shifts, first, cuts, last, cu_seqlens, program, block, T, tokens, HV,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
     REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute the states at cuts, see the module; `tokens` of a segment. Grid (N HV, ceil(V / BV)).
-
-    BR: entries of the axis of K that are summed over at a time.
-    """
-    n, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
+    """Compute the states at the cuts of one sequence and head, see `compose`."""
+    n, hv = program // HV, program % HV
     _row, _begin, length, first_slot = sequence(n, cu_seqlens, T, tokens, VARLEN)
-    dk, dv = tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
+    dk, dv = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     in_k, in_v = (dk < K)[None, :], (dv < V)[:, None]
     cell = dk[None, :] * V + dv[:, None]
-    own = tl.program_id(0).to(tl.int64) * (K * V)
+    own = tl.cast(program, tl.int64) * (K * V)
     S = tl.zeros([BV, BK], tl.float32)
     if HAS_FIRST:
         S += tl.load(first + own + cell, mask=in_v & in_k, other=0.0).to(tl.float32)
@@ -87,3 +84,19 @@ def compose(
             S = tl.dot(x, M, S, input_precision=PRECISION)
         at += onwards
         tl.store(cuts + at * (K * V) + cell, S, mask=inside)
+
+
+@triton.jit(do_not_specialize=("T", "tokens", "HV"))
+def compose(
+    maps, shifts, first, cuts, last, cu_seqlens, T, tokens, HV,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute the states at cuts, see the module; `tokens` of a segment. Grid (N HV, ceil(V / BV)).
+
+    BR: entries of the axis of K that are summed over at a time.
+    """
+    compose_head(
+        maps, shifts, first, cuts, last, cu_seqlens, tl.program_id(0), tl.program_id(1), T, tokens,
+        HV, K, V, BK, BV, BR, REVERSE, HAS_FIRST, VARLEN, PRECISION,
+    )  # fmt: skip

@@ -16,6 +16,9 @@ FLA's names are `chunk_gated_delta_rule_fwd_h` and, for the output, `chunk_fwd_o
             but the last: the transposed state that a segment makes of 0, and the first one of the
             initial state; and below it, for segments between those two, what they make of each
             unit row without v
+
+With COMPOSED programs stand before them that compute the gradients of the states at the cuts, as
+`compose` does: neither waits for the other, and a backward saves a launch.
 """
 
 from __future__ import annotations
@@ -36,19 +39,20 @@ from gdn_ops.backends.triton.kernels.blocks import (
     write_state,
     write_tile,
 )
+from gdn_ops.backends.triton.kernels.compose import compose_head
 
 
 @triton.jit
 def part_of(
-    cu_seqlens, N, T, L, HV, V: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    MAPS: tl.constexpr, VARLEN: tl.constexpr,
+    cu_seqlens, block, N, T, L, HV, V: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr, MAPS: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Return what a program walks: sequence, segment, place of its map, block of columns.
 
     With MAPS and sequences that are as long, there are programs for what is needed alone: the
     blocks of V of segments but the last, and then those of K of the ones in between.
     """
-    n, block = tl.program_id(0) // HV, tl.program_id(1)
+    n = tl.program_id(0) // HV
     place = n
     if MAPS and not VARLEN:
         cuts, of_v, of_k = tl.cdiv(T, C * L), tl.cdiv(V, BV), tl.cdiv(K, BV)
@@ -82,25 +86,37 @@ def first_state(
 
 @triton.jit(do_not_specialize=("N", "T", "L", "chunk_slots", "HV", "R"))
 def walk(
-    q, k, v, gates, factors, ends, inverses, scores, initial, o, u, states, final, maps, cu_seqlens,
+    q, k, v, gates, factors, ends, inverses, scores, initial, o, u, states, final, maps,
+    shifts, d_final, d_cuts, d_initial, cu_seqlens,
     N, T, L, chunk_slots, HV, R, q_batch, q_token, q_head, k_batch, k_token, k_head,
     v_batch, v_token, v_head,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, ERASE: tl.constexpr, HAS_INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
-    KEEP: tl.constexpr, MAPS: tl.constexpr, SEGMENTED: tl.constexpr,
+    KEEP: tl.constexpr, MAPS: tl.constexpr, COMPOSED: tl.constexpr, SEGMENTED: tl.constexpr,
     WEIGHTED: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr, CUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk the state over the chunks, see the module.
 
     Grid (N HV or segment_slots HV, ceil(V / BV)); with MAPS the second is + ceil(K / BV), or,
     where sequences are as long, (N HV, those of `part_of`).
+
+    COMPOSED: programs before those of the second axis, of BC columns of V each, that compose, BR
+    entries of K at a time, with products of CUT_PRECISION; 0 for none.
     """
+    if COMPOSED > 0 and tl.program_id(1) < COMPOSED:
+        if tl.program_id(0) < N * HV:
+            compose_head(
+                maps, shifts, d_final, d_cuts, d_initial, cu_seqlens, tl.program_id(0),
+                tl.program_id(1), T, C * L, HV, K, V, BK, BC, BR, True, True, VARLEN, CUT_PRECISION,
+            )  # fmt: skip
+        return
     n, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
-    h, block = hv // R, tl.program_id(1)
+    h, block = hv // R, tl.program_id(1) - COMPOSED
     begin_chunk = 0
     if SEGMENTED:
         n, segment, place, block = part_of(
-            cu_seqlens, N, T, L, HV, V, K, C, BV, MAPS, VARLEN
+            cu_seqlens, block, N, T, L, HV, V, K, C, BV, MAPS, VARLEN
         )  # fmt: skip
         begin_chunk = segment * L
     row, begin, length, first_slot = sequence(n, cu_seqlens, T, C, VARLEN)

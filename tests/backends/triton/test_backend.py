@@ -176,6 +176,21 @@ def test_a_long_sequence_of_few_heads_is_cut_into_segments() -> None:
     assert grids == [(8, 15 * 2 + 14 * 2), (8, 8), walked, (8, 15 * 2), (8, 8), walked]
 
 
+def test_a_cut_sequence_whose_states_are_too_large_to_keep_is_walked_again_beside_composing() -> (
+    None
+):
+    triton = backend.Triton()
+    call = meta_call(True, **SIZES | {"T": 262144, "H": 2, "HV": 8})
+    with torch.no_grad(), recording("sm_90") as launches:
+        out = triton.forward(call)
+        triton.backward(call, out.saved, torch.empty_like(out.o), torch.empty_like(out.final_state))
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names[4:] == ["walk_back", "walk", "walk_back", "token_gradients"]
+    # 8 programs of 16 columns of V stand before the two that walk 64 columns each.
+    slots = plan.make_plan(call).segment_slots
+    assert launches[5].grid == (slots * 8, 8 + 2)
+
+
 @pytest.mark.parametrize("kept", ["auto", "on", "off"])
 def test_states_are_kept_where_the_memory_allows_it(
     kept: str, monkeypatch: pytest.MonkeyPatch

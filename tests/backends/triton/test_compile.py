@@ -255,6 +255,13 @@ def test_loops_of_segments_are_shorter() -> None:
     assert loops["compose"] == (segments,)
 
 
+def test_loops_of_a_walk_beside_programs_that_compose_are_its_own() -> None:
+    walk = launch_loops(T=262144, H=2, HV=8)["walk"]
+    rows = SourceLoop("rows of M", 0, (), is_constant=True)
+    segments = SourceLoop("segments", 0, (rows,), is_kept=True, may_rest=True)
+    assert walk[0] == segments and [loop.name for loop in walk[1:]] == ["chunks"]
+
+
 def test_loops_of_a_kernel_without_an_entry_are_not_known() -> None:
     made = Launch(bad.gather, (1,), (meta(64), meta(64), None, 64, 32, 0.5), {"N": 64})
     assert loops_of(made) is None

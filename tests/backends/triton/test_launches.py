@@ -21,7 +21,7 @@ from kernel_backends import using
 
 pytest.importorskip("triton")
 
-from gdn_ops.backends.triton.host import forward, walk
+from gdn_ops.backends.triton.host import forward, plan, walk
 from gdn_ops.backends.triton.host.plan import Plan, Saved, is_weighted, make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:backend 'triton' emulates")
@@ -222,19 +222,25 @@ def test_the_walk_keeps_the_states_and_what_is_written(
         case.check("final", final[n, hv], S, (n, hv))
 
 
+@pytest.mark.parametrize("kept", ["on", "off"])
 @pytest.mark.parametrize("segment", [None, 1], ids=["whole", "segments"])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_walk_back_forms_the_gradients_of_states_and_of_what_is_written(
-    name: str, segment: int | None, device: str
+    name: str, segment: int | None, kept: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = EXAMPLES[name]
+    monkeypatch.setattr(plan, "_kept", kept)
     with using("triton", example, segment=segment):
         case = Case(example, device, gradients=True)
         out = forward.forward(case.call, case.plan)
         cotangents = case.d_o.contiguous(), case.d_final.contiguous()
-        results = walk.walk_gradients(case.call, case.plan, Saved(*out.saved), *cotangents)
-    d_rhs, d_states, d_initial = results
+        walked = walk.walk_for_gradients(case.call, case.plan, Saved(*out.saved), *cotangents)
+    assert case.plan.keep == (kept == "on")
+    u, states, d_rhs, d_states, d_initial = walked
     for x, y in case.exact:
+        case.check("S", states[x.hv, x.slot].T, y.S, x)
+        if case.call.rule.has_erase:
+            case.check("U", u[x.hv, x.slot, : len(y.b)], y.U, x)
         case.check("dRHS", d_rhs[x.hv, x.slot, : len(y.b)], y.d_rhs, x)
         case.check("dS", d_states[x.hv, x.slot].T, y.d_end, x)
     for (n, hv), S in case.d_initial.items():
