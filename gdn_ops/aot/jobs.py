@@ -41,7 +41,7 @@ class Built(NamedTuple):
         products: the matrix products in its source.
         failures: what is wrong with it.
         remarks: what costs it time, and is wrong in a reference.
-        grid: returns the grid of a launch; its own by default.
+        grid: returns the grid of the programs that run the loops of a launch; its own by default.
         moved: returns the bytes of the tensors that a launch reads, and of those that it writes;
             None where that is not known.
         loops: returns the loops that a launch has in the source of its kernel; None where that is

@@ -35,7 +35,6 @@ SEQUENCES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("initial state", {"state": torch.float32}),
     ("cu_seqlens", {"N": 7}),
     ("T=1000", {"T": 1000}),
-    ("2/8 heads T=262144", {"H": 2, "HV": 8, "T": 262144}),
     ("HV=H", {"HV": 16}),
     ("HV=3H", {"HV": 48}),
     *((f"chunk_size={n}", {"chunk_size": n}) for n in (16, 32, 64)),

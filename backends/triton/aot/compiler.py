@@ -25,7 +25,7 @@ from gdn_ops.aot.gpu_limits import AllowedSpills
 from gdn_ops.aot.jobs import Built, Job
 from gdn_ops.aot.results import CompiledKernel, Sample
 from gdn_ops.backends.triton.aot.accesses import accesses, moved
-from gdn_ops.backends.triton.aot.loops import loops_of
+from gdn_ops.backends.triton.aot.loops import grid_of, loops_of
 from gdn_ops.backends.triton.aot.usage import products, usage
 from gdn_ops.backends.triton.kernels import settle_keys
 from gdn_ops.dispatch.backend import Backend
@@ -111,6 +111,7 @@ def _build(source: Source, options: Any, target: str) -> Built:
         usage=usage(compiled),
         products=products(ttir),
         moved=functools.partial(moved, found=accesses(ttir)),
+        grid=grid_of,
         loops=loops_of,
     )
 

@@ -89,6 +89,15 @@ source."""
 def loops_of(launch: Launch) -> Sequence[SourceLoop] | None:
     """Return the loops of a launch whose sequences are as long, or None of an unknown kernel."""
     loops = KERNELS.get(launch.kernel.__name__)
-    if loops is None:
-        return None
-    return loops(dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.kwargs)
+    return None if loops is None else loops(_given(launch))
+
+
+def grid_of(launch: Launch) -> tuple[int, ...]:
+    """Return the grid of a launch without the programs that compose beside a walk."""
+    grid, composed = launch.grid, _given(launch).get("COMPOSED", 0)
+    return (grid[0], grid[1] - composed) if composed else grid
+
+
+def _given(launch: Launch) -> Mapping[str, Any]:
+    """Return the arguments of a launch by name."""
+    return dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.kwargs

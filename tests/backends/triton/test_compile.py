@@ -33,7 +33,7 @@ from gdn_ops.backends.triton.aot.compiler import (  # noqa: E402
     TARGETS,
     specialised,
 )
-from gdn_ops.backends.triton.aot.loops import loops_of  # noqa: E402
+from gdn_ops.backends.triton.aot.loops import grid_of, loops_of  # noqa: E402
 from gdn_ops.backends.triton.aot.usage import amd_usage, products  # noqa: E402
 from gdn_ops.backends.triton.host.config import tables  # noqa: E402
 from gdn_ops.backends.triton.host.launcher import launch  # noqa: E402
@@ -218,13 +218,18 @@ def test_what_cannot_be_followed_is_not_known() -> None:
 # The loops of a launch are those of its source.
 
 
-def launch_loops(**choice: Any) -> dict[str, Any]:
-    """Return the loops of the launches of a training call, by kernel."""
+def training_launches(**choice: Any) -> list[Launch]:
+    """Return the launches of a training call."""
     backend = get_backend("triton")
     assert not isinstance(backend, str)
     call = replace(sequence(**choice).call, needs_grad=True)
     made = launches_of(backend, replace(sequence(), call=call), "sm_90")
-    return {one.launch.kernel.__name__: loops_of(one.launch) for one in made}
+    return [one.launch for one in made]
+
+
+def launch_loops(**choice: Any) -> dict[str, Any]:
+    """Return the loops of the launches of a training call, by kernel."""
+    return {x.kernel.__name__: loops_of(x) for x in training_launches(**choice)}
 
 
 def test_loops_are_those_of_the_source() -> None:
@@ -260,6 +265,13 @@ def test_loops_of_a_walk_beside_programs_that_compose_are_its_own() -> None:
     rows = SourceLoop("rows of M", 0, (), is_constant=True)
     segments = SourceLoop("segments", 0, (rows,), is_kept=True, may_rest=True)
     assert walk[0] == segments and [loop.name for loop in walk[1:]] == ["chunks"]
+
+
+def test_the_grid_of_a_walk_is_without_the_programs_that_compose_beside_it() -> None:
+    launches = training_launches(T=262144, H=2, HV=8)
+    walks = [launch for launch in launches if launch.kernel.__name__ == "walk"]
+    assert [launch.kwargs["COMPOSED"] for launch in walks] == [0, 0, 8]
+    assert [grid_of(launch)[1] - launch.grid[1] for launch in walks] == [0, 0, -8]
 
 
 def test_loops_of_a_kernel_without_an_entry_are_not_known() -> None:
