@@ -84,6 +84,26 @@ def first_state(
     return S
 
 
+@triton.jit
+def write_end(
+    S, maps, final, place, n, hv, HV, dv, dk, is_last, V: tl.constexpr, K: tl.constexpr,
+    BV: tl.constexpr, MAPS: tl.constexpr,
+):  # fmt: skip
+    """Write the final state of a sequence, or with MAPS the rows of the map of a segment."""
+    if MAPS:
+        unit = dv - tl.cdiv(V, BV) * BV
+        in_map = (dv < V)[:, None] | ((unit >= 0) & (unit < K))[:, None]
+        at = tl.where(unit < 0, dv, V + unit)
+        of_segment = (tl.cast(place, tl.int64) * HV + hv) * ((V + K) * K)
+        to_map = maps + of_segment + at[:, None] * K
+        tl.store(to_map + dk[None, :], S, mask=in_map & (dk < K)[None, :])
+    else:
+        if is_last:
+            of_sequence = (tl.cast(n, tl.int64) * HV + hv) * (K * V)
+            to_final = final + of_sequence + dk[None, :] * V + dv[:, None]
+            tl.store(to_final, S, mask=(dv < V)[:, None] & (dk < K)[None, :])
+
+
 @triton.jit(do_not_specialize=("N", "T", "L", "chunk_slots", "HV", "R"))
 def walk(
     q, k, v, gates, factors, ends, inverses, scores, initial, o, u, states, final, maps,
@@ -101,8 +121,7 @@ def walk(
     Grid (N HV or segment_slots HV, ceil(V / BV)); with MAPS the second is + ceil(K / BV), or,
     where sequences are as long, (N HV, those of `part_of`).
 
-    COMPOSED: programs before those of the second axis, of BC columns of V each, that compose, BR
-    entries of K at a time, with products of CUT_PRECISION; 0 for none.
+    COMPOSED: programs along the second axis, before its own, that compose BC columns of V each.
     """
     if COMPOSED > 0 and tl.program_id(1) < COMPOSED:
         if tl.program_id(0) < N * HV:
@@ -112,7 +131,7 @@ def walk(
             )  # fmt: skip
         return
     n, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
-    h, block = hv // R, tl.program_id(1) - COMPOSED
+    h, block, place = hv // R, tl.program_id(1) - COMPOSED, n
     begin_chunk = 0
     if SEGMENTED:
         n, segment, place, block = part_of(
@@ -205,15 +224,4 @@ def walk(
         if OUTPUT and TMA:
             # Write it last: all warps wait for its copy, and for no product above.
             write_tile(o_tiles, out_low, first, dv_0, HV * V, length, V, C, BV, TMA)
-    if MAPS:
-        unit = dv - tl.cdiv(V, BV) * BV
-        in_map = (dv < V)[:, None] | ((unit >= 0) & (unit < K))[:, None]
-        at = tl.where(unit < 0, dv, V + unit)
-        of_segment = (tl.cast(place, tl.int64) * HV + hv) * ((V + K) * K)
-        to_map = maps + of_segment + at[:, None] * K
-        tl.store(to_map + dk[None, :], S, mask=in_map & (dk < K)[None, :])
-    else:
-        if is_last:
-            of_sequence = (tl.cast(n, tl.int64) * HV + hv) * (K * V)
-            to_final = final + of_sequence + dk[None, :] * V + dv[:, None]
-            tl.store(to_final, S, mask=(dv < V)[:, None] & (dk < K)[None, :])
+    write_end(S, maps, final, place, n, hv, HV, dv, dk, is_last, V, K, BV, MAPS)
