@@ -147,11 +147,18 @@ def gated_delta_summary(
             rule=rule, qk_l2norm=qk_l2norm, chunk_size=chunk_size, backend=backend,
         )
     )  # fmt: skip
+    return summary_of(call, backend)
+
+
+def summary_of(call: Call, backend: str) -> Summary:
+    """Return the summary of the pieces of a bound call, by the backend of that name."""
+    q, k, v, alpha, log_alpha, beta = call.tokens
     options: dict[str, Any] = {
-        "alpha": alpha, "log_alpha": log_alpha, "rule": rule, "cu_seqlens": cu_seqlens,
-        "chunk_size": chunk_size, "backend": backend, "return_state": True,
+        "alpha": alpha, "log_alpha": log_alpha, "rule": str(call.rule),
+        "cu_seqlens": call.cu_seqlens, "chunk_size": call.chunk_size, "backend": backend,
+        "return_state": True,
     }  # fmt: skip
-    return _summarised(call, options, options | {"beta": beta, "qk_l2norm": qk_l2norm})
+    return _summarised(call, options, options | {"beta": beta, "qk_l2norm": call.qk_l2norm})
 
 
 def _summarised(call: Call, options: dict[str, Any], of_keys: dict[str, Any]) -> Summary:

@@ -1,0 +1,229 @@
+"""Exchange tensors between the ranks of a group, and agree on calls before it.
+
+Ranks that pass different shapes to one collective hang, or read each other's bytes as something
+else. So every call first compares what it is, by a hash of a few bytes that CPU tensors carry: on
+an accelerator nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gdn_ops.parallel.failures import ParallelError, exchanging, register
+
+
+@dataclass(eq=False)
+class Traffic:
+    """Count what this rank sends.
+
+    Attributes:
+        bytes: by kind of exchange; what goes to several ranks counts once for each.
+        messages: by kind likewise.
+    """
+
+    bytes: Counter[str] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kind: str, nbytes: int, messages: int = 1) -> None:
+        """Count messages of one kind."""
+        self.bytes[kind] += nbytes
+        self.messages[kind] += messages
+
+
+_counted: list[Traffic] = []
+"""Counters of all contexts that are entered; of the process, since a backward may run on another
+thread than its forward."""
+
+
+@contextmanager
+def counting() -> Iterator[Traffic]:
+    """Count the tensors that this rank sends inside the context, backward passes included.
+
+    Example:
+        >>> from gdn_ops.parallel import counting
+        >>> with counting() as traffic:
+        ...     pass
+        >>> traffic.bytes.total()
+        0
+    """
+    traffic = Traffic()
+    _counted.append(traffic)
+    try:
+        yield traffic
+    finally:
+        _counted.remove(traffic)
+
+
+def _count(kind: str, nbytes: int, messages: int = 1) -> None:
+    for traffic in _counted:
+        traffic.add(kind, nbytes, messages)
+
+
+class Message(NamedTuple):
+    """Hold a tensor that is sent to, or received from, a rank of the group."""
+
+    rank: int
+    tensor: Tensor
+
+
+def agree(
+    group: dist.ProcessGroup, name: str, facts: Mapping[str, str], error: Exception | None = None
+) -> None:
+    """Check that all ranks make the same call, none of them with an error of its own.
+
+    Args:
+        group: the process group; all its ranks call this.
+        name: the call, for messages.
+        facts: what must be the same on all ranks, as text by name.
+        error: why this rank cannot make the call, or None.
+
+    Raises:
+        ParallelError: ranks differ, or one has an error. It names them.
+        Exception: `error` itself, on the rank that has it.
+    """
+    register(group)
+    ranks, host = dist.get_world_size(group), _host_group(group)
+    digest = hashlib.blake2b(repr((name, sorted(facts.items()))).encode(), digest_size=7).digest()
+    own = torch.tensor([int.from_bytes(digest, "big"), error is not None], dtype=torch.int64)
+    table = [torch.empty_like(own) for _ in range(ranks)]
+    with exchanging(group, f"facts of {name}"):
+        dist.all_gather(table, own, group=host)
+        rows = torch.stack(table)
+        if not rows[:, 1].any() and bool((rows[:, 0] == rows[0, 0]).all()):
+            return
+        told: list[Any] = [None] * ranks
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        dist.all_gather_object(told, (name, dict(facts), text), group=host)
+    if error is not None:
+        raise error
+    raise ParallelError(_difference(told))
+
+
+def _difference(told: Sequence[tuple[str, dict[str, str], str | None]]) -> str:
+    """Return which ranks have errors, or in what they differ, as text."""
+    name = told[0][0]
+    errors = [f"rank {rank}: {text}" for rank, (_, _, text) in enumerate(told) if text]
+    if errors:
+        return "; ".join(errors)
+    other = next((rank for rank, (its, _, _) in enumerate(told) if its != name), None)
+    if other is not None:
+        return f"ranks disagree: rank 0 calls {name}, rank {other} calls {told[other][0]}"
+    for fact, value in told[0][1].items():
+        for rank, (_, facts, _) in enumerate(told):
+            if facts.get(fact) != value:
+                return (
+                    f"{name}: ranks disagree: {fact} is {value} on rank 0, {facts.get(fact)} on "
+                    f"rank {rank}"
+                )
+    return f"{name}: ranks disagree"
+
+
+_hosts: dict[str, dist.ProcessGroup] = {}
+
+
+def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return the group itself, or one of the same ranks that exchanges tensors of the CPU."""
+    if "cpu:" in dist.get_backend_config(group) or dist.get_backend(group) == "gloo":
+        return group
+    if group.group_name not in _hosts:
+        _hosts[group.group_name] = dist.new_group(
+            dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
+        )
+    return _hosts[group.group_name]
+
+
+def check_device(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Check that a group exchanges tensors of a device.
+
+    Raises:
+        ParallelError: it has no backend for it.
+    """
+    try:
+        group._get_backend(device)
+    except RuntimeError:
+        raise ParallelError(
+            f"the process group has the backends {dist.get_backend_config(group)}, none for "
+            f"tensors on {device.type}"
+        ) from None
+
+
+def transfer(
+    group: dist.ProcessGroup, kind: str, sent: Sequence[Message], received: Sequence[Message]
+) -> tuple[list[Any], list[Any]]:
+    """Start to send and to receive tensors between pairs of ranks.
+
+    Between two ranks messages go in the order in which each of the two lists them.
+
+    Args:
+        group: the process group.
+        kind: what is sent, for messages and `counting`.
+        sent: contiguous tensors, to be kept until they have gone.
+        received: tensors to fill.
+
+    Returns:
+        What `wait` waits for until all has been received, and until all has been sent; where a
+        group ends them together, all is in the first.
+    """
+    for message in sent:
+        _count(kind, message.tensor.nbytes)
+    operations = [
+        dist.P2POp(what, message.tensor, dist.get_global_rank(group, message.rank), group)
+        for what, messages in ((dist.irecv, received), (dist.isend, sent))
+        for message in messages
+    ]
+    if not operations:
+        return [], []
+    with exchanging(group, kind):
+        works: list[Any] = dist.batch_isend_irecv(operations)
+    if len(works) != len(operations):
+        return works, []
+    return works[: len(received)], works[len(received) :]
+
+
+def wait(group: dist.ProcessGroup, kind: str, works: Sequence[Any]) -> None:
+    """Wait until transfers have ended; on an accelerator its stream does."""
+    with exchanging(group, kind):
+        for work in works:
+            work.wait()
+
+
+def gather(group: dist.ProcessGroup, kind: str, x: Tensor) -> Tensor:
+    """Return the tensors of all ranks, of one shape, stacked in their order: (ranks, ...)."""
+    ranks = dist.get_world_size(group)
+    _count(kind, x.nbytes * (ranks - 1), ranks - 1)
+    whole = x.new_empty((ranks, *x.shape))
+    with exchanging(group, kind):
+        dist.all_gather([*whole.unbind()], x.contiguous(), group=group)
+    return whole
+
+
+def total(group: dist.ProcessGroup, kind: str, x: Tensor) -> Tensor:
+    """Return the sum of a tensor over all ranks."""
+    ranks = dist.get_world_size(group)
+    _count(kind, x.nbytes * (ranks - 1), ranks - 1)
+    whole = x.clone(memory_format=torch.contiguous_format)
+    with exchanging(group, kind):
+        dist.all_reduce(whole, group=group)
+    return whole
+
+
+class Total(torch.autograd.Function):
+    """Sum a tensor over all ranks; the gradient of every share is the sum of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, kind: str, x: Tensor) -> Tensor:
+        ctx.group, ctx.kind = group, kind
+        return total(group, kind, x)
+
+    @staticmethod
+    def backward(ctx: Any, d_whole: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, total(ctx.group, ctx.kind, d_whole)

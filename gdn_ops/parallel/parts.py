@@ -1,0 +1,164 @@
+"""Take the parts of a rank's call that are computed one by one, and put their results together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from gdn_ops.call.bind import Arguments, Call, Tokens, bind
+from gdn_ops.dispatch.backend import Backend
+from gdn_ops.dispatch.registry import select
+from gdn_ops.dispatch.results import Forward, checked_forward, checked_grads
+from gdn_ops.parallel.schedule import Heads, Step
+from gdn_ops.parallel.split import Piece, SequenceSplit
+from gdn_ops.spec.ops import GATED_DELTA
+
+ALL = Heads(slice(None), slice(None))
+"""All heads of a call."""
+
+
+@dataclass(frozen=True, eq=False)
+class LocalCall:
+    """Hold the call of one rank: its own tokens, and the state that sequences start from.
+
+    Attributes:
+        call: bound, without boundaries; its state is left aside.
+        state: (N, HV, K, V) of all sequences, or None for zeros.
+        split: which tokens the ranks hold.
+        backend: its name, or "auto".
+    """
+
+    call: Call
+    state: Tensor | None
+    split: SequenceSplit
+    backend: str
+
+    def rows(self, piece: Piece) -> slice:
+        """Return the rows of a tensor of all states that belong to the sequence of a piece."""
+        return self.rows_of(piece.sequence)
+
+    def rows_of(self, sequence: int) -> slice:
+        """Return the rows of a tensor of all states that belong to a sequence."""
+        packed = self.split.is_packed
+        return slice(sequence, sequence + 1) if packed else slice(0, self.call.sizes.B)
+
+    def states(self, heads: Heads = ALL, rows: int | None = None) -> Tensor:
+        """Return an empty tensor for states of heads, of one piece unless rows are given."""
+        s = self.call.sizes
+        if rows is None:
+            rows = 1 if self.split.is_packed else s.B
+        values = len(range(s.HV)[heads.values])
+        shape = (rows, values, s.K, s.V)
+        return torch.empty(shape, dtype=self.call.compute_dtype, device=self.call.device)
+
+    def started(self, piece: Piece, heads: Heads = ALL) -> Tensor | None:
+        """Return the state that the first piece of a sequence starts from; None for zeros."""
+        if self.state is None:
+            return None
+        return self.state[self.rows(piece), heads.values].to(self.call.compute_dtype)
+
+
+class Saved(NamedTuple):
+    """Hold what a backward needs of one part.
+
+    Attributes:
+        state: what it started from, or None for zeros.
+        tensors: what its backend saved.
+    """
+
+    state: Tensor | None
+    tensors: tuple[Tensor, ...]
+
+
+class Part(NamedTuple):
+    """Hold a part of a call, and the backend that computes it."""
+
+    backend: Backend
+    call: Call
+
+    def forward(self) -> Forward:
+        """Compute o and the final state."""
+        return checked_forward(self.backend, self.call, self.backend.forward(self.call))
+
+    def backward(
+        self, saved: tuple[Tensor, ...], d_o: Tensor, d_final: Tensor
+    ) -> tuple[Sequence[Tensor | None], Tensor | None]:
+        """Return the gradients of the tokens, and of the initial state."""
+        grads = self.backend.backward(self.call, saved, d_o, d_final)
+        tensors = (*self.call.tokens, self.call.state)
+        *tokens, state = checked_grads(self.backend, tensors, grads)
+        return tokens, state
+
+
+def part_of(
+    local: LocalCall, tokens: Tokens, step: Step, heads: Heads, state: Tensor | None
+) -> Part:
+    """Return the part of a call that computes a step for a group of heads.
+
+    Args:
+        local: the call.
+        tokens: its tensors.
+        step: which pieces.
+        heads: which heads.
+        state: what the pieces start from, joined; None for zeros.
+    """
+    call = local.call
+    own = Tokens(*(
+        None if x is None else take(x, step, heads.keys if i < 2 else heads.values)
+        for i, x in enumerate(tokens)
+    ))  # fmt: skip
+    boundaries = None
+    if len(step.pieces) > 1:
+        boundaries = torch.tensor(step.boundaries, dtype=torch.int64, device=call.device)
+    arguments = Arguments(
+        own, state, boundaries,
+        rule=str(call.rule), scale=call.scale, qk_l2norm=call.qk_l2norm,
+        chunk_size=call.chunk_size, return_state=True,
+    )  # fmt: skip
+    part = replace(bind(GATED_DELTA, arguments, check_values=False), needs_grad=call.needs_grad)
+    return Part(select(part, local.backend), part)
+
+
+def take(x: Tensor, step: Step, heads: slice) -> Tensor:
+    """Return the tokens of a step and some heads of (B, T, heads, ...), a view if it can be."""
+    runs = step.runs
+    own = x[:, runs[0]] if len(runs) == 1 else torch.cat([x[:, run] for run in runs], 1)
+    return own[:, :, heads]
+
+
+def put(whole: Tensor, part: Tensor, step: Step, heads: slice, *, adds: bool = False) -> None:
+    """Write, or add, what `take` would take."""
+    done = 0
+    for run in step.runs:
+        target = whole[:, run, heads]
+        source = part[:, done : done + target.shape[1]]
+        if adds:
+            target += source
+        else:
+            target.copy_(source)
+        done += target.shape[1]
+
+
+def apart(step: Step, states: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+    """Yield the pieces of a step, each with its own of their states."""
+    if len(step.pieces) == 1:
+        yield step.pieces[0], states
+        return
+    for i, piece in enumerate(step.pieces):
+        yield piece, states[i : i + 1]
+
+
+@overload
+def joined(states: Sequence[Tensor]) -> Tensor: ...
+@overload
+def joined(states: Sequence[Tensor | None]) -> Tensor | None: ...
+def joined(states: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the states of the pieces of a step as one; None where all of them are None."""
+    known = [state for state in states if state is not None]
+    if len(known) == 1:
+        return known[0].contiguous()
+    return torch.cat(known) if known else None

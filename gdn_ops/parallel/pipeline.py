@@ -1,0 +1,204 @@
+"""Run a split sequence as a pipeline over groups of heads: rank r walks one while r + 1 walks
+another.
+
+No rank computes anything twice. What is lost is the time until the last rank has work, one group
+of heads for each rank before it; what is exchanged are the states at the cuts, K V numbers a head.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gdn_ops.call.bind import Tokens
+from gdn_ops.parallel import exchange
+from gdn_ops.parallel.exchange import Message
+from gdn_ops.parallel.parts import LocalCall, Saved, apart, joined, part_of, put, take
+from gdn_ops.parallel.schedule import Heads, Hop, Schedule, Step, shares_keys
+from gdn_ops.parallel.split import Piece
+
+Key = tuple[int, int, int]
+"""A piece by sequence and position, and a group of heads."""
+
+
+class Pipeline:
+    """Run the steps of one rank, forward or backward.
+
+    Args:
+        local: the call.
+        schedule: the steps.
+        groups: of heads, in the order in which they are walked.
+    """
+
+    def __init__(self, local: LocalCall, schedule: Schedule, groups: Sequence[Heads]) -> None:
+        self.local, self.schedule, self.groups = local, schedule, groups
+        self.group = local.split.group
+
+    def forward(
+        self, tokens: Tokens, o: Tensor, finals: Tensor | None
+    ) -> list[Saved]:
+        """Compute o and the final states of sequences that end here.
+
+        Args:
+            tokens: those of this rank.
+            o: (B, T_local, HV, V), written.
+            finals: (N, HV, K, V), the final states are written to; None if they are not wanted.
+
+        Returns:
+            What the backward needs of every part, in the order in which they were computed.
+        """
+        saved: list[Saved] = []
+        after: dict[Key, Tensor] = {}
+        for before, step, g in self._ticks("states of gated_delta", after, is_backward=False):
+            heads = self.groups[g]
+            state = self._started(step, g, before)
+            part = part_of(self.local, tokens, step, heads, state)
+            out = part.forward()
+            put(o, out.o, step, heads.values)
+            for piece, own in apart(step, out.final_state):
+                after[piece.sequence, piece.position, g] = own
+                if finals is not None and self.local.split.is_last(piece):
+                    finals[self.local.rows(piece), heads.values] = own
+            if self.local.call.needs_grad:
+                saved.append(Saved(state, out.saved))
+        return saved
+
+    def backward(
+        self,
+        tokens: Tokens,
+        saved: Sequence[Saved],
+        d_o: Tensor,
+        d_finals: Tensor | None,
+        grads: Tokens,
+        d_state: Tensor | None,
+    ) -> None:
+        """Compute the gradients.
+
+        Args:
+            tokens: those of this rank.
+            saved: what `forward` returned.
+            d_o: (B, T_local, HV, V).
+            d_finals: (N, HV, K, V), or None for zeros.
+            grads: like tokens, written, or added to where groups share key heads.
+            d_state: (N, HV, K, V) of the state that sequences start from, added to; or None.
+        """
+        kept = dict(zip(self._parts(), saved, strict=True))
+        adds = shares_keys(self.groups)
+        before: dict[Key, Tensor] = {}
+        for after, step, g in self._ticks("gradients of states", before, is_backward=True):
+            heads, of_part = self.groups[g], kept[step, g]
+            part = part_of(self.local, tokens, step, heads, of_part.state)
+            d_final = self._d_final(step, g, after, d_finals)
+            own, d_start = part.backward(of_part.tensors, take(d_o, step, heads.values), d_final)
+            for i, (whole, grad) in enumerate(zip(grads, own, strict=True)):
+                if whole is not None and grad is not None:
+                    which = heads.keys if i < 2 else heads.values
+                    put(whole, grad, step, which, adds=adds and i < 2)
+            if d_start is None:
+                continue
+            for piece, d_own in apart(step, d_start):
+                if piece.position:
+                    before[piece.sequence, piece.position, g] = d_own
+                elif d_state is not None:
+                    d_state[self.local.rows(piece), heads.values] += d_own
+
+    def _parts(self) -> Iterator[tuple[Step, int]]:
+        """Yield the steps of this rank with their groups, as `forward` computes them."""
+        for tick in range(self.schedule.ticks + len(self.groups) - 1):
+            for step in self.schedule.steps:
+                if 0 <= tick - step.forward < len(self.groups):
+                    yield step, tick - step.forward
+
+    def _ticks(
+        self, kind: str, made: dict[Key, Tensor], *, is_backward: bool
+    ) -> Iterator[tuple[dict[Key, Tensor], Step, int]]:
+        """Yield the parts of this rank when all that they start from has come.
+
+        Args:
+            kind: what is exchanged.
+            made: what parts have made, by piece and group: states behind pieces, or gradients of
+                those before them.
+            is_backward: whether the chains are walked from their ends.
+
+        Yields:
+            What came for pieces by piece and group, the step, and the number of the group.
+        """
+        rank, groups = self.local.split.rank, len(self.groups)
+        hops: dict[int, list[tuple[Hop, int]]] = defaultdict(list)
+        for hop in self._turned(is_backward):
+            if rank in (hop.source.rank, hop.target.rank):
+                for g in range(groups):
+                    hops[self._tick(hop.target, is_backward) + g].append((hop, g))
+        came: dict[Key, Tensor] = {}
+        sending: list[Any] = []
+        for tick in range(self.schedule.ticks + groups - 1):
+            sending += self._exchange(kind, hops.pop(tick, []), made, came)
+            for step in self.schedule.steps:
+                g = tick - (step.backward if is_backward else step.forward)
+                if 0 <= g < groups:
+                    yield came, step, g
+        exchange.wait(self.group, kind, [work for works, _ in sending for work in works])
+
+    def _exchange(
+        self,
+        kind: str,
+        hops: Sequence[tuple[Hop, int]],
+        made: dict[Key, Tensor],
+        came: dict[Key, Tensor],
+    ) -> list[Any]:
+        """Send and receive the states of a tick; return what waits for those that were sent."""
+        rank = self.local.split.rank
+        sent, received = [], []
+        for (source, target), g in hops:
+            key = target.sequence, target.position, g
+            if source.rank == rank:
+                state = made.pop((source.sequence, source.position, g))
+                if target.rank == rank:
+                    came[key] = state
+                else:
+                    sent.append(Message(target.rank, state.contiguous()))
+            else:
+                came[key] = self.local.states(self.groups[g])
+                received.append(Message(source.rank, came[key]))
+        receiving, sending = exchange.transfer(self.group, kind, sent, received)
+        exchange.wait(self.group, kind, receiving)
+        # The tensors are kept until they have gone.
+        return [(sending, sent)]
+
+    def _turned(self, is_backward: bool) -> Iterator[Hop]:
+        """Yield the hops in an order that is the same on all ranks."""
+        for source, target in self.schedule.hops:
+            yield Hop(target, source) if is_backward else Hop(source, target)
+
+    def _tick(self, piece: Piece, is_backward: bool) -> int:
+        step = self.schedule.of(piece)
+        return step.backward if is_backward else step.forward
+
+    def _started(self, step: Step, g: int, came: dict[Key, Tensor]) -> Tensor | None:
+        """Return the states that the pieces of a step start from, joined; None for zeros."""
+        states = [
+            came.pop((piece.sequence, piece.position, g))
+            if piece.position
+            else self.local.started(piece, self.groups[g])
+            for piece in step.pieces
+        ]
+        # Pieces of a step stand at one place: all start sequences, or none does.
+        return joined(states)
+
+    def _d_final(
+        self, step: Step, g: int, came: dict[Key, Tensor], d_finals: Tensor | None
+    ) -> Tensor:
+        """Return the gradients of the states behind the pieces of a step, joined."""
+        heads = self.groups[g]
+        own: list[Tensor] = []
+        for piece in step.pieces:
+            if not self.local.split.is_last(piece):
+                own.append(came.pop((piece.sequence, piece.position, g)))
+            elif d_finals is None:
+                own.append(self.local.states(heads).zero_())
+            else:
+                own.append(d_finals[self.local.rows(piece), heads.values])
+        return joined(own)
