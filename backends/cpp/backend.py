@@ -11,7 +11,7 @@ from gdn_ops.backends.cpp import calls
 from gdn_ops.backends.cpp.library import check_status, level, library, missing, threads
 from gdn_ops.backends.cpp.prepared import as_rows, is_short, prepared_decode
 from gdn_ops.backends.torch.pure import pure
-from gdn_ops.call.bind import Call, Tokens
+from gdn_ops.call.bind import Call, Targets, Tokens
 from gdn_ops.dispatch.backend import (
     Backend,
     Forward,
@@ -58,19 +58,23 @@ class Cpp(Backend):
 
     def forward(self, call: Call) -> Forward:
         """Run `gated_delta`; keep the states that the backward starts from."""
-        s, states = call.sizes, None
+        s, targets = call.sizes, call.targets or Targets()
+        saved: tuple[Tensor, ...] = ()
         if call.needs_grad:
-            states = empty(_shape_of_states(call), torch.float32, call.device)
-        saved = () if states is None else (states,)
+            shape = _shape_of_states(call)
+            saved = targets.saved or (empty(shape, torch.float32, call.device),)
+        states = saved[0] if saved else None
         if not call.has_tokens:
             return without_tokens(call, saved)
         rows = call if call.cu_seqlens is None else as_rows(call)
         if rows is not None and is_short(rows):
             # A final state is float32, where decode ops keep the dtype of the given one.
             state = None if call.state is None else call.state.to(torch.float32)
-            o, final, _ = self.decode_many(rows.with_tensors(rows.tokens, state))
-            return Forward(o.view(s.B, s.T, s.HV, s.V), final)
-        o = empty((s.B, s.T, s.HV, s.V), call.tokens.v.dtype, call.device)
+            short, final, _ = self.decode_many(rows.with_tensors(rows.tokens, state))
+            return Forward(short.view(s.B, s.T, s.HV, s.V), final)
+        o = targets.o
+        if o is None:
+            o = empty((s.B, s.T, s.HV, s.V), call.tokens.v.dtype, call.device)
         final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
         call, initial = _prepared(call)
         packed = calls.pack_sequences(
@@ -91,9 +95,10 @@ class Cpp(Backend):
         call, initial = _prepared(call)
         q, k, v, alpha, log_alpha, beta = given.tokens
         decay = log_alpha if alpha is None else alpha
-        d_q = empty((s.B, s.T, s.H, s.K), q.dtype, call.device)
-        d_k = empty((s.B, s.T, s.H, s.K), k.dtype, call.device)
-        d_v = empty((s.B, s.T, s.HV, s.V), v.dtype, call.device)
+        to_q, to_k, to_v = (given.targets or Targets())[1:4]
+        d_q = empty((s.B, s.T, s.H, s.K), q.dtype, call.device) if to_q is None else to_q
+        d_k = empty((s.B, s.T, s.H, s.K), k.dtype, call.device) if to_k is None else to_k
+        d_v = empty((s.B, s.T, s.HV, s.V), v.dtype, call.device) if to_v is None else to_v
         d_decay, d_beta = (
             None if x is None else torch.empty(x.shape, dtype=torch.float32, device=call.device)
             for x in (decay, beta)

@@ -27,7 +27,10 @@ CHUNKS_PER_STATE = 4
 NOTHING = (0, 0, 0, 0, 0)
 """An array that a call does not have."""
 
-_SEQUENCES = struct.Struct("=44qfi")
+LEAST_TASKS = 8
+"""Tasks that a backward has at least, so that up to as many threads change no bit of a gradient."""
+
+_SEQUENCES = struct.Struct("=45qfi")
 _GRADIENTS = struct.Struct("=32q")
 _STEPS = struct.Struct("=51qffq")
 
@@ -107,6 +110,7 @@ def pack_sequences(
         *(pointer(initial), pointer(final), pointer(states), pointer(call.cu_seqlens)),
         *(s.N, s.T, s.H, s.HV, s.K, s.V),
         *(call.tokens.alpha is None, call.rule.has_erase, call.qk_l2norm, CHUNKS_PER_STATE),
+        1 if call.is_part else LEAST_TASKS,
         call.scale,
         threads,
     )

@@ -49,6 +49,25 @@ class Tokens(NamedTuple):
         return Tokens(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
 
 
+class Targets(NamedTuple):
+    """Hold tensors that a backend may write results to and return, in place of new ones.
+
+    They are views of larger ones, shaped like the results, their last axis contiguous. A backend
+    that knows nothing of them returns tensors of its own.
+
+    Attributes:
+        o: (B, T, HV, V), of a forward.
+        q, k, v: for the gradients of those, of a backward.
+        saved: like what `Backend.saved_like` returns, contiguous, of a forward.
+    """
+
+    o: Tensor | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    saved: tuple[Tensor, ...] | None = None
+
+
 class Arguments(NamedTuple):
     """Hold the arguments of one call of any op as its caller gave them: nothing is checked yet.
 
@@ -130,6 +149,9 @@ class Call:
         state_indices: (B,), the slot of the pool that a row reads and updates, every slot at
             most once; -1 where the row is skipped; or None.
         transforms: what of torch.func and of forward mode concerns its tensors.
+        is_part: whether it is one of many parts of a call, which are computed at the same time:
+            then it need not be cut for cores that compute others.
+        targets: where its results may be written.
     """
 
     op: OpSpec
@@ -150,6 +172,8 @@ class Call:
     cu_seqlens: Tensor | None
     state_indices: Tensor | None
     transforms: Transforms = NONE
+    is_part: bool = False
+    targets: Targets | None = None
 
     @property
     def has_tokens(self) -> bool:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from gdn_ops.call.scalars import as_python
 from gdn_ops.call.structure import dtype_name
+from gdn_ops.nn import split_tokens
 from gdn_ops.nn.names import UNPADDED, own_options, refuse_input, refuse_option
 from gdn_ops.nn.state import made_in
 from gdn_ops.nn.values import (
@@ -24,6 +25,7 @@ from gdn_ops.nn.values import (
     check_tensor,
     check_weights,
 )
+from gdn_ops.parallel.context import Active, active
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 ROPE_BASE = 10000.0
@@ -49,6 +51,20 @@ class KeyValueRing(NamedTuple):
 
 
 torch.serialization.add_safe_globals([KeyValueRing])
+
+
+class Past(NamedTuple):
+    """Hold what attention reads before its own tokens.
+
+    Attributes:
+        keys, values: (B, heads, tokens, D), at most window − 1 of them, oldest first; those before
+            the first token of a sequence mean nothing.
+        tokens: how many tokens there have been.
+    """
+
+    keys: Tensor
+    values: Tensor
+    tokens: Tensor | int
 
 
 def rotate(x: Tensor, positions: Tensor, base: float = ROPE_BASE) -> Tensor:
@@ -154,6 +170,9 @@ class SlidingWindowAttention(nn.Module):
         if unknown:
             refuse_input("SlidingWindowAttention", unknown, ("x", "state"), UNPADDED)
         self._check(x, state)
+        split = active()
+        if split is not None:
+            return self._attend_split(x, split, state)
         q, k, v = (
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -165,10 +184,52 @@ class SlidingWindowAttention(nn.Module):
         if state is not None and x.shape[1] == 1:
             o = self._attend_to_ring(q, written)
         else:
-            o = self._attend(q, k, v, state)
+            o = self._attend(q, k, v, None if state is None else self._past(state, k))
+        return self._project(o), written
+
+    def _project(self, o: Tensor) -> Tensor:
+        """Project o (B, heads, T, D) to (B, T, hidden_size)."""
         check_weights("SlidingWindowAttention", "o", o, o_proj=self.o_proj)
         y: Tensor = self.o_proj(o.transpose(1, 2).flatten(-2))
-        return y, written
+        return y
+
+    def _attend_split(
+        self, x: Tensor, split: Active, state: KeyValueRing | None
+    ) -> tuple[Tensor, KeyValueRing]:
+        """Attend from tokens that are split over ranks."""
+        split_tokens.check_local("SlidingWindowAttention", split, x, state=state)
+        positions = split.split.positions(x.device)
+        q, k, v = (
+            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = (rotate(y, positions, self.rope_base) for y in (q, k))
+        k_flat, v_flat = (y.transpose(1, 2).flatten(-2) for y in (k, v))
+        outputs = [q[:, :, :0]]
+        for window in split_tokens.windows(split, k_flat, v_flat, self.window - 1):
+            keys, values = (
+                y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                for y in (window.keys, window.values)
+            )
+            own = window.own
+            before = Past(keys, values, window.tokens)
+            outputs.append(self._attend(q[:, :, own], k[:, :, own], v[:, :, own], before))
+        o = self._project(torch.cat(outputs, 2))
+        return o, self._ring_of_split(split, k_flat, v_flat)
+
+    def _ring_of_split(self, split: Active, k: Tensor, v: Tensor) -> KeyValueRing:
+        """Return the ring behind all sequences, or of none, given (B, T_local, hidden_size)."""
+        if not split.return_state:
+            return self._empty_ring(0, k.dtype, k.device)
+        count = min(self.window, split.split.tokens)
+        keys, values = (
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for y in split_tokens.last_tokens("SlidingWindowAttention", split, [k, v], count)
+        )
+        empty = self._empty_ring(keys.shape[0], k.dtype, k.device)
+        before = split.split.tokens - count
+        ring = KeyValueRing(empty.keys, empty.values, empty.tokens + before)
+        return self._write(ring, keys, values, before + torch.arange(count, device=k.device))
 
     def _write(self, ring: KeyValueRing, k: Tensor, v: Tensor, positions: Tensor) -> KeyValueRing:
         """Return the ring after writing k, v (B, heads, T, D) over tokens outside of the window."""
@@ -187,30 +248,33 @@ class SlidingWindowAttention(nn.Module):
             q, ring.keys, ring.values, attn_mask=(slot < ring.tokens)[None]
         )
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueRing | None) -> Tensor:
+    def _past(self, ring: KeyValueRing, like: Tensor) -> Past:
+        """Return the last window − 1 tokens of a ring, in the dtype of new keys."""
+        slots = (ring.tokens + torch.arange(1 - self.window, 0, device=like.device)) % self.window
+        keys, values = (y[:, :, slots].to(like.dtype) for y in (ring.keys, ring.values))
+        return Past(keys, values, ring.tokens)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, before: Past | None) -> Tensor:
         """Attend from queries (B, heads, T, D) to the keys of their windows, block by block."""
         attention, tokens = functional.scaled_dot_product_attention, q.shape[2]
         if tokens == 0:
             return q
-        if state is None and tokens <= self.window:
+        if before is None and tokens <= self.window:
             return attention(q, k, v, is_causal=True)
         past = 0
         place = torch.arange(k.shape[2], device=q.device)
-        if state is not None:
-            # The last window − 1 tokens, oldest first; slots before the first token hold nothing.
-            past = self.window - 1
+        if before is not None:
+            past = before.keys.shape[2]
             place = torch.arange(-past, tokens, device=q.device)
-            slots = (state.tokens + place[:past]) % self.window
-            k = torch.cat([state.keys[:, :, slots].to(k.dtype), k], 2)
-            v = torch.cat([state.values[:, :, slots].to(v.dtype), v], 2)
+            k, v = torch.cat([before.keys, k], 2), torch.cat([before.values, v], 2)
         outputs, block = [], max(self.window, SMALLEST_BLOCK)
         for first in range(0, tokens, block):
             rows = slice(first, min(first + block, tokens))
             seen = slice(max(0, first + past - self.window + 1), rows.stop + past)
             distance = place[past:][rows, None] - place[None, seen]
             mask = (distance >= 0) & (distance < self.window)
-            if state is not None:
-                mask = mask & (place[None, seen] + state.tokens >= 0)
+            if before is not None:
+                mask = mask & (place[None, seen] + before.tokens >= 0)
             outputs.append(attention(q[:, :, rows], k[:, :, seen], v[:, :, seen], mask))
         return torch.cat(outputs, 2)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gdn_ops.call.scalars import as_python
-from gdn_ops.nn import kernels, token
+from gdn_ops.nn import kernels, split_tokens, token
 from gdn_ops.nn.convolution import ShortConvolution, convolve_apart
 from gdn_ops.nn.decay_groups import parameters_without_weight_decay
 from gdn_ops.nn.gates import DecayGate
@@ -41,6 +41,7 @@ from gdn_ops.nn.values import (
     check_weights,
 )
 from gdn_ops.ops import gated_delta, gated_delta_step
+from gdn_ops.parallel.context import Active, active
 from gdn_ops.spec.ops import GATED_DELTA
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "g_proj")
@@ -259,6 +260,9 @@ class GatedDeltaNet(nn.Module):
             mixed = token.mixed(self, x, state)
             if mixed is not None:
                 return self._project(mixed[0]), mixed[1]
+        split = active()
+        if split is not None:
+            return self._mix_split(x, split, state=state, mask=mask, cu_seqlens=cu_seqlens)
         padding = None if mask is None else Padding.of(mask)
         if padding is not None:
             x = padding.front(x)
@@ -278,6 +282,16 @@ class GatedDeltaNet(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return q, k (B, T, H, K), v (B, T, HV, V) and the state of the convolution."""
         parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        return self._convolved(parts, state, lengths, cu_seqlens)
+
+    def _convolved(
+        self,
+        parts: list[Tensor],
+        state: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Convolve and activate what was projected, (B, T, width) each; return as `_qkv` does."""
         features = [self.feature_map, self.feature_map, "silu"]
         if self.conv is not None and self._convolves_apart(*parts, state):
             silu = [name == "silu" for name in features]
@@ -295,6 +309,23 @@ class GatedDeltaNet(nn.Module):
         if self.qk_norm == "l1":
             q, k = (functional.normalize(y, p=1.0, dim=-1, eps=1e-6) for y in (q, k))
         return q, k, v.unflatten(-1, (self.num_value_heads, -1)), state
+
+    def _mix_split(self, x: Tensor, split: Active, **given: Any) -> tuple[Tensor, State]:
+        """Mix tokens that are split over ranks."""
+        split_tokens.check_local("GatedDeltaNet", split, x, **given)
+        parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        conv, own = None, split_tokens.Convolved(parts, None, None)
+        if self.conv is not None:
+            reach = self.conv.kernel_size - 1
+            own = split_tokens.convolved(split, parts, reach)
+            conv = split_tokens.last_inputs(split, parts, reach)
+        *qkv, _ = self._convolved(own.parts, own.past, None, own.cu_seqlens)
+        q, k, v = (y.reshape(*x.shape[:2], *y.shape[2:]) for y in qkv if y is not None)
+        log_alpha, beta = self._gates(x, None)
+        tokens = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": beta}
+        norm = self.qk_norm == "l2"
+        o, memory = split_tokens.run_rule(split, tokens, self.rule, self.backend, qk_l2norm=norm)
+        return self._output(o, x), State(conv, memory)
 
     def _convolves_apart(self, *tensors: Tensor | None) -> bool:
         """Return whether the convolution takes q, k and v where they lie, not joined into one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gdn_ops.parallel.context import sequence_parallel
 from gdn_ops.parallel.exchange import Traffic, counting
 from gdn_ops.parallel.failures import ParallelError
 from gdn_ops.parallel.sequence import gated_delta
@@ -18,4 +19,5 @@ __all__ = [
     "counting",
     "gated_delta",
     "gated_delta_summary",
+    "sequence_parallel",
 ]

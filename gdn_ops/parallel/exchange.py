@@ -93,7 +93,9 @@ def agree(
     register(group)
     ranks, host = dist.get_world_size(group), _host_group(group)
     digest = hashlib.blake2b(repr((name, sorted(facts.items()))).encode(), digest_size=7).digest()
-    own = torch.tensor([int.from_bytes(digest, "big"), error is not None], dtype=torch.int64)
+    own = torch.tensor(
+        [int.from_bytes(digest, "big"), error is not None], dtype=torch.int64, device="cpu"
+    )
     table = [torch.empty_like(own) for _ in range(ranks)]
     with exchanging(group, f"facts of {name}"):
         dist.all_gather(table, own, group=host)

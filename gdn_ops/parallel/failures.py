@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -120,10 +120,9 @@ def _has_ended(process: str) -> bool:
 def _post(group: dist.ProcessGroup, kind: str, text: str) -> None:
     store = _store()
     if store is not None:
-        try:
+        # The store may have ended with the rank that held it.
+        with suppress(RuntimeError):
             store.set(_key(group, kind, dist.get_rank(group)), text)
-        except RuntimeError:
-            pass  # The store ended with the rank that held it.
 
 
 def _posted(group: dist.ProcessGroup, kind: str, rank: int) -> str | None:

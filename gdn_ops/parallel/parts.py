@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from gdn_ops.call.bind import Arguments, Call, Tokens, bind
+from gdn_ops.call.bind import Arguments, Call, Targets, Tokens, bind
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.registry import select
 from gdn_ops.dispatch.results import Forward, checked_forward, checked_grads
+from gdn_ops.kernel_support.host_memory import empty
 from gdn_ops.parallel.schedule import Heads, Step
 from gdn_ops.parallel.split import Piece, SequenceSplit
 from gdn_ops.spec.ops import GATED_DELTA
@@ -62,6 +63,35 @@ class LocalCall:
         return self.state[self.rows(piece), heads.values].to(self.call.compute_dtype)
 
 
+class Arena:
+    """Hold memory for what parts save, allocated for all groups of heads at once.
+
+    Many small allocations cost a CPU more page faults than a large one.
+
+    Args:
+        count: how many groups of heads there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._free: dict[tuple[Any, ...], list[tuple[Tensor, ...]]] = {}
+
+    def of(self, step: Step, part: Part) -> Part:
+        """Return a part that may save to memory of the arena."""
+        call = part.call
+        if not call.needs_grad or call.device.type != "cpu":
+            return part
+        like = part.backend.saved_like(call.without_memory())
+        if not like:
+            return part
+        key = (step.forward, step.pieces[0], *((x.shape, x.dtype) for x in like))
+        if not self._free.get(key):
+            whole = [empty((self._count, *x.shape), x.dtype, call.device) for x in like]
+            self._free[key] = [*zip(*(x.unbind() for x in whole), strict=True)]
+        targets = (call.targets or Targets())._replace(saved=self._free[key].pop())
+        return Part(part.backend, replace(call, targets=targets))
+
+
 class Saved(NamedTuple):
     """Hold what a backward needs of one part.
 
@@ -95,7 +125,12 @@ class Part(NamedTuple):
 
 
 def part_of(
-    local: LocalCall, tokens: Tokens, step: Step, heads: Heads, state: Tensor | None
+    local: LocalCall,
+    tokens: Tokens,
+    step: Step,
+    heads: Heads,
+    state: Tensor | None,
+    targets: Targets | None = None,
 ) -> Part:
     """Return the part of a call that computes a step for a group of heads.
 
@@ -105,12 +140,12 @@ def part_of(
         step: which pieces.
         heads: which heads.
         state: what the pieces start from, joined; None for zeros.
+        targets: where its results may be written.
     """
     call = local.call
-    own = Tokens(*(
-        None if x is None else take(x, step, heads.keys if i < 2 else heads.values)
-        for i, x in enumerate(tokens)
-    ))  # fmt: skip
+    q, k, *others = tokens
+    rest = (None if x is None else take(x, step, heads.values) for x in others)
+    own = Tokens(take(q, step, heads.keys), take(k, step, heads.keys), *rest)  # type: ignore[arg-type]
     boundaries = None
     if len(step.pieces) > 1:
         boundaries = torch.tensor(step.boundaries, dtype=torch.int64, device=call.device)
@@ -119,7 +154,10 @@ def part_of(
         rule=str(call.rule), scale=call.scale, qk_l2norm=call.qk_l2norm,
         chunk_size=call.chunk_size, return_state=True,
     )  # fmt: skip
-    part = replace(bind(GATED_DELTA, arguments, check_values=False), needs_grad=call.needs_grad)
+    part = replace(
+        bind(GATED_DELTA, arguments, check_values=False),
+        needs_grad=call.needs_grad, is_part=True, targets=targets,
+    )  # fmt: skip
     return Part(select(part, local.backend), part)
 
 
@@ -130,17 +168,23 @@ def take(x: Tensor, step: Step, heads: slice) -> Tensor:
     return own[:, :, heads]
 
 
+def target(whole: Tensor | None, step: Step, heads: slice) -> Tensor | None:
+    """Return the view that `put` would write, or None where it is no single one."""
+    runs = step.runs
+    return None if whole is None or len(runs) > 1 else whole[:, runs[0], heads]
+
+
 def put(whole: Tensor, part: Tensor, step: Step, heads: slice, *, adds: bool = False) -> None:
-    """Write, or add, what `take` would take."""
+    """Write, or add, what `take` would take, unless it has been written there already."""
     done = 0
     for run in step.runs:
-        target = whole[:, run, heads]
-        source = part[:, done : done + target.shape[1]]
+        own = whole[:, run, heads]
+        source = part[:, done : done + own.shape[1]]
         if adds:
-            target += source
-        else:
-            target.copy_(source)
-        done += target.shape[1]
+            own += source
+        elif own.data_ptr() != source.data_ptr():
+            own.copy_(source)
+        done += own.shape[1]
 
 
 def apart(step: Step, states: Tensor) -> Iterator[tuple[Piece, Tensor]]:

@@ -1,5 +1,4 @@
-"""Run a split sequence as a pipeline over groups of heads: rank r walks one while r + 1 walks
-another.
+"""Run a split sequence as a pipeline over groups of heads, which ranks walk one after the other.
 
 No rank computes anything twice. What is lost is the time until the last rank has work, one group
 of heads for each rank before it; what is exchanged are the states at the cuts, K V numbers a head.
@@ -13,10 +12,20 @@ from typing import Any
 
 from torch import Tensor
 
-from gdn_ops.call.bind import Tokens
+from gdn_ops.call.bind import Targets, Tokens
 from gdn_ops.parallel import exchange
 from gdn_ops.parallel.exchange import Message
-from gdn_ops.parallel.parts import LocalCall, Saved, apart, joined, part_of, put, take
+from gdn_ops.parallel.parts import (
+    Arena,
+    LocalCall,
+    Saved,
+    apart,
+    joined,
+    part_of,
+    put,
+    take,
+    target,
+)
 from gdn_ops.parallel.schedule import Heads, Hop, Schedule, Step, shares_keys
 from gdn_ops.parallel.split import Piece
 
@@ -36,10 +45,10 @@ class Pipeline:
     def __init__(self, local: LocalCall, schedule: Schedule, groups: Sequence[Heads]) -> None:
         self.local, self.schedule, self.groups = local, schedule, groups
         self.group = local.split.group
+        # Kept until it has gone.
+        self._sent: list[Tensor] = []
 
-    def forward(
-        self, tokens: Tokens, o: Tensor, finals: Tensor | None
-    ) -> list[Saved]:
+    def forward(self, tokens: Tokens, o: Tensor, finals: Tensor | None) -> list[Saved]:
         """Compute o and the final states of sequences that end here.
 
         Args:
@@ -52,14 +61,16 @@ class Pipeline:
         """
         saved: list[Saved] = []
         after: dict[Key, Tensor] = {}
+        arena = Arena(len(self.groups))
         for before, step, g in self._ticks("states of gated_delta", after, is_backward=False):
             heads = self.groups[g]
             state = self._started(step, g, before)
-            part = part_of(self.local, tokens, step, heads, state)
-            out = part.forward()
+            targets = Targets(o=target(o, step, heads.values))
+            part = part_of(self.local, tokens, step, heads, state, targets)
+            out = arena.of(step, part).forward()
             put(o, out.o, step, heads.values)
             for piece, own in apart(step, out.final_state):
-                after[piece.sequence, piece.position, g] = own
+                after[_key(piece, g)] = own
                 if finals is not None and self.local.split.is_last(piece):
                     finals[self.local.rows(piece), heads.values] = own
             if self.local.call.needs_grad:
@@ -90,7 +101,8 @@ class Pipeline:
         before: dict[Key, Tensor] = {}
         for after, step, g in self._ticks("gradients of states", before, is_backward=True):
             heads, of_part = self.groups[g], kept[step, g]
-            part = part_of(self.local, tokens, step, heads, of_part.state)
+            targets = None if adds else _gradient_targets(grads, step, heads)
+            part = part_of(self.local, tokens, step, heads, of_part.state, targets)
             d_final = self._d_final(step, g, after, d_finals)
             own, d_start = part.backward(of_part.tensors, take(d_o, step, heads.values), d_final)
             for i, (whole, grad) in enumerate(zip(grads, own, strict=True)):
@@ -101,7 +113,7 @@ class Pipeline:
                 continue
             for piece, d_own in apart(step, d_start):
                 if piece.position:
-                    before[piece.sequence, piece.position, g] = d_own
+                    before[_key(piece, g)] = d_own
                 elif d_state is not None:
                     d_state[self.local.rows(piece), heads.values] += d_own
 
@@ -133,45 +145,52 @@ class Pipeline:
                 for g in range(groups):
                     hops[self._tick(hop.target, is_backward) + g].append((hop, g))
         came: dict[Key, Tensor] = {}
-        sending: list[Any] = []
+        receiving: dict[int, list[Any]] = {}
+        if self.local.call.device.type == "cpu":
+            # Ahead of time: what comes then waits for no thread of ours. On an accelerator a
+            # receive holds its stream, and two ranks that both wait would do so for ever.
+            receiving = {t: self._exchange(kind, hops[t], None, came)[0] for t in sorted(hops)}
+        kept: list[Any] = []
         for tick in range(self.schedule.ticks + groups - 1):
-            sending += self._exchange(kind, hops.pop(tick, []), made, came)
+            own = hops.pop(tick, [])
+            works, sending = self._exchange(kind, own, made, None if receiving else came)
+            exchange.wait(self.group, kind, receiving.get(tick, works))
+            for hop, g in own:
+                if hop.source.rank == hop.target.rank:
+                    came[_key(hop.target, g)] = made.pop(_key(hop.source, g))
+            kept += sending
             for step in self.schedule.steps:
                 g = tick - (step.backward if is_backward else step.forward)
                 if 0 <= g < groups:
                     yield came, step, g
-        exchange.wait(self.group, kind, [work for works, _ in sending for work in works])
+        exchange.wait(self.group, kind, kept)
 
     def _exchange(
         self,
         kind: str,
         hops: Sequence[tuple[Hop, int]],
-        made: dict[Key, Tensor],
-        came: dict[Key, Tensor],
-    ) -> list[Any]:
-        """Send and receive the states of a tick; return what waits for those that were sent."""
+        made: dict[Key, Tensor] | None,
+        came: dict[Key, Tensor] | None,
+    ) -> tuple[list[Any], list[Any]]:
+        """Start to send what was made, and to receive what comes; return what waits for either."""
         rank = self.local.split.rank
         sent, received = [], []
-        for (source, target), g in hops:
-            key = target.sequence, target.position, g
-            if source.rank == rank:
-                state = made.pop((source.sequence, source.position, g))
-                if target.rank == rank:
-                    came[key] = state
-                else:
-                    sent.append(Message(target.rank, state.contiguous()))
-            else:
-                came[key] = self.local.states(self.groups[g])
-                received.append(Message(source.rank, came[key]))
-        receiving, sending = exchange.transfer(self.group, kind, sent, received)
-        exchange.wait(self.group, kind, receiving)
-        # The tensors are kept until they have gone.
-        return [(sending, sent)]
+        for (source, behind), g in hops:
+            if source.rank == behind.rank:
+                continue
+            if source.rank == rank and made is not None:
+                state = made.pop(_key(source, g)).contiguous()
+                self._sent.append(state)
+                sent.append(Message(behind.rank, state))
+            elif behind.rank == rank and came is not None:
+                came[_key(behind, g)] = self.local.states(self.groups[g])
+                received.append(Message(source.rank, came[_key(behind, g)]))
+        return exchange.transfer(self.group, kind, sent, received)
 
     def _turned(self, is_backward: bool) -> Iterator[Hop]:
         """Yield the hops in an order that is the same on all ranks."""
-        for source, target in self.schedule.hops:
-            yield Hop(target, source) if is_backward else Hop(source, target)
+        for hop in self.schedule.hops:
+            yield Hop(hop.target, hop.source) if is_backward else hop
 
     def _tick(self, piece: Piece, is_backward: bool) -> int:
         step = self.schedule.of(piece)
@@ -180,7 +199,7 @@ class Pipeline:
     def _started(self, step: Step, g: int, came: dict[Key, Tensor]) -> Tensor | None:
         """Return the states that the pieces of a step start from, joined; None for zeros."""
         states = [
-            came.pop((piece.sequence, piece.position, g))
+            came.pop(_key(piece, g))
             if piece.position
             else self.local.started(piece, self.groups[g])
             for piece in step.pieces
@@ -196,9 +215,19 @@ class Pipeline:
         own: list[Tensor] = []
         for piece in step.pieces:
             if not self.local.split.is_last(piece):
-                own.append(came.pop((piece.sequence, piece.position, g)))
+                own.append(came.pop(_key(piece, g)))
             elif d_finals is None:
                 own.append(self.local.states(heads).zero_())
             else:
                 own.append(d_finals[self.local.rows(piece), heads.values])
         return joined(own)
+
+
+def _gradient_targets(grads: Tokens, step: Step, heads: Heads) -> Targets:
+    """Return where the gradients of a part may be written."""
+    q, k = (target(x, step, heads.keys) for x in grads[:2])
+    return Targets(q=q, k=k, v=target(grads.v, step, heads.values))
+
+
+def _key(piece: Piece, g: int) -> Key:
+    return piece.sequence, piece.position, g

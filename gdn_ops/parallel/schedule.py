@@ -107,9 +107,7 @@ def _steps(split: SequenceSplit, merges: bool) -> Iterator[Step]:
     for pieces in groups.values():
         own = tuple(sorted(pieces, key=lambda piece: piece.local))
         first = own[0]
-        yield Step(
-            first.rank, own, first.position, ticks[first.sequence, first.position]
-        )
+        yield Step(first.rank, own, first.position, ticks[first.sequence, first.position])
 
 
 class Heads(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Final, Literal, Never, overload
+from typing import Any, Final, Never
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from gdn_ops.call.bind import Arguments, Call, Tokens, bind, requires_grad
 from gdn_ops.call.pointers import refuse_unknown
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.dispatch import registry
+from gdn_ops.kernel_support.host_memory import empty
 from gdn_ops.parallel.exchange import Total, agree, check_device
 from gdn_ops.parallel.failures import reported
 from gdn_ops.parallel.gather import Gather
@@ -33,24 +34,12 @@ SECOND_ORDER: Final = f"second derivatives of {NAME} are not computed: run it on
 
 
 def gated_delta(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor | None = None,
-    beta: Tensor | None = None,
-    *,
-    split: SequenceSplit,
-    log_alpha: Tensor | None = None,
-    rule: str = "gated_delta",
-    scale: float | None = None,
-    qk_l2norm: bool = False,
-    initial_state: Tensor | None = None,
-    return_state: bool = False,
-    chunk_size: int | None = None,
-    backend: str = "auto",
-    strategy: str = "auto",
-    **unknown: Never,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None = None, beta: Tensor | None = None, *,
+    split: SequenceSplit, log_alpha: Tensor | None = None, rule: str = "gated_delta",
+    scale: float | None = None, qk_l2norm: bool = False, initial_state: Tensor | None = None,
+    return_state: bool = False, chunk_size: int | None = None, backend: str = "auto",
+    strategy: str = "auto", **unknown: Never,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute `gdn_ops.gated_delta` on sequences whose tokens are split over ranks.
 
     Every rank calls it with its own tokens, and has what one process would have computed for them;
@@ -93,45 +82,46 @@ def gated_delta(
     """
     if unknown:
         refuse_unknown(GATED_DELTA, unknown)
+    tokens = Tokens(q, k, v, alpha, log_alpha, beta)
+    attributes = {"rule": rule, "scale": scale, "qk_l2norm": qk_l2norm, "chunk_size": chunk_size}
+    arguments = Arguments(tokens, initial_state, **attributes, backend=registry.resolve(backend))  # type: ignore[arg-type]
+    o, finals = run(arguments._replace(return_state=return_state), split, strategy)
+    return (o, finals) if return_state else o
+
+
+def run(arguments: Arguments, split: SequenceSplit, strategy: str) -> tuple[Tensor, Tensor]:
+    """Check a call with all ranks, and compute it; return o and the final states, if asked for."""
     _check_split(split, strategy)
-    group = split.group
-    arguments = Arguments(
-        Tokens(q, k, v, alpha, log_alpha, beta), None,
-        rule=rule, scale=scale, qk_l2norm=qk_l2norm, chunk_size=chunk_size,
-        backend=registry.resolve(backend),
-    )  # fmt: skip
-    with reported(group, NAME):
+    with reported(split.group, NAME):
         error: Exception | None = None
         facts: dict[str, str] = {}
         try:
-            local = _bound(autocast(arguments), initial_state, split)
-            facts = _facts(local, return_state, strategy)
+            local = _bound(autocast(arguments), split)
+            facts = _facts(local, strategy)
         except (SpecError, RuntimeError) as raised:
             error = raised
-        agree(group, NAME, facts, error)
+        agree(split.group, NAME, facts, error)
         with full_precision(local.call.device.type):
-            o, finals = _Sequence.apply(  # type: ignore[no-untyped-call]
-                local, strategy, return_state, local.state, *local.call.tokens
-            )
-            if not return_state:
-                return o  # type: ignore[no-any-return]
-            return o, Total.apply(group, "final states of gated_delta", finals)  # type: ignore[no-untyped-call]
+            o, finals = _Sequence.apply(local, strategy, local.state, *local.call.tokens)  # type: ignore[no-untyped-call]
+            if local.call.return_state:
+                finals = Total.apply(split.group, "final states of gated_delta", finals)  # type: ignore[no-untyped-call]
+            return o, finals
 
 
 def _check_split(split: Any, strategy: Any) -> None:
     if not isinstance(split, SequenceSplit):
-        raise SpecTypeError(
-            f"{NAME}: split is a {type(split).__name__}, should be a SequenceSplit"
-        )
+        raise SpecTypeError(f"{NAME}: split is a {type(split).__name__}, should be a SequenceSplit")
     if strategy not in STRATEGIES:
-        raise SpecError(f"{NAME}: strategy is {strategy!r}, should be one of {', '.join(STRATEGIES)}")
+        known = ", ".join(STRATEGIES)
+        raise SpecError(f"{NAME}: strategy is {strategy!r}, should be one of {known}")
 
 
-def _bound(arguments: Arguments, state: Tensor | None, split: SequenceSplit) -> LocalCall:
+def _bound(arguments: Arguments, split: SequenceSplit) -> LocalCall:
     """Check the call of this rank, and return it."""
-    call = bind(GATED_DELTA, arguments)
+    state = arguments.state
+    call = bind(GATED_DELTA, arguments._replace(state=None))
     s = call.sizes
-    if s.T != split.local_tokens:
+    if split.local_tokens != s.T:
         raise SpecError(
             f"{NAME}: q has T={s.T} tokens, should have {split.local_tokens}: those of rank "
             f"{split.rank} in {split}"
@@ -146,12 +136,12 @@ def _bound(arguments: Arguments, state: Tensor | None, split: SequenceSplit) -> 
         cuts = None
         if split.is_packed:
             cuts = torch.zeros(rows + 1, dtype=torch.int64, device=call.device)
-        bind(GATED_DELTA, arguments._replace(tokens=empty, state=state, cu_seqlens=cuts))
-    needs_grad = torch.is_grad_enabled() and requires_grad(arguments._replace(state=state))
+        bind(GATED_DELTA, arguments._replace(tokens=empty, cu_seqlens=cuts))
+    needs_grad = torch.is_grad_enabled() and requires_grad(arguments)
     return LocalCall(replace(call, needs_grad=needs_grad), state, split, arguments.backend)
 
 
-def _facts(local: LocalCall, return_state: bool, strategy: str) -> dict[str, str]:
+def _facts(local: LocalCall, strategy: str) -> dict[str, str]:
     """Return what must be the same on all ranks, as text by name."""
     call, s, split = local.call, local.call.sizes, local.split
     tokens = call.tokens
@@ -162,7 +152,7 @@ def _facts(local: LocalCall, return_state: bool, strategy: str) -> dict[str, str
         "the dtype of q": dtype_name(tokens.q.dtype),
         "the tensors given": ", ".join(present),
         "initial_state": "not given" if local.state is None else dtype_name(local.state.dtype),
-        "return_state": str(return_state),
+        "return_state": str(call.return_state),
         "scale": repr(call.scale),
         "qk_l2norm": str(call.qk_l2norm),
         "strategy": strategy,
@@ -191,16 +181,14 @@ class _Sequence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, local: LocalCall, strategy: str, returns_state: bool, *tensors: Tensor | None
+        ctx: Any, local: LocalCall, strategy: str, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         state, *tokens = tensors
         own = Tokens(*map(_detached, tokens))  # type: ignore[arg-type]
         local = replace(local, state=_detached(state))
-        call, s = local.call, local.call.sizes
-        o = torch.empty(own.v.shape, dtype=own.v.dtype, device=call.device)
-        finals = None
-        if returns_state:
-            finals = _states(local, empty_from=local.state)
+        call = local.call
+        o = empty(own.v.shape, own.v.dtype, call.device)
+        finals = _states(local, empty_from=local.state) if call.return_state else None
         saved = runner(local, strategy).forward(own, o, finals)
         ctx.local, ctx.strategy = replace(local, state=None, call=_bare(call)), strategy
         ctx.counts = [(part.state is not None, len(part.tensors)) for part in saved]
@@ -225,13 +213,12 @@ class _Sequence(torch.autograd.Function):
         with reported(local.split.group, NAME), full_precision(d_o.device.type):
             run = runner(local, ctx.strategy)
             adds = isinstance(run, Pipeline) and shares_keys(run.groups)
-            new = torch.zeros_like if adds else torch.empty_like
-            grads = own.map(new)
+            grads = own.map(torch.zeros_like if adds else _empty_like)
             d_state = None if state is None else _d_state(local, d_finals)
             run.backward(own, saved, d_o.resolve_neg(), d_finals, grads, d_state)
         given = None if d_state is None or state is None else d_state.to(state.dtype)
-        wanted = zip((given, *grads), ctx.needs_input_grad[3:], strict=True)
-        return None, None, None, *(grad if needed else None for grad, needed in wanted)
+        wanted = zip((given, *grads), ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(grad if needed else None for grad, needed in wanted)
 
 
 def _states(local: LocalCall, empty_from: Tensor | None) -> Tensor:
@@ -255,6 +242,10 @@ def _d_state(local: LocalCall, d_finals: Tensor | None) -> Tensor:
 def _empty_rows(local: LocalCall) -> Sequence[slice]:
     split = local.split
     return [local.rows_of(n) for n in range(split.sequences) if not split.chain(n)]
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return empty(x.shape, x.dtype, x.device)
 
 
 def _detached(x: Tensor | None) -> Tensor | None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gdn_ops.parallel import exchange
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 
@@ -180,8 +181,11 @@ class SequenceSplit:
         """Return the tokens of this rank, given those of all.
 
         Args:
-            x: T along `dim`.
+            x: (..., T, ...), T along `dim`.
             dim: the axis of tokens.
+
+        Returns:
+            (..., T_local, ...), in the order of its fragments.
 
         Raises:
             SpecError: the axis has another size.
@@ -190,6 +194,28 @@ class SequenceSplit:
             _fail(f"x has {x.shape[dim]} tokens along axis {dim}, should have T={self.tokens}")
         runs = [x.narrow(dim, start, stop - start) for start, stop in self.fragments[self.rank]]
         return runs[0] if len(runs) == 1 else torch.cat([x.narrow(dim, 0, 0), *runs], dim)
+
+    def whole(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Return the tokens of all ranks, in the order of the sequences, on every rank.
+
+        Args:
+            x: (..., T_local, ...), the tokens of this rank along `dim`.
+            dim: the axis of tokens.
+
+        Returns:
+            (..., T, ...). The gradient of a rank's tokens is the sum of what all ranks ask.
+
+        Raises:
+            SpecError: the axis has another size.
+            ParallelError: the exchange failed.
+        """
+        if x.shape[dim] != self.local_tokens:
+            _fail(
+                f"x has {x.shape[dim]} tokens along axis {dim}, should have those of rank "
+                f"{self.rank}: {self.local_tokens}"
+            )
+        whole: Tensor = _Whole.apply(self, dim, x)  # type: ignore[no-untyped-call]
+        return whole
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
         """Return the place of every token of this rank in its sequence, (T_local,) int64."""
@@ -206,6 +232,31 @@ class SequenceSplit:
         )
         packed = f" in {self.sequences} sequences" if self.is_packed else ""
         return f"SequenceSplit({self.tokens} tokens{packed}; {held})"
+
+
+class _Whole(torch.autograd.Function):
+    """Gather the tokens of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, split: SequenceSplit, dim: int, x: Tensor) -> Tensor:
+        ctx.split, ctx.dim = split, dim
+        x = x.movedim(dim, 0)
+        held = [sum(stop - start for start, stop in runs) for runs in split.fragments]
+        padded = x.new_zeros((max(held), *x.shape[1:]))
+        padded[: len(x)] = x
+        table = exchange.gather(split.group, "tokens", padded)
+        whole = x.new_empty((split.tokens, *x.shape[1:]))
+        for rank, runs in enumerate(split.fragments):
+            done = 0
+            for start, stop in runs:
+                whole[start:stop] = table[rank, done : done + stop - start]
+                done += stop - start
+        return whole.movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: Any, d_whole: Tensor) -> tuple[None, None, Tensor]:
+        total = exchange.total(ctx.split.group, "gradients of tokens", d_whole)
+        return None, None, ctx.split.local(total, ctx.dim)
 
 
 def process_group(group: Any) -> dist.ProcessGroup:

@@ -152,7 +152,7 @@ def gated_delta_summary(
 
 def summary_of(call: Call, backend: str) -> Summary:
     """Return the summary of the pieces of a bound call, by the backend of that name."""
-    q, k, v, alpha, log_alpha, beta = call.tokens
+    _q, _k, _v, alpha, log_alpha, beta = call.tokens
     options: dict[str, Any] = {
         "alpha": alpha, "log_alpha": log_alpha, "rule": str(call.rule),
         "cu_seqlens": call.cu_seqlens, "chunk_size": call.chunk_size, "backend": backend,

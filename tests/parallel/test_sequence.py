@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def fragments(draw: st.DrawFn, tokens: int, ranks: int) -> Fragments:
     """Cut tokens anywhere, and give the runs to ranks in any order; some ranks have none."""
     cuts = draw(st.lists(st.integers(0, tokens), max_size=2 * ranks))
     edges = sorted({0, tokens, *cuts})
-    runs = [*zip(edges, edges[1:], strict=False)]
+    runs = [*itertools.pairwise(edges)]
     runs = draw(st.permutations(runs))
     owners = draw(st.lists(st.integers(0, ranks - 1), min_size=len(runs), max_size=len(runs)))
     return tuple(

@@ -32,6 +32,7 @@ struct GdnSequences {
   int64_t N, T, H, HV, K, V;
   int64_t decay_is_log, has_erase, qk_l2norm;
   int64_t chunks_per_state;
+  int64_t least_tasks;  // a backward with fewer key heads, or than threads, is cut further
   float scale;
   int32_t threads;
 };

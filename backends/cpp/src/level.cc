@@ -43,7 +43,7 @@ void run_forward_task(const GdnSequences& c, const GdnPlan& plan, int64_t index,
 // Up to 8 threads, their number decides nothing, so that it changes no bit.
 GdnPlan plan_backward(const GdnSequences& c) {
   const int64_t heads = c.N * c.H, R = c.HV / c.H, panels = round_up(c.V, P) / P;
-  const int64_t wanted = c.threads > 8 ? c.threads : 8;
+  const int64_t wanted = c.threads > c.least_tasks ? c.threads : c.least_tasks;
   int64_t values = 1, columns = 1;
   if (c.T > C * c.chunks_per_state) {
     while (values < R && heads * values < wanted) ++values;
