@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gdn_ops.parallel.failures import ParallelError, exchanging, register
+from gdn_ops.parallel.failures import ParallelError, exchanging
 
 
 @dataclass(eq=False)
@@ -75,6 +76,13 @@ class Message(NamedTuple):
     tensor: Tensor
 
 
+class Pending(NamedTuple):
+    """Hold a transfer that has been started, and how long a thread waits for it at most."""
+
+    work: Any
+    timeout: timedelta | None
+
+
 def agree(
     group: dist.ProcessGroup, name: str, facts: Mapping[str, str], error: Exception | None = None
 ) -> None:
@@ -90,7 +98,6 @@ def agree(
         ParallelError: ranks differ, or one has an error. It names them.
         Exception: `error` itself, on the rank that has it.
     """
-    register(group)
     ranks, host = dist.get_world_size(group), _host_group(group)
     digest = hashlib.blake2b(repr((name, sorted(facts.items()))).encode(), digest_size=7).digest()
     own = torch.tensor(
@@ -160,7 +167,7 @@ def check_device(group: dist.ProcessGroup, device: torch.device) -> None:
 
 def transfer(
     group: dist.ProcessGroup, kind: str, sent: Sequence[Message], received: Sequence[Message]
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[list[Pending], list[Pending]]:
     """Start to send and to receive tensors between pairs of ranks.
 
     Between two ranks messages go in the order in which each of the two lists them.
@@ -185,17 +192,34 @@ def transfer(
     if not operations:
         return [], []
     with exchanging(group, kind):
-        works: list[Any] = dist.batch_isend_irecv(operations)
-    if len(works) != len(operations):
-        return works, []
-    return works[: len(received)], works[len(received) :]
+        works = dist.batch_isend_irecv(operations)
+    timeout = _timeout(group, operations[0].tensor.device)
+    pending = [Pending(work, timeout) for work in works]
+    if len(pending) != len(operations):
+        return pending, []
+    return pending[: len(received)], pending[len(received) :]
 
 
-def wait(group: dist.ProcessGroup, kind: str, works: Sequence[Any]) -> None:
+def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """Return how long a thread waits for a transfer of CPU tensors, or None for another device.
+
+    Gloo would wait for ever. On an accelerator a wait with a timeout would hold the thread, and
+    torch watches over transfers itself.
+    """
+    if device.type != "cpu":
+        return None
+    options = getattr(group._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
+
+
+def wait(group: dist.ProcessGroup, kind: str, pending: Sequence[Pending]) -> None:
     """Wait until transfers have ended; on an accelerator its stream does."""
     with exchanging(group, kind):
-        for work in works:
-            work.wait()
+        for work, timeout in pending:
+            if timeout is None:
+                work.wait()
+            else:
+                work.wait(timeout)
 
 
 def gather(group: dist.ProcessGroup, kind: str, x: Tensor) -> Tensor:

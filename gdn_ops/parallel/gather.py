@@ -13,7 +13,17 @@ from torch import Tensor
 
 from gdn_ops.call.bind import Tokens
 from gdn_ops.parallel import exchange
-from gdn_ops.parallel.parts import ALL, LocalCall, Saved, apart, joined, part_of, put, take
+from gdn_ops.parallel.parts import (
+    ALL,
+    LocalCall,
+    Saved,
+    apart,
+    check_parts,
+    joined,
+    part_of,
+    put,
+    take,
+)
 from gdn_ops.parallel.schedule import Step
 from gdn_ops.parallel.split import Piece
 from gdn_ops.parallel.summary import summary_of
@@ -34,6 +44,14 @@ class Gather:
         self.local, self.merges = local, merges
         self.split = local.split
         self.group = local.split.group
+
+    def check(self) -> None:
+        """Check that the backend can compute the parts of this rank.
+
+        Raises:
+            BackendUnsupportedError: it cannot.
+        """
+        check_parts(self.local, self._all_steps(), ALL)
 
     def forward(self, tokens: Tokens, o: Tensor, finals: Tensor | None) -> list[Saved]:
         """Compute o and the final states of sequences that end here.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, overload
 
@@ -159,6 +159,18 @@ def part_of(
         needs_grad=call.needs_grad, is_part=True, targets=targets,
     )  # fmt: skip
     return Part(select(part, local.backend), part)
+
+
+def check_parts(local: LocalCall, steps: Iterable[Step], heads: Heads) -> None:
+    """Check that the backend can compute steps, given a state.
+
+    Raises:
+        BackendUnsupportedError: it cannot.
+    """
+    rows = 1 if local.split.is_packed else local.call.sizes.B
+    for step in steps:
+        state = local.states(heads, rows * len(step.pieces))
+        part_of(local, local.call.tokens, step, heads, state)
 
 
 def take(x: Tensor, step: Step, heads: slice) -> Tensor:

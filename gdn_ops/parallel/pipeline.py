@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from gdn_ops.call.bind import Targets, Tokens
 from gdn_ops.parallel import exchange
-from gdn_ops.parallel.exchange import Message
+from gdn_ops.parallel.exchange import Message, Pending
 from gdn_ops.parallel.parts import (
     Arena,
     LocalCall,
     Saved,
     apart,
+    check_parts,
     joined,
     part_of,
     put,
@@ -47,6 +47,14 @@ class Pipeline:
         self.group = local.split.group
         # Kept until it has gone.
         self._sent: list[Tensor] = []
+
+    def check(self) -> None:
+        """Check that the backend can compute the parts of this rank.
+
+        Raises:
+            BackendUnsupportedError: it cannot.
+        """
+        check_parts(self.local, self.schedule.steps, self.groups[0])
 
     def forward(self, tokens: Tokens, o: Tensor, finals: Tensor | None) -> list[Saved]:
         """Compute o and the final states of sequences that end here.
@@ -145,12 +153,12 @@ class Pipeline:
                 for g in range(groups):
                     hops[self._tick(hop.target, is_backward) + g].append((hop, g))
         came: dict[Key, Tensor] = {}
-        receiving: dict[int, list[Any]] = {}
+        receiving: dict[int, list[Pending]] = {}
         if self.local.call.device.type == "cpu":
             # Ahead of time: what comes then waits for no thread of ours. On an accelerator a
             # receive holds its stream, and two ranks that both wait would do so for ever.
             receiving = {t: self._exchange(kind, hops[t], None, came)[0] for t in sorted(hops)}
-        kept: list[Any] = []
+        kept: list[Pending] = []
         for tick in range(self.schedule.ticks + groups - 1):
             own = hops.pop(tick, [])
             works, sending = self._exchange(kind, own, made, None if receiving else came)
@@ -171,7 +179,7 @@ class Pipeline:
         hops: Sequence[tuple[Hop, int]],
         made: dict[Key, Tensor] | None,
         came: dict[Key, Tensor] | None,
-    ) -> tuple[list[Any], list[Any]]:
+    ) -> tuple[list[Pending], list[Pending]]:
         """Start to send what was made, and to receive what comes; return what waits for either."""
         rank = self.local.split.rank
         sent, received = [], []

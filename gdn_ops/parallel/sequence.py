@@ -84,19 +84,24 @@ def gated_delta(
         refuse_unknown(GATED_DELTA, unknown)
     tokens = Tokens(q, k, v, alpha, log_alpha, beta)
     attributes = {"rule": rule, "scale": scale, "qk_l2norm": qk_l2norm, "chunk_size": chunk_size}
-    arguments = Arguments(tokens, initial_state, **attributes, backend=registry.resolve(backend))  # type: ignore[arg-type]
+    arguments = Arguments(tokens, initial_state, **attributes, backend=backend)  # type: ignore[arg-type]
     o, finals = run(arguments._replace(return_state=return_state), split, strategy)
     return (o, finals) if return_state else o
 
 
 def run(arguments: Arguments, split: SequenceSplit, strategy: str) -> tuple[Tensor, Tensor]:
     """Check a call with all ranks, and compute it; return o and the final states, if asked for."""
-    _check_split(split, strategy)
+    if not isinstance(split, SequenceSplit):
+        raise SpecTypeError(f"{NAME}: split is a {type(split).__name__}, should be a SequenceSplit")
     with reported(split.group, NAME):
         error: Exception | None = None
         facts: dict[str, str] = {}
         try:
+            if strategy not in STRATEGIES:
+                known = ", ".join(STRATEGIES)
+                raise SpecError(f"{NAME}: strategy is {strategy!r}, should be one of {known}")
             local = _bound(autocast(arguments), split)
+            runner(local, strategy).check()
             facts = _facts(local, strategy)
         except (SpecError, RuntimeError) as raised:
             error = raised
@@ -108,16 +113,9 @@ def run(arguments: Arguments, split: SequenceSplit, strategy: str) -> tuple[Tens
             return o, finals
 
 
-def _check_split(split: Any, strategy: Any) -> None:
-    if not isinstance(split, SequenceSplit):
-        raise SpecTypeError(f"{NAME}: split is a {type(split).__name__}, should be a SequenceSplit")
-    if strategy not in STRATEGIES:
-        known = ", ".join(STRATEGIES)
-        raise SpecError(f"{NAME}: strategy is {strategy!r}, should be one of {known}")
-
-
 def _bound(arguments: Arguments, split: SequenceSplit) -> LocalCall:
     """Check the call of this rank, and return it."""
+    arguments = arguments._replace(backend=registry.resolve(arguments.backend))
     state = arguments.state
     call = bind(GATED_DELTA, arguments._replace(state=None))
     s = call.sizes

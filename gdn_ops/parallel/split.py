@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gdn_ops.parallel import exchange
+from gdn_ops.parallel.failures import register
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 
@@ -94,6 +95,7 @@ class SequenceSplit:
     ) -> None:
         self.group = process_group(group)
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        register(self.group)
         if len(fragments) != self.ranks:
             _fail(f"fragments are of {len(fragments)} ranks, should be of {self.ranks}")
         self.fragments = tuple(

@@ -16,7 +16,7 @@ SIZES = (1, 2, 3, 4, 8)
 
 MOST = max(SIZES)
 
-PATIENCE = 10
+PATIENCE = 20
 """Seconds that an exchange may take, and three times of which a test waits for an answer."""
 
 
@@ -81,7 +81,7 @@ class Ranks:
             return RankError("does not answer", "does not answer")
         try:
             return pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return RankError("has ended", "has ended")
 
     def close(self) -> None:
@@ -112,7 +112,9 @@ def _serve(
         timeout=timedelta(seconds=patience),
     )
     sizes: Sequence[int] = [size for size in SIZES if size <= most]
-    groups = {size: dist.new_group(range(size)) for size in sizes}
+    # A group does not take the timeout of another.
+    groups = {size: dist.new_group(range(size), timedelta(seconds=patience)) for size in sizes}
+    dist.barrier()
     while True:
         try:
             count, function, arguments = pipe.recv()

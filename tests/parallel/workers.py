@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +17,7 @@ from torch.nn import functional
 
 from gdn_ops import parallel
 from gdn_ops.nn import HybridLM
+from gdn_ops.parallel import exchange, gather, halo, parts, pipeline
 from gdn_ops.testing.example import Example
 
 VOCABULARY = 11
@@ -146,3 +151,258 @@ def model_states(group: Any, case: ModelCase) -> list[Any]:
     with torch.no_grad(), parallel.sequence_parallel(split, return_state=True):
         logits, states = model(split.local(tokens))
     return [split.whole(logits), states]
+
+
+def raised(group: Any, function: Any, *arguments: Any) -> str:
+    """Return what a function raises on this rank, with its type; "nothing" if it returns."""
+    try:
+        function(group, *arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def make_split(group: Any, fragments: Any, cu_seqlens: Any = None) -> None:
+    parallel.SequenceSplit(group, fragments, cu_seqlens)
+
+
+def call_with(group: Any, changes: dict[int, dict[str, Any]], tokens: int = 6) -> None:
+    """Make a call of ones, in which some ranks have other arguments."""
+    change = dict(changes.get(group.rank(), {}))
+    split = parallel.SequenceSplit.contiguous(change.pop("tokens", tokens), group)
+    local = change.pop("local", split.local_tokens)
+    dtype = change.pop("dtype", torch.float32)
+    k = torch.ones(1, local, 2, 4, dtype=dtype)
+    given: dict[str, Any] = {"q": k, "k": k, "v": torch.ones(1, local, 2, 3, dtype=dtype)}
+    given |= {"alpha": torch.ones(1, local, 2), "beta": None, "split": split} | change
+    if "state" in given:
+        given["initial_state"] = torch.zeros(given.pop("state"))
+    if given.get("rule") in ("delta", "linear"):
+        given["alpha"] = None
+    if given.pop("grad", False):
+        given["v"].requires_grad_()
+    parallel.gated_delta(**given)
+
+
+def second_derivative(group: Any) -> None:
+    split = parallel.SequenceSplit.contiguous(4, group)
+    k = torch.ones(1, split.local_tokens, 1, 2, dtype=torch.float64, requires_grad=True)
+    o = parallel.gated_delta(k, k, k, rule="delta", split=split, backend="torch")
+    torch.autograd.grad(o.sum(), k, create_graph=True)
+
+
+def layer_with(group: Any, kind: str, given: dict[str, Any], tokens: int = 6) -> None:
+    """Call a layer inside `sequence_parallel` with arguments that the split says already."""
+    split = parallel.SequenceSplit.contiguous(6, group, given.pop("cuts", None))
+    layer = HybridLM(kind, VOCABULARY, 16, num_heads=2, window=4).blocks[0].mixer
+    x = torch.zeros(given.pop("rows", 1), given.pop("tokens", split.local_tokens), 16)
+    if given.pop("state", False):
+        given["state"] = layer.zero_state(x.shape[0])
+    if given.pop("mask", False):
+        given["mask"] = torch.ones(x.shape[:2])
+    with parallel.sequence_parallel(split, return_state=given.pop("return_state", False)):
+        layer(x, **given)
+
+
+def enter_with(group: Any, given: dict[str, Any]) -> None:
+    split = parallel.SequenceSplit.contiguous(6, group)
+    with parallel.sequence_parallel(**{"split": split, **given}):
+        pass
+
+
+def bits(group: Any, case: Case) -> list[Tensor]:
+    """Return the results of this rank twice, by two calls."""
+    return [
+        *forward_and_gradients(group, case).values(),
+        *forward_and_gradients(group, case).values(),
+    ]
+
+
+def traffic(group: Any, case: Case) -> dict[str, int]:
+    """Return the bytes that this rank sends in a forward and backward, by kind."""
+    with parallel.counting() as counted:
+        forward_and_gradients(group, case)
+    return dict(counted.bytes)
+
+
+def kept_bytes(group: Any, tokens: int, strategy: str) -> int:
+    """Return the bytes that autograd keeps on this rank for a backward."""
+    split = parallel.SequenceSplit.contiguous(tokens, group)
+    T = split.local_tokens
+    inputs = [torch.rand(1, T, 2, 16, requires_grad=True) for _ in range(3)]
+    gates = [torch.rand(1, T, 2, requires_grad=True) for _ in range(2)]
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.data_ptr()] = x.nbytes
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        parallel.gated_delta(*inputs, *gates, split=split, strategy=strategy)
+    return sum(kept.values())
+
+
+@contextlib.contextmanager
+def mutated(name: str) -> Iterator[None]:
+    """Break one exchange."""
+    target, attribute, broken = MUTANTS[name]
+    kept = getattr(target, attribute)
+    setattr(target, attribute, broken(kept))
+    try:
+        yield
+    finally:
+        setattr(target, attribute, kept)
+
+
+def _applied_without_reverse(right: Any) -> Any:
+    return lambda M, state, R, is_backward: right(M, state, R, False)
+
+
+def _applied_without_map(right: Any) -> Any:
+    return lambda M, state, R, is_backward: R
+
+
+def _applied_in_wrong_order(right: Any) -> Any:
+    def applied(M: Tensor, state: Tensor | None, R: Tensor, is_backward: bool) -> Tensor:
+        return R if state is None else right(M, R, state, is_backward)
+
+    return applied
+
+
+def _without_last_hop(right: Any) -> Any:
+    def started(self: Any, step: Any, g: int, came: Any) -> Any:
+        state = right(self, step, g, came)
+        return None if state is None else state * 0 if g == len(self.groups) - 1 else state
+
+    return started
+
+
+def _d_final_of_the_chain_dropped(right: Any) -> Any:
+    def d_final(self: Any, step: Any, g: int, came: Any, d_finals: Any) -> Any:
+        return right(self, step, g, came, d_finals) * 0
+
+    return d_final
+
+
+def _swapped_groups(right: Any) -> Any:
+    def transfer(group: Any, kind: str, sent: Any, received: Any) -> Any:
+        if "states" in kind:
+            sent = [message._replace(tensor=message.tensor.flip(-3)) for message in sent]
+        return right(group, kind, sent, received)
+
+    return transfer
+
+
+def _lends_nothing(right: Any) -> Any:
+    return lambda split, count: iter(())
+
+
+def _lends_one_token_too_early(right: Any) -> Any:
+    def loans(split: Any, count: int) -> Any:
+        for loan in right(split, count):
+            if (
+                loan.start > split.boundaries[loan.source.sequence]
+                and loan.start > loan.source.start
+            ):
+                yield loan._replace(start=loan.start - 1, stop=loan.stop - 1)
+
+    return loans
+
+
+def _keeps_gradients_of_loans(right: Any) -> Any:
+    def exchange_tokens(*arguments: Any, is_backward: bool) -> None:
+        if not is_backward:
+            right(*arguments, is_backward=False)
+
+    return exchange_tokens
+
+
+def _totals_own_share(right: Any) -> Any:
+    return lambda group, kind, x: x.clone()
+
+
+MUTANTS: dict[str, tuple[Any, str, Any]] = {
+    "a missing reverse map": (gather, "_applied", _applied_without_reverse),
+    "maps dropped": (gather, "_applied", _applied_without_map),
+    "maps in the wrong order": (gather, "_applied", _applied_in_wrong_order),
+    "a state of the last heads dropped": (pipeline.Pipeline, "_started", _without_last_hop),
+    "a gradient of states dropped": (pipeline.Pipeline, "_d_final", _d_final_of_the_chain_dropped),
+    "states of other heads": (exchange, "transfer", _swapped_groups),
+    "a halo dropped": (halo, "loans", _lends_nothing),
+    "a halo one token early": (halo, "loans", _lends_one_token_too_early),
+    "the gradient of a halo dropped": (halo, "_exchange", _keeps_gradients_of_loans),
+    "final states not summed": (exchange, "total", _totals_own_share),
+}
+"""Broken exchanges: what is replaced, and by what of it."""
+
+
+def mutated_call(group: Any, name: str, case: Case) -> dict[str, Tensor]:
+    with mutated(name):
+        return forward_and_gradients(group, case)
+
+
+def mutated_model(group: Any, name: str, case: ModelCase) -> dict[str, Tensor]:
+    with mutated(name):
+        return model_gradients(group, case)
+
+
+def die(group: Any, victim: int, when: str) -> str:
+    """End the process of one rank before or in the middle of a call; return what others raise."""
+    started = time.monotonic()
+    split = parallel.SequenceSplit.contiguous(12, group)
+    k = torch.ones(1, split.local_tokens, 2, 4, requires_grad=True)
+    try:
+        if group.rank() == victim and when == "before":
+            os._exit(1)
+        o = parallel.gated_delta(k, k, k, rule="linear", split=split)
+        if group.rank() == victim and when == "between":
+            os._exit(1)
+        o.sum().backward()
+        parallel.gated_delta(k, k, k, rule="linear", split=split)
+    except Exception as error:
+        return f"{time.monotonic() - started:.1f} {type(error).__name__}: {error}"
+    return "nothing"
+
+
+def fail_inside(group: Any, victim: int, strategy: str) -> str:
+    """Raise on one rank when its call has begun; return what this rank raises."""
+    split = parallel.SequenceSplit.contiguous(12, group)
+    k = torch.ones(1, split.local_tokens, 2, 4)
+    if group.rank() == victim:
+
+        def forward(part: Any) -> Any:
+            raise MemoryError("no memory for o")
+
+        parts.Part.forward = forward  # type: ignore[method-assign]
+    options: dict[str, Any] = {"rule": "linear", "split": split, "strategy": strategy}
+    return raised(group, lambda _: parallel.gated_delta(k, k, k, **options))
+
+
+def reset_at(
+    group: Any, token: int, tokens: int, rule: str, strategy: str, seed: int
+) -> list[Tensor]:
+    """Return o, the final state, and gradients of a loss of what is behind a reset.
+
+    The tokens before it, and the initial state, are drawn from `seed`.
+    """
+    split = parallel.SequenceSplit.contiguous(tokens, group)
+
+    def drawn(*shape: int) -> Tensor:
+        after = torch.rand(1, tokens, *shape, generator=torch.Generator().manual_seed(9))
+        before = torch.rand(1, token, *shape, generator=torch.Generator().manual_seed(seed))
+        return torch.cat([before, after[:, token:]], 1)
+
+    q, k, v, alpha, beta = drawn(2, 4), drawn(2, 4), drawn(2, 3), drawn(2), drawn(2)
+    alpha[:, token] = 0.0
+    state = torch.rand(1, 2, 4, 3, generator=torch.Generator().manual_seed(seed)) * 100
+    q, k, v, alpha, beta = (split.local(x).contiguous() for x in (q, k, v, alpha, beta))
+    v.requires_grad_()
+    state.requires_grad_()
+    o, final = parallel.gated_delta(
+        q, k, v, alpha, beta, rule=rule, initial_state=state, return_state=True, split=split,
+        strategy=strategy,
+    )  # fmt: skip
+    behind = (split.positions() >= token)[None, :, None, None]
+    loss = (o * behind).sum() + final.sum() * (split.rank == 0)
+    d_v, d_state = torch.autograd.grad(loss, (v, state))
+    return [o.detach(), final.detach(), d_v, d_state]
