@@ -20,7 +20,7 @@ PATIENCE = 20
 """Seconds that an exchange may take, and three times of which a test waits for an answer."""
 
 
-class RankError(AssertionError):
+class RankError(RuntimeError):
     """Report what a rank raised, with its traceback."""
 
 

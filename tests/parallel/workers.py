@@ -298,15 +298,12 @@ def _lends_nothing(right: Any) -> Any:
 
 
 def _lends_one_token_too_early(right: Any) -> Any:
-    def loans(split: Any, count: int) -> Any:
-        for loan in right(split, count):
-            if (
-                loan.start > split.boundaries[loan.source.sequence]
-                and loan.start > loan.source.start
-            ):
-                yield loan._replace(start=loan.start - 1, stop=loan.stop - 1)
+    def local(piece: Any, start: int, stop: int) -> slice:
+        shift = int(start > piece.start)
+        own: slice = right(piece, start - shift, stop - shift)
+        return own
 
-    return loans
+    return local
 
 
 def _keeps_gradients_of_loans(right: Any) -> Any:
@@ -329,7 +326,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "a gradient of states dropped": (pipeline.Pipeline, "_d_final", _d_final_of_the_chain_dropped),
     "states of other heads": (exchange, "transfer", _swapped_groups),
     "a halo dropped": (halo, "loans", _lends_nothing),
-    "a halo one token early": (halo, "loans", _lends_one_token_too_early),
+    "a halo one token early": (halo, "_local", _lends_one_token_too_early),
     "the gradient of a halo dropped": (halo, "_exchange", _keeps_gradients_of_loans),
     "final states not summed": (exchange, "total", _totals_own_share),
 }
