@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gdn_ops.call.bind import Arguments, Call, Tokens, arguments_of, bind, signature
 from gdn_ops.call.pointers import refuse_unknown
+from gdn_ops.call.subclasses import is_distributed
 from gdn_ops.dispatch import plans, registry
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.explain import Explanation, explain_call
@@ -226,6 +227,8 @@ def _run(
 def explain(*args: Any, op: str | Callable[..., Any] = "gated_delta", **kwargs: Any) -> Explanation:
     """Say which backend would run a call and why no other does.
 
+    Of DTensors it says so for the largest part of the call that a device runs.
+
     Args:
         args, kwargs: the arguments of the call.
         op: which op is called, by name or as the function: "gated_delta", "gated_delta_step",
@@ -272,7 +275,13 @@ def explain(*args: Any, op: str | Callable[..., Any] = "gated_delta", **kwargs: 
 
 def _explained(spec: OpSpec, arguments: Arguments) -> Explanation:
     """Explain a call, which may be warned of at the caller of `explain`."""
-    call = bind(spec, eager.autocast(arguments))
+    given = eager.autocast(arguments)
+    is_split = is_distributed(given.tokens.q)
+    if is_split:
+        from gdn_ops.torch_ops import sharded  # imports torch.distributed.tensor
+
+        given = sharded.part_of(spec, given)
+    call = bind(spec, given, check_values=not is_split)
     return explain_call(call, registry.resolve(arguments.backend))
 
 

@@ -139,7 +139,7 @@ def _widths(spec: OpSpec, rule: Rule, arguments: Arguments) -> Widths:
         gate = arguments.value(name)
         if gate is None:
             continue
-        decay = "channel" if _axes_of(spec, spec.tensor[name], arguments)[-1] == "K" else "scalar"
+        decay = "channel" if axes_of(spec, spec.tensor[name], arguments)[-1] == "K" else "scalar"
         if decay not in rule.decays:
             takes = " or ".join(rule.decays)
             fail(
@@ -203,7 +203,7 @@ def _check_tensors(spec: OpSpec, arguments: Arguments) -> Sizes:
                 f"{arg.name} is on {value.device}, should be on {reference.device}, "
                 f"the device of q",
             )
-        axes = _axes_of(spec, arg, arguments)
+        axes = axes_of(spec, arg, arguments)
         _check_shape(spec, arg.name, axes, arguments, bound)
         if arg.name == "cu_seqlens":
             _bind_sequences(spec, arguments, bound)
@@ -297,7 +297,7 @@ def _layout_hint(spec: OpSpec, arguments: Arguments) -> str:
     return layout_hint(spec, given)
 
 
-def _axes_of(spec: OpSpec, arg: TensorArg, arguments: Arguments) -> tuple[str, ...]:
+def axes_of(spec: OpSpec, arg: TensorArg, arguments: Arguments) -> tuple[str, ...]:
     """Return the axes of an argument in one call: of the shape with its number of dimensions."""
     allowed = [s for s in arg.shapes if s.given and arguments.value(s.given) is not None]
     allowed = allowed or [s for s in arg.shapes if s.given is None]

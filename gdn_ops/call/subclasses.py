@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,23 @@ def is_masked(x: Any) -> bool:
     return isinstance(x, MaskedTensor)
 
 
+def distributed_type() -> type[Tensor] | None:
+    """Return the class of tensors that lie on several devices, or None where it is not loaded."""
+    # Nobody has such a tensor without the module, whose import takes half a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", None)
+
+
+# What torch.compiler.assume_constant_result does, see `registry.traceable_step`.
+distributed_type._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_distributed(x: Any) -> bool:
+    """Return whether a tensor is a DTensor."""
+    kind = distributed_type()
+    return kind is not None and isinstance(x, kind)
+
+
 def fault_of_subclasses(tensors: Mapping[str, Any]) -> str | None:
     """Return what is wrong with the subclasses of a call's tensors, or None.
 
@@ -32,8 +50,9 @@ def fault_of_subclasses(tensors: Mapping[str, Any]) -> str | None:
             return f"{name} {MASKED}"
         if isinstance(x, FakeTensor):
             fake[name] = x
-    if not fake:
-        return None
+    fault = _fault_of_distributed(tensors)
+    if fault is not None or not fake:
+        return fault
     first, mode = next((name, x.fake_mode) for name, x in fake.items())
     for name, x in fake.items():
         if x.fake_mode is not mode:
@@ -46,4 +65,21 @@ def fault_of_subclasses(tensors: Mapping[str, Any]) -> str | None:
                 f"{first} is a FakeTensor and {name} is none, should be all or none of them: "
                 f"mode.from_tensor({name}) makes one"
             )
+    return None
+
+
+def _fault_of_distributed(tensors: Mapping[str, Any]) -> str | None:
+    """Return what is wrong if only some tensors are DTensors, or they lie on different meshes."""
+    distributed = {name: x for name, x in tensors.items() if is_distributed(x)}
+    if not distributed:
+        return None
+    first, mesh = next((name, x.device_mesh) for name, x in distributed.items())
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and name not in distributed:
+            return (
+                f"{first} is a DTensor and {name} is none, should be all or none of them: "
+                f"distribute_tensor({name}, {first}.device_mesh, placements) makes one"
+            )
+        if name in distributed and x.device_mesh != mesh:
+            return f"{name} is a DTensor on another mesh than {first}, should be on the same one"
     return None

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gdn_ops.call.bind import Arguments, Call, Tokens, arguments_of, bind
+from gdn_ops.call.subclasses import is_distributed
 from gdn_ops.call.transforms import transforms_of
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.registry import select
@@ -223,6 +224,12 @@ def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> N
     ctx.save_for_backward(
         *(x if t else None for x, t in zip(inputs, is_tensor, strict=True)), *saved
     )
+    if is_distributed(output[0]):
+        from gdn_ops.torch_ops.sharded import zeros_of  # stands on this module
+
+        # Autograd's own zeros would be plain tensors of the whole size.
+        ctx.set_materialize_grads(False)
+        ctx.zeros = [zeros_of(x) for x in output[:2]]
 
 
 def _kept(ctx: Any, spec: OpSpec) -> tuple[dict[str, Any], list[Tensor]]:
@@ -231,6 +238,11 @@ def _kept(ctx: Any, spec: OpSpec) -> tuple[dict[str, Any], list[Tensor]]:
     kept, count = ctx.saved_tensors, len(ctx.attributes)
     inputs = (a if x is None else x for a, x in zip(ctx.attributes, kept[:count], strict=True))
     return dict(zip(schema_fields(spec), inputs, strict=False)), list(kept[count:])
+
+
+def _given(ctx: Any, *grads: Tensor | None) -> list[Tensor]:
+    """Return the gradients of the results, zeros where autograd has none."""
+    return [ctx.zeros[i]() if grad is None else grad for i, grad in enumerate(grads)]
 
 
 def _gradients_by_field(
@@ -245,6 +257,7 @@ def _gradients_by_field(
 
 def _sequence_backward(ctx: Any, d_o: Tensor, d_state: Tensor, d_saved: Any) -> tuple[Any, ...]:
     values, saved = _kept(ctx, GATED_DELTA)
+    d_o, d_state = _given(ctx, d_o, d_state)
     grads = _gradients_by_field(values, saved, d_o, d_state)
     return *(grads.get(field) for field in values), None
 
@@ -254,6 +267,7 @@ def _step_backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:
     values, _ = _kept(ctx, GATED_DELTA_STEP)
     if values["state_indices"] is not None:
         raise RuntimeError(NO_GRADIENTS.format("gated_delta_step with state_indices"))
+    d_o, d_state = _given(ctx, d_o, d_state)
     sequence = values | {"cu_seqlens": None, "chunk_size": None}
     for name in Tokens._fields:
         sequence[name] = None if values[name] is None else values[name].unsqueeze(1)

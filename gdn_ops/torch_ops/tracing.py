@@ -1,4 +1,4 @@
-"""Run calls while a graph is traced: as one opaque operator, or by tracing through a step."""
+"""Run calls that are traced, or of tensor subclasses: as one operator, or through a step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gdn_ops.call.bind import Arguments, Call, bind, check_gradients, with_python_numbers
 from gdn_ops.call.structure import check_subclasses, is_narrow
+from gdn_ops.call.subclasses import is_distributed
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.spec.language import OpSpec
@@ -73,9 +74,20 @@ def traced_steps(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 def _schema_values(spec: OpSpec, arguments: Arguments) -> list[Any]:
     """Return the arguments of an op's operator, after the check for torch.onnx.export."""
     check_subclasses(spec, arguments)
+    if is_distributed(arguments.tokens.q):
+        load_rules_of_distributed()
     arguments = with_python_numbers(arguments)
     onnx_export.check_call(spec.name, arguments.inplace)
     return [arguments.value(field) for field in operators.schema_fields(spec)]
+
+
+def load_rules_of_distributed() -> None:
+    """Load how operators run on DTensors, which torch then asks for."""
+    from gdn_ops.torch_ops import sharded as sharded  # imports torch.distributed.tensor
+
+
+# What torch.compiler.assume_constant_result does, see `registry.traceable_step`.
+load_rules_of_distributed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _needs_grad(arguments: Arguments) -> bool:
@@ -87,7 +99,7 @@ def _needs_grad(arguments: Arguments) -> bool:
 
 def _stays_whole(arguments: Arguments) -> bool:
     """Return whether a step must be one operator, whichever backend runs it."""
-    if onnx_export.is_exporting():
+    if onnx_export.is_exporting() or is_distributed(arguments.tokens.q):
         return True
     # A graph cannot warn; and it differentiates what was traced under the caller's autocast.
     tokens = arguments.tokens
