@@ -15,6 +15,7 @@ from gdn_ops.call.scalars import as_python
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.nn import split_tokens
 from gdn_ops.nn.names import UNPADDED, own_options, refuse_input, refuse_option
+from gdn_ops.nn.shares import Splittable
 from gdn_ops.nn.state import made_in
 from gdn_ops.nn.values import (
     check_counts,
@@ -87,7 +88,7 @@ def rotate(x: Tensor, positions: Tensor, base: float = ROPE_BASE) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-class SlidingWindowAttention(nn.Module):
+class SlidingWindowAttention(Splittable):
     """Apply multi-head attention to the last `window` tokens, the token itself included.
 
     Time and memory are linear in the length: queries are taken in blocks of about a window.
@@ -102,6 +103,8 @@ class SlidingWindowAttention(nn.Module):
     Raises:
         SpecError: an option has a wrong value, or the sizes do not fit.
     """
+
+    columns, rows = ("q_proj", "k_proj", "v_proj"), "o_proj"
 
     def __init__(
         self,
@@ -138,6 +141,9 @@ class SlidingWindowAttention(nn.Module):
             for _ in range(4)
         )
 
+    def split_sizes(self) -> dict[str, int]:
+        return {"num_heads": self.num_heads}
+
     def zero_state(self, rows: int) -> KeyValueRing:
         """Return the empty ring, before any token.
 
@@ -148,7 +154,7 @@ class SlidingWindowAttention(nn.Module):
         return self._empty_ring(rows, *made_in(self.o_proj, self))
 
     def _empty_ring(self, rows: int, dtype: torch.dtype, device: torch.device) -> KeyValueRing:
-        shape = (rows, self.num_heads, self.window, self.head_dim)
+        shape = (rows, self.num_heads // self.shards, self.window, self.head_dim)
         empty = torch.zeros(shape, dtype=dtype, device=device)
         return KeyValueRing(empty, empty, torch.zeros((), dtype=torch.int64, device=device))
 
@@ -170,11 +176,12 @@ class SlidingWindowAttention(nn.Module):
         if unknown:
             refuse_input("SlidingWindowAttention", unknown, ("x", "state"), UNPADDED)
         self._check(x, state)
+        x = self.entering(x)
         split = active()
         if split is not None:
             return self._attend_split(x, split, state)
         q, k, v = (
-            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         ring = self._empty_ring(x.shape[0], k.dtype, k.device) if state is None else state
@@ -292,7 +299,7 @@ class SlidingWindowAttention(nn.Module):
         check_tensor(owner, "state.keys", state.keys)
         check_tensor(owner, "state.values", state.values)
         check_tensor(owner, "state.tokens", state.tokens)
-        expected = (x.shape[0], self.num_heads, self.window, self.head_dim)
+        expected = (x.shape[0], self.num_heads // self.shards, self.window, self.head_dim)
         for name in ("keys", "values"):
             shape = tuple(getattr(state, name).shape)
             if shape != expected:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gdn_ops.call.scalars import as_python
 from gdn_ops.nn import kernels
 from gdn_ops.nn.packing import check_boundaries, check_lengths
+from gdn_ops.nn.shares import share
 from gdn_ops.nn.values import (
     check_counts,
     check_device,
@@ -95,6 +96,7 @@ class ShortConvolution(nn.Module):
         check_made("ShortConvolution", device, dtype)
         self.channels, self.kernel_size = as_python(channels), as_python(kernel_size)
         self.activation, self.backend = activation, backend
+        self.own_channels: list[slice] | None = None
         weight = torch.empty(self.channels, self.kernel_size, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.empty_like(weight[:, 0])) if bias else None
@@ -105,6 +107,17 @@ class ShortConvolution(nn.Module):
         bound = self.kernel_size**-0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+
+    def own_parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and the bias of the channels that this device has, which x are."""
+        parameters = [share(self.weight, x), share(self.bias, x)]
+        if self.own_channels is not None:
+            parameters = [
+                None if y is None else torch.cat([y[part] for part in self.own_channels])
+                for y in parameters
+            ]
+        weight, bias = parameters
+        return weight, bias
 
     def zero_state(self, rows: int) -> Tensor:
         """Return the state before any token: (rows, channels, kernel_size - 1).
@@ -143,7 +156,7 @@ class ShortConvolution(nn.Module):
         # Autocast of one narrow dtype refuses to join tensors of the other.
         with full_precision(x.device.type):
             return convolve(
-                *(x, self.weight, self.bias, state),
+                *(x, *self.own_parameters(x), state),
                 silu=self.activation == "silu",
                 backend=self.backend,
                 lengths=lengths,
@@ -207,8 +220,9 @@ def convolve_apart(
         The results, and the state of all channels.
     """
     widths = [x.shape[2] for x in parts]
-    weights = conv.weight.split(widths)
-    biases = [None] * len(parts) if conv.bias is None else conv.bias.split(widths)
+    weight, bias = conv.own_parameters(parts[0])
+    weights = weight.split(widths)
+    biases = [None] * len(parts) if bias is None else bias.split(widths)
     states = [None] * len(parts) if state is None else state.split(widths, 1)
     with full_precision(parts[0].device.type):
         results = [

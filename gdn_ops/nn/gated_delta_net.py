@@ -8,7 +8,7 @@ y = W (RMSNorm(rule(q, k, v, α, β)) ⊙ SiLU(W x))
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Never
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from gdn_ops.nn.options import (
 )
 from gdn_ops.nn.packing import check_boundaries, check_mask
 from gdn_ops.nn.padding import Padding
+from gdn_ops.nn.shares import Splittable
 from gdn_ops.nn.state import State, check_state, made_in
 from gdn_ops.nn.values import (
     check_counts,
@@ -43,6 +44,9 @@ from gdn_ops.nn.values import (
 from gdn_ops.ops import gated_delta, gated_delta_step
 from gdn_ops.parallel.context import Active, active
 from gdn_ops.spec.ops import GATED_DELTA
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "g_proj")
 """Names of what is applied to the input."""
@@ -78,7 +82,7 @@ def run_rule(
     return sequence(**tokens, initial_state=state, return_state=True, **packing, **options)
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(Splittable):
     """Apply the layer of Gated DeltaNet: projections, convolution, gates, rule, norm, output gate.
 
     Args:
@@ -102,6 +106,8 @@ class GatedDeltaNet(nn.Module):
     Raises:
         SpecError: an option is unknown or has a wrong value, or the sizes do not fit.
     """
+
+    columns, rows = _PROJECTIONS, "o_proj"
 
     def __init__(
         self,
@@ -161,7 +167,6 @@ class GatedDeltaNet(nn.Module):
     def _build(self, kernel: int, conv_bias: bool, eps: float, made: dict[str, Any]) -> None:
         width, heads = self.hidden_size, self.num_value_heads
         keys, values = self.num_heads * self.head_dim, heads * self.value_dim
-        self._split = [keys, keys, values]
         # First among the modules: parameters keep the order that they had in older checkpoints.
         self.register_module("decay", None)
         self.q_proj = nn.Linear(width, keys, bias=False, **made)
@@ -173,7 +178,7 @@ class GatedDeltaNet(nn.Module):
             self.decay = DecayGate(heads, made["device"])
         self.conv: ShortConvolution | None = None
         if kernel:
-            channels = sum(self._split)
+            channels = 2 * keys + values
             self.conv = ShortConvolution(
                 channels, kernel, bias=conv_bias, activation=None, backend=self.backend, **made
             )
@@ -206,6 +211,22 @@ class GatedDeltaNet(nn.Module):
         """Return the names of the parameters that take no weight decay."""
         return parameters_without_weight_decay(self)
 
+    def split_sizes(self) -> dict[str, int]:
+        return {"num_heads": self.num_heads}
+
+    def tensor_plan(self) -> dict[str, ParallelStyle]:
+        """Return how its parts are split over devices: key heads with their value heads."""
+        from gdn_ops.nn import tensor_styles  # imports torch.distributed.tensor
+
+        keys, values = self.num_heads * self.head_dim, self.num_value_heads * self.value_dim
+        parts = {
+            "conv": tensor_styles.Channels([keys, keys, values]),
+            "decay": tensor_styles.Gate(),
+            "o_norm": tensor_styles.HeadNorm(),
+        }
+        there = {name: x for name, x in parts.items() if getattr(self, name, None) is not None}
+        return super().tensor_plan() | there
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
@@ -224,7 +245,7 @@ class GatedDeltaNet(nn.Module):
         check_counts("GatedDeltaNet.zero_state", least=0, rows=rows)
         dtype, device = made_in(self.o_proj, self)
         dtype = torch.promote_types(dtype, torch.float32)
-        shape = (rows, self.num_value_heads, self.head_dim, self.value_dim)
+        shape = (rows, self.num_value_heads // self.shards, self.head_dim, self.value_dim)
         memory = torch.zeros(shape, dtype=dtype, device=device)
         return State(None if self.conv is None else self.conv.zero_state(rows), memory)
 
@@ -266,6 +287,7 @@ class GatedDeltaNet(nn.Module):
         padding = None if mask is None else Padding.of(mask)
         if padding is not None:
             x = padding.front(x)
+        x = self.entering(x)
         lengths = None if padding is None else padding.lengths
         conv, memory = (None, None) if state is None else state
         q, k, v, conv = self._qkv(x, conv, lengths, cu_seqlens)
@@ -303,12 +325,12 @@ class GatedDeltaNet(nn.Module):
             mixed, state = self.conv(
                 torch.cat(parts, -1), state, lengths=lengths, cu_seqlens=cu_seqlens
             )
-            parts = list(mixed.split(self._split, -1))
+            parts = list(mixed.split([y.shape[-1] for y in parts], -1))
         q, k, v = (FEATURE_MAPS[name](y) for name, y in zip(features, parts, strict=True))
-        q, k = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k))
+        q, k = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k))
         if self.qk_norm == "l1":
             q, k = (functional.normalize(y, p=1.0, dim=-1, eps=1e-6) for y in (q, k))
-        return q, k, v.unflatten(-1, (self.num_value_heads, -1)), state
+        return q, k, v.unflatten(-1, (-1, self.value_dim)), state
 
     def _mix_split(self, x: Tensor, split: Active, **given: Any) -> tuple[Tensor, State]:
         """Mix tokens that are split over ranks."""
@@ -358,7 +380,7 @@ class GatedDeltaNet(nn.Module):
         """Normalise and gate o (B, T, HV, V), then project to (B, T, hidden_size)."""
         z = None
         if self.output_gate is not None:
-            z = self.g_proj(x).unflatten(-1, (self.num_value_heads, -1))
+            z = self.g_proj(x).unflatten(-1, (-1, self.value_dim))
         if self.output_norm:
             o = self.o_norm(o, z)
         elif z is not None:
@@ -391,7 +413,7 @@ class GatedDeltaNet(nn.Module):
             check_state(
                 state,
                 x,
-                (rows, self.num_value_heads, self.head_dim, self.value_dim),
+                (rows, self.num_value_heads // self.shards, self.head_dim, self.value_dim),
                 None if conv is None else (rows, conv.channels, conv.kernel_size - 1),
             )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gdn_ops.nn.shares import share
 from gdn_ops.nn.values import check_counts, check_device, check_floats, check_made
 from gdn_ops.spec.errors import SpecError
 
@@ -109,7 +110,7 @@ class DecayGate(nn.Module):
         Raises:
             SpecError: the sizes do not fit.
         """
-        return gate(a, self.A_log, self.dt_bias)
+        return gate(a, share(self.A_log, a), share(self.dt_bias, a))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Mark the parameters of a copy."""

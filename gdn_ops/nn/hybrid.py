@@ -19,6 +19,7 @@ from gdn_ops.nn.attention import KeyValueRing, SlidingWindowAttention
 from gdn_ops.nn.decay_groups import optimizer_groups, parameters_without_weight_decay
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
 from gdn_ops.nn.names import MODEL_INPUTS, MODEL_OPTIONS, own_options, refuse_input, refuse_option
+from gdn_ops.nn.shares import Splittable, over_vocabulary
 from gdn_ops.nn.state import State
 from gdn_ops.nn.values import (
     check_counts,
@@ -68,7 +69,7 @@ PAPER: dict[str, dict[str, Any]] = {
 """The published configurations, as arguments of HybridLM."""
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Splittable):
     """Apply y = W_down (SiLU(W_gate x) ⊙ W_up x).
 
     Args:
@@ -77,14 +78,20 @@ class SwiGLU(nn.Module):
         device, dtype: of the parameters.
     """
 
+    columns, rows = ("gate_proj", "up_proj"), "down_proj"
+
     def __init__(self, hidden_size: int, inner_size: int, **made: Any) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, inner_size, bias=False, **made)
         self.up_proj = nn.Linear(hidden_size, inner_size, bias=False, **made)
         self.down_proj = nn.Linear(inner_size, hidden_size, bias=False, **made)
 
+    def split_sizes(self) -> dict[str, int]:
+        return {"inner_size": self.down_proj.in_features}
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., hidden_size) to the same shape."""
+        x = self.entering(x)
         check_weights("SwiGLU", "x", x, gate_proj=self.gate_proj, up_proj=self.up_proj)
         inner = functional.silu(self.gate_proj(x)) * self.up_proj(x)
         check_weights("SwiGLU", "the product", inner, down_proj=self.down_proj)
@@ -92,7 +99,7 @@ class SwiGLU(nn.Module):
         return y
 
 
-class Block(nn.Module):
+class Block(Splittable):
     """Apply x ← x + mixer(RMSNorm(x)), then x ← x + mlp(RMSNorm(x)).
 
     Args:
@@ -101,6 +108,8 @@ class Block(nn.Module):
         norm_eps: of both norms.
         device, dtype: of the parameters.
     """
+
+    whole = ("mixer_norm", "mlp_norm")
 
     def __init__(
         self,
@@ -127,7 +136,7 @@ class Block(nn.Module):
         return x, new_state
 
 
-class HybridLM(nn.Module):
+class HybridLM(Splittable):
     """Run a language model of recurrent and attention layers, its embedding tied to its output.
 
     Args:
@@ -151,6 +160,8 @@ class HybridLM(nn.Module):
         SpecError: the pattern has an unknown letter, an option is unknown or has a wrong value,
             or sizes do not fit.
     """
+
+    whole, vocabulary = ("norm",), "embedding"
 
     def __init__(
         self,
@@ -337,7 +348,7 @@ class HybridLM(nn.Module):
                 f"{weight.shape[1]}"
             )
         check_weights("HybridLM.logits", "x", x, embedding=self.embedding)
-        return functional.linear(x, weight)
+        return over_vocabulary(x, weight)
 
     @torch.no_grad()
     def generate(

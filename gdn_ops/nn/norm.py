@@ -14,6 +14,7 @@ from gdn_ops.call.scalars import as_python
 from gdn_ops.kernel_support.host_memory import empty
 from gdn_ops.nn import kernels
 from gdn_ops.nn.blocks import blocks, differentiable_gradients, runs_in_blocks, wide
+from gdn_ops.nn.shares import share
 from gdn_ops.nn.values import (
     check_counts,
     check_device,
@@ -214,7 +215,7 @@ class GatedRMSNorm(nn.Module):
                 f"GatedRMSNorm: z has shape {tuple(z.shape)}, should be that of x, {tuple(x.shape)}"
             )
         options = {"activation": self.activation, "backend": self.backend}
-        return gated_rms_norm(x, self.weight, z, eps=self.eps, **options)
+        return gated_rms_norm(x, share(self.weight, x), z, eps=self.eps, **options)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, activation={self.activation!r}"

@@ -8,6 +8,7 @@ from gdn_ops.parallel.failures import ParallelError
 from gdn_ops.parallel.sequence import gated_delta
 from gdn_ops.parallel.split import Piece, SequenceSplit
 from gdn_ops.parallel.summary import Summary, compose, gated_delta_summary
+from gdn_ops.parallel.tensor import tensor_plan
 
 __all__ = [
     "ParallelError",
@@ -20,4 +21,5 @@ __all__ = [
     "gated_delta",
     "gated_delta_summary",
     "sequence_parallel",
+    "tensor_plan",
 ]
