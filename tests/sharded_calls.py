@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -271,7 +272,8 @@ def compiled(example: Example, layout: Layout) -> Results:
 
 
 def operator(given: Mapping[str, Any], save: bool) -> Any:
-    """Call the operator of the sequence op."""
+    """Call the operator of the sequence op, which may be the first call with DTensors."""
+    importlib.import_module("gdn_ops.torch_ops.sharded")
     values = [given.get(arg.name) for arg in GATED_DELTA.tensors]
     q, k, v, alpha, beta, log_alpha, state, cu_seqlens = values
     options = ("gated_delta", given["scale"], given["qk_l2norm"])

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
@@ -80,17 +82,41 @@ def of_layer(name: str, count: int, masked: bool) -> Results:
 
 
 def trained(name: str, count: int, steps: int, is_checkpointed: bool) -> Results:
-    """Return the losses, the first gradients and the last parameters of a model that is split."""
+    """Return the losses and the first gradients of a model that is split."""
     made: Any = split(model(name), count)
     if is_checkpointed:
         for block in made.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return training(made, steps, slice(None))
+
+
+def trained_on_rows(name: str, steps: int) -> Results:
+    """Return those of a model that is split over two ranks by heads, over two by FSDP2."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "heads"))
+    made: Any = model(name)
+    parallelize_module(made, both["heads"], tensor_plan(made))
+    for block in made.blocks:
+        fully_shard(block, mesh=both["data"])
+    fully_shard(made, mesh=both["data"])
+    row = both["data"].get_local_rank()
+    results = training(made, steps, slice(row, row + 1))
+    # Over gloo torch 2.8 adds gradients up instead of averaging them, of any module.
+    plain = fully_shard(nn.Linear(1, 1), mesh=both["data"])
+    plain(torch.ones(1, 1)).sum().backward()
+    times = whole(plain.weight.grad).item()
+    results = {name: x / times if name != "losses" else x for name, x in results.items()}
+    dist.all_reduce(results["losses"], group=both["data"].get_group())
+    return results | {"losses": results["losses"] / 2}
+
+
+def training(made: Any, steps: int, rows: slice) -> Results:
+    """Train a model on rows of batches; return the losses and the first gradients."""
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
     results: Results = {}
     losses = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
-        tokens = torch.randint(37, (2, 11), generator=generator)
+        tokens = torch.randint(37, (2, 11), generator=generator)[rows]
         logits = made(tokens)[0]
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ from gdn_ops.call.scalars import as_python
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.nn import split_tokens
 from gdn_ops.nn.names import UNPADDED, own_options, refuse_input, refuse_option
-from gdn_ops.nn.shares import Splittable
+from gdn_ops.nn.shares import Splittable, entering
 from gdn_ops.nn.state import made_in
 from gdn_ops.nn.values import (
     check_counts,
@@ -176,7 +176,7 @@ class SlidingWindowAttention(Splittable):
         if unknown:
             refuse_input("SlidingWindowAttention", unknown, ("x", "state"), UNPADDED)
         self._check(x, state)
-        x = self.entering(x)
+        x = entering(self, x)
         split = active()
         if split is not None:
             return self._attend_split(x, split, state)
@@ -207,7 +207,7 @@ class SlidingWindowAttention(Splittable):
         split_tokens.check_local("SlidingWindowAttention", split, x, state=state)
         positions = split.split.positions(x.device)
         q, k, v = (
-            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = (rotate(y, positions, self.rope_base) for y in (q, k))
@@ -215,7 +215,7 @@ class SlidingWindowAttention(Splittable):
         outputs = [q[:, :, :0]]
         for window in split_tokens.windows(split, k_flat, v_flat, self.window - 1):
             keys, values = (
-                y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                 for y in (window.keys, window.values)
             )
             own = window.own
@@ -230,7 +230,7 @@ class SlidingWindowAttention(Splittable):
             return self._empty_ring(0, k.dtype, k.device)
         count = min(self.window, split.split.tokens)
         keys, values = (
-            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for y in split_tokens.last_tokens("SlidingWindowAttention", split, [k, v], count)
         )
         empty = self._empty_ring(keys.shape[0], k.dtype, k.device)

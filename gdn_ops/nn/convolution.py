@@ -108,17 +108,6 @@ class ShortConvolution(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def own_parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and the bias of the channels that this device has, which x are."""
-        parameters = [share(self.weight, x), share(self.bias, x)]
-        if self.own_channels is not None:
-            parameters = [
-                None if y is None else torch.cat([y[part] for part in self.own_channels])
-                for y in parameters
-            ]
-        weight, bias = parameters
-        return weight, bias
-
     def zero_state(self, rows: int) -> Tensor:
         """Return the state before any token: (rows, channels, kernel_size - 1).
 
@@ -156,7 +145,7 @@ class ShortConvolution(nn.Module):
         # Autocast of one narrow dtype refuses to join tensors of the other.
         with full_precision(x.device.type):
             return convolve(
-                *(x, *self.own_parameters(x), state),
+                *(x, *own_parameters(self, x), state),
                 silu=self.activation == "silu",
                 backend=self.backend,
                 lengths=lengths,
@@ -199,6 +188,16 @@ class ShortConvolution(nn.Module):
         return f"{self.channels}, kernel_size={self.kernel_size}, activation={self.activation!r}"
 
 
+def own_parameters(conv: ShortConvolution, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the weight and the bias of the channels that this device has, which x are."""
+    weight, bias = share(conv.weight, x), share(conv.bias, x)
+    if conv.own_channels is None:
+        return weight, bias
+    parts = conv.own_channels
+    weight = torch.cat([weight[part] for part in parts])
+    return weight, None if bias is None else torch.cat([bias[part] for part in parts])
+
+
 def convolve_apart(
     conv: ShortConvolution,
     parts: Sequence[Tensor],
@@ -220,7 +219,7 @@ def convolve_apart(
         The results, and the state of all channels.
     """
     widths = [x.shape[2] for x in parts]
-    weight, bias = conv.own_parameters(parts[0])
+    weight, bias = own_parameters(conv, parts[0])
     weights = weight.split(widths)
     biases = [None] * len(parts) if bias is None else bias.split(widths)
     states = [None] * len(parts) if state is None else state.split(widths, 1)

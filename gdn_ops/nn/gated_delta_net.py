@@ -31,7 +31,7 @@ from gdn_ops.nn.options import (
 )
 from gdn_ops.nn.packing import check_boundaries, check_mask
 from gdn_ops.nn.padding import Padding
-from gdn_ops.nn.shares import Splittable
+from gdn_ops.nn.shares import Splittable, entering
 from gdn_ops.nn.state import State, check_state, made_in
 from gdn_ops.nn.values import (
     check_counts,
@@ -287,7 +287,7 @@ class GatedDeltaNet(Splittable):
         padding = None if mask is None else Padding.of(mask)
         if padding is not None:
             x = padding.front(x)
-        x = self.entering(x)
+        x = entering(self, x)
         lengths = None if padding is None else padding.lengths
         conv, memory = (None, None) if state is None else state
         q, k, v, conv = self._qkv(x, conv, lengths, cu_seqlens)

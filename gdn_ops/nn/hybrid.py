@@ -19,7 +19,7 @@ from gdn_ops.nn.attention import KeyValueRing, SlidingWindowAttention
 from gdn_ops.nn.decay_groups import optimizer_groups, parameters_without_weight_decay
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
 from gdn_ops.nn.names import MODEL_INPUTS, MODEL_OPTIONS, own_options, refuse_input, refuse_option
-from gdn_ops.nn.shares import Splittable, over_vocabulary
+from gdn_ops.nn.shares import Splittable, entering, over_vocabulary
 from gdn_ops.nn.state import State
 from gdn_ops.nn.values import (
     check_counts,
@@ -91,7 +91,7 @@ class SwiGLU(Splittable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., hidden_size) to the same shape."""
-        x = self.entering(x)
+        x = entering(self, x)
         check_weights("SwiGLU", "x", x, gate_proj=self.gate_proj, up_proj=self.up_proj)
         inner = functional.silu(self.gate_proj(x)) * self.up_proj(x)
         check_weights("SwiGLU", "the product", inner, down_proj=self.down_proj)

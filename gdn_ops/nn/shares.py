@@ -50,16 +50,17 @@ class Splittable(nn.Module):
         """Return over how many devices the heads are split."""
         return 1 if self.tensor_mesh is None else self.tensor_mesh.size()
 
-    def entering(self, x: Tensor) -> Tensor:
-        """Return an input that every device has, as the projections take it.
 
-        It enters once, so that its gradient is summed over the devices once.
-        """
-        if self.tensor_mesh is None or is_distributed(x):
-            return x
-        from torch.distributed.tensor import DTensor, Replicate
+def entering(layer: Splittable, x: Tensor) -> Tensor:
+    """Return an input that every device has, as the projections of a layer take it.
 
-        return DTensor.from_local(x, self.tensor_mesh, [Replicate()], run_check=False)
+    It enters once, so that its gradient is summed over the devices once.
+    """
+    if layer.tensor_mesh is None or is_distributed(x):
+        return x
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(x, layer.tensor_mesh, [Replicate()], run_check=False)
 
 
 def share(parameter: Any, x: Tensor) -> Any:

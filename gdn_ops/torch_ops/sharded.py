@@ -4,7 +4,8 @@ An operator of DTensors is the operator of what each device holds, with results 
 again. What a backend saves for its backward stays as it is, a tensor of each device: the plan
 follows from the arguments alone, so that the backward, which sees the same ones, splits alike.
 
-This module is imported when the first DTensor comes.
+This module is imported when a function is given the first DTensor, or with `gdn_ops` where
+torch.distributed.tensor is loaded already.
 """
 
 from __future__ import annotations

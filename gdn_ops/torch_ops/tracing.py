@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gdn_ops.call.bind import Arguments, Call, bind, check_gradients, with_python_numbers
 from gdn_ops.call.structure import check_subclasses, is_narrow
-from gdn_ops.call.subclasses import is_distributed
+from gdn_ops.call.subclasses import distributed_type, is_distributed
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.spec.language import OpSpec
@@ -106,3 +106,7 @@ def _stays_whole(arguments: Arguments) -> bool:
     is_on = eager.is_autocast_on(tokens.q.device.type)
     is_bad = isinstance(tokens.alpha, Tensor) and is_narrow(tokens.alpha)
     return is_bad or (is_on and _needs_grad(arguments))
+
+
+if distributed_type() is not None:
+    load_rules_of_distributed()

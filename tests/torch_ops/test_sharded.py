@@ -304,3 +304,5 @@ def test_a_checkpointed_call_computes_again_what_it_computed(two: Ranks) -> None
 def test_dtensors_are_loaded_when_one_comes() -> None:
     code = "import sys, gdn_ops; print('torch.distributed.tensor' in sys.modules)"
     assert printed(code) == "False"
+    ours = "import torch.distributed.tensor, gdn_ops, sys; print('gdn_ops.torch_ops.sharded' in "
+    assert printed(f"{ours} sys.modules)") == "True"
