@@ -283,6 +283,7 @@ class GatedDeltaNet(Splittable):
                 return self._project(mixed[0]), mixed[1]
         split = active()
         if split is not None:
+            x = entering(self, x)
             return self._mix_split(x, split, state=state, mask=mask, cu_seqlens=cu_seqlens)
         padding = None if mask is None else Padding.of(mask)
         if padding is not None:
