@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gdn_ops.nn import GatedDeltaNet, HybridLM, norm
 from gdn_ops.nn.tensor_styles import Channels
-from gdn_ops.parallel import tensor_plan
+from gdn_ops.parallel import SequenceSplit, sequence_parallel, tensor_plan
 
 Results = dict[str, Tensor]
 
@@ -107,6 +107,28 @@ def trained_on_rows(name: str, steps: int) -> Results:
     results = {name: x / times if name != "losses" else x for name, x in results.items()}
     dist.all_reduce(results["losses"], group=both["data"].get_group())
     return results | {"losses": results["losses"] / 2}
+
+
+def of_tokens(name: str, is_split: bool) -> Results:
+    """Return logits and gradients, over two ranks by heads and over two by tokens if split."""
+    made: Any = model(name)
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(37, (2, 11), generator=generator)
+    weights = torch.randn(2, 11, 37, generator=generator)
+    if not is_split:
+        logits = made(tokens)[0]
+        (logits * weights).sum().backward()
+        return {"logits": logits.detach()} | gradients(made)
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tokens", "heads"))
+    parallelize_module(made, both["heads"], tensor_plan(made))
+    sequences = SequenceSplit.contiguous(11, both["tokens"])
+    with sequence_parallel(sequences):
+        logits = made(sequences.local(tokens))[0]
+    (logits * sequences.local(weights)).sum().backward()
+    results = gradients(made)
+    for x in results.values():
+        dist.all_reduce(x, group=both["tokens"].get_group())
+    return {"logits": sequences.whole(logits).detach()} | results
 
 
 def training(made: Any, steps: int, rows: slice) -> Results:

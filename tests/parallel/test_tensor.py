@@ -77,6 +77,15 @@ def test_fsdp_around_a_split_model_trains_as_the_whole_one(ranks: Ranks, name: s
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_heads_and_tokens_are_split_together(ranks: Ranks, name: str) -> None:
+    if ranks.count != 4:
+        pytest.skip("a mesh of two by two has four ranks")
+    right = split_models.of_tokens(name, False)
+    for found in ranks.run(split_models.of_tokens, name, True):
+        assert worst_error(found, right) < (1e-5, "")
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_split_model_decodes_on_states_of_its_own_heads(ranks: Ranks, name: str) -> None:
     tokens, shapes = split_models.generated(name, 0)
     for found, own in ranks.run(split_models.generated, name, ranks.count):
