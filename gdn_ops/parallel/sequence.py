@@ -14,6 +14,7 @@ from gdn_ops.call.pointers import refuse_unknown
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.dispatch import registry
 from gdn_ops.kernel_support.host_memory import empty
+from gdn_ops.parallel.cost import Choice, choose
 from gdn_ops.parallel.exchange import Total, agree, check_device
 from gdn_ops.parallel.failures import reported
 from gdn_ops.parallel.gather import Gather
@@ -22,6 +23,7 @@ from gdn_ops.parallel.pipeline import Pipeline
 from gdn_ops.parallel.schedule import Schedule, head_groups, shares_keys
 from gdn_ops.parallel.split import SequenceSplit
 from gdn_ops.spec.errors import SpecError, SpecTypeError
+from gdn_ops.spec.language import Sizes
 from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.torch_ops.eager import autocast, full_precision
 
@@ -101,13 +103,14 @@ def run(arguments: Arguments, split: SequenceSplit, strategy: str) -> tuple[Tens
                 known = ", ".join(STRATEGIES)
                 raise SpecError(f"{NAME}: strategy is {strategy!r}, should be one of {known}")
             local = _bound(autocast(arguments), split)
-            runner(local, strategy).check()
+            choice = _choice(local, strategy)
+            runner(local, choice).check()
             facts = _facts(local, strategy)
         except (SpecError, RuntimeError) as raised:
             error = raised
         agree(split.group, NAME, facts, error)
         with full_precision(local.call.device.type):
-            o, finals = _Sequence.apply(local, strategy, local.state, *local.call.tokens)  # type: ignore[no-untyped-call]
+            o, finals = _Sequence.apply(local, choice, local.state, *local.call.tokens)  # type: ignore[no-untyped-call]
             if local.call.return_state:
                 finals = Total.apply(split.group, "final states of gated_delta", finals)  # type: ignore[no-untyped-call]
             return o, finals
@@ -161,17 +164,25 @@ def _facts(local: LocalCall, strategy: str) -> dict[str, str]:
     }
 
 
-def runner(local: LocalCall, strategy: str) -> Pipeline | Gather:
-    """Return what computes a call: the same on all ranks, whatever tokens they hold."""
-    s, split = local.call.sizes, local.split
-    merges = s.B == 1
+def _choice(local: LocalCall, strategy: str) -> Choice:
+    """Return how a call is computed: the same on all ranks, whatever tokens they hold."""
+    call, s, split = local.call, local.call.sizes, local.split
     longest = max((len(split.chain(n)) for n in range(split.sequences)), default=0)
-    if strategy == "auto":
-        strategy = "gather" if longest > s.HV else "pipeline"
-    if strategy == "gather":
+    if strategy != "auto":
+        return Choice(strategy, s.H if longest > 1 else 1)
+    whole = Sizes(s.B, split.tokens, s.H, s.HV, s.K, s.V, s.B)
+    dtype = dtype_name(call.tokens.q.dtype)
+    return choose(whole, split.ranks, longest, call.device.type, dtype, trains=call.needs_grad)
+
+
+def runner(local: LocalCall, choice: Choice) -> Pipeline | Gather:
+    """Return what computes a call."""
+    s = local.call.sizes
+    merges = s.B == 1
+    if choice.strategy == "gather":
         return Gather(local, merges=merges)
-    groups = head_groups(s.H, s.HV, s.H if longest > 1 else 1)
-    return Pipeline(local, Schedule(split, merges=merges), groups)
+    groups = head_groups(s.H, s.HV, choice.groups)
+    return Pipeline(local, Schedule(local.split, merges=merges), groups)
 
 
 class _Sequence(torch.autograd.Function):
@@ -179,7 +190,7 @@ class _Sequence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, local: LocalCall, strategy: str, *tensors: Tensor | None
+        ctx: Any, local: LocalCall, choice: Choice, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         state, *tokens = tensors
         own = Tokens(*map(_detached, tokens))  # type: ignore[arg-type]
@@ -187,8 +198,8 @@ class _Sequence(torch.autograd.Function):
         call = local.call
         o = empty(own.v.shape, own.v.dtype, call.device)
         finals = _states(local, empty_from=local.state) if call.return_state else None
-        saved = runner(local, strategy).forward(own, o, finals)
-        ctx.local, ctx.strategy = replace(local, state=None, call=_bare(call)), strategy
+        saved = runner(local, choice).forward(own, o, finals)
+        ctx.local, ctx.choice = replace(local, state=None, call=_bare(call)), choice
         ctx.counts = [(part.state is not None, len(part.tensors)) for part in saved]
         kept = [x for state_, tensors_ in saved for x in (state_, *tensors_) if x is not None]
         ctx.count = len(tensors)
@@ -209,7 +220,7 @@ class _Sequence(torch.autograd.Function):
             for has_state, count in ctx.counts
         ]
         with reported(local.split.group, NAME), full_precision(d_o.device.type):
-            run = runner(local, ctx.strategy)
+            run = runner(local, ctx.choice)
             adds = isinstance(run, Pipeline) and shares_keys(run.groups)
             grads = own.map(torch.zeros_like if adds else _empty_like)
             d_state = None if state is None else _d_state(local, d_finals)

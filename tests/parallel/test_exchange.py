@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gdn_ops.parallel.cost import Strategy, exchange_bytes
+from gdn_ops.parallel.cost import Strategy, choose, exchange_bytes
 from gdn_ops.spec.language import Sizes
 from tests.parallel.cost_workers import sent_bytes
 from tests.parallel.ranks import Ranks
@@ -62,3 +62,11 @@ def test_one_rank_sends_nothing(ranks: Ranks) -> None:
     for strategy in strategies:
         assert ranks.run(1, sent_bytes, SIZES[0], strategy, True, "float32") == [{}]
         assert exchange_bytes(strategy, SIZES[0], 1).given == 0
+
+
+@pytest.mark.parametrize(("count", "strategy"), [(2, "pipeline"), (4, "gather")])
+def test_auto_takes_what_the_model_chooses(ranks: Ranks, count: int, strategy: str) -> None:
+    sizes = Sizes(1, 4096, 8, 8, 16, 16, 1)
+    assert choose(sizes, count).strategy == strategy
+    found = ranks.run(count, sent_bytes, sizes, "auto", False, "float32")
+    assert {kind for sent in found for kind in sent} == set(KINDS[strategy])
