@@ -16,6 +16,7 @@ from gdn_ops.cli import (
     exit_codes,
     export_command,
     info_command,
+    plan_command,
 )
 from gdn_ops.cli.parser import Parser, add_commands, parse
 
@@ -25,6 +26,7 @@ COMMANDS = (
     bench_command,
     build_command,
     compile_command,
+    plan_command,
     export_command,
     demo_command,
     completion_command,

@@ -38,6 +38,7 @@ COMMANDS = dict(walk(make_parser()))
 LEAVES = {words: parser for words, parser in COMMANDS.items() if not parser.commands()}
 NEEDED = {
     ("compile",): ("--backend", "triton"),
+    ("plan",): ("--gpus", "2", "--tokens", "8"),
     ("export",): ("--heads", "1", "--key-dim", "2", "--out", "{folder}/x.onnx"),
     ("completion",): (),
 }
@@ -51,6 +52,7 @@ FINE = {
     "--seed": {"0"},
     "--scale": {"-1", "0", "9" * 30},
     "--seconds": {"9" * 30},
+    "--mlp-size": {"0"},
     "--out": {"nope", "-1", "0", "1e999", "nan", "é", "9" * 30, "a,b", ","},
 }
 
@@ -129,8 +131,8 @@ EXPORT = "export --out {folder}/x.onnx"
 @pytest.mark.parametrize(
     ("command", "text"),
     {
-        "chek": "unknown command 'chek', known: info, check, bench, build, compile, export, "
-        "demo, completion; did you mean 'check'?",
+        "chek": "unknown command 'chek', known: info, check, bench, build, compile, plan, "
+        "export, demo, completion; did you mean 'check'?",
         "help": "there is no command help: gdn-ops --help tells more",
         "help check": "there is no command help: gdn-ops --help tells more",
         "check torch": "check: 'torch' is one argument too many, did you mean --backend torch?",
