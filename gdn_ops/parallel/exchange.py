@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gdn_ops.parallel.failures import ParallelError, exchanging
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def eagerly(function: Function) -> Function:
+    """Keep a function out of the graphs of torch.compile, which break there: it exchanges.
+
+    `torch.compiler.disable` would import the compiler at once, which takes seconds.
+    """
+    disabled: Any = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    return disabled  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False)
@@ -136,18 +147,29 @@ def _difference(told: Sequence[tuple[str, dict[str, str], str | None]]) -> str:
     return f"{name}: ranks disagree"
 
 
-_hosts: dict[str, dist.ProcessGroup] = {}
+_hosts: dict[tuple[str, int], dist.ProcessGroup] = {}
 
 
 def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Return the group itself, or one of the same ranks that exchanges tensors of the CPU."""
     if "cpu:" in dist.get_backend_config(group) or dist.get_backend(group) == "gloo":
         return group
-    if group.group_name not in _hosts:
-        _hosts[group.group_name] = dist.new_group(
-            dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
-        )
-    return _hosts[group.group_name]
+    key = group.group_name, id(group)
+    if key not in _hosts:
+        _hosts[key] = dist.new_group(
+            dist.get_process_group_ranks(group), _patience(group, torch.device("cuda")),
+            backend="gloo", use_local_synchronization=True,
+        )  # fmt: skip
+    return _hosts[key]
+
+
+def _patience(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """Return the timeout of a group for tensors of a device, or None where it tells none."""
+    try:
+        options = getattr(group._get_backend(device), "options", None)
+    except RuntimeError:
+        return None
+    return getattr(options, "_timeout", None)
 
 
 def check_device(group: dist.ProcessGroup, device: torch.device) -> None:
@@ -206,10 +228,7 @@ def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta | None
     Gloo would wait for ever. On an accelerator a wait with a timeout would hold the thread, and
     torch watches over transfers itself.
     """
-    if device.type != "cpu":
-        return None
-    options = getattr(group._get_backend(device), "options", None)
-    return getattr(options, "_timeout", None)
+    return _patience(group, device) if device.type == "cpu" else None
 
 
 def wait(group: dist.ProcessGroup, kind: str, pending: Sequence[Pending]) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 GRACE: Final = 2.0
 """Seconds that a rank waits for word of the others before it raises."""
 
-_registered: set[str] = set()
+_registered: set[tuple[str, int]] = set()
 
 
 class ParallelError(RuntimeError):
@@ -66,8 +66,10 @@ def exchanging(group: dist.ProcessGroup, what: str) -> Iterator[None]:
 
 def register(group: dist.ProcessGroup) -> None:
     """Say in the store which process this rank is, once for a group."""
-    if group.group_name not in _registered:
-        _registered.add(group.group_name)
+    # Names are given anew after destroy_process_group.
+    key = group.group_name, id(group)
+    if key not in _registered:
+        _registered.add(key)
         _post(group, "process", f"{socket.gethostname()} {os.getpid()}")
 
 

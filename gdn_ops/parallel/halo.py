@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.parallel import exchange
-from gdn_ops.parallel.exchange import Message, Total
+from gdn_ops.parallel.exchange import Message, Total, eagerly
 from gdn_ops.parallel.failures import reported
 from gdn_ops.parallel.split import Piece, SequenceSplit
 
@@ -46,6 +46,7 @@ def loans(split: SequenceSplit, count: int) -> Iterator[Loan]:
                 yield Loan(source, piece, max(first, source.start), source.stop)
 
 
+@eagerly
 def before(split: SequenceSplit, parts: Sequence[Tensor], count: int) -> list[Tensor]:
     """Return the tokens before every piece of this rank, whoever holds them.
 
@@ -75,6 +76,7 @@ def before(split: SequenceSplit, parts: Sequence[Tensor], count: int) -> list[Te
         return list(own)
 
 
+@eagerly
 def last(split: SequenceSplit, parts: Sequence[Tensor], count: int) -> list[Tensor]:
     """Return the last tokens of every sequence, on every rank.
 

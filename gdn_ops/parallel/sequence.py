@@ -15,7 +15,7 @@ from gdn_ops.call.structure import dtype_name
 from gdn_ops.dispatch import registry
 from gdn_ops.kernel_support.host_memory import empty
 from gdn_ops.parallel.cost import Choice, choose
-from gdn_ops.parallel.exchange import Total, agree, check_device
+from gdn_ops.parallel.exchange import Total, agree, check_device, eagerly
 from gdn_ops.parallel.failures import reported
 from gdn_ops.parallel.gather import Gather
 from gdn_ops.parallel.parts import LocalCall, Saved
@@ -91,6 +91,7 @@ def gated_delta(
     return (o, finals) if return_state else o
 
 
+@eagerly
 def run(arguments: Arguments, split: SequenceSplit, strategy: str) -> tuple[Tensor, Tensor]:
     """Check a call with all ranks, and compute it; return o and the final states, if asked for."""
     if not isinstance(split, SequenceSplit):

@@ -197,6 +197,7 @@ class SequenceSplit:
         runs = [x.narrow(dim, start, stop - start) for start, stop in self.fragments[self.rank]]
         return runs[0] if len(runs) == 1 else torch.cat([x.narrow(dim, 0, 0), *runs], dim)
 
+    @exchange.eagerly
     def whole(self, x: Tensor, dim: int = 1) -> Tensor:
         """Return the tokens of all ranks, in the order of the sequences, on every rank.
 

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from tests.parallel.ranks import Ranks
 from tests.parallel.test_sequence import fragments
-from tests.parallel.workers import ModelCase, loss_of, model_gradients, model_states
+from tests.parallel.workers import (
+    ModelCase,
+    compiled_logits,
+    loss_of,
+    model_gradients,
+    model_states,
+)
 
 
 @st.composite
@@ -85,3 +91,11 @@ def test_states_behind_the_sequences_are_those_of_one_process(
                 check_equal(continued, following, "logits of what follows")
 
     check()
+
+
+def test_a_compiled_model_exchanges_outside_of_its_graphs(ranks: Ranks) -> None:
+    case = ModelCase("GA", (((0, 5),), ((5, 9),)))
+    for found, own, whole, of_one in ranks.run(2, compiled_logits, case):
+        check_equal(found, own, "logits of a rank", 1e-5)
+        # Outside of the context the compiled model is that of one process again.
+        check_equal(whole, of_one, "logits", 1e-5)

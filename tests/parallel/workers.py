@@ -403,3 +403,15 @@ def reset_at(
     loss = (o * behind).sum() + final.sum() * (split.rank == 0)
     d_v, d_state = torch.autograd.grad(loss, (v, state))
     return [o.detach(), final.detach(), d_v, d_state]
+
+
+def compiled_logits(group: Any, case: ModelCase) -> list[Tensor]:
+    """Return the logits of this rank by a compiled model, and by the model itself."""
+    split = parallel.SequenceSplit(group, case.fragments, case.boundaries)
+    model, (tokens, _) = case.model(torch.float32), case.data()
+    compiled = torch.compile(model, backend="eager")
+    with parallel.sequence_parallel(split):
+        found, _ = compiled(split.local(tokens))
+        found.sum().backward()
+        own, _ = model(split.local(tokens))
+    return [found.detach(), own.detach(), compiled(tokens)[0].detach(), model(tokens)[0].detach()]
