@@ -21,6 +21,7 @@ from tests.parallel.workers import (
     model_gradients,
     mutated_call,
     mutated_model,
+    over_a_mesh,
     reset_at,
     traffic,
 )
@@ -136,3 +137,12 @@ def test_a_broken_halo_is_caught(ranks: Ranks, name: str, pattern: str) -> None:
     check(ranks.run(3, model_gradients, case))
     with pytest.raises(AssertionError):
         check(ranks.run(3, mutated_model, name, case))
+
+
+def test_a_dimension_of_a_mesh_is_a_group(ranks: Ranks) -> None:
+    for refused, found, expected in ranks.run(8, over_a_mesh, 2, 21):
+        assert refused == (
+            "SpecError: SequenceSplit: group is a DeviceMesh of 2 dimensions, should be of one: "
+            "take a dimension, as mesh['sequence']"
+        )
+        check_equal(found, expected, "o", 1e-5)

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
 
-from gdn_ops import parallel
+from gdn_ops import gated_delta, parallel
 from gdn_ops.nn import HybridLM
 from gdn_ops.parallel import exchange, gather, halo, parts, pipeline
 from gdn_ops.testing.example import Example
@@ -415,3 +417,21 @@ def compiled_logits(group: Any, case: ModelCase) -> list[Tensor]:
         found.sum().backward()
         own, _ = model(split.local(tokens))
     return [found.detach(), own.detach(), compiled(tokens)[0].detach(), model(tokens)[0].detach()]
+
+
+def over_a_mesh(group: Any, rows: int, tokens: int) -> list[Any]:
+    """Split rows over one dimension of a mesh and tokens over the other.
+
+    Returns what a split over the whole mesh raises, o of this rank and what one process makes of
+    its rows.
+    """
+    mesh = init_device_mesh(
+        "cpu", (2, dist.get_world_size(group) // 2), mesh_dim_names=("rows", "tokens")
+    )
+    refused = raised(mesh, lambda whole: parallel.SequenceSplit.contiguous(tokens, whole))
+    random = torch.Generator().manual_seed(mesh.get_local_rank("rows"))
+    q, k, v = torch.randn(3, rows, tokens, 2, 4, generator=random)
+    split = parallel.SequenceSplit.zigzag(tokens, mesh["tokens"])
+    own = (split.local(x) for x in (q, k, v))
+    o = parallel.gated_delta(*own, rule="delta", qk_l2norm=True, split=split)
+    return [refused, split.whole(o), gated_delta(q, k, v, rule="delta", qk_l2norm=True)]
