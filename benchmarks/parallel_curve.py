@@ -104,7 +104,7 @@ def _bars(axis: Any) -> None:
 
 def main() -> None:
     """Write the picture."""
-    draw().savefig(PICTURE, dpi=110, metadata={"Software": None})
+    draw().savefig(PICTURE, dpi=100, metadata={"Software": None})
 
 
 if __name__ == "__main__":
