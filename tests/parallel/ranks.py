@@ -19,6 +19,23 @@ MOST = max(SIZES)
 PATIENCE = 20
 """Seconds that an exchange may take, and three times of which a test waits for an answer."""
 
+PRELOADED = (
+    "torch",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "gdn_ops.parallel",
+    "rich.progress",
+    "tests.parallel.workers",
+)
+"""Modules that processes have when they start."""
+
+
+def context() -> multiprocessing.context.ForkServerContext:
+    """Return what starts processes: from one that has imported what they need."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload([*PRELOADED])
+    return found
+
 
 class RankError(RuntimeError):
     """Report what a rank raised, with its traceback."""
@@ -38,15 +55,13 @@ class Ranks:
 
     def start(self) -> None:
         """Start the processes."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "gdn_ops.parallel", "tests.parallel.workers"])
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         self.processes, self._pipes = [], []
         most, patience = self.most, self.patience
         for rank in range(most):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = context().Pipe()
+            process = context().Process(
                 target=_serve, args=(theirs, rank, most, store, patience), daemon=True
             )
             process.start()

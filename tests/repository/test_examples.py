@@ -16,7 +16,17 @@ import torch
 from errors import message_of
 from paths import ROOT
 
-MODULES = ("laws", "memory", "niah", "plots", "tasks", "train_lm")
+MODULES = (
+    "checkpoints",
+    "laws",
+    "memory",
+    "mesh",
+    "niah",
+    "plots",
+    "serve_split",
+    "tasks",
+    "train_lm",
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
