@@ -64,8 +64,8 @@ def save(folder: Path, about: dict[str, Any], model: nn.Module, optimizer: Optim
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, folder / POINTER)
-        if before is not None:
-            shutil.rmtree(_folder_of(folder, before["step"]), ignore_errors=True)
+        for other in set(folder.glob("step-*")) - {target}:
+            shutil.rmtree(other, ignore_errors=True)
     # No process goes on to the next save before this one is named.
     _barrier()
 
