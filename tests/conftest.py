@@ -110,3 +110,12 @@ def registry_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_default", "auto")
     yield
     is_missing.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def process_group_as_found() -> Iterator[None]:
+    """Leave the process group that an example on a page or in a docstring has made."""
+    was_there = torch.distributed.is_initialized()
+    yield
+    if torch.distributed.is_initialized() and not was_there:
+        torch.distributed.destroy_process_group()
