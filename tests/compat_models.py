@@ -175,7 +175,8 @@ def originals(family: str) -> dict[str, Any]:
     methods = {
         f"{cls.__name__}.{n}": x for cls in own for n, x in vars(cls).items() if n[:2] != "__"
     }
-    return methods | {name: x for name, x in vars(module).items() if callable(x)}
+    functions = {"ALL_ATTENTION_FUNCTIONS": vars(module).get("ALL_ATTENTION_FUNCTIONS")}
+    return methods | functions | {name: x for name, x in vars(module).items() if callable(x)}
 
 
 def has_convolutions(family: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from gdn_ops.parallel.foreign_models import refused
 from gdn_ops.parallel.sequence import STRATEGIES
 from gdn_ops.parallel.split import SequenceSplit
 from gdn_ops.spec.errors import SpecError, SpecTypeError
@@ -36,6 +37,17 @@ def active() -> Active | None:
 
 
 @contextmanager
+def suspended() -> Iterator[None]:
+    """Let layers compute for a while as outside of `sequence_parallel`."""
+    entered = _active[:]
+    _active.clear()
+    try:
+        yield
+    finally:
+        _active[:] = entered
+
+
+@contextmanager
 def sequence_parallel(
     split: SequenceSplit, *, return_state: bool = False, strategy: str = "auto"
 ) -> Iterator[SequenceSplit]:
@@ -43,6 +55,7 @@ def sequence_parallel(
 
     Inside, every rank gives a layer or model of `gdn_ops.nn` its own tokens: the rule, the short
     convolution and attention in a window see those of the other ranks, and all else is per token.
+    So do models of transformers with `gdn_ops.compat.transformers.accelerate`; others are refused.
     Backward passes belong inside too: a checkpoint computes layers anew there.
 
     Args:
@@ -52,7 +65,8 @@ def sequence_parallel(
         strategy: of `gdn_ops.parallel.gated_delta`.
 
     Raises:
-        SpecError: an argument has a wrong value.
+        SpecError: an argument has a wrong value; inside, a model of transformers is called that
+            would see the tokens of its rank alone.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -77,6 +91,7 @@ def sequence_parallel(
     entered = Active(split, return_state, strategy)
     _active.append(entered)
     try:
-        yield split
+        with refused():
+            yield split
     finally:
         _active.pop()

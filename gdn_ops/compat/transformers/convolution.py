@@ -19,10 +19,13 @@ from gdn_ops.backends.cpp import layers
 from gdn_ops.compat.transformers import packing
 from gdn_ops.compat.transformers.rule import ORIGINAL, original_of
 from gdn_ops.compat.transformers.signatures import definition, mismatch_of_parameters
+from gdn_ops.compat.transformers.split_calls import refuse
+from gdn_ops.compat.transformers.split_layers import split_convolution
 from gdn_ops.compat.transformers.trial import difference, drawn, plain_torch
 from gdn_ops.nn import kernels
 from gdn_ops.nn.blocks import is_plain, wide
 from gdn_ops.nn.causal import causal_convolution, convolved_window
+from gdn_ops.parallel.context import active
 
 Function = Callable[..., Tensor]
 
@@ -54,6 +57,13 @@ def whole_convolution(original: Function, backend: Callable[[], str] = _automati
         activation: str | None = None,
         **options: Any,
     ) -> Tensor:
+        split, silu = active(), activation is not None
+        if split is not None:
+            if activation not in _ACTIVATIONS:
+                refuse(f"the activation {activation!r} is not computed under sequence_parallel")
+            x = hidden_states.transpose(1, 2)
+            y = split_convolution(split, x, weight, bias, silu=silu, backend=backend())
+            return y.transpose(1, 2)
         sequences = options.get("seq_idx")
         if (
             activation not in _ACTIVATIONS
@@ -64,8 +74,7 @@ def whole_convolution(original: Function, backend: Callable[[], str] = _automati
             if packing.is_packed(options):
                 packing.check_package(hidden_states.device.type)
             return original(hidden_states, weight, bias, activation=activation, **options)
-        x, silu = hidden_states.transpose(1, 2), activation is not None
-        name = backend()
+        x, name = hidden_states.transpose(1, 2), backend()
         if sequences is None:
             y = causal_convolution(x, weight, bias, silu=silu, backend=name)
             return y.transpose(1, 2)

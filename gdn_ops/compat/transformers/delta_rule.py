@@ -11,10 +11,15 @@ from torch import Tensor
 from gdn_ops.call.bind import arguments_of, bind, signature
 from gdn_ops.compat.fla_arguments import promoted
 from gdn_ops.dispatch import plans, registry
+from gdn_ops.nn import split_tokens
 from gdn_ops.ops import gated_delta, gated_delta_step
+from gdn_ops.parallel.context import Active
 from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
 from gdn_ops.torch_ops import eager
+
+SPLIT = "split over ranks"
+"""Noted instead of a backend for a call of which every rank computes parts."""
 
 Note = Callable[[str, str], None]
 """Told the name of the op and of the backend of every call."""
@@ -76,6 +81,29 @@ def delta_rule(
         arguments = {**tensors, "initial_state": initial_state, **more, **options}
         o, state = _run(GATED_DELTA, gated_delta, arguments, note)
     return o.to(query.dtype), state if output_final_state else None
+
+
+def split_delta_rule(
+    active: Active, given: dict[str, Any], *, backend: str, note: Note
+) -> tuple[Tensor, None]:
+    """Compute `torch_chunk_gated_delta_rule` on tokens that are split over ranks.
+
+    Args:
+        active: the context.
+        given: arguments of the function by name, without a state.
+        backend, note: as `delta_rule` takes them.
+
+    Returns:
+        o (B, T_local, HV, V) in the dtype of the queries, and no state.
+    """
+    names = {"q": "query", "k": "key", "v": "value", "log_alpha": "g", "beta": "beta"}
+    tensors, _ = promoted({name: given[own] for name, own in names.items()})
+    note(GATED_DELTA.name, SPLIT)
+    o, _ = split_tokens.run_rule(
+        active, tensors, "gated_delta", backend,
+        qk_l2norm=given.get("use_qk_l2norm_in_kernel", False), chunk_size=given.get("chunk_size"),
+    )  # fmt: skip
+    return o.to(given["query"].dtype), None
 
 
 def _run(

@@ -15,11 +15,18 @@ from typing import Any
 from torch import nn
 
 from gdn_ops.compat.transformers import convolution, norm, token
-from gdn_ops.compat.transformers.discovery import CHUNK, FUNCTIONS, RECURRENT
+from gdn_ops.compat.transformers.discovery import (
+    CHUNK,
+    FUNCTIONS,
+    RECURRENT,
+    architecture_of,
+)
 from gdn_ops.compat.transformers.padding import MASK
 from gdn_ops.compat.transformers.positions import INPUTS, POSITIONS
 from gdn_ops.compat.transformers.rule import Rule, examine_rule
 from gdn_ops.compat.transformers.signatures import mentions, modules_of, parameter_names
+from gdn_ops.compat.transformers.split_layers import attention_classes, obstacle
+from gdn_ops.parallel.context import suspended
 
 HELD = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "recurrent_gated_delta_rule"}
 """Attribute of a layer that holds each function, where layers hold them: before 5.15."""
@@ -55,6 +62,8 @@ class Plan:
         models: the classes that take tokens, a mask and positions, with their parameters' names.
         convolutions: the replacement of each convolution, by name.
         norms: the classes whose forward is replaced.
+        attentions: the classes that call an attention function.
+        obstacle: why tokens cannot be split over ranks, or None.
         left: parts that are there and do not fit, each with the reason.
         absent: parts that this release does not have.
     """
@@ -64,12 +73,19 @@ class Plan:
     models: list[tuple[type[nn.Module], tuple[str, ...]]]
     convolutions: dict[str, Any]
     norms: list[type[nn.Module]]
+    attentions: list[type[nn.Module]]
+    obstacle: str | None
     left: list[str]
     absent: list[str]
 
 
 def examine(module: ModuleType) -> Plan | list[str]:
     """Return the plan of a module, or every reason why its delta rule cannot be replaced."""
+    with suspended():
+        return _examined(module)
+
+
+def _examined(module: ModuleType) -> Plan | list[str]:
     examined = {name: examine_rule(name, vars(module).get(name)) for name in FUNCTIONS}
     rules = {name: rule for name, rule in examined.items() if isinstance(rule, Rule)}
     if len(rules) < len(FUNCTIONS):
@@ -101,7 +117,18 @@ def examine(module: ModuleType) -> Plan | list[str]:
             norms.append(cls)
         else:
             left.append(incompatibility)
-    return Plan(rules, layers, _models(module), convolutions, norms, left, absent)
+    architecture = architecture_of(module.__name__) or module.__name__
+    return Plan(
+        rules=rules,
+        layers=layers,
+        models=_models(module),
+        convolutions=convolutions,
+        norms=norms,
+        attentions=attention_classes(module),
+        obstacle=obstacle(module, architecture, convolutions),
+        left=left,
+        absent=absent,
+    )
 
 
 def _models(module: ModuleType) -> list[tuple[type[nn.Module], tuple[str, ...]]]:

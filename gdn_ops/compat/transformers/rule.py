@@ -10,14 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from gdn_ops.compat.transformers import packing, padding
-from gdn_ops.compat.transformers.delta_rule import Note, delta_rule
+from gdn_ops.compat.transformers.delta_rule import Note, delta_rule, split_delta_rule
 from gdn_ops.compat.transformers.discovery import CHUNK, RECURRENT
 from gdn_ops.compat.transformers.signatures import (
     definition,
     further_defaults,
     mismatch_of_parameters,
 )
+from gdn_ops.compat.transformers.split_calls import refuse
 from gdn_ops.compat.transformers.trial import difference, difference_from, drawn, plain_torch
+from gdn_ops.parallel.context import active
 
 _TENSORS = ("query", "key", "value", "g", "beta")
 _OPTIONS = ("initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
@@ -70,6 +72,10 @@ class Rule:
             if not _binds(names, positional, keywords, given, takes_any):
                 # The original says what is wrong, as it always does.
                 return self.original(*positional, **keywords)  # type: ignore[no-any-return]
+            split = active()
+            if split is not None:
+                _check_split(given, further)
+                return split_delta_rule(split, given, backend=backend(), note=note)
             for name, default in further.items():
                 if given.get(name, default) is not default:
                     note("gated_delta", LEFT)
@@ -104,6 +110,14 @@ def _binds(
     is_once_each = len(given) == len(positional) + len(keywords)
     is_known = takes_any or all(name in names or name in _PACKING for name in keywords)
     return is_once_each and is_known and all(name in given for name in _TENSORS)
+
+
+def _check_split(given: dict[str, Any], further: dict[str, Any]) -> None:
+    """Check that a call of one of the functions has nothing beside its tokens."""
+    defaults = {"initial_state": None, "output_final_state": False, **dict.fromkeys(_PACKING)}
+    for name, default in (defaults | further).items():
+        if given.get(name, default) is not default:
+            refuse(f"{name} of the rule is given, should be {default} under sequence_parallel")
 
 
 def original_of(function: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -17,6 +18,15 @@ from gdn_ops.compat.transformers.examine import HELD, PACKAGE, Plan
 from gdn_ops.compat.transformers.norm import gated_norm
 from gdn_ops.compat.transformers.padding import with_context
 from gdn_ops.compat.transformers.positions import with_positions
+from gdn_ops.compat.transformers.signatures import parameter_names
+from gdn_ops.compat.transformers.split_calls import layer_arguments, model_arguments, with_split
+from gdn_ops.compat.transformers.split_layers import (
+    REGISTRY,
+    attention_arguments,
+    has_attention_functions,
+    registry_with_split,
+)
+from gdn_ops.parallel.foreign_models import SEES_SPLIT
 from gdn_ops.spec.ops import GATED_DELTA_STEP
 
 _MISSING = object()
@@ -90,17 +100,37 @@ class Site:
         for cls in plan.norms:
             self._set(cls, "forward", gated_norm(vars(cls)["forward"], self.backend))
         for model, names in plan.models:
-            self._set(model, "forward", with_positions(vars(model)["forward"], names))
+            self._set(model, "forward", self._model_forward(vars(model)["forward"], names))
         for layer in plan.layers:
             forward = vars(layer.cls)["forward"]
             advance = self._advance if layer.left is None else None
             wrapped = with_context(forward, layer.parameters, layer.holds, advance)
+            prepare = functools.partial(layer_arguments, plan.obstacle)
+            wrapped = with_split(forward, layer.parameters, prepare, wrapped)
             self._set(layer.cls, "forward", wrapped)
             if layer.holds:
                 for name, attribute in HELD.items():
                     replaced = (plan.rules[name].original, vars(self.module).get(PACKAGE[name]))
                     self._set(layer.cls, attribute, _held(attribute, replaced, new[name]))
+        self._install_attention()
         self._forget_graphs()
+
+    def _model_forward(self, forward: Any, names: tuple[str, ...]) -> Any:
+        """Return the replacement of a model's forward, whose parameters have these names."""
+        prepare = functools.partial(model_arguments, self.plan.obstacle)
+        wrapped = with_split(forward, names, prepare, with_positions(forward, names))
+        setattr(wrapped, SEES_SPLIT, True)
+        return wrapped
+
+    def _install_attention(self) -> None:
+        """Let attention compute on split tokens, inside of sequence_parallel alone."""
+        if has_attention_functions(self.module):
+            self._set(self.module, REGISTRY, registry_with_split(vars(self.module)[REGISTRY]))
+        prepare = functools.partial(attention_arguments, self.plan.obstacle)
+        for cls in self.plan.attentions:
+            forward = vars(cls)["forward"]
+            wrapped = with_split(forward, parameter_names(forward), prepare)
+            self._set(cls, "forward", wrapped)
 
     def _advance(self, layer: nn.Module, named: dict[str, Any]) -> Tensor | None:
         """Advance a layer by one token, and count that as a step of the rule."""
