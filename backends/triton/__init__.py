@@ -6,7 +6,7 @@
 
 Where sequences are cut into segments (docs/math.md §6), two more either way, with `compose`: four
 at most. Where the forward kept no states, walk is run once more: before walk_back, or in the launch
-that composes.
+that composes. A piece of a sequence whose state becomes known late runs in stages (`stages`).
 
 Launch configurations are data (`table`), chosen by `config`. On CPU tensors the same kernels are
 emulated, for checking (`emulation`); without a GPU they are compiled for one (`aot`).
@@ -22,14 +22,16 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from torch import Tensor
+
 from gdn_ops.aot.results import CompiledKernel, Sample
 from gdn_ops.backends.triton.host import config as configs
-from gdn_ops.backends.triton.host import decode
+from gdn_ops.backends.triton.host import decode, stages
 from gdn_ops.backends.triton.host.backward import backward
 from gdn_ops.backends.triton.host.forward import forward
 from gdn_ops.backends.triton.host.plan import empty_saved, make_plan, pointer_remarks
 from gdn_ops.call.bind import Call
-from gdn_ops.dispatch.backend import Prepared
+from gdn_ops.dispatch.backend import Forward, Grads, Prepared, Summarised
 from gdn_ops.kernel_support.backend import KernelBackend
 from gdn_ops.spec.switches import unset_if_empty
 
@@ -65,6 +67,7 @@ class Triton(KernelBackend):
 
     name = "triton"
     requires = ("triton",)
+    has_stages = True
     distribution = "triton"
     targets = configs.TARGETS
     tables = configs.tables
@@ -80,6 +83,23 @@ class Triton(KernelBackend):
     run_forward = staticmethod(forward)
     run_backward = staticmethod(backward)
     run_decode = staticmethod(decode.run)
+
+    def summarise(self, call: Call) -> Summarised:
+        return stages.summarise(call)
+
+    def resume(self, call: Call, kept: tuple[Tensor, ...]) -> Forward:
+        return stages.resume(call, kept)
+
+    def summarise_gradients(
+        self, call: Call, saved: tuple[Tensor, ...], d_o: Tensor, d_state: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return stages.summarise_gradients(call, saved, d_o, d_state)
+
+    def resume_gradients(
+        self, call: Call, saved: tuple[Tensor, ...], kept: tuple[Tensor, ...], d_o: Tensor,
+        d_state: Tensor,
+    ) -> Grads:  # fmt: skip
+        return stages.resume_gradients(call, saved, kept, d_o, d_state)
 
     def remarks(self, call: Call) -> list[str]:
         return pointer_remarks(call)

@@ -18,6 +18,7 @@ from gdn_ops.call.bind import Arguments, Call
 from gdn_ops.dispatch.decode_fallbacks import one_by_one, through_rows
 from gdn_ops.dispatch.results import Forward as Forward
 from gdn_ops.dispatch.results import Grads as Grads
+from gdn_ops.dispatch.results import Summarised as Summarised
 from gdn_ops.dispatch.results import checked_step
 from gdn_ops.spec.rules import Limits
 
@@ -38,6 +39,9 @@ class Backend:
         traceable_step: whether `decode_one` may be traced through by torch.compile.
         kernels: whether it brings kernels of its own that a compiler turns into device code,
             so that GDN_OPS_REQUIRE_CERTIFIED=1 applies to it.
+        has_stages: whether it runs a part of a sequence in two stages, where the state before it
+            becomes known in between: `summarise` and `resume`, `summarise_gradients` and
+            `resume_gradients`. A second stage repeats little of what the first one has done.
     """
 
     name: ClassVar[str]
@@ -47,6 +51,7 @@ class Backend:
     differentiable: ClassVar[bool] = False
     traceable_step: ClassVar[bool] = False
     kernels: ClassVar[bool] = False
+    has_stages: ClassVar[bool] = False
 
     def absence(self) -> str | None:
         """Return why it can run no call at all in this process, or None."""
@@ -96,6 +101,52 @@ class Backend:
             NotImplementedError: the backend has none; its limits say `grad=False`.
         """
         raise _undefined(self, "backward", "grad")
+
+    def summarise(self, call: Call) -> Summarised:
+        """Run what `gated_delta` needs no initial state for: the first stage of a forward.
+
+        Args:
+            call: without an initial state.
+        """
+        raise _without_stage(self, "summarise")
+
+    def resume(self, call: Call, kept: tuple[Tensor, ...]) -> Forward:
+        """Run the rest, the second stage: return what `forward` would.
+
+        Args:
+            call: that of the first stage, with its initial state.
+            kept: what `summarise` kept; it may be written to.
+        """
+        raise _without_stage(self, "resume")
+
+    def summarise_gradients(
+        self, call: Call, saved: tuple[Tensor, ...], d_o: Tensor, d_state: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the gradient of the initial state: the first stage of a backward.
+
+        Args:
+            call: that of `resume`.
+            saved: the tensors that `resume` saved.
+            d_o: (B, T, HV, V) gradient of the output.
+            d_state: (N, HV, K, V) gradient of the final state; zeros where it is not known yet.
+
+        Returns:
+            That gradient (N, HV, K, V) in the compute dtype, and what `resume_gradients` reads.
+        """
+        raise _without_stage(self, "summarise_gradients")
+
+    def resume_gradients(
+        self, call: Call, saved: tuple[Tensor, ...], kept: tuple[Tensor, ...], d_o: Tensor,
+        d_state: Tensor,
+    ) -> Grads:  # fmt: skip
+        """Return all gradients, the second stage: those that `backward` would.
+
+        Args:
+            call, saved, d_o: as given to `summarise_gradients`.
+            kept: what it kept.
+            d_state: (N, HV, K, V) gradient of the final state, known now.
+        """
+        raise _without_stage(self, "resume_gradients")
 
     def pure(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run `gated_delta` so that every transform of torch.func sees through.
@@ -156,6 +207,12 @@ def _undefined(backend: Backend, method: str, limit: str) -> NotImplementedError
     return NotImplementedError(
         f"backend {backend.name!r} has no method {method!r}, which its limits promise: {limit}="
     )
+
+
+def _without_stage(backend: Backend, method: str) -> NotImplementedError:
+    """Return the error of a backend that says it has stages, and lacks one."""
+    text = f"backend {backend.name!r} has no method {method!r}, which has_stages=True promises"
+    return NotImplementedError(text)
 
 
 def without_tokens(call: Call, saved: tuple[Tensor, ...]) -> Forward:

@@ -32,6 +32,21 @@ class Forward(NamedTuple):
     saved: tuple[Tensor, ...] = ()
 
 
+class Summarised(NamedTuple):
+    """Hold what a call without an initial state makes of any: S_T = M S_0 + R (docs/math.md §6).
+
+    Attributes:
+        M: (N, HV, K, K) in the compute dtype; (N, HV, 1, 1), a number, for rules without an error
+            term.
+        R: (N, HV, K, V) in the compute dtype.
+        kept: tensors kept for the second stage.
+    """
+
+    M: Tensor
+    R: Tensor
+    kept: tuple[Tensor, ...] = ()
+
+
 class Grads(NamedTuple):
     """Hold the gradients of a call's tokens and of its state; None where it has no such tensor."""
 
@@ -61,6 +76,36 @@ def checked_forward(backend: Backend, call: Call, out: Any) -> Forward:
         given = saved if not isinstance(saved, (tuple, list)) else _first_other(saved)
         within = "" if given is saved else f"{type(saved).__name__} with "
         _refuse(backend, "forward", f"saved as {within}{_kind(given)}", "a tuple of tensors")
+    return out
+
+
+def checked_summary(backend: Backend, call: Call, out: Any) -> Summarised:
+    """Return what `summarise` returned.
+
+    Raises:
+        TypeError: it is no Summarised of the tensors that the call asks for.
+    """
+    if not isinstance(out, Summarised):
+        _refuse(backend, "summarise", _kind(out), "a Summarised(M, R, kept)")
+    s, dtype = call.sizes, call.compute_dtype
+    size = s.K if call.rule.has_erase else 1
+    _check_tensor(backend, "summarise", "M", out.M, (s.N, s.HV, size, size), dtype)
+    _check_tensor(backend, "summarise", "R", out.R, (s.N, s.HV, s.K, s.V), dtype)
+    return out
+
+
+def checked_start(backend: Backend, call: Call, out: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return what `summarise_gradients` returned.
+
+    Raises:
+        TypeError: it is not the gradient of the initial state, and what is kept.
+    """
+    method = "summarise_gradients"
+    if not isinstance(out, tuple) or len(out) != 2:
+        _refuse(backend, method, _kind(out), "a tuple (gradient, kept)")
+    s = call.sizes
+    shape = (s.N, s.HV, s.K, s.V)
+    _check_tensor(backend, method, "the gradient", out[0], shape, call.compute_dtype)
     return out
 
 

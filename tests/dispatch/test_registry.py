@@ -130,6 +130,16 @@ def test_a_method_that_limits_promise_and_nobody_wrote_is_named(
     assert text == f"backend 'half' has no method {method!r}, which its limits promise: {limit}="
 
 
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [("summarise", 1), ("resume", 2), ("summarise_gradients", 4), ("resume_gradients", 5)],
+)
+def test_a_stage_that_a_backend_promises_and_nobody_wrote_is_named(method: str, count: int) -> None:
+    stage = getattr(half(has_stages=True)(), method)
+    text = message_of(NotImplementedError, stage, *[None] * count)
+    assert text == f"backend 'half' has no method {method!r}, which has_stages=True promises"
+
+
 @pytest.mark.parametrize("reasons", [None, "it is slow"])
 def test_reasons_that_are_no_list_are_refused(reasons: Any) -> None:
     register_backend(half(reasons=lambda self, call: reasons))

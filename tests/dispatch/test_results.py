@@ -13,8 +13,10 @@ import gdn_ops
 from constant_backends import arguments
 from errors import message_of
 from gdn_ops import Backend, Forward, Grads, Limits, register_backend
-from gdn_ops.call.bind import Call
+from gdn_ops.call.bind import Arguments, Call, Tokens, bind
 from gdn_ops.dispatch.registry import get_backend, unregister_backend
+from gdn_ops.dispatch.results import Summarised, checked_start, checked_summary
+from gdn_ops.spec.ops import GATED_DELTA
 from good_calls import draft, token
 
 OUT, STATE = (1, 4, 4, 6), (1, 4, 8, 6)
@@ -236,3 +238,41 @@ def test_a_wrong_pure_is_named(change: Callable[[Any], Any], text: str) -> None:
         return torch.func.jvp(lambda v: gdn_ops.gated_delta(v=v, **given), (v,), (v,))
 
     assert message_of(TypeError, pushed) == f"backend 'mine': pure returns {text}"
+
+
+STAGES: list[tuple[Callable[..., Any], Any, str]] = [
+    (checked_summary, None, "summarise returns None, should return a Summarised(M, R, kept)"),
+    (
+        checked_summary,
+        Summarised(torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 4, 5)),
+        "summarise returns M as a tensor (1, 2, 1, 1) of float32, should return a tensor "
+        "(1, 2, 4, 4) of float32",
+    ),
+    (
+        checked_summary,
+        Summarised(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 5, 4)),
+        "summarise returns R as a tensor (1, 2, 5, 4) of float32, should return a tensor "
+        "(1, 2, 4, 5) of float32",
+    ),
+    (
+        checked_start,
+        torch.zeros(1, 2, 4, 5),
+        "summarise_gradients returns a tensor (1, 2, 4, 5) of float32, should return a tuple "
+        "(gradient, kept)",
+    ),
+    (
+        checked_start,
+        (None, ()),
+        "summarise_gradients returns the gradient as None, should return a tensor (1, 2, 4, 5) of "
+        "float32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("check", "out", "text"), STAGES)
+def test_a_wrong_stage_is_named(check: Callable[..., Any], out: Any, text: str) -> None:
+    q, v, gate = torch.randn(1, 3, 2, 4), torch.randn(1, 3, 2, 5), torch.rand(1, 3, 2)
+    call = bind(GATED_DELTA, Arguments(Tokens(q, q, v, gate, None, gate)))
+    assert message_of(TypeError, check, get_backend("naive"), call, out) == (
+        f"backend 'naive': {text}"
+    )

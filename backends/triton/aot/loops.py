@@ -74,10 +74,16 @@ def _compose(x: Mapping[str, Any]) -> Loops:
     return (SourceLoop("segments", segments, (rows,), is_kept=True, may_rest=True),)
 
 
+def _compose_whole(x: Mapping[str, Any]) -> Loops:
+    rows = SourceLoop("rows of M", -(-x["K"] // x["BR"]), is_constant=True)
+    return (SourceLoop("segments", -(-x["T"] // x["tokens"]), (rows,), is_kept=True),)
+
+
 KERNELS: dict[str, Callable[[Mapping[str, Any]], Loops]] = {
     "prepare": _prepare,
     "walk": _walk,
     "compose": _compose,
+    "compose_whole": _compose_whole,
     "walk_back": _chunks,
     "token_gradients": _token_gradients,
     "tokens": lambda x: (SourceLoop("tokens", x["T"], is_kept=True),),

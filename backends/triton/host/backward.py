@@ -36,8 +36,9 @@ from gdn_ops.dispatch.registry import Grads
 
 
 def backward(
-    call: Call, plan: Plan, saved: tuple[Tensor, ...], d_o: Tensor, d_final: Tensor
-) -> Grads:
+    call: Call, plan: Plan, saved: tuple[Tensor, ...], d_o: Tensor, d_final: Tensor,
+    shifts: Tensor | None = None,
+) -> Grads:  # fmt: skip
     """Return the gradients of a call.
 
     Args:
@@ -46,12 +47,14 @@ def backward(
         saved: the tensors that its forward saved.
         d_o: (B, T, HV, V), dtype of v.
         d_final: (N, HV, K, V) float32.
+        shifts: what segments add to the gradient of the state, where it is known: (segment_slots,
+            HV, K, V) float32.
     """
     s = call.sizes
     q, k, v, d_o = (readable(x) for x in (*call.tokens[:3], d_o))
     kept = Saved(*saved)
     u, states, d_rhs, d_states, d_initial = walk_for_gradients(
-        call, plan, kept, d_o, d_final.contiguous()
+        call, plan, kept, d_o, d_final.contiguous(), shifts
     )
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     gate, beta = gate_of(call), call.tokens.beta

@@ -70,14 +70,19 @@ class Plan:
     kept: torch.dtype
 
 
-def make_plan(call: Call) -> Plan:
-    """Return the plan of a call, from its shapes and attributes alone."""
+def make_plan(call: Call, *, is_staged: bool = False) -> Plan:
+    """Return the plan of a call, from its shapes and attributes alone.
+
+    Args:
+        call: the call.
+        is_staged: whether it is run in stages (`stages`), all of which need this plan.
+    """
     s = call.sizes
     dtype = call.tokens.q.dtype
     config: Config = configs.tables.choose(call.device, s.K, s.V, dtype)
     C = call.chunk_size or config.C
 
-    L = segment_chunks(call.device, s, C, config)
+    L = segment_chunks(call.device, s, C, config, is_staged)
 
     def slots(tokens: int) -> int:
         return s.T // tokens + s.N if call.cu_seqlens is not None else s.N * -(-s.T // tokens)
@@ -93,7 +98,9 @@ def make_plan(call: Call) -> Plan:
     )
 
 
-def segment_chunks(device: torch.device, s: Sizes, C: int, config: Config) -> int:
+def segment_chunks(
+    device: torch.device, s: Sizes, C: int, config: Config, is_staged: bool = False
+) -> int:
     """Return how many chunks of a sequence are walked by one program, 0 for all of them.
 
     A sequence is cut (docs/math.md §6) where that should be faster, see `fastest_segment`. What a
@@ -110,29 +117,36 @@ def segment_chunks(device: torch.device, s: Sizes, C: int, config: Config) -> in
     sizes = programs, s.N * s.HV, -(-s.V // BV), -(-s.K // BV), chunks
     # Sizes that are not known yet have no hash.
     known = all(type(n) is int for n in sizes)
-    return _known_segment(*sizes) if known else fastest_segment(*sizes)
+    find = _known_segment if known else fastest_segment
+    return find(*sizes, is_staged=is_staged)
 
 
-def fastest_segment(programs: int, heads: int, of_v: int, of_k: int, chunks: int) -> int:
+def fastest_segment(
+    programs: int, heads: int, of_v: int, of_k: int, chunks: int, *, is_staged: bool = False
+) -> int:
     """Return the chunks of a segment with which the walks should end first, 0 for no cuts.
 
     Every segment but the last is walked for the state at its end, all at a time, by blocks of V and
-    of K; the first one, whose start is known, by those of V. Then all are walked for the output.
+    of K; the first one, whose start is known, by those of V. Then all are walked for the output. In
+    stages no start is known: all segments are walked for maps, cut or not, and composed twice.
 
     Args:
         programs: that the GPU runs at a time.
         heads: value heads of all sequences.
         of_v, of_k: blocks of the columns of V and of K.
         chunks: of a sequence.
+        is_staged: whether the call is run in stages.
     """
-    best, fastest = 0, CHUNK * -(-heads * of_v // programs) * chunks
+    maps, composed = heads * (of_v + of_k), 2 if is_staged else 1
+    once = STARTS * -(-maps // programs) if is_staged else 0
+    best, fastest = 0, (once + CHUNK * -(-heads * of_v // programs)) * chunks
     for cuts in CUTS:
         if cuts * LEAST_SEGMENT > chunks:
             break
         L = -(-chunks // cuts)
-        first = heads * ((cuts - 1) * of_v + (cuts - 2) * of_k)
+        first = cuts * maps if is_staged else heads * ((cuts - 1) * of_v + (cuts - 2) * of_k)
         walks = STARTS * -(-first // programs) + CHUNK * -(-heads * cuts * of_v // programs)
-        time = walks * L + COMPOSED * cuts + LAUNCHED
+        time = walks * L + composed * COMPOSED * cuts + LAUNCHED
         if time < fastest:
             best, fastest = L, time
     return best

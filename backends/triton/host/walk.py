@@ -83,6 +83,31 @@ def walk_for_starts(call: Call, plan: Plan, saved: Saved, final: Tensor) -> None
     _compose(call, plan, saved.maps, Cuts(None, dense(call.state), saved.starts, final))
 
 
+def walk_for_maps(call: Call, plan: Plan, saved: Saved) -> tuple[Tensor, Tensor]:
+    """Walk without an initial state for what whole sequences make of any.
+
+    Returns:
+        M (N, HV, K, K) and R (N, HV, K, V), float32.
+    """
+    s = call.sizes
+    if not plan.segment_slots:
+        # A sequence is a segment.
+        shape = (s.N, s.HV, s.V + s.K, s.K)
+        maps = torch.empty(shape, dtype=torch.float32, device=call.device)
+        _walk(call, plan, saved, maps=maps, is_staged=True)
+        whole = maps.mT
+    else:
+        _walk(call, plan, saved, maps=saved.maps, is_staged=True)
+        whole = _compose_whole(call, plan, saved.maps)
+    return whole[..., s.V :], whole[..., : s.V]
+
+
+def starts_from(call: Call, plan: Plan, saved: Saved, final: Tensor) -> None:
+    """Write what segments start from after `walk_for_maps`, and the final state without tokens."""
+    cuts = Cuts(None, dense(call.state), saved.starts, final)
+    _compose(call, plan, saved.maps, cuts, is_staged=True)
+
+
 def segments_of(call: Call, plan: Plan) -> int:
     """Return the segments of every sequence, 0 where sequences are packed."""
     return 0 if call.cu_seqlens is not None else plan.segment_slots // max(call.sizes.N, 1)
@@ -100,17 +125,19 @@ def grid_of_maps(call: Call, plan: Plan, BV: int) -> tuple[int, int]:
 def _walk(
     call: Call, plan: Plan, saved: Saved, *, o: Tensor | None = None, u: Tensor | None = None,
     states: Tensor | None = None, final: Tensor | None = None, maps: Tensor | None = None,
-    cuts: Cuts | None = None,
+    cuts: Cuts | None = None, is_staged: bool = False,
 ) -> None:  # fmt: skip
-    """Launch the walk that writes what it is given."""
+    """Launch the walk that writes what it is given; maps and cuts may be staged."""
     s, config, v = call.sizes, plan.config, readable(call.tokens.v)
     q, k = operands(call, saved)
     BV, slots = width(config.walk, s.V), plan.segment_slots
     composed = 0 if cuts is None else -(-s.V // COMPOSED)
     grid = ((slots or s.N) * s.HV, composed - (-s.V // BV))
-    if maps is not None:
-        grid = grid_of_maps(call, plan, BV)
     initial = saved.starts if slots and maps is None else dense(call.state)
+    if maps is not None and is_staged:
+        grid, initial = (grid[0], -(-s.V // BV) - (-s.K // BV)), None
+    elif maps is not None:
+        grid = grid_of_maps(call, plan, BV)
     launch(
         walk.walk, grid,
         q, k, v, saved.gates, saved.factors, saved.ends, saved.inverses, saved.scores, initial,
@@ -122,15 +149,18 @@ def _walk(
         HAS_INITIAL=initial is not None, OUTPUT=o is not None,
         KEEP=states is not None, MAPS=maps is not None, COMPOSED=composed, SEGMENTED=slots > 0,
         WEIGHTED=is_weighted(call), TMA=by_descriptors(config, (q, k, v, o, u, states)),
-        BC=COMPOSED, BR=ROWS, CUT_PRECISION=_precision_of_cuts(call),
+        BC=COMPOSED, BR=ROWS, CUT_PRECISION=_precision_of_cuts(call), STAGED=is_staged,
         **options(config.walk),
     )  # fmt: skip
 
 
 def walk_for_gradients(
-    call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor
-) -> Walked:
+    call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor,
+    shifts: Tensor | None = None,
+) -> Walked:  # fmt: skip
     """Walk back with the gradient of the state, given those of o and of the final state.
+
+    What segments add to it may be known from `walk_for_shifts`.
 
     Where the forward has kept nothing, it is walked once more. It need not wait for what a segment
     adds to dS, nor for dS at the cuts, so both are computed in one launch.
@@ -140,15 +170,19 @@ def walk_for_gradients(
     shape = (s.HV, plan.chunk_slots, s.V, s.K)
     d_states = torch.empty(shape, dtype=plan.kept, device=device)
     d_initial = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
-    d_end, cuts = d_final, None
+    d_end, cuts, is_staged = d_final, None, shifts is not None
     if plan.segment_slots:
-        shifts, d_end = torch.empty_like(saved.starts), torch.empty_like(saved.starts)
-        if segments_of(call, plan) != 1:
-            _walk_back(call, plan, saved, d_o, d_end=d_final, d_start=shifts)
+        d_end = torch.empty_like(saved.starts)
+        if shifts is None:
+            shifts = torch.empty_like(saved.starts)
+            if segments_of(call, plan) != 1:
+                _walk_back(call, plan, saved, d_o, d_end=d_final, d_start=shifts)
         cuts = Cuts(shifts, d_final, d_end, d_initial)
         if plan.keep:
-            _compose(call, plan, saved.maps, cuts)
-    u, states = (saved.u, saved.states) if plan.keep else walk_again(call, plan, saved, cuts)
+            _compose(call, plan, saved.maps, cuts, is_staged)
+    u, states = saved.u, saved.states
+    if not plan.keep:
+        u, states = walk_again(call, plan, saved, cuts, is_staged)
     _walk_back(
         call, plan, saved, d_o, d_end=d_end, d_rhs=d_rhs, d_states=d_states, d_start=d_initial
     )
@@ -156,7 +190,7 @@ def walk_for_gradients(
 
 
 def walk_again(
-    call: Call, plan: Plan, saved: Saved, cuts: Cuts | None = None
+    call: Call, plan: Plan, saved: Saved, cuts: Cuts | None = None, is_staged: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Walk once more for U and the states, and compute dS at the cuts, if any, beside it."""
     s, device = call.sizes, call.device
@@ -164,21 +198,42 @@ def walk_again(
     u = torch.empty(rows, dtype=plan.kept, device=device)
     states = torch.empty((s.HV, plan.chunk_slots, s.V, s.K), dtype=plan.kept, device=device)
     final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=device)
-    _walk(call, plan, saved, u=u, states=states, final=final, cuts=cuts)
+    _walk(call, plan, saved, u=u, states=states, final=final, cuts=cuts, is_staged=is_staged)
     return u, states
 
 
+def walk_for_shifts(
+    call: Call, plan: Plan, saved: Saved, d_o: Tensor, d_final: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Walk back for the gradient of the initial state alone.
+
+    Returns:
+        It, (N, HV, K, V) float32, and where sequences are cut what segments add to it,
+        (segment_slots, HV, K, V) float32.
+    """
+    if not plan.segment_slots:
+        d_initial = torch.empty_like(d_final)
+        _walk_back(call, plan, saved, d_o, d_end=d_final, d_start=d_initial)
+        return d_initial, None
+    shifts = torch.empty_like(saved.starts)
+    _walk_back(call, plan, saved, d_o, d_end=None, d_start=shifts)
+    return _compose_whole(call, plan, saved.maps, shifts, d_final), shifts
+
+
 def _walk_back(
-    call: Call, plan: Plan, saved: Saved, d_o: Tensor, *, d_end: Tensor, d_start: Tensor,
+    call: Call, plan: Plan, saved: Saved, d_o: Tensor, *, d_end: Tensor | None, d_start: Tensor,
     d_rhs: Tensor | None = None, d_states: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launch the walk back; for the shifts of segments where it has no gradients to write."""
+    """Launch the walk back; for the shifts of segments where it has no gradients to write.
+
+    Without a gradient at the ends they are staged.
+    """
     s, config = call.sizes, plan.config
     q, k = operands(call, saved)
     BV, cuts = width(config.walk_back, s.V), plan.segment_slots
     of_v = -(-s.V // BV)
     grid = ((cuts or s.N) * s.HV, of_v)
-    if d_rhs is None and segments_of(call, plan):
+    if d_rhs is None and d_end is not None and segments_of(call, plan):
         grid = (s.N * s.HV, (segments_of(call, plan) - 1) * of_v)
     launch(
         walk_back.walk_back, grid,
@@ -187,22 +242,47 @@ def _walk_back(
         s.N, s.T, plan.L, plan.chunk_slots, s.HV, s.HV // s.H,
         *strides(q), *strides(k), *strides(d_o), **common(call, plan), V=s.V, BV=BV,
         DECAY=call.rule.has_decay, ERASE=call.rule.has_erase, SHIFTS=d_rhs is None,
-        SEGMENTED=cuts > 0, TMA=by_descriptors(config, (q, k, d_o, d_rhs, d_states)),
+        SEGMENTED=cuts > 0, STAGED=d_end is None,
+        TMA=by_descriptors(config, (q, k, d_o, d_rhs, d_states)),
         **options(config.walk_back),
     )  # fmt: skip
 
 
-def _compose(call: Call, plan: Plan, maps: Tensor, cuts: Cuts) -> None:
+def _compose(call: Call, plan: Plan, maps: Tensor, cuts: Cuts, is_staged: bool = False) -> None:
     """Launch the kernel that writes the states at cuts, or with shifts their gradients."""
     s = call.sizes
     launch(
         compose.compose, (s.N * s.HV, -(-s.V // COMPOSED)),
         maps, *cuts, dense(call.cu_seqlens), s.T, plan.C * plan.L, s.HV,
         K=s.K, V=s.V, BK=power_of_two(s.K), BV=COMPOSED, BR=ROWS,
-        REVERSE=cuts.shifts is not None, HAS_FIRST=cuts.first is not None,
+        REVERSE=cuts.shifts is not None, HAS_FIRST=cuts.first is not None, STAGED=is_staged,
         VARLEN=call.cu_seqlens is not None, PRECISION=_precision_of_cuts(call),
         num_warps=4, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def _compose_whole(
+    call: Call, plan: Plan, maps: Tensor, shifts: Tensor | None = None,
+    d_final: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Launch the kernel that writes what whole sequences make of a state, or of its gradient.
+
+    Returns:
+        R and M side by side, (N, HV, K, V + K) float32; with shifts the gradient (N, HV, K, V) of
+        the initial state.
+    """
+    s = call.sizes
+    columns = s.V + s.K if shifts is None else s.V
+    shape = (s.N, s.HV, s.K, columns)
+    whole = torch.empty(shape, dtype=torch.float32, device=call.device)
+    launch(
+        compose.compose_whole, (s.N * s.HV, -(-columns // COMPOSED)),
+        maps, shifts, d_final, whole, dense(call.cu_seqlens), s.T, plan.C * plan.L, s.HV,
+        K=s.K, V=s.V, W=columns, BK=power_of_two(s.K), BV=COMPOSED, BR=ROWS,
+        REVERSE=shifts is not None, VARLEN=call.cu_seqlens is not None,
+        PRECISION=_precision_of_cuts(call), num_warps=4, num_stages=2, enable_fp_fusion=True,
+    )  # fmt: skip
+    return whole
 
 
 def _precision_of_cuts(call: Call) -> str:

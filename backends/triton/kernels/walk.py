@@ -15,7 +15,8 @@ FLA's names are `chunk_gated_delta_rule_fwd_h` and, for the output, `chunk_fwd_o
             or, with MAPS, (segment_slots, HV, V + K, K) float32 instead of all that, for segments
             but the last: the transposed state that a segment makes of 0, and the first one of the
             initial state; and below it, for segments between those two, what they make of each
-            unit row without v
+            unit row without v; with STAGED, where the initial state is not known yet, both of them
+            of all segments, or of sequences, (N, HV, V + K, K)
 
 With COMPOSED programs stand before them that compute the gradients of the states at the cuts, as
 `compose` does: neither waits for the other, and a backward saves a launch.
@@ -45,16 +46,16 @@ from gdn_ops.backends.triton.kernels.compose import compose_head
 @triton.jit
 def part_of(
     cu_seqlens, block, N, T, L, HV, V: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    BV: tl.constexpr, MAPS: tl.constexpr, VARLEN: tl.constexpr,
+    BV: tl.constexpr, NEEDED: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Return what a program walks: sequence, segment, place of its map, block of columns.
 
-    With MAPS and sequences that are as long, there are programs for what is needed alone: the
+    With NEEDED and sequences that are as long, there are programs for what is needed alone: the
     blocks of V of segments but the last, and then those of K of the ones in between.
     """
     n = tl.program_id(0) // HV
     place = n
-    if MAPS and not VARLEN:
+    if NEEDED and not VARLEN:
         cuts, of_v, of_k = tl.cdiv(T, C * L), tl.cdiv(V, BV), tl.cdiv(K, BV)
         rest = block - (cuts - 1) * of_v
         segment = tl.where(rest < 0, block // of_v, 1 + rest // of_k)
@@ -114,20 +115,20 @@ def walk(
     DECAY: tl.constexpr, ERASE: tl.constexpr, HAS_INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
     KEEP: tl.constexpr, MAPS: tl.constexpr, COMPOSED: tl.constexpr, SEGMENTED: tl.constexpr,
     WEIGHTED: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BC: tl.constexpr, BR: tl.constexpr, CUT_PRECISION: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr, CUT_PRECISION: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
     """Walk the state over the chunks, see the module.
 
-    Grid (N HV or segment_slots HV, ceil(V / BV)); with MAPS the second is + ceil(K / BV), or,
-    where sequences are as long, (N HV, those of `part_of`).
-
-    COMPOSED: programs along the second axis, before its own, that compose BC columns of V each.
+    Grid (N HV or segment_slots HV, ceil(V / BV)); with MAPS the second is + ceil(K / BV), or, where
+    sequences are as long, (N HV, those of `part_of`) unless STAGED. COMPOSED: programs along the
+    second axis, before its own, that compose BC columns of V each.
     """
     if COMPOSED > 0 and tl.program_id(1) < COMPOSED:
         if tl.program_id(0) < N * HV:
             compose_head(
                 maps, shifts, d_final, d_cuts, d_initial, cu_seqlens, tl.program_id(0),
-                tl.program_id(1), T, C * L, HV, K, V, BK, BC, BR, True, True, VARLEN, CUT_PRECISION,
+                tl.program_id(1), T, C * L, HV, K, V, BK, BC, BR, True, True, STAGED, VARLEN,
+                CUT_PRECISION,
             )  # fmt: skip
         return
     n, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
@@ -135,7 +136,7 @@ def walk(
     begin_chunk = 0
     if SEGMENTED:
         n, segment, place, block = part_of(
-            cu_seqlens, block, N, T, L, HV, V, K, C, BV, MAPS, VARLEN
+            cu_seqlens, block, N, T, L, HV, V, K, C, BV, MAPS and not STAGED, VARLEN
         )  # fmt: skip
         begin_chunk = segment * L
     row, begin, length, first_slot = sequence(n, cu_seqlens, T, C, VARLEN)
@@ -147,12 +148,12 @@ def walk(
         # A slot may be empty.
         if begin_chunk >= end_chunk:
             return
-        if MAPS and is_last:
+        if (MAPS and not STAGED) and is_last:
             return
     i, dk = tl.arange(0, C), tl.arange(0, BK)
     dv_0 = block * BV
     # Leave out the map of the first segment, whose start is known.
-    if MAPS and (begin_chunk == 0 and dv_0 >= V):
+    if (MAPS and not STAGED) and (begin_chunk == 0 and dv_0 >= V):
         return
     dv = dv_0 + tl.arange(0, BV)
     k_start = row * k_batch + begin * k_token + tl.cast(h, tl.int64) * k_head

@@ -11,7 +11,7 @@ One program per segment, value head and block of BV columns of V, as in `walk`: 
             dS of the initial state (N, HV, K, V) float32
             or, with SHIFTS, dS at the start of segments but the first, (segment_slots, HV, K, V),
             instead of all that, given that it is 0 at the end, and for the last one that of the
-            final state
+            final state; with STAGED, where that is not known yet, of all segments given 0
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def walk_back(
     o_batch, o_token, o_head,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, ERASE: tl.constexpr, SHIFTS: tl.constexpr, SEGMENTED: tl.constexpr,
-    VARLEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    STAGED: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk dS back, see the module. Grid (N HV or segment_slots HV, ceil(V / BV)).
 
-    With SHIFTS, where sequences are as long, (N HV, that times the segments but one).
+    With SHIFTS, where sequences are as long, (N HV, that times the segments but one) unless STAGED.
     """
     n, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
     h, block, place = hv // R, tl.program_id(1), n
     begin_chunk = 0
     if SEGMENTED:
-        if SHIFTS and not VARLEN:
+        if (SHIFTS and not STAGED) and not VARLEN:
             segment, block = 1 + block // tl.cdiv(V, BV), block % tl.cdiv(V, BV)
             place = n * tl.cdiv(T, C * L) + segment
         else:
@@ -65,7 +65,7 @@ def walk_back(
         # A slot may be empty, and what the first segment shifts is not needed.
         if begin_chunk >= end_chunk:
             return
-        if SHIFTS and segment == 0:
+        if (SHIFTS and not STAGED) and segment == 0:
             return
     i, dk = tl.arange(0, C), tl.arange(0, BK)
     dv_0 = block * BV
@@ -86,11 +86,13 @@ def walk_back(
         s_tiles = state_tiles(d_states, hv, chunk_slots, V, K, BV, BK, TMA)
     own = (tl.cast(place, tl.int64) * HV + hv) * (K * V)
     cell = dk[None, :] * V + dv[:, None]
-    from_end, known = d_end + own + cell, in_state
-    if SHIFTS:
-        from_end = d_end + (tl.cast(n, tl.int64) * HV + hv) * (K * V) + cell
-        known = in_state & is_last
-    dS = tl.load(from_end, mask=known, other=0.0)
+    dS = tl.zeros([BV, BK], tl.float32)
+    if not STAGED:
+        from_end, known = d_end + own + cell, in_state
+        if SHIFTS and SEGMENTED:
+            from_end = d_end + (tl.cast(n, tl.int64) * HV + hv) * (K * V) + cell
+            known = in_state & is_last
+        dS = tl.load(from_end, mask=known, other=0.0)
     for step in range(end_chunk - begin_chunk):
         chunk = end_chunk - 1 - step
         slot = (first_slot + chunk).to(tl.int32)

@@ -213,6 +213,14 @@ def test_sequences_are_cut_where_two_walks_end_first(heads: int, chunks: int, se
     assert fastest_segment(264, heads, 2, 2, chunks) == segment
 
 
+@pytest.mark.parametrize(
+    ("heads", "chunks", "segment"),
+    [(32, 128, 32), (64, 128, 64), (8, 512, 64), (128, 128, 0), (256, 128, 0), (8, 8, 0)],
+)
+def test_stages_are_cut_for_maps_of_all_segments(heads: int, chunks: int, segment: int) -> None:
+    assert fastest_segment(264, heads, 2, 2, chunks, is_staged=True) == segment
+
+
 # Bad input.
 
 
