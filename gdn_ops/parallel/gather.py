@@ -1,12 +1,14 @@
 """Run a split sequence by summaries of its pieces, which all ranks gather: docs/math.md §6.
 
 All ranks work at once, and exchange once a direction. In return a piece between two others is
-walked twice: for its summary, and for its results.
+walked twice: for its summary, and for its results. A backend that has stages does everything else
+once: the first stage of a piece is run before the exchange, the second one behind it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from gdn_ops.parallel import exchange
 from gdn_ops.parallel.parts import (
     ALL,
     LocalCall,
+    Part,
     Saved,
     apart,
     check_parts,
@@ -60,36 +63,50 @@ class Gather:
             As `Pipeline.forward`; behind the parts are the maps M of the middle pieces.
         """
         saved: dict[Step, Saved] = {}
-        maps: dict[Key, Tensor] = {}
+        staged: dict[Step, tuple[Part, tuple[Tensor, ...]]] = {}
         known: dict[Key, tuple[Tensor, Tensor | None]] = {}
 
         def run(step: Step, states: Sequence[Tensor | None]) -> None:
             state = joined(states)
-            part = part_of(self.local, tokens, step, ALL, state)
-            out = part.forward()
+            if step in staged:
+                part, kept = staged.pop(step)
+                out = part.started(state).resume(kept)
+            else:
+                out = part_of(self.local, tokens, step, ALL, state).forward()
             put(o, out.o, step, ALL.values)
             for piece, own in apart(step, out.final_state):
-                known[piece.sequence, piece.position] = own, None
+                if _starts(piece):
+                    known[piece.sequence, piece.position] = own, None
                 if finals is not None and self.split.is_last(piece):
                     finals[self.local.rows(piece)] = own
             if self.local.call.needs_grad:
                 saved[step] = Saved(state, out.saved)
 
-        for step in self._steps(lambda piece: piece.position == 0):
+        for step in self._steps(_starts):
             run(step, [self.local.started(piece) for piece in step.pieces])
-        for step in self._steps(self._is_between):
-            # Nothing is asked of gradients: the backward has a formula of its own.
-            M, R = summary_of(part_of(self.local, tokens, step, ALL, None).call, self.local.backend)
+        for step in self._steps(_continues):
+            part = part_of(self.local, tokens, step, ALL, None)
+            if part.backend.has_stages:
+                M, R, kept = part.summarise()
+                staged[step] = part, kept
+            else:
+                step = self._between(step)
+                if not step.pieces:
+                    continue
+                part = part_of(self.local, tokens, step, ALL, None)
+                # Nothing is asked of gradients: the backward has a formula of its own.
+                M, R = summary_of(part.call, self.local.backend)
             for (piece, own), (_, m) in zip(apart(step, R), apart(step, M), strict=True):
-                known[piece.sequence, piece.position] = own, m
-                maps[piece.sequence, piece.position] = m
+                if self._is_between(piece):
+                    known[piece.sequence, piece.position] = own, m
         starts = self._composed("summaries of gated_delta", known, is_backward=False)
-        for step in self._steps(lambda piece: piece.position > 0):
+        for step in self._steps(_continues):
             run(step, [starts[piece.sequence, piece.position] for piece in step.pieces])
         if not self.local.call.needs_grad:
             return []
         parts = [saved[step] for step in self._all_steps()]
-        return [*parts, Saved(None, tuple(maps[key] for key in sorted(maps)))]
+        maps = (known[key][1] for key in sorted(known))
+        return [*parts, Saved(None, tuple(M for M in maps if M is not None))]
 
     def backward(
         self,
@@ -102,7 +119,6 @@ class Gather:
     ) -> None:
         """Compute the gradients, as `Pipeline.backward` does."""
         *parts, (_, kept_maps) = saved
-        kept = dict(zip(self._all_steps(), parts, strict=True))
         between = sorted(
             (piece.sequence, piece.position)
             for piece in self.split.local_pieces
@@ -110,33 +126,20 @@ class Gather:
         )
         maps = dict(zip(between, kept_maps, strict=True))
         known: dict[Key, tuple[Tensor, Tensor | None]] = {}
-
-        def run(step: Step, d_final: Tensor, *, is_first_pass: bool) -> None:
-            of_part = kept[step]
-            part = part_of(self.local, tokens, step, ALL, of_part.state)
-            own, d_start = part.backward(of_part.tensors, take(d_o, step, ALL.values), d_final)
+        kept = dict(zip(self._all_steps(), parts, strict=True))
+        run = _Backward(self, tokens, kept, d_o, grads, d_state)
+        for step in self._steps(_continues):
+            d_start = run.start(step, self._d_ends(step, d_finals, None))
             if d_start is not None:
                 for piece, d_own in apart(step, d_start):
                     key = piece.sequence, piece.position
-                    if piece.position and (is_first_pass or self.split.is_last(piece)):
-                        known[key] = d_own, maps.get(key)
-                    elif not piece.position and d_state is not None:
-                        d_state[self.local.rows(piece)] += d_own
-            if is_first_pass:
-                return
-            for whole, grad in zip(grads, own, strict=True):
-                if whole is not None and grad is not None:
-                    put(whole, grad, step, slice(None))
-
-        for step in self._all_steps():
+                    known[key] = d_own, maps.get(key)
+        for step in self._steps(_starts):
             if all(map(self.split.is_last, step.pieces)):
-                run(step, self._d_ends(step, d_finals, {}), is_first_pass=False)
-            elif step.pieces[0].position:
-                run(step, self._d_ends(step, d_finals, None), is_first_pass=True)
+                run.finish(step, self._d_ends(step, d_finals, None))
         ends = self._composed("gradients of summaries", known, is_backward=True)
-        for step in self._all_steps():
-            if not all(map(self.split.is_last, step.pieces)):
-                run(step, self._d_ends(step, d_finals, ends), is_first_pass=False)
+        for step in run.unfinished:
+            run.finish(step, self._d_ends(step, d_finals, ends))
 
     def _d_ends(
         self, step: Step, d_finals: Tensor | None, ends: dict[Key, Tensor] | None
@@ -152,6 +155,10 @@ class Gather:
                 own.append(ends[piece.sequence, piece.position])
         return joined(own)
 
+    def _between(self, step: Step) -> Step:
+        """Return a call of those pieces of another that lie between two others."""
+        return replace(step, pieces=tuple(filter(self._is_between, step.pieces)))
+
     def _is_between(self, piece: Piece) -> bool:
         return piece.position > 0 and not self.split.is_last(piece)
 
@@ -165,8 +172,8 @@ class Gather:
 
     def _all_steps(self) -> Iterator[Step]:
         """Yield the calls of this rank: of pieces that start sequences, then of the others."""
-        yield from self._steps(lambda piece: piece.position == 0)
-        yield from self._steps(lambda piece: piece.position > 0)
+        yield from self._steps(_starts)
+        yield from self._steps(_continues)
 
     def _composed(
         self, kind: str, known: dict[Key, tuple[Tensor, Tensor | None]], *, is_backward: bool
@@ -221,6 +228,83 @@ class Gather:
         like = self.local.states()
         size = like.shape[-2] if self.local.call.rule.has_erase else 1
         return like.new_empty((*like.shape[:2], size, size))
+
+
+class _Backward:
+    """Run the backwards of the calls of one rank, in stages where a backend has them.
+
+    Args:
+        gather: of the rank.
+        tokens: of the rank.
+        saved: by the forwards of its calls.
+        d_o: gradient of the output.
+        grads: where those of the tokens are written.
+        d_state: where those of the initial states are added, or None.
+    """
+
+    def __init__(
+        self,
+        gather: Gather,
+        tokens: Tokens,
+        saved: dict[Step, Saved],
+        d_o: Tensor,
+        grads: Tokens,
+        d_state: Tensor | None,
+    ) -> None:
+        self.local, self.split, self.tokens, self.saved = gather.local, gather.split, tokens, saved
+        self.d_o, self.grads, self.d_state = d_o, grads, d_state
+        self._staged: dict[Step, tuple[Part, tuple[Tensor, ...]]] = {}
+
+    @property
+    def unfinished(self) -> list[Step]:
+        """Return the calls whose gradients are not written."""
+        return [*self.saved]
+
+    def start(self, step: Step, d_end: Tensor) -> Tensor | None:
+        """Return the gradient of what a call started from, given those of its ends, or zeros."""
+        _, tensors = self.saved[step]
+        part = self._part(step, with_state=False)
+        if part.backend.has_stages:
+            part = part.started(self.saved[step].state)
+            d_start, kept = part.summarise_gradients(tensors, self._d_o(step), d_end)
+            self._staged[step] = part, kept
+            return d_start
+        if all(map(self.split.is_last, step.pieces)):
+            return self.finish(step, d_end)
+        return self._part(step).backward(tensors, self._d_o(step), d_end)[1]
+
+    def finish(self, step: Step, d_end: Tensor) -> Tensor | None:
+        """Write all gradients of a call; return that of what it started from, or None."""
+        if step in self._staged:
+            part, kept = self._staged.pop(step)
+            _, tensors = self.saved.pop(step)
+            own, d_start = part.resume_gradients(tensors, kept, self._d_o(step), d_end)
+        else:
+            part = self._part(step)
+            _, tensors = self.saved.pop(step)
+            own, d_start = part.backward(tensors, self._d_o(step), d_end)
+        for whole, grad in zip(self.grads, own, strict=True):
+            if whole is not None and grad is not None:
+                put(whole, grad, step, slice(None))
+        if self.d_state is not None and d_start is not None and _starts(step.pieces[0]):
+            for piece, d_own in apart(step, d_start):
+                self.d_state[self.local.rows(piece)] += d_own
+        return d_start
+
+    def _part(self, step: Step, *, with_state: bool = True) -> Part:
+        state = self.saved[step].state if with_state else None
+        return part_of(self.local, self.tokens, step, ALL, state)
+
+    def _d_o(self, step: Step) -> Tensor:
+        return take(self.d_o, step, ALL.values)
+
+
+def _starts(piece: Piece) -> bool:
+    return piece.position == 0
+
+
+def _continues(piece: Piece) -> bool:
+    return piece.position > 0
 
 
 def _applied(M: Tensor, state: Tensor | None, R: Tensor, is_backward: bool) -> Tensor:

@@ -12,7 +12,15 @@ from torch import Tensor
 from gdn_ops.call.bind import Arguments, Call, Targets, Tokens, bind
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.dispatch.registry import select
-from gdn_ops.dispatch.results import Forward, checked_forward, checked_grads
+from gdn_ops.dispatch.results import (
+    Forward,
+    Grads,
+    Summarised,
+    checked_forward,
+    checked_grads,
+    checked_start,
+    checked_summary,
+)
 from gdn_ops.kernel_support.host_memory import empty
 from gdn_ops.parallel.schedule import Heads, Step
 from gdn_ops.parallel.split import Piece, SequenceSplit
@@ -118,7 +126,39 @@ class Part(NamedTuple):
         self, saved: tuple[Tensor, ...], d_o: Tensor, d_final: Tensor
     ) -> tuple[Sequence[Tensor | None], Tensor | None]:
         """Return the gradients of the tokens, and of the initial state."""
-        grads = self.backend.backward(self.call, saved, d_o, d_final)
+        return self._checked(self.backend.backward(self.call, saved, d_o, d_final))
+
+    def summarise(self) -> Summarised:
+        """Compute what the tokens make of any state, the first stage of a forward."""
+        return checked_summary(self.backend, self.call, self.backend.summarise(self.call))
+
+    def started(self, state: Tensor | None) -> Part:
+        """Return the part with its initial state."""
+        return self._replace(call=self.call.with_tensors(self.call.tokens, state))
+
+    def resume(self, kept: tuple[Tensor, ...]) -> Forward:
+        """Compute o and the final state, the second stage of a forward."""
+        return checked_forward(self.backend, self.call, self.backend.resume(self.call, kept))
+
+    def summarise_gradients(
+        self, saved: tuple[Tensor, ...], d_o: Tensor, d_final: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Compute the gradient of the initial state, the first stage of a backward."""
+        out = self.backend.summarise_gradients(self.call, saved, d_o, d_final)
+        return checked_start(self.backend, self.call, out)
+
+    def resume_gradients(
+        self,
+        saved: tuple[Tensor, ...],
+        kept: tuple[Tensor, ...],
+        d_o: Tensor,
+        d_final: Tensor,
+    ) -> tuple[Sequence[Tensor | None], Tensor | None]:
+        """Return what `backward` does, by the second stage of a backward."""
+        grads = self.backend.resume_gradients(self.call, saved, kept, d_o, d_final)
+        return self._checked(grads)
+
+    def _checked(self, grads: Grads) -> tuple[Sequence[Tensor | None], Tensor | None]:
         tensors = (*self.call.tokens, self.call.state)
         *tokens, state = checked_grads(self.backend, tensors, grads)
         return tokens, state

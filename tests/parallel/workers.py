@@ -73,6 +73,25 @@ def forward_and_gradients(group: Any, case: Case) -> dict[str, Tensor]:
     return {"o": o.detach(), "final_state": state.detach(), **found}
 
 
+def launches(group: Any, case: Case) -> list[str]:
+    """Return the kernels that this rank launches, in their order, while they are emulated."""
+    from gdn_ops.backends.triton.emulation import programs
+
+    names: list[str] = []
+
+    def noting(kernel: Any, *arguments: Any) -> None:
+        names.append(kernel.__name__)
+        emulate(kernel, *arguments)
+
+    emulate = programs.emulate
+    programs.emulate = noting
+    try:
+        forward_and_gradients(group, case)
+    finally:
+        programs.emulate = emulate
+    return names
+
+
 @dataclass(frozen=True)
 class ModelCase:
     """Describe a training step of a model on several ranks.
