@@ -8,19 +8,17 @@ import pytest
 import torch
 
 from gdn_ops.testing.example import Example
+from tests.parallel.mutants import MUTANTS, mutated_call, mutated_model
 from tests.parallel.ranks import Ranks
 from tests.parallel.test_models import check_equal, on_one_process
 from tests.parallel.test_sequence import assembled, judged
 from tests.parallel.workers import (
-    MUTANTS,
     Case,
     ModelCase,
     bits,
     forward_and_gradients,
     kept_bytes,
     model_gradients,
-    mutated_call,
-    mutated_model,
     over_a_mesh,
     reset_at,
     traffic,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch.nn import functional
 
 from gdn_ops import gated_delta, parallel
 from gdn_ops.nn import HybridLM
-from gdn_ops.parallel import exchange, gather, halo, parts, pipeline
+from gdn_ops.parallel import parts
 from gdn_ops.testing.example import Example
 
 VOCABULARY = 11
@@ -261,107 +259,6 @@ def kept_bytes(group: Any, tokens: int, strategy: str) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         parallel.gated_delta(*inputs, *gates, split=split, strategy=strategy)
     return sum(kept.values())
-
-
-@contextlib.contextmanager
-def mutated(name: str) -> Iterator[None]:
-    """Break one exchange."""
-    target, attribute, broken = MUTANTS[name]
-    kept = getattr(target, attribute)
-    setattr(target, attribute, broken(kept))
-    try:
-        yield
-    finally:
-        setattr(target, attribute, kept)
-
-
-def _applied_without_reverse(right: Any) -> Any:
-    return lambda M, state, R, is_backward: right(M, state, R, False)
-
-
-def _applied_without_map(right: Any) -> Any:
-    return lambda M, state, R, is_backward: R
-
-
-def _applied_in_wrong_order(right: Any) -> Any:
-    def applied(M: Tensor, state: Tensor | None, R: Tensor, is_backward: bool) -> Tensor:
-        return R if state is None else right(M, R, state, is_backward)
-
-    return applied
-
-
-def _without_last_hop(right: Any) -> Any:
-    def started(self: Any, step: Any, g: int, came: Any) -> Any:
-        state = right(self, step, g, came)
-        return None if state is None else state * 0 if g == len(self.groups) - 1 else state
-
-    return started
-
-
-def _d_final_of_the_chain_dropped(right: Any) -> Any:
-    def d_final(self: Any, step: Any, g: int, came: Any, d_finals: Any) -> Any:
-        return right(self, step, g, came, d_finals) * 0
-
-    return d_final
-
-
-def _swapped_groups(right: Any) -> Any:
-    def transfer(group: Any, kind: str, sent: Any, received: Any) -> Any:
-        if "states" in kind:
-            sent = [message._replace(tensor=message.tensor.flip(-3)) for message in sent]
-        return right(group, kind, sent, received)
-
-    return transfer
-
-
-def _lends_nothing(right: Any) -> Any:
-    return lambda split, count: iter(())
-
-
-def _lends_one_token_too_early(right: Any) -> Any:
-    def local(piece: Any, start: int, stop: int) -> slice:
-        shift = int(start > piece.start)
-        own: slice = right(piece, start - shift, stop - shift)
-        return own
-
-    return local
-
-
-def _keeps_gradients_of_loans(right: Any) -> Any:
-    def exchange_tokens(*arguments: Any, is_backward: bool) -> None:
-        if not is_backward:
-            right(*arguments, is_backward=False)
-
-    return exchange_tokens
-
-
-def _totals_own_share(right: Any) -> Any:
-    return lambda group, kind, x: x.clone()
-
-
-MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "a missing reverse map": (gather, "_applied", _applied_without_reverse),
-    "maps dropped": (gather, "_applied", _applied_without_map),
-    "maps in the wrong order": (gather, "_applied", _applied_in_wrong_order),
-    "a state of the last heads dropped": (pipeline.Pipeline, "_started", _without_last_hop),
-    "a gradient of states dropped": (pipeline.Pipeline, "_d_final", _d_final_of_the_chain_dropped),
-    "states of other heads": (exchange, "transfer", _swapped_groups),
-    "a halo dropped": (halo, "loans", _lends_nothing),
-    "a halo one token early": (halo, "_local", _lends_one_token_too_early),
-    "the gradient of a halo dropped": (halo, "_exchange", _keeps_gradients_of_loans),
-    "final states not summed": (exchange, "total", _totals_own_share),
-}
-"""Broken exchanges: what is replaced, and by what of it."""
-
-
-def mutated_call(group: Any, name: str, case: Case) -> dict[str, Tensor]:
-    with mutated(name):
-        return forward_and_gradients(group, case)
-
-
-def mutated_model(group: Any, name: str, case: ModelCase) -> dict[str, Tensor]:
-    with mutated(name):
-        return model_gradients(group, case)
 
 
 def die(group: Any, victim: int, when: str) -> str:
