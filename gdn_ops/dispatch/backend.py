@@ -107,6 +107,9 @@ class Backend:
 
         Args:
             call: without an initial state.
+
+        Raises:
+            NotImplementedError: the backend has no stages.
         """
         raise _without_stage(self, "summarise")
 
@@ -115,7 +118,10 @@ class Backend:
 
         Args:
             call: that of the first stage, with its initial state.
-            kept: what `summarise` kept; it may be written to.
+            kept: what `summarise` kept, shaped as in its result; it may be written to.
+
+        Raises:
+            NotImplementedError: the backend has no stages.
         """
         raise _without_stage(self, "resume")
 
@@ -126,12 +132,15 @@ class Backend:
 
         Args:
             call: that of `resume`.
-            saved: the tensors that `resume` saved.
+            saved: the tensors that `resume` saved, shaped as in its result.
             d_o: (B, T, HV, V) gradient of the output.
             d_state: (N, HV, K, V) gradient of the final state; zeros where it is not known yet.
 
         Returns:
             That gradient (N, HV, K, V) in the compute dtype, and what `resume_gradients` reads.
+
+        Raises:
+            NotImplementedError: the backend has no stages.
         """
         raise _without_stage(self, "summarise_gradients")
 
@@ -142,9 +151,12 @@ class Backend:
         """Return all gradients, the second stage: those that `backward` would.
 
         Args:
-            call, saved, d_o: as given to `summarise_gradients`.
-            kept: what it kept.
+            call, saved, d_o: as in `summarise_gradients`.
+            kept: what that one kept, shaped as it likes.
             d_state: (N, HV, K, V) gradient of the final state, known now.
+
+        Raises:
+            NotImplementedError: the backend has no stages.
         """
         raise _without_stage(self, "resume_gradients")
 

@@ -201,7 +201,7 @@ def op_seconds(
         pieces: runs that the sequence is cut into; `ranks` when not given.
         groups: of heads, in a pipeline; the best number when not given.
         trains: whether a backward follows; a forward alone otherwise.
-        fused: whether summaries come from a walk that a backend makes anyway; none does.
+        fused: whether summaries come from a walk that a backend makes anyway, as stages do.
 
     Raises:
         SpecError: the call cannot be split so.
