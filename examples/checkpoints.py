@@ -50,7 +50,7 @@ def save(folder: Path, about: dict[str, Any], model: nn.Module, optimizer: Optim
         return
     target, is_first = _folder_of(folder, about["step"]), _rank() == 0
     if is_first:
-        # What an interrupted process left.
+        # Remove what an interrupted process left.
         shutil.rmtree(target, ignore_errors=True)
     _barrier()
     weights, moments = get_state_dict(model, optimizer)

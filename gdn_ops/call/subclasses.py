@@ -28,7 +28,7 @@ def distributed_type() -> type[Tensor] | None:
     return getattr(module, "DTensor", None)
 
 
-# What torch.compiler.assume_constant_result does, see `registry.traceable_step`.
+# Do what torch.compiler.assume_constant_result does, see `registry.traceable_step`.
 distributed_type._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

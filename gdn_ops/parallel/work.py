@@ -105,7 +105,7 @@ class _Tensors:
 
 def _tensors(s: Sizes, machine: Machine, dtype: str) -> _Tensors:
     tokens, e, C = s.B * s.T, ELEMENTS[dtype], chunk_of(machine, dtype)
-    # What is kept of float16 is float32: it may leave the range of float16.
+    # Count what is kept of float16 as float32: it may leave the range of float16.
     kept = 4 if dtype == "float16" else e
     return _Tensors(
         keys=2 * tokens * s.H * s.K * e,

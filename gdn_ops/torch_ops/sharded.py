@@ -119,7 +119,7 @@ def _run(operator: Operator, values: tuple[Any, ...]) -> Any:
             call.distributed(part, call.plan.placements(axes), shape)
             for part, (axes, shape) in zip(local, shapes.values(), strict=False)
         ]
-    # What a backend saves follows the results, as it is.
+    # Append what a backend saves to the results, as it is.
     results += local[len(results) :]
     return results[0] if len(results) == 1 else tuple(results)
 

@@ -86,7 +86,7 @@ def load_rules_of_distributed() -> None:
     from gdn_ops.torch_ops import sharded as sharded  # imports torch.distributed.tensor
 
 
-# What torch.compiler.assume_constant_result does, see `registry.traceable_step`.
+# Do what torch.compiler.assume_constant_result does, see `registry.traceable_step`.
 load_rules_of_distributed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

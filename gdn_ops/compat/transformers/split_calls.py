@@ -22,7 +22,7 @@ ARCHITECTURES = ("lara_mini", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_ne
 Qwen4-Exp also reads n-grams and selects keys."""
 
 HEADS = ("Model", "ForCausalLM", "ForConditionalGeneration")
-"""How names of classes end whose outputs are per token, and whose loss is a sum over tokens."""
+"""End the names of classes whose outputs are per token, and whose loss is a sum over tokens."""
 
 OF_TOKENS = (
     *("cache", "past_key_values", "cache_params", MASK),
