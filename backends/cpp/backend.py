@@ -95,14 +95,12 @@ class Cpp(Backend):
         call, initial = _prepared(call)
         q, k, v, alpha, log_alpha, beta = given.tokens
         decay = log_alpha if alpha is None else alpha
-        to_q, to_k, to_v = (given.targets or Targets())[1:4]
+        to_q, to_k, to_v, *to_decays, to_beta = (given.targets or Targets()).of_tokens
+        to_decay = to_decays[alpha is None]
         d_q = empty((s.B, s.T, s.H, s.K), q.dtype, call.device) if to_q is None else to_q
         d_k = empty((s.B, s.T, s.H, s.K), k.dtype, call.device) if to_k is None else to_k
         d_v = empty((s.B, s.T, s.HV, s.V), v.dtype, call.device) if to_v is None else to_v
-        d_decay, d_beta = (
-            None if x is None else torch.empty(x.shape, dtype=torch.float32, device=call.device)
-            for x in (decay, beta)
-        )
+        d_decay, d_beta = _of_gate(decay, to_decay), _of_gate(beta, to_beta)
         d_initial = None if given.state is None else torch.empty_like(d_state).contiguous()
         d_o, d_final = calls.readable(d_o), calls.whole(d_state)
         assert d_final is not None
@@ -146,6 +144,15 @@ class Cpp(Backend):
             stored = torch.float32 if call.state is None else call.state.dtype
             states = empty((s.B, s.T, s.HV, s.K, s.V), stored, call.device)
         return o, _decode(call, o, states, calls.array), states
+
+
+def _of_gate(gate: Tensor | None, target: Tensor | None) -> Tensor | None:
+    """Return where the gradient of a gate is written in float32, or None without a gate."""
+    if gate is None:
+        return None
+    if target is not None and target.dtype == torch.float32:
+        return target
+    return torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
 
 
 def _shape_of_states(call: Call) -> tuple[int, ...]:

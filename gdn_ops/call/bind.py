@@ -57,7 +57,7 @@ class Targets(NamedTuple):
 
     Attributes:
         o: (B, T, HV, V), of a forward.
-        q, k, v: for the gradients of those, of a backward.
+        q, k, v, alpha, log_alpha, beta: for the gradients of those, of a backward.
         saved: like what `Backend.saved_like` returns, contiguous, of a forward.
     """
 
@@ -65,7 +65,15 @@ class Targets(NamedTuple):
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
+    alpha: Tensor | None = None
+    log_alpha: Tensor | None = None
+    beta: Tensor | None = None
     saved: tuple[Tensor, ...] | None = None
+
+    @property
+    def of_tokens(self) -> tuple[Tensor | None, ...]:
+        """Return those for gradients, in the order of the tokens."""
+        return self[1:7]
 
 
 class Arguments(NamedTuple):

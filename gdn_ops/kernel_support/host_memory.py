@@ -21,6 +21,7 @@ from torch import Tensor
 
 HUGE_PAGE = 2 << 20
 MADV_HUGEPAGE = 14
+SMALL_PAGE = 4 << 10
 SMALLEST = 2 * HUGE_PAGE
 
 
@@ -56,3 +57,12 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
         stop = (x.data_ptr() + size) // HUGE_PAGE * HUGE_PAGE
         advise(start, stop - start, MADV_HUGEPAGE)
     return x
+
+
+def touch(x: Tensor) -> None:
+    """Take the page faults of an uninitialised contiguous tensor on a CPU now; its values change.
+
+    Whoever fills it later, while others wait, then takes none.
+    """
+    if x.device.type == "cpu" and x.nbytes >= SMALLEST:
+        x.view(-1)[:: SMALL_PAGE // x.element_size()].zero_()

@@ -206,20 +206,31 @@ def transfer(
     """
     for message in sent:
         _count(kind, message.tensor.nbytes)
-    operations = [
-        dist.P2POp(what, message.tensor, dist.get_global_rank(group, message.rank), group)
-        for what, messages in ((dist.irecv, received), (dist.isend, sent))
-        for message in messages
-    ]
-    if not operations:
+    if not sent and not received:
         return [], []
+    device = (*sent, *received)[0].tensor.device
+    timeout = _timeout(group, device)
     with exchanging(group, kind):
-        works = dist.batch_isend_irecv(operations)
-    timeout = _timeout(group, operations[0].tensor.device)
-    pending = [Pending(work, timeout) for work in works]
-    if len(pending) != len(operations):
+        if device.type == "cpu":
+            # Without what `dist.isend` asks again of every tensor, while other ranks wait for it.
+            coming = [group.recv([x], rank, 0) for rank, x in received]
+            going = [group.send([x], rank, 0) for rank, x in sent]
+            return _pending(coming, timeout), _pending(going, timeout)
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(what, x, group=group, group_peer=rank)
+                for what, messages in ((dist.irecv, received), (dist.isend, sent))
+                for rank, x in messages
+            ]
+        )
+    pending = _pending(works, timeout)
+    if len(pending) != len(received) + len(sent):
         return pending, []
     return pending[: len(received)], pending[len(received) :]
+
+
+def _pending(works: Sequence[Any], timeout: timedelta | None) -> list[Pending]:
+    return [Pending(work, timeout) for work in works]
 
 
 def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
@@ -251,14 +262,29 @@ def gather(group: dist.ProcessGroup, kind: str, x: Tensor) -> Tensor:
     return whole
 
 
-def total(group: dist.ProcessGroup, kind: str, x: Tensor) -> Tensor:
-    """Return the sum of a tensor over all ranks."""
+def total(group: dist.ProcessGroup, kind: str, share: Tensor, source: int | None = None) -> Tensor:
+    """Sum a tensor over all ranks in its own memory, and return it.
+
+    Args:
+        group: the process group.
+        kind: what is summed, for messages and `counting`.
+        share: of this rank, contiguous; the sum is written over it.
+        source: the rank that alone has a share, if it is known: it is sent, the others are not
+            read.
+    """
     ranks = dist.get_world_size(group)
-    _count(kind, x.nbytes * (ranks - 1), ranks - 1)
-    whole = x.clone(memory_format=torch.contiguous_format)
+    if source is None or source == dist.get_rank(group):
+        _count(kind, share.nbytes * (ranks - 1), ranks - 1)
     with exchanging(group, kind):
-        dist.all_reduce(whole, group=group)
-    return whole
+        if source is None:
+            dist.all_reduce(share, group=group)
+        else:
+            dist.broadcast(share, dist.get_global_rank(group, source), group=group)
+    return share
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class Total(torch.autograd.Function):
@@ -267,8 +293,8 @@ class Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, kind: str, x: Tensor) -> Tensor:
         ctx.group, ctx.kind = group, kind
-        return total(group, kind, x)
+        return total(group, kind, _copied(x))
 
     @staticmethod
     def backward(ctx: Any, d_whole: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, total(ctx.group, ctx.kind, d_whole)
+        return None, None, total(ctx.group, ctx.kind, _copied(d_whole))

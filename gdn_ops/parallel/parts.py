@@ -171,6 +171,7 @@ def part_of(
     heads: Heads,
     state: Tensor | None,
     targets: Targets | None = None,
+    like: Part | None = None,
 ) -> Part:
     """Return the part of a call that computes a step for a group of heads.
 
@@ -181,11 +182,14 @@ def part_of(
         heads: which heads.
         state: what the pieces start from, joined; None for zeros.
         targets: where its results may be written.
+        like: a part of the same step for as many heads, checked already.
     """
     call = local.call
     q, k, *others = tokens
     rest = (None if x is None else take(x, step, heads.values) for x in others)
     own = Tokens(take(q, step, heads.keys), take(k, step, heads.keys), *rest)  # type: ignore[arg-type]
+    if like is not None:
+        return Part(like.backend, replace(like.call, tokens=own, state=state, targets=targets))
     boundaries = None
     if len(step.pieces) > 1:
         boundaries = torch.tensor(step.boundaries, dtype=torch.int64, device=call.device)
@@ -201,16 +205,17 @@ def part_of(
     return Part(select(part, local.backend), part)
 
 
-def check_parts(local: LocalCall, steps: Iterable[Step], heads: Heads) -> None:
-    """Check that the backend can compute steps, given a state.
+def check_parts(local: LocalCall, steps: Iterable[Step], heads: Heads) -> list[Part]:
+    """Check that the backend can compute steps, given a state; return their parts.
 
     Raises:
         BackendUnsupportedError: it cannot.
     """
     rows = 1 if local.split.is_packed else local.call.sizes.B
-    for step in steps:
-        state = local.states(heads, rows * len(step.pieces))
-        part_of(local, local.call.tokens, step, heads, state)
+    return [
+        part_of(local, local.call.tokens, step, heads, local.states(heads, rows * len(step.pieces)))
+        for step in steps
+    ]
 
 
 def take(x: Tensor, step: Step, heads: slice) -> Tensor:
@@ -224,6 +229,11 @@ def target(whole: Tensor | None, step: Step, heads: slice) -> Tensor | None:
     """Return the view that `put` would write, or None where it is no single one."""
     runs = step.runs
     return None if whole is None or len(runs) > 1 else whole[:, runs[0], heads]
+
+
+def is_at(x: Tensor, target: Tensor | None) -> bool:
+    """Return whether a result has been written to its target."""
+    return target is not None and x.data_ptr() == target.data_ptr()
 
 
 def put(whole: Tensor, part: Tensor, step: Step, heads: slice, *, adds: bool = False) -> None:

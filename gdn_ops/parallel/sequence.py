@@ -14,8 +14,9 @@ from gdn_ops.call.pointers import refuse_unknown
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.dispatch import registry
 from gdn_ops.kernel_support.host_memory import empty
+from gdn_ops.parallel import exchange
 from gdn_ops.parallel.cost import Choice, choose
-from gdn_ops.parallel.exchange import Total, agree, check_device, eagerly
+from gdn_ops.parallel.exchange import agree, check_device, eagerly
 from gdn_ops.parallel.failures import reported
 from gdn_ops.parallel.gather import Gather
 from gdn_ops.parallel.parts import LocalCall, Saved
@@ -31,6 +32,9 @@ STRATEGIES: Final = ("auto", "pipeline", "gather")
 """Ways to compute what is split."""
 
 NAME: Final = "gdn_ops.parallel.gated_delta"
+
+FINALS: Final = "final states of gated_delta"
+"""What is exchanged where they are asked for, for messages."""
 
 SECOND_ORDER: Final = f"second derivatives of {NAME} are not computed: run it on one process"
 
@@ -105,15 +109,14 @@ def run(arguments: Arguments, split: SequenceSplit, strategy: str) -> tuple[Tens
                 raise SpecError(f"{NAME}: strategy is {strategy!r}, should be one of {known}")
             local = _bound(autocast(arguments), split)
             choice = _choice(local, strategy)
-            runner(local, choice).check()
+            run = runner(local, choice)
+            run.check()
             facts = _facts(local, strategy)
         except (SpecError, RuntimeError) as raised:
             error = raised
         agree(split.group, NAME, facts, error)
         with full_precision(local.call.device.type):
-            o, finals = _Sequence.apply(local, choice, local.state, *local.call.tokens)  # type: ignore[no-untyped-call]
-            if local.call.return_state:
-                finals = Total.apply(split.group, "final states of gated_delta", finals)  # type: ignore[no-untyped-call]
+            o, finals = _Sequence.apply(run, choice, local.state, *local.call.tokens)  # type: ignore[no-untyped-call]
             return o, finals
 
 
@@ -132,12 +135,12 @@ def _bound(arguments: Arguments, split: SequenceSplit) -> LocalCall:
         raise SpecError(f"{NAME}: q has B={s.B} rows, should be 1 where sequences are packed")
     check_device(split.group, call.device)
     if state is not None:
-        rows = split.sequences if split.is_packed else s.B
+        state = state.resolve_neg()
         # The check of one process: as if the sequences had no tokens here.
         empty = arguments.tokens.map(lambda x: x[:, :0])
         cuts = None
         if split.is_packed:
-            cuts = torch.zeros(rows + 1, dtype=torch.int64, device=call.device)
+            cuts = torch.zeros(split.sequences + 1, dtype=torch.int64, device=call.device)
         bind(GATED_DELTA, arguments._replace(tokens=empty, cu_seqlens=cuts))
     needs_grad = torch.is_grad_enabled() and requires_grad(arguments)
     return LocalCall(replace(call, needs_grad=needs_grad), state, split, arguments.backend)
@@ -191,15 +194,21 @@ class _Sequence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, local: LocalCall, choice: Choice, *tensors: Tensor | None
+        ctx: Any, run: Pipeline | Gather, choice: Choice, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        state, *tokens = tensors
-        own = Tokens(*map(_detached, tokens))  # type: ignore[arg-type]
-        local = replace(local, state=_detached(state))
-        call = local.call
+        own = Tokens(*map(_detached, tensors[1:]))  # type: ignore[arg-type]
+        local = run.local
+        call, finals = local.call, None
         o = empty(own.v.shape, own.v.dtype, call.device)
-        finals = _states(local, empty_from=local.state) if call.return_state else None
-        saved = runner(local, choice).forward(own, o, finals)
+        if call.return_state:
+            source = _ending(local.split)
+            if source in (None, local.split.rank):
+                finals = _states(local, empty_from=local.state)
+            else:
+                finals = local.states(rows=_rows(local))
+        saved = run.forward(own, o, finals)
+        if finals is not None:
+            exchange.total(local.split.group, FINALS, finals, source)
         ctx.local, ctx.choice = replace(local, state=None, call=_bare(call)), choice
         ctx.counts = [(part.state is not None, len(part.tensors)) for part in saved]
         kept = [x for state_, tensors_ in saved for x in (state_, *tensors_) if x is not None]
@@ -224,6 +233,10 @@ class _Sequence(torch.autograd.Function):
             run = runner(local, ctx.choice)
             adds = isinstance(run, Pipeline) and shares_keys(run.groups)
             grads = own.map(torch.zeros_like if adds else _empty_like)
+            if d_finals is not None:
+                # Of all ranks, whichever of them use the states.
+                share = d_finals.clone(memory_format=torch.contiguous_format)
+                d_finals = exchange.total(local.split.group, FINALS, share)
             d_state = None if state is None else _d_state(local, d_finals)
             run.backward(own, saved, d_o.resolve_neg(), d_finals, grads, d_state)
         given = None if d_state is None or state is None else d_state.to(state.dtype)
@@ -233,15 +246,23 @@ class _Sequence(torch.autograd.Function):
 
 def _states(local: LocalCall, empty_from: Tensor | None) -> Tensor:
     """Return zeros for all states, but on rank 0 what sequences without tokens start from."""
-    split, s = local.split, local.call.sizes
-    rows = split.sequences if split.is_packed else s.B
-    states = torch.zeros(
-        (rows, s.HV, s.K, s.V), dtype=local.call.compute_dtype, device=local.call.device
-    )
-    if empty_from is not None and split.rank == 0:
+    states = local.states(rows=_rows(local)).zero_()
+    if empty_from is not None and local.split.rank == 0:
         for rows_ in _empty_rows(local):
             states[rows_] = empty_from[rows_].to(states.dtype)
     return states
+
+
+def _rows(local: LocalCall) -> int:
+    """Return how many sequences the call has."""
+    return local.split.sequences if local.split.is_packed else local.call.sizes.B
+
+
+def _ending(split: SequenceSplit) -> int | None:
+    """Return the rank that has all final states, or None where several have some."""
+    chains = (split.chain(n) for n in range(split.sequences))
+    ends = {chain[-1].rank if chain else 0 for chain in chains}
+    return ends.pop() if len(ends) == 1 else None
 
 
 def _d_state(local: LocalCall, d_finals: Tensor | None) -> Tensor:
