@@ -32,6 +32,7 @@ class Cpp(Backend):
     """
 
     name = "cpp"
+    has_walks = True
     limits = Limits(
         devices=("cpu",),
         dtypes=("float32", "bfloat16", "float16"),
@@ -123,6 +124,34 @@ class Cpp(Backend):
             if given.state is None or d_initial is None
             else d_initial.to(given.state.dtype),
         )
+
+    def walk(self, call: Call) -> Tensor:
+        """Return the final state alone, the bits of `forward`."""
+        s, rows = call.sizes, None
+        if call.has_tokens:
+            rows = call if call.cu_seqlens is None else as_rows(call)
+        if not call.has_tokens or (rows is not None and is_short(rows)):
+            return self.forward(replace(call, needs_grad=False, targets=None)).final_state
+        final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
+        call, initial = _prepared(call)
+        arrays = _arrays(call.tokens)
+        packed = calls.pack_sequences(call, arrays, None, final, None, initial, threads())
+        check_status(library().gdn_forward(packed))
+        return final
+
+    def walk_back(self, call: Call, d_o: Tensor, d_state: Tensor) -> Tensor:
+        """Return the gradient of the initial state alone."""
+        d_o, d_final = calls.readable(d_o), calls.whole(d_state)
+        assert d_final is not None
+        d_initial = torch.empty_like(d_final)
+        if not call.has_tokens:
+            return d_initial.copy_(d_final)
+        call, _ = _prepared(call)
+        arrays = _arrays(call.tokens)
+        packed = calls.pack_sequences(call, arrays, None, None, None, None, threads())
+        to = calls.pack_gradients(d_o, d_final, (None,) * 5, d_initial)
+        check_status(library().gdn_backward(packed, to))
+        return d_initial
 
     def pure(self, call: Call) -> tuple[Tensor, Tensor]:
         return pure(call)

@@ -42,6 +42,8 @@ class Backend:
         has_stages: whether it runs a part of a sequence in two stages, where the state before it
             becomes known in between: `summarise` and `resume`, `summarise_gradients` and
             `resume_gradients`. A second stage repeats little of what the first one has done.
+        has_walks: whether it forms the final state alone, and the gradient of the initial state
+            alone, in less time than all results: `walk` and `walk_back`.
     """
 
     name: ClassVar[str]
@@ -52,6 +54,7 @@ class Backend:
     traceable_step: ClassVar[bool] = False
     kernels: ClassVar[bool] = False
     has_stages: ClassVar[bool] = False
+    has_walks: ClassVar[bool] = False
 
     def absence(self) -> str | None:
         """Return why it can run no call at all in this process, or None."""
@@ -160,6 +163,30 @@ class Backend:
         """
         raise _without_stage(self, "resume_gradients")
 
+    def walk(self, call: Call) -> Tensor:
+        """Return the final state of `gated_delta` alone, (N, HV, K, V) in the compute dtype.
+
+        Raises:
+            NotImplementedError: the backend has no walks.
+        """
+        raise _without_stage(self, "walk", "has_walks")
+
+    def walk_back(self, call: Call, d_o: Tensor, d_state: Tensor) -> Tensor:
+        """Return the gradient of the initial state alone, which does not depend on that state.
+
+        Args:
+            call: with or without an initial state.
+            d_o: (B, T, HV, V) gradient of the output.
+            d_state: (N, HV, K, V) gradient of the final state.
+
+        Returns:
+            That gradient (N, HV, K, V) in the compute dtype.
+
+        Raises:
+            NotImplementedError: the backend has no walks.
+        """
+        raise _without_stage(self, "walk_back", "has_walks")
+
     def pure(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run `gated_delta` so that every transform of torch.func sees through.
 
@@ -221,9 +248,11 @@ def _undefined(backend: Backend, method: str, limit: str) -> NotImplementedError
     )
 
 
-def _without_stage(backend: Backend, method: str) -> NotImplementedError:
-    """Return the error of a backend that says it has stages, and lacks one."""
-    text = f"backend {backend.name!r} has no method {method!r}, which has_stages=True promises"
+def _without_stage(
+    backend: Backend, method: str, promise: str = "has_stages"
+) -> NotImplementedError:
+    """Return the error of a backend that says it has stages or walks, and lacks one."""
+    text = f"backend {backend.name!r} has no method {method!r}, which {promise}=True promises"
     return NotImplementedError(text)
 
 

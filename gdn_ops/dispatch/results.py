@@ -109,6 +109,18 @@ def checked_start(backend: Backend, call: Call, out: Any) -> tuple[Tensor, tuple
     return out
 
 
+def checked_walk(backend: Backend, method: str, call: Call, out: Any) -> Tensor:
+    """Return what `walk` or `walk_back` returned.
+
+    Raises:
+        TypeError: it is no state, or gradient of one, of the call.
+    """
+    s = call.sizes
+    shape = (s.N, s.HV, s.K, s.V)
+    _check_tensor(backend, method, "the result", out, shape, call.compute_dtype)
+    return out  # type: ignore[no-any-return]
+
+
 def checked_grads(
     backend: Backend, tensors: Sequence[Tensor | None], grads: Any
 ) -> Sequence[Tensor | None]:

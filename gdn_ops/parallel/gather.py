@@ -271,7 +271,10 @@ class _Backward:
             return d_start
         if all(map(self.split.is_last, step.pieces)):
             return self.finish(step, d_end)
-        return self._part(step).backward(tensors, self._d_o(step), d_end)[1]
+        part = self._part(step)
+        if part.backend.has_walks:
+            return part.walk_back(self._d_o(step), d_end)
+        return part.backward(tensors, self._d_o(step), d_end)[1]
 
     def finish(self, step: Step, d_end: Tensor) -> Tensor | None:
         """Write all gradients of a call; return that of what it started from, or None."""

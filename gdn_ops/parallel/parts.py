@@ -20,6 +20,7 @@ from gdn_ops.dispatch.results import (
     checked_grads,
     checked_start,
     checked_summary,
+    checked_walk,
 )
 from gdn_ops.kernel_support.host_memory import empty
 from gdn_ops.parallel.schedule import Heads, Step
@@ -127,6 +128,15 @@ class Part(NamedTuple):
     ) -> tuple[Sequence[Tensor | None], Tensor | None]:
         """Return the gradients of the tokens, and of the initial state."""
         return self._checked(self.backend.backward(self.call, saved, d_o, d_final))
+
+    def walk(self) -> Tensor:
+        """Compute the final state alone."""
+        return checked_walk(self.backend, "walk", self.call, self.backend.walk(self.call))
+
+    def walk_back(self, d_o: Tensor, d_final: Tensor) -> Tensor:
+        """Return the gradient of the initial state alone."""
+        out = self.backend.walk_back(self.call, d_o, d_final)
+        return checked_walk(self.backend, "walk_back", self.call, out)
 
     def summarise(self) -> Summarised:
         """Compute what the tokens make of any state, the first stage of a forward."""

@@ -1,13 +1,17 @@
 """Run a split sequence as a pipeline over groups of heads, which ranks walk one after the other.
 
-No rank computes anything twice. What is lost is the time until the last rank has work, one group
-of heads for each rank before it; what is exchanged are the states at the cuts, K V numbers a head.
+No rank computes anything twice while others wait for it. What is lost is the time until the last
+rank has work, one group of heads for each rank before it. Where a backend has walks, that is the
+time of a walk: a rank with nothing to do at the end computes its first groups only then, and at
+first no more of them than the states that the next rank waits for. What is exchanged are the states
+at the cuts, K V numbers a head.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -37,6 +41,22 @@ Key = tuple[int, int, int]
 
 Aims = Callable[[Step, Heads], Targets | None]
 """Where the results of a part may be written."""
+
+
+class Turn(NamedTuple):
+    """Hold a part of a rank whose turn it is.
+
+    Attributes:
+        step: its pieces.
+        g: the number of its group of heads.
+        is_walk: whether only the state is formed that others wait for.
+        is_again: whether that has been done, and the rest is left.
+    """
+
+    step: Step
+    g: int
+    is_walk: bool = False
+    is_again: bool = False
 
 
 class Pipeline:
@@ -77,7 +97,7 @@ class Pipeline:
         Returns:
             What the backward needs of every part, in the order in which they were computed.
         """
-        saved: list[Saved] = []
+        saved: dict[tuple[Step, int], Saved] = {}
         after: dict[Key, Tensor] = {}
         arena = Arena(len(self.groups))
 
@@ -85,20 +105,26 @@ class Pipeline:
             return Targets(o=target(o, step, heads.values))
 
         views, kind = self._views(tokens, targets), "states of gated_delta"
-        for before, step, g in self._ticks(kind, after, [o], is_backward=False):
-            heads = self.groups[g]
-            state = self._started(step, g, before)
-            part = views.pop((step, g), None) or self._part(tokens, step, heads, targets)
-            out = arena.of(step, part.started(state)).forward()
+        walks = self._walks(tokens, targets, is_backward=False)
+        for before, turn in self._ticks(kind, after, [o], walks, is_backward=False):
+            step, heads = turn.step, self.groups[turn.g]
+            state = self._started(turn, before)
+            known = views.get((step, turn.g)) or self._part(tokens, step, heads, targets)
+            part = known.started(state)
+            if turn.is_walk:
+                _keep(after, turn, part.walk())
+                continue
+            out = arena.of(step, part).forward()
             if not is_at(out.o, _aims(part).o):
                 put(o, out.o, step, heads.values)
+            if not turn.is_again:
+                _keep(after, turn, out.final_state)
             for piece, own in apart(step, out.final_state):
-                after[_key(piece, g)] = own
                 if finals is not None and self.local.split.is_last(piece):
                     finals[self.local.rows(piece), heads.values] = own
             if self.local.call.needs_grad:
-                saved.append(Saved(state, out.saved))
-        return saved
+                saved[step, turn.g] = Saved(state, out.saved)
+        return [saved[part_] for part_ in self._parts()] if saved else []
 
     def backward(
         self,
@@ -128,12 +154,17 @@ class Pipeline:
             return None if adds else _gradient_targets(grads, step, heads)
 
         views, kind = self._views(tokens, targets), "gradients of states"
-        for after, step, g in self._ticks(kind, before, fresh, is_backward=True):
-            heads, of_part = self.groups[g], kept[step, g]
-            part = views.pop((step, g), None) or self._part(tokens, step, heads, targets)
-            part = part.started(of_part.state)
-            d_final = self._d_final(step, g, after, d_finals)
-            own, d_start = part.backward(of_part.tensors, take(d_o, step, heads.values), d_final)
+        walks = self._walks(tokens, targets, is_backward=True)
+        for after, turn in self._ticks(kind, before, fresh, walks, is_backward=True):
+            step, heads, of_part = turn.step, self.groups[turn.g], kept[turn.step, turn.g]
+            d_ends = self._d_final(turn, after, d_finals)
+            own_d_o = take(d_o, step, heads.values)
+            known = views.get((step, turn.g)) or self._part(tokens, step, heads, targets)
+            part = known.started(of_part.state)
+            if turn.is_walk:
+                _keep(before, turn, part.walk_back(own_d_o, d_ends))
+                continue
+            own, d_start = part.backward(of_part.tensors, own_d_o, d_ends)
             aims = _aims(part).of_tokens
             for i, (whole, grad, aim) in enumerate(zip(grads, own, aims, strict=True)):
                 if whole is not None and grad is not None and not is_at(grad, aim):
@@ -141,10 +172,10 @@ class Pipeline:
                     put(whole, grad, step, which, adds=adds and i < 2)
             if d_start is None:
                 continue
+            if not turn.is_again:
+                _keep(before, turn, d_start)
             for piece, d_own in apart(step, d_start):
-                if piece.position:
-                    before[_key(piece, g)] = d_own
-                elif d_state is not None:
+                if piece.position == 0 and d_state is not None:
                     d_state[self.local.rows(piece), heads.values] += d_own
 
     def _views(self, tokens: Tokens, targets: Aims) -> dict[tuple[Step, int], Part]:
@@ -174,19 +205,28 @@ class Pipeline:
                     yield step, tick - step.forward
 
     def _ticks(
-        self, kind: str, made: dict[Key, Tensor], fresh: Sequence[Tensor], *, is_backward: bool
-    ) -> Iterator[tuple[dict[Key, Tensor], Step, int]]:
+        self,
+        kind: str,
+        made: dict[Key, Tensor],
+        fresh: Sequence[Tensor],
+        walks: int,
+        *,
+        is_backward: bool,
+    ) -> Iterator[tuple[dict[Key, Tensor], Turn]]:
         """Yield the parts of this rank when all that they start from has come.
+
+        Those that are walked come again behind all others.
 
         Args:
             kind: what is exchanged.
             made: what parts have made, by piece and group: states behind pieces, or gradients of
                 those before them.
             fresh: uninitialised tensors, which parts write their results to.
+            walks: how many of the first groups are walked first.
             is_backward: whether the chains are walked from their ends.
 
         Yields:
-            What came for pieces by piece and group, the step, and the number of the group.
+            What came for pieces by piece and group, and the part.
         """
         rank, groups = self.local.split.rank, len(self.groups)
         hops: dict[int, list[tuple[Hop, int]]] = defaultdict(list)
@@ -218,7 +258,9 @@ class Pipeline:
                 g = tick - (step.backward if is_backward else step.forward)
                 if 0 <= g < groups:
                     fresh = ()
-                    yield came, step, g
+                    yield came, Turn(step, g, is_walk=g < walks)
+        for g in range(walks):
+            yield came, Turn(self.schedule.steps[0], g, is_again=True)
         exchange.wait(self.group, kind, kept)
 
     def _exchange(
@@ -252,31 +294,55 @@ class Pipeline:
         step = self.schedule.of(piece)
         return step.backward if is_backward else step.forward
 
-    def _started(self, step: Step, g: int, came: dict[Key, Tensor]) -> Tensor | None:
-        """Return the states that the pieces of a step start from, joined; None for zeros."""
+    def _walks(self, tokens: Tokens, targets: Aims, *, is_backward: bool) -> int:
+        """Return how many groups are walked first, for others that wait, and computed at the end.
+
+        As many as this rank has nothing to do for behind its last one: it loses no time. A rank
+        with several steps has such times in between, which walks would fill only in part.
+        """
+        steps = self.schedule.steps
+        if len(steps) != 1:
+            return 0
+        own = steps[0].backward if is_backward else steps[0].forward
+        part = self._part(tokens, steps[0], self.groups[0], targets)
+        idle = self.schedule.ticks - 1 - own
+        return min(idle, len(self.groups)) if part.backend.has_walks else 0
+
+    def _started(self, turn: Turn, came: dict[Key, Tensor]) -> Tensor | None:
+        """Return the states that the pieces of a part start from, joined; None for zeros."""
         states = [
-            came.pop(_key(piece, g))
+            _taken(came, piece, turn)
             if piece.position
-            else self.local.started(piece, self.groups[g])
-            for piece in step.pieces
+            else self.local.started(piece, self.groups[turn.g])
+            for piece in turn.step.pieces
         ]
         # Pieces of a step stand at one place: all start sequences, or none does.
         return joined(states)
 
-    def _d_final(
-        self, step: Step, g: int, came: dict[Key, Tensor], d_finals: Tensor | None
-    ) -> Tensor:
-        """Return the gradients of the states behind the pieces of a step, joined."""
-        heads = self.groups[g]
+    def _d_final(self, turn: Turn, came: dict[Key, Tensor], d_finals: Tensor | None) -> Tensor:
+        """Return the gradients of the states behind the pieces of a part, joined."""
+        heads = self.groups[turn.g]
         own: list[Tensor] = []
-        for piece in step.pieces:
+        for piece in turn.step.pieces:
             if not self.local.split.is_last(piece):
-                own.append(came.pop(_key(piece, g)))
+                own.append(_taken(came, piece, turn))
             elif d_finals is None:
                 own.append(self.local.states(heads).zero_())
             else:
                 own.append(d_finals[self.local.rows(piece), heads.values])
         return joined(own)
+
+
+def _taken(came: dict[Key, Tensor], piece: Piece, turn: Turn) -> Tensor:
+    """Return what came for a piece; it is kept for another turn behind a walk."""
+    key = _key(piece, turn.g)
+    return came[key] if turn.is_walk else came.pop(key)
+
+
+def _keep(made: dict[Key, Tensor], turn: Turn, states: Tensor) -> None:
+    """Keep what the pieces of a part have made of their states until it is sent."""
+    for piece, own in apart(turn.step, states):
+        made[_key(piece, turn.g)] = own
 
 
 def _shape(step: Step, heads: Heads) -> tuple[int, ...]:

@@ -140,6 +140,12 @@ def test_a_stage_that_a_backend_promises_and_nobody_wrote_is_named(method: str, 
     assert text == f"backend 'half' has no method {method!r}, which has_stages=True promises"
 
 
+@pytest.mark.parametrize(("method", "count"), [("walk", 1), ("walk_back", 3)])
+def test_a_walk_that_a_backend_promises_and_nobody_wrote_is_named(method: str, count: int) -> None:
+    text = message_of(NotImplementedError, getattr(half(has_walks=True)(), method), *[None] * count)
+    assert text == f"backend 'half' has no method {method!r}, which has_walks=True promises"
+
+
 @pytest.mark.parametrize("reasons", [None, "it is slow"])
 def test_reasons_that_are_no_list_are_refused(reasons: Any) -> None:
     register_backend(half(reasons=lambda self, call: reasons))

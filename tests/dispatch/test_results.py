@@ -15,7 +15,7 @@ from errors import message_of
 from gdn_ops import Backend, Forward, Grads, Limits, register_backend
 from gdn_ops.call.bind import Arguments, Call, Tokens, bind
 from gdn_ops.dispatch.registry import get_backend, unregister_backend
-from gdn_ops.dispatch.results import Summarised, checked_start, checked_summary
+from gdn_ops.dispatch.results import Summarised, checked_start, checked_summary, checked_walk
 from gdn_ops.spec.ops import GATED_DELTA
 from good_calls import draft, token
 
@@ -265,6 +265,12 @@ STAGES: list[tuple[Callable[..., Any], Any, str]] = [
         (None, ()),
         "summarise_gradients returns the gradient as None, should return a tensor (1, 2, 4, 5) of "
         "float32",
+    ),
+    (
+        lambda backend, call, out: checked_walk(backend, "walk", call, out),
+        torch.zeros(1, 2, 5, 4),
+        "walk returns the result as a tensor (1, 2, 5, 4) of float32, should return a tensor "
+        "(1, 2, 4, 5) of float32",
     ),
 ]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gdn_ops.parallel import exchange, gather, halo, pipeline
+from gdn_ops.parallel import exchange, gather, halo, parts, pipeline
 from tests.parallel.workers import Case, ModelCase, forward_and_gradients, model_gradients
 
 
@@ -40,16 +40,16 @@ def _applied_in_wrong_order(right: Any) -> Any:
 
 
 def _without_last_hop(right: Any) -> Any:
-    def started(self: Any, step: Any, g: int, came: Any) -> Any:
-        state = right(self, step, g, came)
-        return None if state is None else state * 0 if g == len(self.groups) - 1 else state
+    def started(self: Any, turn: Any, came: Any) -> Any:
+        state = right(self, turn, came)
+        return None if state is None else state * 0 if turn.g == len(self.groups) - 1 else state
 
     return started
 
 
 def _d_final_of_the_chain_dropped(right: Any) -> Any:
-    def d_final(self: Any, step: Any, g: int, came: Any, d_finals: Any) -> Any:
-        return right(self, step, g, came, d_finals) * 0
+    def d_final(self: Any, turn: Any, came: Any, d_finals: Any) -> Any:
+        return right(self, turn, came, d_finals) * 0
 
     return d_final
 
@@ -85,7 +85,11 @@ def _keeps_gradients_of_loans(right: Any) -> Any:
 
 
 def _totals_own_share(right: Any) -> Any:
-    return lambda group, kind, x: x.clone()
+    return lambda group, kind, share, source=None: share
+
+
+def _walks_from_zeros(right: Any) -> Any:
+    return lambda self, *given: right(self, *given) * 0
 
 
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
@@ -98,6 +102,8 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "a halo dropped": (halo, "loans", _lends_nothing),
     "a halo one token early": (halo, "_local", _lends_one_token_too_early),
     "the gradient of a halo dropped": (halo, "_exchange", _keeps_gradients_of_loans),
+    "a walked state dropped": (parts.Part, "walk", _walks_from_zeros),
+    "a walked gradient dropped": (parts.Part, "walk_back", _walks_from_zeros),
     "final states not summed": (exchange, "total", _totals_own_share),
 }
 """Broken exchanges: what is replaced, and by what of it."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from gdn_ops import GATED_DELTA
 from gdn_ops.testing.example import Example
+from gdn_ops.testing.runs import installed
+from gdn_ops.testing.strategies import calls
 from tests.parallel.mutants import MUTANTS, mutated_call, mutated_model
 from tests.parallel.ranks import Ranks
 from tests.parallel.test_models import check_equal, on_one_process
@@ -19,6 +25,7 @@ from tests.parallel.workers import (
     forward_and_gradients,
     kept_bytes,
     model_gradients,
+    order_of_parts,
     over_a_mesh,
     reset_at,
     traffic,
@@ -30,6 +37,13 @@ RULES = ("gated_delta", "delta", "gated", "linear")
 # Two sequences that cross three ranks, the last rank in two fragments.
 RUNS = (((0, 7),), ((9, 16), (20, 22)), ((7, 9), (16, 20)))
 EXAMPLE = Example(T=22, lengths=(12, 10), H=2, R=2, K=4, V=6, initial_state=True, gate="slow")
+
+
+# Two ranks that have nothing to do at the end, forward or backward.
+WALKED = Case(
+    Example(T=200, H=4, R=2, K=4, V=6, initial_state=True, gate="slow"),
+    (((0, 70),), ((70, 90),), ((90, 200),)), "pipeline", "cpp",
+)  # fmt: skip
 
 
 def case_of(strategy: str, **changes: Any) -> Case:
@@ -89,6 +103,33 @@ def test_what_a_rank_keeps_falls_with_their_number(ranks: Ranks, strategy: str) 
         assert kept[count] <= 1.1 * kept[1] / count, kept
 
 
+def test_ranks_that_idle_at_the_end_walk_first(ranks: Ranks) -> None:
+    # Rank 0 waits for two others at the end of a forward, rank 1 for one; backward the other way.
+    found = ranks.run(3, order_of_parts, WALKED)
+    assert found == [
+        ["walk", "walk", "forward", "forward", "forward", "forward", *["backward"] * 4],
+        ["walk", "forward", "forward", "forward", "forward", "walk_back", *["backward"] * 4],
+        ["forward"] * 4 + ["walk_back", "walk_back"] + ["backward"] * 4,
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_walked_states_are_those_of_one_process(ranks: Ranks, count: int) -> None:
+    @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        limits = installed("cpp").limits
+        example = data.draw(calls(GATED_DELTA, limits, max_tokens=300))
+        cuts = data.draw(
+            st.lists(st.integers(0, example.T), min_size=count - 1, max_size=count - 1)
+        )
+        runs = itertools.pairwise((0, *sorted(cuts), example.T))
+        case = Case(example, tuple((run,) for run in runs), "pipeline", "cpp")
+        judged(case, assembled(case, ranks.run(count, forward_and_gradients, case)))
+
+    check()
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_rank_without_tokens_takes_part(ranks: Ranks, strategy: str) -> None:
     example = Example(T=3, B=2, K=4, V=4, initial_state=True)
@@ -106,6 +147,8 @@ OF_CALLS = {
     "a gradient of states dropped": "pipeline",
     "states of other heads": "pipeline",
     "final states not summed": "pipeline",
+    "a walked state dropped": "pipeline",
+    "a walked gradient dropped": "pipeline",
 }
 OF_MODELS = ("a halo dropped", "a halo one token early", "the gradient of a halo dropped")
 
@@ -117,6 +160,8 @@ def test_every_mutant_is_tried() -> None:
 @pytest.mark.parametrize("name", OF_CALLS)
 def test_a_broken_exchange_of_states_is_caught(ranks: Ranks, name: str) -> None:
     case = case_of(OF_CALLS[name])
+    if "walked" in name:
+        case = WALKED
     judged(case, assembled(case, ranks.run(3, forward_and_gradients, case)))
     with pytest.raises(AssertionError):
         judged(case, assembled(case, ranks.run(3, mutated_call, name, case)))

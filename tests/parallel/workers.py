@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,6 +244,32 @@ def traffic(group: Any, case: Case) -> dict[str, int]:
     with parallel.counting() as counted:
         forward_and_gradients(group, case)
     return dict(counted.bytes)
+
+
+def order_of_parts(group: Any, case: Case) -> list[str]:
+    """Return what this rank computes of its parts, in order."""
+    order: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for name in ("forward", "backward", "walk", "walk_back"):
+            stack.enter_context(noted(parts.Part, name, order))
+        forward_and_gradients(group, case)
+    return order
+
+
+@contextlib.contextmanager
+def noted(owner: Any, name: str, order: list[str]) -> Iterator[None]:
+    """Note every call of a method."""
+    right = getattr(owner, name)
+
+    def noting(*given: Any) -> Any:
+        order.append(name)
+        return right(*given)
+
+    setattr(owner, name, noting)
+    try:
+        yield
+    finally:
+        setattr(owner, name, right)
 
 
 def kept_bytes(group: Any, tokens: int, strategy: str) -> int:

@@ -150,15 +150,16 @@ GDN_INLINE void solve_back(Block& acc, const float* A, const float* d_r, int64_t
   }
 }
 
-// d_R = T^T d_U with d_U = M^T d_O + diag(d) K d_S, and d_V = diag(beta) d_R. `E_end` [C] receives
-// the products of the rows of K d_S and U.
-void solve_gradients(const Chunk& x, float* E_end) {
+// d_R = T^T d_U with d_U = M^T d_O + diag(d) K d_S. If all gradients are asked for, d_V = diag(beta)
+// d_R is written, and `E_end` [C] receives the products of the rows of K d_S and U.
+template <bool asks_all>
+GDN_INLINE void solve_gradients(const Chunk& x, float* E_end) {
   const Backward& w = x.w;
   // The chunk before this one is next, and the same chunk of the run before.
   const int64_t span = C * x.c.chunks_per_state, r = x.head % (x.c.HV / x.c.H);
   const Ahead ahead{x.c, x.t, x.to.d_o, x.token - C, x.head, x.token - span, r};
   const GdnArray& d_v = x.to.d_v;
-  const bool is_direct = lies_in_tiles(d_v, x.c.V, x.count);
+  const bool is_direct = asks_all && lies_in_tiles(d_v, x.c.V, x.count);
   Columns to = is_direct ? columns_of(d_v, x.t, x.token, x.head) : Columns{w.values, x.Vs, false};
   to.passes_caches = is_direct && passes_caches(x.c, d_v);
   Vec ends[C] = {};
@@ -167,7 +168,7 @@ void solve_gradients(const Chunk& x, float* E_end) {
     for (int64_t m = x.used - MR; m >= 0; m -= MR) {
       Block acc;
       multiply_fetching(acc, x.keys.k_t + m, x.d_S + p * x.Kp * P, x.c.K, ahead.tile(p, m));
-      for (int i = 0; i < MR; ++i) {
+      for (int i = 0; asks_all && i < MR; ++i) {
         for (int n = 0; n < NV; ++n) {
           ends[m + i] += acc[i][n] * load(x.U + (m + i) * x.Vs + p * P + n * W);
         }
@@ -176,13 +177,14 @@ void solve_gradients(const Chunk& x, float* E_end) {
       multiply_add(acc, w.M + m * C + m, 1, C, w.d_o + m * x.Vs + p * P, x.Vs, x.used - m);
       if (x.c.has_erase) solve_back(acc, w.A, d_r, x.Vs, m, x.used);
       store_block(acc, d_r + m * x.Vs, x.Vs);
+      if (!asks_all) continue;
       scale_rows(acc, x.g.beta + m);
       to.store(acc, m, p);
     }
   }
-  if (!is_direct) store_values(w.values, x.t, x.token, x.count, x.head, x.c.V, d_v);
+  if (asks_all && !is_direct) store_values(w.values, x.t, x.token, x.count, x.head, x.c.V, d_v);
   memset(w.d_r + x.used * x.Vs, 0, size_t((x.reach - x.used) * x.Vs) * 4);
-  for (int64_t i = 0; i < x.used; ++i) E_end[i] = sum(ends[i]);
+  for (int64_t i = 0; asks_all && i < x.used; ++i) E_end[i] = sum(ends[i]);
 }
 
 // d_O U^T and d_R U^T: rows 0 to C - 1 and C to 2C - 1 of `pairs`, entries of later tokens anything.
@@ -297,8 +299,10 @@ void add_key_gradients(const Chunk& x, float* E_start) {
   }
 }
 
-// d_S = (diag(b) Q)^T d_O + end d_S - (diag(beta b) K)^T d_R; return the product of S and d_S.
-float retreat_state(const Chunk& x) {
+// d_S = (diag(b) Q)^T d_O + end d_S - (diag(beta b) K)^T d_R; return the product of S and d_S if all
+// gradients are asked for.
+template <bool asks_all>
+GDN_INLINE float retreat_state(const Chunk& x) {
   const Backward& w = x.w;
   for (int64_t i = 0; i < x.count; ++i) {
     multiply(w.d_o + i * x.Vs, x.g.b[i], x.Vs);
@@ -312,7 +316,7 @@ float retreat_state(const Chunk& x) {
       load_block(acc, x.d_S + place, P);
       for (int i = 0; i < MR; ++i) {
         for (int n = 0; n < NV; ++n) {
-          product += acc[i][n] * load(x.S + place + i * P + n * W);
+          if (asks_all) product += acc[i][n] * load(x.S + place + i * P + n * W);
           acc[i][n] *= all(x.g.end);
         }
       }
@@ -323,7 +327,7 @@ float retreat_state(const Chunk& x) {
       store_block(acc, x.d_S + place, P);
     }
   }
-  return sum(product);
+  return asks_all ? sum(product) : 0.0f;
 }
 
 GDN_INLINE float dot(const float* x, const float* y, int64_t n) {
@@ -368,17 +372,29 @@ void run_back(const Chunk& x) {
                         is_ordinary(x.S, size) && is_ordinary(x.d_S, size));
   form_pairs<true>(x.g, x.keys.products, x.count, w.A, w.M, w.D, x.c.has_erase);
   load_values(x.to.d_o, x.t, x.token, x.count, x.head, x.c.V, w.d_o);
-  solve_gradients(x, E_end);
+  solve_gradients<true>(x, E_end);
   multiply_writes(x);
   form_pair_gradients(x, d_beta);
   add_key_gradients(x, E_start);
-  const float E_all = retreat_state(x);
+  const float E_all = retreat_state<true>(x);
   if (x.to.d_decay.data) {
     gate_gradients(x.g, x.count, w.pairs, w.pairs + C * C, E_start, E_end, E_all, d_alpha);
     for (int64_t i = 0; x.c.decay_is_log && i < x.count; ++i) d_alpha[i] *= x.g.alpha[i];
     store_gates(x, d_alpha, x.to.d_decay, x.sums.d_decay);
   }
   if (x.to.d_beta.data) store_gates(x, d_beta, x.to.d_beta, x.sums.d_beta);
+}
+
+// The gradient of the state before one chunk of one value head, from that of the state behind it.
+void run_start(const Chunk& x) {
+  const Backward& w = x.w;
+  const Flushed flushed(x.token >= x.faint_end &&
+                        may_flush_back(x.c, x.to.d_o, x.t, x.token, x.count, x.head, x.g) &&
+                        is_ordinary(x.d_S, x.t.panels * x.Kp * P));
+  form_pairs<false>(x.g, x.keys.products, x.count, w.A, w.M, nullptr, x.c.has_erase);
+  load_values(x.to.d_o, x.t, x.token, x.count, x.head, x.c.V, w.d_o);
+  solve_gradients<false>(x, nullptr);
+  retreat_state<false>(x);
 }
 
 // Write the gradients of q or k of a chunk, through the normalisation if there is one.
@@ -496,8 +512,10 @@ void add_sums(const GdnSequences& c, const GdnGradients& to, const Task& t, floa
   }
 }
 
+// Without d_q only the gradient of the initial state is formed: nothing is read of the states.
 void run_backward(const GdnSequences& c, const GdnGradients& to, const Task& t, const Sums& sums,
                   float* memory) {
+  const bool asks_all = to.d_q.data;
   const int64_t K = c.K, V = c.V, Kp = padded(K), R = c.HV / c.H, size = t.panels * P * Kp;
   const int64_t span = C * c.chunks_per_state;
   Backward w;
@@ -514,6 +532,10 @@ void run_backward(const GdnSequences& c, const GdnGradients& to, const Task& t, 
     const int64_t chunks = (last - first + C - 1) / C;
     load_run(c, t, w, first, last);
     for (int64_t r = 0; r < t.values; ++r) {
+      if (!asks_all) {
+        for (int64_t e = chunks; e-- > 0;) run_start(chunk_of(c, to, t, sums, w, first, last, e, r));
+        continue;
+      }
       const int64_t head = t.head * R + t.value + r;
       const float* start = c.initial ? c.initial + (t.n * c.HV + head) * K * V : nullptr;
       if (run) start = c.states + ((slot + run - 1) * c.HV + head) * K * V;
@@ -526,7 +548,7 @@ void run_backward(const GdnSequences& c, const GdnGradients& to, const Task& t, 
         run_back(chunk_of(c, to, t, sums, w, first, last, e, r));
       }
     }
-    store_run(c, to, t, sums, w, first, last);
+    if (asks_all) store_run(c, to, t, sums, w, first, last);
   }
   for (int64_t r = 0; to.d_initial && r < t.values; ++r) {
     float* state = to.d_initial + (t.n * c.HV + t.head * R + t.value + r) * K * V;

@@ -32,12 +32,13 @@ GDN_INLINE int64_t at(const GdnArray& x, int64_t row, int64_t token, int64_t hea
 
 // The keys and queries of a chunk, transposed: a product takes a block of their rows or columns.
 struct Keys {
-  float *k_t, *q_t;  // [Kp][C]: k and scale q; zeros below row K and up to the reach of the tokens
+  // [Kp][C]: k and scale q; zeros below row K and up to the reach of the tokens. Without q, null.
+  float *k_t, *q_t;
   float* products;   // [2C][C]: K K^T, then scale Q K^T; entries of later tokens are not used
   float inverse_k[C], inverse_q[C];  // 1 / norm where normalised
 };
 
-// Load q and k, normalised where that is asked for; `rows` [2C][Kp] is scratch.
+// Load k, and q if x has room for it, normalised where that is asked for; `rows` [2C][Kp] is scratch.
 void load_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t Kp,
                float* rows, Keys& x) {
   const int64_t reach = reach_of(count);
@@ -45,28 +46,32 @@ void load_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t coun
     float *k = rows + i * Kp, *q = rows + (C + i) * Kp;
     if (i >= count) {
       memset(k, 0, size_t(Kp) * 4);
-      memset(q, 0, size_t(Kp) * 4);
+      if (x.q_t) memset(q, 0, size_t(Kp) * 4);
       continue;
     }
     widen(c.k.data, c.k.type, at(c.k, t.row, token + i, t.head), k, c.K);
-    widen(c.q.data, c.q.type, at(c.q, t.row, token + i, t.head), q, c.K);
-    for (int64_t j = c.K; j < Kp; ++j) k[j] = q[j] = 0.0f;
-    float factor = c.scale;
+    for (int64_t j = c.K; j < Kp; ++j) k[j] = 0.0f;
     if (c.qk_l2norm) {
       x.inverse_k[i] = inverse_norm(k, Kp);
-      x.inverse_q[i] = inverse_norm(q, Kp);
       multiply(k, x.inverse_k[i], Kp);
+    }
+    if (!x.q_t) continue;
+    widen(c.q.data, c.q.type, at(c.q, t.row, token + i, t.head), q, c.K);
+    for (int64_t j = c.K; j < Kp; ++j) q[j] = 0.0f;
+    float factor = c.scale;
+    if (c.qk_l2norm) {
+      x.inverse_q[i] = inverse_norm(q, Kp);
       factor *= x.inverse_q[i];
     }
     multiply(q, factor, Kp);
   }
   transpose(rows, Kp, x.k_t, C, reach, Kp);
-  transpose(rows + C * Kp, Kp, x.q_t, C, reach, Kp);
+  if (x.q_t) transpose(rows + C * Kp, Kp, x.q_t, C, reach, Kp);
 }
 
-// K K^T and Q K^T of a chunk, once per key head.
+// K K^T and, where q was loaded, Q K^T of a chunk, once per key head.
 void multiply_keys(int64_t count, int64_t K, Keys& x, bool has_erase) {
-  for (int half = has_erase ? 0 : 1; half < 2; ++half) {
+  for (int half = has_erase ? 0 : 1; half < (x.q_t ? 2 : 1); ++half) {
     const float* left = half ? x.q_t : x.k_t;
     for (int64_t m = 0; m < count; m += MR) {
       for (int64_t j = 0; j < m + MR; j += P) {
@@ -121,7 +126,7 @@ void load_gates(const GdnSequences& c, const Task& t, int64_t token, int64_t cou
   }
 }
 
-// A = strict_lower(diag(beta) (K K^T . D)) and M = lower(Q K^T . D), rows of C; and D if asked for.
+// A = strict_lower(diag(beta) (K K^T . D)), rows of C; M = lower(Q K^T . D) and D if asked for.
 template <bool keeps_decays>
 GDN_INLINE void form_pairs(const Gates& g, const float* products, int64_t count, float* A, float* M,
                            float* D, bool has_erase) {
@@ -136,10 +141,10 @@ GDN_INLINE void form_pairs(const Gates& g, const float* products, int64_t count,
       const Vec x = load(decays + j);
       if (keeps_decays) store(D + i * C + j, x);
       if (has_erase) store(A + i * C + j, x * load(products + i * C + j) * beta);
-      store(M + i * C + j, x * load(products + (C + i) * C + j));
+      if (M) store(M + i * C + j, x * load(products + (C + i) * C + j));
     }
     // Products of later tokens were not formed, and may be anything.
-    for (int64_t j = i + 1; j < C; ++j) M[i * C + j] = 0.0f;
+    for (int64_t j = i + 1; M && j < C; ++j) M[i * C + j] = 0.0f;
     for (int64_t j = i; has_erase && j < C; ++j) A[i * C + j] = 0.0f;
     if (keeps_decays) {
       for (int64_t j = reach; j < C; ++j) D[i * C + j] = 0.0f;

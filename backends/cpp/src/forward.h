@@ -247,20 +247,23 @@ GDN_INLINE Columns columns_of(const GdnArray& x, const Task& t, int64_t token, i
   return {data, x.token, false};
 }
 
+// Without o only the states are formed: the same bits, and nothing is read of q.
 void run_forward(const GdnSequences& c, const Task& t, float* memory) {
   const int64_t K = c.K, V = c.V, Kp = padded(K), R = c.HV / c.H;
   const int64_t size = t.panels * Kp * P;
+  const bool has_outputs = c.o.data;
   Arena arena{memory};
   Keys x;
   x.k_t = arena.take(C * Kp);
-  x.q_t = arena.take(C * Kp);
+  x.q_t = has_outputs ? arena.take(C * Kp) : nullptr;
   x.products = arena.take(2 * C * C);
-  float *A = arena.take(C * C), *M = arena.take(C * C), *U = arena.take(C * P);
+  float *A = arena.take(C * C), *M = has_outputs ? arena.take(C * C) : nullptr;
+  float *U = arena.take(C * P);
   float *rows = arena.take(2 * C * Kp), *values = arena.take(C * t.panels * P);
   float* S = arena.take(R * size);
   const States states{S, Kp, R, size};
   load_states(c, t, states);
-  const bool are_streamed = passes_caches(c, c.o);
+  const bool are_streamed = has_outputs && passes_caches(c, c.o);
   int64_t chunk = 0;
   for (int64_t token = t.first; token < t.last; token += C, ++chunk) {
     const int64_t count = least(C, t.last - token);
@@ -275,12 +278,13 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
       with_flushing(may_flush, [&] {
         form_pairs<false>(g, x.products, count, A, M, nullptr, c.has_erase);
       });
-      const bool is_direct = lies_in_tiles(c.v, V, count) && lies_in_tiles(c.o, V, count);
+      const bool is_direct =
+          lies_in_tiles(c.v, V, count) && (!has_outputs || lies_in_tiles(c.o, V, count));
       const Ahead ahead{c, t, c.v, token + C, head, token + C, r};
       Columns from{values, t.panels * P, false}, to = from;
       if (is_direct) {
         from = columns_of(c.v, t, token, head);
-        to = columns_of(c.o, t, token, head);
+        if (has_outputs) to = columns_of(c.o, t, token, head);
         to.passes_caches = are_streamed;
       } else {
         load_values(c.v, t, token, count, head, V, values);
@@ -289,8 +293,8 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
         float* state = S + r * size + p * Kp * P;
         const Flushed flushed(may_flush && is_ordinary(state, Kp * P));
         form_writes(c, x, g, count, A, state, from.data + p * P, from.ld, U, P, nullptr,
-                    [](int64_t) { return Lines{}; });
-        for (int64_t m = 0; m < count; m += MR) {
+                    [&](int64_t m) { return has_outputs ? Lines{} : ahead.tile(p, m); });
+        for (int64_t m = 0; has_outputs && m < count; m += MR) {
           Block acc;
           multiply_fetching(acc, x.q_t + m, state, K, ahead.tile(p, m));
           scale_rows(acc, g.b + m);
@@ -299,7 +303,7 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
         }
         advance_state(x, g, count, K, U, P, U, state, state);
       }
-      if (!is_direct) store_values(values, t, token, count, head, V, c.o);
+      if (has_outputs && !is_direct) store_values(values, t, token, count, head, V, c.o);
     }
   }
   store_states(c, t, states, c.final, t.n);

@@ -42,7 +42,7 @@ GDN_INLINE void store_pairs(Vec low, Vec high, Pair* to) {
 
 struct PairKeys {
   Pair* rows;      // [2C][Kp / 2]: k, then q, as they were given
-  Pair *k_t, *q_t; // [Kp / 2][C]
+  Pair *k_t, *q_t; // [Kp / 2][C]; without q, null
   Pair* tokens;    // [C / 2][Kp]: pairs of tokens of k
   float* products; // [2C][C], with all factors of rows
   float k_factor[C], q_factor[C];
@@ -56,8 +56,9 @@ int64_t forward_bf16_floats(const GdnSequences& c, int64_t panels) {
 void load_pair_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t Kp,
                     float* scratch, PairKeys& x) {
   const int64_t half = Kp / 2;
+  const int halves = x.q_t ? 2 : 1;
   for (int64_t i = 0; i < C; ++i) {
-    for (int is_q = 0; is_q < 2; ++is_q) {
+    for (int is_q = 0; is_q < halves; ++is_q) {
       const GdnArray& given = is_q ? c.q : c.k;
       Pair* row = x.rows + (is_q * C + i) * half;
       float& factor = is_q ? x.q_factor[i] : x.k_factor[i];
@@ -83,7 +84,7 @@ void load_pair_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t
   // A pair is moved like a float.
   const float* rows = reinterpret_cast<const float*>(x.rows);
   transpose(rows, half, reinterpret_cast<float*>(x.k_t), C, C, half);
-  transpose(rows + C * half, half, reinterpret_cast<float*>(x.q_t), C, C, half);
+  if (x.q_t) transpose(rows + C * half, half, reinterpret_cast<float*>(x.q_t), C, C, half);
   for (int64_t i = 0; i < C; i += 2) {
     const Pair *even = x.rows + i * half, *odd = even + half;
     Pair* to = x.tokens + i / 2 * Kp;
@@ -93,7 +94,7 @@ void load_pair_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t
     }
   }
   const int64_t used = round_up(count, MR);
-  for (int64_t m = 0; m < 2 * C; m += MR) {
+  for (int64_t m = 0; m < halves * C; m += MR) {
     const int64_t i = m % C;
     if (i >= used || (m < C && !c.has_erase)) continue;
     for (int64_t j = 0; j < i + MR; j += P) {
@@ -142,14 +143,16 @@ GDN_INLINE void form_pair_writes(const GdnSequences& c, const PairKeys& x, const
 void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
   const int64_t K = c.K, V = c.V, Kp = padded(K), half = Kp / 2, R = c.HV / c.H;
   const int64_t ldv = t.panels * P, size = t.panels * Kp * P;
+  const bool has_outputs = c.o.data;
   Arena arena{memory};
   PairKeys x;
   x.rows = reinterpret_cast<Pair*>(arena.take(C * Kp));
   x.k_t = reinterpret_cast<Pair*>(arena.take(half * C));
-  x.q_t = reinterpret_cast<Pair*>(arena.take(half * C));
+  x.q_t = has_outputs ? reinterpret_cast<Pair*>(arena.take(half * C)) : nullptr;
   x.tokens = reinterpret_cast<Pair*>(arena.take(C / 2 * Kp));
   x.products = arena.take(2 * C * C);
-  float *A = arena.take(C * C), *M = arena.take(C * C), *U = arena.take(C * P);
+  float *A = arena.take(C * C), *M = has_outputs ? arena.take(C * C) : nullptr;
+  float *U = arena.take(C * P);
   Pair* S_pairs = reinterpret_cast<Pair*>(arena.take(half * P));
   Pair* writes = reinterpret_cast<Pair*>(arena.take(C / 2 * P));
   Pair* kept = reinterpret_cast<Pair*>(arena.take(C / 2 * P));
@@ -170,11 +173,11 @@ void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
       with_flushing(may_flush, [&] {
         form_pairs<false>(g, x.products, count, A, M, nullptr, c.has_erase);
       });
-      for (int64_t i = 0; i < used; ++i) {
+      for (int64_t i = 0; has_outputs && i < used; ++i) {
         narrow(M + i * C, M_pairs + i * C / 2, kGdnBfloat16, 0, C);
       }
       float factor[C];
-      for (int64_t i = 0; i < C; ++i) factor[i] = g.b[i] * x.q_factor[i];
+      for (int64_t i = 0; has_outputs && i < C; ++i) factor[i] = g.b[i] * x.q_factor[i];
       load_values(c.v, t, token, count, head, V, values);
       const Ahead ahead{c, t, c.v, token + C, head, token + C, r};
       for (int64_t p = 0; p < t.panels; ++p) {
@@ -187,7 +190,7 @@ void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
           }
         }
         form_pair_writes(c, x, g, used, half, A, S_pairs, columns, ldv, U, writes, kept);
-        for (int64_t m = 0; m < used; m += MR) {
+        for (int64_t m = 0; has_outputs && m < used; m += MR) {
           Block acc;
           clear(acc);
           multiply_pairs(acc, x.q_t + m, 1, C, S_pairs, P, half, ahead.tile(p, m));
@@ -205,7 +208,7 @@ void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
           store_block(acc, state + m * P, P);
         }
       }
-      store_values(values, t, token, count, head, V, c.o);
+      if (has_outputs) store_values(values, t, token, count, head, V, c.o);
     }
   }
   store_states(c, t, states, c.final, t.n);

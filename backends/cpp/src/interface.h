@@ -24,7 +24,7 @@ struct GdnArray {
 // One call of gated_delta. Value head h reads key head h / (HV / H).
 struct GdnSequences {
   GdnArray q, k, v, decay, beta;
-  GdnArray o;             // (B, T, HV, V)
+  GdnArray o;             // (B, T, HV, V), or null where only the states are asked for
   float* initial;         // (N, HV, K, V) contiguous, or null for zeros
   float* final;           // (N, HV, K, V) contiguous
   float* states;          // (B, slots, HV, K, V): what the backward starts from; or null
@@ -41,7 +41,7 @@ struct GdnSequences {
 struct GdnGradients {
   GdnArray d_o;                 // (B, T, HV, V)
   const float* d_final;         // (N, HV, K, V)
-  GdnArray d_q, d_k, d_v;       // in the types of q, k, v
+  GdnArray d_q, d_k, d_v;       // in the types of q, k, v; null where only d_initial is asked for
   GdnArray d_decay, d_beta;     // float32, (B, T, HV); of log alpha where the decay is a logarithm
   float* d_initial;             // (N, HV, K, V), or null
 };

@@ -219,7 +219,8 @@ GDN_EXPORT int gdn_backward(const GdnSequences* call, const GdnGradients* gradie
   work.fresh.add(gradients->d_k, tokens * call->H * call->K);
   work.fresh.add(gradients->d_v, tokens * call->HV * call->V);
   GdnPlan& plan = work.plan;
-  if (plan.splits == 1) return work.start(call->threads);
+  // The parts of a key head share nothing of the gradient of the initial state.
+  if (plan.splits == 1 || !gradients->d_q.data) return work.start(call->threads);
   const std::unique_ptr<float[]> sums(new (std::nothrow) float[size_t(plan.sum_floats)]);
   const int64_t heads = plan.tasks / plan.splits;
   const std::unique_ptr<std::atomic<int>[]> left(new (std::nothrow) std::atomic<int>[size_t(heads)]);
