@@ -1,7 +1,8 @@
 """Draw docs/img/parallel.png, which split when: `python benchmarks/parallel_curve.py`.
 
-Above is what the cost model says of H200s, efficiency against devices for three lengths; below what
-it says of processes of one machine, beside what `parallel.py` has measured.
+Above is what the cost model says of H200s, efficiency against devices for three lengths. Below is
+what the op's time is made of, by the same model; and what the model says of processes of one
+machine, beside what `parallel.py` has measured.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ PICTURE = Path(__file__).parents[1] / "docs" / "img" / "parallel.png"
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = {32768: "#999999", 131072: "#0072b2", 1048576: "#d55e00"}
 LINES: dict[Strategy, str] = {"pipeline": "--", "gather": "-"}
+SHARED = (2, 4, 8)
+STACKED = 131072
+PARTS = {"compute": "#0072b2", "added": "#56b4e9", "bubble": "#bbbbbb", "exchange": "#e69f00"}
+NAMES = ("its part of the work", "work the split adds", "waiting for other ranks", "exchange")
 H200 = MACHINES["h200"]
 
 
@@ -35,11 +40,25 @@ def of_step(strategy: Strategy, tokens: int) -> list[float]:
     return [row(model(tokens), Split(strategy, n, 1), H200).efficiency for n in DEVICES]
 
 
-def of_op(strategy: Strategy, tokens: int, *, fused: bool = False) -> list[float]:
+def of_op(strategy: Strategy, tokens: int) -> list[float]:
     """Return the efficiency of the op alone, by the number of devices."""
     s = model(tokens).sizes
     alone = op_seconds("data", s, 1, H200).total
-    return [alone / (n * op_seconds(strategy, s, n, H200, fused=fused).total) for n in DEVICES]
+    return [alone / (n * op_seconds(strategy, s, n, H200).total) for n in DEVICES]
+
+
+def parts() -> dict[str, dict[str, float]]:
+    """Return the time of all devices over that of one, by split and by what it is made of."""
+    s = model(STACKED).sizes
+    alone = op_seconds("data", s, 1, H200).total
+    return {
+        f"{strategy}\nx{n}": {
+            part: n * seconds / alone
+            for part, seconds in op_seconds(strategy, s, n, H200)._asdict().items()
+        }
+        for n in SHARED
+        for strategy in LINES
+    }
 
 
 def measured() -> dict[str, tuple[float, float]]:
@@ -64,11 +83,7 @@ def draw() -> Figure:
                           label=f"{strategy}, {tokens // 1024}k tokens")  # fmt: skip
         _efficiency(axis, f"{title}, H200, by the model")
     above[0].legend(fontsize=7, loc="lower left")
-    for tokens, colour in LENGTHS.items():
-        below[0].plot(DEVICES, of_op("gather", tokens, fused=True), ":", color=colour, marker=".",
-                      label=f"{tokens // 1024}k tokens")  # fmt: skip
-    _efficiency(below[0], "the op alone, if the walk for starts gave summaries")
-    below[0].legend(fontsize=7, loc="lower left")
+    _stacks(below[0])
     _bars(below[1])
     return figure
 
@@ -82,6 +97,21 @@ def _efficiency(axis: Any, title: str) -> None:
     axis.set_ylabel("efficiency", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
+
+
+def _stacks(axis: Any) -> None:
+    found = parts()
+    bottom = [0.0] * len(found)
+    for (part, colour), name in zip(PARTS.items(), NAMES, strict=True):
+        heights = [split[part] for split in found.values()]
+        axis.bar(list(found), heights, 0.7, bottom=bottom, label=name, color=colour)
+        bottom = [x + y for x, y in zip(bottom, heights, strict=True)]
+    axis.axhline(1, color="black", linewidth=0.8)
+    tokens = f"{STACKED // 1024}k tokens"
+    axis.set_title(f"the op alone, H200, {tokens}, by the model", fontsize=9)
+    axis.set_ylabel("time of all devices over that of one", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=7, loc="upper left")
 
 
 def _bars(axis: Any) -> None:

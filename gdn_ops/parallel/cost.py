@@ -49,7 +49,7 @@ class Seconds(NamedTuple):
     Attributes:
         compute: the rank's part of the work of one device.
         added: work that the split adds: summaries, walks that are made twice, more launches.
-        bubble: waiting for the ranks before.
+        bubble: waiting for other ranks, beside the exchange.
         exchange: moving bytes.
     """
 
@@ -188,7 +188,6 @@ def op_seconds(
     pieces: int | None = None,
     groups: int | None = None,
     trains: bool = True,
-    fused: bool = False,
 ) -> Seconds:
     """Predict the seconds of a forward and its backward over ranks.
 
@@ -201,7 +200,6 @@ def op_seconds(
         pieces: runs that the sequence is cut into; `ranks` when not given.
         groups: of heads, in a pipeline; the best number when not given.
         trains: whether a backward follows; a forward alone otherwise.
-        fused: whether summaries come from a walk that a backend makes anyway, as stages do.
 
     Raises:
         SpecError: the call cannot be split so.
@@ -213,7 +211,7 @@ def op_seconds(
         found = [_pipeline(sizes, ranks, machine, dtype, pieces, n, trains) for n in counts]
         return min(found, key=lambda seconds: seconds.total)
     if strategy == "gather" and ranks > 1:
-        return _gather(sizes, ranks, machine, dtype, pieces, trains, fused)
+        return _gather(sizes, ranks, machine, dtype, pieces, trains)
     if strategy == "heads" and ranks > 1:
         own = dataclasses.replace(sizes, H=sizes.H // ranks, HV=sizes.HV // ranks)
         moved = exchange_bytes(strategy, sizes, ranks, element=work.ELEMENTS[dtype]).received
@@ -230,25 +228,46 @@ def group_counts(H: int) -> list[int]:
 
 
 def _gather(
-    s: Sizes, ranks: int, machine: Machine, dtype: str, pieces: int, trains: bool, fused: bool
+    s: Sizes, ranks: int, machine: Machine, dtype: str, pieces: int, trains: bool
 ) -> Seconds:
     """Return the seconds of a gather: results are formed when all summaries are known.
 
-    The first piece of a sequence makes its results at once, those between make summaries, and all
-    but the first wait for both. Backward, the last piece, and in its first pass each between, makes
-    a backward before the exchange, and all but the last make one behind it.
+    Without stages, the first piece of a sequence makes its results at once, those between make
+    summaries, and all but the first wait for both. Backward, the last piece, and in its first pass
+    each between, makes a backward before the exchange, and all but the last make one behind it.
     """
     own = dataclasses.replace(s, T=-(-s.T // ranks))
     directions = 2 if trains else 1
-    there = _local(own, machine, dtype, trains=False)
-    both = _local(own, machine, dtype, trains)
-    before = both
-    if fused:
-        before = directions * work.fused_summary(own, machine, dtype).seconds(machine, dtype)
-    elif pieces > 2:
-        before += max(0.0, work.summary(own, machine, dtype).seconds(machine, dtype) - there)
     moved = exchange_bytes("gather", s, ranks, pieces=pieces).received
-    return Seconds(both, before, exchange=directions * ring_seconds(machine, ranks, moved))
+    exchange = directions * ring_seconds(machine, ranks, moved)
+    both = _local(own, machine, dtype, trains)
+    if max(s.K, s.V) <= machine.staged:
+        stages, waits = _staged(own, machine, dtype, trains)
+        # Of a rank that has several pieces, the first of the sequence is one.
+        return Seconds(both, stages - both, waits / -(-pieces // ranks), exchange)
+    before = both
+    if pieces > 2:
+        there = _local(own, machine, dtype, trains=False)
+        before += max(0.0, work.summary(own, machine, dtype).seconds(machine, dtype) - there)
+    return Seconds(both, before, exchange=exchange)
+
+
+def _staged(s: Sizes, machine: Machine, dtype: str, trains: bool) -> tuple[float, float]:
+    """Return the seconds of all stages of a rank, and how long it waits for the first piece.
+
+    The first piece of a sequence is computed without stages: the others wait for its forward before
+    the exchange, and for its backward behind that of gradients.
+    """
+    first = work.summarise(s, machine, dtype).seconds(machine, dtype)
+    second = work.forward(s, machine, dtype, trains=trains, resumes=True).seconds(machine, dtype)
+    whole = work.forward(s, machine, dtype, trains=trains).seconds(machine, dtype)
+    stages, waits = first + second, max(0.0, whole - first)
+    if trains:
+        first = work.summarise_gradients(s, machine, dtype).seconds(machine, dtype)
+        second = work.backward(s, machine, dtype, resumes=True).seconds(machine, dtype)
+        whole = work.backward(s, machine, dtype).seconds(machine, dtype)
+        stages, waits = stages + first + second, waits + max(0.0, whole - second)
+    return stages, waits
 
 
 def _pipeline(
@@ -300,13 +319,15 @@ def choose(
 ) -> Choice:
     """Choose the strategy of a call whose sequences are cut: the faster one by the model.
 
-    It looks at nothing but its arguments, so that ranks which agree on them agree on the choice.
+    It looks at nothing but its arguments, so that ranks which agree on them agree on the choice. It
+    counts the backend that "auto" prefers on a device, whichever the caller chose.
 
     Args:
         sizes: of the whole call, T the tokens of all ranks.
         ranks: processes.
         pieces: runs that the longest chain of the sequences is cut into; `ranks` when not given.
-        device: the type of the device: "cpu", or else a GPU, as which an H200 stands.
+        device: the type of the device: "cpu", or else a GPU, as which an H200 stands; with stages
+            on "cuda" only, for dtypes, K and V that the triton backend takes.
         dtype: of q, k and v.
         trains: whether a backward follows.
 
@@ -325,6 +346,8 @@ def choose(
 @functools.lru_cache(maxsize=1024)
 def _chosen(sizes: Sizes, ranks: int, pieces: int, device: str, dtype: str, trains: bool) -> Choice:
     machine = MACHINES[_MACHINE_OF.get(device, "h200")]
+    if device != "cuda" or dtype not in machine.products:
+        machine = dataclasses.replace(machine, staged=0)
     known = dtype if dtype in machine.products else "float32"
 
     def seconds(strategy: Strategy, groups: int | None = None) -> float:

@@ -58,6 +58,10 @@ LINKS: Final = {
 """By name."""
 
 
+MOST_COLUMNS: Final = 256
+"""The largest K and V that the triton backend takes."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """Describe nodes of equal devices.
@@ -65,6 +69,8 @@ class Machine:
     Attributes:
         name: of a device.
         backend: whose work is counted: "triton" or "cpp".
+        staged: largest K and V with which that backend runs a piece of a sequence in stages
+            (`Backend.has_stages`), as a gather then does; 0 where it has none.
         products: peak of matrix products of the op, flops per second, by dtype of q, k and v.
         linear: the same of linear layers.
         bandwidth: of a device's memory, bytes per second.
@@ -84,6 +90,7 @@ class Machine:
 
     name: str
     backend: str
+    staged: int
     products: Mapping[str, float]
     linear: Mapping[str, float]
     bandwidth: float
@@ -133,7 +140,7 @@ def _gpu(
     # float16 products of the op are TF32 on NVIDIA, float32 on AMD: docs/backends.md.
     half = float32 if "MI" in gpu.name else 0.5
     return Machine(
-        gpu.name, "triton",
+        gpu.name, "triton", MOST_COLUMNS,
         {"bfloat16": peak, "float16": half * peak, "float32": float32 * peak}, linear,
         gpu.bandwidth, gigabytes * 10**9, 3.6e-6, reached, 0.6, together * gpu.processors, columns,
         8, 8.4e-6, LINKS[inside], LINKS[between],
@@ -166,7 +173,7 @@ MACHINES: Final[Mapping[str, Machine]] = {
         source="MI300X data sheet: 192 GB, 163.4 TFLOP/s in float32",
     ),
     "cpu": Machine(
-        "two cores of an Intel Xeon", "cpp",
+        "two cores of an Intel Xeon", "cpp", 0,
         {"float32": 368e9, "bfloat16": 368e9, "float16": 368e9},
         {"float32": 297e9, "bfloat16": 61e9, "float16": 61e9},
         23.8e9, 16 * 10**9, 40e-6, 0.55, 1.0, 1, 128, 1, 0.0, LINKS["loopback"],

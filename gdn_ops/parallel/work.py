@@ -98,9 +98,19 @@ class _Tensors:
     gates: int
 
     @property
+    def prepared(self) -> int:
+        """Return the bytes of `prepare`: q, k, gates, T and P."""
+        return self.keys + self.gates + self.squares
+
+    @property
     def starts(self) -> float:
         """Return the bytes of a walk for the starts of segments: k, v and T."""
         return (self.keys + self.values + self.squares) / 2
+
+    @property
+    def shifts(self) -> float:
+        """Return the bytes of a walk back for what segments add: q, k, dO, T and P."""
+        return self.keys + self.values / 2 + self.squares
 
 
 def _tensors(s: Sizes, machine: Machine, dtype: str) -> _Tensors:
@@ -122,7 +132,9 @@ def _fill(s: Sizes, machine: Machine, dtype: str) -> float:
     return min(1.0, max(1, s.N) * s.HV * -(-s.V // machine.columns) * segments / machine.wave)
 
 
-def forward(s: Sizes, machine: Machine, dtype: str, *, trains: bool = True) -> Work:
+def forward(
+    s: Sizes, machine: Machine, dtype: str, *, trains: bool = True, resumes: bool = False
+) -> Work:
     """Return the work of a forward.
 
     Args:
@@ -130,31 +142,43 @@ def forward(s: Sizes, machine: Machine, dtype: str, *, trains: bool = True) -> W
         machine: whose backend runs it.
         dtype: of q, k and v.
         trains: whether a backward follows, for which something may be kept.
+        resumes: whether this is its second stage, behind `summarise`; with triton only.
     """
     flops = forward_flops(s, chunk_of(machine, dtype))
     if machine.backend != "triton":
         return Work(flops, forward_bytes(s, ELEMENTS[dtype]), 1)
-    x = _tensors(s, machine, dtype)
-    prepare = x.keys + x.gates + x.squares
+    x, fill = _tensors(s, machine, dtype), _fill(s, machine, dtype)
     walk: float = x.keys + x.values + x.squares + x.gates
     if trains and keeps_states(s, machine, dtype):
         walk += x.states
-    launches = 2
-    if is_cut(s, machine):
-        walk, launches = walk + x.starts, 4
-    return Work(flops, prepare + walk / _fill(s, machine, dtype), launches)
+    is_composed = is_cut(s, machine)
+    if resumes:
+        flops -= _prepare_flops(s, chunk_of(machine, dtype))
+        return Work(flops, walk / fill, 1 + is_composed)
+    if is_composed:
+        walk += x.starts
+    return Work(flops, x.prepared + walk / fill, 4 if is_composed else 2)
 
 
-def backward(s: Sizes, machine: Machine, dtype: str) -> Work:
-    """Return the work of a backward, which forms again what was not kept."""
+def backward(s: Sizes, machine: Machine, dtype: str, *, resumes: bool = False) -> Work:
+    """Return the work of a backward, which forms again what was not kept.
+
+    Args:
+        s: of the call.
+        machine: whose backend runs it.
+        dtype: of q, k and v.
+        resumes: whether this is its second stage, behind `summarise_gradients`; with triton only.
+    """
     flops = backward_flops(s, chunk_of(machine, dtype))
     if machine.backend != "triton":
         return Work(flops, 3 * forward_bytes(s, ELEMENTS[dtype]), 1)
     x = _tensors(s, machine, dtype)
     # dO is read, dU and the gradients of states are written.
-    walks, launches = x.keys + x.squares + x.values / 2 + x.states, 2
+    walks, launches = x.shifts + x.states, 2
     if is_cut(s, machine):
-        walks, launches = walks + x.keys + x.values / 2 + x.squares, launches + 2
+        launches += 1
+        if not resumes:
+            walks, launches = walks + x.shifts, launches + 1
     if not keeps_states(s, machine, dtype):
         walks, launches = walks + x.starts + x.states, launches + 1
     # Read are q, k, v, dO and what both walks have written; dq, dk and dv are written.
@@ -167,14 +191,32 @@ def summary(s: Sizes, machine: Machine, dtype: str) -> Work:
     return forward(dataclasses.replace(s, V=s.V + s.K), machine, dtype, trains=False)
 
 
-def fused_summary(s: Sizes, machine: Machine, dtype: str) -> Work:
-    """Return what M and R would add to a direction if the walk for starts of segments gave them.
+def summarise(s: Sizes, machine: Machine, dtype: str) -> Work:
+    """Return the work of the first stage of a forward: M and R, and what the second one reads.
 
-    The triton backend has that walk where it cuts sequences, and could; it does not. The K columns
-    of M are as much again as the V columns.
+    The K columns of M are walked as the V columns of R are, for K S, T (.) and Kᵀ U.
     """
-    starts = _tensors(s, machine, dtype).starts
-    return Work(bytes=starts * (1 if is_cut(s, machine) else 2), launches=1)
+    x, C = _tensors(s, machine, dtype), chunk_of(machine, dtype)
+    per_value_head = (4 * s.K + C) * (s.V + s.K)
+    flops = _prepare_flops(s, C) + s.B * s.T * s.HV * per_value_head
+    walk = x.starts * (s.V + s.K) / max(s.V, 1)
+    launches = 3 if is_cut(s, machine) else 2
+    return Work(flops, x.prepared + walk / _fill(s, machine, dtype), launches)
+
+
+def summarise_gradients(s: Sizes, machine: Machine, dtype: str) -> Work:
+    """Return the work of the first stage of a backward: the gradient of the initial state.
+
+    It walks back for K dS, Qᵀ dO and Kᵀ dRHS, Pᵀ dO and Tᵀ (.).
+    """
+    flops = float(s.B * s.T * s.HV * (6 * s.K + 2 * chunk_of(machine, dtype)) * s.V)
+    shifts = _tensors(s, machine, dtype).shifts
+    return Work(flops, shifts / _fill(s, machine, dtype), 2 if is_cut(s, machine) else 1)
+
+
+def _prepare_flops(s: Sizes, chunk: int) -> float:
+    """Return the flops of T and P: K Kᵀ, Q Kᵀ and the solve, as `forward_flops` counts them."""
+    return float(s.B * s.T * (s.HV * chunk * chunk / 3 + s.H * 2 * chunk * s.K))
 
 
 def saved_bytes(s: Sizes, machine: Machine, dtype: str) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from gdn_ops.dispatch.backend import Backend
+from gdn_ops.dispatch.registry import get_backend
 from gdn_ops.parallel import cost, work
 from gdn_ops.parallel.cost import Exchange, Seconds, choose, exchange_bytes, op_seconds
 from gdn_ops.parallel.machines import LINKS, MACHINES
@@ -21,6 +23,7 @@ from tests.errors import message_of
 
 QWEN = Sizes(1, 131072, 16, 32, 128, 128, 1)
 H200 = MACHINES["h200"]
+NO_STAGES = dataclasses.replace(H200, staged=0)
 SEQUENCES: tuple[cost.Strategy, ...] = ("pipeline", "gather")
 TARGETS = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "gfx942": "mi300x"}
 
@@ -208,8 +211,8 @@ def test_few_heads_do_not_fill_a_gpu() -> None:
     assert many.added > op_seconds("pipeline", QWEN, 8, H200, groups=8).added > 0
 
 
-def test_a_gather_computes_about_twice_and_a_fused_one_would_not() -> None:
-    for machine, dtype in ((MACHINES["cpu"], "float32"), (H200, "bfloat16")):
+def test_a_gather_without_stages_computes_about_twice() -> None:
+    for machine, dtype in ((MACHINES["cpu"], "float32"), (NO_STAGES, "bfloat16")):
         for ranks, pieces in ((2, 2), (4, 4), (8, 8), (4, 7)):
             seconds = op_seconds("gather", QWEN, ranks, machine, dtype, pieces=pieces)
             assert 0.9 * seconds.compute < seconds.added < 1.4 * seconds.compute
@@ -218,11 +221,55 @@ def test_a_gather_computes_about_twice_and_a_fused_one_would_not() -> None:
                 assert seconds.added == pytest.approx(seconds.compute)
             elif machine.backend == "cpp":
                 assert seconds.added > 1.05 * seconds.compute
-    fused = op_seconds("gather", QWEN, 8, H200, fused=True)
-    assert fused.added < 0.2 * fused.compute
-    filled = dataclasses.replace(QWEN, B=8, N=8)
-    assert work.is_cut(QWEN, H200) and not work.is_cut(filled, H200)
-    assert op_seconds("gather", filled, 8, H200, fused=True).added > 12 * fused.added
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_gather_in_stages_takes_as_long_as_the_slowest_rank(rows: int, trains: bool) -> None:
+    """Before each exchange, and behind it: ranks are idle while they wait for another."""
+    s = dataclasses.replace(QWEN, B=rows, N=rows)
+    own = dataclasses.replace(s, T=s.T // 8)
+    assert work.is_cut(own, H200) == (rows == 1)
+
+    def took(count: Any, **options: Any) -> float:
+        seconds: float = count(own, H200, "bfloat16", **options).seconds(H200, "bfloat16")
+        return seconds
+
+    first = took(work.forward, trains=trains)
+    slowest = max(first, took(work.summarise))
+    slowest += took(work.forward, trains=trains, resumes=True)
+    if trains:
+        slowest += took(work.summarise_gradients)
+        slowest += max(took(work.backward), took(work.backward, resumes=True))
+    gather = op_seconds("gather", s, 8, H200, trains=trains)
+    assert gather.total - gather.exchange == pytest.approx(slowest)
+    assert gather.added > 0 < gather.bubble
+    # In zigzag the first piece is half of what its rank has.
+    zigzag = op_seconds("gather", s, 8, H200, pieces=15, trains=trains)
+    assert zigzag.bubble == pytest.approx(gather.bubble / 2)
+    assert zigzag.added == gather.added
+
+
+def test_stages_repeat_little_where_walks_are_made_for_segments_anyway() -> None:
+    for rows, least, most in ((1, 0.05, 0.1), (8, 0.2, 0.3)):
+        s = dataclasses.replace(QWEN, B=rows, N=rows)
+        gather = op_seconds("gather", s, 8, H200)
+        assert least < gather.added / gather.compute < most
+        assert gather.total < 0.8 * op_seconds("gather", s, 8, NO_STAGES).total
+
+
+def test_stages_are_counted_where_a_backend_has_them() -> None:
+    pytest.importorskip("triton")
+    triton = get_backend("triton")
+    assert isinstance(triton, Backend)
+    limits = triton.limits
+    assert (limits.devices, limits.head_dims) == (("cuda",), range(1, H200.staged + 1))
+    for machine in MACHINES.values():
+        backend = get_backend(machine.backend)
+        assert isinstance(backend, Backend) and backend.has_stages == (machine.staged > 0)
+        assert {*machine.products} == {*limits.dtypes}
+    wide = dataclasses.replace(QWEN, K=257)
+    assert op_seconds("gather", wide, 8, H200) == op_seconds("gather", wide, 8, NO_STAGES)
 
 
 def test_a_part_of_a_machine_has_a_part_of_its_rates() -> None:
@@ -272,6 +319,16 @@ def test_the_choice_is_pipeline_on_cpus_and_gather_over_eight_gpus() -> None:
     assert choose(QWEN, 2, device="cuda", dtype="bfloat16").strategy == "pipeline"
     # One head cannot be cut into groups: a pipeline of many ranks would be a queue.
     assert choose(Sizes(1, 16384, 1, 1, 128, 128, 1), 8) == ("gather", 1)
+
+
+def test_the_choice_counts_stages_where_the_triton_backend_takes_the_call() -> None:
+    def chosen(ranks: int, device: str, dtype: str, **sizes: int) -> str:
+        return choose(dataclasses.replace(QWEN, **sizes), ranks, None, device, dtype).strategy
+
+    assert chosen(4, "cuda", "bfloat16") == chosen(4, "cuda", "bfloat16", K=256) == "gather"
+    assert chosen(4, "xpu", "bfloat16") == chosen(4, "cuda", "bfloat16", K=257) == "pipeline"
+    assert chosen(8, "cuda", "float32") == "gather"
+    assert chosen(8, "cuda", "float64") == chosen(8, "xpu", "float32") == "pipeline"
 
 
 def test_the_choice_takes_any_dtype_and_depends_on_its_arguments_alone() -> None:

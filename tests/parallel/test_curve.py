@@ -34,15 +34,20 @@ def result() -> dict[str, Any]:
 def test_the_picture_shows_every_line_and_every_bar_with_its_number() -> None:
     pytest.importorskip("matplotlib")
     curve = script("parallel_curve")
-    step, op, fused, bars = curve.draw().axes
+    step, op, shares, bars = curve.draw().axes
     lines = len(curve.LENGTHS) * len(curve.LINES)
-    assert [len(axis.lines) for axis in (step, op, fused)] == [lines, lines, len(curve.LENGTHS)]
-    for axis in (step, op, fused):
+    assert [len(axis.lines) for axis in (step, op)] == [lines, lines]
+    for axis in (step, op):
         for line in axis.lines:
             heights = [float(y) for y in line.get_ydata()]
             assert heights[0] == 1 and all(0 < y <= 1 for y in heights)
             # Of the op alone, more ranks may fill the device better than fewer.
             assert axis is op or heights == sorted(heights, reverse=True)
+    # A stack is the time of all devices over that of one.
+    stacks = [sum(bar.get_height() for bar in x) for x in zip(*shares.containers, strict=True)]
+    efficiency = {x: curve.of_op(x, curve.STACKED) for x in curve.LINES}
+    places = [curve.DEVICES.index(n) for n in curve.SHARED]
+    assert stacks == pytest.approx([1 / efficiency[x][i] for i in places for x in curve.LINES])
     shown = sorted(text.get_text() for text in bars.texts)
     pairs = [number for pair in curve.measured().values() for number in pair]
     assert shown == sorted(f"{number:.2f}" for number in pairs)

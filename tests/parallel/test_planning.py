@@ -136,6 +136,8 @@ def test_the_choice_is_the_fastest_that_fits_and_that_gdn_ops_has() -> None:
 @pytest.mark.parametrize("heads", [16, 32])
 def test_eight_gpus_train_on_long_sequences_at_ninety_percent(heads: int) -> None:
     """Of a whole step: the op alone is at less, which docs/parallel-plan.md says."""
-    sizes = dataclasses.replace(QWEN.sizes, H=heads)
-    row = planning.row(dataclasses.replace(QWEN, sizes=sizes), Split("gather", 8, 1), H200)
-    assert row.efficiency > 0.9 > row.op_efficiency
+    model = dataclasses.replace(QWEN, sizes=dataclasses.replace(QWEN.sizes, H=heads))
+    without = dataclasses.replace(H200, staged=0)
+    for machine, least, op in ((H200, 0.95, 0.65), (without, 0.9, 0.4)):
+        row = planning.row(model, Split("gather", 8, 1), machine)
+        assert row.efficiency > least > op + 0.1 > row.op_efficiency > op

@@ -12,8 +12,12 @@ from torch import Tensor
 
 from ahead_of_time import Launching, compile_for, sequence
 from gdn_ops import GATED_DELTA
+from gdn_ops.aot.results import CompiledKernel
 from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch.results import Forward, Grads
+from gdn_ops.parallel import work
+from gdn_ops.parallel.machines import MACHINES
+from gdn_ops.spec.language import Sizes
 from gdn_ops.testing import Example
 from gdn_ops.testing.example import Results
 from gdn_ops.testing.oracle import judgement_of
@@ -219,6 +223,16 @@ def stages_launched(**sizes: Any) -> list[list[str]]:
     return [[launch.kernel.__name__ for launch in stage] for stage in stages_of(**sizes)]
 
 
+def compiled(launches: list[Launch]) -> list[CompiledKernel]:
+    """Return the kernels of launches, compiled, with the predicted times of the launches."""
+
+    def again(call: Call) -> None:
+        for x in launches:
+            launch(x.kernel, x.grid, *x.args, **x.kwargs)
+
+    return compile_for("triton", "sm_90", Launching(again), [sequence()])
+
+
 def test_a_call_that_is_not_cut_is_walked_once_more_either_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -243,6 +257,25 @@ def test_a_call_that_is_cut_is_walked_no_more_often_than_without_stages(
     assert stages_launched(**few)[3] == ["walk", *last]
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_stages_take_as_long_as_the_cost_model_of_many_devices_counts(rows: int) -> None:
+    """Within a factor of 1.35, as whole calls are; with sequences that are cut, and without."""
+    H200, s = MACHINES["h200"], Sizes(rows, 8192, 16, 32, 128, 128, rows)
+    counted = [
+        work.summarise(s, H200, "bfloat16"),
+        work.forward(s, H200, "bfloat16", resumes=True),
+        work.summarise_gradients(s, H200, "bfloat16"),
+        work.backward(s, H200, "bfloat16", resumes=True),
+    ]
+    assert work.is_cut(s, H200) == (rows == 1)
+    for stage, own in zip(stages_of(B=rows, HV=32), counted, strict=True):
+        assert len(stage) == own.launches
+        timed = [x for row in compiled(stage) for x in row.launches]
+        predicted = sum(x.prediction.us for x in timed if x.prediction is not None)
+        assert len(timed) == len(stage) and all(x.prediction is not None for x in timed)
+        assert 1 / 1.35 < 1e6 * own.seconds(H200, "bfloat16") / predicted < 1.35
+
+
 def test_what_stages_launch_alone_spills_nothing_and_has_a_predicted_time() -> None:
     own = [
         x
@@ -251,12 +284,7 @@ def test_what_stages_launch_alone_spills_nothing_and_has_a_predicted_time() -> N
         if x.kernel.__name__ == "compose_whole" or x.kwargs.get("STAGED")
     ]
     assert len(own) == 6
-
-    def again(call: Call) -> None:
-        for x in own:
-            launch(x.kernel, x.grid, *x.args, **x.kwargs)
-
-    rows = compile_for("triton", "sm_90", Launching(again), [sequence()])
+    rows = compiled(own)
     assert [
         (row.kernel, row.spills, row.failures) for row in rows if row.spills or row.failures
     ] == []
