@@ -11,8 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from gdn_ops.call.bind import Arguments, Call, Tokens, bind
+from gdn_ops.call.transforms import any_active, modes
+from gdn_ops.dispatch import registry
+from gdn_ops.dispatch.registry import select
+from gdn_ops.dispatch.results import checked_walk
 from gdn_ops.ops import gated_delta
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.ops import GATED_DELTA
@@ -110,7 +116,8 @@ def gated_delta_summary(
     """Return what a run of tokens makes of any state, by one call of `gated_delta`.
 
     That call has K columns of values more, zeros, whose state is the identity before the run and M
-    after it: it takes what a forward with V + K columns does, on any backend. An α of exactly 0
+    after it: it takes what a forward with V + K columns does, on any backend, and less on those
+    that form a state alone (`Backend.has_walks`) where no gradient is needed. An α of exactly 0
     makes M exactly 0. Differentiable, as often as the backend is.
 
     Args:
@@ -170,8 +177,32 @@ def _summarised(call: Call, options: dict[str, Any], of_keys: dict[str, Any]) ->
     before = torch.zeros(s.N, s.HV, s.K, s.V + s.K, dtype=call.compute_dtype, device=k.device)
     before[..., s.V :] = torch.eye(s.K, dtype=before.dtype, device=k.device)
     padded = torch.cat((v, v.new_zeros(*v.shape[:3], s.K)), -1)
-    _o, after = gated_delta(k.detach(), k, padded, initial_state=before, **of_keys)
+    after = _walked(k, padded, before, of_keys) if _is_plain(call) else None
+    if after is None:
+        _o, after = gated_delta(k.detach(), k, padded, initial_state=before, **of_keys)
     return Summary(after[..., s.V :], after[..., : s.V])
+
+
+def _is_plain(call: Call) -> bool:
+    """Return whether nothing but values is asked of a call: no gradient, graph or transform."""
+    tokens = [x for x in call.tokens if x is not None]
+    return (
+        all(type(x) in (Tensor, Parameter) for x in tokens)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tokens))
+        and not (any_active() or modes() or forward_ad._current_level >= 0)
+        and not (torch.compiler.is_compiling() or torch.is_autocast_enabled(call.device.type))
+    )
+
+
+def _walked(k: Tensor, v: Tensor, before: Tensor, options: dict[str, Any]) -> Tensor | None:
+    """Return the state behind a run alone, or None where the backend has no walks."""
+    given = dict(options)
+    gates = (given.pop(name, None) for name in ("alpha", "log_alpha", "beta"))
+    call = bind(
+        GATED_DELTA, Arguments(Tokens(k, k, v, *gates), before, **given), check_values=False
+    )
+    backend = select(call, registry.resolve(given["backend"]))
+    return checked_walk(backend, "walk", call, backend.walk(call)) if backend.has_walks else None
 
 
 def _checked(arguments: Arguments) -> Call:

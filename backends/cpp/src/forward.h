@@ -22,7 +22,8 @@ GDN_INLINE int64_t padded(int64_t K) { return round_up(K, P > 16 ? P : 16); }
 
 int64_t forward_floats(const GdnSequences& c, int64_t panels) {
   const int64_t Kp = padded(c.K), R = c.HV / c.H;
-  return 4 * C * Kp + 4 * C * C + C * panels * P + C * P + R * panels * Kp * P + 8 * 16;
+  return 4 * C * Kp + 4 * C * C + C * panels * P + C * P + R * panels * (Kp * P + 1) +
+         9 * 16;
 }
 
 GDN_INLINE void copy_panel(const float* from, float* to) {
@@ -75,6 +76,33 @@ void store_states(const GdnSequences& c, const Task& t, const States& x, float* 
   for (int64_t r = 0; r < x.R; ++r) {
     float* state = to + (row * c.HV + t.head * x.R + r) * c.K * c.V;
     store_state(x.S + r * x.size, c.K, c.V, x.Kp, t, state);
+  }
+}
+
+// Scale a panel of a state without outputs, so that it is in range while it is only mapped: it may
+// decay below all numbers, and subnormal ones take a hundred times as long. `powers` counts factors
+// of 2^64 that it is multiplied by; `values` are those of the chunk, rows of ldv.
+GDN_INLINE void keep_in_range(float* S, int64_t size, const float* values, int64_t ldv,
+                              int64_t count, float& powers) {
+  constexpr float kFaint = 0x1p-64f, kFactor = 0x1p64f;
+  float most = largest(S, size);
+  if (!(most < kFaint) && powers == 0.0f) return;
+  bool is_mapped = true;
+  for (int64_t i = 0; i < count && is_mapped; ++i) is_mapped = largest(values + i * ldv, P) == 0.0f;
+  for (; is_mapped && most > 0.0f && most < kFaint; most *= kFactor, powers += 1.0f) {
+    multiply(S, kFactor, size);
+  }
+  for (; powers > 0.0f && (!is_mapped || most > 1.0f); most /= kFactor, powers -= 1.0f) {
+    multiply(S, kFaint, size);
+  }
+}
+
+// Undo the scaling of all panels.
+void restore_range(const Task& t, const States& x, float* powers) {
+  for (int64_t i = 0; i < x.R * t.panels; ++i) {
+    for (; powers[i] > 0.0f; powers[i] -= 1.0f) {
+      multiply(x.S + i * x.Kp * P, 0x1p-64f, x.Kp * P);
+    }
   }
 }
 
@@ -261,6 +289,8 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
   float *U = arena.take(C * P);
   float *rows = arena.take(2 * C * Kp), *values = arena.take(C * t.panels * P);
   float* S = arena.take(R * size);
+  float* powers = arena.take(R * t.panels);
+  memset(powers, 0, size_t(R * t.panels) * 4);
   const States states{S, Kp, R, size};
   load_states(c, t, states);
   const bool are_streamed = has_outputs && passes_caches(c, c.o);
@@ -291,6 +321,9 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
       }
       for (int64_t p = 0; p < t.panels; ++p) {
         float* state = S + r * size + p * Kp * P;
+        if (!has_outputs) {
+          keep_in_range(state, Kp * P, from.data + p * P, from.ld, count, powers[r * t.panels + p]);
+        }
         const Flushed flushed(may_flush && is_ordinary(state, Kp * P));
         form_writes(c, x, g, count, A, state, from.data + p * P, from.ld, U, P, nullptr,
                     [&](int64_t m) { return has_outputs ? Lines{} : ahead.tile(p, m); });
@@ -306,6 +339,7 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
       if (has_outputs && !is_direct) store_values(values, t, token, count, head, V, c.o);
     }
   }
+  restore_range(t, states, powers);
   store_states(c, t, states, c.final, t.n);
   end_streams();
 }

@@ -158,6 +158,8 @@ void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
   Pair* kept = reinterpret_cast<Pair*>(arena.take(C / 2 * P));
   Pair* M_pairs = reinterpret_cast<Pair*>(arena.take(C * C / 2));
   float *values = arena.take(C * ldv), *S = arena.take(R * size);
+  float* powers = arena.take(R * t.panels);
+  memset(powers, 0, size_t(R * t.panels) * 4);
   const States states{S, Kp, R, size};
   load_states(c, t, states);
   int64_t chunk = 0;
@@ -182,6 +184,9 @@ void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
       const Ahead ahead{c, t, c.v, token + C, head, token + C, r};
       for (int64_t p = 0; p < t.panels; ++p) {
         float *state = S + r * size + p * Kp * P, *columns = values + p * P;
+        if (!has_outputs) {
+          keep_in_range(state, Kp * P, columns, ldv, count, powers[r * t.panels + p]);
+        }
         const Flushed flushed(may_flush && is_ordinary(state, Kp * P));
         for (int64_t i = 0; i < Kp; i += 2) {
           for (int n = 0; n < NV; ++n) {
@@ -211,6 +216,7 @@ void run_forward_bf16(const GdnSequences& c, const Task& t, float* memory) {
       if (has_outputs) store_values(values, t, token, count, head, V, c.o);
     }
   }
+  restore_range(t, states, powers);
   store_states(c, t, states, c.final, t.n);
 }
 

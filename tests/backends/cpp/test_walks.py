@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+import gdn_ops
 from gdn_ops import GATED_DELTA
 from gdn_ops.backends.cpp import library
 from gdn_ops.backends.cpp.backend import Cpp
@@ -72,3 +73,37 @@ def test_a_walk_reads_no_queries() -> None:
     other = call.tokens._replace(q=torch.full_like(call.tokens.q, 3.0))
     backend = Cpp()
     assert torch.equal(backend.walk(call), backend.walk(call.with_tensors(other, call.state)))
+
+
+def faint(T: int, *, written_from: int, dtype: str) -> Call:
+    """Return a call whose state fades below all numbers in its first tokens, which write nothing.
+
+    A column of values stays of ordinary size from one token on, the other ones are zero.
+    """
+    example = Example(T=T, K=16, V=48, dtype=dtype, initial_state=True, rule="gated_delta")
+    call = call_of(example)
+    alpha = torch.full((1, T, 1), 0.7, device="cpu", dtype=torch.float32)
+    v = torch.zeros_like(call.tokens.v)
+    v[:, written_from:, :, 40] = 1.0
+    tokens = call.tokens._replace(v=v, alpha=alpha, log_alpha=None)
+    return replace(call, tokens=tokens)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("T", [100, 200, 240, 270, 600])
+@pytest.mark.parametrize("written_from", [90, 600])
+def test_a_walk_scales_what_fades(T: int, written_from: int, dtype: str) -> None:
+    call = faint(T, written_from=min(written_from, T), dtype=dtype)
+    exact = call.tokens.map(torch.Tensor.double)
+    assert call.state is not None
+    _o, right = gdn_ops.gated_delta(
+        exact.q, exact.k, exact.v, exact.alpha, exact.beta,
+        initial_state=call.state.double(), return_state=True, backend="naive",
+    )  # fmt: skip
+    found = Cpp().walk(call).double()
+    size = right.abs().amax((-2, -1), keepdim=True)
+    # The least number of float32 is all that rounding may add.
+    relative = 1e-4 if dtype == "float32" else 3e-2
+    assert bool(((found - right).abs() <= relative * size + 2.0**-149).all())
+    faded = right[..., :32].abs().max().item()
+    assert (faded < 2.0**-126) == (T >= 240)
