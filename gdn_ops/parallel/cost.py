@@ -276,18 +276,24 @@ def _pipeline(
     """Return the seconds of a pipeline: a stage is a group of heads on a rank, all directions.
 
     The last rank has all tokens of the first group behind it when it ends that, however the tokens
-    are spread: (ranks - 1) stages.
+    are spread: (ranks - 1) stages. Where a rank has one piece and the backend has walks, the others
+    have only walked what it waits for.
     """
     own = dataclasses.replace(s, T=-(-s.T // ranks))
     group = dataclasses.replace(own, H=-(-s.H // groups), HV=-(-s.HV // groups))
     whole = _local(own, machine, dtype, trains)
     # Few heads may keep what many could not; that is no gain of the split.
     stage = max(_local(group, machine, dtype, trains), whole / groups)
+    waits = stage
+    if machine.backend in work.WALKING and pieces <= ranks:
+        waits = work.walk(group, machine, dtype).seconds(machine, dtype)
+        if trains:
+            waits += work.walk_back(group, machine, dtype).seconds(machine, dtype)
     state = exchange_bytes("pipeline", s, ranks).given // groups
     # A state waits for the one before it only where walking a group is faster than sending it.
     sending = (2 if trains else 1) * send_seconds(machine, ranks, state)
     exchange = (pieces - 1) * sending + max(0.0, sending - stage) * (groups - 1)
-    return Seconds(whole, groups * stage - whole, (ranks - 1) * stage, exchange)
+    return Seconds(whole, groups * stage - whole, (ranks - 1) * waits, exchange)
 
 
 def _local(s: Sizes, machine: Machine, dtype: str, trains: bool) -> float:

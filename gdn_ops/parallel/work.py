@@ -23,6 +23,9 @@ KEPT_PART: Final = 256
 LEAST_SEGMENT: Final = 8
 """Chunks of a segment that the triton backend makes at least."""
 
+WALKING: Final = ("cpp",)
+"""Backends that have walks (`Backend.has_walks`)."""
+
 CPP_CHUNK: Final = 32
 CPP_KEPT: Final = 128
 """Tokens per chunk of the cpp backend, and per state that it keeps for a backward."""
@@ -186,9 +189,33 @@ def backward(s: Sizes, machine: Machine, dtype: str, *, resumes: bool = False) -
     return Work(flops, walks / _fill(s, machine, dtype) + token_gradients, launches)
 
 
+def walk(s: Sizes, machine: Machine, dtype: str) -> Work:
+    """Return the work of the final state alone, by a backend that has walks.
+
+    Per token and value head: K S and Kᵀ U cost 4 K V, T (.) costs C V, the solve C² / 3; per key
+    head K Kᵀ costs C K.
+    """
+    C = chunk_of(machine, dtype)
+    flops = s.HV * (4 * s.K * s.V + C * s.V + C * C / 3) + s.H * C * s.K
+    numbers = s.H * s.K + s.HV * s.V
+    return Work(s.B * s.T * flops, s.B * s.T * numbers * ELEMENTS[dtype], 1)
+
+
+def walk_back(s: Sizes, machine: Machine, dtype: str) -> Work:
+    """Return the work of the gradient of the initial state alone, by a backend that has walks.
+
+    K dS, Qᵀ dO and Kᵀ dR stand for the three products of a forward with K V, Pᵀ dO and Tᵀ (.) for
+    its two with C V.
+    """
+    return Work(forward_flops(s, chunk_of(machine, dtype)), forward_bytes(s, ELEMENTS[dtype]), 1)
+
+
 def summary(s: Sizes, machine: Machine, dtype: str) -> Work:
-    """Return the work of M and R of a run of tokens: a forward with K columns of values more."""
-    return forward(dataclasses.replace(s, V=s.V + s.K), machine, dtype, trains=False)
+    """Return the work of M and R of a run of tokens: K columns of values more."""
+    wider = dataclasses.replace(s, V=s.V + s.K)
+    if machine.backend in WALKING:
+        return walk(wider, machine, dtype)
+    return forward(wider, machine, dtype, trains=False)
 
 
 def summarise(s: Sizes, machine: Machine, dtype: str) -> Work:

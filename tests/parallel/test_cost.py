@@ -187,17 +187,28 @@ def test_more_ranks_are_faster_in_sum_and_less_efficient(name: str) -> None:
 
 def test_the_bubble_of_a_pipeline_is_a_stage_for_every_rank_before() -> None:
     s = dataclasses.replace(QWEN, T=16384)
-    cpu = MACHINES["cpu"]
+    cpu, h200 = MACHINES["cpu"], MACHINES["h200"]
     for groups in (1, 2, 4, 8, 16):
-        seconds = op_seconds("pipeline", s, 4, cpu, "float32", groups=groups)
+        seconds = op_seconds("pipeline", s, 4, h200, groups=groups)
         stage = (seconds.compute + seconds.added) / groups
         assert seconds.bubble == pytest.approx(3 * stage)
+        # Walks are 0.65 of a forward and 0.35 of a backward, which takes three times as long.
+        seconds = op_seconds("pipeline", s, 4, cpu, "float32", groups=groups)
+        stage = (seconds.compute + seconds.added) / groups
+        assert 0.40 <= seconds.bubble / (3 * stage) <= 0.45
+        forward = op_seconds("pipeline", s, 4, cpu, "float32", groups=groups, trains=False)
+        assert forward.bubble / forward.compute * groups / 3 == pytest.approx(0.65, abs=0.02)
+        # Ranks with two pieces do not walk.
+        zigzag = op_seconds("pipeline", s, 4, cpu, "float32", pieces=7, groups=groups)
+        stage = (zigzag.compute + zigzag.added) / groups
+        assert zigzag.bubble == pytest.approx(3 * stage)
     best = op_seconds("pipeline", s, 4, cpu, "float32").total
     assert best == min(
         op_seconds("pipeline", s, 4, cpu, "float32", groups=n).total for n in (1, 2, 4, 8, 16)
     )
     # In zigzag the chain is longer and its pieces are shorter: more messages, the same bubble.
-    zigzag = op_seconds("pipeline", s, 4, cpu, "float32", pieces=7, groups=16)
+    seconds = op_seconds("pipeline", s, 4, h200, groups=16)
+    zigzag = op_seconds("pipeline", s, 4, h200, pieces=7, groups=16)
     assert zigzag._replace(exchange=0) == seconds._replace(exchange=0)
     assert zigzag.exchange == pytest.approx(2 * seconds.exchange)
 
