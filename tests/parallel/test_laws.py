@@ -103,6 +103,12 @@ def test_what_a_rank_keeps_falls_with_their_number(ranks: Ranks, strategy: str) 
         assert kept[count] <= 1.1 * kept[1] / count, kept
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_rank_alone_may_read_the_final_states(ranks: Ranks, strategy: str) -> None:
+    case = case_of(strategy, holder=1, has_one_reader=True)
+    judged(case, assembled(case, ranks.run(3, forward_and_gradients, case)))
+
+
 def test_ranks_that_idle_at_the_end_walk_first(ranks: Ranks) -> None:
     # Rank 0 waits for two others at the end of a forward, rank 1 for one; backward the other way.
     found = ranks.run(3, order_of_parts, WALKED)

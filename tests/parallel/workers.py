@@ -37,6 +37,7 @@ class Case:
         strategy: "pipeline" or "gather".
         backend: of the op.
         holder: the rank whose loss reads the final states.
+        has_one_reader: whether the losses of the others have no term of them, not even a zero.
     """
 
     example: Example
@@ -44,6 +45,7 @@ class Case:
     strategy: str
     backend: str
     holder: int = 0
+    has_one_reader: bool = False
 
     def split(self, group: Any) -> parallel.SequenceSplit:
         cuts = None
@@ -65,10 +67,11 @@ def forward_and_gradients(group: Any, case: Case) -> dict[str, Tensor]:
     o, state = parallel.gated_delta(
         **arguments, split=split, return_state=True, strategy=case.strategy, backend=case.backend
     )
-    d_state = d_state.to(state.dtype)
-    if split.rank != case.holder:
-        d_state = torch.zeros_like(d_state)
-    gradients = torch.autograd.grad((o, state), [*inputs.values()], (split.local(d_o), d_state))
+    results, cotangents = [o], [split.local(d_o)]
+    if split.rank == case.holder or not case.has_one_reader:
+        results.append(state)
+        cotangents.append(d_state.to(state.dtype) * (split.rank == case.holder))
+    gradients = torch.autograd.grad(results, [*inputs.values()], cotangents)
     found = {f"d_{name}": g for name, g in zip(inputs, gradients, strict=True)}
     return {"o": o.detach(), "final_state": state.detach(), **found}
 
