@@ -64,9 +64,13 @@ def test_one_rank_sends_nothing(ranks: Ranks) -> None:
         assert exchange_bytes(strategy, SIZES[0], 1).given == 0
 
 
-@pytest.mark.parametrize(("count", "strategy"), [(2, "pipeline"), (4, "gather")])
-def test_auto_takes_what_the_model_chooses(ranks: Ranks, count: int, strategy: str) -> None:
-    sizes = Sizes(1, 4096, 8, 8, 16, 16, 1)
+@pytest.mark.parametrize(
+    ("count", "heads", "strategy"), [(2, 4, "pipeline"), (4, 8, "pipeline"), (4, 4, "gather")]
+)
+def test_auto_takes_what_the_model_chooses(
+    ranks: Ranks, count: int, heads: int, strategy: str
+) -> None:
+    sizes = Sizes(1, 4096, heads, heads, 16, 16, 1)
     assert choose(sizes, count).strategy == strategy
     found = ranks.run(count, sent_bytes, sizes, "auto", False, "float32")
     assert {kind for sent in found for kind in sent} == set(KINDS[strategy])
