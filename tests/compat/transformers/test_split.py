@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn import functional
 
 import gdn_ops
 from compat_late import refusal_of_a_late_model
@@ -22,11 +19,10 @@ from compat_models import (
     has_convolutions,
     model,
     module_of,
-    no_float32,
     relative,
     tokens,
 )
-from compat_split import Case, checkpointed, gradients_of, loss_and_gradients, trained
+from compat_split import Case, loss_and_gradients, on_one_process, trained
 from errors import message_of
 from gdn_ops.compat.transformers import accelerate
 from gdn_ops.compat.transformers.split_calls import ARCHITECTURES
@@ -39,14 +35,6 @@ SPLITTING = [family for family in FAMILIES if architecture(family) in ARCHITECTU
 
 UNEVEN = (((11, 17), (0, 3)), ((10, 11),), ((3, 10), (20, 23)), ((17, 20),))
 """Of 23 tokens."""
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    # Importing transformers takes its time.
-    started = Ranks(4)
-    yield started
-    started.close()
 
 
 @pytest.fixture
@@ -65,23 +53,6 @@ def split(alone: SequenceSplit) -> SequenceSplit:
     """Return that split where models compute on one."""
     has_convolutions(SMALL)
     return alone
-
-
-def on_one_process(case: Case) -> dict[str, Tensor]:
-    """Return what transformers itself computes in float64, sequence by sequence."""
-    with no_float32():
-        wide = copy.deepcopy(model(case.family)).double()
-        if case.checkpoint:
-            checkpointed(wide)
-        ids, following = case.data()
-        loss = torch.zeros((), dtype=torch.float64)
-        for start, stop in itertools.pairwise(case.cuts):
-            logits = wide(ids[:, start:stop], use_cache=False).logits.flatten(0, 1)
-            labels = following[:, start:stop].flatten()
-            loss = loss + functional.cross_entropy(logits, labels, reduction="sum")
-        loss = loss / int(following.ne(-100).sum())
-        loss.backward()
-    return {"loss": loss.detach()} | gradients_of(wide)
 
 
 def check_equal(ranks: Ranks, count: int, case: Case) -> None:
