@@ -40,6 +40,13 @@ def train(arguments: Sequence[str]) -> list[tuple[float, float]]:
     return losses_in(Path(arguments[arguments.index("--losses") + 1]))
 
 
+def train_transformers(arguments: Sequence[str]) -> list[tuple[float, float]]:
+    """Run the example with a model of transformers; return nats and gradient norms of its steps."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        history: list[tuple[float, float]] = example("train_transformers").main([*arguments])
+    return history
+
+
 def losses_in(path: Path) -> list[tuple[float, float]]:
     """Return nats and norms of steps 1 and on; the last ones where steps were done twice."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -157,7 +157,10 @@ def model_arguments(
     config = getattr(model.config, "text_config", model.config)
     _check_options(config, named)
     _check_loss(named)
-    x = next(named[name] for name in INPUTS if named.get(name) is not None)
+    x = next((named[name] for name in INPUTS if named.get(name) is not None), None)
+    if x is None:
+        # The model itself says that its tokens are missing.
+        return named
     own = active.split.positions(x.device)
     given = named.get(POSITIONS)
     if given is not None and not (given.shape[-1] == len(own) and bool(given.eq(own).all())):

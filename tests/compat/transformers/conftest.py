@@ -1,14 +1,16 @@
-"""Load stand-ins for modeling modules."""
+"""Load stand-ins for modeling modules, and start processes that import transformers once."""
 
 from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from compat_stand_ins import NAME, Load, stand_in
+from tests.parallel.ranks import Ranks
 
 
 @pytest.fixture
@@ -23,3 +25,11 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Load:
         return module
 
     return load
+
+
+@pytest.fixture(scope="package")
+def ranks() -> Iterator[Ranks]:
+    # Importing transformers takes its time.
+    started = Ranks(4)
+    yield started
+    started.close()

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn import functional
 
 import gdn_ops
 from compat_late import refusal_of_a_late_model
@@ -22,11 +19,11 @@ from compat_models import (
     has_convolutions,
     model,
     module_of,
-    no_float32,
     relative,
     tokens,
+    transformers,
 )
-from compat_split import Case, checkpointed, gradients_of, loss_and_gradients, trained
+from compat_split import Case, loss_and_gradients, on_one_process, trained
 from errors import message_of
 from gdn_ops.compat.transformers import accelerate
 from gdn_ops.compat.transformers.split_calls import ARCHITECTURES
@@ -39,14 +36,6 @@ SPLITTING = [family for family in FAMILIES if architecture(family) in ARCHITECTU
 
 UNEVEN = (((11, 17), (0, 3)), ((10, 11),), ((3, 10), (20, 23)), ((17, 20),))
 """Of 23 tokens."""
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    # Importing transformers takes its time.
-    started = Ranks(4)
-    yield started
-    started.close()
 
 
 @pytest.fixture
@@ -65,23 +54,6 @@ def split(alone: SequenceSplit) -> SequenceSplit:
     """Return that split where models compute on one."""
     has_convolutions(SMALL)
     return alone
-
-
-def on_one_process(case: Case) -> dict[str, Tensor]:
-    """Return what transformers itself computes in float64, sequence by sequence."""
-    with no_float32():
-        wide = copy.deepcopy(model(case.family)).double()
-        if case.checkpoint:
-            checkpointed(wide)
-        ids, following = case.data()
-        loss = torch.zeros((), dtype=torch.float64)
-        for start, stop in itertools.pairwise(case.cuts):
-            logits = wide(ids[:, start:stop], use_cache=False).logits.flatten(0, 1)
-            labels = following[:, start:stop].flatten()
-            loss = loss + functional.cross_entropy(logits, labels, reduction="sum")
-        loss = loss / int(following.ne(-100).sum())
-        loss.backward()
-    return {"loss": loss.detach()} | gradients_of(wide)
 
 
 def check_equal(ranks: Ranks, count: int, case: Case) -> None:
@@ -152,6 +124,13 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "pixel_values is given, should be None under sequence_parallel: tokens are of text": {
         "pixel_values": torch.ones(1)
     },
+    "pixel_values_videos is given, should be None under sequence_parallel: tokens are of text": {
+        "pixel_values_videos": torch.ones(1)
+    },
+    "cache_params is given, should be None under sequence_parallel: tokens are split, and a cache "
+    "holds all of one sequence": {"cache_params": object()},
+    "cu_seq_lens_k is given, should be None under sequence_parallel: the split tells packed "
+    "sequences apart": {"cu_seq_lens_k": torch.tensor([0, 12])},
     "position_ids are others than those of the split, should be split.positions()": {
         "position_ids": torch.arange(12)[None]
     },
@@ -205,6 +184,111 @@ def test_a_rank_without_tokens_is_refused(ranks: Ranks) -> None:
     case = Case(SMALL, (((0, 20),), (), ((20, 23),)))
     answers = ranks.try_run(3, loss_and_gradients, case)
     assert [answer.args[0] for answer in answers] == [expected] * 3
+
+
+def test_some_logits_chosen_by_a_tensor_are_refused(split: SequenceSplit) -> None:
+    with accelerate(), sequence_parallel(split):
+        found = message_of(
+            gdn_ops.SpecError, model(SMALL), tokens(1, 12), logits_to_keep=torch.tensor([11])
+        )
+    assert found == (
+        "accelerate: logits_to_keep is given, should be 0 under sequence_parallel: the last "
+        "tokens are on one rank"
+    )
+
+
+def test_a_configuration_that_asks_for_the_auxiliary_loss_is_refused(
+    split: SequenceSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = model("qwen3_next-2:1")
+    monkeypatch.setattr(experts.config, "output_router_logits", True)
+    with accelerate(), sequence_parallel(split):
+        assert message_of(gdn_ops.SpecError, experts, tokens(1, 12)) == (
+            "accelerate: output_router_logits is True, should be False under sequence_parallel: "
+            "the auxiliary loss is not a sum over tokens"
+        )
+        experts(tokens(1, 12), output_router_logits=False)
+
+
+def test_a_call_without_tokens_is_an_error_of_the_model(split: SequenceSplit) -> None:
+    tiny = model(SMALL)
+    expected = message_of(ValueError, tiny)
+    with accelerate(), sequence_parallel(split):
+        assert message_of(ValueError, tiny) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        (SMALL, "ForSequenceClassification"),
+        (SMALL, "ForTokenClassification"),
+        ("qwen3_next-2:1", "ForSequenceClassification"),
+        ("qwen3_next-2:1", "ForQuestionAnswering"),
+    ],
+)
+def test_models_for_other_tasks_are_refused(split: SequenceSplit, family: str, task: str) -> None:
+    tiny = model(family)
+    name = type(tiny).__name__.removesuffix("ForCausalLM") + task
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers has no {name}")
+    kind = getattr(transformers, name)
+    expected = (
+        f"sequence_parallel: {name} of transformers does not compute on tokens that are split "
+        f"over ranks, should be a language model that does, while "
+        f"gdn_ops.compat.transformers.accelerate() is active"
+    )
+    if "forward" in vars(kind):
+        # Not the one that classes of all architectures share, which is not replaced.
+        expected = (
+            f"accelerate: {name} is called under sequence_parallel, should be a class whose name "
+            f"ends with one of Model, ForCausalLM, ForConditionalGeneration"
+        )
+    with accelerate(), sequence_parallel(split):
+        assert message_of(gdn_ops.SpecError, kind(tiny.config), tokens(1, 12)) == expected
+
+
+def test_a_class_with_the_forward_of_a_language_model_is_refused_by_its_name(
+    split: SequenceSplit,
+) -> None:
+    tiny = copy.copy(model(SMALL))
+    tiny.__class__ = type("Scorer", (type(tiny),), {})
+    with accelerate(), sequence_parallel(split):
+        assert message_of(gdn_ops.SpecError, tiny, tokens(1, 12)) == (
+            "accelerate: Scorer is called under sequence_parallel, should be a class whose name "
+            "ends with one of Model, ForCausalLM, ForConditionalGeneration"
+        )
+
+
+@pytest.mark.parametrize("name", ["position_bias", "softcap", "s_aux"])
+def test_what_attention_on_split_tokens_does_not_compute_is_refused(
+    split: SequenceSplit, name: str
+) -> None:
+    module, (q, k) = module_of(SMALL), torch.randn(2, 1, 2, 12, 16)
+    with accelerate(), sequence_parallel(split):
+        attention = module.ALL_ATTENTION_FUNCTIONS["sdpa"]
+        given = {name: torch.ones(1)}
+        found = message_of(gdn_ops.SpecError, attention, torch.nn.Module(), q, k, k, None, **given)
+        assert found == (
+            f"accelerate: {name} of attention is given, should be None under sequence_parallel"
+        )
+        without, _ = attention(torch.nn.Module(), q, k, k, None, **{name: None})
+    assert without.shape == (1, 12, 2, 16)
+
+
+def test_attention_that_is_not_causal_is_refused(
+    split: SequenceSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = model(SMALL)
+    layer = next(m for m in tiny.modules() if type(m).__name__.endswith("Attention"))
+    monkeypatch.setattr(layer, "is_causal", False)
+    expected = "accelerate: attention is not causal, should be causal under sequence_parallel"
+    with accelerate(), sequence_parallel(split):
+        assert message_of(gdn_ops.SpecError, tiny, tokens(1, 12)) == expected
+        attention = module_of(SMALL).ALL_ATTENTION_FUNCTIONS["sdpa"]
+        q = torch.randn(1, 2, 12, 16)
+        given = {"is_causal": False}
+        found = message_of(gdn_ops.SpecError, attention, torch.nn.Module(), q, q, q, None, **given)
+    assert found == expected
 
 
 @pytest.mark.parametrize("implementation", ["eager", "flash_attention_2"])
