@@ -95,7 +95,7 @@ class Pipeline:
             finals: (N, HV, K, V), the final states are written to; None if they are not wanted.
 
         Returns:
-            What the backward needs of every part, in the order in which they were computed.
+            What the backward needs of every part, in the order of `_parts`.
         """
         saved: dict[tuple[Step, int], Saved] = {}
         after: dict[Key, Tensor] = {}
@@ -181,7 +181,8 @@ class Pipeline:
     def _views(self, tokens: Tokens, targets: Aims) -> dict[tuple[Step, int], Part]:
         """Return the parts whose tensors are views, without their states.
 
-        Taken one after another they cost a fifth of what each costs between two that are computed.
+        Taken one after another each costs less than between two that are computed, where caches are
+        full of other things.
         """
         steps = [step for step in self.schedule.steps if len(step.runs) == 1]
         return {
@@ -198,7 +199,7 @@ class Pipeline:
         return self._checked.setdefault(key, part) if like is None else part
 
     def _parts(self) -> Iterator[tuple[Step, int]]:
-        """Yield the steps of this rank with their groups, as `forward` computes them."""
+        """Yield the steps of this rank with their groups, in the order of a forward."""
         for tick in range(self.schedule.ticks + len(self.groups) - 1):
             for step in self.schedule.steps:
                 if 0 <= tick - step.forward < len(self.groups):
