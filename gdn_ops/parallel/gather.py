@@ -2,13 +2,15 @@
 
 All ranks work at once, and exchange once a direction. In return a piece between two others is
 walked twice: for its summary, and for its results. A backend that has stages does everything else
-once: the first stage of a piece is run before the exchange, the second one behind it.
+once: the first stage of a piece is run before the exchange, the second one behind it. So is the
+first piece of a sequence, whose state is known: all ranks would wait for its results otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +37,26 @@ Key = tuple[int, int]
 """A piece by sequence and position."""
 
 
+class Calls(NamedTuple):
+    """Hold the calls of one rank.
+
+    Attributes:
+        before: those that a forward computes before the exchange: of pieces that start sequences,
+            in stages only of sequences that lie on this rank alone.
+        behind: those that it computes behind the exchange, and may summarise before.
+        are_staged: whether it does so in stages.
+    """
+
+    before: list[Step]
+    behind: list[Step]
+    are_staged: bool
+
+    @property
+    def all(self) -> list[Step]:
+        """Return them in the order of the forward."""
+        return [*self.before, *self.behind]
+
+
 class Gather:
     """Run the pieces of one rank, forward or backward.
 
@@ -54,7 +76,7 @@ class Gather:
         Raises:
             BackendUnsupportedError: it cannot.
         """
-        check_parts(self.local, self._all_steps(), ALL)
+        check_parts(self.local, self._calls(self.local.call.tokens).all, ALL)
 
     def forward(self, tokens: Tokens, o: Tensor, finals: Tensor | None) -> list[Saved]:
         """Compute o and the final states of sequences that end here.
@@ -62,12 +84,13 @@ class Gather:
         Args, returns:
             As `Pipeline.forward`; behind the parts are the maps M of the middle pieces.
         """
+        calls = self._calls(tokens)
         saved: dict[Step, Saved] = {}
         staged: dict[Step, tuple[Part, tuple[Tensor, ...]]] = {}
         known: dict[Key, tuple[Tensor, Tensor | None]] = {}
 
-        def run(step: Step, states: Sequence[Tensor | None]) -> None:
-            state = joined(states)
+        def run(step: Step, starts: dict[Key, Tensor]) -> Tensor:
+            state = self._joined_starts(step, starts)
             if step in staged:
                 part, kept = staged.pop(step)
                 out = part.started(state).resume(kept)
@@ -75,36 +98,36 @@ class Gather:
                 out = part_of(self.local, tokens, step, ALL, state).forward()
             put(o, out.o, step, ALL.values)
             for piece, own in apart(step, out.final_state):
-                if _starts(piece):
-                    known[piece.sequence, piece.position] = own, None
                 if finals is not None and self.split.is_last(piece):
                     finals[self.local.rows(piece)] = own
             if self.local.call.needs_grad:
                 saved[step] = Saved(state, out.saved)
+            return out.final_state
 
-        for step in self._steps(_starts):
-            run(step, [self.local.started(piece) for piece in step.pieces])
-        for step in self._steps(_continues):
+        for step in calls.before:
+            for piece, own in apart(step, run(step, {})):
+                known[_key(piece)] = own, None
+        for step in calls.behind:
             part = part_of(self.local, tokens, step, ALL, None)
             if part.backend.has_stages:
                 M, R, kept = part.summarise()
                 staged[step] = part, kept
             else:
-                step = self._between(step)
+                step = replace(step, pieces=tuple(p for p in step.pieces if self._sends(p, False)))
                 if not step.pieces:
                     continue
                 part = part_of(self.local, tokens, step, ALL, None)
                 # Nothing is asked of gradients: the backward has a formula of its own.
                 M, R = summary_of(part.call, self.local.backend)
             for (piece, own), (_, m) in zip(apart(step, R), apart(step, M), strict=True):
-                if self._is_between(piece):
-                    known[piece.sequence, piece.position] = own, m
+                if self._sends(piece, False):
+                    known[_key(piece)] = self._made(piece, m, own)
         starts = self._composed("summaries of gated_delta", known, is_backward=False)
-        for step in self._steps(_continues):
-            run(step, [starts[piece.sequence, piece.position] for piece in step.pieces])
+        for step in calls.behind:
+            run(step, starts)
         if not self.local.call.needs_grad:
             return []
-        parts = [saved[step] for step in self._all_steps()]
+        parts = [saved[step] for step in calls.all]
         maps = (known[key][1] for key in sorted(known))
         return [*parts, Saved(None, tuple(M for M in maps if M is not None))]
 
@@ -119,23 +142,27 @@ class Gather:
     ) -> None:
         """Compute the gradients, as `Pipeline.backward` does."""
         *parts, (_, kept_maps) = saved
+        calls = self._calls(tokens)
         between = sorted(
-            (piece.sequence, piece.position)
+            _key(piece)
             for piece in self.split.local_pieces
-            if self._is_between(piece)
+            if self._sends(piece, False) and self._sends(piece, True)
         )
         maps = dict(zip(between, kept_maps, strict=True))
         known: dict[Key, tuple[Tensor, Tensor | None]] = {}
-        kept = dict(zip(self._all_steps(), parts, strict=True))
+        kept = dict(zip(calls.all, parts, strict=True))
         run = _Backward(self, tokens, kept, d_o, grads, d_state)
-        for step in self._steps(_continues):
+        # In stages those that start sequences too, though nobody needs theirs: other ranks walk
+        # back as long before the exchange, and behind it would wait for a rank that does so late.
+        for step in calls.behind:
             d_start = run.start(step, self._d_ends(step, d_finals, None))
             if d_start is not None:
                 for piece, d_own in apart(step, d_start):
-                    key = piece.sequence, piece.position
-                    known[key] = d_own, maps.get(key)
-        for step in self._steps(_starts):
-            if all(map(self.split.is_last, step.pieces)):
+                    if self._sends(piece, True):
+                        known[_key(piece)] = d_own, maps.get(_key(piece))
+        for step in calls.before:
+            # In stages they wait: a whole backward is about as long as a second stage.
+            if not calls.are_staged and all(map(self.split.is_last, step.pieces)):
                 run.finish(step, self._d_ends(step, d_finals, None))
         ends = self._composed("gradients of summaries", known, is_backward=True)
         for step in run.unfinished:
@@ -152,15 +179,38 @@ class Gather:
             elif self.split.is_last(piece) or ends is None:
                 own.append(self.local.states().zero_())
             else:
-                own.append(ends[piece.sequence, piece.position])
+                own.append(ends[_key(piece)])
         return joined(own)
 
-    def _between(self, step: Step) -> Step:
-        """Return a call of those pieces of another that lie between two others."""
-        return replace(step, pieces=tuple(filter(self._is_between, step.pieces)))
+    def _joined_starts(self, step: Step, starts: dict[Key, Tensor]) -> Tensor | None:
+        """Return what pieces start from, joined: what the call gives, or what has been composed."""
+        own = [self.local.started(p) if _starts(p) else starts[_key(p)] for p in step.pieces]
+        if any(state is not None for state in own):
+            own = [self.local.states().zero_() if state is None else state for state in own]
+        return joined(own)
 
-    def _is_between(self, piece: Piece) -> bool:
-        return piece.position > 0 and not self.split.is_last(piece)
+    def _made(self, piece: Piece, M: Tensor, R: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what others need of a piece: R and M, or its final state where it is known."""
+        if not _starts(piece):
+            return R, M
+        state = self.local.started(piece)
+        if state is None:
+            return R, None
+        return _applied(M, state.double(), R.double(), False).to(R.dtype), None
+
+    def _calls(self, tokens: Tokens) -> Calls:
+        """Return the calls of this rank, as its backend can run them.
+
+        That of one piece decides. Where "auto" gives others to a backend without stages, it
+        computes the same calls by summaries.
+        """
+        cut = next(filter(self._is_cut, self.split.local_pieces), None)
+        if cut is not None:
+            one = Step(self.split.rank, (cut,), 0, 0)
+            if part_of(self.local, tokens, one, ALL, None).backend.has_stages:
+                whole = self._steps(lambda piece: not self._is_cut(piece))
+                return Calls([*whole], [*self._steps(self._is_cut)], True)
+        return Calls([*self._steps(_starts)], [*self._steps(_continues)], False)
 
     def _steps(self, holds: Callable[[Piece], bool]) -> Iterator[Step]:
         """Yield calls of the pieces of this rank for which something holds."""
@@ -170,10 +220,9 @@ class Gather:
         elif own:
             yield from (Step(self.split.rank, (piece,), 0, 0) for piece in own)
 
-    def _all_steps(self) -> Iterator[Step]:
-        """Yield the calls of this rank: of pieces that start sequences, then of the others."""
-        yield from self._steps(_starts)
-        yield from self._steps(_continues)
+    def _is_cut(self, piece: Piece) -> bool:
+        """Return whether other pieces are of the same sequence."""
+        return not (_starts(piece) and self.split.is_last(piece))
 
     def _composed(
         self, kind: str, known: dict[Key, tuple[Tensor, Tensor | None]], *, is_backward: bool
@@ -194,13 +243,13 @@ class Gather:
         like, of_map = self.local.states(), self._map_like()
         flat = like.new_zeros(most, like.numel() + of_map.numel())
         for slot, piece in enumerate(sent[self.split.rank]):
-            R, M = known[piece.sequence, piece.position]
+            R, M = known[_key(piece)]
             flat[slot, : like.numel()] = R.flatten()
             if M is not None:
                 flat[slot, like.numel() :] = M.flatten()
         table = exchange.gather(self.group, kind, flat)
         place = {
-            (piece.sequence, piece.position): table[rank, slot]
+            _key(piece): table[rank, slot]
             for rank, of_rank in enumerate(sent)
             for slot, piece in enumerate(of_rank)
         }
@@ -289,9 +338,10 @@ class _Backward:
         for whole, grad in zip(self.grads, own, strict=True):
             if whole is not None and grad is not None:
                 put(whole, grad, step, slice(None))
-        if self.d_state is not None and d_start is not None and _starts(step.pieces[0]):
+        if self.d_state is not None and d_start is not None:
             for piece, d_own in apart(step, d_start):
-                self.d_state[self.local.rows(piece)] += d_own
+                if _starts(piece):
+                    self.d_state[self.local.rows(piece)] += d_own
         return d_start
 
     def _part(self, step: Step, *, with_state: bool = True) -> Part:
@@ -300,6 +350,10 @@ class _Backward:
 
     def _d_o(self, step: Step) -> Tensor:
         return take(self.d_o, step, ALL.values)
+
+
+def _key(piece: Piece) -> Key:
+    return piece.sequence, piece.position
 
 
 def _starts(piece: Piece) -> bool:

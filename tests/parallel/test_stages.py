@@ -8,11 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gdn_ops.testing.example import Example
+from tests.parallel.mutants import mutated_call
 from tests.parallel.ranks import Ranks
 from tests.parallel.test_sequence import assembled, cases, judged
-from tests.parallel.workers import Case, forward_and_gradients, launches
+from tests.parallel.workers import (
+    Case,
+    called_as_in_stages,
+    forward_and_gradients,
+    launches,
+    order_of_parts,
+    reset_at,
+)
 
 pytest.importorskip("triton")
 
@@ -72,11 +81,93 @@ def test_runs_between_others_are_summarised_and_resumed(slow_ranks: Ranks, name:
         assert all(torch.equal(x[key], y[key]) for key in x)
 
 
+@pytest.mark.parametrize("has_state", [True, False])
+def test_the_first_piece_of_a_sequence_is_run_in_stages(slow_ranks: Ranks, has_state: bool) -> None:
+    @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(cases(2, "triton", "gather"), st.integers(1, 39), st.sampled_from([(0, 1), (1, 0)]))
+    def check(case: Case, cut: int, order: tuple[int, int]) -> None:
+        example = replace(case.example, T=40, lengths=None, initial_state=has_state)
+        runs = ((0, cut),), ((cut, 40),)
+        drawn = replace(case, example=example, fragments=tuple(runs[i] for i in order))
+        judged(drawn, assembled(drawn, slow_ranks.run(2, forward_and_gradients, drawn)))
+
+    check()
+
+
+def test_a_final_state_without_what_the_initial_one_adds_is_caught(slow_ranks: Ranks) -> None:
+    # M of a first piece is applied on its own rank, to the initial state; two pieces have no other.
+    case = replace(SPLITS["three runs"], fragments=(((0, 20),), ((20, 70),)))
+    judged(case, assembled(case, slow_ranks.run(2, forward_and_gradients, case)))
+    with pytest.raises(AssertionError):
+        judged(case, assembled(case, slow_ranks.run(2, mutated_call, "maps dropped", case)))
+
+
+@pytest.mark.parametrize("token", [3, 6])
+@pytest.mark.parametrize("rule", ["gated_delta", "gated"])
+def test_a_reset_stops_every_influence_between_stages(
+    slow_ranks: Ranks, rule: str, token: int
+) -> None:
+    # Inside of the first piece, or where the second one starts.
+    given = token, 18, rule, "gather"
+    first, second = (slow_ranks.run(3, reset_at, *given, seed, "triton") for seed in (0, 1))
+    for rank, (one, other) in enumerate(zip(first, second, strict=True)):
+        o, state, d_v, d_initial = one
+        before = token if rank == 0 else 0
+        assert torch.equal(state, other[1])
+        assert torch.equal(o[:, before:], other[0][:, before:])
+        assert torch.equal(o, other[0]) == (rank > 0)
+        # The loss reads what is behind the reset alone.
+        assert not bool(d_v[:, :before].any()) and not bool(d_initial.any())
+        assert bool(d_v[:, before:].any()) == (before < 6)
+
+
+# Two sequences that ranks share, one on the second rank alone.
+WHOLE = Case(
+    Example(T=70, lengths=(30, 20, 20), K=16, V=8, chunk_size=16),
+    (((0, 20),), ((20, 60),), ((60, 70),)), "gather", "triton",
+)  # fmt: skip
+
+
 def test_nothing_but_walks_is_launched_twice(slow_ranks: Ranks) -> None:
-    first, between, last = slow_ranks.run(3, launches, SPLITS["three runs"])
     gradients = ["walk_back", "token_gradients"]
-    assert first == ["prepare", "walk", *gradients]
-    assert between == last == ["prepare", "walk", "walk", "walk_back", *gradients]
+    staged = ["prepare", "walk", "walk", "walk_back", *gradients]
+    assert slow_ranks.run(3, launches, SPLITS["three runs"]) == [staged] * 3
+    # In zigzag two pieces share their launches, the first of the sequence and the last among them.
+    zigzag = replace(SPLITS["three runs"], fragments=ZIGZAG)
+    assert slow_ranks.run(3, launches, zigzag) == [staged] * 3
+    alone = replace(SPLITS["three runs"], fragments=(((0, 70),), (), ()))
+    assert slow_ranks.run(3, launches, alone) == [["prepare", "walk", *gradients], [], []]
+
+
+def test_the_first_stage_of_every_piece_is_before_an_exchange(slow_ranks: Ranks) -> None:
+    forward = ["summarise", "gather", "resume"]
+    backward = ["summarise_gradients", "gather", "resume_gradients"]
     case = SPLITS["three runs"]
-    alone = replace(case, fragments=(((0, 70),), (), ()))
-    assert slow_ranks.run(3, launches, alone) == [first, [], []]
+    assert slow_ranks.run(3, order_of_parts, case) == [[*forward, *backward]] * 3
+    # A sequence that no other rank waits for, behind the exchange where that ends first.
+    backward.insert(2, "backward")
+    first, between, last = slow_ranks.run(3, order_of_parts, WHOLE)
+    assert between == ["forward", *forward, *backward]
+    backward.remove("backward")
+    assert first == last == [*forward, *backward]
+
+
+def test_without_stages_the_first_piece_is_run_before_an_exchange(slow_ranks: Ranks) -> None:
+    found = slow_ranks.run(3, order_of_parts, replace(SPLITS["three runs"], backend="torch"))
+    assert found == [
+        ["forward", "gather", "gather", "backward"],
+        ["gather", "forward", "backward", "gather", "backward"],
+        ["gather", "forward", "backward", "gather"],
+    ]
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("name", ["three runs", "rows", "packed"])
+def test_a_backend_without_stages_can_make_the_calls_of_one_that_has_them(
+    slow_ranks: Ranks, name: str, backend: str
+) -> None:
+    case = replace(SPLITS[name], backend=backend)
+    for has_state in (True, False):
+        example = replace(case.example, dtype="float32", chunk_size=None, initial_state=has_state)
+        own = replace(case, example=example)
+        judged(own, assembled(own, slow_ranks.run(3, called_as_in_stages, own)))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,14 @@ from torch.nn import functional
 
 from gdn_ops import gated_delta, parallel
 from gdn_ops.nn import HybridLM
-from gdn_ops.parallel import parts
+from gdn_ops.parallel import exchange, gather, parts
 from gdn_ops.testing.example import Example
 
 VOCABULARY = 11
 
 GIVEN = ("q", "k", "v", "alpha", "log_alpha", "beta")
+
+STAGES = ("summarise", "resume", "summarise_gradients", "resume_gradients")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,17 @@ def forward_and_gradients(group: Any, case: Case) -> dict[str, Tensor]:
     gradients = torch.autograd.grad(results, [*inputs.values()], cotangents)
     found = {f"d_{name}": g for name, g in zip(inputs, gradients, strict=True)}
     return {"o": o.detach(), "final_state": state.detach(), **found}
+
+
+def called_as_in_stages(group: Any, case: Case) -> dict[str, Tensor]:
+    """Compute by the calls of stages, as where "auto" gives them to a backend that has none."""
+
+    def calls(self: gather.Gather, tokens: Any) -> gather.Calls:
+        whole = self._steps(lambda piece: not self._is_cut(piece))
+        return gather.Calls([*whole], [*self._steps(self._is_cut)], True)
+
+    with mock.patch.object(gather.Gather, "_calls", calls):
+        return forward_and_gradients(group, case)
 
 
 def launches(group: Any, case: Case) -> list[str]:
@@ -250,11 +264,12 @@ def traffic(group: Any, case: Case) -> dict[str, int]:
 
 
 def order_of_parts(group: Any, case: Case) -> list[str]:
-    """Return what this rank computes of its parts, in order."""
+    """Return what this rank computes of its parts, and its gathers of summaries, in order."""
     order: list[str] = []
     with contextlib.ExitStack() as stack:
-        for name in ("forward", "backward", "walk", "walk_back"):
+        for name in ("forward", "backward", "walk", "walk_back", *STAGES):
             stack.enter_context(noted(parts.Part, name, order))
+        stack.enter_context(noted(exchange, "gather", order))
         forward_and_gradients(group, case)
     return order
 
@@ -325,7 +340,7 @@ def fail_inside(group: Any, victim: int, strategy: str) -> str:
 
 
 def reset_at(
-    group: Any, token: int, tokens: int, rule: str, strategy: str, seed: int
+    group: Any, token: int, tokens: int, rule: str, strategy: str, seed: int, backend: str = "auto"
 ) -> list[Tensor]:
     """Return o, the final state, and gradients of a loss of what is behind a reset.
 
@@ -346,7 +361,7 @@ def reset_at(
     state.requires_grad_()
     o, final = parallel.gated_delta(
         q, k, v, alpha, beta, rule=rule, initial_state=state, return_state=True, split=split,
-        strategy=strategy,
+        strategy=strategy, backend=backend,
     )  # fmt: skip
     behind = (split.positions() >= token)[None, :, None, None]
     loss = (o * behind).sum() + final.sum() * (split.rank == 0)

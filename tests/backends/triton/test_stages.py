@@ -156,6 +156,25 @@ def test_a_decay_of_zero_makes_a_map_that_is_exactly_zero(
 
 
 @pytest.mark.parametrize("segment", [None, 1, 2])
+@pytest.mark.parametrize("kept", ["on", "off"])
+@pytest.mark.parametrize("lengths", [(40, 0, 1, 20), None])
+def test_stages_without_an_initial_state_start_from_zeros(
+    lengths: tuple[int, ...] | None, kept: str, segment: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_kept", kept)
+    example = Example(T=61, lengths=lengths, R=2, K=16, V=24, gate="slow", chunk_size=16)
+    call, (d_o, d_state) = call_of(example), example.cotangents()
+    assert call.state is not None
+    zeros, d_state = torch.zeros_like(call.state), d_state.to(torch.float32)
+    with using("triton", example, segment=segment):
+        first, second = (staged(replace(call, state=x), d_o, d_state) for x in (None, zeros))
+    assert first.grads.state is None and second.grads.state is not None
+    for x, y in zip((*first.out[:2], *first[3:5], *first.grads[:6]),
+                    (*second.out[:2], *second[3:5], *second.grads[:6]), strict=True):  # fmt: skip
+        assert (x is None and y is None) or torch.equal(x, y)
+
+
+@pytest.mark.parametrize("segment", [None, 1, 2])
 @pytest.mark.parametrize("rule", ["gated", "linear"])
 def test_a_rule_without_an_error_term_has_a_number_for_a_map(
     rule: str, segment: int | None
