@@ -235,6 +235,7 @@ def _gather(
     Without stages, the first piece of a sequence makes its results at once, those between make
     summaries, and all but the first wait for both. Backward, the last piece, and in its first pass
     each between, makes a backward before the exchange, and all but the last make one behind it.
+    In stages all pieces do the same, and none waits for the work of another.
     """
     own = dataclasses.replace(s, T=-(-s.T // ranks))
     directions = 2 if trains else 1
@@ -242,9 +243,7 @@ def _gather(
     exchange = directions * ring_seconds(machine, ranks, moved)
     both = _local(own, machine, dtype, trains)
     if max(s.K, s.V) <= machine.staged:
-        stages, waits = _staged(own, machine, dtype, trains)
-        # Of a rank that has several pieces, the first of the sequence is one.
-        return Seconds(both, stages - both, waits / -(-pieces // ranks), exchange)
+        return Seconds(both, _staged(own, machine, dtype, trains) - both, exchange=exchange)
     before = both
     if pieces > 2:
         there = _local(own, machine, dtype, trains=False)
@@ -252,22 +251,16 @@ def _gather(
     return Seconds(both, before, exchange=exchange)
 
 
-def _staged(s: Sizes, machine: Machine, dtype: str, trains: bool) -> tuple[float, float]:
-    """Return the seconds of all stages of a rank, and how long it waits for the first piece.
-
-    The first piece of a sequence is computed without stages: the others wait for its forward before
-    the exchange, and for its backward behind that of gradients.
-    """
-    first = work.summarise(s, machine, dtype).seconds(machine, dtype)
-    second = work.forward(s, machine, dtype, trains=trains, resumes=True).seconds(machine, dtype)
-    whole = work.forward(s, machine, dtype, trains=trains).seconds(machine, dtype)
-    stages, waits = first + second, max(0.0, whole - first)
+def _staged(s: Sizes, machine: Machine, dtype: str, trains: bool) -> float:
+    """Return the seconds of all stages of a rank: the same ones, whichever pieces it has."""
+    stages = [
+        work.summarise(s, machine, dtype),
+        work.forward(s, machine, dtype, trains=trains, resumes=True),
+    ]
     if trains:
-        first = work.summarise_gradients(s, machine, dtype).seconds(machine, dtype)
-        second = work.backward(s, machine, dtype, resumes=True).seconds(machine, dtype)
-        whole = work.backward(s, machine, dtype).seconds(machine, dtype)
-        stages, waits = stages + first + second, waits + max(0.0, whole - second)
-    return stages, waits
+        stages.append(work.summarise_gradients(s, machine, dtype))
+        stages.append(work.backward(s, machine, dtype, resumes=True))
+    return sum(stage.seconds(machine, dtype) for stage in stages)
 
 
 def _pipeline(

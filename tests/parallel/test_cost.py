@@ -237,7 +237,7 @@ def test_a_gather_without_stages_computes_about_twice() -> None:
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_gather_in_stages_takes_as_long_as_the_slowest_rank(rows: int, trains: bool) -> None:
-    """Before each exchange, and behind it: ranks are idle while they wait for another."""
+    """None is idle while it waits for another, but for the exchange: all have equal stages."""
     s = dataclasses.replace(QWEN, B=rows, N=rows)
     own = dataclasses.replace(s, T=s.T // 8)
     assert work.is_cut(own, H200) == (rows == 1)
@@ -246,19 +246,15 @@ def test_a_gather_in_stages_takes_as_long_as_the_slowest_rank(rows: int, trains:
         seconds: float = count(own, H200, "bfloat16", **options).seconds(H200, "bfloat16")
         return seconds
 
-    first = took(work.forward, trains=trains)
-    slowest = max(first, took(work.summarise))
-    slowest += took(work.forward, trains=trains, resumes=True)
+    stages = took(work.summarise) + took(work.forward, trains=trains, resumes=True)
     if trains:
-        slowest += took(work.summarise_gradients)
-        slowest += max(took(work.backward), took(work.backward, resumes=True))
+        stages += took(work.summarise_gradients) + took(work.backward, resumes=True)
     gather = op_seconds("gather", s, 8, H200, trains=trains)
-    assert gather.total - gather.exchange == pytest.approx(slowest)
-    assert gather.added > 0 < gather.bubble
-    # In zigzag the first piece is half of what its rank has.
+    assert gather.total - gather.exchange == pytest.approx(stages)
+    assert gather.added > 0 == gather.bubble
+    # In zigzag a rank has two pieces, which share its launches.
     zigzag = op_seconds("gather", s, 8, H200, pieces=15, trains=trains)
-    assert zigzag.bubble == pytest.approx(gather.bubble / 2)
-    assert zigzag.added == gather.added
+    assert zigzag._replace(exchange=0) == gather._replace(exchange=0)
 
 
 def test_stages_repeat_little_where_walks_are_made_for_segments_anyway() -> None:
@@ -327,7 +323,10 @@ def test_the_choice_is_pipeline_on_cpus_and_gather_over_eight_gpus() -> None:
     short = dataclasses.replace(QWEN, T=32768)
     assert choose(short, 8, device="cuda", dtype="bfloat16").groups < 16
     assert choose(QWEN, 8, device="cuda", dtype="bfloat16").strategy == "gather"
-    assert choose(QWEN, 2, device="cuda", dtype="bfloat16").strategy == "pipeline"
+    # Of two, both take about as long; of a forward alone a larger part is done twice.
+    assert choose(QWEN, 2, device="cuda", dtype="bfloat16").strategy == "gather"
+    forward = choose(QWEN, 2, device="cuda", dtype="bfloat16", trains=False)
+    assert forward.strategy == "pipeline"
     # One head cannot be cut into groups: a pipeline of many ranks would be a queue.
     assert choose(Sizes(1, 16384, 1, 1, 128, 128, 1), 8) == ("gather", 1)
 

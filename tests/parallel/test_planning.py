@@ -138,6 +138,6 @@ def test_eight_gpus_train_on_long_sequences_at_ninety_percent(heads: int) -> Non
     """Of a whole step: the op alone is at less, which docs/parallel-plan.md says."""
     model = dataclasses.replace(QWEN, sizes=dataclasses.replace(QWEN.sizes, H=heads))
     without = dataclasses.replace(H200, staged=0)
-    for machine, least, op in ((H200, 0.95, 0.65), (without, 0.9, 0.4)):
+    for machine, least, op in ((H200, 0.95, 0.8), (without, 0.9, 0.4)):
         row = planning.row(model, Split("gather", 8, 1), machine)
         assert row.efficiency > least > op + 0.1 > row.op_efficiency > op
