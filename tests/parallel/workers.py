@@ -328,7 +328,8 @@ def die(group: Any, victim: int, when: str) -> str:
 def fail_inside(group: Any, victim: int, strategy: str) -> str:
     """Raise on one rank when its call has begun; return what this rank raises."""
     split = parallel.SequenceSplit.contiguous(12, group)
-    k = torch.ones(1, split.local_tokens, 2, 4)
+    # More heads than are walked before the first whole part, so that others wait for it.
+    k = torch.ones(1, split.local_tokens, 8, 4)
     if group.rank() == victim:
 
         def forward(part: Any) -> Any:
