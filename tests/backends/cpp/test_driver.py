@@ -21,6 +21,7 @@ import gdn_ops
 from cpp_driver import Driver, compile_driver
 from cpp_libraries import levels_here, needs_compiler
 from cpp_structs import DOORS, Packed
+from cpp_walks import check_walks
 from gdn_ops.backends.cpp import build, library
 from gdn_ops.dispatch import plans
 from gdn_ops.nn import GatedDeltaNet, kernels
@@ -178,6 +179,22 @@ def test_the_kernels_compute_the_definition_elsewhere(
                 verdict = judge(drawn, "cpp")
                 assert verdict.passed, (drawn, verdict)
     assert len(driver.calls) >= 2 * len(DTYPES) * len(RULES) * len(SHAPES)
+
+
+@every_level
+def test_walks_are_right_elsewhere(
+    name: str,
+    level: str,
+    commands: Mapping[str, tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = at_level(name, level, commands, monkeypatch)
+    for dtype in DTYPES:
+        for rule in RULES:
+            for example in SHAPES:
+                check_walks(replace(example, rule=rule, dtype=dtype))
+    # A forward and a walk, a backward that runs a forward first, and a walk back.
+    assert len(driver.calls) == 5 * len(DTYPES) * len(RULES) * len(SHAPES)
 
 
 @every_level

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 
 import gdn_ops
+from cpp_walks import call_of, check_walks
 from gdn_ops import GATED_DELTA
 from gdn_ops.backends.cpp import library
 from gdn_ops.backends.cpp.backend import Cpp
-from gdn_ops.call.bind import Arguments, Call, Tokens, bind
+from gdn_ops.call.bind import Call
 from gdn_ops.testing import Example
 from gdn_ops.testing.strategies import calls
 
@@ -28,35 +29,13 @@ LONG = [
 ]
 
 
-def call_of(example: Example) -> Call:
-    given = {**example.arguments()}
-    tokens = Tokens(*(given.pop(name, None) for name in Tokens._fields))  # type: ignore[arg-type]
-    state, cuts = given.pop("initial_state", None), given.pop("cu_seqlens", None)
-    given.pop("return_state", None)
-    return bind(GATED_DELTA, Arguments(tokens, state, cuts, return_state=True, **given))
-
-
-def check(example: Example) -> None:
-    call = replace(call_of(example), needs_grad=True)
-    backend = Cpp()
-    out = backend.forward(call)
-    assert torch.equal(backend.walk(call), out.final_state)
-    d_o, d_state = example.cotangents()
-    d_state = d_state.to(out.final_state.dtype)
-    # A state to take the gradient of.
-    started = replace(call, state=torch.zeros_like(d_state) if call.state is None else call.state)
-    found = backend.walk_back(call, d_o, d_state)
-    right = backend.backward(started, None, d_o, d_state).state
-    assert right is not None and torch.equal(found.to(right.dtype), right)
-
-
 @pytest.mark.parametrize("example", LONG)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_walks_of_long_calls(example: Example, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(example)
+        check_walks(example)
     finally:
         torch.set_num_threads(before)
 
@@ -64,7 +43,7 @@ def test_walks_of_long_calls(example: Example, threads: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(calls(GATED_DELTA, Cpp.limits, max_tokens=150))
 def test_walks_of_drawn_calls(example: Example) -> None:
-    check(example)
+    check_walks(example)
 
 
 def test_a_walk_reads_no_queries() -> None:
