@@ -21,7 +21,7 @@ from torch import Tensor
 
 HUGE_PAGE = 2 << 20
 MADV_HUGEPAGE = 14
-SMALL_PAGE = 4 << 10
+MADV_POPULATE_WRITE = 23
 SMALLEST = 2 * HUGE_PAGE
 
 
@@ -45,24 +45,28 @@ def settle_allocator() -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised contiguous tensor, on huge pages if it is large and on a CPU.
-
-    A refusal of the operating system is ignored: it only costs time.
-    """
+    """Return an uninitialised contiguous tensor, on huge pages if it is large and on a CPU."""
     x = torch.empty(shape, dtype=dtype, device=device)
-    size = x.numel() * x.element_size() if device.type == "cpu" and type(x) is Tensor else 0
-    advise = _madvise() if size >= SMALLEST else None
-    if advise is not None:
-        start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-        stop = (x.data_ptr() + size) // HUGE_PAGE * HUGE_PAGE
-        advise(start, stop - start, MADV_HUGEPAGE)
+    _advise(x, MADV_HUGEPAGE)
     return x
 
 
-def touch(x: Tensor) -> None:
-    """Take the page faults of an uninitialised contiguous tensor on a CPU now; its values change.
+def populate(x: Tensor) -> None:
+    """Take the page faults of an uninitialised contiguous tensor now, all at once, if it is large.
 
-    Whoever fills it later, while others wait, then takes none.
+    That takes less time than one after another, and may be done while there is nothing else to do.
     """
-    if x.device.type == "cpu" and x.nbytes >= SMALLEST:
-        x.view(-1)[:: SMALL_PAGE // x.element_size()].zero_()
+    _advise(x, MADV_POPULATE_WRITE)
+
+
+def _advise(x: Tensor, advice: int) -> None:
+    """Tell the operating system about the whole huge pages of a large tensor on a CPU.
+
+    A refusal is ignored: it only costs time.
+    """
+    size = x.numel() * x.element_size() if x.device.type == "cpu" and type(x) is Tensor else 0
+    function = _madvise() if size >= SMALLEST else None
+    if function is not None:
+        start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        stop = (x.data_ptr() + size) // HUGE_PAGE * HUGE_PAGE
+        function(start, stop - start, advice)

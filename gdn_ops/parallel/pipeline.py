@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gdn_ops.call.bind import Targets, Tokens
-from gdn_ops.kernel_support.host_memory import touch
+from gdn_ops.kernel_support.host_memory import populate
 from gdn_ops.parallel import exchange
 from gdn_ops.parallel.exchange import Message, Pending
 from gdn_ops.parallel.parts import (
@@ -248,8 +248,7 @@ class Pipeline:
             coming = receiving.get(tick, works)
             if coming:
                 # Whoever waits before it computes has time for the page faults of its results.
-                for x in fresh:
-                    touch(x)
+                fresh = _populated(fresh)
             exchange.wait(self.group, kind, coming)
             for hop, g in own:
                 if hop.source.rank == hop.target.rank:
@@ -258,9 +257,10 @@ class Pipeline:
             for step in self.schedule.steps:
                 g = tick - (step.backward if is_backward else step.forward)
                 if 0 <= g < groups:
-                    fresh = ()
+                    fresh = fresh if g < walks else _populated(fresh)
                     yield came, Turn(step, g, is_walk=g < walks)
         for g in range(walks):
+            fresh = _populated(fresh)
             yield came, Turn(self.schedule.steps[0], g, is_again=True)
         exchange.wait(self.group, kind, kept)
 
@@ -332,6 +332,13 @@ class Pipeline:
             else:
                 own.append(d_finals[self.local.rows(piece), heads.values])
         return joined(own)
+
+
+def _populated(fresh: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Take the page faults of uninitialised tensors; return those that are left, none."""
+    for x in fresh:
+        populate(x)
+    return ()
 
 
 def _taken(came: dict[Key, Tensor], piece: Piece, turn: Turn) -> Tensor:
