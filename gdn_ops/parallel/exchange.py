@@ -283,7 +283,8 @@ def total(group: dist.ProcessGroup, kind: str, share: Tensor, source: int | None
     return share
 
 
-def _copied(x: Tensor) -> Tensor:
+def copied(x: Tensor) -> Tensor:
+    """Return a contiguous copy, whose memory `total` may write."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -293,8 +294,8 @@ class Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, kind: str, x: Tensor) -> Tensor:
         ctx.group, ctx.kind = group, kind
-        return total(group, kind, _copied(x))
+        return total(group, kind, copied(x))
 
     @staticmethod
     def backward(ctx: Any, d_whole: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, total(ctx.group, ctx.kind, _copied(d_whole))
+        return None, None, total(ctx.group, ctx.kind, copied(d_whole))

@@ -40,7 +40,7 @@ Key = tuple[int, int, int]
 """A piece by sequence and position, and a group of heads."""
 
 Aims = Callable[[Step, Heads], Targets | None]
-"""Where the results of a part may be written."""
+"""Return where the results of a part may be written."""
 
 
 class Turn(NamedTuple):

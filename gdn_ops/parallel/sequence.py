@@ -34,7 +34,7 @@ STRATEGIES: Final = ("auto", "pipeline", "gather")
 NAME: Final = "gdn_ops.parallel.gated_delta"
 
 FINALS: Final = "final states of gated_delta"
-"""What is exchanged where they are asked for, for messages."""
+"""Name the exchange of final states in messages and in `counting`."""
 
 SECOND_ORDER: Final = f"second derivatives of {NAME} are not computed: run it on one process"
 
@@ -235,7 +235,7 @@ class _Sequence(torch.autograd.Function):
             grads = own.map(torch.zeros_like if adds else _empty_like)
             if d_finals is not None:
                 # Of all ranks, whichever of them use the states.
-                share = d_finals.clone(memory_format=torch.contiguous_format)
+                share = exchange.copied(d_finals)
                 d_finals = exchange.total(local.split.group, FINALS, share)
             d_state = None if state is None else _d_state(local, d_finals)
             run.backward(own, saved, d_o.resolve_neg(), d_finals, grads, d_state)

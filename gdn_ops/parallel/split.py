@@ -258,7 +258,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_whole: Tensor) -> tuple[None, None, Tensor]:
-        share = d_whole.clone(memory_format=torch.contiguous_format)
+        share = exchange.copied(d_whole)
         total = exchange.total(ctx.split.group, "gradients of tokens", share)
         return None, None, ctx.split.local(total, ctx.dim)
 
