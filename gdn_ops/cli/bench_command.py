@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gdn_ops.bench.gpu import command as gpu
-from gdn_ops.cli import exit_codes
+from gdn_ops.cli import ablation_command, exit_codes
 from gdn_ops.cli.parser import (
     ALL,
     Options,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 DEFAULT = "cases"
 """The command that runs where `gdn-ops bench` is followed by none."""
 
-KINDS = (DEFAULT, "models", "decode", "gpu")
+KINDS = (DEFAULT, "models", "decode", "gpu", "ablation")
 PLOTS = (".png", ".svg", ".pdf")
 MOST_THREADS = 1024
 REPEATS = 7
@@ -74,6 +74,7 @@ def add_to(commands: Any) -> None:
     _add_models(below)
     _add_decode(below)
     _add_gpu(below)
+    ablation_command.add_to(below)
 
 
 def _add_results(parser: Parser, what: str = "for the result as JSON and PNG") -> None:
