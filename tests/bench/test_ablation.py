@@ -221,7 +221,8 @@ def test_the_command_runs_every_row_on_every_task_and_writes_what_it_prints(
     data = json.loads((tmp_path / "ablation.json").read_text(encoding="utf-8"))
     assert shown.stdout.splitlines()[-1] == str(tmp_path / "ablation.json")
     assert set(data) == {
-        *("schema", "system", "seconds", "settings", "tasks", "rows", "cells", "absent")
+        *("schema", "system", "seconds", "processor_seconds", "settings"),
+        *("tasks", "rows", "cells", "absent"),
     }
     assert data["schema"] == 1 and data["system"]["backend"] in ("cpp", "torch")
     assert {"date", "devices", "versions", "dtype", "processes"} <= set(data["system"])
@@ -350,9 +351,14 @@ def test_a_mistake_is_told_before_anything_is_trained(
     assert result.stderr == f"gdn-ops: {text.format(file=file)}\n"
 
 
-def test_the_recorded_table_is_of_every_row_and_of_several_seeds() -> None:
+def recorded() -> dict[str, Any]:
     path = ROOT / "benchmarks" / "results" / "ablation.json"
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data
+
+
+def test_the_recorded_table_is_of_every_row_and_of_several_seeds() -> None:
+    data = recorded()
     assert [row["name"] for row in data["rows"]] == list(VARIANTS)
     for row in data["rows"]:
         assert row["options"] == VARIANTS[row["name"]].arguments
@@ -361,3 +367,39 @@ def test_the_recorded_table_is_of_every_row_and_of_several_seeds() -> None:
     assert data["settings"]["seeds"] >= 3
     assert {**data["settings"], "seeds": settings.seeds} == {**settings.to_json(), "width": 64}
     assert len(data["cells"]) == len(VARIANTS) * len(TASKS)
+
+
+def test_the_page_says_of_the_recorded_table_what_it_shows() -> None:
+    page = (ROOT / "docs" / "ablation.md").read_text(encoding="utf-8")
+    cells = {(cell["row"], cell["task"]): cell for cell in recorded()["cells"]}
+
+    def lost(row: str, task: str) -> float:
+        """Return the mean loss against full, in points or bits per byte."""
+        gains = cells[row, task]["against_full"]
+        return -sum(gains) / len(gains) * (1 if task == TEXT else 100)
+
+    def always(row: str, task: str) -> bool:
+        return bool(cells[row, task]["worse"] == len(cells[row, task]["values"]))
+
+    for row, task, text in (
+        ("no-decay", TEXT, "`no-decay` loses 0.15 bits per byte, with every seed"),
+        ("no-decay", "switch", "loses 6 points on switch"),
+        ("no-convolution", TEXT, "`no-convolution` loses 0.11 bits per byte"),
+        ("no-output-norm", TEXT, "0.06 bits per byte with every seed"),
+        ("no-delta", "overwrite", "16 points on overwrite, with every seed"),
+        ("l1-silu", "overwrite", "Here it costs 4\n  points on overwrite"),
+    ):
+        number = f"{lost(row, task):.2f} bits" if task == TEXT else f"{lost(row, task):.0f}"
+        assert text in page and number in text and always(row, task), row
+    heads = [cells[row, "overwrite"]["mean"] for row in ("head-8", FULL, "head-32")]
+    assert "{:.0f}, {:.0f} and {:.0f} percent for heads".format(*(100 * x for x in heads)) in page
+    means = {row: cells[row, TEXT]["mean"] for row, v in VARIANTS.items() if v.perplexity}
+    paper = {row: v.perplexity for row, v in VARIANTS.items() if v.perplexity}
+    assert max(means, key=means.__getitem__) == max(paper, key=paper.__getitem__) == "no-decay"
+    rules = (FULL, "no-decay", "no-delta", "linear")
+    for task in TASKS:
+        best = min(lost(row, task) for row in rules)
+        assert best > (-0.01 if task == TEXT else -2)
+    assert cells["l1-elu", TEXT]["better"] == cells["no-qk-norm", "recall"]["better"] == 5
+    span = cells[FULL, TEXT]["highest"] - cells[FULL, TEXT]["lowest"]
+    assert f"{span:.1f} bits per byte" in page

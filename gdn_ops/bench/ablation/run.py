@@ -61,9 +61,11 @@ def measure(
         for row in rows
     ]
     found: dict[tuple[str, str, int], float | None] = {}
+    busy = 0.0
     for order, events in _here(orders) if count == 1 else _side_by_side(orders, count):
         for event in events:
             found[order["row"], event["task"], order["seed"]] = event["value"]
+            busy += event["seconds"]
         log(f"{order['row']}, seed {order['seed']}")
     values = {
         (row, task): [found[row, task, seed] for seed in range(settings.seeds)]
@@ -76,6 +78,7 @@ def measure(
             device="cpu", dtype="float32", backend=_backend(), processes=count
         ),
         "seconds": round(time.perf_counter() - start, 1),
+        "processor_seconds": round(busy, 1),
         "settings": {**settings.to_json(), "width": WIDTH},
         "tasks": _tasks(tasks),
         "rows": [_row(name) for name in rows],
@@ -106,12 +109,16 @@ def _side_by_side(
 
 
 def carry_out(order: dict[str, Any], emit: Emit) -> None:
-    """Train one row with one seed; emit the value of each task."""
+    """Train one row with one seed; emit the value of each task, and how long a core took for it."""
     threads, settings = torch.get_num_threads(), Settings(**order["settings"])
     torch.set_num_threads(1)
+    start = time.process_time()
     try:
         for task, value in run(order["row"], order["seed"], order["tasks"], settings):
-            emit({"task": task, "value": None if value is None else round(value, 6)})
+            end = time.process_time()
+            event = {"task": task, "value": None if value is None else round(value, 6)}
+            emit({**event, "seconds": end - start})
+            start = end
     finally:
         torch.set_num_threads(threads)
 
