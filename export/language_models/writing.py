@@ -1,0 +1,151 @@
+"""Export a whole language model: one graph for prompts and for decoding, its weights beside it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto, helper
+
+from gdn_ops.export.bodies.body import DEFAULT_OPSET
+from gdn_ops.export.bodies.table import check_opset
+from gdn_ops.export.language_models.flavours import FLAVOURS, Flavour
+from gdn_ops.export.model.folder import (
+    DESCRIPTION,
+    GRAPH,
+    WEIGHTS,
+    Folder,
+    digest_of,
+    write_description,
+)
+from gdn_ops.export.language_models.graph import Graph, WeightFile
+from gdn_ops.export.language_models.layers import LayerWriter
+from gdn_ops.export.language_models.plan import LanguageModel
+from gdn_ops.export.language_models.reading import LABEL, read_model
+from gdn_ops.export.model.functions import set_body
+from gdn_ops.export.model.naming import write_states
+from gdn_ops.export.model.nodes import ir_version
+from gdn_ops.export.node.arguments import check_name
+from gdn_ops.export.node.schema import DOMAIN, VERSION
+from gdn_ops.export.runtime.model_session import ModelSession
+from gdn_ops.export.runtime.sessions import onnxruntime
+from gdn_ops.spec.errors import SpecError
+
+LOGITS_BEHIND = ("last", "all")
+"""Behind which tokens of a call there are logits."""
+
+ALLOWED = 1e-3
+"""Largest difference between the logits of the graph and those of the model, relative to the
+largest of them: above it the graph computes something else."""
+
+
+def export_model(
+    model: Any,
+    folder: str | os.PathLike[str],
+    *,
+    flavour: str = "portable",
+    logits: str = "last",
+    opset: int = DEFAULT_OPSET,
+) -> Path:
+    """Export a causal language model of transformers to ONNX.
+
+    One graph reads prompts and decodes: `input_ids` (B, T) and `attention_mask` (B, past + T),
+    1 for tokens and 0 for padding before them, and the states of every layer, which it returns
+    again: `past_key_values.{i}.conv_state`, `.recurrent_state`, `.key` and `.value`, zeros and
+    empty at the start. Weights are float32. Before the folder is there, the graph is run and its
+    logits are compared with the model's.
+
+    Args:
+        model: Qwen3-Next, Qwen3.5 (dense and mixture of experts), OLMo-Hybrid, or another one whose
+            parts are theirs.
+        folder: it is made, or its files are replaced.
+        flavour: "portable" for operators of ai.onnx alone, "onnxruntime" for those of com.microsoft
+            where they are faster.
+        logits: "last" for those behind the last token of a call, "all" for all.
+        opset: of ai.onnx.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SpecError: a part of the model has no ONNX form, or the graph computes something else; the
+            text names it.
+        OSError: the folder cannot be written.
+        ModuleNotFoundError: onnxruntime is not installed.
+    """
+    check_name(LABEL, "flavour", flavour, FLAVOURS)
+    check_name(LABEL, "logits", logits, LOGITS_BEHIND)
+    check_opset(LABEL, opset, FLAVOURS[flavour].body)
+    onnxruntime()
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise SpecError(f"{LABEL}: folder is {str(target)!r}, which is a file")
+    plan = read_model(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".gdn_ops-", dir=target.parent) as made:
+        described = _write(plan, Path(made), FLAVOURS[flavour], logits, opset)
+        _compare(model, Path(made), described)
+        target.mkdir(exist_ok=True)
+        # The description last: without it the folder is none.
+        for name in (WEIGHTS, GRAPH, DESCRIPTION):
+            os.replace(Path(made, name), target / name)
+    return target
+
+
+def _write(
+    plan: LanguageModel, folder: Path, flavour: Flavour, logits: str, opset: int
+) -> Folder:
+    """Write the files of a model into a folder, and return their description."""
+    with WeightFile(folder / WEIGHTS) as weights:
+        graph = Graph(weights)
+        writer = LayerWriter(graph, flavour)
+        writer.write(plan, all_logits=logits == "all")
+        opsets = [
+            helper.make_opsetid(domain, version)
+            for domain, version in (("", opset), (DOMAIN, VERSION), *flavour.imports)
+        ]
+        model = helper.make_model(
+            graph.finished(plan.architecture), opset_imports=opsets, ir_version=ir_version(opsets)
+        )
+    write_states(model, writer.states)
+    if any(node.domain == DOMAIN for node in model.graph.node):
+        model = set_body(model, flavour.body)
+    onnx.save_model(model, folder / GRAPH)
+    onnx.checker.check_model(folder / GRAPH, full_check=not flavour.imports)
+    described = Folder(
+        plan.architecture, flavour.name, logits, plan.vocabulary, plan.longest,
+        flavour.shares_keys, writer.states, plan.eos, plan.bos, plan.pad,
+        {GRAPH: digest_of(folder / GRAPH), WEIGHTS: weights.digest},
+    )  # fmt: skip
+    write_description(folder / DESCRIPTION, described)
+    return described
+
+
+def _compare(model: Any, folder: Path, described: Folder) -> None:
+    """Check that a graph computes the logits of its model, at once and token by token."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(described.vocabulary, (1, 7), generator=generator)
+    was_training, device = model.training, next(model.parameters()).device
+    with torch.no_grad():
+        expected = model.eval()(ids.to(device), use_cache=False).logits[0, -1].float().cpu().numpy()
+    model.train(was_training)
+    session = ModelSession(folder, body=FLAVOURS[described.flavour].body, checks_files=False)
+    largest = np.abs(expected).max() or 1.0
+    for cuts in ((7,), (4, 1, 2)):
+        state, start = None, 0
+        for count in cuts:
+            found, state = session.read(ids[0, start : start + count].tolist(), state)
+            start += count
+        last = found.reshape(-1, described.vocabulary)[-1]
+        error = float(np.abs(last - expected).max() / largest)
+        if not error <= ALLOWED:
+            raise SpecError(
+                f"{LABEL}: the graph of {type(model).__name__} computes other logits than the "
+                f"model, off by {error:.2g} of the largest, should be within {ALLOWED:g}: one of "
+                f"its parts is not what it looks like"
+            )
