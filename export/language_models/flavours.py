@@ -33,13 +33,10 @@ class Flavour:
     imports: tuple[tuple[str, int], ...] = ()
     shares_keys = False
 
-    def kept_tokens(self, past: str, total: str) -> str:
-        """Return the symbolic number of keys behind a call."""
-        return total
-
     def norm(self, g: Graph, x: str, weight: str, eps: float) -> str:
         """Write an RMS norm over the last axis."""
-        squares = g("Mul", x, x, name="squares")
+        # In the form that onnxruntime knows: it makes one operator of it.
+        squares = g("Pow", x, g.constant(2, np.float32), name="squares")
         mean = g("ReduceMean", squares, g.constant([-1]), name="mean", keepdims=1)
         shifted = g("Add", mean, g.constant(eps, np.float32), name="shifted")
         unit = g("Div", x, g("Sqrt", shifted), name="unit")
@@ -170,5 +167,52 @@ def _one_expert(
     return inside.finished("expert")
 
 
-FLAVOURS = {flavour.name: flavour for flavour in (Flavour(),)}
+class Onnxruntime(Flavour):
+    """Write operators of com.microsoft where onnxruntime has faster ones."""
+
+    name = "onnxruntime"
+    body = "ort"
+    imports = ((MICROSOFT, 1),)
+    shares_keys = True
+
+    def convolution(
+        self, g: Graph, x: str, weight: str, bias: str, before: str, after: str
+    ) -> str:
+        """Write a depthwise causal convolution with SiLU as one operator."""
+        columns = g("Transpose", x, name="columns", perm=[0, 2, 1])
+        y = g.local("conv")
+        g(
+            "CausalConvWithState", columns, weight, bias, before, outputs=[y, after],
+            domain=MICROSOFT, name="conv_with_state", activation="silu", ndim=1,
+        )  # fmt: skip
+        return str(g("Transpose", y, name="convolved", perm=[0, 2, 1]))
+
+    def attention(
+        self,
+        g: Graph,
+        d: Attention,
+        qkv: Sequence[str],
+        past: Sequence[str],
+        present: Sequence[str],
+        bias: str,
+        length: str,
+    ) -> str:
+        """Write GroupQueryAttention, whose keys and values stay in the buffers that they are in."""
+        q, k, v = qkv
+        q = g("Reshape", q, g.constant([0, 0, d.heads * d.width]), name="q_flat")
+        k = g("Reshape", k, g.constant([0, 0, d.key_heads * d.width]), name="k_flat")
+        total = g("Cast", length, name="length", to=TensorProto.INT32)
+        last = g("Sub", total, g.constant([1], np.int32), name="last")
+        rows = g("Shape", q, name="rows", start=0, end=1)
+        o = g.local("attended")
+        g(
+            "GroupQueryAttention", q, k, v, *past, g("Expand", last, rows, name="last_of_rows"),
+            g("Squeeze", total, g.constant([0]), name="total"), "", "", "", bias,
+            outputs=[o, *present], domain=MICROSOFT, name="attention",
+            num_heads=d.heads, kv_num_heads=d.key_heads, scale=d.scale,
+        )  # fmt: skip
+        return o
+
+
+FLAVOURS: Final = {flavour.name: flavour for flavour in (Flavour(), Onnxruntime())}
 """Every flavour by its name."""

@@ -25,7 +25,14 @@ from gdn_ops.export.language_models.plan import (
     Linear,
     Norm,
 )
-from gdn_ops.export.model.folder import LOGITS, MASK, PAST, TOKEN_IDS, TOTAL
+from gdn_ops.export.model.folder import (
+    CAPACITY,
+    LOGITS,
+    MASK,
+    PAST,
+    TOKEN_IDS,
+    TOTAL,
+)
 from gdn_ops.export.model.naming import recurrent_names
 from gdn_ops.export.model.single import BATCH, TOKENS
 from gdn_ops.export.node.attributes import checked_attributes
@@ -249,10 +256,8 @@ class LayerWriter:
         past = [f"past_key_values.{i}.{name}" for name in ("key", "value")]
         present = [f"present.{i}.{name}" for name in ("key", "value")]
         self.states |= dict(zip(past, present, strict=True))
-        for names, add, tokens in (
-            (past, g.add_input, PAST),
-            (present, g.add_output, self.flavour.kept_tokens(PAST, TOTAL)),
-        ):
+        before, after = (CAPACITY, CAPACITY) if self.flavour.shares_keys else (PAST, TOTAL)
+        for names, add, tokens in ((past, g.add_input, before), (present, g.add_output, after)):
             for name in names:
                 add(name, TensorProto.FLOAT, (BATCH, d.key_heads, tokens, d.width))
         bias = shared.bias[d.window]

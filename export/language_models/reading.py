@@ -64,6 +64,7 @@ class _Reader:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.used: set[int] = set()
         self.rotary: Any = None
+        self.rotated: set[int] = set()
 
     def read(self) -> LanguageModel:
         """Return the description."""
@@ -79,11 +80,12 @@ class _Reader:
         if head.bias is not None:
             _fail("lm_head has a bias, should have none")
         self.rotary = getattr(body, "rotary_emb", None)
+        self.rotated = _given_positions(self.model)
         read = LanguageModel(
             str(config.model_type),
             self._own(body.embed_tokens.weight),
             tuple(self._layer(layer) for layer in layers),
-            self._norm(body.norm),
+            self._norm(getattr(body, "norm", None)),
             self._own(head.weight),
             int(getattr(config, "max_position_embeddings", 0)),
             tuple(_tokens(self._setting("eos_token_id"))),
@@ -132,6 +134,8 @@ class _Reader:
 
     def _norm(self, module: Any) -> Norm:
         """Read an RMS norm: its weight, or 1 + weight, by what it makes of ones."""
+        if module is None:
+            _fail(f"{self.kind} has no model.norm: it has no ONNX form")
         eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
         weight = getattr(module, "weight", None)
         if eps is None or weight is None or weight.dim() != 1:
@@ -236,16 +240,16 @@ class _Reader:
             None if (norm := getattr(module, name, None)) is None else self._norm(norm)
             for name in ("q_norm", "k_norm")
         ]
-        frequencies, rotary_scale = self._frequencies(width)
+        frequencies, rotary_scale = self._frequencies(module, width)
         window = getattr(module, "sliding_window", None)
         return Attention(
             heads, key_heads, width, self._stacked(*rows), is_gated, *norms,
             frequencies, rotary_scale, float(module.scaling), window, output,
         )  # fmt: skip
 
-    def _frequencies(self, width: int) -> tuple[Tensor | None, float]:
-        """Return the rotary frequencies of all layers, and the factor on cosines and sines."""
-        if self.rotary is None:
+    def _frequencies(self, module: nn.Module, width: int) -> tuple[Tensor | None, float]:
+        """Return the rotary frequencies of a layer, and the factor on cosines and sines."""
+        if self.rotary is None or id(module) not in self.rotated:
             return None, 1.0
         kind = getattr(self.rotary, "rope_type", "default")
         if kind not in _STILL:
@@ -284,6 +288,25 @@ class _Reader:
         self._check_silu(module, module.act_fn)
         both = self._stacked(self._linear(module.gate_proj), self._linear(module.up_proj))
         return Dense(both, self._linear(module.down_proj))
+
+
+def _given_positions(model: nn.Module) -> set[int]:
+    """Return the parts that are given rotary embeddings, seen by running a model on two tokens."""
+    given: set[int] = set()
+
+    def note(module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
+        if options.get("position_embeddings") is not None:
+            given.add(id(module))
+
+    device = next(model.parameters()).device
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return given
 
 
 def _is_silu(activation: Any, x: Tensor) -> bool:
