@@ -26,12 +26,18 @@ class Flavour:
         body: the function body of our nodes.
         imports: domains that the graph needs beside ai.onnx and ours, with their versions.
         shares_keys: whether keys and values are written into the buffers that they are read from.
+        has_positions: whether the positions of tokens are an input.
     """
 
     name = "portable"
     body = "standard"
     imports: tuple[tuple[str, int], ...] = ()
     shares_keys = False
+    has_positions = False
+
+    def conv_state(self, channels: int, kernel: int) -> tuple[int, int]:
+        """Return the shape of the state of a convolution, for one row."""
+        return channels, kernel - 1
 
     def norm(self, g: Graph, x: str, weight: str, eps: float) -> str:
         """Write an RMS norm over the last axis."""
@@ -52,7 +58,7 @@ class Flavour:
             x: (B, T, C).
             weight: (C, 1, kernel).
             bias: (C,), or "".
-            before, after: the state (B, C, kernel - 1): the tokens before the call, and behind it.
+            before, after: the state: the tokens before the call, and behind it.
 
         Returns:
             (B, T, C).
@@ -110,18 +116,19 @@ class Flavour:
         o = g("Transpose", o, name="tokens_first", perm=[0, 3, 1, 2, 4])
         return str(g("Reshape", o, g.constant([0, 0, d.heads * d.width]), name="attended"))
 
-    def experts(self, g: Graph, d: Experts, rows: str, probabilities: str) -> str:
+    def experts(self, g: Graph, d: Experts, rows: str, scores: str) -> str:
         """Write the sum of the active experts: a Loop over those that some token has.
 
         Args:
             g: the graph.
             d: the experts.
             rows: (tokens, hidden).
-            probabilities: (tokens, experts).
+            scores: (tokens, experts), of which a softmax gives the probabilities.
 
         Returns:
             (tokens, hidden).
         """
+        probabilities = g("Softmax", scores, name="probabilities", axis=-1)
         count = g.constant([d.active])
         shares, chosen = g("TopK", probabilities, count, outputs=2, name="top", axis=-1)
         if d.normalises:
@@ -174,18 +181,22 @@ class Onnxruntime(Flavour):
     body = "ort"
     imports = ((MICROSOFT, 1),)
     shares_keys = True
+    has_positions = True
+
+    def conv_state(self, channels: int, kernel: int) -> tuple[int, int]:
+        """Return the shape of the state of a convolution, for one row: as tokens lie."""
+        return kernel - 1, channels
 
     def convolution(
         self, g: Graph, x: str, weight: str, bias: str, before: str, after: str
     ) -> str:
         """Write a depthwise causal convolution with SiLU as one operator."""
-        columns = g("Transpose", x, name="columns", perm=[0, 2, 1])
         y = g.local("conv")
         g(
-            "CausalConvWithState", columns, weight, bias, before, outputs=[y, after],
-            domain=MICROSOFT, name="conv_with_state", activation="silu", ndim=1,
+            "CausalConvWithState", x, weight, bias, before, outputs=[y, after],
+            domain=MICROSOFT, name="conv_with_state", activation="silu", ndim=1, channels_last=1,
         )  # fmt: skip
-        return str(g("Transpose", y, name="convolved", perm=[0, 2, 1]))
+        return y
 
     def attention(
         self,
@@ -205,13 +216,30 @@ class Onnxruntime(Flavour):
         last = g("Sub", total, g.constant([1], np.int32), name="last")
         rows = g("Shape", q, name="rows", start=0, end=1)
         o = g.local("attended")
+        tokens = g("Cast", g("Shape", q, start=1, end=2), name="tokens", to=TensorProto.INT32)
+        # Without the tokens of each row, it reads several rows from an empty past alone.
         g(
             "GroupQueryAttention", q, k, v, *past, g("Expand", last, rows, name="last_of_rows"),
             g("Squeeze", total, g.constant([0]), name="total"), "", "", "", bias,
+            "", "", "", "", "", g("Expand", tokens, rows, name="tokens_of_rows"),
             outputs=[o, *present], domain=MICROSOFT, name="attention",
             num_heads=d.heads, kv_num_heads=d.key_heads, scale=d.scale,
         )  # fmt: skip
         return o
+
+    def experts(self, g: Graph, d: Experts, rows: str, scores: str) -> str:
+        """Write the experts as one operator, which wants the rows of gate and up in turns."""
+        count, inner, hidden = d.down.shape[0], d.down.shape[2], d.down.shape[1]
+        halves = d.gate_up.unflatten(1, (2, inner))
+        turns = halves.transpose(1, 2).reshape(count, 2 * inner, hidden)
+        return str(
+            g(
+                "MoE", rows, scores, g.weight("gate_up", turns), "", g.weight("down", d.down),
+                domain=MICROSOFT, k=d.active, activation_type="swiglu", swiglu_fusion=1,
+                activation_alpha=1.0, activation_beta=0.0,
+                normalize_routing_weights=int(d.normalises),
+            )
+        )  # fmt: skip
 
 
 FLAVOURS: Final = {flavour.name: flavour for flavour in (Flavour(), Onnxruntime())}

@@ -83,6 +83,7 @@ class Graph:
         self._weights = weights
         self._initializers: list[TensorProto] = []
         self._known: dict[Any, str] = {}
+        self._kept: list[Tensor] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._names: set[str] = set()
         self._scope = ""
@@ -134,6 +135,7 @@ class Graph:
         """Return a graph inside a node of this one, which sees its values and adds its weights."""
         inner = Graph(self._weights)
         inner._names, inner._known, inner._shapes = self._names, self._known, self._shapes
+        inner._kept = self._kept
         inner._scope = f"{self._scope}{scope}/"
         return inner
 
@@ -148,6 +150,8 @@ class Graph:
         key = (x.data_ptr(), tuple(x.shape), tuple(x.stride()), x.dtype, is_transposed)
         if x.numel() and key in self._known:
             return self._known[key]
+        # While it is kept no other tensor can have its memory.
+        self._kept.append(x)
         array = x.detach().to("cpu", torch.float32)
         if is_transposed:
             array = array.transpose(-1, -2)

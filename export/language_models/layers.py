@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from gdn_ops.export.model.folder import (
     LOGITS,
     MASK,
     PAST,
+    POSITIONS,
     TOKEN_IDS,
     TOTAL,
 )
@@ -56,6 +58,18 @@ class Shared:
     is_token: str
     bias: dict[int | None, str]
     length: str
+    positions: str
+
+
+class Seen(NamedTuple):
+    """Hold what tells tokens from padding.
+
+    Attributes:
+        is_there: (B, total) bool, of all tokens.
+        positions: (B, T) int64, of those of the call; negative or 0 before a text.
+    """
+
+    is_there: str
     positions: str
 
 
@@ -114,23 +128,44 @@ class LayerWriter:
         tokens = g("Shape", ids, name="tokens", start=1, end=2)
         total = g("Shape", mask, name="total", start=1, end=2)
         past = g("Sub", total, tokens, name="past")
+        seen = self._seen(mask, past, total)
         end, axis = g.constant([2**62]), g.constant([1])
-        own = g("Slice", mask, past, end, axis, name="own_mask")
-        as_float = g("Cast", own, name="own_mask_float", to=TensorProto.FLOAT)
+        own = g("Slice", seen.is_there, past, end, axis, name="own_tokens")
+        as_float = g("Cast", own, name="own_tokens_float", to=TensorProto.FLOAT)
         is_token = g("Unsqueeze", as_float, g.constant([2]), name="is_token")
         if not windows:
             return Shared(is_token, {}, total, "")
-        counted = g("CumSum", mask, g.constant(1), name="counted")
-        from_zero = g("Sub", counted, g.constant(1), name="from_zero")
-        positions = g("Max", from_zero, g.constant(0), name="positions")
-        positions = g("Slice", positions, past, end, axis, name="own_positions")
+        positions = g("Max", seen.positions, g.constant(0), name="positions")
         positions = g("Cast", positions, name="positions_float", to=TensorProto.FLOAT)
         positions = g("Unsqueeze", positions, g.constant([2]), name="positions_column")
-        bias = self._bias(mask, past, total, windows)
+        bias = self._bias(seen.is_there, past, total, windows)
         return Shared(is_token, bias, total, positions)
 
+    def _seen(self, mask: str, past: str, total: str) -> Seen:
+        """Write which tokens are there, and the positions of those of the call.
+
+        A runtime that passes positions may pass a mask of ones alone when it decodes: then what is
+        before the first position of a row is padding.
+        """
+        g = self.graph
+        if not self.flavour.has_positions:
+            counted = g("CumSum", mask, g.constant(1), name="counted")
+            from_zero = g("Sub", counted, g.constant(1), name="from_zero")
+            own = g(
+                "Slice", from_zero, past, g.constant([2**62]), g.constant([1]), name="own_positions"
+            )
+            return Seen(str(g("Cast", mask, name="is_there", to=TensorProto.BOOL)), str(own))
+        given = g.add_input(POSITIONS, TensorProto.INT64, (3, BATCH, TOKENS))
+        own = g("Gather", given, g.constant(0), name="own_positions", axis=0)
+        start, end, axis = (g.constant([x]) for x in (-1, 2**62, 1))
+        last = g("Slice", own, start, end, axis, name="last_position")
+        padding = g("Sub", g("Sub", total, g.constant([1])), last, name="padding")
+        count = g("Squeeze", total, g.constant([0]), name="scalar")
+        columns = g("Range", g.constant(0), count, g.constant(1), name="columns")
+        return Seen(str(g("GreaterOrEqual", columns, padding, name="is_there")), str(own))
+
     def _bias(
-        self, mask: str, past: str, total: str, windows: Collection[int | None]
+        self, is_there: str, past: str, total: str, windows: Collection[int | None]
     ) -> dict[int | None, str]:
         """Write what hides padding, later tokens and those before a window from a query."""
         g = self.graph
@@ -139,7 +174,6 @@ class LayerWriter:
         queries = g("Range", first, last, g.constant(1), name="queries")
         column = g("Unsqueeze", queries, g.constant([1]), name="queries_column")
         is_before = g("LessOrEqual", keys, column, name="is_before")
-        is_there = g("Cast", mask, name="is_there", to=TensorProto.BOOL)
         rows = g("Unsqueeze", is_there, g.constant([1, 2]), name="is_there_row")
         all_seen = g("And", rows, is_before, name="seen")
         zero, hidden = (g.constant(x, np.float32) for x in (0, _HIDDEN))
@@ -208,7 +242,7 @@ class LayerWriter:
         qkv, z, b, a = self._split(self._linear(x, d.inputs, "inputs"), sizes, "parts")
         conv = self._state(
             f"past_key_values.{i}.conv_state", f"present.{i}.conv_state",
-            (BATCH, d.channels, d.kernel - 1),
+            (BATCH, *self.flavour.conv_state(d.channels, d.kernel)),
         )  # fmt: skip
         weight = g.weight("conv.weight", d.conv_weight.unsqueeze(1))
         bias = "" if d.conv_bias is None else g.weight("conv.bias", d.conv_bias)
@@ -318,8 +352,7 @@ class LayerWriter:
         hidden = int(d.router.shape[1])
         rows = g("Reshape", x, g.constant([-1, hidden]), name="rows")
         scores = g("MatMul", rows, g.weight("router", d.router, is_transposed=True), name="router")
-        weights = g("Softmax", scores, name="probabilities", axis=-1)
-        y = self.flavour.experts(g, d, rows, weights)
+        y = self.flavour.experts(g, d, rows, scores)
         y = g("Reshape", y, g("Shape", x, name="size"), name="experts")
         if d.shared is None:
             return str(y)

@@ -21,7 +21,8 @@ GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 DESCRIPTION = "gdn_ops.json"
 
-TOKEN_IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
+TOKEN_IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
+LOGITS = "logits"
 """Names of what a graph reads and returns beside its states."""
 
 PAST, TOTAL, CAPACITY = "past_sequence", "total_sequence", "key_capacity"

@@ -12,7 +12,7 @@ import numpy as np
 from gdn_ops.export.model.conversion import with_body
 from gdn_ops.export.model.files import load_model
 from gdn_ops.export.model.folder import GRAPH, Folder, read_folder
-from gdn_ops.export.model.nodes import nodes_of, opset_of
+from gdn_ops.export.model.nodes import nodes_of, opset_of, own_nodes
 from gdn_ops.export.node.arguments import check_flag, check_integer
 from gdn_ops.export.runtime.decode_session import MOST_THREADS
 from gdn_ops.export.runtime.sampling import Sampling
@@ -61,9 +61,11 @@ class ModelSession:
             check_integer(label, "threads", threads, 1, MOST_THREADS)
         self.folder: Folder = read_folder(label, path, checks_files=checks_files)
         model = load_model(Path(path) / GRAPH, label=f"{label}: path")
-        chosen = choose_body(nodes_of(model), body, has_library=False, opset=opset_of(model))
-        self.body = None if chosen is None else chosen.name
-        model = with_body(model, self.body, label)
+        self.body: str | None = None
+        if any(own_nodes(model.graph.node)):
+            chosen = choose_body(nodes_of(model), body, has_library=False, opset=opset_of(model))
+            self.body = None if chosen is None else chosen.name
+            model = with_body(model, self.body, label)
         self._session = open_session(model, Path(path).absolute(), threads, None)
         self.tokenizer: Tokenizer | None = find_tokenizer(Path(path))
 

@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from gdn_ops.export.model.folder import CAPACITY, LOGITS, MASK, PAST, TOKEN_IDS, Folder
+from gdn_ops.export.model.folder import (
+    CAPACITY,
+    LOGITS,
+    MASK,
+    PAST,
+    POSITIONS,
+    TOKEN_IDS,
+    Folder,
+)
 from gdn_ops.export.runtime.sessions import onnxruntime, refusal_to_run
 from gdn_ops.export.runtime.text_state import TextState
 from gdn_ops.spec.errors import SpecError
@@ -36,7 +44,9 @@ class TextRun:
         self._arrays: dict[str, Array] = {}
         self._values: dict[str, Any] = {}
         self._grows: set[str] = set()
-        for value in session.get_inputs():
+        inputs = session.get_inputs()
+        self._has_positions = any(value.name == POSITIONS for value in inputs)
+        for value in inputs:
             if value.name not in folder.states:
                 continue
             own = state.values[value.name]
@@ -67,7 +77,10 @@ class TextRun:
         if mask is not None:
             self._mask[:, self._total : end] = mask
         binding = self._session.io_binding()
-        feeds = {TOKEN_IDS: ids, MASK: np.ascontiguousarray(self._mask[:, :end])}
+        feeds = {TOKEN_IDS: ids, MASK: self._mask[:, :end]}
+        if self._has_positions:
+            own = self._mask[:, :end].cumsum(1)[:, self._total :] - 1
+            feeds[POSITIONS] = np.broadcast_to(np.maximum(own, 0), (3, *own.shape))
         for name, x in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(x))
         binding.bind_output(LOGITS, "cpu")
