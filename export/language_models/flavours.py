@@ -1,7 +1,7 @@
 """Write the parts of a layer that differ between flavours of a graph.
 
-    portable       operators of ai.onnx alone, and our own with its function body
-    onnxruntime    operators of com.microsoft where they are faster
+portable       operators of ai.onnx alone, and our own with its function body
+onnxruntime    operators of com.microsoft where they are faster
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ class Flavour:
         unit = g("Div", x, g("Sqrt", shifted), name="unit")
         return str(g("Mul", unit, weight, name="norm"))
 
-    def convolution(
-        self, g: Graph, x: str, weight: str, bias: str, before: str, after: str
-    ) -> str:
+    def convolution(self, g: Graph, x: str, weight: str, bias: str, before: str, after: str) -> str:
         """Write a depthwise causal convolution with SiLU.
 
         Args:
@@ -187,9 +185,7 @@ class Onnxruntime(Flavour):
         """Return the shape of the state of a convolution, for one row: as tokens lie."""
         return kernel - 1, channels
 
-    def convolution(
-        self, g: Graph, x: str, weight: str, bias: str, before: str, after: str
-    ) -> str:
+    def convolution(self, g: Graph, x: str, weight: str, bias: str, before: str, after: str) -> str:
         """Write a depthwise causal convolution with SiLU as one operator."""
         y = g.local("conv")
         g(

@@ -198,4 +198,3 @@ class Graph:
     def finished(self, name: str) -> GraphProto:
         """Return the graph."""
         return helper.make_graph(self.nodes, name, self.inputs, self.outputs, self._initializers)
-

@@ -79,10 +79,12 @@ class LayerWriter:
     Args:
         graph: where nodes are added.
         flavour: how parts are written.
+        splits_head: whether the head is a matrix of its own where it is the embedding too: then it
+            can be quantised.
     """
 
-    def __init__(self, graph: Graph, flavour: Flavour) -> None:
-        self.graph, self.flavour = graph, flavour
+    def __init__(self, graph: Graph, flavour: Flavour, *, splits_head: bool = False) -> None:
+        self.graph, self.flavour, self._splits_head = graph, flavour, splits_head
         self.states: dict[str, str] = {}
         self._rotations: dict[int, tuple[str, str]] = {}
 
@@ -115,6 +117,10 @@ class LayerWriter:
         """Write the logits; the embedding, where it is the head too, is not written twice."""
         g = self.graph
         hidden, vocabulary = model.hidden, model.vocabulary
+        if self._splits_head:
+            weight = g.weight("head", model.head, is_transposed=True)
+            g("MatMul", x, weight, outputs=[logits], name="scores")
+            return
         rows = g("Reshape", x, g.constant([-1, hidden]), name="rows")
         weight = g.weight("head", model.head)
         flat = g("Gemm", rows, weight, name="scores", transB=1)
@@ -321,9 +327,7 @@ class LayerWriter:
         ]
         return str(g("Concat", *turned, *others, name="rotated", axis=-1))
 
-    def _rotation(
-        self, frequencies: torch.Tensor, scale: float, shared: Shared
-    ) -> tuple[str, str]:
+    def _rotation(self, frequencies: torch.Tensor, scale: float, shared: Shared) -> tuple[str, str]:
         """Return cosines and sines (B, T, 1, half), written once for all layers."""
         g, key = self.graph, frequencies.data_ptr()
         if key not in self._rotations:

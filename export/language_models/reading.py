@@ -8,7 +8,6 @@ model (`writing`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -71,26 +70,28 @@ class _Reader:
         config: Any = getattr(self.model, "config", None)
         body: Any = getattr(self.model, "model", None)
         head = getattr(self.model, "lm_head", None)
-        layers = getattr(body, "layers", None)
+        layers: Any = getattr(body, "layers", None)
         if not (isinstance(layers, nn.ModuleList) and isinstance(head, nn.Linear)):
             _fail(
                 f"{self.kind} has no model.layers and lm_head, should be a causal language model "
                 f"of transformers"
             )
-        if head.bias is not None:
+        bias: Any = head.bias
+        if bias is not None:
             _fail("lm_head has a bias, should have none")
         self.rotary = getattr(body, "rotary_emb", None)
         self.rotated = _given_positions(self.model)
+        embedding = self._own(body.embed_tokens.weight)
         read = LanguageModel(
             str(config.model_type),
-            self._own(body.embed_tokens.weight),
+            embedding,
             tuple(self._layer(layer) for layer in layers),
             self._norm(getattr(body, "norm", None)),
             self._own(head.weight),
             int(getattr(config, "max_position_embeddings", 0)),
-            tuple(_tokens(self._setting("eos_token_id"))),
-            next(iter(_tokens(self._setting("bos_token_id"))), None),
-            next(iter(_tokens(self._setting("pad_token_id"))), None),
+            self._tokens("eos_token_id", len(embedding)),
+            next(iter(self._tokens("bos_token_id", len(embedding))), None),
+            next(iter(self._tokens("pad_token_id", len(embedding))), None),
         )
         for name, parameter in self.model.named_parameters():
             if id(parameter) not in self.used:
@@ -100,10 +101,15 @@ class _Reader:
                 )
         return read
 
-    def _setting(self, name: str) -> Any:
-        """Return a setting of generation, or the one of the model's configuration."""
+    def _tokens(self, name: str, vocabulary: int) -> tuple[int, ...]:
+        """Return the tokens of a setting of generation, or else of the configuration.
+
+        Configurations that were made by hand may name tokens that a small vocabulary has not.
+        """
         own = getattr(getattr(self.model, "generation_config", None), name, None)
-        return getattr(self.model.config, name, None) if own is None else own
+        value = getattr(self.model.config, name, None) if own is None else own
+        tokens = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        return tuple(int(token) for token in tokens if 0 <= int(token) < vocabulary)
 
     def _own(self, x: Tensor) -> Tensor:
         self.used.add(id(x))
@@ -160,10 +166,7 @@ class _Reader:
         bias = None
         if any(x is not None for x in biases):
             bias = torch.cat(
-                [
-                    x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias
-                    for x in linears
-                ]
+                [x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in linears]
             )
         return Linear(torch.cat([x.weight for x in linears]), bias)
 
@@ -199,7 +202,7 @@ class _Reader:
         """Return the rows of q, k, v, z, b and a."""
         if hasattr(module, "in_proj_qkvz"):
             return self._interleaved(module, H, HV // H, K, V)
-        names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+        names: tuple[str, ...] = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
         if not hasattr(module, names[0]):
             names = ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj")
         for name in names:
@@ -236,14 +239,14 @@ class _Reader:
                 Linear(w.flatten(0, 1), b) for w, b in zip(own, biases, strict=True)
             )
             rows = [q_rows, k, v, gate_rows]
-        norms = [
+        q_norm, k_norm = (
             None if (norm := getattr(module, name, None)) is None else self._norm(norm)
             for name in ("q_norm", "k_norm")
-        ]
+        )
         frequencies, rotary_scale = self._frequencies(module, width)
         window = getattr(module, "sliding_window", None)
         return Attention(
-            heads, key_heads, width, self._stacked(*rows), is_gated, *norms,
+            heads, key_heads, width, self._stacked(*rows), is_gated, q_norm, k_norm,
             frequencies, rotary_scale, float(module.scaling), window, output,
         )  # fmt: skip
 
@@ -311,9 +314,3 @@ def _given_positions(model: nn.Module) -> set[int]:
 
 def _is_silu(activation: Any, x: Tensor) -> bool:
     return bool(torch.equal(activation(x), functional.silu(x)))
-
-
-def _tokens(value: Any) -> Iterator[int]:
-    """Yield the tokens of a setting: a number, a list, or None."""
-    if value is not None:
-        yield from (int(x) for x in (value if isinstance(value, list | tuple) else [value]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -10,11 +11,17 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, helper
+from onnx import helper
 
 from gdn_ops.export.bodies.body import DEFAULT_OPSET
 from gdn_ops.export.bodies.table import check_opset
 from gdn_ops.export.language_models.flavours import FLAVOURS, Flavour
+from gdn_ops.export.language_models.genai import readable_tokenizer, write_config
+from gdn_ops.export.language_models.graph import Graph, WeightFile
+from gdn_ops.export.language_models.layers import LayerWriter
+from gdn_ops.export.language_models.plan import LanguageModel
+from gdn_ops.export.language_models.quantising import BITS, quantise
+from gdn_ops.export.language_models.reading import LABEL, read_model
 from gdn_ops.export.model.folder import (
     DESCRIPTION,
     GRAPH,
@@ -23,10 +30,6 @@ from gdn_ops.export.model.folder import (
     digest_of,
     write_description,
 )
-from gdn_ops.export.language_models.graph import Graph, WeightFile
-from gdn_ops.export.language_models.layers import LayerWriter
-from gdn_ops.export.language_models.plan import LanguageModel
-from gdn_ops.export.language_models.reading import LABEL, read_model
 from gdn_ops.export.model.functions import set_body
 from gdn_ops.export.model.naming import write_states
 from gdn_ops.export.model.nodes import ir_version
@@ -48,7 +51,9 @@ def export_model(
     model: Any,
     folder: str | os.PathLike[str],
     *,
+    tokenizer: Any = None,
     flavour: str = "portable",
+    weights: str = "float32",
     logits: str = "last",
     opset: int = DEFAULT_OPSET,
 ) -> Path:
@@ -57,15 +62,19 @@ def export_model(
     One graph reads prompts and decodes: `input_ids` (B, T) and `attention_mask` (B, past + T),
     1 for tokens and 0 for padding before them, and the states of every layer, which it returns
     again: `past_key_values.{i}.conv_state`, `.recurrent_state`, `.key` and `.value`, zeros and
-    empty at the start. Weights are float32. Before the folder is there, the graph is run and its
-    logits are compared with the model's.
+    empty at the start. Before the folder is there, the graph is run, and its logits are compared
+    with the model's. `ModelSession` generates with the folder, and onnxruntime-genai with that of
+    flavour "onnxruntime".
 
     Args:
         model: Qwen3-Next, Qwen3.5 (dense and mixture of experts), OLMo-Hybrid, or another one whose
             parts are theirs.
         folder: it is made, or its files are replaced.
+        tokenizer: of transformers, saved into the folder; None for none.
         flavour: "portable" for operators of ai.onnx alone, "onnxruntime" for those of com.microsoft
             where they are faster.
+        weights: "float32"; or "int8" and "int4" for the matrices of linear layers, in blocks of 32
+            with a scale each, by onnxruntime's tool and with its flavour only.
         logits: "last" for those behind the last token of a call, "all" for all.
         opset: of ai.onnx.
 
@@ -79,7 +88,13 @@ def export_model(
         ModuleNotFoundError: onnxruntime is not installed.
     """
     check_name(LABEL, "flavour", flavour, FLAVOURS)
+    check_name(LABEL, "weights", weights, BITS)
     check_name(LABEL, "logits", logits, LOGITS_BEHIND)
+    if BITS[weights] and not FLAVOURS[flavour].imports:
+        raise SpecError(
+            f"{LABEL}: weights is {weights!r} and flavour {flavour!r}, should be 'onnxruntime': "
+            f"operators of ai.onnx alone do not multiply by them"
+        )
     check_opset(LABEL, opset, FLAVOURS[flavour].body)
     onnxruntime()
     target = Path(folder)
@@ -88,22 +103,30 @@ def export_model(
     plan = read_model(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".gdn_ops-", dir=target.parent) as made:
-        described = _write(plan, Path(made), FLAVOURS[flavour], logits, opset)
-        _compare(model, Path(made), described)
-        target.mkdir(exist_ok=True)
-        # The description last: without it the folder is none.
-        for name in (WEIGHTS, GRAPH, DESCRIPTION):
-            os.replace(Path(made, name), target / name)
+        _write(plan, Path(made), FLAVOURS[flavour], logits, opset, weights)
+        _compare(model, Path(made), weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
+            readable_tokenizer(Path(made))
+        _move(Path(made), target)
     return target
 
 
+def _move(made: Path, target: Path) -> None:
+    """Move files into a folder, the description last: without it the folder is no model."""
+    target.mkdir(exist_ok=True)
+    (target / DESCRIPTION).unlink(missing_ok=True)
+    for file in sorted(made.iterdir(), key=lambda file: file.name == DESCRIPTION):
+        os.replace(file, target / file.name)
+
+
 def _write(
-    plan: LanguageModel, folder: Path, flavour: Flavour, logits: str, opset: int
-) -> Folder:
-    """Write the files of a model into a folder, and return their description."""
+    plan: LanguageModel, folder: Path, flavour: Flavour, logits: str, opset: int, dtype: str
+) -> None:
+    """Write the files of a model into a folder."""
     with WeightFile(folder / WEIGHTS) as weights:
         graph = Graph(weights)
-        writer = LayerWriter(graph, flavour)
+        writer = LayerWriter(graph, flavour, splits_head=bool(BITS[dtype]))
         writer.write(plan, all_logits=logits == "all")
         opsets = [
             helper.make_opsetid(domain, version)
@@ -117,35 +140,43 @@ def _write(
         model = set_body(model, flavour.body)
     onnx.save_model(model, folder / GRAPH)
     onnx.checker.check_model(folder / GRAPH, full_check=not flavour.imports)
+    if BITS[dtype]:
+        quantise(folder / GRAPH, BITS[dtype])
+    if flavour.has_positions:
+        write_config(folder, plan)
     described = Folder(
-        plan.architecture, flavour.name, logits, plan.vocabulary, plan.longest,
+        plan.architecture, flavour.name, dtype, logits, plan.vocabulary, plan.longest,
         flavour.shares_keys, writer.states, plan.eos, plan.bos, plan.pad,
-        {GRAPH: digest_of(folder / GRAPH), WEIGHTS: weights.digest},
+        {name: digest_of(folder / name) for name in (GRAPH, WEIGHTS)},
     )  # fmt: skip
     write_description(folder / DESCRIPTION, described)
-    return described
 
 
-def _compare(model: Any, folder: Path, described: Folder) -> None:
-    """Check that a graph computes the logits of its model, at once and token by token."""
+def _compare(model: Any, folder: Path, weights: str) -> None:
+    """Check that a graph computes the logits of its model, at once and piece by piece.
+
+    With quantised weights they differ, and how much is written into the description.
+    """
+    session = ModelSession(folder, checks_files=False)
+    described = session.folder
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(described.vocabulary, (1, 7), generator=generator)
     was_training, device = model.training, next(model.parameters()).device
     with torch.no_grad():
         expected = model.eval()(ids.to(device), use_cache=False).logits[0, -1].float().cpu().numpy()
     model.train(was_training)
-    session = ModelSession(folder, body=FLAVOURS[described.flavour].body, checks_files=False)
-    largest = np.abs(expected).max() or 1.0
+    largest, error = np.abs(expected).max() or 1.0, 0.0
     for cuts in ((7,), (4, 1, 2)):
         state, start = None, 0
         for count in cuts:
             found, state = session.read(ids[0, start : start + count].tolist(), state)
             start += count
         last = found.reshape(-1, described.vocabulary)[-1]
-        error = float(np.abs(last - expected).max() / largest)
-        if not error <= ALLOWED:
-            raise SpecError(
-                f"{LABEL}: the graph of {type(model).__name__} computes other logits than the "
-                f"model, off by {error:.2g} of the largest, should be within {ALLOWED:g}: one of "
-                f"its parts is not what it looks like"
-            )
+        error = max(error, float(np.abs(last - expected).max() / largest))
+    if not (error <= ALLOWED or BITS[weights]):
+        raise SpecError(
+            f"{LABEL}: the graph of {type(model).__name__} computes other logits than the "
+            f"model, off by {error:.2g} of the largest, should be within {ALLOWED:g}: one of "
+            f"its parts is not what it looks like"
+        )
+    write_description(folder / DESCRIPTION, dataclasses.replace(described, error=error))

@@ -187,8 +187,9 @@ class ModelSession:
 
         Arguments and errors are those of `generate`.
         """
-        if not isinstance(prompt, str):
-            kind = type(prompt).__name__
+        given: Any = prompt
+        if not isinstance(given, str):
+            kind = type(given).__name__
             raise SpecTypeError(f"ModelSession.stream_text: prompt has type {kind}, should be str")
         steps = self.stream(prompt, max_new_tokens, **options)
         return self._pieces(steps)

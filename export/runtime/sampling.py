@@ -61,7 +61,7 @@ class Sampling:
             (B,) int64.
         """
         if not self.temperature:
-            return logits.argmax(-1).astype(np.int64)
+            return np.asarray(logits.argmax(-1), np.int64)
         pairs = zip(logits, generators, strict=True)
         return np.array([self._draw(row, generator) for row, generator in pairs], np.int64)
 

@@ -43,18 +43,22 @@ class TextRun:
         self._mask[:, : self._total] = state.mask
         self._arrays: dict[str, Array] = {}
         self._values: dict[str, Any] = {}
+        # Keys and values: those that every call makes longer, and those with room for all.
         self._grows: set[str] = set()
+        self._roomy: set[str] = set()
         inputs = session.get_inputs()
         self._has_positions = any(value.name == POSITIONS for value in inputs)
         for value in inputs:
             if value.name not in folder.states:
                 continue
             own = state.values[value.name]
-            if value.shape[2] == CAPACITY:
+            if CAPACITY in value.shape:
+                self._roomy.add(value.name)
                 whole = np.zeros((*own.shape[:2], self._mask.shape[1], own.shape[3]), own.dtype)
                 whole[:, :, : self._total] = own
-                own = whole
-            elif value.shape[2] == PAST:
+                self._hold(value.name, whole)
+                continue
+            if PAST in value.shape:
                 self._grows.add(value.name)
             self._hold(value.name, np.array(own))
 
@@ -107,14 +111,13 @@ class TextRun:
         """Return what has been read, as a value."""
         values = {}
         for name, value in self._values.items():
-            x = value.numpy() if name in self._grows else self._arrays[name].copy()
-            if x.ndim == 4 and x.shape[2] == self._mask.shape[1] and name not in self._grows:
-                x = x[:, :, : self._total].copy() if self._is_shared(name) else x
-            values[name] = x
+            if name in self._grows:
+                values[name] = value.numpy()
+            elif name in self._roomy:
+                values[name] = self._arrays[name][:, :, : self._total].copy()
+            else:
+                values[name] = self._arrays[name].copy()
         return TextState(self._mask[:, : self._total].copy(), values)
-
-    def _is_shared(self, name: str) -> bool:
-        return self._folder.shares_keys and name.endswith((".key", ".value"))
 
 
 def empty_state(session: Any, folder: Folder, rows: int) -> TextState:

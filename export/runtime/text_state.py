@@ -57,8 +57,7 @@ class TextState:
         for row in rows:
             if not 0 <= row < self.rows:
                 raise SpecError(
-                    f"TextState.select: rows has {row}, should have numbers in "
-                    f"[0, {self.rows - 1}]"
+                    f"TextState.select: rows has {row}, should have numbers in [0, {self.rows - 1}]"
                 )
         index = list(rows)
         return TextState(self.mask[index], {k: x[index] for k, x in self.values.items()})
@@ -66,7 +65,8 @@ class TextState:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file of numpy, `.npz`."""
         with Path(path).open("wb") as file:
-            np.savez(file, **{_MASK: self.mask, **self.values})
+            arrays: dict[str, Any] = {_MASK: self.mask, **self.values}
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TextState:
