@@ -83,8 +83,9 @@ class TextRun:
         binding = self._session.io_binding()
         feeds = {TOKEN_IDS: ids, MASK: self._mask[:, :end]}
         if self._has_positions:
+            # -1 before a text: where a call reads padding alone, 0 would be its first token.
             own = self._mask[:, :end].cumsum(1)[:, self._total :] - 1
-            feeds[POSITIONS] = np.broadcast_to(np.maximum(own, 0), (3, *own.shape))
+            feeds[POSITIONS] = np.broadcast_to(own, (3, *own.shape))
         for name, x in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(x))
         binding.bind_output(LOGITS, "cpu")
