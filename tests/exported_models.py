@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import compat_models
@@ -56,7 +57,7 @@ def _made() -> Path:
 @functools.cache
 def exported(family: str, flavour: str = "portable", **options: Any) -> Path:
     """Return the folder of a family; tests that change one copy it."""
-    name = "-".join((family.replace(":", "_"), flavour, *options.values()))
+    name = "-".join((family.replace(":", "_"), flavour, *map(str, options.values())))
     folder: Path = export.export_model(model(family), _made() / name, flavour=flavour, **options)
     return folder
 
@@ -67,6 +68,38 @@ def session(
 ) -> export.ModelSession:
     """Return a session with the folder of a family; no call changes it."""
     return export.ModelSession(exported(family, flavour, **options), threads=1, body=body)
+
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,é€😀"
+"""What the tokenizer of `speaking` has bytes for."""
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """Return a tokenizer whose tokens are bytes, so that some characters are several."""
+    tokenizers = pytest.importorskip("tokenizers")
+    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    used = {*"".join(piece for piece, _ in split.pre_tokenize_str(CHARACTERS))}
+    rest = sorted({*split.alphabet()} - used)
+    names = ["<pad>", "<eos>", *sorted(used), *rest][: compat_models.COMMON["vocab_size"]]
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[])
+    )
+    inner.pre_tokenizer, inner.decoder = split, tokenizers.decoders.ByteLevel()
+    return compat_models.transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+@functools.cache
+def speaking(flavour: str = "portable") -> Path:
+    """Return the folder of a small model with a tokenizer; it ends with token 1."""
+    tiny = copy.deepcopy(model(compat_models.SMALL))
+    tiny.generation_config.eos_token_id = 1
+    folder: Path = export.export_model(
+        tiny, _made() / f"speaking-{flavour}", flavour=flavour, tokenizer=tokenizer()
+    )
+    return folder
 
 
 @functools.cache

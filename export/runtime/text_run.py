@@ -135,7 +135,7 @@ def check_state(label: str, session: Any, folder: Folder, state: TextState) -> N
     """Check that a state is one of a model.
 
     Raises:
-        SpecError: a state is missing, or has another shape.
+        SpecError: a state is missing, or has another shape or dtype.
     """
     for value in session.get_inputs():
         if value.name not in folder.states:
@@ -152,4 +152,8 @@ def check_state(label: str, session: Any, folder: Folder, state: TextState) -> N
             raise SpecError(
                 f"{label}: state has {value.name} of shape {own.shape}, should be {shape}: it is "
                 f"of another model"
+            )
+        if own.dtype != np.float32:
+            raise SpecError(
+                f"{label}: state has {value.name} of dtype {own.dtype}, should be float32"
             )

@@ -9,7 +9,7 @@ import compat_models
 import exported_models
 from exported_models import COUNT, FAMILIES, FLAVOURS, LENGTHS, greedy, prompts, session
 from gdn_ops.export.runtime import model_session
-from onnx_needs import BODIES, needs_ort_body
+from onnx_needs import BODIES, at_opset, needs_ort_body
 
 ORT = pytest.param("onnxruntime", marks=needs_ort_body)
 ALL_FLAVOURS = ("portable", ORT)
@@ -77,3 +77,10 @@ def test_a_row_of_a_batch_is_what_it_is_alone(flavour: str) -> None:
     for row, prompt in zip(together, prompts(), strict=True):
         (alone,), _ = made.read([prompt])
         assert np.abs(row - alone).max() <= 2e-5 * np.abs(alone).max()
+
+
+@pytest.mark.parametrize("flavour", ALL_FLAVOURS)
+@pytest.mark.parametrize("opset", [18, at_opset(23, opset=23)])
+def test_every_opset_adds_the_same_tokens(opset: int, flavour: str) -> None:
+    made = session("qwen3_next-2:1", flavour, opset=opset)
+    assert made.generate(prompts(), COUNT) == greedy("qwen3_next-2:1")
