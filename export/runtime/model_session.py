@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from gdn_ops.export.bodies.table import BODIES
 from gdn_ops.export.model.conversion import with_body
 from gdn_ops.export.model.files import load_model
 from gdn_ops.export.model.folder import GRAPH, Folder, read_folder
 from gdn_ops.export.model.nodes import nodes_of, opset_of, own_nodes
-from gdn_ops.export.node.arguments import check_flag, check_integer, check_type
+from gdn_ops.export.node.arguments import check_flag, check_integer, check_name, check_type
 from gdn_ops.export.runtime.decode_session import MOST_THREADS
 from gdn_ops.export.runtime.sampling import Sampling
 from gdn_ops.export.runtime.sessions import choose_body, open_session
@@ -59,11 +60,13 @@ class ModelSession:
         check_flag(label, "checks_files", checks_files)
         if threads is not None:
             check_integer(label, "threads", threads, 1, MOST_THREADS)
+        check_name(label, "body", body, ("auto", *BODIES))
         self.folder: Folder = read_folder(label, path, checks_files=checks_files)
         model = load_model(Path(path) / GRAPH, label=f"{label}: path")
         self.body: str | None = None
         if any(own_nodes(model.graph.node)):
-            chosen = choose_body(nodes_of(model), body, has_library=False, opset=opset_of(model))
+            nodes, opset = nodes_of(model), opset_of(model)
+            chosen = choose_body(nodes, body, has_library=False, opset=opset, label=label)
             self.body = None if chosen is None else chosen.name
             model = with_body(model, self.body, label)
         self._session = open_session(model, Path(path).absolute(), threads, None)
