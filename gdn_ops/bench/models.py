@@ -4,7 +4,8 @@ One random Qwen3.5 in float32 or bfloat16: hidden 1024, four layers of which thr
 attention, 16 key heads and 32 value heads of 128. Both ways run the same model object in the same
 process, after their logits and loss were compared. Prefill and decode take turns in a process that
 does nothing else, as one that serves: after a training step the C library's heap behaves
-differently. In float32 the files that the model is exported to take turns there with it. Peak memory is measured in a process of its own for each way.
+differently. In float32 the files that the model is exported to take turns there with it. Peak
+memory is measured in a process of its own for each way.
 """
 
 from __future__ import annotations
