@@ -43,8 +43,11 @@ LOGITS_BEHIND = ("last", "all")
 """Behind which tokens of a call there are logits."""
 
 ALLOWED = 1e-3
-"""Largest difference between the logits of the graph and those of the model, relative to the
+"""Largest difference between the logits of the graph and those of a float32 model, relative to the
 largest of them: above it the graph computes something else."""
+
+ROUNDINGS = 16
+"""Roundings of its dtype that the logits of a shorter model may be off by."""
 
 
 def export_model(
@@ -173,10 +176,11 @@ def _compare(model: Any, folder: Path, weights: str) -> None:
             start += count
         last = found.reshape(-1, described.vocabulary)[-1]
         error = max(error, float(np.abs(last - expected).max() / largest))
-    if not (error <= ALLOWED or BITS[weights]):
+    allowed = max(ALLOWED, ROUNDINGS * torch.finfo(model.dtype).eps)
+    if not (error <= allowed or BITS[weights]):
         raise SpecError(
             f"{LABEL}: the graph of {type(model).__name__} computes other logits than the "
-            f"model, off by {error:.2g} of the largest, should be within {ALLOWED:g}: one of "
+            f"model, off by {error:.2g} of the largest, should be within {allowed:g}: one of "
             f"its parts is not what it looks like"
         )
     write_description(folder / DESCRIPTION, dataclasses.replace(described, error=error))
