@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from gdn_ops.export.language_models.plan import Attention, LanguageModel
 from gdn_ops.export.model.folder import GRAPH
+from gdn_ops.export.runtime.tokenizer import TOKENIZER_CONFIG
 
 CONFIG: Final = "genai_config.json"
 """The file that onnxruntime-genai reads first."""
@@ -71,7 +72,7 @@ def write_config(folder: Path, plan: LanguageModel) -> None:
 
 def readable_tokenizer(folder: Path) -> None:
     """Name a class of tokenizers that onnxruntime-genai reads, where another one is named."""
-    file = folder / "tokenizer_config.json"
+    file = folder / TOKENIZER_CONFIG
     if not file.is_file():
         return
     facts = json.loads(file.read_text())

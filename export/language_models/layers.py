@@ -66,7 +66,8 @@ class Seen(NamedTuple):
 
     Attributes:
         is_there: (B, total) bool, of all tokens.
-        positions: (B, T) int64, of those of the call; negative or 0 before a text.
+        positions: (B, T) int64, of those of the call; -1 before a text, or 0 where the call has
+            the first token of the text too.
     """
 
     is_there: str

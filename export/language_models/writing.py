@@ -16,7 +16,7 @@ from onnx import helper
 from gdn_ops.export.bodies.body import DEFAULT_OPSET
 from gdn_ops.export.bodies.table import check_opset
 from gdn_ops.export.language_models.flavours import FLAVOURS, Flavour
-from gdn_ops.export.language_models.genai import readable_tokenizer, write_config
+from gdn_ops.export.language_models.genai import CONFIG, readable_tokenizer, write_config
 from gdn_ops.export.language_models.graph import Graph, WeightFile
 from gdn_ops.export.language_models.layers import LayerWriter
 from gdn_ops.export.language_models.plan import LanguageModel
@@ -37,10 +37,14 @@ from gdn_ops.export.node.arguments import check_name
 from gdn_ops.export.node.schema import DOMAIN, VERSION
 from gdn_ops.export.runtime.model_session import ModelSession
 from gdn_ops.export.runtime.sessions import onnxruntime
+from gdn_ops.export.runtime.tokenizer import TOKENIZER, TOKENIZER_CONFIG
 from gdn_ops.spec.errors import SpecError
 
 LOGITS_BEHIND = ("last", "all")
 """Behind which tokens of a call there are logits."""
+
+OLDEST = 18
+"""The first opset of ai.onnx that has all operators in the forms that graphs are written with."""
 
 ALLOWED = 1e-3
 """Largest difference between the logits of the graph and those of a float32 model, relative to the
@@ -99,6 +103,8 @@ def export_model(
             f"operators of ai.onnx alone do not multiply by them"
         )
     check_opset(LABEL, opset, FLAVOURS[flavour].body)
+    if opset < OLDEST:
+        raise SpecError(f"{LABEL}: opset is {opset}, should be at least {OLDEST}")
     onnxruntime()
     target = Path(folder)
     if target.exists() and not target.is_dir():
@@ -116,9 +122,13 @@ def export_model(
 
 
 def _move(made: Path, target: Path) -> None:
-    """Move files into a folder, the description last: without it the folder is no model."""
+    """Move files into a folder, the description last: without it the folder is no model.
+
+    What describes an earlier model to a runtime, or is its tokenizer, goes with it.
+    """
     target.mkdir(exist_ok=True)
-    (target / DESCRIPTION).unlink(missing_ok=True)
+    for name in (DESCRIPTION, CONFIG, TOKENIZER, TOKENIZER_CONFIG):
+        (target / name).unlink(missing_ok=True)
     for file in sorted(made.iterdir(), key=lambda file: file.name == DESCRIPTION):
         os.replace(file, target / file.name)
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
@@ -112,11 +112,23 @@ def _parsed(where: str, text: str) -> Folder:
             f"reads: export the model again"
         )
     del facts["schema"]
-    try:
-        facts["eos"] = tuple(facts["eos"])
-        return Folder(**facts)
-    except (KeyError, TypeError) as error:
-        raise SpecError(f"{where} is incomplete: {error}; export the model again") from error
+    _check_facts(where, facts)
+    return Folder(**{**facts, "eos": tuple(facts["eos"])})
+
+
+def _check_facts(where: str, facts: dict[str, Any]) -> None:
+    """Check that a description has what it should have, and that each fact has its type."""
+    known = {field.name for field in fields(Folder)}
+    for what, names in (("no", known - {*facts}), ("an unknown", {*facts} - known)):
+        if names:
+            raise SpecError(f"{where} has {what} {min(names)!r}: export the model again")
+    for name, kind in get_type_hints(Folder).items():
+        own = {"eos": list, "states": dict, "digests": dict}.get(name, kind)
+        if not isinstance(facts[name], own):
+            raise SpecError(
+                f"{where} has {name} {facts[name]!r}, which is of another kind than it should be: "
+                f"export the model again"
+            )
 
 
 def _check_file(where: str, file: Path, digest: str | None) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from gdn_ops.export.bodies.table import BODIES
 from gdn_ops.export.model.conversion import with_body
 from gdn_ops.export.model.files import load_model
 from gdn_ops.export.model.folder import GRAPH, Folder, read_folder
 from gdn_ops.export.model.nodes import nodes_of, opset_of, own_nodes
-from gdn_ops.export.node.arguments import check_flag, check_integer
+from gdn_ops.export.node.arguments import check_flag, check_integer, check_name, check_type
 from gdn_ops.export.runtime.decode_session import MOST_THREADS
 from gdn_ops.export.runtime.sampling import Sampling
 from gdn_ops.export.runtime.sessions import choose_body, open_session
@@ -59,15 +60,17 @@ class ModelSession:
         check_flag(label, "checks_files", checks_files)
         if threads is not None:
             check_integer(label, "threads", threads, 1, MOST_THREADS)
+        check_name(label, "body", body, ("auto", *BODIES))
         self.folder: Folder = read_folder(label, path, checks_files=checks_files)
         model = load_model(Path(path) / GRAPH, label=f"{label}: path")
         self.body: str | None = None
         if any(own_nodes(model.graph.node)):
-            chosen = choose_body(nodes_of(model), body, has_library=False, opset=opset_of(model))
+            nodes, opset = nodes_of(model), opset_of(model)
+            chosen = choose_body(nodes, body, has_library=False, opset=opset, label=label)
             self.body = None if chosen is None else chosen.name
             model = with_body(model, self.body, label)
         self._session = open_session(model, Path(path).absolute(), threads, None)
-        self.tokenizer: Tokenizer | None = find_tokenizer(Path(path))
+        self.tokenizer: Tokenizer | None = find_tokenizer(label, Path(path))
 
     def read(
         self, prompts: Prompt | Sequence[Prompt], state: TextState | None = None
@@ -154,7 +157,7 @@ class ModelSession:
         check_integer(label, "max_new_tokens", max_new_tokens, 0)
         sampling = Sampling(temperature, top_k, top_p, seed)
         sampling.check(label)
-        ends = {*self.folder.eos, *(int(token) for token in stop)}
+        ends = {*self.folder.eos, *_as_tokens(label, "stop", stop)}
         ids, mask, lengths = self._rows(label, prompts, state)
         self._check_length(label, max(lengths) + max_new_tokens, state)
         return self._stream(label, (ids, mask, state), max_new_tokens, sampling, ends)
@@ -232,6 +235,8 @@ class ModelSession:
     ) -> tuple[Array, Array, list[int]]:
         """Return prompts as tokens (B, T), padded in front, the mask, and their lengths."""
         given, is_text, _ = _as_list(prompts)
+        if state is not None:
+            check_type(label, "state", state, TextState, "a TextState")
         if is_text and self.tokenizer is None:
             raise SpecError(
                 f"{label}: prompts are text, should be tokens: the folder has no tokenizer.json, "
@@ -259,7 +264,7 @@ class ModelSession:
         if isinstance(prompt, str):
             assert self.tokenizer is not None
             return self.tokenizer.encode(prompt)
-        tokens = [int(token) for token in prompt]
+        tokens = _as_tokens(label, "a prompt", prompt)
         for token in tokens:
             if not 0 <= token < self.folder.vocabulary:
                 raise SpecError(
@@ -283,6 +288,22 @@ class ModelSession:
     def __repr__(self) -> str:
         f = self.folder
         return f"ModelSession({f.architecture}, {f.flavour}, body={self.body!r})"
+
+
+def _as_tokens(label: str, name: str, tokens: Any) -> list[int]:
+    """Return tokens as numbers of Python.
+
+    Raises:
+        SpecTypeError: they are no sequence, or hold something else than integers.
+    """
+    if isinstance(tokens, np.ndarray):
+        tokens = tokens.tolist()
+    if not isinstance(tokens, Sequence) or isinstance(tokens, str):
+        kind = type(tokens).__name__
+        raise SpecTypeError(f"{label}: {name} has type {kind}, should be a list of tokens")
+    for token in tokens:
+        check_type(label, f"a token of {name}", token, int, "an integer")
+    return [int(token) for token in tokens]
 
 
 def _as_list(prompts: Any) -> tuple[list[Any], bool, bool]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gdn_ops.export.node.arguments import check_integer
-from gdn_ops.spec.errors import SpecError
+from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 Array = np.ndarray[Any, Any]
 
@@ -38,7 +38,7 @@ class Sampling:
         for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
             if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
                 kind = type(value).__name__
-                raise SpecError(f"{label}: {name} has type {kind}, should be a number")
+                raise SpecTypeError(f"{label}: {name} has type {kind}, should be a number")
         if not 0 <= self.temperature < float("inf"):
             raise SpecError(f"{label}: temperature is {self.temperature}, should be 0 or more")
         if not 0 < self.top_p <= 1:
@@ -70,7 +70,9 @@ class Sampling:
         if self.top_k:
             order = order[: self.top_k]
         kept = logits[order].astype(np.float64)
-        weights = np.exp((kept - kept[0]) / self.temperature)
+        # Divided by a tiny number they may be infinite: weights of 0.
+        with np.errstate(over="ignore"):
+            weights = np.exp((kept - kept[0]) / self.temperature)
         weights /= weights.sum()
         if self.top_p < 1:
             # The first token is always kept, and every one before the mass is reached.

@@ -83,8 +83,9 @@ class TextRun:
         binding = self._session.io_binding()
         feeds = {TOKEN_IDS: ids, MASK: self._mask[:, :end]}
         if self._has_positions:
+            # -1 before a text: where a call reads padding alone, 0 would be its first token.
             own = self._mask[:, :end].cumsum(1)[:, self._total :] - 1
-            feeds[POSITIONS] = np.broadcast_to(np.maximum(own, 0), (3, *own.shape))
+            feeds[POSITIONS] = np.broadcast_to(own, (3, *own.shape))
         for name, x in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(x))
         binding.bind_output(LOGITS, "cpu")
@@ -134,7 +135,7 @@ def check_state(label: str, session: Any, folder: Folder, state: TextState) -> N
     """Check that a state is one of a model.
 
     Raises:
-        SpecError: a state is missing, or has another shape.
+        SpecError: a state is missing, or has another shape or dtype.
     """
     for value in session.get_inputs():
         if value.name not in folder.states:
@@ -151,4 +152,8 @@ def check_state(label: str, session: Any, folder: Folder, state: TextState) -> N
             raise SpecError(
                 f"{label}: state has {value.name} of shape {own.shape}, should be {shape}: it is "
                 f"of another model"
+            )
+        if own.dtype != np.float32:
+            raise SpecError(
+                f"{label}: state has {value.name} of dtype {own.dtype}, should be float32"
             )

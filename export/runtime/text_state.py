@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +78,9 @@ class TextState:
             SpecError: the file is missing, or holds something else.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with Path(path).open("rb") as stream, np.lib.npyio.NpzFile(stream) as file:
                 values = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise SpecError(
                 f"TextState.load: path is {os.fspath(path)!r}, should be a file that "
                 f"TextState.save wrote: {error}"
