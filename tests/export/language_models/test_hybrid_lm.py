@@ -30,6 +30,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"rule": "linear"},
     {"qk_norm": "l1"},
     {"qk_norm": "l1", "feature_map": "elu"},
+    {"qk_norm": "l1", "feature_map": "relu", "head_dim": 2},
     {"qk_norm": None, "feature_map": "relu", "rule": "linear"},
     {"feature_map": "none"},
     {"output_gate": "sigmoid"},
@@ -130,8 +131,11 @@ def assert_computes(made: HybridLM, exported: ModelSession) -> None:
     assert exported.generate(PROMPTS, 48) == [greedy(made, prompt, 48) for prompt in PROMPTS]
 
 
-def test_projections_with_a_bias_let_no_padding_in(tmp_path: Path) -> None:
-    made = model("GA")
+@pytest.mark.parametrize(
+    "options", [{}, {"short_conv": 0}, {"short_conv": 1}, {"short_conv": 1, "conv_bias": True}]
+)
+def test_projections_with_a_bias_let_no_padding_in(options: Any, tmp_path: Path) -> None:
+    made = model("GA", **options)
     for block, names in zip(made.blocks, ("qkvbag", "qkvo"), strict=True):
         for name in names:
             own = getattr(block.mixer, f"{name}_proj")
