@@ -22,6 +22,7 @@ from gdn_ops.export.language_models.layers import LayerWriter
 from gdn_ops.export.language_models.plan import LanguageModel
 from gdn_ops.export.language_models.quantising import BITS, quantise
 from gdn_ops.export.language_models.reading import LABEL, read_model
+from gdn_ops.export.language_models.reading_hybrid import hybrid_of, read_hybrid
 from gdn_ops.export.model.folder import (
     DESCRIPTION,
     GRAPH,
@@ -64,7 +65,7 @@ def export_model(
     logits: str = "last",
     opset: int = DEFAULT_OPSET,
 ) -> Path:
-    """Export a causal language model of transformers to ONNX.
+    """Export a causal language model of transformers, or of gdn_ops.nn, to ONNX.
 
     One graph reads prompts and decodes: `input_ids` (B, T) and `attention_mask` (B, past + T),
     1 for tokens and 0 for padding before them, and the states of every layer, which it returns
@@ -75,7 +76,7 @@ def export_model(
 
     Args:
         model: Qwen3-Next, Qwen3.5 (dense and mixture of experts), OLMo-Hybrid, or another one whose
-            parts are theirs.
+            parts are theirs; or a gdn_ops.nn.HybridLM.
         folder: it is made, or its files are replaced.
         tokenizer: of transformers, saved into the folder; None for none.
         flavour: "portable" for operators of ai.onnx alone, "onnxruntime" for those of com.microsoft
@@ -109,7 +110,8 @@ def export_model(
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise SpecError(f"{LABEL}: folder is {str(target)!r}, which is a file")
-    plan = read_model(model)
+    hybrid = hybrid_of(model)
+    plan = read_model(model) if hybrid is None else read_hybrid(hybrid)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".gdn_ops-", dir=target.parent) as made:
         _write(plan, Path(made), FLAVOURS[flavour], logits, opset, weights)
@@ -165,6 +167,13 @@ def _write(
     write_description(folder / DESCRIPTION, described)
 
 
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits (B, T, vocabulary) of a model itself, given tokens (B, T)."""
+    hybrid = hybrid_of(model)
+    logits: torch.Tensor = model(ids, use_cache=False).logits if hybrid is None else hybrid(ids)[0]
+    return logits
+
+
 def _compare(model: Any, folder: Path, weights: str) -> None:
     """Check that a graph computes the logits of its model, at once and piece by piece.
 
@@ -176,7 +185,7 @@ def _compare(model: Any, folder: Path, weights: str) -> None:
     ids = torch.randint(described.vocabulary, (1, 7), generator=generator)
     was_training, device = model.training, next(model.parameters()).device
     with torch.no_grad():
-        expected = model.eval()(ids.to(device), use_cache=False).logits[0, -1].float().cpu().numpy()
+        expected = _logits(model.eval(), ids.to(device))[0, -1].float().cpu().numpy()
     model.train(was_training)
     largest, error = np.abs(expected).max() or 1.0, 0.0
     for cuts in ((7,), (4, 1, 2)):
@@ -186,7 +195,8 @@ def _compare(model: Any, folder: Path, weights: str) -> None:
             start += count
         last = found.reshape(-1, described.vocabulary)[-1]
         error = max(error, float(np.abs(last - expected).max() / largest))
-    allowed = max(ALLOWED, ROUNDINGS * torch.finfo(model.dtype).eps)
+    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    allowed = max(ALLOWED, ROUNDINGS * eps)
     if not (error <= allowed or BITS[weights]):
         raise SpecError(
             f"{LABEL}: the graph of {type(model).__name__} computes other logits than the "
