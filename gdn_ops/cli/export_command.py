@@ -59,7 +59,7 @@ def add_to(commands: Any) -> None:
         commands,
         "export",
         run,
-        "Write a language model or a decode step as ONNX, checked and run; or inspect a file.",
+        "Write a language model or a decode step as ONNX, and check it; or inspect a file.",
         more="A step passes onnx's full checker, and every function body that the installed "
         "onnxruntime runs is compared with the definition in float64. A language model is read "
         "from a folder of transformers, and its logits are compared with those of the graph.",

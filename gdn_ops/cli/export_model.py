@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gdn_ops.cli import exit_codes
 from gdn_ops.cli.parser import Options, UsageError
 from gdn_ops.spec.errors import SpecError
-from gdn_ops.terminal.output import print_json
+from gdn_ops.terminal.output import check_folder, print_json
 from gdn_ops.terminal.progress import progress
 from gdn_ops.terminal.tables import wrapped
 
@@ -24,7 +26,10 @@ def run_model(options: Options) -> int:
     """Load, export and compare a language model; return the exit code."""
     if options.out is None:
         raise UsageError("export --model needs --out: the folder to write")
-    with progress(None, "export") as advance:
+    if options.weights not in (None, "float32") and options.flavour != "onnxruntime":
+        raise UsageError(f"--weights {options.weights} needs --flavour onnxruntime")
+    check_folder("--out", options.out if options.out.exists() else options.out.parent)
+    with quiet(), progress(None, "export") as advance:
         advance("load")
         model, tokenizer = load(options.model)
         advance("write and compare")
@@ -69,12 +74,36 @@ def load(folder: Path) -> tuple[Any, Any]:
         SpecError: it is no such folder, or transformers cannot load it.
         ModuleNotFoundError: transformers is not installed.
     """
+    with quiet() as transformers:
+        return _loaded(transformers, folder)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[Any]:
+    """Yield transformers, which neither warns nor shows progress until the end.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+    """
     try:
         import transformers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "gdn-ops export --model needs transformers: pip install transformers", name=error.name
         ) from error
+    logging = transformers.utils.logging
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
+def _loaded(transformers: Any, folder: Path) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise SpecError(
             f"--model is {str(folder)!r}, should be a folder of transformers, with a config.json"

@@ -7,7 +7,15 @@ import time
 from typing import Any
 
 from gdn_ops.cli import exit_codes
-from gdn_ops.cli.parser import Options, UsageError, add_command, integer, path, real
+from gdn_ops.cli.parser import (
+    Options,
+    UsageError,
+    add_command,
+    integer,
+    path,
+    real,
+    refuse_without_effect,
+)
 from gdn_ops.terminal.output import print_json
 
 SCHEMA = 1
@@ -62,6 +70,9 @@ def run(options: Options) -> int:
     """Generate, and print what comes; return the exit code."""
     if (options.prompt is None) == (options.tokens is None):
         raise UsageError("generate needs --prompt or --tokens, one of them")
+    if not options.temperature:
+        greedy = "without a --temperature above 0"
+        refuse_without_effect(options, ("top_k", "top_p", "seed"), greedy)
     from gdn_ops.export import ModelSession
 
     session = ModelSession(options.folder, threads=options.threads)
@@ -82,8 +93,9 @@ def run(options: Options) -> int:
         )  # fmt: skip
         return exit_codes.DONE
     if options.prompt is not None:
+        pieces = session.stream_text(given, count, **drawing)
         print(given, end="", flush=True)
-        for piece in session.stream_text(given, count, **drawing):
+        for piece in pieces:
             print(piece, end="", flush=True)
         print()
         return exit_codes.DONE

@@ -141,3 +141,22 @@ def test_a_graph_that_reads_padding_adds_other_tokens(
     expected = greedy(family)
     assert added[0] == expected[0]
     assert all(a != b for a, b in zip(added[1:], expected[1:], strict=True))
+
+
+@pytest.mark.parametrize("weights", ["float32", pytest.param("int8", marks=needs_ort_body)])
+def test_a_graph_without_numbers_is_not_kept(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gates(self: Any, d: Any, *arguments: Any) -> Any:
+        log_alpha, beta = right(self, d, *arguments)
+        return log_alpha, self.graph("Mul", beta, self.graph.constant(float("nan"), "float32"))
+
+    right = LayerWriter._gates
+    monkeypatch.setattr(LayerWriter, "_gates", gates)
+    flavour = "portable" if weights == "float32" else "onnxruntime"
+    text = refusal(
+        export.export_model, exported_models.model(OLMO), tmp_path / "new",
+        flavour=flavour, weights=weights,
+    )  # fmt: skip
+    assert "computes other logits than the model, off by nan of the largest" in text
+    assert list(tmp_path.iterdir()) == []
