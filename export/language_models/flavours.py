@@ -212,7 +212,8 @@ class Onnxruntime(Flavour):
         y, activation = g.local("conv"), "silu" if has_silu else "none"
         g(
             "CausalConvWithState", x, weight, bias, before, outputs=[y, after],
-            domain=MICROSOFT, name="conv_with_state", activation=activation, ndim=1, channels_last=1,
+            domain=MICROSOFT, name="conv_with_state",
+            activation=activation, ndim=1, channels_last=1,
         )  # fmt: skip
         return y
 
