@@ -75,12 +75,16 @@ def generate(model: HybridLM, tokens: Tensor, count: int, options: Options) -> T
             size = logits.shape[-1]
             proposals = proposed(OWNER, function, rows.texts(), limits, options.most, size)
         read = torch.cat([last, proposals.tokens], 1)
-        logits, states = model(read, state, return_states=True)
+        # Without proposals a plain step, which layers compute faster.
+        call = {"return_states": True} if read.shape[1] > 1 else {}
+        logits, states = model(read, state, **call)
         accepted, next_tokens = judge(logits, proposals, options)
         counts = [n + 1 for n in accepted.tolist()]
         kept = rows.append(_behind(proposals.tokens, accepted, next_tokens), counts)
         if kept:
-            state = _kept_rows(states.after(_one_or_each(counts, last)), kept, len(counts))
+            if call:
+                states = states.after(_one_or_each(counts, last))
+            state = _kept_rows(states, kept, len(counts))
             if draft is not None:
                 draft.read(read, counts)
                 draft.keep(kept, len(counts))
