@@ -167,7 +167,7 @@ def test_a_wrong_way_to_draw_is_noticed(wrong: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(generation, "remainder", lambda p, q: p)
     for draft in (small("G", 5), follow):
         tokens = drawn_with(model, prompt, 1.0, draft=draft)
-        assert chi_square(model, prompt, tokens, 1.0) > 2 * LIMIT
+        assert chi_square(model, prompt, tokens, 1.0) > 1.5 * LIMIT
 
 
 def test_a_temperature_is_that_of_the_draft_too() -> None:

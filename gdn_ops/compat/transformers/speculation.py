@@ -137,7 +137,8 @@ class _Reader:
 
     def __init__(self, model: nn.Module, cache: Any) -> None:
         self.model: Any = model
-        self.cache, self.fork = cache, None
+        self.cache = cache
+        self.fork: CacheFork | None = None if cache is None else CacheFork(OWNER, cache)
         parameters = inspect.signature(self.model.forward).parameters
         self.name = "cache" if "cache" in parameters else "past_key_values"
         self.has_keep = "logits_to_keep" in parameters
@@ -151,14 +152,14 @@ class _Reader:
         """
         count = 0 if proposals is None else proposals.tokens.shape[1]
         if count and self.fork is None:
-            self.fork: CacheFork | None = CacheFork(OWNER, self.cache)
+            self.fork = CacheFork(OWNER, self.cache)
         options: dict[str, Any] = {self.name: self.cache, "use_cache": True}
         if self.has_keep:
             options["logits_to_keep"] = count + 1
         output = self.model(tokens, **options)
         if self.cache is None:
             self.cache = getattr(output, self.name)
-            # Before anything is generated: to be refused at the end is no use.
+            # Refused before anything is generated.
             CacheFork(OWNER, self.cache)
         logits: Tensor = output.logits[:, -count - 1 :]
         return logits
@@ -284,7 +285,7 @@ def _check(model: Any, input_ids: Any, count: Any, most: Any, draft: Any) -> int
 
 def _vocabulary(model: Any, name: str) -> int:
     """Return the size of the vocabulary of a model of transformers."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
         kind = type(model).__name__
         raise SpecTypeError(f"{OWNER}: {name} has type {kind}, should be a model of transformers")
