@@ -115,7 +115,7 @@ def proposed(
 def _checked(owner: str, tokens: Any, most: int, size: int) -> Tensor:
     """Return the tokens that a function proposed for one row, as a tensor."""
     try:
-        row = torch.as_tensor(tokens)
+        row = torch.as_tensor(tokens, dtype=None, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         kind = type(tokens).__name__
         raise SpecTypeError(

@@ -138,7 +138,7 @@ def judge(logits: Tensor, proposals: Proposals, options: Options) -> tuple[Tenso
     tokens, n = proposals.tokens, proposals.tokens.shape[1]
     for place in range(n + 1):
         check_logits(OWNER, logits[:, place])
-    counts = torch.tensor(proposals.counts, device=tokens.device)
+    counts = torch.tensor(proposals.counts, dtype=torch.int64, device=tokens.device)
     is_proposed = torch.arange(n, device=tokens.device) < counts[:, None]
     every = torch.arange(len(tokens), device=tokens.device)
     if options.temperature == 0:
@@ -151,7 +151,7 @@ def judge(logits: Tensor, proposals: Proposals, options: Options) -> tuple[Tenso
     if drawn is None:
         drawn = nn.functional.one_hot(tokens, chances.shape[-1]).to(chances.dtype)
     p, q = (x[:, :n].gather(2, tokens[..., None])[..., 0] for x in (chances, drawn))
-    u = torch.rand(p.shape, generator=options.generator, device=p.device)
+    u = torch.rand(p.shape, generator=options.generator, dtype=p.dtype, device=p.device)
     accepted = ((u * q < p) & is_proposed).long().cumprod(1).sum(1)
     # Nothing is proposed behind the last proposal: the rest is the whole distribution there.
     drawn = torch.cat([drawn * is_proposed[..., None], torch.zeros_like(chances[:, :1])], 1)
@@ -255,7 +255,9 @@ def _behind(tokens: Tensor, accepted: Tensor, next_tokens: Tensor) -> Tensor:
 
 def _one_or_each(counts: list[int], like: Tensor) -> int | Tensor:
     """Return one count of all rows where they agree, which costs less, or that of each."""
-    return counts[0] if len(set(counts)) == 1 else torch.tensor(counts, device=like.device)
+    if len(set(counts)) == 1:
+        return counts[0]
+    return torch.tensor(counts, dtype=torch.int64, device=like.device)
 
 
 def _kept_rows(state: Any, rows: list[int], count: int) -> Any:

@@ -360,11 +360,9 @@ class HybridLM(Splittable):
     ) -> Tensor:
         """Continue prompts, a token at a time or by speculation: the same tokens in fewer calls.
 
-        In speculation a draft proposes tokens, one call of the model reads them all, those that
-        the model would have chosen are kept, and the states are set back to what they are after
-        these. Rows of a batch keep as many as agree in each. Results follow the same distribution
-        as without a draft; with temperature 0 they are the same tokens up to rounding, since
-        several tokens in one call are summed in another order than one at a time.
+        A draft proposes tokens, one call reads them all, and each row keeps those that the model
+        would have chosen. Results follow the same distribution as without a draft; with
+        temperature 0 they are the same tokens, up to rounding.
 
         Args:
             tokens: (B, T) int64, the prompts, T > 0.
@@ -374,9 +372,8 @@ class HybridLM(Splittable):
             state: what the model returned of a text before `tokens`, which it continues. It is not
                 changed.
             eos_token_id: a token after which a row ends: what follows in the row is that token.
-            draft: proposes tokens: a HybridLM of the same vocabulary, a function from the tokens of
-                one row so far, (length,), to at most `draft_tokens` ones that may follow, or None
-                for those that followed the last words earlier in the row (`PromptLookup`).
+            draft: a HybridLM of the same vocabulary, a function from the tokens of one row so far,
+                (length,), to those that may follow, or None for `PromptLookup`.
             draft_tokens: how many are proposed at a time; 4 when only a draft is given. No
                 speculation when neither is given.
 
@@ -390,7 +387,7 @@ class HybridLM(Splittable):
 
         Source:
             Leviathan et al., Fast Inference from Transformers via Speculative Decoding, arXiv
-            2211.17192; Saxena, Prompt Lookup Decoding, 2023.
+            2211.17192.
 
         Example:
             >>> import torch

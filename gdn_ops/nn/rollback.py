@@ -151,8 +151,8 @@ def fork_state(state: States, rows: Sequence[int] | Tensor | None = None) -> Sta
 
     Args:
         state: what a call returned.
-        rows: which rows, in which order: [0, 0, 0] continues one prompt in three ways. All of
-            them when not given.
+        rows: (n,) integers, which rows in which order: [0, 0, 0] continues one prompt in three
+            ways. All of them when not given.
 
     Returns:
         States like those, in memory of their own.
@@ -193,7 +193,7 @@ def _layers(state: Any) -> Sequence[Any]:
 def _rows(rows: Any, layers: Sequence[Any]) -> Tensor:
     """Return the rows to select as a tensor, checked."""
     count = next((len(x) for layer in layers for x in layer if x is not None and x.dim()), 0)
-    index = torch.as_tensor(rows)
+    index = torch.as_tensor(rows, dtype=None, device="cpu")
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         _fail("fork_state", f"rows is {rows!r}, should be a list of row numbers")
     if has_values(index) and index.numel():

@@ -58,25 +58,21 @@ def speculative_generate(
 ) -> Tensor:
     """Continue prompts by the most likely tokens, several a call where a draft is right.
 
-    The tokens are those of `model.generate(input_ids, do_sample=False)`, up to rounding: several
-    tokens in one call are summed in another order than one at a time. It runs with and without
-    `accelerate`. All rows of a batch go on by what the row that agrees least with its draft
-    accepts: a batch gains less than one row does.
+    The tokens are those of `model.generate(input_ids, do_sample=False)`, up to rounding, with and
+    without `accelerate`. The rows of a batch go on together, by the one that agrees least.
 
     Args:
         model: of transformers, a decoder with a language modelling head: Qwen3-Next, Qwen3.5,
             OLMo-Hybrid and every other whose cache has known layers.
         input_ids: (B, T) int64, the prompts, without padding.
         max_new_tokens: how many tokens are added at most.
-        draft: proposes tokens: a model of transformers with the same vocabulary, a function from
-            the tokens of one row so far, (length,), to at most `num_draft_tokens` ones that may
-            follow, or None for those that followed the last words earlier in the row
-            (`gdn_ops.nn.PromptLookup`).
+        draft: another model with the same vocabulary, a function from the tokens of one row,
+            (length,), to those that may follow, or None for `gdn_ops.nn.PromptLookup`.
         num_draft_tokens: how many are proposed at a time.
-        eos_token_id: tokens after which a row ends, and is filled with the padding token of the
-            model's `generation_config`; its `eos_token_id` when not given, none when empty.
-        cache: what the model made of the first tokens of `input_ids`, which are not read again. It
-            is advanced: pass `copy.deepcopy(cache)` to continue a prefix many times.
+        eos_token_id: tokens that end a row, which is then padded; those of the model's
+            `generation_config` when not given, none when empty.
+        cache: what the model made of the first tokens, which are not read again. It is advanced:
+            `copy.deepcopy(cache)` continues a prefix many times.
 
     Returns:
         (B, T + n), n at most max_new_tokens: less where every row has ended.
@@ -87,13 +83,11 @@ def speculative_generate(
             for more than the most likely token.
 
     Source:
-        Leviathan et al., Fast Inference from Transformers via Speculative Decoding, arXiv
-        2211.17192.
+        Leviathan et al., arXiv 2211.17192.
 
     Example:
         >>> import torch
         >>> from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-        >>> from gdn_ops.compat.transformers import speculative_generate
         >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4}
         >>> heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
         >>> config = Qwen3_5TextConfig(vocab_size=50, pad_token_id=0, **sizes, **heads)
@@ -103,13 +97,23 @@ def speculative_generate(
         torch.Size([1, 11])
     """
     size = _check(model, input_ids, max_new_tokens, num_draft_tokens, draft)
-    ends = _Ends.of(model, eos_token_id)
-    reader = _Reader(model, cache)
+    reader, ends = _Reader(model, cache), _Ends.of(model, eos_token_id)
     propose = _proposer(draft, num_draft_tokens, size)
-    read = 0 if cache is None else int(cache.get_seq_length())
-    if not 0 <= read < input_ids.shape[1]:
-        _fail(f"cache holds {read} tokens, should hold fewer than T = {input_ids.shape[1]}")
-    text, goal = input_ids, input_ids.shape[1] + max_new_tokens
+    return _generate(reader, ends, propose, input_ids, max_new_tokens, num_draft_tokens)
+
+
+def _generate(
+    reader: _Reader,
+    ends: _Ends,
+    propose: Callable[[Tensor, list[int]], Proposals],
+    text: Tensor,
+    max_new_tokens: int,
+    num_draft_tokens: int,
+) -> Tensor:
+    """Continue texts (B, T); the cache holds the first `read` tokens between two calls."""
+    goal, read = text.shape[1] + max_new_tokens, reader.tokens()
+    if not 0 <= read < text.shape[1]:
+        _fail(f"cache holds {read} tokens, should hold fewer than T = {text.shape[1]}")
     lives = torch.ones(len(text), dtype=torch.bool, device=text.device)
     proposals = Proposals(text[:, :0], [0] * len(text))
     while True:
@@ -164,6 +168,10 @@ class _Reader:
         logits: Tensor = output.logits[:, -count - 1 :]
         return logits
 
+    def tokens(self) -> int:
+        """Return how many tokens the cache holds."""
+        return 0 if self.cache is None else int(self.cache.get_seq_length())
+
     def restore(self) -> None:
         """Set the cache back to its fork."""
         if self.fork is not None:
@@ -208,7 +216,7 @@ def _agreed(choices: Tensor, proposals: Proposals, lives: Tensor) -> tuple[Tenso
         lives: (B,), whether each row has not ended.
     """
     n = proposals.tokens.shape[1]
-    counts = torch.tensor(proposals.counts, device=choices.device)
+    counts = torch.tensor(proposals.counts, dtype=torch.int64, device=choices.device)
     is_proposed = torch.arange(n, device=choices.device) < counts[:, None]
     is_kept = (choices[:, :n] == proposals.tokens) & is_proposed
     accepted = is_kept.long().cumprod(1).sum(1).masked_fill(~lives, n)
@@ -238,10 +246,11 @@ class _Ends(NamedTuple):
         if not self.tokens:
             return new, lives
         columns = []
+        tokens = torch.tensor(self.tokens, dtype=torch.int64, device=new.device)
         for column in new.unbind(1):
             column = column.masked_fill(~lives, self.padding)
             columns.append(column)
-            ended = torch.isin(column, torch.tensor(self.tokens, device=new.device))
+            ended = torch.isin(column, tokens)
             lives = lives & ~ended
             if not bool(lives.any()):
                 break
