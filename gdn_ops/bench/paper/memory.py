@@ -15,12 +15,12 @@ from gdn_ops.nn import PAPER, GatedDeltaNet, HybridLM
 
 FORMULAS = {
     "G": "4 HV K V + b (2 H K + HV V) (kernel - 1)",
-    "A": "2 b width min(window, slots) + 8",
+    "A": "2 b width window + 8",
     "F": "2 b width tokens",
 }
-"""Bytes of one layer and one text: memory in float32 and last inputs of the convolution; keys and
-values in a window, whose slots are there from the start, and a counter; all keys and values. b is the
-bytes of a number."""
+"""Bytes of one layer and one text, by its letter in a pattern, b bytes a number: the memory in float32
+and the last inputs of the convolution; a ring of keys and values, whose slots are there from the start,
+with its counter; all keys and values."""
 
 
 @dataclass(frozen=True)

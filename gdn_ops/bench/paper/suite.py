@@ -11,7 +11,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from gdn_ops.bench.device import Run, find_device
 from gdn_ops.bench.paper import checks, memory
 from gdn_ops.bench.paper.energy import find_counter
 from gdn_ops.bench.paper.plan import STAGES, Plan
-from gdn_ops.bench.paper.results import Cell, PaperResult, crossings_of, rows_of
+from gdn_ops.bench.paper.results import Cell, PaperResult, PaperRow, crossings_of, rows_of
 from gdn_ops.bench.paper.skeletons import (
     ATTENTION,
     MIXERS,
@@ -36,6 +36,7 @@ from gdn_ops.bench.paper.skeletons import (
 from gdn_ops.bench.paper.timing import measure
 from gdn_ops.bench.report import Log
 from gdn_ops.bench.rows import describe_system
+from gdn_ops.bench.verify import RefusedError
 from gdn_ops.environment.devices import threads
 
 DECODED = 8
@@ -55,7 +56,7 @@ def run(plan: Plan, log: Log = lambda text: None) -> PaperResult:
     Raises:
         RefusedError: a model computes something else than its definition; nothing was timed.
     """
-    return _Suite(plan, PaperResult(_system(plan)), log).run()
+    return _Suite(plan, log).run()
 
 
 def _system(plan: Plan) -> dict[str, Any]:
@@ -111,27 +112,24 @@ def mix(module: Any, x: Tensor, d_y: Tensor | None) -> None:
     x.grad = None
 
 
-@dataclass
 class _Suite:
     """Take the measurements of one plan and collect its result."""
 
-    plan: Plan
-    result: PaperResult
-    log: Log
-
-    def run(self) -> PaperResult:
-        plan, result = self.plan, self.result
-        start, load = time.monotonic(), _load()
+    def __init__(self, plan: Plan, log: Log) -> None:
+        self.plan, self.log, self.result = plan, log, PaperResult(_system(plan))
         self.made = {"device": plan.setting.device, "dtype": plan.setting.torch_dtype}
         self.device = find_device(plan.setting.device)
+        self.rows: list[PaperRow] = []
         found = find_counter(plan.setting.device)
         self.counter = None if isinstance(found, str) else found
-        result.energy = {
-            "counter": None if isinstance(found, str) else found.name,
-            "reason": found if isinstance(found, str) else None,
-        }
-        if isinstance(found, str):
-            result.skipped.append(("energy", "all", found))
+        name, reason = (None, found) if isinstance(found, str) else (found.name, None)
+        self.result.energy = {"counter": name, "reason": reason}
+        if reason is not None:
+            self.result.skipped.append(("energy", "all", reason))
+
+    def run(self) -> PaperResult:
+        result = self.result
+        start, load = time.monotonic(), _load()
         parts: tuple[Callable[[], None], ...] = (
             self._check,
             self._memory,
@@ -143,18 +141,19 @@ class _Suite:
         for stage, part in zip(STAGES, parts, strict=True):
             self.log(stage)
             part()
-        result.crossings = crossings_of([row for row in self._rows if row.what != "decode"])
-        result.rows += self._rows
+        result.crossings = crossings_of([row for row in self.rows if row.what != "decode"])
+        result.rows += self.rows
         result.system["seconds"] = round(time.monotonic() - start, 1)
         result.system["load"] = {"before": load, "after": _load()}
         return result
 
     def _check(self) -> None:
-        self._rows = []
+        counted = self.result.parameters
         for name in self.plan.mixers:
             self.result.checks += checks.check_model(name, self.plan)
-            model = build(name, self.plan.shape, device="meta")
-            self.result.parameters[name] = count_parameters(model)
+            counted[name] = count_parameters(build(name, self.plan.shape, device="meta"))
+        if len({count["others"] for count in counted.values()}) > 1:
+            raise RefusedError(f"models differ in more than their mixers: {counted}")
 
     def _memory(self) -> None:
         plan = self.plan
@@ -235,7 +234,7 @@ class _Suite:
         spreads, left_out = measure(named, seconds, self.device, self.counter)
         cells = dict(zip(named, actions, strict=True))
         by_cell = {cells[name]: x for name, x in spreads.items()}
-        self._rows += rows_of(what, by_cell, self.plan.setting.dtype, tokens)
+        self.rows += rows_of(what, by_cell, self.plan.setting.dtype, tokens)
         self.result.skipped += [
             (f"{what}, {cells[n].batch}x{cells[n].length}, width {cells[n].width}",
              cells[n].comparator, why)
