@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def make(data: Data) -> Any:
     width, tokens = data["system"]["model"]["width"], data["system"]["tokens"]
     for axis, what in zip(axes[0][1:], ("training", "prefill"), strict=True):
         _speeds(axis, data, what)
-        _titled(axis, f"{what}, here, width {width}, {tokens // 1024 or 1}k tokens a batch",
+        _titled(axis, f"{what}, here, width {width}, {short(tokens)} tokens a batch",
                 "length of a sequence", "thousand tokens a second")  # fmt: skip
     _widths(axes[1][0], data)
     _memory(axes[1][1], data)
@@ -122,20 +122,22 @@ def _widths(axis: Any, data: Data) -> None:
     axis.set_yticks(lengths, map(short, lengths))
     axis.set_ylim(min(lengths) / 1.3, max(lengths) * 1.3)
     axis.legend(fontsize=7, frameon=False)
-    _titled(axis, "one GDN layer is faster than attention from (hollow: beyond what was measured)",
+    _titled(axis, "where one GDN layer overtakes attention (hollow: beyond)",
             "width of the layer", "length of a sequence")  # fmt: skip
 
 
 def _memory(axis: Any, data: Data) -> None:
     by_model: dict[str, dict[int, float]] = {}
     for one in data["memory"]:
-        if one["model"] in MIXERS:
+        # Of recurrent layers everywhere, whatever their rule, all are equal.
+        if one["model"] in MIXERS and one["model"] not in ("deltanet", "mamba2", "linear"):
             by_model.setdefault(one["model"], {})[one["context"]] = one["bytes"] / 1e6
     for name, sizes in by_model.items():
         _line(axis, name, sizes, sizes.values())
-    axis.set_yscale("log")
+    _log_height(axis)
     _lengths(axis, data["system"]["contexts"])
-    _titled(axis, "what a model remembers of one text", "tokens of the text", "MB")
+    _titled(axis, "what a model remembers of a text (GDN: as the other recurrent ones)",
+            "tokens of the text", "MB")  # fmt: skip
 
 
 def _decode(axis: Any, data: Data) -> None:
@@ -144,16 +146,27 @@ def _decode(axis: Any, data: Data) -> None:
         _line(axis, name, by_context, [row["median"] for row in by_context.values()])
         ends: list[list[float]] = [[r[end] for r in by_context.values()] for end in ("best", "worst")]
         axis.vlines(list(by_context), *ends, color=STYLES[name][0], lw=0.8, alpha=0.6)
-    axis.set_yscale("log")
+    _log_height(axis)
     _lengths(axis, views.lengths_of(rows))
     _titled(axis, "decode of one token", "tokens before it", "milliseconds")
 
 
-def _lengths(axis: Any, lengths: Iterable[int], name: Callable[[float], str] = short) -> None:
+def _lengths(axis: Any, lengths: Iterable[int]) -> None:
+    """Set a tick at each length."""
     ticks = list(lengths)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [name(tick) for tick in ticks])
-    axis.minorticks_off()
+    axis.set_xticks(ticks, [short(tick) for tick in ticks])
+    axis.tick_params(axis="x", which="minor", bottom=False)
+
+
+def _log_height(axis: Any) -> None:
+    """Set heights to logarithms, with ticks at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _titled(axis: Any, title: str, x: str, y: str) -> None:

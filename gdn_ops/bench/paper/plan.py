@@ -79,11 +79,11 @@ GPU = replace(
 QUICK = replace(
     CPU,
     shape=Shape(width=128, layers=6, window=96, vocabulary=256),
-    tokens=512,
-    lengths=(128, 256, 512),
+    tokens=256,
+    lengths=(64, 256),
     widths=(128, 256),
-    width_tokens=256,
-    width_lengths=(64, 256),
+    width_tokens=128,
+    width_lengths=(64, 128),
     contexts=(64, 512),
     minutes=0.0,
 )
