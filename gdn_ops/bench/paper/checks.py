@@ -1,8 +1,8 @@
 """Compare the models of `gdn-ops bench paper` with their definitions before they are timed.
 
 Recurrent layers run on the backend that is timed and on "naive", the definition; full attention is
-compared with attention in a window that is as long as the text. Logits, a gradient, and the logits of
-a token that is decoded behind the others are compared.
+compared with attention in a window that is as long as the text. Logits, a gradient, and the logits
+of a token that is decoded behind the others are compared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draw a result of `gdn-ops bench paper` beside the published figure; only this needs matplotlib."""
+"""Draw a result of `gdn-ops bench paper` beside the published figure, with matplotlib."""
 
 from __future__ import annotations
 
@@ -144,7 +144,9 @@ def _decode(axis: Any, data: Data) -> None:
     rows = views.grid(data, "decode")
     for name, by_context in rows.items():
         _line(axis, name, by_context, [row["median"] for row in by_context.values()])
-        ends: list[list[float]] = [[r[end] for r in by_context.values()] for end in ("best", "worst")]
+        ends: list[list[float]] = [
+            [r[end] for r in by_context.values()] for end in ("best", "worst")
+        ]
         axis.vlines(list(by_context), *ends, color=STYLES[name][0], lw=0.8, alpha=0.6)
     _log_height(axis)
     _lengths(axis, views.lengths_of(rows))

@@ -18,9 +18,9 @@ FORMULAS = {
     "A": "2 b width window + 8",
     "F": "2 b width tokens",
 }
-"""Bytes of one layer and one text, by its letter in a pattern, b bytes a number: the memory in float32
-and the last inputs of the convolution; a ring of keys and values, whose slots are there from the start,
-with its counter; all keys and values."""
+"""Bytes of one layer and one text, by its letter in a pattern, b bytes a number: the memory in
+float32 and the last inputs of the convolution; a ring of keys and values, whose slots are there
+from the start, with its counter; all keys and values."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Kept:
 
 
 def bytes_of(state: Iterable[Any]) -> int:
-    """Return the bytes of all tensors in the states of layers; free room of a cache is not counted."""
+    """Return the bytes of all tensors in the states of layers, without free room of a cache."""
     total = 0
     for held in state:
         parts = held

@@ -39,8 +39,8 @@ def setting(data: Data) -> str:
     if load["before"] is not None:
         beside = f"; load average {load['before'][0]:g} before, {load['after'][0]:g} after"
     return (
-        f"{views.machine(data)}. {views.skeleton(data)}. Medians of {times} rounds after one that "
-        f"does not count; all of it took {system['seconds'] / 60:.0f} minutes{beside}."
+        f"{views.machine(data)}. {views.skeleton(data)}. Medians of {times} rounds, after calls "
+        f"that do not count; all of it took {system['seconds'] / 60:.0f} minutes{beside}."
     )
 
 
@@ -65,7 +65,9 @@ def throughput(data: Data, what: str) -> str:
         for length in lengths:
             one = of_mixer.get(length)
             row.append("–" if one is None else _range(one))
-        ends = [of_mixer[n]["tokens_per_second"] for n in (lengths[0], lengths[-1]) if n in of_mixer]
+        ends = [
+            of_mixer[n]["tokens_per_second"] for n in (lengths[0], lengths[-1]) if n in of_mixer
+        ]
         row.append(f"{ends[1] / ends[0]:.2f}" if len(ends) == 2 else "–")
         cells.append(row)
     ends_at = f"{short(lengths[-1])} over {short(lengths[0])}"

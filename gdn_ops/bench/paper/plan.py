@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from gdn_ops.bench.inputs import Setting
 from gdn_ops.bench.paper.skeletons import HEAD, MIXERS, Shape, check_mixers
@@ -46,7 +46,7 @@ class Plan:
     width_lengths: tuple[int, ...]
     contexts: tuple[int, ...]
     mixers: tuple[str, ...] = tuple(MIXERS)
-    setting: Setting = Setting()
+    setting: Setting = field(default_factory=Setting)
     minutes: float = MINUTES
     backend: str = "auto"
 

@@ -90,7 +90,9 @@ def _layers(data: Data) -> str:
             cells.append(row)
     if not cells:
         return ""
-    heading = f"length from which on a GDN layer is faster than attention, {layers['tokens']} tokens"
+    heading = (
+        f"length from which on a GDN layer is faster than attention, {layers['tokens']} tokens"
+    )
     return table(("width", "forward", "forward+backward"), [(heading, cells)])
 
 

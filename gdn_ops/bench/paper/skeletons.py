@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gdn_ops.bench.paper.attention import FullAttention, KeyValueCache
 from gdn_ops.nn import GatedDeltaNet, HybridLM, KeyValueRing, State
@@ -148,7 +148,8 @@ def layer(name: str, width: int, *, backend: str = "auto", **made: Any) -> nn.Mo
 
 def count_parameters(model: HybridLM) -> dict[str, int]:
     """Return the numbers of parameters: of all mixers, and of everything else."""
-    mixers = sum(p.numel() for block in model.blocks for p in block.mixer.parameters())
+    of_mixers: list[nn.Module] = [block.get_submodule("mixer") for block in model.blocks]
+    mixers = sum(p.numel() for mixer in of_mixers for p in mixer.parameters())
     return {"mixers": mixers, "others": sum(p.numel() for p in model.parameters()) - mixers}
 
 
@@ -201,7 +202,7 @@ def backend_of(name: str, shape: Shape, backend: str, **made: Any) -> str | None
     heads = (1, 64, shape.heads)
     q, k = (torch.zeros(*heads, KEY, device=device, dtype=dtype) for _ in range(2))
     v = torch.zeros(*heads, 2 * KEY, device=device, dtype=dtype)
-    gate: Tensor | None = torch.zeros(heads, device=device)
-    has_decay = GATED_DELTA.rule[kind.rule].has_decay
-    given = {"log_alpha": gate if has_decay else None, "beta": torch.ones(heads, device=device)}
+    given: dict[str, Any] = {"beta": torch.ones(heads, device=device)}
+    if GATED_DELTA.rule[kind.rule].has_decay:
+        given["log_alpha"] = torch.zeros(heads, device=device)
     return explain(q, k, v, **given, rule=kind.rule, qk_l2norm=True, backend=backend).backend

@@ -117,7 +117,10 @@ class _Suite:
 
     def __init__(self, plan: Plan, log: Log) -> None:
         self.plan, self.log, self.result = plan, log, PaperResult(_system(plan))
-        self.made = {"device": plan.setting.device, "dtype": plan.setting.torch_dtype}
+        self.made: dict[str, Any] = {
+            "device": plan.setting.device,
+            "dtype": plan.setting.torch_dtype,
+        }
         self.device = find_device(plan.setting.device)
         self.rows: list[PaperRow] = []
         found = find_counter(plan.setting.device)
@@ -231,8 +234,12 @@ class _Suite:
         """Time actions within the time of a part, and add their rows."""
         seconds = share * self.plan.seconds(part)
         named = {str(i): action for i, action in enumerate(actions.values())}
-        spreads, left_out = measure(named, seconds, self.device, self.counter)
         cells = dict(zip(named, actions, strict=True))
+        warm = None
+        if not self.device.is_gpu:
+            # A CPU needs no more than one call of each model; a GPU warms up at every shape.
+            warm = {(cell.comparator, cell.width): name for name, cell in cells.items()}.values()
+        spreads, left_out = measure(named, seconds, self.device, self.counter, warm=warm)
         by_cell = {cells[name]: x for name, x in spreads.items()}
         self.rows += rows_of(what, by_cell, self.plan.setting.dtype, tokens)
         self.result.skipped += [

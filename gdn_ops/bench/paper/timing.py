@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,16 +55,16 @@ class Spread:
 
 
 def rounds_within(seconds: float, clock: Callable[[], float] = time.monotonic) -> Iterator[int]:
-    """Count rounds: one to warm up, one to time, then further ones, up to MOST, while they fit.
+    """Count rounds: one in any case, then further ones, up to MOST, while they fit.
 
     A round fits where one as long as the longest so far ends before `seconds` have passed.
     """
     start = clock()
     longest, before = 0.0, start
-    for i in range(1 + MOST):
+    for i in range(MOST):
         now = clock()
         longest, before = max(longest, now - before), now
-        if i > 1 and now + longest > start + seconds:
+        if i and now + longest > start + seconds:
             return
         gc.collect()
         yield i
@@ -75,15 +75,18 @@ def measure(
     seconds: float,
     device: Device,
     counter: Counter | None = None,
+    *,
+    warm: Iterable[str] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[dict[str, Spread], dict[str, str]]:
-    """Time actions in turns, after a round that does not count.
+    """Time actions in turns, after calls that do not count.
 
     Args:
         actions: what is timed, by name.
-        seconds: after which no round is begun, but for the first one that is timed.
+        seconds: after which no round is begun, but for the first one.
         device: that they run on.
         counter: of energy.
+        warm: names of those that are called once before; all if None.
         clock: says when the time is up.
 
     Returns:
@@ -93,9 +96,12 @@ def measure(
     samplers = {
         name: _sampler(name, action, device, counter, left_out) for name, action in actions.items()
     }
-    taken = take_turns(samplers, rounds_within(seconds, clock))
+    start = clock()
+    for name in actions if warm is None else warm:
+        samplers[name]()
+    taken = take_turns(samplers, rounds_within(seconds - (clock() - start), clock))
     spreads = {
-        name: Spread(tuple(x for x in samples[1:] if x is not None))
+        name: Spread(tuple(x for x in samples if x is not None))
         for name, samples in taken.items()
         if name not in left_out
     }

@@ -57,7 +57,7 @@ def break_even_of(data: Data, what: str, name: str, width: int | None = None) ->
 
 def spread(rows: Iterable[dict[str, Any]]) -> float:
     """Return the largest ratio of a longest to a shortest sample."""
-    return max(row["worst"] / row["best"] for row in rows)
+    return max(float(row["worst"] / row["best"]) for row in rows)
 
 
 def size(count: float) -> str:
