@@ -170,6 +170,6 @@ class _Reader:
         """Return the rotary frequencies (width / 2,), one tensor for all layers that share them."""
         if (width, base) not in self._frequencies:
             half = width // 2
-            place = torch.arange(half, dtype=torch.float32)
+            place = torch.arange(half, dtype=torch.float32, device="cpu")
             self._frequencies[width, base] = base ** (-place / half)
         return self._frequencies[width, base]

@@ -110,8 +110,7 @@ def export_model(
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise SpecError(f"{LABEL}: folder is {str(target)!r}, which is a file")
-    hybrid = hybrid_of(model)
-    plan = read_model(model) if hybrid is None else read_hybrid(hybrid)
+    plan = _read(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".gdn_ops-", dir=target.parent) as made:
         _write(plan, Path(made), FLAVOURS[flavour], logits, opset, weights)
@@ -165,6 +164,12 @@ def _write(
         {name: digest_of(folder / name) for name in (GRAPH, WEIGHTS)},
     )  # fmt: skip
     write_description(folder / DESCRIPTION, described)
+
+
+def _read(model: Any) -> LanguageModel:
+    """Return the description of a model, of either library."""
+    hybrid = hybrid_of(model)
+    return read_model(model) if hybrid is None else read_hybrid(hybrid)
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
