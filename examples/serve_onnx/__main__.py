@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from app import App
 from completion import Limits
 from worker import Worker
 
-from gdn_ops.export.runtime.model_session import ModelSession
-from gdn_ops.spec.errors import SpecError
+from gdn_ops import SpecError
+from gdn_ops.export import ModelSession
 
 
 class Server(uvicorn.Server):
@@ -52,40 +53,45 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def count(text: str) -> int:
-    """Return a number of 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"is {value}, should be at least 1")
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    """Return what reads a number that is not smaller."""
+
+    def count(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"is {value}, should be at least {least}")
+        return value
+
+    return count
 
 
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
-        prog="serve_onnx", description=(__doc__ or "").partition("\n")[0]
+        prog="serve_onnx",
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     limits = Limits()
     options.add_argument("folder", type=Path, help="what export_model has written")
     options.add_argument("--host", default="127.0.0.1", help="address to listen on")
     options.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    options.add_argument("--threads", type=count, help="that one operator computes with")
     options.add_argument("--body", default="auto", help="function body of our nodes")
-    options.add_argument("--running", type=count, default=8, help="requests at a time")
-    options.add_argument("--waiting", type=int, default=32, help="requests that may wait")
+    for name, least, default, text in (
+        ("--threads", 1, None, "that one operator computes with"),
+        ("--running", 1, 8, "requests that are answered at a time"),
+        ("--waiting", 0, 32, "requests that may wait"),
+        ("--prompt-tokens", 1, limits.prompt_tokens, "of a request, at most"),
+        ("--max-tokens", 1, limits.max_tokens, "of an answer, at most"),
+        ("--body-bytes", 1, limits.body_bytes, "of a request, at most"),
+        ("--prompt-chunk", 1, 128, "tokens of a prompt that are read in one call"),
+    ):
+        options.add_argument(name, type=at_least(least), default=default, metavar="N", help=text)
     options.add_argument(
-        "--prompt-tokens", type=count, default=limits.prompt_tokens, help="of a request, at most"
-    )
-    options.add_argument(
-        "--max-tokens", type=count, default=limits.max_tokens, help="of an answer, at most"
-    )
-    options.add_argument(
-        "--body-bytes", type=count, default=limits.body_bytes, help="of a request, at most"
-    )
-    options.add_argument(
-        "--prompt-chunk", type=count, default=128, help="tokens of a prompt that are read at once"
-    )
-    options.add_argument(
-        "--grace", type=float, default=30.0, help="seconds that requests have when a signal comes"
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds that requests have at a signal",
     )
     return options
 

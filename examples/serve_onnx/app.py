@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from worker import Job, Piece, Refused, Worker
 
-from gdn_ops.export.runtime.model_session import ModelSession
+from gdn_ops.export import ModelSession
 
 BODY_SECONDS = 30.0
 """How long a client may take to send a body."""

@@ -13,10 +13,8 @@ from typing import Any
 
 from worker import Piece, Refused
 
-from gdn_ops.export.runtime.model_session import ModelSession
-from gdn_ops.export.runtime.text_generation import TextGeneration
-from gdn_ops.export.runtime.text_pieces import TextPieces
-from gdn_ops.spec.errors import SpecError
+from gdn_ops import SpecError
+from gdn_ops.export import ModelSession, TextGeneration, TextPieces
 
 NEUTRAL: dict[str, Any] = {
     "n": 1,

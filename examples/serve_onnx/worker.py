@@ -14,8 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gdn_ops.export.runtime.text_generation import STOP, TextGeneration
-from gdn_ops.export.runtime.text_pieces import TextPieces
+from gdn_ops.export import TextGeneration, TextPieces
 
 logger = logging.getLogger("serve_onnx")
 
@@ -68,7 +67,7 @@ class Job:
             text += "" if reason is None else self._pieces.finish()
             if self._pieces.is_ended:
                 self.generation.close()
-                reason = STOP
+                reason = "stop"
         # Without a tokenizer tokens are told one by one, else with the text that they complete.
         if reason is None and not text and not (self._pieces is None and added):
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from errors import message_of
 from gdn_ops.export.runtime.model_session import ModelSession
+from paths import ROOT
 from processes import python
 from served_models import Served, events, export_tiny, until
 
@@ -175,7 +177,7 @@ def test_a_server_that_is_full_refuses_and_then_answers(served: Served) -> None:
 def test_a_signal_lets_answers_end_and_takes_no_more(folder: Path, number: signal.Signals) -> None:
     server = Served(folder, "--max-tokens", LONG)
     try:
-        with contextlib.closing(server.wait().open_stream(**PROMPT, max_tokens=3000)) as stream:
+        with contextlib.closing(server.wait().open_stream(**PROMPT, max_tokens=1000)) as stream:
             pieces = events(stream.getresponse())
             count = len(next(pieces)["choices"][0]["token_ids"])
             server.process.send_signal(number)
@@ -183,7 +185,7 @@ def test_a_signal_lets_answers_end_and_takes_no_more(folder: Path, number: signa
             *pieces_after, done = pieces
         assert done == "[DONE]"
         count += sum(len(piece["choices"][0]["token_ids"]) for piece in pieces_after)
-        assert count == 3000
+        assert count == 1000
         assert server.rest() == "ended\n"
         assert server.process.returncode == 0
     finally:
@@ -219,6 +221,17 @@ def is_closed(port: int) -> bool:
     except ConnectionError:
         return True
     return False
+
+
+def test_the_page_has_every_limit_with_its_default() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(--[a-z-]+)` \| (\S+) \|", page, re.MULTILINE))
+    usage = python("examples/serve_onnx", "--help", COLUMNS="200")
+    assert usage.returncode == 0
+    defaults = re.findall(r"^  (--[a-z-]+) .*\(default: (\S+)\)$", usage.stdout, re.MULTILINE)
+    assert rows.items() <= dict(defaults).items()
+    assert {"--prompt-tokens", "--max-tokens", "--body-bytes", "--running", "--waiting"} < set(rows)
+    assert dict(defaults)["--prompt-chunk"] in page
 
 
 def test_a_folder_that_is_no_model_ends_the_command_with_one_line(tmp_path: Path) -> None:
