@@ -189,7 +189,9 @@ class SlidingWindowAttention(Splittable):
         x = entering(self, x)
         split = active()
         if split is not None:
-            return self._attend_split(x, split, state, return_states)
+            if return_states:
+                _fail("return_states is True, should be False under sequence_parallel")
+            return self._attend_split(x, split, state)
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -216,11 +218,10 @@ class SlidingWindowAttention(Splittable):
         return y
 
     def _attend_split(
-        self, x: Tensor, split: Active, state: KeyValueRing | None, return_states: bool
+        self, x: Tensor, split: Active, state: KeyValueRing | None
     ) -> tuple[Tensor, KeyValueRing]:
         """Attend from tokens that are split over ranks."""
-        given = {"state": state, "return_states": return_states or None}
-        split_tokens.check_local("SlidingWindowAttention", split, x, **given)
+        split_tokens.check_local("SlidingWindowAttention", split, x, state=state)
         positions = split.split.positions(x.device)
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -189,5 +189,5 @@ def test_states_of_tokens_split_over_ranks_are_refused(one_rank: None) -> None:
             "GatedDeltaNet: return_states is True, should be False under sequence_parallel"
         )
         assert refusal(SlidingWindowAttention(16, 2, 4), x, return_states=True) == (
-            "SlidingWindowAttention: return_states is given, should be None under sequence_parallel"
+            "SlidingWindowAttention: return_states is True, should be False under sequence_parallel"
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from errors import message_of
 from gdn_ops import SpecError
-from gdn_ops.nn import HybridLM, PromptLookup, generation
+from gdn_ops.nn import HybridLM, PromptLookup, drafts, generation, hybrid, rollback
 from hybrid_models import PATTERNS, VOCABULARY, WINDOW, greedy, make, tokens_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -244,3 +246,10 @@ REFUSED: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize(("message", "action"), REFUSED.items())
 def test_what_does_not_fit_is_refused(message: str, action: Callable[[], Any]) -> None:
     assert message_of(SpecError, action) == message
+
+
+@pytest.mark.parametrize("module", [drafts, hybrid, rollback], ids=lambda module: module.__name__)
+def test_examples_of_docstrings_run(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted >= 3
+    assert result.failed == 0

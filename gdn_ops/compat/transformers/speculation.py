@@ -88,6 +88,7 @@ def speculative_generate(
     Example:
         >>> import torch
         >>> from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+        >>> from gdn_ops.compat.transformers import speculative_generate
         >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4}
         >>> heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
         >>> config = Qwen3_5TextConfig(vocab_size=50, pad_token_id=0, **sizes, **heads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import doctest
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from compat_models import FAMILIES, SMALL, model, tokens
 from errors import message_of
 from gdn_ops import SpecError
-from gdn_ops.compat.transformers import accelerate, speculative_generate
+from gdn_ops.compat.transformers import accelerate, speculation, speculative_generate
 from gdn_ops.compat.transformers.cache_forks import ADVANCED, REPLACED, CacheFork
 
 transformers = pytest.importorskip("transformers")
@@ -254,3 +255,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize(("message", "action"), REFUSED.items())
 def test_what_does_not_fit_is_refused(message: str, action: Callable[[], Any]) -> None:
     assert message_of(SpecError, action) == message
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    result = doctest.testmod(speculation)
+    assert result.attempted > 3
+    assert result.failed == 0
