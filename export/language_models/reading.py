@@ -161,7 +161,7 @@ class _Reader:
         return Linear(self._own(module.weight), bias)
 
     def _check_silu(self, module: nn.Module, activation: Any) -> None:
-        x = torch.linspace(-3, 3, 7)
+        x = torch.linspace(-3, 3, 7, dtype=torch.float32, device="cpu")
         if activation == "silu" or (callable(activation) and _is_silu(activation, x)):
             return
         _fail(f"{self._name(module)} has the activation {activation}, should have silu")

@@ -95,17 +95,7 @@ def export_model(
         OSError: the folder cannot be written.
         ModuleNotFoundError: onnxruntime is not installed.
     """
-    check_name(LABEL, "flavour", flavour, FLAVOURS)
-    check_name(LABEL, "weights", weights, BITS)
-    check_name(LABEL, "logits", logits, LOGITS_BEHIND)
-    if BITS[weights] and not FLAVOURS[flavour].imports:
-        raise SpecError(
-            f"{LABEL}: weights is {weights!r} and flavour {flavour!r}, should be 'onnxruntime': "
-            f"operators of ai.onnx alone do not multiply by them"
-        )
-    check_opset(LABEL, opset, FLAVOURS[flavour].body)
-    if opset < OLDEST:
-        raise SpecError(f"{LABEL}: opset is {opset}, should be at least {OLDEST}")
+    _check_options(flavour, weights, logits, opset)
     onnxruntime()
     target = Path(folder)
     if target.exists() and not target.is_dir():
@@ -120,6 +110,21 @@ def export_model(
             readable_tokenizer(Path(made))
         _move(Path(made), target)
     return target
+
+
+def _check_options(flavour: str, weights: str, logits: str, opset: int) -> None:
+    """Check how a model is to be written, before it is read."""
+    check_name(LABEL, "flavour", flavour, FLAVOURS)
+    check_name(LABEL, "weights", weights, BITS)
+    check_name(LABEL, "logits", logits, LOGITS_BEHIND)
+    if BITS[weights] and not FLAVOURS[flavour].imports:
+        raise SpecError(
+            f"{LABEL}: weights is {weights!r} and flavour {flavour!r}, should be 'onnxruntime': "
+            f"operators of ai.onnx alone do not multiply by them"
+        )
+    check_opset(LABEL, opset, FLAVOURS[flavour].body)
+    if opset < OLDEST:
+        raise SpecError(f"{LABEL}: opset is {opset}, should be at least {OLDEST}")
 
 
 def _move(made: Path, target: Path) -> None:
@@ -187,7 +192,7 @@ def _compare(model: Any, folder: Path, weights: str) -> None:
     session = ModelSession(folder, checks_files=False)
     described = session.folder
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(described.vocabulary, (1, 7), generator=generator)
+    ids = torch.randint(described.vocabulary, (1, 7), generator=generator, device="cpu")
     was_training, device = model.training, next(model.parameters()).device
     with torch.no_grad():
         expected = _logits(model.eval(), ids.to(device))[0, -1].float().cpu().numpy()

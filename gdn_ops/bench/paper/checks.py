@@ -41,8 +41,8 @@ def check_model(name: str, plan: Plan) -> list[Check]:
     shape = replace(plan.shape, layers=len(MIXERS[name].pattern), window=TOKENS // 2)
     model = build(name, shape, backend=plan.backend, device=device, dtype=plan.setting.torch_dtype)
     exact = _exact(name, shape, model, device)
-    generator = torch.Generator().manual_seed(2)
-    tokens = torch.randint(shape.vocabulary, (1, TOKENS + 1), generator=generator).to(device)
+    generator, size = torch.Generator().manual_seed(2), (1, TOKENS + 1)
+    tokens = torch.randint(shape.vocabulary, size, generator=generator, device="cpu").to(device)
     logits, gradient = _results(model, tokens)
     expected, d_expected = _results(exact, tokens)
     pairs = {

@@ -202,7 +202,7 @@ def backend_of(name: str, shape: Shape, backend: str, **made: Any) -> str | None
     heads = (1, 64, shape.heads)
     q, k = (torch.zeros(*heads, KEY, device=device, dtype=dtype) for _ in range(2))
     v = torch.zeros(*heads, 2 * KEY, device=device, dtype=dtype)
-    given: dict[str, Any] = {"beta": torch.ones(heads, device=device)}
+    given: dict[str, Any] = {"beta": torch.ones(heads, device=device, dtype=torch.float32)}
     if GATED_DELTA.rule[kind.rule].has_decay:
-        given["log_alpha"] = torch.zeros(heads, device=device)
+        given["log_alpha"] = torch.zeros(heads, device=device, dtype=torch.float32)
     return explain(q, k, v, **given, rule=kind.rule, qk_l2norm=True, backend=backend).backend

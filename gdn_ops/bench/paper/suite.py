@@ -185,7 +185,10 @@ class _Suite:
         actions: dict[Cell, Run] = {}
         texts = {
             length: torch.randint(
-                plan.shape.vocabulary, (plan.tokens // length, length + extra), generator=generator
+                plan.shape.vocabulary,
+                (plan.tokens // length, length + extra),
+                generator=generator,
+                device="cpu",
             ).to(plan.setting.device)
             for length in plan.lengths
         }
