@@ -146,7 +146,7 @@ def run(options):
     edit(
         cli / "commands.py",
         "generate_command,\n    info",
-        "export_command,\n    hello_command,\n    info",
+        "generate_command,\n    hello_command,\n    info",
     )
     assert output_of("-m", "gdn_ops", "hello", cwd=house) == "hello"
     assert "Greet." in output_of("-m", "gdn_ops", "--help", cwd=house)
