@@ -8,13 +8,14 @@ laws, mutants and bodies. A test says when they are out of date.
 from __future__ import annotations
 
 import ast
+import functools
 import html
 import importlib
 import inspect
 import itertools
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -330,6 +331,14 @@ def bodies_table() -> str:
     return bodies_table()
 
 
+def paper_tables() -> dict[str, Callable[[], str]]:
+    """Return what makes the tables of docs/paper.md, from the recorded results, by their marks."""
+    from gdn_ops.bench.paper.pages import tables
+
+    made = tables(ROOT / "benchmarks" / "results")
+    return {name: functools.partial(str, text) for name, text in made.items()}
+
+
 TABLES = {"laws": laws_table, "mutants": mutants_table, "bodies": bodies_table}
 """Makes the text between `<!-- laws -->` and `<!-- /laws -->` of a page, and so on."""
 
@@ -339,7 +348,7 @@ def filled_pages() -> dict[str, str]:
     pages = {}
     for path in sorted(DOCS.glob("*.md")):
         text = path.read_text(encoding="utf-8")
-        for name, table in TABLES.items():
+        for name, table in (TABLES | paper_tables()).items():
             begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
             if begin in text:
                 before, _, rest = text.partition(begin)

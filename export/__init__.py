@@ -2,6 +2,7 @@
 
 export_model                             a language model of transformers to a folder
 ModelSession, TextState                  generate with such a folder, and keep what it has read
+TextGeneration, TextPieces               generate call by call, and tell text as it comes
 export_decode, export_prefill            a torch module to a model
 make_decode_model, make_prefill_model    a model of one node, without a module
 load_model                               a model from a file, or what is wrong with the file
@@ -29,6 +30,8 @@ from gdn_ops.export.node.schema import op_schema
 from gdn_ops.export.runtime.decode_session import DecodeSession
 from gdn_ops.export.runtime.model_session import ModelSession
 from gdn_ops.export.runtime.sessions import available_bodies
+from gdn_ops.export.runtime.text_generation import TextGeneration
+from gdn_ops.export.runtime.text_pieces import TextPieces
 from gdn_ops.export.runtime.text_state import TextState
 from gdn_ops.export.torch_exporter.exporter import export_decode, export_prefill
 from gdn_ops.export.torch_exporter.translation import translation_table
@@ -36,6 +39,8 @@ from gdn_ops.export.torch_exporter.translation import translation_table
 __all__ = [
     "DecodeSession",
     "ModelSession",
+    "TextGeneration",
+    "TextPieces",
     "TextState",
     "available_bodies",
     "bodies_of",

@@ -48,8 +48,18 @@ class Flavour:
         unit = g("Div", x, g("Sqrt", shifted), name="unit")
         return str(g("Mul", unit, weight, name="norm"))
 
-    def convolution(self, g: Graph, x: str, weight: str, bias: str, before: str, after: str) -> str:
-        """Write a depthwise causal convolution with SiLU.
+    def convolution(
+        self,
+        g: Graph,
+        x: str,
+        weight: str,
+        bias: str,
+        before: str,
+        after: str,
+        *,
+        has_silu: bool = True,
+    ) -> str:
+        """Write a depthwise causal convolution, with SiLU or without.
 
         Args:
             g: the graph.
@@ -57,6 +67,7 @@ class Flavour:
             weight: (C, 1, kernel).
             bias: (C,), or "".
             before, after: the state: the tokens before the call, and behind it.
+            has_silu: whether SiLU follows.
 
         Returns:
             (B, T, C).
@@ -68,7 +79,8 @@ class Flavour:
         end, axis = g.constant([2**62]), g.constant([2])
         g("Slice", whole, kept, end, axis, outputs=[after], name="conv_state")
         y = g("Conv", whole, weight, *([bias] if bias else []), name="conv", group=channels)
-        y = g("Mul", y, g("Sigmoid", y, name="conv_sigmoid"), name="conv_silu")
+        if has_silu:
+            y = g("Mul", y, g("Sigmoid", y, name="conv_sigmoid"), name="conv_silu")
         return str(g("Transpose", y, name="convolved", perm=[0, 2, 1]))
 
     def attention(
@@ -185,12 +197,23 @@ class Onnxruntime(Flavour):
         """Return the shape of the state of a convolution, for one row: as tokens lie."""
         return kernel - 1, channels
 
-    def convolution(self, g: Graph, x: str, weight: str, bias: str, before: str, after: str) -> str:
-        """Write a depthwise causal convolution with SiLU as one operator."""
-        y = g.local("conv")
+    def convolution(
+        self,
+        g: Graph,
+        x: str,
+        weight: str,
+        bias: str,
+        before: str,
+        after: str,
+        *,
+        has_silu: bool = True,
+    ) -> str:
+        """Write a depthwise causal convolution, with SiLU or without, as one operator."""
+        y, activation = g.local("conv"), "silu" if has_silu else "none"
         g(
             "CausalConvWithState", x, weight, bias, before, outputs=[y, after],
-            domain=MICROSOFT, name="conv_with_state", activation="silu", ndim=1, channels_last=1,
+            domain=MICROSOFT, name="conv_with_state",
+            activation=activation, ndim=1, channels_last=1,
         )  # fmt: skip
         return y
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +29,6 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         self.name = path.name
         self._file = path.open("wb")
-        self._digest = hashlib.sha256()
 
     def __enter__(self) -> WeightFile:
         return self
@@ -45,9 +43,9 @@ class WeightFile:
 
     def write(self, name: str, array: np.ndarray[Any, Any]) -> TensorProto:
         """Write an array, and return the tensor that refers to it."""
-        self._append(b"\0" * (-self._file.tell() % ALIGNMENT))
+        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         start = self._file.tell()
-        self._append(np.ascontiguousarray(array).data.cast("B"))
+        self._file.write(np.ascontiguousarray(array).data.cast("B"))
         tensor = TensorProto(
             name=name,
             dims=array.shape,
@@ -58,15 +56,6 @@ class WeightFile:
         for key, value in facts.items():
             tensor.external_data.add(key=key, value=str(value))
         return tensor
-
-    def _append(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-
-    @property
-    def digest(self) -> str:
-        """Return the SHA-256 of what has been written, as hexadecimal digits."""
-        return self._digest.hexdigest()
 
 
 class Graph:

@@ -43,6 +43,9 @@ from gdn_ops.export.node.schema import DOMAIN, SEQUENCE
 _HIDDEN = -1e9
 """What is added to the score of a key that a query does not see: its weight is exactly 0."""
 
+_SMALLEST_SUM = 1e-6
+"""What a sum of absolute values is at least before it divides: that of GatedDeltaNet's qk_norm."""
+
 
 @dataclass
 class Shared:
@@ -201,6 +204,8 @@ class LayerWriter:
         else:
             y = self._attention(i, layer.mixer, y, shared)
         x = g("Add", x, self._norm(y, layer.after_mixer), name="mixed")
+        if layer.mlp is None:
+            return str(x)
         y = self._norm(x, layer.before_mlp)
         y = self._mlp(layer.mlp, y)
         return str(g("Add", x, self._norm(y, layer.after_mlp), name="transformed"))
@@ -243,47 +248,100 @@ class LayerWriter:
     def _gated_delta(self, i: int, d: GatedDelta, x: str, shared: Shared) -> str:
         """Write a layer of the gated delta rule; padding before a text leaves its states zero."""
         g = self.graph
-        keys, values = d.heads * d.key_width, d.value_heads * d.value_width
-        x = g("Mul", x, shared.is_token, name="unpadded")
-        sizes = [d.channels, values, d.value_heads, d.value_heads]
-        qkv, z, b, a = self._split(self._linear(x, d.inputs, "inputs"), sizes, "parts")
-        conv = self._state(
-            f"past_key_values.{i}.conv_state", f"present.{i}.conv_state",
-            (BATCH, *self.flavour.conv_state(d.channels, d.kernel)),
-        )  # fmt: skip
-        weight = g.weight("conv.weight", d.conv_weight.unsqueeze(1))
-        bias = "" if d.conv_bias is None else g.weight("conv.bias", d.conv_bias)
-        qkv = self.flavour.convolution(g, qkv, weight, bias, *conv)
-        q, k, v = self._split(qkv, [keys, keys, values], "qkv")
-        q, k = (self._heads(y, d.heads, d.key_width) for y in (q, k))
-        v = self._heads(v, d.value_heads, d.value_width)
-        log_alpha, beta = self._gates(d, a, b)
+        values = d.value_heads * d.value_width
+        # A bias would make padding of zeros something else, so it is removed behind it.
+        is_biased = d.inputs.bias is not None
+        if not is_biased:
+            x = g("Mul", x, shared.is_token, name="unpadded")
+        qkv, z, b, a = self._delta_inputs(d, x)
+        if is_biased:
+            qkv = g("Mul", qkv, shared.is_token, name="unpadded")
+        q, k, v = self._convolved(i, d, qkv)
+        log_alpha, beta = self._gates(d, a, b, shared)
         old, new = recurrent_names(i)
         self._state(old, new, (BATCH, d.value_heads, d.key_width, d.value_width))
-        sizes_ = {"H": d.heads, "HV": d.value_heads, "K": d.key_width, "V": d.value_width}
+        sizes = {"H": d.heads, "HV": d.value_heads, "K": d.key_width, "V": d.value_width}
         attributes = checked_attributes(
-            str(SEQUENCE), SEQUENCE, sizes_, "gated_delta", None, qk_l2norm=True
+            str(SEQUENCE), SEQUENCE, sizes, d.rule, None, qk_l2norm=d.qk_norm == "l2"
         )
         inputs = (q, k, v, log_alpha, beta, old)
-        o = g.local("gated_delta")
+        o = g.local(d.rule)
         g(SEQUENCE.name, *inputs, outputs=[o, new], domain=DOMAIN, **attributes.as_onnx())
-        o = self.flavour.norm(g, o, g.weight("o_norm.weight", d.norm.weight), d.norm.eps)
-        z = self._heads(z, d.value_heads, d.value_width)
-        o = g("Mul", o, self._activated(z, d.output_gate), name="gated")
+        if d.norm is not None:
+            o = self.flavour.norm(g, o, g.weight("o_norm.weight", d.norm.weight), d.norm.eps)
+        if d.output_gate is not None:
+            z = self._heads(z, d.value_heads, d.value_width)
+            o = g("Mul", o, self._activated(z, d.output_gate), name="gated")
         return self._linear(self._flat(o, values), d.output, "output")
 
-    def _gates(self, d: GatedDelta, a: str, b: str) -> tuple[str, str]:
-        """Write the logarithm of the decay, and beta."""
+    def _delta_inputs(self, d: GatedDelta, x: str) -> tuple[str, str, str, str]:
+        """Write q, k and v as one, z, b and a; "" for those that the layer does not have."""
+        sizes = {
+            "qkv": d.channels,
+            "z": 0 if d.output_gate is None else d.value_heads * d.value_width,
+            "b": d.value_heads,
+            "a": 0 if d.rate is None else d.value_heads,
+        }
+        there = {name: size for name, size in sizes.items() if size}
+        parts = self._split(self._linear(x, d.inputs, "inputs"), [*there.values()], "parts")
+        found = dict(zip(there, parts, strict=True))
+        return found["qkv"], found.get("z", ""), found["b"], found.get("a", "")
+
+    def _convolved(self, i: int, d: GatedDelta, qkv: str) -> tuple[str, str, str]:
+        """Convolve, activate and normalise: return q, k (B, T, H, K) and v (B, T, HV, V)."""
         g = self.graph
-        step = g("Softplus", g("Add", a, g.weight("dt_bias", d.dt_bias), name="step_raw"))
-        log_alpha = g("Mul", step, g.weight("rate", -d.rate), name="log_alpha")
+        keys, values = d.heads * d.key_width, d.value_heads * d.value_width
+        is_silu = d.feature_map == "silu"
+        if d.conv_weight is not None:
+            conv = self._state(
+                f"past_key_values.{i}.conv_state", f"present.{i}.conv_state",
+                (BATCH, *self.flavour.conv_state(*d.conv_weight.shape)),
+            )  # fmt: skip
+            weight = g.weight("conv.weight", d.conv_weight.unsqueeze(1))
+            bias = "" if d.conv_bias is None else g.weight("conv.bias", d.conv_bias)
+            qkv = self.flavour.convolution(g, qkv, weight, bias, *conv, has_silu=is_silu)
+        elif is_silu:
+            qkv = self._activated(qkv, "silu")
+        q, k, v = self._split(qkv, [keys, keys, values], "qkv")
+        if not is_silu:
+            q, k = (self._activated(y, d.feature_map) for y in (q, k))
+            v = self._activated(v, "silu")
+        q, k = (self._heads(y, d.heads, d.key_width) for y in (q, k))
+        if d.qk_norm == "l1":
+            q, k = (self._l1_normalised(y) for y in (q, k))
+        return q, k, self._heads(v, d.value_heads, d.value_width)
+
+    def _l1_normalised(self, x: str) -> str:
+        """Divide by the sum of the absolute values over the last axis."""
+        g = self.graph
+        total = g("ReduceL1", x, g.constant([-1]), name="sum_of_absolutes", keepdims=1)
+        total = g("Max", total, g.constant(_SMALLEST_SUM, np.float32), name="divisor")
+        return str(g("Div", x, total, name="l1_normalised"))
+
+    def _gates(self, d: GatedDelta, a: str, b: str, shared: Shared) -> tuple[str, str]:
+        """Write the logarithm of the decay, "" where there is none, and beta."""
+        g = self.graph
+        log_alpha = ""
+        if d.rate is not None and d.dt_bias is not None:
+            step = g("Softplus", g("Add", a, g.weight("dt_bias", d.dt_bias), name="step_raw"))
+            log_alpha = g("Mul", step, g.weight("rate", -d.rate), name="log_alpha")
         beta = g("Sigmoid", b, name="beta")
         if d.beta_scale != 1:
             beta = g("Mul", beta, g.constant(d.beta_scale, np.float32), name="beta_scaled")
-        return str(log_alpha), str(beta)
+        if d.conv_bias is not None:
+            # The convolution makes values of padding: with beta 0 they are not written.
+            beta = g("Mul", beta, shared.is_token, name="beta_of_tokens")
+        return log_alpha, str(beta)
 
     def _activated(self, x: str, name: str) -> str:
+        """Apply "silu", "sigmoid", "relu", "elu" (1 + ELU) or "none"."""
         g = self.graph
+        if name == "none":
+            return x
+        if name == "relu":
+            return str(g("Relu", x, name="relu"))
+        if name == "elu":
+            return str(g("Add", g("Elu", x), g.constant(1, np.float32), name="elu"))
         gate = g("Sigmoid", x, name="sigmoid")
         return str(g("Mul", x, gate, name="silu")) if name == "silu" else str(gate)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -36,28 +37,43 @@ class Linear:
     weight: Tensor
     bias: Tensor | None = None
 
+    @classmethod
+    def stacked(cls, *linears: Linear) -> Linear:
+        """Return one linear map that has the rows of several, zeros where one has no bias."""
+        weight = torch.cat([x.weight for x in linears])
+        if all(x.bias is None for x in linears):
+            return cls(weight)
+        biases = [x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in linears]
+        return cls(weight, torch.cat(biases))
+
 
 @dataclass(frozen=True, eq=False)
 class GatedDelta:
-    """Describe a layer of the gated delta rule.
+    """Describe a layer of the gated delta rule, or of one that leaves its decay or erasing out.
 
-    q, k, v = conv(W x), with SiLU;  log α = −rate ⊙ softplus(W_a x + dt_bias);
-    β = beta_scale sigmoid(W_b x);  y = W_out (norm(rule(q, k, v)) ⊙ gate(W_z x)).
+    q, k = qk_norm(feature_map(conv(W x)));  v = SiLU(conv(W x));
+    log α = −rate ⊙ softplus(W_a x + dt_bias);  β = beta_scale sigmoid(W_b x);
+    y = W_out (norm(rule(q, k, v)) ⊙ gate(W_z x)).
 
     Attributes:
         heads: H, of keys and queries.
         value_heads: HV.
         key_width: K.
         value_width: V.
-        inputs: the rows of W for q, k, v, z, b and a, in this order.
-        conv_weight: (2 H K + HV V, kernel), depthwise, the last column for the newest token.
+        inputs: the rows of W for q, k, v, z, b and a, in this order; none for z where there is no
+            output gate, none for a where the rule has no decay.
+        conv_weight: (2 H K + HV V, kernel), depthwise, the last column for the newest token; None
+            for no convolution.
         conv_bias: (2 H K + HV V,), or None.
-        rate: (HV,), exp(A_log).
-        dt_bias: (HV,).
+        rate: (HV,), exp(A_log); None where the rule has no decay.
+        dt_bias: (HV,), or None with the rate.
         beta_scale: 1, or 2 where β reaches up to 2.
-        norm: of each value head.
-        output_gate: "silu" or "sigmoid".
+        norm: of each value head, or None.
+        output_gate: "silu", "sigmoid" or None.
         output: W_out.
+        rule: a member of the family: "gated_delta", "delta", "gated" or "linear".
+        feature_map: the activation of q and k: "silu", "relu", "elu" (1 + ELU) or "none".
+        qk_norm: "l2", "l1" or None.
     """
 
     heads: int
@@ -65,24 +81,22 @@ class GatedDelta:
     key_width: int
     value_width: int
     inputs: Linear
-    conv_weight: Tensor
+    conv_weight: Tensor | None
     conv_bias: Tensor | None
-    rate: Tensor
-    dt_bias: Tensor
+    rate: Tensor | None
+    dt_bias: Tensor | None
     beta_scale: float
-    norm: Norm
-    output_gate: str
+    norm: Norm | None
+    output_gate: str | None
     output: Linear
+    rule: str = "gated_delta"
+    feature_map: str = "silu"
+    qk_norm: str | None = "l2"
 
     @property
     def channels(self) -> int:
         """Return the width of q, k and v together."""
         return 2 * self.heads * self.key_width + self.value_heads * self.value_width
-
-    @property
-    def kernel(self) -> int:
-        """Return how many tokens the convolution sees."""
-        return int(self.conv_weight.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,12 +173,12 @@ class Layer:
 
     Attributes:
         mixer: of tokens.
-        mlp: of channels.
+        mlp: of channels, or None for none.
         before_mixer, after_mixer, before_mlp, after_mlp: norms, None for none.
     """
 
     mixer: GatedDelta | Attention
-    mlp: Dense | Experts
+    mlp: Dense | Experts | None
     before_mixer: Norm | None
     after_mixer: Norm | None
     before_mlp: Norm | None

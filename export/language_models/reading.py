@@ -160,18 +160,8 @@ class _Reader:
         bias = None if module.bias is None else self._own(module.bias)
         return Linear(self._own(module.weight), bias)
 
-    def _stacked(self, *linears: Linear) -> Linear:
-        """Return one linear map that has the rows of several."""
-        biases = [x.bias for x in linears]
-        bias = None
-        if any(x is not None for x in biases):
-            bias = torch.cat(
-                [x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in linears]
-            )
-        return Linear(torch.cat([x.weight for x in linears]), bias)
-
     def _check_silu(self, module: nn.Module, activation: Any) -> None:
-        x = torch.linspace(-3, 3, 7)
+        x = torch.linspace(-3, 3, 7, dtype=torch.float32, device="cpu")
         if activation == "silu" or (callable(activation) and _is_silu(activation, x)):
             return
         _fail(f"{self._name(module)} has the activation {activation}, should have silu")
@@ -208,7 +198,7 @@ class _Reader:
         for name in names:
             if not hasattr(module, name):
                 _fail(f"{self._name(module)} has no {name}: it has no ONNX form")
-        return self._stacked(*(self._linear(getattr(module, name)) for name in names))
+        return Linear.stacked(*(self._linear(getattr(module, name)) for name in names))
 
     def _interleaved(self, module: Any, H: int, R: int, K: int, V: int) -> Linear:
         """Sort rows that stand by key head: q, k, R times v and R times z; then b and a."""
@@ -246,7 +236,7 @@ class _Reader:
         frequencies, rotary_scale = self._frequencies(module, width)
         window = getattr(module, "sliding_window", None)
         return Attention(
-            heads, key_heads, width, self._stacked(*rows), is_gated, q_norm, k_norm,
+            heads, key_heads, width, Linear.stacked(*rows), is_gated, q_norm, k_norm,
             frequencies, rotary_scale, float(module.scaling), window, output,
         )  # fmt: skip
 
@@ -289,7 +279,7 @@ class _Reader:
             if not hasattr(module, name):
                 _fail(f"{self._name(module)} has no {name}: it has no ONNX form")
         self._check_silu(module, module.act_fn)
-        both = self._stacked(self._linear(module.gate_proj), self._linear(module.up_proj))
+        both = Linear.stacked(self._linear(module.gate_proj), self._linear(module.up_proj))
         return Dense(both, self._linear(module.down_proj))
 
 

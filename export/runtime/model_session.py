@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from gdn_ops.export.node.arguments import check_flag, check_integer, check_name,
 from gdn_ops.export.runtime.decode_session import MOST_THREADS
 from gdn_ops.export.runtime.sampling import Sampling
 from gdn_ops.export.runtime.sessions import choose_body, open_session
+from gdn_ops.export.runtime.text_generation import TextGeneration
+from gdn_ops.export.runtime.text_pieces import TextPieces
 from gdn_ops.export.runtime.text_run import TextRun, check_state, empty_state
 from gdn_ops.export.runtime.text_state import TextState
 from gdn_ops.export.runtime.tokenizer import Tokenizer, find_tokenizer
@@ -29,7 +31,7 @@ Prompt = str | Sequence[int]
 """A text, where there is a tokenizer, or its tokens."""
 
 CHUNK = 512
-"""Tokens of a prompt that are read in one call: memory of a call grows with them."""
+"""Tokens of a prompt that are read in one call, where nothing else is asked for."""
 
 
 class ModelSession:
@@ -41,6 +43,8 @@ class ModelSession:
         body: the function body of our nodes: "auto" takes the fastest that the installed
             onnxruntime has.
         checks_files: whether the checksums of the files are compared, which reads them whole.
+        prompt_chunk: how many tokens of a prompt one call reads: memory and time of a call grow
+            with them.
 
     Raises:
         SpecError: it is no such folder, a file is missing or has changed, or the installed
@@ -55,8 +59,11 @@ class ModelSession:
         threads: int | None = None,
         body: str = "auto",
         checks_files: bool = True,
+        prompt_chunk: int = CHUNK,
     ) -> None:
         label = "ModelSession"
+        check_integer(label, "prompt_chunk", prompt_chunk, 1)
+        self.prompt_chunk = prompt_chunk
         check_flag(label, "checks_files", checks_files)
         if threads is not None:
             check_integer(label, "threads", threads, 1, MOST_THREADS)
@@ -90,7 +97,7 @@ class ModelSession:
             SpecError: there is no token, one is not in the vocabulary, or rows do not fit.
         """
         ids, mask, _ = self._rows("ModelSession.read", prompts, state)
-        run, logits = self._begin("ModelSession.read", ids, mask, state, 0)
+        run, logits = self._begin("ModelSession.read", ids, mask, state)
         return logits, run.state()
 
     def generate(
@@ -153,6 +160,29 @@ class ModelSession:
 
         Arguments and errors are those of `generate`; they are checked before the first token.
         """
+        generation = self.begin(
+            prompts, max_new_tokens, state=state, stop=stop,
+            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        )  # fmt: skip
+        return iter(generation)
+
+    def begin(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int,
+        *,
+        state: TextState | None = None,
+        stop: Sequence[int] = (),
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> TextGeneration:
+        """Return what adds the tokens of `generate` by one call of the graph at a time.
+
+        A thread that answers several users advances each of their generations in turn. Arguments
+        and errors are those of `generate`; nothing is run yet.
+        """
         label = "ModelSession.generate"
         check_integer(label, "max_new_tokens", max_new_tokens, 0)
         sampling = Sampling(temperature, top_k, top_p, seed)
@@ -160,30 +190,8 @@ class ModelSession:
         ends = {*self.folder.eos, *_as_tokens(label, "stop", stop)}
         ids, mask, lengths = self._rows(label, prompts, state)
         self._check_length(label, max(lengths) + max_new_tokens, state)
-        return self._stream(label, (ids, mask, state), max_new_tokens, sampling, ends)
-
-    def _stream(
-        self,
-        label: str,
-        begun: tuple[Array, Array, TextState | None],
-        count: int,
-        sampling: Sampling,
-        ends: set[int],
-    ) -> Iterator[list[int | None]]:
-        if not count:
-            return
-        run, logits = self._begin(label, *begun, count)
-        rows = len(begun[0])
-        generators, going = sampling.generators(rows), np.ones(rows, bool)
-        for step in range(count):
-            last = logits if logits.ndim == 2 else logits[:, -1]
-            tokens = sampling.draw(last, generators)
-            going &= ~np.isin(tokens, list(ends))
-            if not going.any():
-                return
-            yield [int(t) if is_on else None for t, is_on in zip(tokens, going, strict=True)]
-            if step + 1 < count:
-                logits = run.read(tokens[:, None])[:, -1]
+        make = self._run_maker(label, state, len(ids), ids.shape[1] + max_new_tokens)
+        return TextGeneration(make, ids, mask, max_new_tokens, sampling, ends, self.prompt_chunk)
 
     def stream_text(self, prompt: str, max_new_tokens: int, **options: Any) -> Iterator[str]:
         """Yield what `generate` adds to one text as pieces of text, each when it is complete.
@@ -194,37 +202,40 @@ class ModelSession:
         if not isinstance(given, str):
             kind = type(given).__name__
             raise SpecTypeError(f"ModelSession.stream_text: prompt has type {kind}, should be str")
-        steps = self.stream(prompt, max_new_tokens, **options)
-        return self._pieces(steps)
+        return self._pieces(self.stream(prompt, max_new_tokens, **options))
 
     def _pieces(self, steps: Iterator[list[int | None]]) -> Iterator[str]:
-        tokens: list[int] = []
-        told = ""
+        assert self.tokenizer is not None
+        pieces = TextPieces(self.tokenizer)
         for step in steps:
-            tokens += [token for token in step if token is not None]
-            text = self._decoded(tokens)
-            # A character may take several tokens; the unfinished one reads as U+FFFD.
-            if text.endswith("\ufffd") or not text.startswith(told):
-                continue
-            if text != told:
-                yield text[len(told) :]
-            told = text
-        text = self._decoded(tokens)
-        if text != told and text.startswith(told):
-            yield text[len(told) :]
+            for piece in (pieces.add(token) for token in step if token is not None):
+                if piece:
+                    yield piece
+        if rest := pieces.finish():
+            yield rest
+
+    def _run_maker(
+        self, label: str, state: TextState | None, rows: int, more: int
+    ) -> Callable[[], TextRun]:
+        """Check a state, and return what makes a run of it with room for more tokens."""
+        if state is not None:
+            check_state(label, self._session, self.folder, state)
+        return lambda: TextRun(
+            self._session,
+            self.folder,
+            empty_state(self._session, self.folder, rows) if state is None else state,
+            more,
+        )
 
     def _begin(
-        self, label: str, ids: Array, mask: Array, state: TextState | None, more: int
+        self, label: str, ids: Array, mask: Array, state: TextState | None
     ) -> tuple[TextRun, Array]:
         """Read prompts in chunks; return the run and the logits behind the last token, or all."""
-        if state is None:
-            state = empty_state(self._session, self.folder, len(ids))
-        else:
-            check_state(label, self._session, self.folder, state)
-        run = TextRun(self._session, self.folder, state, ids.shape[1] + more)
+        run = self._run_maker(label, state, len(ids), ids.shape[1])()
+        chunk = self.prompt_chunk
         found = [
-            run.read(ids[:, start : start + CHUNK], mask[:, start : start + CHUNK])
-            for start in range(0, ids.shape[1], CHUNK)
+            run.read(ids[:, start : start + chunk], mask[:, start : start + chunk])
+            for start in range(0, ids.shape[1], chunk)
         ]
         if self.folder.logits == "all":
             return run, np.concatenate(found, 1)

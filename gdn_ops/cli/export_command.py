@@ -10,6 +10,7 @@ from gdn_ops.cli import exit_codes
 from gdn_ops.cli.export_model import run_model
 from gdn_ops.cli.parser import (
     Options,
+    Parser,
     UsageError,
     add_command,
     integer,
@@ -69,6 +70,18 @@ def add_to(commands: Any) -> None:
             "gdn-ops export --inspect step.onnx",
         ),
     )
+    _add_values(parser)
+    parser.add_argument("--qk-l2norm", action="store_true", help="L2-normalise q and k per head")
+    parser.add_argument(
+        "--prefill",
+        action="store_true",
+        help="export a prefill of T tokens instead of a one-token step",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_values(parser: Parser) -> None:
+    """Add the options that have a value."""
     size, dtype = integer(1), one_of("dtype", FLOAT_DTYPES)
     rule = one_of("rule", [r.name for r in RULES])
     for name, kind, metavar, text in (
@@ -109,13 +122,6 @@ def add_to(commands: Any) -> None:
         ),
     ):
         parser.add_argument(name, type=kind, metavar=metavar, help=text)
-    parser.add_argument("--qk-l2norm", action="store_true", help="L2-normalise q and k per head")
-    parser.add_argument(
-        "--prefill",
-        action="store_true",
-        help="export a prefill of T tokens instead of a one-token step",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: Options) -> int:

@@ -73,8 +73,10 @@ def _gates_up_to_one(right: Any) -> Any:
 
 
 def _states_are_written_a_call_late(right: Any) -> Any:
-    def convolution(self: Any, g: Any, x: str, w: str, b: str, before: str, after: str) -> str:
-        found: str = right(self, g, x, w, b, before, g.local("dropped"))
+    def convolution(
+        self: Any, g: Any, x: str, w: str, b: str, before: str, after: str, **more: Any
+    ) -> str:
+        found: str = right(self, g, x, w, b, before, g.local("dropped"), **more)
         g("Identity", before, outputs=[after])
         return found
 
