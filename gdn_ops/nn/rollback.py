@@ -95,6 +95,14 @@ class RingStates(NamedTuple):
         rows, _, tokens, _ = self.keys.shape
         check_kept_tokens(counts, rows, tokens)
         read, window = self.start.tokens, self.start.keys.shape[2]
+        if isinstance(counts, int) and not read.dim():
+            kept = slice(max(0, counts - window), counts)
+            slots = (read + torch.arange(tokens, device=read.device)[kept]) % window
+            pairs = [(self.start.keys, self.keys), (self.start.values, self.values)]
+            keys, values = (
+                old.to(new.dtype).index_copy(2, slots, new[:, :, kept]) for old, new in pairs
+            )
+            return self.start._replace(keys=keys, values=values, tokens=read + counts)
         # The last token of a slot: the largest p < end with p ≡ slot (mod window).
         end = (read + counts)[..., None]
         slot = torch.arange(window, device=read.device)
