@@ -2,7 +2,7 @@
 
 They are committed, so that every link leads somewhere when the files are read as they lie: a page
 per op, from its spec and `examples/`, a page per public name, from its docstring, and the tables of
-laws, mutants and bodies. A test says when they are out of date.
+laws, mutants, bodies and ablations. A test says when they are out of date.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import html
 import importlib
 import inspect
 import itertools
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -339,7 +340,20 @@ def paper_tables() -> dict[str, Callable[[], str]]:
     return {name: functools.partial(str, text) for name, text in made.items()}
 
 
-TABLES = {"laws": laws_table, "mutants": mutants_table, "bodies": bodies_table}
+def ablation_table() -> str:
+    """Return the recorded ablation table, with the figures of the paper beside it."""
+    from gdn_ops.bench.ablation.report import markdown
+
+    recorded = ROOT / "benchmarks" / "results" / "ablation.json"
+    return markdown(json.loads(recorded.read_text(encoding="utf-8")))
+
+
+TABLES = {
+    "laws": laws_table,
+    "mutants": mutants_table,
+    "bodies": bodies_table,
+    "ablation": ablation_table,
+}
 """Makes the text between `<!-- laws -->` and `<!-- /laws -->` of a page, and so on."""
 
 

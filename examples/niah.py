@@ -30,9 +30,10 @@ from typing import Any
 
 import torch
 from plots import COLOURS, MARKERS, NAMES, STYLES, fit_width, moved, panels, save, titled
-from tasks import NEEDLES, OTHERS, SILENT, VOCABULARY, draw
-from torch.nn import functional
+from tasks import NEEDLES, draw
 
+from gdn_ops.bench.ablation import training
+from gdn_ops.bench.ablation.tasks import PAIRS, SILENT, VOCABULARY
 from gdn_ops.nn import HybridLM
 
 RULES = ("linear", "gated", "delta", "gated_delta")
@@ -63,19 +64,12 @@ def train(
     model: HybridLM, tasks: Sequence[str], steps: int, batch: int, random: torch.Generator
 ) -> None:
     """Train on the tasks in turn."""
-    rate = Settings.learning_rate
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.01), lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
-    for step in range(steps):
-        tokens, targets = draw(tasks[step % len(tasks)], batch, Settings.length, random)
-        hidden, _ = model.hidden(tokens)
-        asked = targets != SILENT
-        loss = functional.cross_entropy(model.logits(hidden[asked]), targets[asked])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    training.train(
+        model,
+        lambda step: draw(tasks[step % len(tasks)], batch, Settings.length, random),
+        steps,
+        Settings.learning_rate,
+    )
 
 
 @torch.no_grad()
@@ -135,7 +129,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return the means over seeds, with the lowest and the highest, in Markdown."""
     lengths = sorted({r["length"] for r in rows if r["task"] in NEEDLES})
     columns = [(task, length) for task in NEEDLES for length in lengths]
-    columns += [(task, None) for task in OTHERS]
+    columns += [(task, None) for task in PAIRS]
     lines = ["| task, tokens | " + " | ".join(RULES) + " |", "|---" * (len(RULES) + 1) + "|"]
     for task, length in columns:
         shown = []
@@ -182,12 +176,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylim(-0.05, 1.07)
         titled(axis, title, "tokens (trained at the dotted line)", "share of needles found")
     axes[0].legend(fontsize=7, frameon=False, loc="lower left")
-    for place, task in enumerate(OTHERS):
+    for place, task in enumerate(PAIRS):
         for shift, rule in enumerate(RULES):
             accuracies, x = cells(rows, rule, task, None), place + 0.2 * shift - 0.3
             axes[3].bar(x, statistics.mean(accuracies), 0.18, color=COLOURS[rule], alpha=0.6)
             axes[3].plot([x] * len(accuracies), accuracies, "k_", ms=6)
-    axes[3].set_xticks(range(len(OTHERS)), list(OTHERS))
+    axes[3].set_xticks(range(len(PAIRS)), list(PAIRS))
     axes[3].set_ylim(0, 1.03)
     titled(axes[3], "recall, overwrite, switch", "task", "share of right answers (a mark per seed)")
     save(figure, path)

@@ -18,7 +18,7 @@ from mesh import Layout, Mesh
 from torch import Tensor
 from train_lm import Settings, made, trained
 
-from gdn_ops.demo.show import shipped_text
+from gdn_ops.environment.text import shipped_text
 from gdn_ops.nn import HybridLM
 from gdn_ops.nn.hybrid import LayerState
 from gdn_ops.parallel import SequenceSplit, sequence_parallel

@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn import functional
 
-from gdn_ops.demo.show import shipped_text
+from gdn_ops.environment.text import shipped_text
 from gdn_ops.nn import HybridLM
 
 BYTES = 256

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from gdn_ops.compat.transformers import accelerate
-from gdn_ops.demo.show import shipped_text
+from gdn_ops.environment.text import shipped_text
 from gdn_ops.parallel import SequenceSplit, sequence_parallel
 
 

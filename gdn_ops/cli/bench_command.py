@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gdn_ops.bench.gpu import command as gpu
-from gdn_ops.cli import bench_paper, exit_codes
+from gdn_ops.cli import ablation_command, bench_paper, exit_codes
 from gdn_ops.cli.parser import (
     ALL,
     Options,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 DEFAULT = "cases"
 """The command that runs where `gdn-ops bench` is followed by none."""
 
-KINDS = (DEFAULT, "models", "decode", "gpu", "paper")
+KINDS = (DEFAULT, "models", "decode", "gpu", "paper", "ablation")
 PLOTS = (".png", ".svg", ".pdf")
 MOST_THREADS = 1024
 REPEATS = 7
@@ -75,6 +75,7 @@ def add_to(commands: Any) -> None:
     _add_decode(below)
     _add_gpu(below)
     _add_paper(below)
+    ablation_command.add_to(below)
 
 
 def _add_results(parser: Parser, what: str = "for the result as JSON and PNG") -> None:

@@ -9,6 +9,7 @@ from gdn_ops.cli import exit_codes
 from gdn_ops.cli.parser import Options, UsageError, add_command, integer, one_name, path
 from gdn_ops.demo import show
 from gdn_ops.dispatch import registry
+from gdn_ops.environment.text import shipped_text
 from gdn_ops.terminal.output import print_json
 
 LIMIT = 16384
@@ -55,7 +56,7 @@ def run(options: Options) -> int:
         backend = registry.get_backend(options.backend)
         if isinstance(backend, str):
             raise UsageError(f"backend {options.backend!r} is not available: {backend}")
-    text = show.shipped_text() if options.file is None else read(options.file, options.limit)
+    text = shipped_text() if options.file is None else read(options.file, options.limit)
     findings = show.measure_all(text[: options.limit], options.backend)
     if options.json:
         print_json(show.as_data(findings))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from importlib import resources
 from typing import Any
 
 import torch
@@ -54,11 +53,6 @@ class Findings:
     reset: ResetEffect
     backends: list[BackendRow]
     decode: Decode
-
-
-def shipped_text() -> bytes:
-    """Return the text that comes with the package."""
-    return resources.files("gdn_ops").joinpath("data", "chapters.txt").read_bytes()
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from gdn_ops.demo.memory import (
     read_through,
     to_bytes,
 )
+from gdn_ops.environment.text import shipped_text
 
 REPETITIVE = b"the memory writes, the memory reads, and the memory forgets. " * 8
 
@@ -176,6 +177,6 @@ def test_a_text_too_short_is_an_error() -> None:
 
 
 def test_the_shipped_text_has_chapters() -> None:
-    text = show.shipped_text()
+    text = shipped_text()
     assert 8_000 < len(text) < 25_000
     assert len(measure.boundaries(text)) >= 5

@@ -146,29 +146,6 @@ def test_the_answer_is_the_value_of_the_needle(
     assert len(depths) > 8
 
 
-def test_overwritten_keys_are_answered_with_their_last_value(examples: Any) -> None:
-    tasks = examples["tasks"]
-    tokens, targets = tasks.overwrite(40, torch.Generator().manual_seed(0))
-    for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
-        cut = row.index(tasks.QUERY)
-        pairs = list(zip(row[:cut:2], row[1:cut:2], strict=True))
-        assert len(pairs) == 2 * len(set(row[:cut:2])) == 16
-        assert wanted[cut + 1 :] == [dict(pairs)[key] for key in row[cut + 1 :]]
-        assert sorted(row[cut + 1 :]) == sorted(set(row[:cut:2]))
-
-
-def test_behind_a_switch_old_keys_are_answered_with_none(examples: Any) -> None:
-    tasks = examples["tasks"]
-    tokens, targets = tasks.switch(40, torch.Generator().manual_seed(0))
-    for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
-        turn, cut = row.index(tasks.SEPARATOR), row.index(tasks.QUERY)
-        old = set(row[:turn:2])
-        new = dict(zip(row[turn + 1 : cut : 2], row[turn + 2 : cut : 2], strict=True))
-        assert len(old | set(new)) == 16
-        assert wanted[cut + 1 :] == [new.get(key, tasks.NONE) for key in row[cut + 1 :]]
-        assert {tasks.NONE} < set(wanted[cut + 1 :])
-
-
 def test_a_run_is_repeatable_and_depends_on_the_seed(examples: Any) -> None:
     niah = examples["niah"]
     settings = niah.Settings(lessons=12, steps=3, rows=8, stretches=(1,))
