@@ -13,7 +13,6 @@ import html
 import importlib
 import inspect
 import itertools
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -340,19 +339,10 @@ def paper_tables() -> dict[str, Callable[[], str]]:
     return {name: functools.partial(str, text) for name, text in made.items()}
 
 
-def ablation_table() -> str:
-    """Return the recorded ablation table, with the figures of the paper beside it."""
-    from gdn_ops.bench.ablation.report import markdown
-
-    recorded = ROOT / "benchmarks" / "results" / "ablation.json"
-    return markdown(json.loads(recorded.read_text(encoding="utf-8")))
-
-
 TABLES = {
     "laws": laws_table,
     "mutants": mutants_table,
     "bodies": bodies_table,
-    "ablation": ablation_table,
 }
 """Makes the text between `<!-- laws -->` and `<!-- /laws -->` of a page, and so on."""
 
