@@ -16,8 +16,7 @@ PICTURES = Path(__file__).parents[1] / "docs" / "img"
 def main() -> None:
     """Write the pictures."""
     for data in pages.recorded(RESULTS):
-        device = data["system"]["device"].partition(":")[0]
-        figure.draw(data, PICTURES / f"paper-{device}.png")
+        figure.draw(data, PICTURES / pages.picture_name(data))
 
 
 if __name__ == "__main__":

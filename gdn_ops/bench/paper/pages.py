@@ -44,6 +44,16 @@ def setting(data: Data) -> str:
     )
 
 
+def picture_name(data: Data) -> str:
+    """Return the name of the file that a result is drawn into."""
+    return f"paper-{data['system']['device'].partition(':')[0]}.png"
+
+
+def picture(data: Data) -> str:
+    """Return the picture of a result for a page."""
+    return f"![Speed, break-even, memory and latency, beside figure 3](img/{picture_name(data)})"
+
+
 def parameters(data: Data) -> str:
     """Return the parameters of the models as a table."""
     rows = []
@@ -237,6 +247,7 @@ def tables(folder: Path) -> dict[str, str]:
 
     return {
         "paper-setting": each(setting),
+        "paper-pictures": each(picture),
         "paper-parameters": each(parameters),
         "paper-published": published(),
         "paper-claims": claims(results),
