@@ -8,6 +8,7 @@ laws, mutants, bodies and ablations. A test says when they are out of date.
 from __future__ import annotations
 
 import ast
+import functools
 import html
 import importlib
 import inspect
@@ -15,7 +16,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -331,6 +332,14 @@ def bodies_table() -> str:
     return bodies_table()
 
 
+def paper_tables() -> dict[str, Callable[[], str]]:
+    """Return what makes the tables of docs/paper.md, from the recorded results, by their marks."""
+    from gdn_ops.bench.paper.pages import tables
+
+    made = tables(ROOT / "benchmarks" / "results")
+    return {name: functools.partial(str, text) for name, text in made.items()}
+
+
 def ablation_table() -> str:
     """Return the recorded ablation table, with the figures of the paper beside it."""
     from gdn_ops.bench.ablation.report import markdown
@@ -353,7 +362,7 @@ def filled_pages() -> dict[str, str]:
     pages = {}
     for path in sorted(DOCS.glob("*.md")):
         text = path.read_text(encoding="utf-8")
-        for name, table in TABLES.items():
+        for name, table in (TABLES | paper_tables()).items():
             begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
             if begin in text:
                 before, _, rest = text.partition(begin)

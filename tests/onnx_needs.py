@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
+from packaging.requirements import Requirement
 
 from gdn_ops import export
 from gdn_ops.export.runtime import sessions
@@ -71,6 +73,21 @@ def tells_overloads_apart() -> bool:
     return bool(y[0] == 1 and z[0] == -1)
 
 
+@functools.cache
+def why_no_genai() -> str:
+    """Return why onnxruntime-genai does not run here, or an empty text."""
+    try:
+        wanted = map(Requirement, importlib.metadata.requires("onnxruntime-genai") or [])
+    except importlib.metadata.PackageNotFoundError:
+        return "onnxruntime-genai is not installed"
+    for requirement in wanted:
+        installed = importlib.metadata.version(requirement.name)
+        if not requirement.specifier.contains(installed):
+            return f"onnxruntime-genai needs {requirement}; this is {installed}"
+    return ""
+
+
+needs_genai = pytest.mark.skipif(bool(why_no_genai()), reason=why_no_genai())
 needs_reference_scan = pytest.mark.skipif(
     not reference_scans(), reason=f"a Scan of onnx.reference {onnx.__version__} joins its tokens"
 )

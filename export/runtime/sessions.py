@@ -131,7 +131,11 @@ def _session(model: bytes, options: Any) -> Any:
 
 
 def choose_body(
-    nodes: list[Node], body: str, has_library: bool, opset: int = DEFAULT_OPSET
+    nodes: list[Node],
+    body: str,
+    has_library: bool,
+    opset: int = DEFAULT_OPSET,
+    label: str = "DecodeSession",
 ) -> Body | None:
     """Return the body that a session of a model with these nodes and this opset runs.
 
@@ -142,25 +146,24 @@ def choose_body(
         SpecError: the body is unknown, or the installed onnxruntime does not run it.
     """
     known = ("auto", *BODIES, CUSTOM)
-    check_name("DecodeSession", "body", body, known)
+    check_name(label, "body", body, known)
     if has_library:
         if body not in ("auto", CUSTOM):
             raise SpecError(
-                f"DecodeSession: body is {body!r}, should be 'auto' or 'custom' with a "
+                f"{label}: body is {body!r}, should be 'auto' or 'custom' with a "
                 f"custom_op_library, whose kernel runs whatever the function body is"
             )
         return None
     if body == CUSTOM:
         raise SpecError(
-            "DecodeSession: custom_op_library is None, should be the path of a library for body "
-            "'custom'"
+            f"{label}: custom_op_library is None, should be the path of a library for body 'custom'"
         )
     if body == "auto":
         return _fastest_body(nodes)
     if body not in available_bodies():
         is_taken = _newest_taken(opset) == opset
         export = "" if is_taken else f"export with opset={DEFAULT_OPSET} and "
-        raise SpecError(f"DecodeSession: {why_not(body)}; {export}take body='standard'")
+        raise SpecError(f"{label}: {why_not(body)}; {export}take body='standard'")
     return BODIES[body]
 
 

@@ -4,7 +4,8 @@ One random Qwen3.5 in float32 or bfloat16: hidden 1024, four layers of which thr
 attention, 16 key heads and 32 value heads of 128. Both ways run the same model object in the same
 process, after their logits and loss were compared. Prefill and decode take turns in a process that
 does nothing else, as one that serves: after a training step the C library's heap behaves
-differently. Peak memory is measured in a process of its own for each way.
+differently. In float32 the files that the model is exported to take turns there with it. Peak
+memory is measured in a process of its own for each way.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_ops.bench import suite
+from gdn_ops.bench import exported, suite
 from gdn_ops.bench.child import call
 from gdn_ops.bench.device import Peak, find_device
 from gdn_ops.bench.inputs import Setting
 from gdn_ops.bench.measures import memory_rows
 from gdn_ops.bench.report import Log
 from gdn_ops.bench.rows import Result, Target, timed_rows, with_target
-from gdn_ops.bench.turns import Timing, interleave
+from gdn_ops.bench.turns import REST, Timing, interleave
 from gdn_ops.bench.verify import Check, RefusedError
 from gdn_ops.compat.transformers import accelerate
 from gdn_ops.dispatch import registry
@@ -85,6 +86,7 @@ TARGETS = tuple(
         ("torch", "prefill", 1.4, True, ">= 1.4x faster"),
         ("torch", "training step", 2.0, True, ">= 2x faster"),
         ("torch", "decode", 1.0, True, "not slower"),
+        ("onnxruntime", "decode", 2.0, True, ">= 2x faster"),
         ("torch", "memory", 0.5, False, "<= 1/2"),
     )
 )
@@ -239,12 +241,24 @@ def _serve(
 ) -> dict[str, dict[str, Timing]]:
     """Time prefill and decode; return the timing by measurement and by comparator."""
     model, ids = build(shape, dtype), prompt(shape)
-    actions = {name: functools.partial(_under, name, prefill, model, ids) for name in names}
-    timings = {"prefill": interleave(actions, repeats)}
-    for name in names:
-        decoder = _under(name, Decoder, model, ids[:, :128])
-        actions[name] = functools.partial(_under, name, decoder.run)
-    return {**timings, "decode": interleave(actions, repeats * DECODES)}
+    actions: dict[str, Callable[[], Any]] = {
+        name: functools.partial(_under, name, prefill, model, ids) for name in names
+    }
+    decodes = repeats * DECODES
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+        if dtype == "float32" and not exported.why_not():
+            files = stack.enter_context(exported.exported(model))
+        # The threads of onnxruntime go on for a while, and would take those of torch their cores.
+        rest = REST if files else 0.0
+        actions |= {name: exported.prefill(session, ids) for name, session in files.items()}
+        timings = {"prefill": interleave(actions, repeats, rest=rest)}
+        for name in names:
+            decoder = _under(name, Decoder, model, ids[:, :128])
+            actions[name] = functools.partial(_under, name, decoder.run)
+        for name, session in files.items():
+            actions[name] = exported.decoder(session, ids[:, :128], DECODED, decodes + 2)
+        return {**timings, "decode": interleave(actions, decodes, rest=rest)}
 
 
 def _verify(model: Any, ids: Tensor, names: Sequence[str], case: str) -> list[Check]:

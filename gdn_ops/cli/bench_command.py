@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gdn_ops.bench.gpu import command as gpu
-from gdn_ops.cli import ablation_command, exit_codes
+from gdn_ops.cli import ablation_command, bench_paper, exit_codes
 from gdn_ops.cli.parser import (
     ALL,
     Options,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 DEFAULT = "cases"
 """The command that runs where `gdn-ops bench` is followed by none."""
 
-KINDS = (DEFAULT, "models", "decode", "gpu", "ablation")
+KINDS = (DEFAULT, "models", "decode", "gpu", "paper", "ablation")
 PLOTS = (".png", ".svg", ".pdf")
 MOST_THREADS = 1024
 REPEATS = 7
@@ -74,6 +74,7 @@ def add_to(commands: Any) -> None:
     _add_models(below)
     _add_decode(below)
     _add_gpu(below)
+    _add_paper(below)
     ablation_command.add_to(below)
 
 
@@ -234,6 +235,12 @@ def _add_gpu(below: Any) -> None:
     _add_results(parser)
 
 
+def _add_paper(below: Any) -> None:
+    parser = bench_paper.add(below, _run_paper)
+    _add_threads(parser)
+    _add_results(parser)
+
+
 def _prepare(options: Options, settings: Sequence[Setting] = (), kind: str = "") -> None:
     """Check what results are written to, and set the threads, before minutes are spent.
 
@@ -388,3 +395,14 @@ def _run_gpu(options: Options) -> int:
         plot=options.plot,
         as_json=options.json,
     )
+
+
+def _run_paper(options: Options) -> int:
+    plan = bench_paper.plan_of(options)
+    _prepare(options, [plan.setting], "paper")
+    from gdn_ops.bench.paper import suite
+    from gdn_ops.bench.paper.plan import STAGES
+
+    with progress(len(STAGES), "starting", is_quiet=True) as log:
+        result = suite.run(plan, log)
+    return bench_paper.publish(result, options)

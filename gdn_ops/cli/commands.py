@@ -15,6 +15,7 @@ from gdn_ops.cli import (
     demo_command,
     exit_codes,
     export_command,
+    generate_command,
     info_command,
     plan_command,
 )
@@ -28,6 +29,7 @@ COMMANDS = (
     compile_command,
     plan_command,
     export_command,
+    generate_command,
     demo_command,
     completion_command,
 )

@@ -1,4 +1,4 @@
-"""Run `gdn-ops export`: write, check and run a model of one node, or inspect a file."""
+"""Run `gdn-ops export`: write, check and run a model, whole or of one node; or inspect a file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdn_ops.cli import exit_codes
+from gdn_ops.cli.export_model import run_model
 from gdn_ops.cli.parser import (
     Options,
+    Parser,
     UsageError,
     add_command,
     integer,
@@ -44,6 +46,13 @@ WRITING = (
 
 NO_BODY = "none"
 
+FLAVOURS = ("portable", "onnxruntime")
+WEIGHTS = ("float32", "int8", "int4")
+"""What `export_model` takes; a test compares them, since importing it takes seconds."""
+
+MODEL = ("model", "flavour", "weights")
+"""Options that say how a language model is written."""
+
 
 def add_to(commands: Any) -> None:
     """Add the command."""
@@ -51,14 +60,28 @@ def add_to(commands: Any) -> None:
         commands,
         "export",
         run,
-        "Write a decode step as an ONNX model, checked and run; or inspect a file.",
-        more="What is written passes onnx's full checker, and every function body that the "
-        "installed onnxruntime runs is compared with the definition in float64.",
+        "Write a language model or a decode step as ONNX, checked; or inspect a file.",
+        more="A step passes onnx's full checker, and every function body that the installed "
+        "onnxruntime runs is compared with the definition in float64. A language model is read "
+        "from a folder of transformers, and its logits are compared with those of the graph.",
         examples=(
+            "gdn-ops export --model Qwen3.5-0.8B --out exported --flavour onnxruntime",
             "gdn-ops export --heads 16 --value-heads 32 --key-dim 128 --out step.onnx",
             "gdn-ops export --inspect step.onnx",
         ),
     )
+    _add_values(parser)
+    parser.add_argument("--qk-l2norm", action="store_true", help="L2-normalise q and k per head")
+    parser.add_argument(
+        "--prefill",
+        action="store_true",
+        help="export a prefill of T tokens instead of a one-token step",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_values(parser: Parser) -> None:
+    """Add the options that have a value."""
     size, dtype = integer(1), one_of("dtype", FLOAT_DTYPES)
     rule = one_of("rule", [r.name for r in RULES])
     for name, kind, metavar, text in (
@@ -66,7 +89,20 @@ def add_to(commands: Any) -> None:
         ("--value-heads", size, "HV", "value heads, a multiple of H (default: H)"),
         ("--key-dim", size, "K", "width of keys and queries"),
         ("--value-dim", size, "V", "width of values (default: K)"),
-        ("--out", path, "FILE", "the file to write; its folder is created if missing"),
+        ("--out", path, "PATH", "the file, or with --model the folder, to write"),
+        ("--model", path, "DIR", "a folder of transformers: export the whole language model"),
+        (
+            "--flavour",
+            one_of("flavour", FLAVOURS),
+            "FLAVOUR",
+            "with --model: portable, or onnxruntime for its own operators (default: portable)",
+        ),
+        (
+            "--weights",
+            one_of("weights", WEIGHTS),
+            "DTYPE",
+            "with --model: float32, int8 or int4 (default: float32)",
+        ),
         ("--inspect", path, "FILE", "show the nodes, body and states of a file instead"),
         ("--rule", rule, "RULE", f"one of {', '.join(r.name for r in RULES)} (default: the first)"),
         ("--scale", real(), "NUMBER", "factor on q (default: 1 over the square root of K)"),
@@ -86,21 +122,19 @@ def add_to(commands: Any) -> None:
         ),
     ):
         parser.add_argument(name, type=kind, metavar=metavar, help=text)
-    parser.add_argument("--qk-l2norm", action="store_true", help="L2-normalise q and k per head")
-    parser.add_argument(
-        "--prefill",
-        action="store_true",
-        help="export a prefill of T tokens instead of a one-token step",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: Options) -> int:
     """Write a model and judge it, or inspect a file; return the exit code."""
     if options.inspect is not None:
-        refuse_without_effect(options, WRITING, "with --inspect")
+        refuse_without_effect(options, (*WRITING, *MODEL), "with --inspect")
         inspect(options.inspect, as_json=options.json)
         return exit_codes.DONE
+    if options.model is not None:
+        single = [name for name in WRITING if name != "out"]
+        refuse_without_effect(options, single, "with --model")
+        return run_model(options)
+    refuse_without_effect(options, MODEL, "without --model")
     missing = [
         f"--{name.replace('_', '-')}"
         for name in ("heads", "key_dim", "out")
@@ -108,7 +142,7 @@ def run(options: Options) -> int:
     ]
     if missing:
         raise UsageError(
-            f"export needs --heads, --key-dim and --out, or --inspect FILE: "
+            f"export needs --heads, --key-dim and --out, --model and --out, or --inspect FILE: "
             f"{', '.join(missing)} missing"
         )
     check_file("--out", options.out)

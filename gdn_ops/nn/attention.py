@@ -15,10 +15,12 @@ from gdn_ops.call.scalars import as_python
 from gdn_ops.call.structure import dtype_name
 from gdn_ops.nn import split_tokens
 from gdn_ops.nn.names import UNPADDED, own_options, refuse_input, refuse_option
+from gdn_ops.nn.rollback import RingStates, of_rows
 from gdn_ops.nn.shares import Splittable, entering
 from gdn_ops.nn.state import made_in
 from gdn_ops.nn.values import (
     check_counts,
+    check_flags,
     check_kept,
     check_made,
     check_numbers,
@@ -42,8 +44,8 @@ class KeyValueRing(NamedTuple):
     Attributes:
         keys: (B, heads, window, D), rotated by their positions.
         values: (B, heads, window, D).
-        tokens: () int64, how many tokens have been read; on the device, so that decoding waits
-            for nothing.
+        tokens: () int64, how many tokens have been read, or (B,) where rows differ; on the device,
+            so that decoding waits for nothing.
     """
 
     keys: Tensor
@@ -60,7 +62,7 @@ class Past(NamedTuple):
     Attributes:
         keys, values: (B, heads, tokens, D), at most window − 1 of them, oldest first; those before
             the first token of a sequence mean nothing.
-        tokens: how many tokens there have been.
+        tokens: how many tokens there have been, in all rows or (B, 1, 1, 1) in each.
     """
 
     keys: Tensor
@@ -73,7 +75,7 @@ def rotate(x: Tensor, positions: Tensor, base: float = ROPE_BASE) -> Tensor:
 
     Args:
         x: (B, heads, T, D), D even.
-        positions: (T,) int64.
+        positions: (T,) int64, or (B, 1, T) where rows differ.
         base: of the wavelengths.
 
     Returns:
@@ -82,7 +84,7 @@ def rotate(x: Tensor, positions: Tensor, base: float = ROPE_BASE) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
     place = torch.arange(half, dtype=dtype, device=x.device)
-    angle = positions.to(dtype)[:, None] * base ** (-place / half)
+    angle = positions.to(dtype)[..., None] * base ** (-place / half)
     cos, sin = angle.cos(), angle.sin()
     a, b = x.to(dtype).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
@@ -159,34 +161,49 @@ class SlidingWindowAttention(Splittable):
         return KeyValueRing(empty, empty, torch.zeros((), dtype=torch.int64, device=device))
 
     def forward(
-        self, x: Tensor, state: KeyValueRing | None = None, **unknown: Never
-    ) -> tuple[Tensor, KeyValueRing]:
+        self,
+        x: Tensor,
+        state: KeyValueRing | None = None,
+        *,
+        return_states: bool = False,
+        **unknown: Never,
+    ) -> tuple[Tensor, KeyValueRing | RingStates]:
         """Attend within whole sequences, or continue them by any number of tokens.
 
         Args:
             x: (B, T, hidden_size).
             state: what an earlier call returned, or None to start. It is not changed.
+            return_states: whether to keep what leads to the ring after any of the tokens.
 
         Returns:
-            y like x, and the ring after the last token.
+            y like x, and the ring after the last token, or RingStates with `return_states`.
 
         Raises:
             SpecError: an argument is of the wrong type, or a shape does not fit.
         """
         if unknown:
-            refuse_input("SlidingWindowAttention", unknown, ("x", "state"), UNPADDED)
+            known = ("x", "state", "return_states")
+            refuse_input("SlidingWindowAttention", unknown, known, UNPADDED)
+        check_flags("SlidingWindowAttention", return_states=return_states)
         self._check(x, state)
         x = entering(self, x)
         split = active()
         if split is not None:
+            if return_states:
+                _fail("return_states is True, should be False under sequence_parallel")
             return self._attend_split(x, split, state)
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         ring = self._empty_ring(x.shape[0], k.dtype, k.device) if state is None else state
-        positions = ring.tokens + torch.arange(x.shape[1], device=x.device)
-        q, k = (rotate(y, positions, self.rope_base) for y in (q, k))
+        # (T,), or (B, T) where rows differ
+        positions = ring.tokens[..., None] + torch.arange(x.shape[1], device=x.device)
+        places = positions if positions.dim() == 1 else positions[:, None]
+        q, k = (rotate(y, places, self.rope_base) for y in (q, k))
+        if return_states:
+            o = self._attend(q, k, v, None if state is None else self._past(state, k))
+            return self._project(o), RingStates(ring, k, v)
         written = self._write(ring, k, v, positions)
         if state is not None and x.shape[1] == 1:
             o = self._attend_to_ring(q, written)
@@ -241,25 +258,30 @@ class SlidingWindowAttention(Splittable):
     def _write(self, ring: KeyValueRing, k: Tensor, v: Tensor, positions: Tensor) -> KeyValueRing:
         """Return the ring after writing k, v (B, heads, T, D) over tokens outside of the window."""
         # Of more than a window of tokens the first would be overwritten by the last.
-        slots = positions[-self.window :] % self.window
-        keys, values = (
-            old.to(new.dtype).index_copy(2, slots, new[:, :, -self.window :])
-            for old, new in ((ring.keys, k), (ring.values, v))
-        )
-        return KeyValueRing(keys, values, ring.tokens + len(positions))
+        slots, kept = positions[..., -self.window :] % self.window, slice(-self.window, None)
+        pairs = [(x.to(y.dtype), y[:, :, kept]) for x, y in ((ring.keys, k), (ring.values, v))]
+        if slots.dim() == 1:
+            keys, values = (x.index_copy(2, slots, y) for x, y in pairs)
+        else:
+            keys, values = (x.scatter(2, of_rows(slots, y), y) for x, y in pairs)
+        return KeyValueRing(keys, values, ring.tokens + positions.shape[-1])
 
     def _attend_to_ring(self, q: Tensor, ring: KeyValueRing) -> Tensor:
         """Attend from one query (B, heads, 1, D), for which the order of slots does not matter."""
-        slot = torch.arange(self.window, device=q.device)
-        return functional.scaled_dot_product_attention(
-            q, ring.keys, ring.values, attn_mask=(slot < ring.tokens)[None]
-        )
+        is_written = torch.arange(self.window, device=q.device) < ring.tokens[..., None]
+        mask = is_written[None] if is_written.dim() == 1 else is_written[:, None, None]
+        return functional.scaled_dot_product_attention(q, ring.keys, ring.values, attn_mask=mask)
 
     def _past(self, ring: KeyValueRing, like: Tensor) -> Past:
         """Return the last window − 1 tokens of a ring, in the dtype of new keys."""
-        slots = (ring.tokens + torch.arange(1 - self.window, 0, device=like.device)) % self.window
-        keys, values = (y[:, :, slots].to(like.dtype) for y in (ring.keys, ring.values))
-        return Past(keys, values, ring.tokens)
+        before = torch.arange(1 - self.window, 0, device=like.device)
+        slots = (ring.tokens[..., None] + before) % self.window
+        if slots.dim() == 1:
+            keys, values = (y[:, :, slots].to(like.dtype) for y in (ring.keys, ring.values))
+            return Past(keys, values, ring.tokens)
+        index = of_rows(slots, ring.keys)
+        keys, values = (y.gather(2, index).to(like.dtype) for y in (ring.keys, ring.values))
+        return Past(keys, values, ring.tokens[:, None, None, None])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, before: Past | None) -> Tensor:
         """Attend from queries (B, heads, T, D) to the keys of their windows, block by block."""
@@ -308,10 +330,12 @@ class SlidingWindowAttention(Splittable):
                 )
         check_kept(owner, x, {"state.keys": state.keys, "state.values": state.values})
         tokens = state.tokens
-        if tokens.dim() or tokens.dtype != torch.int64 or tokens.device != x.device:
+        is_shaped = tuple(tokens.shape) in ((), (x.shape[0],))
+        if not is_shaped or tokens.dtype != torch.int64 or tokens.device != x.device:
             _fail(
                 f"state.tokens is {dtype_name(tokens.dtype)} of shape {tuple(tokens.shape)} on "
-                f"{tokens.device}, should be int64 of shape () on {x.device}"
+                f"{tokens.device}, should be int64 of shape () or (B,) = ({x.shape[0]},) on "
+                f"{x.device}"
             )
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gdn_ops.call.scalars import as_python
-from gdn_ops.nn import kernels, split_tokens, token
+from gdn_ops.nn import kernels, split_tokens, steps, token
 from gdn_ops.nn.convolution import ShortConvolution, convolve_apart
 from gdn_ops.nn.decay_groups import parameters_without_weight_decay
 from gdn_ops.nn.gates import DecayGate
@@ -31,6 +31,7 @@ from gdn_ops.nn.options import (
 )
 from gdn_ops.nn.packing import check_boundaries, check_mask
 from gdn_ops.nn.padding import Padding
+from gdn_ops.nn.rollback import MemoryStates
 from gdn_ops.nn.shares import Splittable, entering
 from gdn_ops.nn.state import State, check_state, made_in
 from gdn_ops.nn.values import (
@@ -256,8 +257,9 @@ class GatedDeltaNet(Splittable):
         *,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        return_states: bool = False,
         **unknown: Never,
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, State | MemoryStates]:
         """Mix whole sequences, or continue them by any number of tokens.
 
         Args:
@@ -267,16 +269,22 @@ class GatedDeltaNet(Splittable):
                 no state, and its output is 0.
             cu_seqlens: (N+1,) boundaries of sequences packed along T with B = 1. The states are
                 those of the N sequences.
+            return_states: whether to keep what leads to the state after any of the tokens, which
+                are read one after the other; without gradients.
 
         Returns:
-            y like x, and the state after the last token.
+            y like x, and the state after the last token, or MemoryStates with `return_states`.
 
         Raises:
             SpecError: an argument is of the wrong type, or a shape does not fit.
         """
         if unknown:
-            refuse_input("GatedDeltaNet", unknown, ("x", "state", "mask", "cu_seqlens"))
+            known = ("x", "state", "mask", "cu_seqlens", "return_states")
+            refuse_input("GatedDeltaNet", unknown, known)
+        check_flags("GatedDeltaNet", return_states=return_states)
         self._check(x, state, mask, cu_seqlens)
+        if return_states:
+            return steps.mixed(self, entering(self, x), state, mask=mask, cu_seqlens=cu_seqlens)
         if state is not None and mask is None and cu_seqlens is None and self._is_token(x):
             mixed = token.mixed(self, x, state)
             if mixed is not None:

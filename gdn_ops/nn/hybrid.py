@@ -14,32 +14,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gdn_ops.call.scalars import as_python
-from gdn_ops.call.structure import dtype_name
+from gdn_ops.nn import generation
 from gdn_ops.nn.attention import KeyValueRing, SlidingWindowAttention
 from gdn_ops.nn.decay_groups import optimizer_groups, parameters_without_weight_decay
+from gdn_ops.nn.drafts import Draft
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
 from gdn_ops.nn.names import MODEL_INPUTS, MODEL_OPTIONS, own_options, refuse_input, refuse_option
+from gdn_ops.nn.rollback import TokenStates
 from gdn_ops.nn.shares import Splittable, entering, over_vocabulary
 from gdn_ops.nn.state import State
 from gdn_ops.nn.values import (
     check_counts,
     check_flags,
     check_floats,
-    check_logits,
     check_made,
     check_numbers,
-    check_tensor,
+    check_token_ids,
     check_weights,
-    has_values,
 )
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.ops import GATED_DELTA
 
 LayerState = State | KeyValueRing
 """State that one layer keeps between calls."""
-
-SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
-"""Lower ones act as this one does: the most likely token is drawn."""
 
 LETTERS = {
     "G": "GatedDeltaNet with the rule that is asked for",
@@ -127,9 +124,11 @@ class Block(Splittable):
             self.mlp_norm = nn.RMSNorm(width, norm_eps, **made)
             self.mlp = SwiGLU(width, mlp_size, **made)
 
-    def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
-        """Map x (B, T, hidden_size) to the same shape, and return the state of the mixer."""
-        mixed, new_state = self.mixer(self.mixer_norm(x), state)
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, **options: bool
+    ) -> tuple[Tensor, LayerState]:
+        """Map x (B, T, hidden_size) to the same shape; return what the mixer does of its state."""
+        mixed, new_state = self.mixer(self.mixer_norm(x), state, **options)
         x = x + mixed
         if self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x))
@@ -255,28 +254,33 @@ class HybridLM(Splittable):
         state: Sequence[LayerState] | None = None,
         *,
         is_last_only: bool = False,
+        return_states: bool = False,
         **unknown: Never,
-    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+    ) -> tuple[Tensor, tuple[LayerState, ...] | TokenStates]:
         """Read whole sequences, or continue them by any number of tokens.
 
         Args:
             tokens: (B, T) int64.
             state: what an earlier call returned, or None to start. It is not changed.
             is_last_only: whether logits are wanted behind the last token alone; T > 0 then.
+            return_states: whether to keep what leads to the states after any of the tokens:
+                `states.after(n)` is that after n of them. For a few tokens, without gradients.
 
         Returns:
             logits (B, T, vocab_size) of each next token, or (B, 1, vocab_size) of the one behind
-            the last, and the state of every layer.
+            the last, and the state of every layer, or TokenStates with `return_states`.
 
         Raises:
             SpecError: an argument is of the wrong type, a shape does not fit, or a token is not
                 in the vocabulary, which is looked at on the CPU only.
         """
         if unknown:
-            refuse_input("HybridLM", unknown, ("tokens", "state", "is_last_only"), MODEL_INPUTS)
-        check_flags("HybridLM", is_last_only=is_last_only)
-        x, after = self.hidden(tokens, state)
-        return self.logits(x[:, -1:] if is_last_only else x), after
+            known = ("tokens", "state", "is_last_only", "return_states")
+            refuse_input("HybridLM", unknown, known, MODEL_INPUTS)
+        check_flags("HybridLM", is_last_only=is_last_only, return_states=return_states)
+        x, after = self._hidden(tokens, state, **({"return_states": True} if return_states else {}))
+        x = x[:, -1:] if is_last_only else x
+        return self.logits(x), TokenStates(after) if return_states else after
 
     def hidden(
         self, tokens: Tensor, state: Sequence[LayerState] | None = None
@@ -293,7 +297,13 @@ class HybridLM(Splittable):
         Raises:
             SpecError: as of a call, or there are not as many states as layers.
         """
-        self._check_tokens(tokens)
+        return self._hidden(tokens, state)
+
+    def _hidden(
+        self, tokens: Tensor, state: Sequence[LayerState] | None, **options: bool
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Return the hidden vectors and what the layers return of their states."""
+        check_token_ids("HybridLM", tokens, self.embedding)
         if state is not None and not isinstance(state, Sequence):
             raise SpecTypeError(
                 f"HybridLM: state has type {type(state).__name__}, should be the tuple that an "
@@ -303,25 +313,9 @@ class HybridLM(Splittable):
             _fail(f"state is of {len(state)} layers, should be of {len(self.blocks)}")
         x, after = self.embedding(tokens), []
         for i, block in enumerate(self.blocks):
-            x, new_state = block(x, None if state is None else state[i])
+            x, new_state = block(x, None if state is None else state[i], **options)
             after.append(new_state)
         return self.norm(x), tuple(after)
-
-    def _check_tokens(self, tokens: Any) -> None:
-        check_tensor("HybridLM", "tokens", tokens)
-        if tokens.dim() != 2:
-            _fail(f"tokens has shape {tuple(tokens.shape)}, should be (B, T)")
-        if tokens.dtype not in (torch.int64, torch.int32):
-            _fail(f"tokens has dtype {dtype_name(tokens.dtype)}, should be int64 or int32")
-        check_weights("HybridLM", "tokens", tokens, embedding=self.embedding)
-        size = getattr(self.embedding, "num_embeddings", None)
-        if size is not None and has_values(tokens) and tokens.numel():
-            low, high = (int(x) for x in tokens.aminmax())
-            if low < 0 or high >= size:
-                _fail(
-                    f"tokens has values in [{low}, {high}], should be in [0, vocab_size - 1] = "
-                    f"[0, {size - 1}]"
-                )
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of hidden vectors.
@@ -358,58 +352,59 @@ class HybridLM(Splittable):
         *,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        state: Sequence[LayerState] | None = None,
+        eos_token_id: int | None = None,
+        draft: HybridLM | Draft | None = None,
+        draft_tokens: int | None = None,
         **unknown: Never,
     ) -> Tensor:
-        """Continue prompts, one token at a time.
+        """Continue prompts, a token at a time or by speculation: the same tokens in fewer calls.
+
+        A draft proposes tokens, one call reads them all, and each row keeps those that the model
+        would have chosen. Results follow the same distribution as without a draft; with
+        temperature 0 they are the same tokens, up to rounding.
 
         Args:
             tokens: (B, T) int64, the prompts, T > 0.
             count: how many tokens are added.
             temperature: logits are divided by it; 0 takes the most likely token.
             generator: of the draws.
+            state: what the model returned of a text before `tokens`, which it continues. It is not
+                changed.
+            eos_token_id: a token after which a row ends: what follows in the row is that token.
+            draft: a HybridLM of the same vocabulary, a function from the tokens of one row so far,
+                (length,), to those that may follow, or None for `PromptLookup`.
+            draft_tokens: how many are proposed at a time; 4 when only a draft is given. No
+                speculation when neither is given.
 
         Returns:
             (B, T + count), the prompts and what follows.
 
         Raises:
-            SpecError: an argument has a wrong value, the prompts are not (B, T) or empty, or, on
-                a CPU, logits have no finite maximum.
+            SpecError: an argument has a wrong value, the prompts are not (B, T) or empty, the draft
+                has another vocabulary or proposes what is no token, or, on a CPU, logits have no
+                finite maximum.
+
+        Source:
+            Leviathan et al., Fast Inference from Transformers via Speculative Decoding, arXiv
+            2211.17192.
+
+        Example:
+            >>> import torch
+            >>> from gdn_ops.nn import HybridLM
+            >>> model = HybridLM("GA", 50, 16, num_heads=2, window=8).double()
+            >>> prompt = torch.tensor([[3, 1, 4, 1, 5, 3, 1, 4]])
+            >>> plain = model.generate(prompt, 9, temperature=0)
+            >>> torch.equal(model.generate(prompt, 9, temperature=0, draft_tokens=3), plain)
+            True
         """
         if unknown:
-            known = ("tokens", "count", "temperature", "generator")
-            refuse_input("HybridLM.generate", unknown, known, MODEL_INPUTS)
-        check_counts("HybridLM.generate", least=0, count=count)
-        check_numbers("HybridLM.generate", temperature=temperature)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise SpecTypeError(
-                f"HybridLM.generate: generator has type {type(generator).__name__}, should be a "
-                f"torch.Generator"
-            )
-        self._check_tokens(tokens)
-        if tokens.shape[1] == 0:
-            _fail(f"tokens has shape {tuple(tokens.shape)}, should be (B, T) with T > 0")
-        # By a call of the model, not of its parts: what shards or compiles it notices calls alone.
-        logits, state = self(tokens, is_last_only=True)
-        if generator is not None and generator.device.type != logits.device.type:
-            _fail(
-                f"generator is on {generator.device}, should be on {logits.device}, the device "
-                f"of the logits"
-            )
-        parts = [tokens]
-        for place in range(count):
-            logits = logits[:, -1]
-            check_logits("HybridLM.generate", logits)
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                # The largest is 0, so that no division by a small number overflows upwards.
-                below = logits.float() - logits.float().amax(-1, keepdim=True)
-                chances = (below / max(temperature, SMALLEST_TEMPERATURE)).softmax(-1)
-                token = torch.multinomial(chances, 1, generator=generator)
-            parts.append(token)
-            if place + 1 < count:
-                logits, state = self(token, state, is_last_only=True)
-        return torch.cat(parts, 1)
+            known = tuple(generation.Options._fields)
+            refuse_input("HybridLM.generate", unknown, ("tokens", "count", *known), MODEL_INPUTS)
+        options = generation.Options(
+            temperature, generator, state, eos_token_id, draft, draft_tokens
+        )
+        return generation.generate(self, tokens, count, options)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return optimizer groups: matrices with weight decay; norms, gates, embedding without."""

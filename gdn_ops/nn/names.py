@@ -96,6 +96,9 @@ MODEL_INPUTS: dict[str, str] = UNPADDED | {
     "max_new_tokens": "count",
     "max_length": "count, how many tokens are added",
     "do_sample": "temperature, 0 for the most likely token",
+    "assistant_model": "draft",
+    "num_assistant_tokens": "draft_tokens",
+    "prompt_lookup_num_tokens": "draft_tokens, without a draft",
 }
 """The same for models."""
 

@@ -137,6 +137,10 @@ class Source:
         parts = ["weight"] if getattr(module, "bias", None) is None else ["weight", "bias"]
         return tuple(self.tensor(f"{name}.{part}") for part in parts)
 
+    def unread(self) -> list[str]:
+        """Return the names of the parameters that were not read."""
+        return [name for name, _ in self.layer.named_parameters() if name not in self._read]
+
     def check_all_read(self) -> None:
         """Check that every parameter of the layer was read, and that nothing is done around it.
 
@@ -149,7 +153,7 @@ class Source:
                 "layer has a forward of its own, should have that of its class: what it does would "
                 "be lost"
             )
-        names = [name for name, _ in self.layer.named_parameters() if name not in self._read]
+        names = self.unread()
         if names:
             self._refuse(
                 f"layer has the parameters {', '.join(names)}, should have none besides those of "

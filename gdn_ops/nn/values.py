@@ -144,6 +144,34 @@ def check_tensor(owner: str, name: str, value: Any) -> None:
         _refuse(owner, f"{name} has layout {layout}, should be strided")
 
 
+def check_token_ids(owner: str, tokens: Any, embedding: nn.Module) -> None:
+    """Check tokens that a language model is given.
+
+    Args:
+        owner: what the message starts with.
+        tokens: should be (B, T) integers in the vocabulary, which is looked at on a CPU only.
+        embedding: of the model.
+
+    Raises:
+        SpecError: they are something else.
+    """
+    check_tensor(owner, "tokens", tokens)
+    if tokens.dim() != 2:
+        _refuse(owner, f"tokens has shape {tuple(tokens.shape)}, should be (B, T)")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        _refuse(owner, f"tokens has dtype {dtype_name(tokens.dtype)}, should be int64 or int32")
+    check_weights(owner, "tokens", tokens, embedding=embedding)
+    size = getattr(embedding, "num_embeddings", None)
+    if size is not None and has_values(tokens) and tokens.numel():
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= size:
+            _refuse(
+                owner,
+                f"tokens has values in [{low}, {high}], should be in [0, vocab_size - 1] = "
+                f"[0, {size - 1}]",
+            )
+
+
 def check_module(owner: str, model: Any) -> None:
     """Check that a model is a module.
 

@@ -113,7 +113,8 @@ def test_inspect_lists_nodes_bodies_and_states(tmp_path: Path) -> None:
     [
         (
             (),
-            "gdn-ops: export needs --heads, --key-dim and --out, or --inspect FILE: --heads, "
+            "gdn-ops: export needs --heads, --key-dim and --out, --model and --out, or "
+            "--inspect FILE: --heads, "
             "--key-dim, --out missing\n",
         ),
         (

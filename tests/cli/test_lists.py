@@ -17,10 +17,14 @@ LISTS = (
     *(("check", "--backend"), ("bench cases", "--backend"), ("bench cases", "--peer")),
     *(("bench cases", "--what"), ("bench models", "--backend"), ("bench gpu", "--backend")),
     *(("bench gpu", "--peer"), ("compile --backend triton", "--target")),
+    ("bench paper", "--mixers"),
 )
 """Every option that takes names with commas."""
 
-SINGLE = (("compile", "--backend"), ("demo", "--backend"), ("bench cases", "--tune"))
+SINGLE = (
+    *(("compile", "--backend"), ("demo", "--backend"), ("bench cases", "--tune")),
+    ("bench paper", "--backend"),
+)
 """Every option that takes one name of a backend."""
 
 BETWEEN = "should be names with commas, and no spaces, between"

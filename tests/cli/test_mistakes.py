@@ -40,6 +40,7 @@ NEEDED = {
     ("compile",): ("--backend", "triton"),
     ("plan",): ("--gpus", "2", "--tokens", "8"),
     ("export",): ("--heads", "1", "--key-dim", "2", "--out", "{folder}/x.onnx"),
+    ("generate",): ("{folder}", "--tokens", "1"),
     ("completion",): (),
 }
 """What a command cannot do without, so that its other arguments are looked at."""
@@ -52,6 +53,7 @@ FINE = {
     "--seed": {"0"},
     "--scale": {"-1", "0", "9" * 30},
     "--seconds": {"9" * 30},
+    "--minutes": {"0", "9" * 30},
     "--mlp-size": {"0"},
     "--out": {"nope", "-1", "0", "1e999", "nan", "é", "9" * 30, "a,b", ","},
 }
@@ -132,7 +134,7 @@ EXPORT = "export --out {folder}/x.onnx"
     ("command", "text"),
     {
         "chek": "unknown command 'chek', known: info, check, bench, build, compile, plan, "
-        "export, demo, completion; did you mean 'check'?",
+        "export, generate, demo, completion; did you mean 'check'?",
         "help": "there is no command help: gdn-ops --help tells more",
         "help check": "there is no command help: gdn-ops --help tells more",
         "check torch": "check: 'torch' is one argument too many, did you mean --backend torch?",

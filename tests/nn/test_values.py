@@ -186,8 +186,10 @@ GIVEN: dict[str, Callable[[], Any]] = {
     "SlidingWindowAttention: state.tokens has type int, should be a torch.Tensor": (
         lambda: attention()(inputs(), RING._replace(tokens=3))
     ),
-    "SlidingWindowAttention: state.tokens is int64 of shape (1,) on cpu, should be int64 of shape "
-    "() on cpu": lambda: attention()(inputs(), RING._replace(tokens=RING.tokens[None])),
+    "SlidingWindowAttention: state.tokens is int64 of shape (2,) on cpu, should be int64 of shape "
+    "() or (B,) = (1,) on cpu": lambda: attention()(
+        inputs(), RING._replace(tokens=RING.tokens.expand(2))
+    ),
     f"SlidingWindowAttention: got an unknown argument 'mask', should be left out: {ROWS}": (
         lambda: attention()(inputs(), mask=None)
     ),

@@ -145,8 +145,8 @@ def run(options):
     )
     edit(
         cli / "commands.py",
-        "export_command,\n    info",
-        "export_command,\n    hello_command,\n    info",
+        "generate_command,\n    info",
+        "generate_command,\n    hello_command,\n    info",
     )
     assert output_of("-m", "gdn_ops", "hello", cwd=house) == "hello"
     assert "Greet." in output_of("-m", "gdn_ops", "--help", cwd=house)

@@ -13,5 +13,6 @@ from __future__ import annotations
 
 from gdn_ops.compat.transformers.acceleration import Acceleration, accelerate
 from gdn_ops.compat.transformers.discovery import known_architectures
+from gdn_ops.compat.transformers.speculation import speculative_generate
 
-__all__ = ["Acceleration", "accelerate", "known_architectures"]
+__all__ = ["Acceleration", "accelerate", "known_architectures", "speculative_generate"]
