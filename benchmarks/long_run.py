@@ -30,7 +30,7 @@ from gdn_ops.testing import conformance
 RESULTS = Path(__file__).parent / "results"
 
 Part = dict[str, str]
-"""What was drawn: level, dtype and only, "" where nothing was named."""
+"""Hold what was drawn: level, dtype and only, "" where nothing was named."""
 
 
 def read(path: Path, backend: str) -> dict[str, Any]:

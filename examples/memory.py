@@ -1,4 +1,4 @@
-"""What the memory can and cannot do: laws without training, with their closed forms. Seconds.
+"""Show what the memory can and cannot do: laws without training, with their closed forms. Seconds.
 
     python examples/memory.py
 

@@ -48,7 +48,7 @@ def needles(task: str, rows: int, length: int, random: torch.Generator) -> Batch
     tokens = torch.cat([text, asked], 1)
     targets = torch.full_like(tokens, SILENT)
     targets[:, -span - 1 : -1] = value
-    # What follows the last token of the answer is never asked.
+    # Ask nothing of what follows the last token of the answer.
     return tokens, targets
 
 

@@ -45,7 +45,7 @@ FILE, FOLDER = "checkpoint.pt", "checkpoint"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training is; a checkpoint keeps it, so that resuming needs no other argument."""
+    """Describe a training; a checkpoint keeps it, so that resuming needs no other argument."""
 
     pattern: str = "GA"
     layers: int = 4

@@ -175,7 +175,7 @@ def _candidates() -> Iterator[Path]:
     """Yield the libraries that there are: the installed one, then the user's."""
     for folder in (PACKAGE, user_folder()):
         path = folder / build.NAME
-        # Where a folder may not be read there is no library.
+        # Pass over folders that may not be read.
         if os.path.isfile(path):
             yield path
 

@@ -21,11 +21,11 @@ from worker import Job, Piece, Refused, Worker
 from gdn_ops.export import ModelSession
 
 BODY_SECONDS = 30.0
-"""How long a client may take to send a body."""
+"""Bound the time a client takes to send a body."""
 
 DISCARDED = 16
-"""How many times the limit a body may have that is read to its end, so that its client hears why
-it is refused; of a longer one the connection is closed."""
+"""Read a refused body to its end up to so many times the limit, so that its client hears why; of
+a longer one the connection is closed."""
 
 
 class App:

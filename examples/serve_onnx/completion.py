@@ -137,7 +137,7 @@ def parse(body: bytes, session: ModelSession, model: str, limits: Limits) -> Com
     try:
         generation = session.begin(prompt, count, stop=ends, **options)
     except SpecError as error:
-        # What stands before is the name of a function that the client has not called.
+        # Drop what stands before, the name of a function that the client has not called.
         raise Refused(400, str(error).partition(": ")[2]) from error
     pieces = None if session.tokenizer is None else TextPieces(session.tokenizer, stop)
     return Completion(model, generation, pieces, is_streamed, _flag(extra, "include_usage"))

@@ -41,10 +41,10 @@ from gdn_ops.export.node.attributes import checked_attributes
 from gdn_ops.export.node.schema import DOMAIN, SEQUENCE
 
 _HIDDEN = -1e9
-"""What is added to the score of a key that a query does not see: its weight is exactly 0."""
+"""Hide a key from a query: added to its score, it makes its weight exactly 0."""
 
 _SMALLEST_SUM = 1e-6
-"""What a sum of absolute values is at least before it divides: that of GatedDeltaNet's qk_norm."""
+"""Bound sums of absolute values from below before they divide, as GatedDeltaNet's qk_norm."""
 
 
 @dataclass

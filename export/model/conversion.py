@@ -33,7 +33,7 @@ def with_body(model: ModelProto, body: str | None, label: str) -> ModelProto:
     """
     chosen = BODIES.get(body or "")
     if chosen is not None and opset_of(model) < chosen.min_opset:
-        # What no opset mends is said first.
+        # Say first what no opset mends.
         for node in nodes_of(model):
             check_body(body, node.variant, chosen.min_opset, node.scale)
         cure = f"export it with opset={chosen.min_opset}, or take body='standard'"

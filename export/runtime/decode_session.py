@@ -113,10 +113,10 @@ class DecodeSession:
         written = set(states.values())
         own = [port for port in inputs.values() if port.name not in states]
         self._inputs, self._memory = neighbours(own)
-        # What a step looks at, in few places: it runs cold after the pass over the states.
+        # Keep what a step reads in few places: it runs cold after the pass over the states.
         self._taken = tuple((b.array, b.shape, b.dtype, b) for b in self._inputs.values())
         self._ports = [port for port in outputs.values() if port.name not in written]
-        # What is read next is at [turn % copies].
+        # Read next from [turn % copies].
         self._states = {name: [Buffer(inputs[name]) for _ in range(copies)] for name in states}
         self._turn, self._copies, self._carried = 0, copies, states
         self._results: list[Results] = []
@@ -195,7 +195,7 @@ class DecodeSession:
             if x is not array:
                 if type(x) is not np.ndarray or x.dtype is not dtype or x.shape != shape:
                     buffer.check("DecodeSession.step", x)
-                # What lies in a buffer, by whatever way, is copied before that is written.
+                # Copy what lies in a buffer, by whatever way, before that is written.
                 if not x.flags.owndata and np.may_share_memory(x, self._memory):
                     x = x.copy()
                 foreign.append((array, x))

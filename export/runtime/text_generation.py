@@ -13,7 +13,7 @@ from gdn_ops.export.runtime.text_run import TextRun
 Array = np.ndarray[Any, Any]
 
 STOP, LENGTH = "stop", "length"
-"""Why a text ends: a token that ends it was drawn, or as many were drawn as were asked for."""
+"""Tell why a text ends: a token that ends it was drawn, or as many as were asked for."""
 
 
 class TextGeneration:

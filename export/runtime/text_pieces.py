@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from gdn_ops.export.runtime.tokenizer import Tokenizer
 
 _UNFINISHED = "\ufffd"
-"""What the bytes of a character read as before the last of them is there."""
+"""Stand for the bytes of a character before the last of them is there."""
 
 
 class TextPieces:

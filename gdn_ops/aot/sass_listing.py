@@ -118,7 +118,7 @@ def _flow(one: _Instruction, meeting: dict[str, int]) -> tuple[list[int], bool, 
         meeting[one.operands.partition(",")[0]] = target[0]
         return [], True, False
     if one.base == "BMOV":
-        # Where there are not enough of them, one is kept in a register.
+        # Follow one that is kept in a register where there are not enough of them.
         to, _, kept = one.operands.partition(", ")
         if kept in meeting:
             meeting[to] = meeting[kept]

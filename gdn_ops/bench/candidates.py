@@ -197,7 +197,7 @@ def _launched(backend: Backend, c: Contender, call: Call, target: str) -> str:
                 )
             return repr([_described(launch) for launch in launches])
     except Exception:
-        # What is wrong with it is told by its first call.
+        # Leave it to the first call to tell what is wrong.
         return c.name
 
 

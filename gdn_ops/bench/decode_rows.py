@@ -34,7 +34,7 @@ def decode_rows(
     if "ort in place" not in timing:
         return rows
     own, bare = timing["ort in place"], timing["ort in place, bare"]
-    # What step() adds has targets of its own.
+    # Give what step() adds targets of its own.
     pairs = [("ort, bare / floor", bare, floor, 4.0 if mib < 2 else 3.0, False)]
     others = (("standard in place", 3.0), ("torch", 3.0), ("compile", 2.0))
     pairs += [(f"{other} / ort", timing[other], own, bound, True) for other, bound in others]

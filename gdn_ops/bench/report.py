@@ -20,7 +20,7 @@ _TIMED = ("forward", "forward+backward", "memory", "step", *PACKED.values(), "de
           "training step")  # fmt: skip
 
 Group = tuple[str, str, str]
-"""What rows of one table or panel have in common: measurement, case and dtype."""
+"""Identify the rows of one table or panel: measurement, case and dtype."""
 
 
 def _group(row: Row) -> Group:

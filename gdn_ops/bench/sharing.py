@@ -38,10 +38,10 @@ for _ in range(os.cpu_count() or 1):
     threading.Thread(target=keep_busy).start()
 print("busy", flush=True)
 """
-"""What keeps every core of the machine busy, with a thread for each, which wait for nobody."""
+"""Keep every core of the machine busy, with a thread for each, which wait for nobody."""
 
 _Between = tuple[Run, Callable[[], None], Callable[[], None]]
-"""What is timed, and what is done before and after it."""
+"""Hold what is timed, and what is done before and after it."""
 
 SETTLE = 0.05
 """Seconds that the busy process runs before a time is taken beside it."""

@@ -145,7 +145,7 @@ def _prepare(
 
 def kernel_of(step: Run) -> Run | None:
     """Return the call of the kernel that a step of `cpp` makes, None where it makes none."""
-    # What is prepared once is prepared now.
+    # Prepare now what is prepared once.
     step()
     seen: list[Run] = []
     loaded: Any = library.library()
@@ -161,7 +161,7 @@ def kernel_of(step: Run) -> Run | None:
     try:
         for name, kernel in doors.items():
             setattr(loaded, name, recorded(kernel))
-        # What it writes to has to live as long as it is called.
+        # Keep what it writes to alive as long as it is called.
         written = step()
     finally:
         for name, kernel in doors.items():

@@ -114,7 +114,7 @@ def make_plan(
     parts = []
     for i, setting in enumerate(settings):
         taken: dict[str, tuple[Case, ...]] = {}
-        # What is measured of this library's own import has no dtype.
+        # Measure this library's own import once: it has no dtype.
         for name in what if i == 0 else (name for name in what if name != "import"):
             if not cases and i > 0 and name not in BESIDE:
                 continue

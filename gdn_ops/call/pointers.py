@@ -104,7 +104,7 @@ MEANT |= {
     "last_recurrent_state": _STATE,
     "cache_params": _STATE,
 }
-"""What is meant by arguments of other libraries, and of other ops of this one."""
+"""Explain arguments of other libraries, and of other ops of this one."""
 
 
 def refuse_unknown(spec: OpSpec, unknown: Iterable[str]) -> NoReturn:

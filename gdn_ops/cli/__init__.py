@@ -13,7 +13,7 @@ from gdn_ops import _interrupt
 from gdn_ops.cli import exit_codes
 
 TRACEBACK = "GDN_OPS_TRACEBACK"
-"""Where this is 1 in the environment, an unforeseen error shows where it was raised."""
+"""Show where an unforeseen error was raised, if this is 1 in the environment."""
 
 EXTRAS = {
     "onnx": "onnx",

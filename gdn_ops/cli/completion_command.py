@@ -51,7 +51,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: Options) -> int:
     """Print the script of a shell; return the exit code."""
-    # What lists the commands imports this module.
+    # Import late: what lists the commands imports this module.
     from gdn_ops.cli.commands import make_parser
 
     print(script(options.shell, make_parser()), end="")
@@ -66,7 +66,7 @@ def script(shell: str, parser: Parser) -> str:
     for key, command in _walk(parser):
         below = command.commands()
         steps += [f"      '{key} {name}') key={_joined(key, name)} ;;" for name in below]
-        # What runs where no command is named takes its options there too.
+        # Offer the options of what runs where no command is named.
         implied = below[DEFAULT].option_names() if DEFAULT in below else []
         offered = " ".join(dict.fromkeys([*below, *command.option_names(), *implied]))
         words.append(f"    '{key}') COMPREPLY=($(compgen -W '{offered}' -- \"$word\")) ;;")

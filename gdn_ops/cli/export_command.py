@@ -48,7 +48,7 @@ NO_BODY = "none"
 
 FLAVOURS = ("portable", "onnxruntime")
 WEIGHTS = ("float32", "int8", "int4")
-"""What `export_model` takes; a test compares them, since importing it takes seconds."""
+"""List what `export_model` takes; a test compares them, since importing it takes seconds."""
 
 MODEL = ("model", "flavour", "weights")
 """Options that say how a language model is written."""

@@ -20,7 +20,7 @@ AFTER = 400
 """Bytes after a boundary that count as shortly after it."""
 
 ROUNDS = 3
-"""How often each backend is timed on each length, in turns with the others."""
+"""Count the times each backend is timed on each length, in turns with the others."""
 
 PREFIX = 1024
 """Tokens on which backends are compared with the definition, which is slow."""

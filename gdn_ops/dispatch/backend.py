@@ -327,7 +327,7 @@ _MOVED_MEMBERS = {
     "compiles_per_shape": "a row of gdn_ops.testing.compiled.COMPILED",
     "compiles_per_width": "a row of gdn_ops.testing.compiled.COMPILED",
 }
-"""What took the place of members that a class of another distribution may still define."""
+"""Name what replaced members that a class of another distribution may still define."""
 
 
 def check_members(cls: type[Backend]) -> None:

@@ -13,7 +13,7 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "tilelang", "torch", "naive"),
     "*": ("torch", "naive"),
 }
-"""Which backends "auto" tries, in order, per device type ("*" for any other device)."""
+"""List the backends that "auto" tries, in order, per device type ("*" for any other)."""
 
 
 @dataclass(frozen=True)

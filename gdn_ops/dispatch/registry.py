@@ -392,6 +392,6 @@ def traceable_step(name: str, device_type: str) -> str | None:
     return None
 
 
-# What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo,
+# Do as torch.compiler.assume_constant_result does, without its import of all of torch._dynamo,
 # which takes as long as importing torch.
 traceable_step._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from gdn_ops.kernel_support.cache import cache_folder as cache_folder
 from gdn_ops.spec.switches import is_on
 
 REQUIRED = is_on("GDN_OPS_REQUIRE_CERTIFIED", "1")
-"""Whether "auto" passes over uncertified backends of compiled kernels. Read at import."""
+"""Make "auto" pass over uncertified backends of compiled kernels. Read at import."""
 
 SCHEMA = 1
 """Version of the file's layout; a file of another one is ignored."""

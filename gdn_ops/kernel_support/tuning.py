@@ -31,7 +31,7 @@ class Tunable(Protocol):
 
 
 TRIED: ContextVar[Mapping[Hashable, Any]] = ContextVar("tried", default={})  # noqa: B039
-"""What this thread tries in place of the choice of an owner."""
+"""Hold what this thread tries in place of the choice of an owner."""
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OWNER = "HybridLM.generate"
 DRAFT_TOKENS = 4
-"""How many tokens a draft proposes at a time, when a call does not say."""
+"""Bound the tokens that a draft proposes at a time, when a call does not say."""
 
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 """Lower ones act as this one does: the most likely token is drawn."""

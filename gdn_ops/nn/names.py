@@ -47,7 +47,7 @@ OPTIONS |= {
     "use_qk_l2norm": "qk_norm, 'l2', 'l1' or None",
     "bias": f"{_NOT_HERE} has projections without a bias; conv_bias is that of the convolution",
 }
-"""What is meant by options of other layers."""
+"""Explain options of other layers."""
 
 INPUTS: dict[str, str] = {
     "attention_mask": "mask, (B, T), 0 where a token is padding",
@@ -62,7 +62,7 @@ INPUTS: dict[str, str] = {
     "cache_position": f"{_NOT_HERE} has no positions",
     "output_attentions": f"{_NOT_HERE} has no attention weights",
 }
-"""What is meant by inputs of other layers."""
+"""Explain inputs of other layers."""
 
 
 _ROWS = f"{_NOT_HERE} with attention takes whole rows of one length, without padding"

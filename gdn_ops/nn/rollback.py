@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gdn_ops.nn.attention import KeyValueRing
 
 Counts = int | Tensor
-"""How many tokens of a call are kept: of all rows, or (B,) int64 of each."""
+"""Count the tokens of a call that are kept: of all rows, or (B,) int64 of each."""
 
 States = TypeVar("States", bound=tuple[Any, ...])
 

@@ -15,7 +15,7 @@ def require(condition: bool, message: str) -> None:
 
 
 Width = Literal["none", "scalar", "channel"]
-"""How a gate acts on a head: not at all, by one number, or by one number per channel of K or V."""
+"""Name the numbers of a gate on a head: none, one, or one per channel of K or V."""
 
 WIDTHS: tuple[Width, ...] = ("none", "scalar", "channel")
 

@@ -37,7 +37,7 @@ def progress(total: int | None, text: str = "", *, is_quiet: bool = False) -> It
     columns = (BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, auto_refresh=not is_quiet) as bar:
-        # What starts has not ended: the first call leaves the bar where it is.
+        # Leave the bar where it is at the first call: what starts has not ended.
         task = bar.add_task(text, total=total, completed=-1)
 
         def advance(now: str) -> None:

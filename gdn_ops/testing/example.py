@@ -19,17 +19,17 @@ from gdn_ops.spec.language import Sizes
 from gdn_ops.spec.ops import GATED_DELTA
 
 GATES = ("uniform", "slow", "extreme", "strong", "one", "zero")
-"""How decays are drawn: anywhere; close to 1; with exact 0, 1, 1 - 2**-24 and 1e-30 among
+"""Name ways to draw decays: anywhere; close to 1; with exact 0, 1, 1 - 2**-24 and 1e-30 among
 them; e**-20 per token; all 1; all 0."""
 
 BETAS = ("unit", "wide", "edges", "none")
-"""How write strengths are drawn: in [0, 1]; in [0, 2]; among 0, 1 and 2; not given."""
+"""Name ways to draw write strengths: in [0, 1]; in [0, 2]; among 0, 1 and 2; not given."""
 
 KEYS = ("random", "parallel", "repeated")
-"""How keys of norm 1 are drawn: independent; nearly parallel; from three vectors."""
+"""Name ways to draw keys of norm 1: independent; nearly parallel; from three vectors."""
 
 MAGNITUDES = ("unit", "half_range", "large_gradients", "tiny_keys", "faint")
-"""How large numbers are: of the order of 1; values near 3e4 with alternating signs and states
+"""Name sizes of numbers: of the order of 1; values near 3e4 with alternating signs and states
 beyond 65504, read by tiny queries; gradients that large, with tiny keys and values; zero and tiny
 keys among others; one decay per sequence around the smallest normal float32, after which a large
 state is as small as the values that follow. What a call of float16 results in fits float16, what is
@@ -135,7 +135,7 @@ class Example:
         What is normalised is divided by 1e-3 at least: it is smaller by 2**-10.
         """
         small = 2.0**-10
-        # What the dtype of the values can hold after a faint decay.
+        # Choose what the dtype of the values can hold after a faint decay.
         large = 2.0**115 if self.dtype == "float16" else 2.0**66
         normed = small if self.qk_l2norm else 1.0
         kinds = {

@@ -89,7 +89,7 @@ def is_traced(q: Any) -> bool:
         return False
     if is_symbolic(q):
         return True
-    # What transforms make of a call is recorded, not the call.
+    # Record what transforms make of a call, not the call.
     return bool(transforms.modes()) and transforms.is_recording() and not transforms.are_active()
 
 
@@ -108,7 +108,7 @@ class _Function(torch.autograd.Function):
         # Detached, so that a backend which compiles does not look for the gradients of non-leaves.
         out = checked_forward(backend, call, backend.forward(_on(call, _detached(tensors))))
         ctx.backend, ctx.count = backend, len(tensors)
-        # What is tried while tuning: the backward may run on another thread.
+        # Keep what is tried while tuning: the backward may run on another thread.
         ctx.context = copy_context()
         ctx.call = _on(call, tuple(None for _ in tensors))
         ctx.save_for_backward(*tensors, *out.saved)

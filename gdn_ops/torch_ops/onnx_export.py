@@ -45,6 +45,6 @@ def check_call(op: str, inplace: bool) -> None:
         )
 
 
-# What torch.compiler.assume_constant_result does, see `registry.traceable_step`.
+# Do as torch.compiler.assume_constant_result does, see `registry.traceable_step`.
 is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 check_call._dynamo_marked_constant = True  # type: ignore[attr-defined]

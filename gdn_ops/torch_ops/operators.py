@@ -148,7 +148,7 @@ def _schema_arguments(spec: OpSpec, is_inplace: bool) -> list[str]:
     return texts
 
 
-# What the operators compute, and empty results like theirs.
+# Define what the operators compute, and empty results like theirs.
 
 
 def _forward(backend: Backend, call: Call, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -39,7 +39,7 @@ from gdn_ops.torch_ops.operators import schema_fields
 Tensors = Sequence[Tensor | None]
 
 TOKENS = len(Tokens._fields)
-"""Where the state stands among the tensors of a call; gradients of results follow it."""
+"""Locate the state among the tensors of a call; gradients of results follow it."""
 
 
 @dataclass(frozen=True, eq=False)

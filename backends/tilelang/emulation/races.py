@@ -87,7 +87,7 @@ class Accesses:
             raise ValueError("a tile operation is inside of T.Parallel, should be outside")
 
     def _remember(self, accesses: list[_Access], op: Any) -> None:
-        # What alloc_var and alloc_local give belongs to its thread.
+        # Pass over what alloc_var and alloc_local give: it belongs to its thread.
         is_own = op.buffer.scope() in ("local", "local.var")
         if any(map(_is_parallel, self._loops)) and not is_own:
             conditions = list(self._conditions)

@@ -73,7 +73,7 @@ def lowered(function: Any) -> tuple[Any, list[str]]:
     try:
         body = exact.visit_stmt(function.body)
     except Exception:
-        # What is raised below TVM's C++ comes out of it as something else.
+        # Raise the own error: TVM's C++ turns what is raised below it into something else.
         if exact.refused is not None:
             raise exact.refused from None
         raise
@@ -241,7 +241,7 @@ class _Exact(tirx.PyStmtExprMutator):  # type: ignore[misc]
         dtype = "float32" if str(op.dtype) in LOW else str(op.dtype)
         if str(value.dtype) != dtype:
             value = tirx.Cast(dtype, value)
-        # What was float16 already is one; what was bfloat16 may not be.
+        # Round what was bfloat16, which may not be a float16; what was float16 is one.
         return value if op.value.dtype == op.dtype else _rounded(value, op.dtype)
 
     def visit_add_(self, op: Any) -> Any:

@@ -256,6 +256,6 @@ def _float32_product(a: Array, b: Array, precision: Any) -> Array:
     if precision == ir.INPUT_PRECISION.TF32x3:
         low_a, low_b = round_to_tf32(a - high_a), round_to_tf32(b - high_b)
         low = high_a @ low_b + low_a @ high_b
-        # What an infinity leaves is no number, and belongs to the high product alone.
+        # Drop what an infinity leaves, no number: it belongs to the high product alone.
         out = np.where(np.isnan(low), np.float32(0), low) + out
     return out

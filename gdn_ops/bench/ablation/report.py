@@ -8,7 +8,7 @@ from typing import Any
 from gdn_ops.terminal.tables import table, wrapped
 
 Data = Mapping[str, Any]
-"""What `run.measure` returns, or a file that it was written to."""
+"""Hold what `run.measure` returns, or a file that it was written to."""
 
 
 def text(data: Data) -> str:

@@ -31,7 +31,7 @@ LONGEST = 86400.0
 """Seconds after which a process is ended that trains one row with one seed: it hangs."""
 
 Values = dict[tuple[str, str], list[float | None]]
-"""What each seed came to, by row and task."""
+"""Hold the value of each seed, by row and task."""
 
 
 def measure(

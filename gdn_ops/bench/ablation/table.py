@@ -67,7 +67,7 @@ ABSENT = {
     "order of layers in hybrids (Table S.2)": "needs three kinds of layers, these models have one "
     "layer",
 }
-"""What the paper ablates and this table does not, with the reason."""
+"""Name what the paper ablates and this table does not, with the reason."""
 
 
 @dataclass(frozen=True)

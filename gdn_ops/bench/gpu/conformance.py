@@ -105,7 +105,7 @@ def smallest(law: Law, name: str, example: Example, is_time_up: Callable[[], boo
         try:
             return not law(name, smaller).passed
         except Exception:
-            # What a smaller call raises may be another fault than the one that is looked for.
+            # Pass over what a smaller call raises: it may be another fault than the one looked for.
             return False
 
     while True:

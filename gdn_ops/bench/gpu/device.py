@@ -82,7 +82,7 @@ class Card:
 
 
 _ASKED = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
-"""What nvidia-smi is asked for the fields of `Card`, in their order."""
+"""List the queries of nvidia-smi for the fields of `Card`, in their order."""
 
 
 def read_card(which: str) -> Card:
@@ -96,7 +96,7 @@ def read_card(which: str) -> Card:
     values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
     if len(values) != len(_ASKED):
         return Card()
-    # What a card does not tell is "[N/A]".
+    # Read "[N/A]" as what a card does not tell.
     return Card(*(float(v) if re.fullmatch(r"\d+(\.\d+)?", v) else None for v in values))
 
 

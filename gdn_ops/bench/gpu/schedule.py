@@ -104,7 +104,7 @@ class _Bench:
         ready = self.clock() + PREPARE_SHARE * self.plan.seconds
         self.log(f"checking {', '.join(self.plan.backends)}; compiling for everybody")
         directions = dict.fromkeys(row.what for row in self.plan.rows)
-        # What does not get its turn on few cores is compiled when its row comes.
+        # Compile the rest when its row comes: few cores do not get to all.
         with ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool:
             checks = [pool.submit(self._check, name, ready) for name in self.plan.backends]
             warm = [
@@ -184,7 +184,7 @@ class _Bench:
         if left < least:
             return False
         is_first = all(row.what != known.what for known, _ in self.result.rows)
-        # What one row does not use is there for the others.
+        # Give the others what one row does not use.
         share = FIRST_SECONDS if is_first else min(most, max(least, 3 * left / rows_left))
         seconds = min(left, share)
         order = {"do": "row", "row": row.name, "contenders": names, "seconds": 0.7 * seconds}

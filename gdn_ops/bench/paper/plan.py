@@ -15,10 +15,10 @@ MINUTES = 25.0
 """Time after which no further round is started, by default."""
 
 PARTS = {"decode": 0.08, "prefill": 0.14, "training": 0.46, "widths": 0.32}
-"""What is timed, with its share of the time."""
+"""List what is timed, with its share of the time."""
 
 STAGES = ("models compared with their definitions", "memory", *PARTS)
-"""What `suite.run` logs, in this order."""
+"""List what `suite.run` logs, in this order."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ CPU = Plan(
     width_lengths=(256, 512, 1024, 2048, 4096, 8192),
     contexts=(1024, 4096, 16384, 65536, 131072),
 )
-"""What two cores measure in less than half an hour."""
+"""Plan less than half an hour on two cores."""
 
 GPU = replace(
     CPU,
@@ -74,7 +74,7 @@ GPU = replace(
     width_lengths=(512, 1024, 2048, 4096, 8192, 16384),
     setting=Setting("bfloat16", "cuda"),
 )
-"""What a GPU measures."""
+"""Plan the run on a GPU."""
 
 QUICK = replace(
     CPU,
@@ -87,7 +87,7 @@ QUICK = replace(
     contexts=(64, 512),
     minutes=0.0,
 )
-"""One round of something small, which shows that all of it runs and nothing about speed."""
+"""Plan one round of something small, which shows that all runs and nothing about speed."""
 
 
 def make_plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gdn_ops.bench.paper.break_even import BreakEven, break_even
 
 HARDWARE = "one H100, models of 1.3 billion parameters, a training step of 32k tokens"
-"""What figure 3 was measured on."""
+"""Name the machine of figure 3."""
 
 LENGTHS = (2048, 4096, 8192, 16384)
 

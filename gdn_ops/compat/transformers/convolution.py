@@ -35,7 +35,7 @@ PARAMETERS = {
     "causal_conv1d_fn": ("hidden_states", "weight", "bias", "activation"),
     "causal_conv1d_update": ("hidden_states", "conv_state", "weight", "bias", "activation"),
 }
-"""What the parameters of each function begin with, in order."""
+"""List the first parameters of each function, in order."""
 
 
 def _automatic() -> str:

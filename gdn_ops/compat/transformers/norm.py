@@ -40,7 +40,7 @@ def gated_norm(original: Forward, backend: Callable[[], str] = lambda: "auto") -
     def forward(self: Any, hidden_states: Tensor, *gates: Any, **options: Any) -> Tensor:
         gate = gates[0] if len(gates) == 1 and not options else options.get("gate")
         weight, eps = getattr(self, "weight", None), getattr(self, "variance_epsilon", None)
-        # Where a norm names no activation it has the one that the trial has seen.
+        # Take the activation that the trial has seen where a norm names none.
         activation = GATES.get(getattr(self, "activation", "silu"))
         if (
             len(gates) + len(options) != 1

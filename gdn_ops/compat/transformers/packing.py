@@ -49,7 +49,7 @@ def _has_package() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in _PACKAGES)
 
 
-# What torch.compiler.assume_constant_result does: run while tracing, and leave no code in a graph.
+# Do as torch.compiler.assume_constant_result does: run while tracing, leave no code in a graph.
 _has_package._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

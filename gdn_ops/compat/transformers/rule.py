@@ -24,7 +24,7 @@ from gdn_ops.parallel.context import active
 _TENSORS = ("query", "key", "value", "g", "beta")
 _OPTIONS = ("initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
 PARAMETERS = {CHUNK: (*_TENSORS, "chunk_size", *_OPTIONS), RECURRENT: (*_TENSORS, *_OPTIONS)}
-"""What the parameters of each function begin with, in order; others may follow."""
+"""List the first parameters of each function, in order; others may follow."""
 
 _PACKING = ("cu_seqlens", "seq_idx")
 

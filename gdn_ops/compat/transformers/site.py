@@ -159,7 +159,7 @@ def _count(module: str, op: str, backend: str) -> None:
     site.users[-1].calls[site.architecture, op, backend] += 1
 
 
-# What torch.compiler.assume_constant_result does: run while tracing, and leave no code in the
+# Do as torch.compiler.assume_constant_result does: run while tracing, and leave no code in the
 # graph. It can be done with plain values only.
 _count._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
