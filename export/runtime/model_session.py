@@ -94,9 +94,11 @@ class ModelSession:
             behind all tokens, and the state behind the last token.
 
         Raises:
-            SpecError: there is no token, one is not in the vocabulary, or rows do not fit.
+            SpecError: there is no token, one is not in the vocabulary, they are more than the
+                model has positions for, or rows do not fit.
         """
-        ids, mask, _ = self._rows("ModelSession.read", prompts, state)
+        ids, mask, lengths = self._rows("ModelSession.read", prompts, state)
+        self._check_length("ModelSession.read", "tokens of state and prompts", max(lengths), state)
         run, logits = self._begin("ModelSession.read", ids, mask, state)
         return logits, run.state()
 
@@ -189,7 +191,8 @@ class ModelSession:
         sampling.check(label)
         ends = {*self.folder.eos, *_as_tokens(label, "stop", stop)}
         ids, mask, lengths = self._rows(label, prompts, state)
-        self._check_length(label, max(lengths) + max_new_tokens, state)
+        tokens = max(lengths) + max_new_tokens
+        self._check_length(label, "prompt and new tokens", tokens, state)
         make = self._run_maker(label, state, len(ids), ids.shape[1] + max_new_tokens)
         return TextGeneration(make, ids, mask, max_new_tokens, sampling, ends, self.prompt_chunk)
 
@@ -284,12 +287,12 @@ class ModelSession:
                 )
         return tokens
 
-    def _check_length(self, label: str, tokens: int, state: TextState | None) -> None:
+    def _check_length(self, label: str, what: str, tokens: int, state: TextState | None) -> None:
         tokens += 0 if state is None else state.tokens
         if self.folder.longest and tokens > self.folder.longest:
             raise SpecError(
-                f"{label}: prompt and new tokens are {tokens}, should be at most "
-                f"{self.folder.longest}, the positions that the model is made for"
+                f"{label}: {what} are {tokens}, should be at most {self.folder.longest}, the "
+                f"positions that the model is made for"
             )
 
     def _decoded(self, tokens: list[int]) -> str:

@@ -32,36 +32,49 @@ needs_qwen3_5 = pytest.mark.skipif(
 TINY = models.Shape(
     tokens=20, hidden=32, intermediate=16, vocabulary=50, key_heads=1, value_heads=2, width=8
 )
+TINIER = dataclasses.replace(TINY, hidden=16)
 ONCE = Setting("float32", "cpu", 1)
 
 
 @needs_qwen3_5
 def test_a_tiny_model_is_compared_timed_and_weighed() -> None:
     told: list[str] = []
-    result = models.run(("torch",), ONCE, told.append, TINY)
-    parts = ["logits and loss", "training step", "prefill and decode", "memory of a training step"]
-    assert told == parts
+    result = models.run(("torch",), ONCE, told.append, TINY, TINIER)
+    served = ["prefill and decode", "prefill and decode of a small model"]
+    assert told == ["logits and loss", "training step", *served, "memory of a training step"]
+    assert len(told) == models.STAGES
     compared = ["logits against transformers", "loss against transformers"]
     assert [check.what for check in result.checks] == compared
     assert all(check.passed for check in result.checks)
-    rows = {(row.what, row.comparator): row for row in result.rows}
-    whats = ("prefill", "training step", "decode", "memory")
-    expected_rows = {(what, name) for what in whats for name in ("transformers", "torch")}
+    rows = {(row.case, row.what, row.comparator): row for row in result.rows}
+    whats = {TINY.case: ("prefill", "training step", "decode", "memory")}
+    whats[TINIER.case] = whats[TINY.case][::2]
+    expected_rows = {
+        (case, what, name)
+        for case in whats
+        for what in whats[case]
+        for name in ("transformers", "torch")
+    }
     if not exported.why_not():
-        expected_rows |= {(what, name) for what in whats[::2] for name in exported.EXPORTS}
+        expected_rows |= {
+            (case, what, name)
+            for case in whats
+            for what in whats[TINIER.case]
+            for name in exported.EXPORTS
+        }
     assert set(rows) == expected_rows
-    for (what, name), row in rows.items():
-        own = rows[what, "transformers"].median
+    for (case, what, name), row in rows.items():
+        own = rows[case, what, "transformers"].median
         expected = row.median / own if what == "memory" else own / row.median
-        assert row.ratio == pytest.approx(expected), (what, name)
+        assert row.ratio == pytest.approx(expected), (case, what, name)
         # Targets are for the model of the full size.
         assert row.target is None
     assert json.loads(json.dumps(result.to_json()))["system"]["model"] == dataclasses.asdict(TINY)
 
 
 def test_the_model_of_the_full_size_has_targets() -> None:
-    case = models.Shape().case
-    bare = [Row(t.what, case, "torch", "ms", 10.0, 9.0, 3, 1.5) for t in models.TARGETS]
+    targets = [t for t in models.TARGETS if t.case == models.Shape().case]
+    bare = [Row(t.what, t.case, "torch", "ms", 10.0, 9.0, 3, 1.5) for t in targets]
     rows = [with_target(row, models.TARGETS) for row in bare]
     reached = {"prefill": True, "training step": False, "decode": True, "memory": False}
     assert {row.what: row.reached for row in rows} == reached
@@ -114,7 +127,7 @@ def test_what_it_does_not_measure_is_refused() -> None:
 
 @needs_qwen3_5
 def test_the_result_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "run", functools.partial(models.run, shape=TINY))
+    monkeypatch.setattr(models, "run", functools.partial(models.run, shape=TINY, small=TINIER))
     monkeypatch.setattr(models, "memory_rows", lambda *_: None)
     result = run("bench", "models", "--repeats", 1, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output

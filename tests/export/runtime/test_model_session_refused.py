@@ -193,6 +193,12 @@ def test_more_tokens_than_the_model_is_made_for_are_refused() -> None:
     assert refusal(made.generate, [5], 510, state=state) == text
     stop = made.generate([3, 4], 1)
     assert made.generate([3, 4], 510, stop=stop) == []
+    read = (
+        "ModelSession.read: tokens of state and prompts are 513, should be at most 512, the "
+        "positions that the model is made for"
+    )
+    assert refusal(made.read, [3] * 513) == read
+    assert refusal(made.read, [3] * 511, state) == read
 
 
 @pytest.mark.parametrize(
