@@ -59,7 +59,8 @@ def attention_by_definition(layer: SlidingWindowAttention, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("window", "length"), [(1, 7), (5, 5), (5, 23), (64, 40), (7, 300), (150, 400)]
+    ("window", "length"),
+    [(1, 7), (5, 5), (5, 23), (64, 40), (7, 300), (150, 400), (257, 700), (512, 900), (600, 2700)],
 )
 def test_attention_is_a_softmax_over_the_tokens_of_the_window(window: int, length: int) -> None:
     torch.manual_seed(0)
@@ -67,9 +68,25 @@ def test_attention_is_a_softmax_over_the_tokens_of_the_window(window: int, lengt
     x = torch.randn(2, length, 12, dtype=torch.float64)
     expected = attention_by_definition(layer, x)
     torch.testing.assert_close(layer(x)[0], expected, rtol=0, atol=1e-12)
-    y, state = layer(x[:, :3])
-    later, _ = layer(x[:, 3:], state)
-    torch.testing.assert_close(torch.cat([y, later], 1), expected, rtol=0, atol=1e-12)
+    for cut in (3, length // 2, length - 2):
+        y, state = layer(x[:, :cut])
+        later, _ = layer(x[:, cut:], state)
+        torch.testing.assert_close(torch.cat([y, later], 1), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("window", "length"), [(140, 300), (300, 620)])
+def test_gradients_pass_through_every_block_of_queries(window: int, length: int) -> None:
+    torch.manual_seed(0)
+    layer = SlidingWindowAttention(8, 2, window).double()
+    x = torch.randn(1, length, 8, dtype=torch.float64, requires_grad=True)
+    d_y = torch.randn(1, length, 8, dtype=torch.float64)
+    parts = [layer(x[:, :50])]
+    parts.append(layer(x[:, 50:], parts[0][1]))
+    in_two = torch.cat([y for y, _ in parts], 1)
+    (expected,) = torch.autograd.grad(attention_by_definition(layer, x), x, d_y)
+    for y in (layer(x)[0], in_two):
+        (d_x,) = torch.autograd.grad(y, x, d_y)
+        torch.testing.assert_close(d_x, expected, rtol=0, atol=1e-11)
 
 
 def test_the_ring_holds_the_last_tokens_each_in_its_slot() -> None:
