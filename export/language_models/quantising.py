@@ -16,6 +16,12 @@ BITS: Final = {"float32": 0, "int8": 8, "int4": 4}
 BLOCK: Final = 32
 """Weights of a column that share a scale."""
 
+ACCURACY: Final = 4
+"""Let onnxruntime round activations to 8 bits, a scale for each block, and multiply integers.
+
+Without, its CPU kernels for weights of 8 bits make them float32 again in every call, which takes a
+token 30 times as long; with weights of 4 bits a token takes 0.6 of the time."""
+
 
 def quantise(graph: Path, bits: int) -> None:
     """Quantise the matrices of a graph in place; embeddings, convolutions and experts stay as is.
@@ -37,7 +43,11 @@ def quantise(graph: Path, bits: int) -> None:
     logging.getLogger(tool.__name__).setLevel(logging.WARNING)
     model = onnx.load(graph)
     config = tool.DefaultWeightOnlyQuantConfig(
-        block_size=BLOCK, is_symmetric=True, bits=bits, op_types_to_quantize=("MatMul",)
+        block_size=BLOCK,
+        is_symmetric=True,
+        bits=bits,
+        accuracy_level=ACCURACY,
+        op_types_to_quantize=("MatMul",),
     )
     quantizer = tool.MatMulNBitsQuantizer(model, bits=bits, algo_config=config)
     quantizer.process()
