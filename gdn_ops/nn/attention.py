@@ -303,9 +303,17 @@ class SlidingWindowAttention(Splittable):
             past = before.keys.shape[2]
             place = torch.arange(-past, tokens, device=q.device)
             k, v = torch.cat([before.keys, k], 2), torch.cat([before.values, v], 2)
-        outputs, block = [], _queries_of_a_block(self.window, q.device)
+
+        def mask(rows: slice, seen: slice) -> Tensor:
+            distance = place[past:][rows, None] - place[None, seen]
+            is_seen = (distance >= 0) & (distance < self.window)
+            return is_seen if before is None else is_seen & (place[None, seen] + before.tokens >= 0)
+
+        block = _queries_of_a_block(self.window, q.device)
+        if tokens <= block:
+            return attention(q, k, v, mask(slice(None), slice(None)))
         # Cut keys where blocks of queries end: gradients of slices would each be as long as they.
-        uneven = past % block
+        outputs, uneven = [], past % block
         starts = range(uneven, past + tokens, block)
         cuts = [uneven, *(min(block, past + tokens - start) for start in starts)]
         k_parts, v_parts = k.split(cuts, 2), v.split(cuts, 2)
@@ -314,12 +322,8 @@ class SlidingWindowAttention(Splittable):
             last = past // block + i + 1
             parts = slice(max(0, last - -(-(self.window - 1) // block)), last + 1)
             seen = slice(sum(cuts[: parts.start]), rows.stop + past)
-            distance = place[past:][rows, None] - place[None, seen]
-            mask = (distance >= 0) & (distance < self.window)
-            if before is not None:
-                mask = mask & (place[None, seen] + before.tokens >= 0)
             keys, values = (torch.cat(y[parts], 2) for y in (k_parts, v_parts))
-            outputs.append(attention(queries, keys, values, mask))
+            outputs.append(attention(queries, keys, values, mask(rows, seen)))
         return torch.cat(outputs, 2)
 
     def _check(self, x: Tensor, state: KeyValueRing | None) -> None:
