@@ -72,8 +72,8 @@ class Cell:
 PAGE = "repository/test_docs.py::test_a_page_prints_what_it_shows[docs/{}.md]"
 ONNX_TESTS = ("export/**/test_*.py", "cli/test_export.py", "nn/test_export.py")
 ONNX_TESTS += (PAGE.format("onnx"),)
-TRANSFORMERS_TESTS = ("compat/transformers/test_*.py", "bench/test_models.py")
-TRANSFORMERS_TESTS += (PAGE.format("transformers"),)
+TRANSFORMERS_TESTS = ("compat/transformers/test_*.py", "export/language_models/test_*.py")
+TRANSFORMERS_TESTS += ("bench/test_models.py", PAGE.format("transformers"))
 TORCH_TESTS = (
     *("torch_ops/test_*.py", "call/test_*.py", "dispatch/test_*.py", "nn/test_*.py"),
     *("export/torch_exporter/test_modules.py", "testing/test_conformance.py"),
