@@ -258,20 +258,35 @@ class _Reader:
     def _mlp(self, module: Any) -> Dense | Experts:
         if not hasattr(module, "experts"):
             return self._dense(module)
-        router, experts = module.gate, module.experts
-        if not hasattr(experts, "gate_up_proj"):
-            _fail(f"{self._name(experts)} has no gate_up_proj: it has no ONNX form")
-        self._check_silu(experts, experts.act_fn)
+        # Older versions of transformers have these with the block, and experts as a list of MLPs.
+        router = module.gate if hasattr(module.gate, "top_k") else module
+        gate_up, down = self._expert_matrices(module.experts)
         shared = getattr(module, "shared_expert", None)
         gate = getattr(module, "shared_expert_gate", None)
         return Experts(
-            self._own(router.weight),
+            self._own(module.gate.weight),
             int(router.top_k),
             bool(getattr(router, "norm_topk_prob", True)),
-            self._own(experts.gate_up_proj),
-            self._own(experts.down_proj),
+            gate_up,
+            down,
             None if shared is None else self._dense(shared),
             None if gate is None else self._linear(gate).weight,
+        )
+
+    def _expert_matrices(self, experts: Any) -> tuple[Tensor, Tensor]:
+        """Return (experts, 2 inner, hidden) and (experts, hidden, inner) of a mixture."""
+        if not isinstance(experts, nn.ModuleList):
+            if not hasattr(experts, "gate_up_proj"):
+                _fail(f"{self._name(experts)} has no gate_up_proj: it has no ONNX form")
+            self._check_silu(experts, experts.act_fn)
+            return self._own(experts.gate_up_proj), self._own(experts.down_proj)
+        read = [self._dense(expert) for expert in experts]
+        for expert, one in zip(experts, read, strict=True):
+            if one.gate_up.bias is not None or one.down.bias is not None:
+                _fail(f"{self._name(expert)} has a bias, should have none: it has no ONNX form")
+        return (
+            torch.stack([one.gate_up.weight for one in read]),
+            torch.stack([one.down.weight for one in read]),
         )
 
     def _dense(self, module: Any) -> Dense:
