@@ -119,7 +119,7 @@ def chi_square(model: HybridLM, prompt: Tensor, drawn: Tensor, temperature: floa
     each = (logits / temperature).softmax(-1).gather(2, texts[..., None])[..., 0].prod(1)
     places = (drawn * size ** torch.arange(count - 1, -1, -1)).sum(1)
     seen, expected = torch.bincount(places, minlength=len(texts)), each * len(drawn)
-    # What is too rare for the law of large numbers counts together.
+    # Count together what is too rare for the law of large numbers.
     rare = expected < 5
     seen, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (seen, expected))
     assert len(expected) > 30

@@ -90,13 +90,13 @@ SEEN: dict[str, tuple[str, str, Broken]] = {
     "beta up to one": (OLMO, "_gates", _gates_up_to_one),
     "states are written a call late": (OLMO, "convolution", _states_are_written_a_call_late),
 }
-"""What one row of seven tokens shows: a family, and the part of the writer that is broken."""
+"""Break parts of the writer that one row of seven tokens shows; with each, the family."""
 
 UNSEEN: dict[str, tuple[str, str, Broken]] = {
     "padding is read by the rule": (NEXT, "_shared", _padding_is_read),
     "padding is seen by attention": (OLMO, "_bias", _padding_is_seen),
 }
-"""What only padded rows show."""
+"""Break parts of the writer that only padded rows show."""
 
 
 def break_(patch: pytest.MonkeyPatch, flavour: str, attribute: str, broken: Broken) -> None:

@@ -1,4 +1,4 @@
-"""What is read is told by the parts of a layer, so models without the rule are exported too."""
+"""Export models without the rule too: the parts of a layer tell what it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has no ONNX form is named, and nothing is written."""
+"""Name what has no ONNX form, and write nothing."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def streamed(made: export.ModelSession, *arguments: Any, **options: Any) -> list
     steps = list(made.stream(*arguments, **options))
     assert all(len(step) == len(steps[0]) for step in steps)
     for row in zip(*steps, strict=True):
-        # What has ended goes on with None alone.
+        # Go on with None alone where a text has ended.
         ended = [token is None for token in row]
         assert ended == sorted(ended)
     return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
@@ -132,7 +132,7 @@ def test_pieces_of_text_are_whole_characters(
 
     monkeypatch.setattr(speaker, "stream", steps)
     assert list(speaker.stream_text("a", 99)) == list(CHARACTERS)
-    # What ends within a character is told, too.
+    # Tell what ends within a character, too.
     tokens = tokens[:-1]
     assert "".join(speaker.stream_text("a", 99)) == CHARACTERS[:-1] + "\ufffd"
 

@@ -73,7 +73,7 @@ def test_files_are_not_read_whole_where_that_is_not_wanted(folder: Path) -> None
     start = content.rfind(bytes(64))
     content[start] ^= 1
     weights.write_bytes(content)
-    # What has changed lies between two weights.
+    # Change what lies between two weights.
     added = ModelSession(folder, checks_files=False).generate([3, 4], 4)
     assert added == session(FAMILY).generate([3, 4], 4)
 

@@ -1,4 +1,4 @@
-"""What is past a limit is refused by value and limit; a signal ends the server in good order."""
+"""Refuse what is past a limit, by value and limit; end in good order at a signal."""
 
 from __future__ import annotations
 
