@@ -5,7 +5,7 @@ attention, 16 key heads and 32 value heads of 128. Both ways run the same model 
 process, after their logits and loss were compared. Prefill and decode take turns in a process that
 does nothing else, as one that serves: after a training step the C library's heap behaves
 differently. In float32 the files that the model is exported to take turns there with it. A model
-of a sixteenth of its weights is served, too: large ones are bound by reading their weights, small
+of a tenth of its weights is served, too: large ones are bound by reading their weights, small
 ones by what surrounds the products. Peak memory is measured in a process of its own for each way.
 """
 
