@@ -7,16 +7,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from PIL import Image
+
 from gdn_ops.bench.paper import figure, pages
 
 RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "docs" / "img"
 
+COLORS = 96
+"""Keep so many colors, which look the same in a third of the bytes."""
+
 
 def main() -> None:
     """Write the pictures."""
     for data in pages.recorded(RESULTS):
-        figure.draw(data, PICTURES / pages.picture_name(data))
+        path = PICTURES / pages.picture_name(data)
+        figure.draw(data, path)
+        with Image.open(path) as drawn:
+            smaller = drawn.convert("RGB").quantize(COLORS)
+        smaller.save(path, optimize=True)
 
 
 if __name__ == "__main__":

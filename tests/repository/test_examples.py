@@ -198,7 +198,12 @@ def test_the_page_shows_the_recorded_results(examples: Any) -> None:
     points = [memory.Point(**p) for p in recorded]
     for law in ("collisions", "nearest value", "written again", "stale"):
         assert memory.table(points, law) in page, law
-    others = {"speed.png": "index.md", "parallel.png": "parallel-plan.md"}
+    others = {
+        "speed.png": "index.md",
+        "parallel.png": "parallel-plan.md",
+        "paper-cpu.png": "paper.md",
+        "paper-cuda.png": "paper.md",
+    }
     for image in folder.glob("*.png"):
         shown = (ROOT / "docs" / others.get(image.name, "memory.md")).read_text(encoding="utf-8")
         assert f"(img/{image.name})" in shown
