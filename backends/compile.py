@@ -79,6 +79,7 @@ class Compile(Torch):
     traceable_step = False
     compiler: ClassVar[str] = "inductor"
 
+    limits = replace(Torch.limits, decays=("none", "scalar"))
     chunking = CHUNKING
     chunking_without_gradients: ClassVar[Mapping[str, tuple[int, int]]] = {}
     chunks_to_try = (1,)

@@ -25,7 +25,7 @@ class Operands(NamedTuple):
     Attributes:
         q, k: (B, T, HV, K).
         v: (B, T, HV, V).
-        alpha: (B, T, HV) decay, or None for 1.
+        alpha: (B, T, HV, 1) decay, or (B, T, HV, K) of each channel, or None for 1.
         erase: (B, T, HV) erase strength e, or None for 0.
         write: (B, T, HV) write strength w.
     """
@@ -57,9 +57,9 @@ def recurrence(x: Operands, state: Tensor, scale: float) -> tuple[Tensor, Tensor
     outputs = []
     for t in range(q.shape[1]):
         k_t, q_t = k[:, t].unsqueeze(-1), q[:, t].unsqueeze(-1)
-        # §2 S' = α_t S_{t-1}                     [K, V]
+        # §2, §9 S' = diag(α_t) S_{t-1}           [K, V]
         if alpha is not None:
-            state = alpha[:, t, :, None, None] * state
+            state = alpha[:, t, :, :, None] * state
         # §2 u_t = w_t v_t − e_t S'ᵀ k_t          [V]
         u_t = write[:, t, :, None] * v[:, t]
         if erase is not None:
@@ -85,7 +85,7 @@ def reverse_scan(
         Gradients of q, k, v, alpha, erase, write and of the initial state.
     """
     q, k, v, write = x.q, x.k, x.v, x.write
-    alpha = torch.ones_like(write) if x.alpha is None else x.alpha
+    alpha = torch.ones_like(write).unsqueeze(-1) if x.alpha is None else x.alpha
     erase = torch.zeros_like(write) if x.erase is None else x.erase
     states = [state]
     tokens = range(q.shape[1])
@@ -95,7 +95,7 @@ def reverse_scan(
     d_q, d_k, d_v, d_alpha, d_erase, d_write = grads
     for t in reversed(tokens):
         k_t, q_t, d_o_t = (y[:, t].unsqueeze(-1) for y in (k, q, d_o))
-        a_t = alpha[:, t, :, None, None]
+        a_t = alpha[:, t, :, :, None]
         e_t, w_t = erase[:, t, :, None], write[:, t, :, None]
         S_prime = a_t * states[t]
         kS = (S_prime * k_t).sum(-2)
@@ -113,7 +113,8 @@ def reverse_scan(
         d_k[:, t] = (d_state @ u_t.unsqueeze(-1) - S_prime @ (e_t * d_u).unsqueeze(-1)).squeeze(-1)
         # §5 dS' = dS − e_t k_t du_tᵀ,  dα_t = ⟨dS', S_{t-1}⟩,  dS_{t-1} = α_t dS'
         d_prime = d_state - k_t * (e_t * d_u).unsqueeze(-2)
-        d_alpha[:, t] = (d_prime * states[t]).sum((-2, -1))
+        # §9 dα_tc = Σ_v dS'_cv S_{t-1,cv}, summed over c for a scalar
+        d_alpha[:, t] = (d_prime * states[t]).sum(-1).sum_to_size(a_t.shape[:-1])
         d_state = a_t * d_prime
     return (*grads, d_state)
 
@@ -126,12 +127,13 @@ def _lowered(call: Call) -> Operands:
     q, k = (l2norm(x) if call.qk_l2norm else x.to(dtype) for x in (q, k))
     q, k = (x.repeat_interleave(call.sizes.R, 2) for x in (q, k))
 
-    def gate(x: Tensor) -> Tensor:
-        return x.to(dtype).reshape(v.shape[:-1])
+    def gate(x: Tensor, *channels: int) -> Tensor:
+        return x.to(dtype).reshape(*v.shape[:-1], *channels)
 
-    alpha = None if call.tokens.alpha is None else gate(call.tokens.alpha)
+    channels = call.sizes.K if call.widths.decay == "channel" else 1
+    alpha = None if call.tokens.alpha is None else gate(call.tokens.alpha, channels)
     if call.tokens.log_alpha is not None:
-        alpha = gate(call.tokens.log_alpha).exp()
+        alpha = gate(call.tokens.log_alpha, channels).exp()
     ones = torch.ones(v.shape[:-1], dtype=dtype, device=v.device)
     beta = ones if call.tokens.beta is None else gate(call.tokens.beta)
     return Operands(q, k, v.to(dtype), alpha, beta if call.rule.has_erase else None, beta)
@@ -175,7 +177,9 @@ def _raised(call: Call, x: Operands, grads: tuple[Tensor, ...], d_start: Tensor)
     d_q, d_k = d_q.unflatten(2, heads).sum(3), d_k.unflatten(2, heads).sum(3)
     if call.qk_l2norm:
         d_q, d_k = l2norm_backward(call.tokens.q, d_q), l2norm_backward(call.tokens.k, d_k)
-    d_log_alpha = d_alpha if x.alpha is None else x.alpha * d_alpha
+    if call.widths.decay != "channel":
+        d_alpha = d_alpha.squeeze(-1)
+    d_log_alpha = d_alpha if x.alpha is None else x.alpha.view_as(d_alpha) * d_alpha
     d_beta = d_write + d_erase if call.rule.has_erase else d_write
     gradients = (d_q, d_k, d_v, d_alpha, d_log_alpha, d_beta, d_start)
     return Grads(
@@ -190,7 +194,12 @@ class Naive(Backend):
     """Run the recurrence as docs/math.md §2 writes it, line by line."""
 
     name = "naive"
-    limits = Limits(devices=("*",), second_grad=True, forward_mode=True)
+    limits = Limits(
+        devices=("*",),
+        decays=("none", "scalar", "channel"),
+        second_grad=True,
+        forward_mode=True,
+    )
     differentiable = True
 
     def forward(self, call: Call) -> Forward:

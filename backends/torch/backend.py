@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from gdn_ops.backends.torch import channels
 from gdn_ops.backends.torch.chunk_backward import SegmentGrads
 from gdn_ops.backends.torch.decode import decode_many, decode_one
 from gdn_ops.backends.torch.loading import SegmentLoader, joined, pack_state, unpack_state
@@ -56,7 +57,13 @@ class Torch(Backend):
     """
 
     name = "torch"
-    limits = Limits(devices=("*",), second_grad=True, forward_mode=True, chunk_sizes=range(1, 257))
+    limits = Limits(
+        devices=("*",),
+        decays=("none", "scalar", "channel"),
+        second_grad=True,
+        forward_mode=True,
+        chunk_sizes=range(1, 257),
+    )
     traceable_step = True
     chunking: ClassVar[Mapping[str, tuple[int, int]]] = CHUNKING
     chunking_without_gradients: ClassVar[Mapping[str, tuple[int, int]]] = CHUNKING_WITHOUT_GRADIENTS
@@ -73,6 +80,14 @@ class Torch(Backend):
             table = {**self.chunking, **own}
             chunk_size, chunks = table.get(call.device.type, table["*"])
             chunk_size = call.chunk_size or chunk_size
+        if call.widths.decay == "channel":
+            return SegmentPlan(
+                chunk_size,
+                chunks,
+                forward=channels.forward_segment,
+                advance=channels.advance_segment,
+                backward=channels.backward_segment,
+            )
         return SegmentPlan(chunk_size, chunks)
 
     def saved_like(self, call: Call) -> tuple[Tensor, ...]:
@@ -144,6 +159,8 @@ class Torch(Backend):
         return decode_one(call)
 
     def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        if call.widths.decay == "channel":
+            return super().decode_many(call)
         return decode_many(call)
 
     def tunables(self, call: Call) -> Sequence[object]:
@@ -223,7 +240,11 @@ class _Gradients(NamedTuple):
             empty((s.B, s.T, s.H, s.K), call.tokens.k.dtype, device),
             empty((s.B, s.T, s.HV, s.V), call.tokens.v.dtype, device),
             empty((s.B, s.T, s.HV), dtype, device),
-            empty((s.B, s.T, s.HV), dtype, device),
+            empty(
+                (s.B, s.T, s.HV, *((s.K,) if call.widths.decay == "channel" else ())),
+                dtype,
+                device,
+            ),
             empty((s.N, s.HV, s.K, s.V), dtype, device),
         )
 

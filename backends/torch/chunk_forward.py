@@ -31,6 +31,7 @@ class Segment(NamedTuple):
         v, beta: operands in the compute dtype.
         log_decay_cumsum: G of §4, inclusive within each chunk; None where nothing decays.
         zeros: z of §4; None where no gate is 0.
+        alpha: decays of every channel, (n, G, R, C, K); None where they are of heads, or 1.
     """
 
     qk: Tensor
@@ -38,6 +39,7 @@ class Segment(NamedTuple):
     beta: Tensor
     log_decay_cumsum: Tensor | None
     zeros: Tensor | None
+    alpha: Tensor | None = None
 
     # Methods: not every Dynamo traces a property of a named tuple.
 

@@ -54,7 +54,8 @@ def advance_token(
     Args:
         q, k: (B, H, K).
         v: (B, HV, V).
-        alpha, log_alpha, beta: (B, HV) or None.
+        alpha, log_alpha: (B, HV), or (B, HV, K) for every channel, or None.
+        beta: (B, HV) or None.
         state: (B, HV, K, V), or None for zeros; updated itself if options.inplace.
         options: the rest of the call.
     """
@@ -69,7 +70,7 @@ def advance_token(
     held = _to(state, dtype).contiguous()
     work, is_own = held.view(rows, K, V), options.inplace
     if decay is not None:
-        factor = _to(decay, dtype).reshape(rows, 1, 1)
+        factor = _to(decay, dtype).reshape(rows, K if decay.dim() == 3 else 1, 1)
         work = work.mul_(factor) if is_own else work * factor
         # A fresh S' may be written as well, unless autograd keeps it for a backward.
         is_own = is_own or not torch.is_grad_enabled()

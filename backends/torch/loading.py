@@ -30,6 +30,15 @@ def joined(rows: list[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
+def decays_of_channels(call: Call) -> Tensor:
+    """Return the decays (..., HV, K) of a call that has one for every channel."""
+    alpha, log_alpha = call.tokens.alpha, call.tokens.log_alpha
+    if log_alpha is not None:
+        return log_alpha.to(call.compute_dtype).exp()
+    assert alpha is not None
+    return alpha.to(call.compute_dtype)
+
+
 class SegmentLoader:
     """Hand out the tensors of a call segment by segment, and store results of segments."""
 
@@ -37,8 +46,11 @@ class SegmentLoader:
         self.call = call
         self.dtype = call.compute_dtype
         self.gate: LogGate | None = None
-        if call.rule.has_decay:
+        self.alpha: Tensor | None = None
+        if call.widths.decay == "scalar":
             self.gate = log_gate(call.tokens.alpha, call.tokens.log_alpha)
+        elif call.widths.decay == "channel":
+            self.alpha = decays_of_channels(call)
         s = call.sizes
         self.beta = (
             torch.ones(s.B, s.T, s.HV, dtype=self.dtype, device=call.device)
@@ -58,9 +70,21 @@ class SegmentLoader:
         qk = torch.cat([self._load(x, span) for x in (call.tokens.q, call.tokens.k)], 4)
         qk = qk.flatten(1, 3).to(self.dtype)
         beta = self._load(self.beta, span).flatten(1, 2).contiguous()
+        alpha = None if self.alpha is None else self._decays(self.alpha, span)
         return Segment(
-            l2norm(qk) if call.qk_l2norm else qk, self.values(call.tokens.v, span), beta, G, z
+            l2norm(qk) if call.qk_l2norm else qk,
+            self.values(call.tokens.v, span),
+            beta,
+            G,
+            z,
+            alpha,
         )
+
+    def _decays(self, alpha: Tensor, span: Span) -> Tensor:
+        """Return decays of channels (n, G, R, C, K), 1 where there is padding."""
+        loaded = self._load(alpha, span).flatten(1, 2)
+        is_token = self._load(torch.ones_like(alpha[..., 0]), span).flatten(1, 2)
+        return loaded + (1 - is_token).unsqueeze(-1)
 
     def keys(self, x: Tensor, span: Span) -> Tensor:
         """Return tokens of (B, T, H, K) as (n, G, C, K) in the compute dtype."""

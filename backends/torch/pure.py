@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gdn_ops.backends.torch import channels
 from gdn_ops.call.bind import Call
 from gdn_ops.call.numerics import l2norm
 from gdn_ops.call.transforms import integers
@@ -30,7 +31,8 @@ class Operands(NamedTuple):
     Attributes:
         q, k: (rows, T, K), q times the scale.
         v: (rows, T, V).
-        alpha, beta: (rows, T), or None for 1.
+        alpha: (rows, T), or (rows, T, K) for every channel, or None for 1.
+        beta: (rows, T), or None for 1.
     """
 
     q: Tensor
@@ -95,6 +97,12 @@ def _run(x: Operands, state: Tensor, chunk_size: int, has_erase: bool) -> tuple[
     if tokens == 0:
         return x.v, state
     q, k, v, alpha, beta = _in_chunks(x, min(chunk_size, tokens))
+    if alpha is not None and alpha.dim() > v.dim() - 1:
+        # §9, a segment of all chunks
+        ones = torch.ones_like(v[..., 0]) if beta is None else beta
+        operands = (y.transpose(0, 1) for y in (q, k, v, alpha, ones))
+        o, new = channels.run_chunks(channels.Operands(*operands), state, 1.0, has_erase)
+        return o.transpose(0, 1).flatten(1, 2)[:, :tokens], new
     D = None if alpha is None else _decays(alpha)
     # §3 K Kᵀ and Q Kᵀ                                [C, C]
     KK, QK = k @ k.mT, q @ k.mT

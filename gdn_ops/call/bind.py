@@ -33,8 +33,9 @@ class Tokens(NamedTuple):
     Attributes:
         q, k: (B, T, H, K), or (B, H, K) for a step.
         v: (B, T, HV, V), or (B, HV, V).
-        alpha, log_alpha: (B, T, HV), or (B, HV); one of them where the rule decays, else None.
-        beta: like alpha, or None for 1.
+        alpha, log_alpha: (B, T, HV), or (B, HV), or with a last axis K for a decay of every
+            channel; one of them where the rule decays, else None.
+        beta: (B, T, HV), or (B, HV), or None for 1.
     """
 
     q: Tensor

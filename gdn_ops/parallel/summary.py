@@ -123,7 +123,8 @@ def gated_delta_summary(
     Args:
         k: (B, T, H, K), keys.
         v: (B, T, HV, V), values, dtype of k.
-        alpha, beta, log_alpha: (B, T, HV), gates as in `gated_delta`.
+        alpha, beta, log_alpha: (B, T, HV), gates as in `gated_delta`, whose decay may be one of
+            every key channel, (B, T, HV, K).
         rule: member of the family.
         qk_l2norm: whether to divide k by its norm first.
         cu_seqlens: (N+1,), boundaries of N sequences packed along T: a summary of each.
@@ -215,13 +216,18 @@ def _checked(arguments: Arguments) -> Call:
 
 
 def _decay(call: Call, options: dict[str, Any]) -> Tensor:
-    """Return the product of the decays of every sequence, (N, HV, 1, 1): a state with no keys."""
+    """Return the product of the decays of every sequence: what a state becomes with no keys.
+
+    It is a number, (N, HV, 1, 1), or a diagonal matrix (N, HV, K, K) of the decays of channels.
+    """
     s, k = call.sizes, call.tokens.k
-    one = torch.ones(s.N, s.HV, 1, 1, dtype=call.compute_dtype, device=k.device)
+    width = s.K if call.widths.decay == "channel" else 1
+    one = torch.eye(width, dtype=call.compute_dtype, device=k.device)
+    one = one.expand(s.N, s.HV, width, width)
     if not call.rule.has_decay:
         return one
-    nothing = k.new_zeros(s.B, s.T, 1, 1)
-    values = k.new_zeros(s.B, s.T, s.HV, 1)
+    nothing = k.new_zeros(s.B, s.T, 1, width)
+    values = k.new_zeros(s.B, s.T, s.HV, width)
     M: Tensor
     _o, M = gated_delta(nothing, nothing, values, initial_state=one, **options)
     return M

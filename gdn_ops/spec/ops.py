@@ -34,9 +34,18 @@ from gdn_ops.spec.language import (
 from gdn_ops.spec.rules import Rule
 
 RULES = (
-    Rule("gated_delta", "Gated DeltaNet"),
+    Rule(
+        "gated_delta",
+        "Gated DeltaNet; Kimi Delta Attention with a decay per channel",
+        decays=("scalar", "channel"),
+    ),
     Rule("delta", "DeltaNet", decays=("none",)),
-    Rule("gated", "Mamba2's scalar-decay recurrence, simple GLA, RetNet", erases=("none",)),
+    Rule(
+        "gated",
+        "Mamba2's scalar-decay recurrence, simple GLA, RetNet; GLA with a decay per channel",
+        decays=("scalar", "channel"),
+        erases=("none",),
+    ),
     Rule("linear", "linear attention", decays=("none",), erases=("none",)),
 )
 
@@ -56,7 +65,7 @@ def _axes(*names: str) -> tuple[Axis, ...]:
     return tuple(axis for axis in _AXES if axis.name in names)
 
 
-_ALPHA = "decay; exact 0 clears the memory, 1 keeps it"
+_ALPHA = "decay of a head, or of each key channel; exact 0 clears the memory, 1 keeps it"
 _LOG_ALPHA = "the same gate as a natural logarithm; -inf is an exact 0"
 _BETA = "write strength; 1 when not given"
 _OPTIONS = (
@@ -107,14 +116,14 @@ def _new_state(meaning: str) -> Output:
 
 def _gates(axes: str) -> tuple[TensorArg, TensorArg, TensorArg]:
     """Return the arguments alpha, beta and log_alpha over the given axes."""
-    allowed = shapes(axes)
+    decays = shapes(axes, f"{axes} K")
     unit, strength = Interval(0.0, 1.0), Interval(0.0, 2.0)
     return (
-        TensorArg("alpha", allowed, _ALPHA, domain=unit, optional=True, gate=True),
-        TensorArg("beta", allowed, _BETA, domain=strength, optional=True, gate=True),
+        TensorArg("alpha", decays, _ALPHA, domain=unit, optional=True, gate=True),
+        TensorArg("beta", shapes(axes), _BETA, domain=strength, optional=True, gate=True),
         TensorArg(
             "log_alpha",
-            allowed,
+            decays,
             _LOG_ALPHA,
             domain=Interval(-math.inf, 0.0),
             optional=True,

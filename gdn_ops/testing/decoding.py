@@ -38,6 +38,8 @@ def window(state: Tensor, name: str, example: Example) -> Tensor | None:
     T = example.T
     if name in ("q", "k"):
         return None if example.V < T else state[:, : example.H, :, :T].permute(0, 3, 1, 2)
+    if name == "gate" and example.channels:
+        return None if example.V < T else state[..., :T].permute(0, 3, 1, 2)
     if example.K < T:
         return None
     rows = state[:, :, :T].transpose(1, 2)

@@ -72,6 +72,7 @@ class Example:
         lengths: lengths of packed sequences (then B is 1 and T their sum), or None.
         gate, beta, keys, magnitude: how values are drawn, see GATES, BETAS, KEYS, MAGNITUDES.
         log_gate: whether the gate is given as log_alpha.
+        channels: whether every key channel has a decay of its own.
         initial_state: whether there is one.
         qk_l2norm, scale, chunk_size: as in the call.
         strided: whether q, k, v are views with gaps.
@@ -99,6 +100,7 @@ class Example:
     keys: str = "random"
     magnitude: str = "unit"
     log_gate: bool = False
+    channels: bool = False
     initial_state: bool = False
     qk_l2norm: bool = False
     scale: float | None = None
@@ -318,15 +320,15 @@ class _Drawing:
         return factor
 
     def decay(self) -> Tensor:
-        """Return the decays (B, T, HV), the faint ones among them."""
-        decay, s = self.ordinary_decay(), self.example.sizes
+        """Return the decays (B, T, HV), or of channels (B, T, HV, K), the faint ones among them."""
+        decay = self.ordinary_decay()
         for _, token in self.example.faint_tokens():
-            decay[:, token] = self.pick(FAINT_DECAYS, (s.B, s.HV))
+            decay[:, token] = self.pick(FAINT_DECAYS, decay[:, token].shape)
         return decay
 
     def ordinary_decay(self) -> Tensor:
         s = self.example.sizes
-        shape = (s.B, s.T, s.HV)
+        shape: tuple[int, ...] = (s.B, s.T, s.HV, *((s.K,) if self.example.channels else ()))
         uniform = self.uniform(*shape)
         kinds: dict[str, Callable[[], Tensor]] = {
             "uniform": lambda: uniform,

@@ -181,7 +181,8 @@ def a_reflection_keeps_the_norm(backend: str, example: Example) -> Verdict:
 
 def a_rotation_changes_no_output(backend: str, example: Example) -> Verdict:
     """Law 9: for orthogonal Omega, (Omega q, Omega k, Omega S_0) gives the same o."""
-    example = replace(example, lengths=None, initial_state=True, dtype=_wide(example))
+    changes: dict[str, Any] = {"lengths": None, "initial_state": True, "channels": False}
+    example = replace(example, dtype=_wide(example), **changes)
     arguments = example.arguments()
     generator = torch.Generator().manual_seed(example.seed)
     square = torch.randn(
@@ -265,8 +266,12 @@ def delta_is_one_step_of_gradient_descent(backend: str, example: Example) -> Ver
     changes: dict[str, Any] = {"T": 1, "initial_state": True, "beta": "unit", "log_gate": False}
     example = replace(example, **_OF_UNIT_KEYS, **changes)
     arguments = example.arguments()
-    wide = arguments["initial_state"].double() * arguments["alpha"][:, 0, :, None, None].double()
-    start = wide.requires_grad_()
+    alpha = (
+        arguments["alpha"][:, 0, :, :, None]
+        if example.channels
+        else (arguments["alpha"][:, 0, :, None, None])
+    )
+    start = (arguments["initial_state"].double() * alpha.double()).requires_grad_()
     k = arguments["k"][:, 0].double().repeat_interleave(example.R, 1)
     v = arguments["v"][:, 0].double()
     with torch.enable_grad():
@@ -299,6 +304,42 @@ def orthogonal_keys_need_no_correction(backend: str, example: Example) -> Verdic
     rules = ("gated_delta", "gated")
     with_erase, without = (forward(arguments | {"rule": rule}, backend) for rule in rules)
     return judgement_of(arguments, None, example).compare(with_erase, without, 2.0)
+
+
+def a_constant_vector_decays_like_a_scalar(backend: str, example: Example) -> Verdict:
+    """Law 16: equal decays of all channels are the decay of the head; their gradients add up."""
+    example = replace(example, channels=False, rule="gated_delta")
+    arguments = example.arguments()
+    name = "log_alpha" if example.log_gate else "alpha"
+    gate = arguments[name]
+    arguments[name] = gate.unsqueeze(-1).expand(*gate.shape, example.K).contiguous()
+    results = run(arguments, backend, example.cotangents())
+    results[f"d_{name}"] = results[f"d_{name}"].double().sum(-1)
+    # Summing rounds once more for every channel.
+    return compare(example, results, example.run("naive"), 2.0)
+
+
+def a_reset_channel_forgets_its_past(backend: str, example: Example) -> Verdict:
+    """Law 17: with alpha_1 = 0 in channel c, row c of S_0 changes nothing, and has no gradient."""
+    changes: dict[str, Any] = {"lengths": None, "initial_state": True, "rule": "gated_delta"}
+    example = replace(example, channels=True, T=max(example.T, 1), **changes)
+    arguments = example.arguments()
+    channel = example.seed % example.K
+    gate = "log_alpha" if example.log_gate else "alpha"
+    arguments[gate][:, 0, :, channel] = float("-inf") if example.log_gate else 0.0
+    results = run(arguments, backend, example.cotangents())
+    if bool(results["d_initial_state"][:, :, channel].any()):
+        return Verdict.exact(False, f"d_initial_state of channel {channel} is not 0")
+    changed = dict(arguments)
+    changed["initial_state"] = arguments["initial_state"].clone()
+    changed["initial_state"][:, :, channel] *= -3
+    other = forward(changed, backend)
+    are_equal = all(torch.equal(other[name], results[name]) for name in other)
+    return Verdict.exact(are_equal, f"a result depends on what channel {channel} held")
+
+
+def _has_channels(limits: Limits) -> bool:
+    return "channel" in limits.decays and limits.grad
 
 
 def _has_grad(limits: Limits) -> bool:
@@ -335,5 +376,7 @@ LAWS: tuple[Law, ...] = (
     Law(delta_is_one_step_of_gradient_descent, rules=("gated_delta",)),
     Law(delta_is_gated_delta_without_decay, rules=("gated_delta", "delta"), needs=_has_grad),
     Law(orthogonal_keys_need_no_correction, rules=("gated_delta", "gated")),
+    Law(a_constant_vector_decays_like_a_scalar, rules=("gated_delta",), needs=_has_channels),
+    Law(a_reset_channel_forgets_its_past, rules=("gated_delta",), needs=_has_channels),
 )
 """Every law of docs/math.md §8."""

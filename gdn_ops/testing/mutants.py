@@ -22,11 +22,12 @@ from gdn_ops.call.memory import overlaps_itself
 from gdn_ops.call.numerics import inverse_norm
 from gdn_ops.dispatch.registry import Backend, Forward
 from gdn_ops.spec.ops import GATED_DELTA_STEP
+from gdn_ops.spec.rules import Limits
 from gdn_ops.testing.compiled import COMPILED
 from gdn_ops.testing.runs import installed
 from gdn_ops.torch_ops import eager
 
-__all__ = ["MUTATIONS", "mutant", "unguarded"]
+__all__ = ["MUTATIONS", "can_show", "mutant", "unguarded"]
 
 Mutation = Callable[[Backend, Call], tuple[Tensor, Tensor]]
 """A function from a backend and a call of `gated_delta` to wrong (o, final_state)."""
@@ -46,7 +47,7 @@ def decay_after_the_error(backend: Backend, call: Call) -> tuple[Tensor, Tensor]
     With beta' = beta / alpha and v' = alpha v the right rule computes just that.
     """
     alpha = _decay(call)
-    if alpha is None or not call.rule.has_erase:
+    if alpha is None or not call.rule.has_erase or call.widths.decay == "channel":
         return eager.run_sequence(backend, call)
     alpha = alpha.clamp(min=0.05)
     beta = torch.ones_like(alpha) if call.tokens.beta is None else call.tokens.beta
@@ -59,7 +60,7 @@ def ungated_inverse(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
 
     v' makes the right inverse give U of the wrong one: (I + A) U_wrong = beta (v' - b K S).
     """
-    if not call.rule.has_erase or not call.rule.has_decay or call.cu_seqlens is not None:
+    if not call.rule.has_erase or call.widths.decay != "scalar" or call.cu_seqlens is not None:
         return eager.run_sequence(backend, call)
     outputs, state = [], call.state
     for start in range(0, call.sizes.T, 16):
@@ -133,7 +134,8 @@ def state_of_the_padded_tail(backend: Backend, call: Call) -> tuple[Tensor, Tens
     missing, alpha = -call.sizes.T % 16, _decay(call)
     if alpha is None or call.cu_seqlens is not None or not call.sizes.T:
         return o, state
-    return o, state * (alpha[:, -1, :, None, None].to(state.dtype) ** missing)
+    last = alpha[:, -1] if call.widths.decay == "channel" else alpha[:, -1, :, None]
+    return o, state * (last.unsqueeze(-1).to(state.dtype) ** missing)
 
 
 def narrow_products(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
@@ -182,6 +184,15 @@ def flushed_decays(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
         exact_zero = torch.full_like(log_alpha, -torch.inf)
         call = _with(call, log_alpha=torch.where(log_alpha < -85.2, exact_zero, log_alpha))
     return eager.run_sequence(backend, call)
+
+
+def one_decay_for_all_channels(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Let every channel decay by the mean of all."""
+    alpha = _decay(call)
+    if alpha is None or call.widths.decay != "channel":
+        return eager.run_sequence(backend, call)
+    mean = alpha.mean(-1, keepdim=True).expand_as(alpha)
+    return eager.run_sequence(backend, _with(call, alpha=mean, log_alpha=None))
 
 
 def skipped_rows_run(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -246,7 +257,7 @@ def _decoded(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | Non
     return eager.decode_many(backend, call)
 
 
-def _with(call: Call, **tokens: Tensor) -> Call:
+def _with(call: Call, **tokens: Any) -> Call:
     return replace(call, tokens=call.tokens._replace(**tokens))
 
 
@@ -271,6 +282,7 @@ SEQUENCE_MUTATIONS: dict[str, Mutation] = {
         half_states_of_chunks,
         normalised_values,
         flushed_decays,
+        one_decay_for_all_channels,
     )
 }
 """Mistakes in `gated_delta`, by name."""
@@ -296,6 +308,15 @@ _GUARDS: dict[str, tuple[ModuleType, str, Callable[..., Any]]] = {
 
 MUTATIONS: dict[str, Mutation | DecodeMutation] = {**SEQUENCE_MUTATIONS, **DECODE_MUTATIONS}
 """Every mistake by name."""
+
+
+def can_show(mutation: str, limits: Limits) -> bool:
+    """Return whether a backend with the given limits takes calls in which a mistake shows."""
+    return mutation not in _OF_CHANNELS or "channel" in limits.decays
+
+
+_OF_CHANNELS = frozenset({"one_decay_for_all_channels"})
+"""Names the mistakes that show only where every channel has a decay of its own."""
 
 
 @contextlib.contextmanager

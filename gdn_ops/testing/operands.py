@@ -22,7 +22,8 @@ class _Run(NamedTuple):
     Attributes:
         q, k: (N, T, HV, K, 1), normalised where the call asks for it, q with its scale.
         v, d_o: (N, T, HV, 1, V).
-        alpha, beta: (N, T, HV, 1, 1).
+        alpha: (N, T, HV, 1, 1), or (N, T, HV, K, 1) of channels.
+        beta: (N, T, HV, 1, 1).
         start, d_final: (N, HV, K, V).
         erase: 1.0 for a rule that erases, else 0.0.
         chunk: tokens of a chunk.
@@ -138,10 +139,10 @@ def _backward(x: _Run, tokens: list[_Token]) -> Results:
         d_state = d_state - erase * d_u
         written = written + erase.abs() * torch.maximum(d_u.abs(), d_u_whole.abs())
         d_alpha = (token.before * written).square() + (token.all_before * d_state).square()
-        grads["d_alpha"].append(torch.sqrt(d_alpha.sum((-2, -1))))
+        grads["d_alpha"].append(torch.sqrt(d_alpha.sum(-1).sum_to_size(alpha.shape[:-1])))
         d_state, unerased, written = alpha * d_state, alpha * unerased, alpha * written
     shapes = {"d_q": x.q.squeeze(-1), "d_k": x.k.squeeze(-1), "d_v": x.v.squeeze(-2)}
-    shapes |= {"d_alpha": x.alpha[..., 0, 0], "d_beta": x.beta[..., 0, 0]}
+    shapes |= {"d_alpha": x.alpha[..., 0], "d_beta": x.beta[..., 0, 0]}
     stacked = {n: torch.stack(g[::-1], 1) if g else shapes[n] for n, g in grads.items()}
     return stacked | {"d_initial_state": written}
 
@@ -163,6 +164,8 @@ def _as_given(sizes: Results, arguments: dict[str, Any], example: Example) -> Re
             along = torch.sqrt((unit * size).square().sum(-1, keepdim=True))
             size = (size + unit.abs() * along) * inverse
         sizes[f"d_{name}"] = size
+    if not example.channels:
+        sizes["d_alpha"] = sizes["d_alpha"].squeeze(-1)
     if arguments.get("log_alpha") is not None:
         sizes["d_log_alpha"] = sizes["d_alpha"] * arguments["log_alpha"].double().exp()
     return sizes
@@ -181,7 +184,8 @@ def _runs(
     if arguments.get("log_alpha") is not None:
         alpha = arguments["log_alpha"].double().exp()
     ones = v.new_ones(s.B, s.T, s.HV)
-    gates = [(ones if x is None else x.double())[..., None, None] for x in (alpha, beta)]
+    gates = [(ones if x is None else x.double())[..., None] for x in (alpha, beta)]
+    gates = [x if x.dim() == 5 else x[..., None] for x in gates]
     start, zeros = arguments.get("initial_state"), v.new_zeros(s.N, s.HV, s.K, s.V)
     start = zeros if start is None else start
     d_o, d_final = (torch.zeros_like(v), zeros) if cotangents is None else cotangents

@@ -289,7 +289,10 @@ def _chunk(example: Example) -> int:
 
 
 def _carried(arguments: dict[str, Any], example: Example) -> Tensor:
-    """Return the product of the decays per (sequence, head): the share of a state that is left."""
+    """Return the product of the decays per (sequence, head): the share of a state that is left.
+
+    Of channels it is that of the one with most left.
+    """
     gate = arguments.get("alpha")
     if arguments.get("log_alpha") is not None:
         gate = arguments["log_alpha"].double().exp()
@@ -298,9 +301,11 @@ def _carried(arguments: dict[str, Any], example: Example) -> Tensor:
         return torch.ones(s.N, s.HV, dtype=torch.float64, device=arguments["q"].device)
     wide: Tensor = gate.double()
     if example.lengths is None:
-        return wide.prod(1)
-    parts = wide[0].split(list(example.lengths))
-    return torch.stack([part.prod(0) for part in parts]) if parts else wide.new_ones(0, s.HV)
+        left = wide.prod(1)
+    else:
+        parts = [part.prod(0) for part in wide[0].split(list(example.lengths))]
+        left = torch.stack(parts) if parts else wide.new_ones(0, *wide.shape[2:])
+    return left.amax(-1) if example.channels else left
 
 
 def _largest_log_sum(arguments: dict[str, Any], chunk: int) -> float:

@@ -88,6 +88,7 @@ def calls(
         beta=draw(st.sampled_from(BETAS)),
         keys=draw(st.sampled_from(KEYS)),
         log_gate=rule.has_decay and draw(st.booleans()),
+        channels="channel" in {*rule.decays} & {*limits.decays} and draw(st.booleans()),
         initial_state=draw(st.booleans()),
         # A normalised single number is its sign: its gradient is nothing but cancellation.
         qk_l2norm=drawn["K"] > 1 and is_normed,

@@ -34,7 +34,9 @@ def pool(**changes: Any) -> dict[str, Any]:
 BAD_SHAPES = [
     (sequence, "q", (2, 8, 64), "(B, T, H, K): 4 dimensions, not 3"),
     (sequence, "v", (), "(B, T, HV, V): 4 dimensions, not 0"),
-    (sequence, "alpha", (2, 8), "(B, T, HV): 3 dimensions, not 2"),
+    (sequence, "alpha", (2, 8), "(B, T, HV) or (B, T, HV, K)"),
+    (sequence, "beta", (2, 8), "(B, T, HV): 3 dimensions, not 2"),
+    (sequence, "alpha", (2, 8, 8, 15), "(B, T, HV, K) = (2, 8, 8, 16); K is fixed by q"),
     (sequence, "k", (2, 7, 4, 16), "(B, T, H, K) = (2, 8, 4, 16); T is fixed by q"),
     (
         sequence,

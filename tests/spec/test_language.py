@@ -264,17 +264,16 @@ def test_no_argument_of_a_few_steps_has_a_gradient() -> None:
 # The family grows by values: a rule that takes a decay per channel, and an alpha that may be one.
 
 
-def with_channel_decays() -> OpSpec:
-    """Return GATED_DELTA whose alpha may be (B, T, HV, K), for the one rule that takes it."""
-    spec = with_arg("alpha", shapes=shapes("B T HV", "B T HV K"))
-    wide, *others = spec.rules
-    return replace(spec, rules=(replace(wide, decays=("scalar", "channel")), *others))
+def with_a_narrow_rule() -> OpSpec:
+    """Return GATED_DELTA whose rule `gated` takes a decay per head only."""
+    narrow = [replace(r, decays=("scalar",)) if r.name == "gated" else r for r in GATED_DELTA.rules]
+    return replace(GATED_DELTA, rules=tuple(narrow))
 
 
 def bound(alpha: torch.Tensor, rule: str = "gated_delta") -> Call:
     x = torch.zeros(1, 5, 2, 3)
     named = {"q": x, "k": x, "v": x, "alpha": alpha, "rule": rule}
-    spec = with_channel_decays()
+    spec = with_a_narrow_rule()
     return bind(spec, arguments_of(spec, named))
 
 
@@ -284,10 +283,10 @@ def test_a_decay_per_channel_is_a_shape_of_alpha_and_a_reason_against_who_lacks_
     call = bound(torch.ones(1, 5, 2, 3))
     assert call.widths == ("channel", "scalar", "scalar")
     backend = installed("torch")
-    assert reasons(backend, call) == ["channel decay (supported: none, scalar)"]
-    wider = replace(backend.limits, decays=("none", "scalar", "channel"))
-    able = type("Able", (type(backend),), {"limits": wider})
-    assert reasons(able(), call) == []
+    assert reasons(backend, call) == []
+    narrow = replace(backend.limits, decays=("none", "scalar"))
+    unable = type("Unable", (type(backend),), {"limits": narrow})
+    assert reasons(unable(), call) == ["channel decay (supported: none, scalar)"]
 
 
 @pytest.mark.parametrize(
@@ -306,5 +305,5 @@ def test_a_wrong_decay_is_told_every_shape_that_fits(
 
 
 def test_the_page_of_an_op_lists_every_shape() -> None:
-    line = docs.argument_line(with_channel_decays().tensor["alpha"])
-    assert line.startswith("(B, T, HV), or (B, T, HV, K): decay;")
+    line = docs.argument_line(GATED_DELTA.tensor["alpha"])
+    assert line.startswith("(B, T, HV), or (B, T, HV, K): decay of a head, or of each key channel;")

@@ -90,8 +90,8 @@ WRONG: dict[str, tuple[OpSpec, list[str]]] = {
         ],
     ),
     "extra axis": (
-        with_arg("log_alpha", shapes=shapes("B T HV K")),
-        ["documentation: argument 'log_alpha' should have shape (B, T, HV, K)"],
+        with_arg("beta", shapes=shapes("B T HV K")),
+        ["documentation: argument 'beta' should have shape (B, T, HV, K)"],
     ),
     "missing rule": (
         replace(GATED_DELTA, rules=GATED_DELTA.rules[:-1]),
