@@ -27,7 +27,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from gdn_ops.backends.torch import Torch
+from gdn_ops.backends.torch import Torch, channels
 from gdn_ops.backends.torch.chunk_backward import SegmentGrads, backward_segment
 from gdn_ops.backends.torch.chunk_forward import Segment, forward_segment
 from gdn_ops.backends.torch.decode import StepOptions, advance_token, decode_one
@@ -79,7 +79,6 @@ class Compile(Torch):
     traceable_step = False
     compiler: ClassVar[str] = "inductor"
 
-    limits = replace(Torch.limits, decays=("none", "scalar"))
     chunking = CHUNKING
     chunking_without_gradients: ClassVar[Mapping[str, tuple[int, int]]] = {}
     chunks_to_try = (1,)
@@ -98,10 +97,11 @@ class Compile(Torch):
         )
 
     def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
-        if call.needs_grad:
+        if call.needs_grad or call.widths.apart:
+            # With erase and write a step has more to read than kernels to launch: plain torch.
             return decode_one(call)
         options = StepOptions.of(call)
-        tensors = (*call.tokens, call.state)
+        tensors = (*call.tokens[:6], call.state)
         return _run(_step, tensors, options)  # type: ignore[no-any-return]
 
     def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -297,9 +297,22 @@ def _forward_chunk(tensors: Any, constants: Constants) -> Tensor:
     return forward_segment(Segment(*tensors[:-2]), state, scale, has_erase, (out,), inplace=False)
 
 
+def _wide_chunk(tensors: Any, constants: Constants) -> tuple[Tensor, Tensor]:
+    """Run one chunk of (*x, state) whose gates are wide; return its output and the new state.
+
+    The output is copied by the caller: inductor of torch 2.13 writes a wrong second head group
+    where it fuses that copy, into memory of other strides, with the product before it.
+    """
+    *operands, state = tensors
+    return channels.run_segment(Segment(*operands), state, *constants)
+
+
 def _backward_chunk(tensors: Any, constants: Constants) -> SegmentGrads:
     """Return the gradients of one chunk of (*x, state, d_o, d_state)."""
-    return backward_segment(Segment(*tensors[:-3]), *tensors[-3:], *constants)
+    x = Segment(*tensors[:-3])
+    if x.is_wide():
+        return channels.pulled_back(x, *tensors[-3:], *constants)
+    return backward_segment(x, *tensors[-3:], *constants)
 
 
 def _forward(
@@ -307,6 +320,10 @@ def _forward(
 ) -> Tensor:
     (view,) = out
     rows, heads, _, tokens, _ = view.shape
+    if x.is_wide():
+        o, state = _run(_wide_chunk, (*_laid_out(x), state), (scale, has_erase))
+        view.copy_(o[0].unflatten(0, view.shape[:3])[..., :tokens, :])
+        return state
     # A shorter output, that of the last chunk, would be a shape class of its own, and so would each
     # distance in memory from one row of a batch to the next.
     if rows == 1 and tokens == x.tokens() and view.dtype == x.v.dtype:
@@ -329,7 +346,13 @@ def _empty_output(x: Segment) -> Tensor:
 
 
 def _laid_out(x: Segment) -> Segment:
-    """Return a segment whose v does not tell from its strides what it is a part of."""
+    """Return a segment whose tensors do not tell from their strides what they are a part of."""
+    gates = {
+        name: y.contiguous()
+        for name, y in (("alpha", x.alpha), ("erase", x.erase), ("write", x.write))
+        if y is not None
+    }
+    x = x._replace(**gates) if gates else x
     if x.v.is_contiguous():
         return x
     # There is one chunk; a new first axis gets its stride from the others.
@@ -338,6 +361,8 @@ def _laid_out(x: Segment) -> Segment:
 
 
 def _advance(x: Segment, state: Tensor, scale: float, has_erase: bool) -> Tensor:
+    if x.is_wide():
+        return _run(_wide_chunk, (*_laid_out(x), state), (scale, has_erase))[1]  # type: ignore[no-any-return]
     # The function of a forward, whose output nobody reads: one without would be compiled once T has
     # more chunks than states are kept.
     return _run_chunk(x, state, _empty_output(x), scale, has_erase)

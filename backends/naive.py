@@ -16,7 +16,7 @@ from gdn_ops.call.bind import Call
 from gdn_ops.call.numerics import l2norm, l2norm_backward
 from gdn_ops.call.transforms import integers
 from gdn_ops.dispatch.registry import Backend, Forward, Grads
-from gdn_ops.spec.rules import Limits
+from gdn_ops.spec.rules import Limits, Width
 
 
 class Operands(NamedTuple):
@@ -26,8 +26,8 @@ class Operands(NamedTuple):
         q, k: (B, T, HV, K).
         v: (B, T, HV, V).
         alpha: (B, T, HV, 1) decay, or (B, T, HV, K) of each channel, or None for 1.
-        erase: (B, T, HV) erase strength e, or None for 0.
-        write: (B, T, HV) write strength w.
+        erase: (B, T, HV, 1) erase strength e, or (B, T, HV, K) of each channel, or None for 0.
+        write: (B, T, HV, 1) write strength w, or (B, T, HV, V) of each channel.
     """
 
     q: Tensor
@@ -60,10 +60,10 @@ def recurrence(x: Operands, state: Tensor, scale: float) -> tuple[Tensor, Tensor
         # §2, §9 S' = diag(α_t) S_{t-1}           [K, V]
         if alpha is not None:
             state = alpha[:, t, :, :, None] * state
-        # §2 u_t = w_t v_t − e_t S'ᵀ k_t          [V]
-        u_t = write[:, t, :, None] * v[:, t]
+        # §2, §9 u_t = w_t ⊙ v_t − S'ᵀ (e_t ⊙ k_t)    [V]
+        u_t = write[:, t] * v[:, t]
         if erase is not None:
-            u_t = u_t - erase[:, t, :, None] * (state * k_t).sum(-2)
+            u_t = u_t - (state * (erase[:, t].unsqueeze(-1) * k_t)).sum(-2)
         # §2 S_t = S' + k_t u_tᵀ                  [K, V]
         state = state + k_t * u_t.unsqueeze(-2)
         # §2 o_t = s S_tᵀ q_t                     [V]
@@ -85,8 +85,8 @@ def reverse_scan(
         Gradients of q, k, v, alpha, erase, write and of the initial state.
     """
     q, k, v, write = x.q, x.k, x.v, x.write
-    alpha = torch.ones_like(write).unsqueeze(-1) if x.alpha is None else x.alpha
-    erase = torch.zeros_like(write) if x.erase is None else x.erase
+    alpha = torch.ones_like(write[..., :1]) if x.alpha is None else x.alpha
+    erase = torch.zeros_like(write[..., :1]) if x.erase is None else x.erase
     states = [state]
     tokens = range(q.shape[1])
     for t in tokens:
@@ -96,23 +96,24 @@ def reverse_scan(
     for t in reversed(tokens):
         k_t, q_t, d_o_t = (y[:, t].unsqueeze(-1) for y in (k, q, d_o))
         a_t = alpha[:, t, :, :, None]
-        e_t, w_t = erase[:, t, :, None], write[:, t, :, None]
+        e_t, w_t = erase[:, t].unsqueeze(-1), write[:, t]
         S_prime = a_t * states[t]
-        kS = (S_prime * k_t).sum(-2)
-        u_t = w_t * v[:, t] - e_t * kS
+        ek_t = e_t * k_t
+        u_t = w_t * v[:, t] - (S_prime * ek_t).sum(-2)
         # §5 dS ← dS + s q_t do_tᵀ,  dq_t = s S_t do_t
         d_state = d_state + scale * q_t * d_o_t.mT
         d_q[:, t] = scale * (states[t + 1] @ d_o_t).squeeze(-1)
         # §5 du_t = dSᵀ k_t
         d_u = (d_state * k_t).sum(-2)
-        # §5 dβ_t = du_t · (v_t − S'ᵀ k_t), here by its two strengths,  dv_t = w_t du_t
-        d_write[:, t] = (d_u * v[:, t]).sum(-1)
-        d_erase[:, t] = -(d_u * kS).sum(-1)
+        # §9 dw_t = du_t ⊙ v_t,  de_t = −k_t ⊙ (S' du_t),  summed over channels for scalars
+        read = S_prime @ d_u.unsqueeze(-1)
+        d_write[:, t] = (d_u * v[:, t]).sum_to_size(w_t.shape)
+        d_erase[:, t] = -(k_t * read).squeeze(-1).sum_to_size(e_t.shape[:-1])
+        # §9 dv_t = w_t ⊙ du_t,  dk_t = dS u_t − e_t ⊙ (S' du_t)
         d_v[:, t] = w_t * d_u
-        # §5 dk_t = dS u_t − e_t S' du_t
-        d_k[:, t] = (d_state @ u_t.unsqueeze(-1) - S_prime @ (e_t * d_u).unsqueeze(-1)).squeeze(-1)
-        # §5 dS' = dS − e_t k_t du_tᵀ,  dα_t = ⟨dS', S_{t-1}⟩,  dS_{t-1} = α_t dS'
-        d_prime = d_state - k_t * (e_t * d_u).unsqueeze(-2)
+        d_k[:, t] = (d_state @ u_t.unsqueeze(-1) - e_t * read).squeeze(-1)
+        # §9 dS' = dS − (e_t ⊙ k_t) du_tᵀ,  dS_{t-1} = α_t dS'
+        d_prime = d_state - ek_t * d_u.unsqueeze(-2)
         # §9 dα_tc = Σ_v dS'_cv S_{t-1,cv}, summed over c for a scalar
         d_alpha[:, t] = (d_prime * states[t]).sum(-1).sum_to_size(a_t.shape[:-1])
         d_state = a_t * d_prime
@@ -127,15 +128,22 @@ def _lowered(call: Call) -> Operands:
     q, k = (l2norm(x) if call.qk_l2norm else x.to(dtype) for x in (q, k))
     q, k = (x.repeat_interleave(call.sizes.R, 2) for x in (q, k))
 
-    def gate(x: Tensor, *channels: int) -> Tensor:
-        return x.to(dtype).reshape(*v.shape[:-1], *channels)
+    sizes, widths, tokens = call.sizes, call.widths, call.tokens
+    one = torch.ones(*v.shape[:-1], 1, dtype=dtype, device=v.device)
 
-    channels = call.sizes.K if call.widths.decay == "channel" else 1
-    alpha = None if call.tokens.alpha is None else gate(call.tokens.alpha, channels)
-    if call.tokens.log_alpha is not None:
-        alpha = gate(call.tokens.log_alpha, channels).exp()
-    ones = torch.ones(v.shape[:-1], dtype=dtype, device=v.device)
-    beta = ones if call.tokens.beta is None else gate(call.tokens.beta)
+    def gate(x: Tensor | None, width: Width, channels: int) -> Tensor:
+        if x is None:
+            return one
+        return x.to(dtype).reshape(*v.shape[:-1], channels if width == "channel" else 1)
+
+    alpha = None if tokens.alpha is None else gate(tokens.alpha, widths.decay, sizes.K)
+    if tokens.log_alpha is not None:
+        alpha = gate(tokens.log_alpha, widths.decay, sizes.K).exp()
+    if widths.apart:
+        erase = gate(tokens.erase, widths.erase, sizes.K)
+        write = gate(tokens.write, widths.write, sizes.V)
+        return Operands(q, k, v.to(dtype), alpha, erase, write)
+    beta = gate(tokens.beta, "scalar", 1)
     return Operands(q, k, v.to(dtype), alpha, beta if call.rule.has_erase else None, beta)
 
 
@@ -177,14 +185,14 @@ def _raised(call: Call, x: Operands, grads: tuple[Tensor, ...], d_start: Tensor)
     d_q, d_k = d_q.unflatten(2, heads).sum(3), d_k.unflatten(2, heads).sum(3)
     if call.qk_l2norm:
         d_q, d_k = l2norm_backward(call.tokens.q, d_q), l2norm_backward(call.tokens.k, d_k)
-    if call.widths.decay != "channel":
-        d_alpha = d_alpha.squeeze(-1)
-    d_log_alpha = d_alpha if x.alpha is None else x.alpha.view_as(d_alpha) * d_alpha
-    d_beta = d_write + d_erase if call.rule.has_erase else d_write
-    gradients = (d_q, d_k, d_v, d_alpha, d_log_alpha, d_beta, d_start)
+    d_log_alpha = d_alpha if x.alpha is None else x.alpha * d_alpha
+    d_beta = d_write
+    if call.rule.has_erase and not call.widths.apart:
+        d_beta = d_write + d_erase
+    gradients = (d_q, d_k, d_v, d_alpha, d_log_alpha, d_beta, d_erase, d_write, d_start)
     return Grads(
         *(
-            None if argument is None else grad.to(argument.dtype)
+            None if argument is None else grad.to(argument.dtype).reshape(argument.shape)
             for argument, grad in zip((*call.tokens, call.state), gradients, strict=True)
         )
     )
@@ -197,6 +205,9 @@ class Naive(Backend):
     limits = Limits(
         devices=("*",),
         decays=("none", "scalar", "channel"),
+        erases=("none", "scalar", "channel"),
+        writes=("scalar", "channel"),
+        apart=True,
         second_grad=True,
         forward_mode=True,
     )

@@ -31,6 +31,8 @@ def gated_delta(
     beta: Tensor | None = ...,
     *,
     log_alpha: Tensor | None = ...,
+    erase: Tensor | None = ...,
+    write: Tensor | None = ...,
     rule: str = ...,
     scale: float | None = ...,
     qk_l2norm: bool = ...,
@@ -49,6 +51,8 @@ def gated_delta(
     beta: Tensor | None = ...,
     *,
     log_alpha: Tensor | None = ...,
+    erase: Tensor | None = ...,
+    write: Tensor | None = ...,
     rule: str = ...,
     scale: float | None = ...,
     qk_l2norm: bool = ...,
@@ -66,6 +70,8 @@ def gated_delta(
     beta: Tensor | None = None,
     *,
     log_alpha: Tensor | None = None,
+    erase: Tensor | None = None,
+    write: Tensor | None = None,
     rule: str = "gated_delta",
     scale: float | None = None,
     qk_l2norm: bool = False,
@@ -79,7 +85,7 @@ def gated_delta(
     if unknown:
         refuse_unknown(GATED_DELTA, unknown)
     arguments = Arguments(
-        Tokens(q, k, v, alpha, log_alpha, beta),
+        Tokens(q, k, v, alpha, log_alpha, beta, erase, write),
         initial_state,
         cu_seqlens,
         rule=rule,
@@ -102,6 +108,8 @@ def gated_delta_step(
     state: Tensor | None = None,
     *,
     log_alpha: Tensor | None = None,
+    erase: Tensor | None = None,
+    write: Tensor | None = None,
     rule: str = "gated_delta",
     scale: float | None = None,
     qk_l2norm: bool = False,
@@ -113,7 +121,7 @@ def gated_delta_step(
     if unknown:
         refuse_unknown(GATED_DELTA_STEP, unknown)
     arguments = Arguments(
-        Tokens(q, k, v, alpha, log_alpha, beta),
+        Tokens(q, k, v, alpha, log_alpha, beta, erase, write),
         state,
         state_indices=state_indices,
         rule=rule,
@@ -135,6 +143,8 @@ def gated_delta_steps(
     state: Tensor | None = ...,
     *,
     log_alpha: Tensor | None = ...,
+    erase: Tensor | None = ...,
+    write: Tensor | None = ...,
     rule: str = ...,
     scale: float | None = ...,
     qk_l2norm: bool = ...,
@@ -153,6 +163,8 @@ def gated_delta_steps(
     state: Tensor | None = ...,
     *,
     log_alpha: Tensor | None = ...,
+    erase: Tensor | None = ...,
+    write: Tensor | None = ...,
     rule: str = ...,
     scale: float | None = ...,
     qk_l2norm: bool = ...,
@@ -170,6 +182,8 @@ def gated_delta_steps(
     state: Tensor | None = None,
     *,
     log_alpha: Tensor | None = None,
+    erase: Tensor | None = None,
+    write: Tensor | None = None,
     rule: str = "gated_delta",
     scale: float | None = None,
     qk_l2norm: bool = False,
@@ -182,7 +196,7 @@ def gated_delta_steps(
     if unknown:
         refuse_unknown(GATED_DELTA_STEPS, unknown)
     arguments = Arguments(
-        Tokens(q, k, v, alpha, log_alpha, beta),
+        Tokens(q, k, v, alpha, log_alpha, beta, erase, write),
         state,
         state_indices=state_indices,
         rule=rule,

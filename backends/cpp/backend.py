@@ -94,9 +94,9 @@ class Cpp(Backend):
             saved = self.forward(call).saved
         given, s = call, call.sizes
         call, initial = _prepared(call)
-        q, k, v, alpha, log_alpha, beta = given.tokens
+        q, k, v, alpha, log_alpha, beta, *_ = given.tokens
         decay = log_alpha if alpha is None else alpha
-        to_q, to_k, to_v, *to_decays, to_beta = (given.targets or Targets()).of_tokens
+        to_q, to_k, to_v, *to_decays, to_beta = (given.targets or Targets()).of_tokens[:6]
         to_decay = to_decays[alpha is None]
         d_q = empty((s.B, s.T, s.H, s.K), q.dtype, call.device) if to_q is None else to_q
         d_k = empty((s.B, s.T, s.H, s.K), k.dtype, call.device) if to_k is None else to_k
@@ -120,7 +120,7 @@ class Cpp(Backend):
             None if alpha is None else d_decay,
             None if log_alpha is None else d_decay,
             d_beta if beta is None or d_beta is None else d_beta.to(beta.dtype),
-            d_initial
+            state=d_initial
             if given.state is None or d_initial is None
             else d_initial.to(given.state.dtype),
         )
@@ -201,7 +201,7 @@ def _prepared(call: Call) -> tuple[Call, Tensor | None]:
 
 def _readable(tokens: Tokens) -> Tokens:
     """Return tokens that the kernels read."""
-    q, k, v, alpha, log_alpha, beta = tokens
+    q, k, v, alpha, log_alpha, beta, *_ = tokens
     return Tokens(
         *(calls.readable(x) for x in (q, k, v)),
         *(calls.gate(x) for x in (alpha, log_alpha, beta)),
@@ -210,7 +210,7 @@ def _readable(tokens: Tokens) -> Tokens:
 
 def _arrays(tokens: Tokens) -> tuple[calls.Array, ...]:
     """Return the arrays of q, k, v, decay and beta of sequences."""
-    q, k, v, alpha, log_alpha, beta = tokens
+    q, k, v, alpha, log_alpha, beta, *_ = tokens
     decay = log_alpha if alpha is None else alpha
     return tuple(calls.array(x) for x in (q, k, v, decay, beta))
 
@@ -231,7 +231,7 @@ def _decode(call: Call, o: Tensor, states: Tensor | None, array: calls.Reader) -
     elif held.stride()[2:] != (s.V, 1):
         held = held.contiguous()
     if o.numel():
-        q, k, v, alpha, log_alpha, beta = _readable(call.tokens)
+        q, k, v, alpha, log_alpha, beta, *_ = _readable(call.tokens)
         decay = log_alpha if alpha is None else alpha
         arrays = tuple(array(x) for x in (q, k, v, decay, beta, o))
         slots = call.state_indices

@@ -45,7 +45,7 @@ def prepared_decode(call: Call) -> Prepared | None:
     shape_of_states, in_order = (s.B, s.T, s.HV, s.K, s.V), torch.contiguous_format
 
     def run(arguments: Arguments) -> Any:
-        (q, k, v, alpha, log_alpha, beta), old, _, slots, *_ = arguments
+        (q, k, v, alpha, log_alpha, beta, *_), old, _, slots, *_ = arguments
         assert old is not None
         o = torch.empty_like(v, memory_format=in_order)
         new = old if call.inplace else torch.empty_like(old, memory_format=in_order)
@@ -94,7 +94,7 @@ def as_rows(call: Call) -> Call | None:
 
 def _is_direct(call: Call) -> bool:
     """Return whether the kernel reads and writes the tensors of a decode call as they are."""
-    q, k, v, alpha, log_alpha, beta = call.tokens
+    q, k, v, alpha, log_alpha, beta, *_ = call.tokens
     state, slots = call.state, call.state_indices
     if state is None or not v.numel() or state.stride()[2:] != (call.sizes.V, 1):
         return False
@@ -110,7 +110,7 @@ def _is_direct(call: Call) -> bool:
 
 def _packed(call: Call) -> bytes:
     """Return `GdnRepeated` of a call on tensors without memory."""
-    q, k, v, alpha, log_alpha, beta = call.tokens
+    q, k, v, alpha, log_alpha, beta, *_ = call.tokens
     state, slots = call.state, call.state_indices
     assert state is not None
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)

@@ -24,7 +24,7 @@ from gdn_ops.dispatch.registry import Backend, Forward, Grads
 from gdn_ops.kernel_support.host_memory import empty, settle_allocator
 from gdn_ops.kernel_support.tuning import TRIED, trying
 from gdn_ops.spec.ops import GATED_DELTA
-from gdn_ops.spec.rules import Limits
+from gdn_ops.spec.rules import Limits, Width
 
 CHUNKING = {"cpu": (32, 4), "*": (64, 16)}
 """(tokens per chunk, chunks per segment) per device type. cpu: measured on two AVX-512 cores
@@ -60,6 +60,9 @@ class Torch(Backend):
     limits = Limits(
         devices=("*",),
         decays=("none", "scalar", "channel"),
+        erases=("none", "scalar", "channel"),
+        writes=("scalar", "channel"),
+        apart=True,
         second_grad=True,
         forward_mode=True,
         chunk_sizes=range(1, 257),
@@ -80,7 +83,7 @@ class Torch(Backend):
             table = {**self.chunking, **own}
             chunk_size, chunks = table.get(call.device.type, table["*"])
             chunk_size = call.chunk_size or chunk_size
-        if call.widths.decay == "channel":
+        if call.widths.are_wide():
             return SegmentPlan(
                 chunk_size,
                 chunks,
@@ -159,7 +162,7 @@ class Torch(Backend):
         return decode_one(call)
 
     def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-        if call.widths.decay == "channel":
+        if call.widths.are_wide():
             return super().decode_many(call)
         return decode_many(call)
 
@@ -230,21 +233,28 @@ class _Gradients(NamedTuple):
     v: Tensor
     beta: Tensor
     alpha: Tensor
+    erase: Tensor
+    write: Tensor
     state: Tensor
 
     @staticmethod
     def empty(call: Call) -> _Gradients:
         s, dtype, device = call.sizes, call.compute_dtype, call.device
+        apart = call.widths.apart
+
+        def gate(width: Width, channels: int, is_there: bool = True) -> Tensor:
+            tokens = s.T if is_there else 0
+            axes = (channels,) if width == "channel" else ()
+            return empty((s.B, tokens, s.HV, *axes), dtype, device)
+
         return _Gradients(
             empty((s.B, s.T, s.H, s.K), call.tokens.q.dtype, device),
             empty((s.B, s.T, s.H, s.K), call.tokens.k.dtype, device),
             empty((s.B, s.T, s.HV, s.V), call.tokens.v.dtype, device),
-            empty((s.B, s.T, s.HV), dtype, device),
-            empty(
-                (s.B, s.T, s.HV, *((s.K,) if call.widths.decay == "channel" else ())),
-                dtype,
-                device,
-            ),
+            gate("scalar", 1),
+            gate(call.widths.decay, s.K),
+            gate(call.widths.erase, s.K, apart),
+            gate(call.widths.write, s.V, apart),
             empty((s.N, s.HV, s.K, s.V), dtype, device),
         )
 
@@ -258,8 +268,14 @@ class _Gradients(NamedTuple):
         loader.store(self.k, span, d_k.unsqueeze(2))
         loader.store(self.v, span, grads.v)
         loader.store(self.beta, span, grads.beta)
-        if grads.alpha is not None:
-            loader.store(self.alpha, span, grads.alpha)
+        for into, grad in (
+            (self.alpha, grads.alpha),
+            (self.erase, grads.erase),
+            (self.write, grads.write),
+        ):
+            if grad is not None:
+                is_head = grad.dim() > into.dim() + 1
+                loader.store(into, span, grad.squeeze(-1) if is_head else grad)
 
     def finished(self, call: Call) -> Grads:
         """Return the gradients in the dtypes of the arguments."""
@@ -276,6 +292,13 @@ class _Gradients(NamedTuple):
             self.v,
             d_alpha,
             d_log_alpha,
-            None if call.tokens.beta is None else self.beta.to(call.tokens.beta.dtype),
-            None if call.state is None else self.state.to(call.state.dtype),
+            *(
+                None if x is None else grad.to(x.dtype)
+                for x, grad in (
+                    (call.tokens.beta, self.beta),
+                    (call.tokens.erase, self.erase),
+                    (call.tokens.write, self.write),
+                    (call.state, self.state),
+                )
+            ),
         )

@@ -1,4 +1,4 @@
-"""Compute the chunkwise form of docs/math.md §9 over one segment: a decay for every key channel.
+"""Compute the chunkwise form of docs/math.md §9 over one segment: gates of channels, and e ≠ w.
 
 Decays between tokens are products of gates, formed from the bottom up by multiplications alone:
 of blocks of one token, of two, of four, up to a chunk. Where two blocks of h tokens meet at m,
@@ -9,15 +9,15 @@ so that what tokens i of the second block read of tokens j of the first is one m
 factors that are at most 1. Nothing is divided and no logarithm is taken: an exact 0, a product too
 small for a number and every derivative come out right, and all transforms see through.
 
-    q, k      (n, rows, C, K)    alpha, F, L  (n, rows, C, K)    A, P, T  (n, rows, C, C)
-    v, U      (n, rows, C, V)    beta         (n, rows, C)       S        (rows, K, V)
+    q, k, E = e ⊙ k  (n, rows, C, K)    alpha, since, left  (n, rows, C, K) or (n, rows, C, 1)
+    W = w ⊙ v, U     (n, rows, C, V)    A, P, T  (n, rows, C, C)    S  (rows, K, V)
 
 A row is a value head of a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,13 +32,45 @@ SMALL = 2
 
 
 class Operands(NamedTuple):
-    """Hold the operands of a segment for every value head; see the module docstring for shapes."""
+    """Hold the operands of a segment for every value head; see the module docstring for shapes.
+
+    Attributes:
+        q: with its scale.
+        k: keys, that are written.
+        alpha: decays.
+        erased: E, keys that are read for the error; None without an error term.
+        written: W.
+    """
 
     q: Tensor
     k: Tensor
-    v: Tensor
     alpha: Tensor
-    beta: Tensor
+    erased: Tensor | None
+    written: Tensor
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: tuple[Tensor | None, Tensor | None, Tensor | None],
+        beta: Tensor | None,
+        has_erase: bool,
+    ) -> Operands:
+        """Multiply the strengths into keys and values.
+
+        Args:
+            q, k, v: as in this class, v without its strength.
+            gates: alpha, erase and write with a channel axis, or None.
+            beta: with a channel axis of 1, in place of erase and write; or None for 1.
+            has_erase: whether the rule has an error term.
+        """
+        alpha, erase, write = gates
+        alpha = torch.ones_like(v[..., :1]) if alpha is None else alpha
+        if write is None:
+            erase = write = beta
+        erased = (k if erase is None else erase * k) if has_erase else None
+        return Operands(q, k, alpha, erased, v if write is None else write * v)
 
 
 class Terms(NamedTuple):
@@ -46,56 +78,50 @@ class Terms(NamedTuple):
 
     Attributes:
         P: s lower(Q Kᵀ), every pair with its decays.
-        T_beta: (I + A)⁻¹ diag(β), or None without erase.
+        A: strict_lower(E Kᵀ) likewise, or None without an error term.
         since: b, the decays from the start of the chunk to each token, itself included.
         left: d, those behind each token to the end of the chunk.
     """
 
     P: Tensor
-    T_beta: Tensor | None
+    A: Tensor | None
     since: Tensor
     left: Tensor
 
 
-def operands_of(x: Segment) -> Operands:
+def operands_of(x: Segment, scale: float, has_erase: bool) -> Operands:
     """Return the operands of a segment, q and k repeated for every value head."""
-    assert x.alpha is not None
     R = x.v.shape[2]
     q, k = (y.unsqueeze(2).expand(-1, -1, R, -1, -1).flatten(1, 2) for y in (x.q(), x.k()))
-    return Operands(q, k, x.v.flatten(1, 2), x.alpha.flatten(1, 2), x.beta.flatten(1, 2))
+    gates = tuple(None if y is None else y.flatten(1, 2) for y in (x.alpha, x.erase, x.write))
+    beta = x.beta.flatten(1, 2).unsqueeze(-1)
+    return Operands.of(q * scale, k, x.v.flatten(1, 2), gates, beta, has_erase)  # type: ignore[arg-type]
 
 
-def terms_of(x: Operands, scale: float, has_erase: bool) -> Terms:
-    """Form the terms of §9 that do not depend on the state."""
-    C = x.k.shape[2]
-    qk = torch.stack((x.q * scale, x.k))
+def terms_of(x: Operands) -> Terms:
+    """Form the terms of §9 that do not depend on the state, for chunks of a power of two."""
     # §9 P_ii = s q_i · k_i; A has no diagonal
-    own = (qk[0] * x.k).sum(-1)
-    pairs = torch.stack((own, torch.zeros_like(own)))[..., None, None]
+    pairs = (x.q * x.k).sum(-1)[None, ..., None, None]
+    readers = x.q.unsqueeze(0)
+    if x.erased is not None:
+        pairs = torch.cat((pairs, torch.zeros_like(pairs)))
+        readers = torch.stack((x.q, x.erased))
     since, left = x.alpha.unsqueeze(3), torch.ones_like(x.alpha).unsqueeze(3)
-    qk, k = qk.unsqueeze(4), x.k.unsqueeze(3)
+    readers, k = readers.unsqueeze(4), x.k.unsqueeze(3)
     while since.shape[2] > 1:
         (since_0, since_1), (left_0, left_1) = _halves(since, 2), _halves(left, 2)
         k_0, k_1 = _halves(k, 2)
-        qk_0, qk_1 = _halves(qk, 3)
+        readers_0, readers_1 = _halves(readers, 3)
         first, second = _halves(pairs, 3)
         # §9 s Σ_c q_ic k_jc Π_{j<l≤i} α_lc, and so for A   [h, h]
-        read = _products(qk_1 * since_1, k_0 * left_0)
+        read = _products(readers_1 * since_1, k_0 * left_0)
         above = torch.zeros_like(read)
         pairs = torch.cat((torch.cat((first, above), -1), torch.cat((read, second), -1)), -2)
         since = torch.cat((since_0, since_1 * since_0[..., -1:, :]), -2)
         left = torch.cat((left_0 * since_1[..., -1:, :], left_1), -2)
-        qk, k = torch.cat((qk_0, qk_1), -2), torch.cat((k_0, k_1), -2)
-    P, A = pairs.squeeze(3)
-    since, left = since.squeeze(2), left.squeeze(2)
-    if not has_erase:
-        return Terms(P, None, since, left)
-    # §9 T = (I + A)⁻¹, A = diag(β) strict_lower(K Kᵀ)      [C, C]
-    eye = torch.eye(C, dtype=A.dtype, device=A.device).expand_as(A)
-    T = torch.linalg.solve_triangular(
-        A * x.beta.unsqueeze(-1), eye, upper=False, unitriangular=True
-    )
-    return Terms(P, T * x.beta.unsqueeze(-2), since, left)
+        readers, k = torch.cat((readers_0, readers_1), -2), torch.cat((k_0, k_1), -2)
+    P, *A = pairs.squeeze(3)
+    return Terms(P, A[0] if A else None, since.squeeze(2), left.squeeze(2))
 
 
 def _halves(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -111,36 +137,37 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.mT
 
 
-def advance(
-    x: Operands, terms: Terms, i: int, state: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def advance(x: Operands, terms: Terms, i: int, state: Tensor) -> tuple[Tensor, Tensor]:
     """Run chunk i; return its output (rows, C, V) and the state after it, both new tensors."""
-    since, k = terms.since[i], x.k[i]
-    # §9 U = T diag(β) (V − (b ⊙ K) S)                      [C, V]
-    if terms.T_beta is None:
-        U = x.v[i] * x.beta[i].unsqueeze(-1)
-    else:
-        U = terms.T_beta[i] @ (x.v[i] - (since * k) @ state)
+    since, U = terms.since[i], x.written[i]
+    if terms.A is not None and x.erased is not None:
+        # §9 (I + A) U = W − (b ⊙ E) S                      [C, V]
+        U = torch.linalg.solve_triangular(
+            terms.A[i], U - (since * x.erased[i]) @ state, upper=False, unitriangular=True
+        )
     # §9 O = s (b ⊙ Q) S + P U                              [C, V]
-    o = (x.q[i] * since * scale) @ state + terms.P[i] @ U
+    o = (since * x.q[i]) @ state + terms.P[i] @ U
     # §9 S_C = diag(b_C) S + (d ⊙ K)ᵀ U                     [K, V]
-    return o, since[:, -1].unsqueeze(-1) * state + (terms.left[i] * k).mT @ U
+    return o, since[:, -1].unsqueeze(-1) * state + (terms.left[i] * x.k[i]).mT @ U
 
 
-def run_chunks(x: Operands, state: Tensor, scale: float, has_erase: bool) -> tuple[Tensor, Tensor]:
+def run_chunks(x: Operands, state: Tensor) -> tuple[Tensor, Tensor]:
     """Run the chunks of a segment; return o (n, rows, C, V) and the state after them.
 
     Chunks of a length that is no power of two are padded with tokens that change nothing.
     """
-    C = x.v.shape[2]
+    C = x.k.shape[2]
     missing = (1 << (C - 1).bit_length()) - C
     if missing:
-        q, k, v = (functional.pad(y, (0, 0, 0, missing)) for y in x[:3])
+        q, k, erased, written = (
+            None if y is None else functional.pad(y, (0, 0, 0, missing))
+            for y in (x.q, x.k, x.erased, x.written)
+        )
         alpha = functional.pad(x.alpha, (0, 0, 0, missing), value=1.0)
-        x = Operands(q, k, v, alpha, functional.pad(x.beta, (0, missing)))
-    terms, outputs = terms_of(x, scale, has_erase), []
-    for i in range(x.v.shape[0]):
-        o, state = advance(x, terms, i, state, scale)
+        x = Operands(q, k, alpha, erased, written)  # type: ignore[arg-type]
+    terms, outputs = terms_of(x), []
+    for i in range(x.k.shape[0]):
+        o, state = advance(x, terms, i, state)
         outputs.append(o)
     return torch.stack(outputs)[:, :, :C], state
 
@@ -157,6 +184,13 @@ def packed(state: Tensor, heads: int) -> Tensor:
     return split.movedim(1, 2).flatten(-2)
 
 
+def run_segment(x: Segment, state: Tensor, scale: float, has_erase: bool) -> tuple[Tensor, Tensor]:
+    """Return the outputs (n, G R, C, V) of a segment, and the packed state after it."""
+    heads = x.v.shape[2]
+    o, after = run_chunks(operands_of(x, scale, has_erase), per_row(state, heads))
+    return o, packed(after, heads)
+
+
 def forward_segment(
     x: Segment, state: Tensor, scale: float, has_erase: bool, out: Sequence[Tensor]
 ) -> Tensor:
@@ -169,19 +203,16 @@ def forward_segment(
         has_erase: whether the rule has an error term.
         out: where to write the output of every chunk, see `chunk_forward.forward_segment`.
     """
-    heads = x.v.shape[2]
-    o, after = run_chunks(operands_of(x), per_row(state, heads), scale, has_erase)
+    o, after = run_segment(x, state, scale, has_erase)
     for one, into in zip(o, out, strict=True):
         # (G R, C, V) to (rows, H, R, c, V)
         into.copy_(one.unflatten(0, into.shape[:3])[..., : into.shape[3], :])
-    return packed(after, heads)
+    return after
 
 
 def advance_segment(x: Segment, state: Tensor, scale: float, has_erase: bool) -> Tensor:
     """Return the state after a segment, without its outputs."""
-    heads = x.v.shape[2]
-    after = run_chunks(operands_of(x), per_row(state, heads), scale, has_erase)[1]
-    return packed(after, heads)
+    return run_segment(x, state, scale, has_erase)[1]
 
 
 def backward_segment(
@@ -199,17 +230,49 @@ def backward_segment(
         scale: s.
         has_erase: whether the rule has an error term.
     """
-    heads, is_again = x.v.shape[2], torch.is_grad_enabled()
-    assert x.alpha is not None
-    given = (x.qk, x.v, x.alpha, x.beta, state)
+    is_again = torch.is_grad_enabled()
+    names, given, run = _as_function(x, state, scale, has_erase)
     with torch.enable_grad():
         inputs = [y if is_again and y.requires_grad else y.detach().requires_grad_() for y in given]
-        qk, v, alpha, beta, start = inputs
-        again = x._replace(qk=qk, v=v, alpha=alpha, beta=beta)
-        o, after = run_chunks(operands_of(again), per_row(start, heads), scale, has_erase)
-        results = (o, packed(after, heads))
-        d_qk, d_v, d_alpha, d_beta, d_start = torch.autograd.grad(
-            results, inputs, (d_o.flatten(1, 2), d_state), create_graph=is_again
+        grads = torch.autograd.grad(
+            run(*inputs),
+            inputs,
+            (d_o.flatten(1, 2), d_state),
+            create_graph=is_again,
+            materialize_grads=True,
         )
-    C = x.tokens()
-    return SegmentGrads(d_qk[..., :C, :], d_qk[..., C:, :], d_v, d_beta, d_alpha, d_start)
+    return _gathered(x, names, grads)
+
+
+def pulled_back(
+    x: Segment, state: Tensor, d_o: Tensor, d_state: Tensor, scale: float, has_erase: bool
+) -> SegmentGrads:
+    """Return what `backward_segment` does, by functions that a compiler traces."""
+    names, given, run = _as_function(x, state, scale, has_erase)
+    pull = torch.func.vjp(run, *given)[1]
+    return _gathered(x, names, pull((d_o.flatten(1, 2), d_state)))
+
+
+def _as_function(
+    x: Segment, state: Tensor, scale: float, has_erase: bool
+) -> tuple[list[str], list[Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """Return the names of the operands of a segment, these with the state, and its function."""
+    names = [name for name in _DIFFERENTIABLE if getattr(x, name) is not None]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        again = x._replace(**dict(zip(names, tensors, strict=False)))
+        return run_segment(again, tensors[-1], scale, has_erase)
+
+    return names, [*(getattr(x, name) for name in names), state], run
+
+
+def _gathered(x: Segment, names: list[str], grads: Sequence[Tensor]) -> SegmentGrads:
+    """Return gradients of the operands and of the state by name."""
+    *of_operands, d_start = grads
+    by_name, C = dict(zip(names, of_operands, strict=True)), x.tokens()
+    d_qk, d_alpha = by_name.pop("qk"), by_name.pop("alpha", None)
+    return SegmentGrads(d_qk[..., :C, :], d_qk[..., C:, :], **by_name, alpha=d_alpha, state=d_start)
+
+
+_DIFFERENTIABLE = ("qk", "v", "beta", "alpha", "erase", "write")
+"""Names the operands of a segment that have gradients."""

@@ -32,6 +32,7 @@ class SegmentGrads(NamedTuple):
 
     Attributes:
         alpha: dα, where α = 0 too; None where nothing decays.
+        erase, write: None where beta stands for them; then that of beta means nothing.
     """
 
     q: Tensor
@@ -40,6 +41,8 @@ class SegmentGrads(NamedTuple):
     beta: Tensor
     alpha: Tensor | None
     state: Tensor
+    erase: Tensor | None = None
+    write: Tensor | None = None
 
 
 class ForwardValues(NamedTuple):

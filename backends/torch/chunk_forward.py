@@ -31,7 +31,10 @@ class Segment(NamedTuple):
         v, beta: operands in the compute dtype.
         log_decay_cumsum: G of §4, inclusive within each chunk; None where nothing decays.
         zeros: z of §4; None where no gate is 0.
-        alpha: decays of every channel, (n, G, R, C, K); None where they are of heads, or 1.
+        alpha: decays of every channel, (n, G, R, C, K), or of heads, (n, G, R, C, 1), of a call
+            that is wide (docs/math.md §9); None for 1, and where G stands for them.
+        erase: (n, G, R, C, K) or (n, G, R, C, 1), write: (n, G, R, C, V) or (n, G, R, C, 1); None
+            where beta stands for them.
     """
 
     qk: Tensor
@@ -40,8 +43,14 @@ class Segment(NamedTuple):
     log_decay_cumsum: Tensor | None
     zeros: Tensor | None
     alpha: Tensor | None = None
+    erase: Tensor | None = None
+    write: Tensor | None = None
 
     # Methods: not every Dynamo traces a property of a named tuple.
+
+    def is_wide(self) -> bool:
+        """Return whether the call has more than a decay and a beta per head."""
+        return self.alpha is not None or self.erase is not None
 
     def tokens(self) -> int:
         """Return C, tokens per chunk."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gdn_ops.backends.torch.loading import wide_gates
 from gdn_ops.call.bind import Call
 from gdn_ops.call.numerics import compute_dtype, l2norm
 from gdn_ops.kernel_support.host_memory import empty, settle_allocator
@@ -35,7 +36,34 @@ class StepOptions(NamedTuple):
 
 def decode_one(call: Call) -> tuple[Tensor, Tensor]:
     """Run `gated_delta_step`."""
-    return advance_token(*call.tokens, call.state, options=StepOptions.of(call))
+    if call.widths.apart:
+        return _advance_apart(call)
+    return advance_token(*call.tokens[:6], call.state, options=StepOptions.of(call))
+
+
+def _advance_apart(call: Call) -> tuple[Tensor, Tensor]:
+    """Run one token whose erase and write strengths differ (docs/math.md §9)."""
+    s, dtype, v = call.sizes, call.compute_dtype, call.tokens.v
+    rows = s.B * s.HV
+    alpha, erase, write = (None if x is None else x.flatten(0, 1) for x in wide_gates(call))
+    assert erase is not None and write is not None
+    state = call.state
+    if state is None:
+        state = torch.zeros(s.B, s.HV, s.K, s.V, dtype=dtype, device=call.device)
+    q, k = call.tokens.q, call.tokens.k
+    q_t, k_t = (_per_value_head(x, s.HV, dtype, call.qk_l2norm) for x in (q, k))
+    # §9 S' = diag(α_t) S_{t-1}                       [K, V]
+    work = state.to(dtype).reshape(rows, s.K, s.V)
+    if alpha is not None:
+        work = work * alpha.unsqueeze(-1)
+    # §9 u_t = w_t ⊙ v_t − S'ᵀ (e_t ⊙ k_t)            [V]
+    v_t = v.to(dtype).reshape(rows, 1, s.V) * write.unsqueeze(1)
+    u = torch.baddbmm(v_t, k_t * erase.unsqueeze(1), work, alpha=-1)
+    # §9 S_t = S' + k_t u_tᵀ,  o_t = s S_tᵀ q_t       [K, V]
+    work = torch.addcmul(work, k_t.mT, u)
+    o = torch.bmm(q_t * call.scale, work).view(s.B, s.HV, s.V).to(v.dtype)
+    new = work.view(s.B, s.HV, s.K, s.V)
+    return o, state.copy_(new) if call.inplace else new.to(state.dtype)
 
 
 def advance_token(

@@ -30,13 +30,31 @@ def joined(rows: list[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def decays_of_channels(call: Call) -> Tensor:
-    """Return the decays (..., HV, K) of a call that has one for every channel."""
-    alpha, log_alpha = call.tokens.alpha, call.tokens.log_alpha
-    if log_alpha is not None:
-        return log_alpha.to(call.compute_dtype).exp()
-    assert alpha is not None
-    return alpha.to(call.compute_dtype)
+def wide_gates(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return alpha, erase and write with a channel axis, which is 1 for one number per head.
+
+    Args:
+        call: one whose gates are wide (docs/math.md §9), of any op.
+
+    Returns:
+        alpha (..., HV, K) or (..., HV, 1), or None for 1; erase likewise, and write (..., HV, V) or
+        (..., HV, 1), both None where beta stands for them. All are in the compute dtype.
+    """
+    tokens, widths, dtype = call.tokens, call.widths, call.compute_dtype
+
+    def gate(x: Tensor | None, width: str) -> Tensor:
+        if x is None:
+            return torch.ones_like(tokens.v[..., :1], dtype=dtype)
+        return x.to(dtype) if width == "channel" else x.to(dtype).unsqueeze(-1)
+
+    alpha = None
+    if tokens.log_alpha is not None:
+        alpha = gate(tokens.log_alpha, widths.decay).exp()
+    elif tokens.alpha is not None:
+        alpha = gate(tokens.alpha, widths.decay)
+    if not widths.apart:
+        return alpha, None, None
+    return alpha, gate(tokens.erase, widths.erase), gate(tokens.write, widths.write)
 
 
 class SegmentLoader:
@@ -47,10 +65,12 @@ class SegmentLoader:
         self.dtype = call.compute_dtype
         self.gate: LogGate | None = None
         self.alpha: Tensor | None = None
-        if call.widths.decay == "scalar":
+        self.erase: Tensor | None = None
+        self.write: Tensor | None = None
+        if call.widths.are_wide():
+            self.alpha, self.erase, self.write = wide_gates(call)
+        elif call.widths.decay == "scalar":
             self.gate = log_gate(call.tokens.alpha, call.tokens.log_alpha)
-        elif call.widths.decay == "channel":
-            self.alpha = decays_of_channels(call)
         s = call.sizes
         self.beta = (
             torch.ones(s.B, s.T, s.HV, dtype=self.dtype, device=call.device)
@@ -70,21 +90,22 @@ class SegmentLoader:
         qk = torch.cat([self._load(x, span) for x in (call.tokens.q, call.tokens.k)], 4)
         qk = qk.flatten(1, 3).to(self.dtype)
         beta = self._load(self.beta, span).flatten(1, 2).contiguous()
-        alpha = None if self.alpha is None else self._decays(self.alpha, span)
         return Segment(
             l2norm(qk) if call.qk_l2norm else qk,
             self.values(call.tokens.v, span),
             beta,
             G,
             z,
-            alpha,
+            None if self.alpha is None else self._decays(self.alpha, span),
+            None if self.erase is None else self.values(self.erase, span),
+            None if self.write is None else self.values(self.write, span),
         )
 
     def _decays(self, alpha: Tensor, span: Span) -> Tensor:
-        """Return decays of channels (n, G, R, C, K), 1 where there is padding."""
-        loaded = self._load(alpha, span).flatten(1, 2)
-        is_token = self._load(torch.ones_like(alpha[..., 0]), span).flatten(1, 2)
-        return loaded + (1 - is_token).unsqueeze(-1)
+        """Return decays with a channel axis as (n, G, R, C, K), 1 where there is padding."""
+        loaded = self.values(alpha, span)
+        is_token = self.values(torch.ones_like(alpha[..., :1]), span)
+        return loaded + (1 - is_token)
 
     def keys(self, x: Tensor, span: Span) -> Tensor:
         """Return tokens of (B, T, H, K) as (n, G, C, K) in the compute dtype."""

@@ -10,6 +10,7 @@ right at an exact 0 too. That takes memory of the order of T (C + K V / C) per v
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gdn_ops.backends.torch import channels
+from gdn_ops.backends.torch.loading import wide_gates
 from gdn_ops.call.bind import Call
 from gdn_ops.call.numerics import l2norm
 from gdn_ops.call.transforms import integers
@@ -31,8 +33,9 @@ class Operands(NamedTuple):
     Attributes:
         q, k: (rows, T, K), q times the scale.
         v: (rows, T, V).
-        alpha: (rows, T), or (rows, T, K) for every channel, or None for 1.
-        beta: (rows, T), or None for 1.
+        alpha, beta: (rows, T), or None for 1.
+        wide: in a call whose gates are wide (docs/math.md §9), alpha, erase and write with a
+            channel axis in place of alpha; else None.
     """
 
     q: Tensor
@@ -40,10 +43,27 @@ class Operands(NamedTuple):
     v: Tensor
     alpha: Tensor | None
     beta: Tensor | None
+    wide: tuple[Tensor | None, ...] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Operands:
+        """Return the results of a function of every tensor that is there."""
+
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else function(x)
+
+        wide = None if self.wide is None else tuple(of(x) for x in self.wide)
+        return Operands(
+            function(self.q),
+            function(self.k),
+            function(self.v),
+            of(self.alpha),
+            of(self.beta),
+            wide,
+        )
 
     def tokens(self, start: int, stop: int) -> Operands:
         """Return some of the tokens."""
-        return Operands(*(None if x is None else x[:, start:stop] for x in self))  # type: ignore[arg-type]
+        return self.map(lambda x: x[:, start:stop])
 
 
 def pure(call: Call) -> tuple[Tensor, Tensor]:
@@ -82,7 +102,11 @@ def _operands(call: Call) -> Operands:
         x = l2norm(x) if call.qk_l2norm else x
         return rows(x.unsqueeze(3).expand(s.B, s.T, s.H, s.R, s.K).flatten(2, 3))
 
-    q, k, v, alpha, log_alpha, beta = call.tokens
+    q, k, v, alpha, log_alpha, beta = call.tokens[:6]
+    if call.widths.are_wide():
+        wide = tuple(None if x is None else rows(x) for x in wide_gates(call))
+        strength = None if beta is None else rows(beta)
+        return Operands(keys(q) * call.scale, keys(k), rows(v), None, strength, wide)
     decay = None if alpha is None else rows(alpha)
     if log_alpha is not None:
         decay = rows(log_alpha).exp()
@@ -96,13 +120,15 @@ def _run(x: Operands, state: Tensor, chunk_size: int, has_erase: bool) -> tuple[
     tokens = x.v.shape[1]
     if tokens == 0:
         return x.v, state
-    q, k, v, alpha, beta = _in_chunks(x, min(chunk_size, tokens))
-    if alpha is not None and alpha.dim() > v.dim() - 1:
+    cut = _in_chunks(x, min(chunk_size, tokens))
+    if cut.wide is not None:
         # §9, a segment of all chunks
-        ones = torch.ones_like(v[..., 0]) if beta is None else beta
-        operands = (y.transpose(0, 1) for y in (q, k, v, alpha, ones))
-        o, new = channels.run_chunks(channels.Operands(*operands), state, 1.0, has_erase)
+        cut = cut.map(lambda y: y.transpose(0, 1))
+        beta = None if cut.beta is None else cut.beta.unsqueeze(-1)
+        operands = channels.Operands.of(cut.q, cut.k, cut.v, cut.wide, beta, has_erase)  # type: ignore[arg-type]
+        o, new = channels.run_chunks(operands, state)
         return o.transpose(0, 1).flatten(1, 2)[:, :tokens], new
+    q, k, v, alpha, beta, _ = cut
     D = None if alpha is None else _decays(alpha)
     # §3 K Kᵀ and Q Kᵀ                                [C, C]
     KK, QK = k @ k.mT, q @ k.mT
@@ -144,13 +170,12 @@ def _in_chunks(x: Operands, chunk_size: int) -> Operands:
         padded: Tensor = functional.pad(y, sides, value=fill)
         return padded.unflatten(1, (chunks, chunk_size))  # type: ignore[no-any-return]
 
-    return Operands(
-        cut(x.q),
-        cut(x.k),
-        cut(x.v),
-        None if x.alpha is None else cut(x.alpha, 1.0),
-        None if x.beta is None else cut(x.beta),
-    )
+    whole = x.map(cut)
+    if x.alpha is not None:
+        whole = whole._replace(alpha=cut(x.alpha, 1.0))
+    if x.wide is not None and whole.wide is not None and x.wide[0] is not None:
+        whole = whole._replace(wide=(cut(x.wide[0], 1.0), *whole.wide[1:]))
+    return whole
 
 
 def _decays(alpha: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class Tokens(NamedTuple):
         alpha, log_alpha: (B, T, HV), or (B, HV), or with a last axis K for a decay of every
             channel; one of them where the rule decays, else None.
         beta: (B, T, HV), or (B, HV), or None for 1.
+        erase: like alpha, write: (B, T, HV), or (B, HV), or with a last axis V: in place of beta.
     """
 
     q: Tensor
@@ -44,6 +45,8 @@ class Tokens(NamedTuple):
     alpha: Tensor | None = None
     log_alpha: Tensor | None = None
     beta: Tensor | None = None
+    erase: Tensor | None = None
+    write: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
         """Return the results of a function of every tensor that is there."""
@@ -58,7 +61,7 @@ class Targets(NamedTuple):
 
     Attributes:
         o: (B, T, HV, V), of a forward.
-        q, k, v, alpha, log_alpha, beta: for the gradients of those, of a backward.
+        q, k, v, alpha, log_alpha, beta, erase, write: for the gradients of those, of a backward.
         saved: like what `Backend.saved_like` returns, contiguous, of a forward.
     """
 
@@ -69,6 +72,8 @@ class Targets(NamedTuple):
     alpha: Tensor | None = None
     log_alpha: Tensor | None = None
     beta: Tensor | None = None
+    erase: Tensor | None = None
+    write: Tensor | None = None
     saved: tuple[Tensor, ...] | None = None
 
     @property

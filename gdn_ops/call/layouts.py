@@ -16,6 +16,8 @@ MANY_ROWS = 1024
 FEW_TOKENS = 64
 """Fewer tokens than that are a few."""
 
+GATES = ("alpha", "log_alpha", "beta", "erase", "write")
+
 Axes = tuple[str, ...]
 
 
@@ -82,7 +84,7 @@ def _candidates(given: Mapping[str, Given]) -> Iterator[tuple[int, tuple[str, ..
     Tokens and gates that contradict each other are equally likely to be wrong.
     """
     tokens = tuple(name for name in ("q", "k", "v") if name in given)
-    gates = tuple(name for name in ("alpha", "log_alpha", "beta") if name in given)
+    gates = tuple(name for name in GATES if name in given)
     groups: list[tuple[int, tuple[str, ...]]] = [(0, (name,)) for name in given]
     groups += [(1, tokens[:2]), (2, tokens), (2, gates), (3, tokens + gates)]
     has_tokens = "T" in given["q"].axes

@@ -22,8 +22,8 @@ _INSIDE = f"computed before the call, for example by gdn_ops.nn.gate; {_FLA}"
 MEANT: dict[str, str] = {
     # flash-linear-attention
     "g": f"log_alpha, which is FLA's g; {_FLA}",
-    "gk": "log_alpha, one decay per head: a decay per channel is not supported",
-    "gv": "log_alpha, one decay per head: a decay per value channel is not supported",
+    "gk": f"log_alpha (B, T, HV, K), a decay of every key channel; {_FLA}",
+    "gv": "log_alpha, of heads or of key channels: a decay per value channel is not supported",
     "output_final_state": f"{_RETURN}; {_FLA}",
     "use_qk_l2norm_in_kernel": f"qk_l2norm; {_FLA}",
     "use_qk_l2norm": "qk_l2norm",

@@ -130,24 +130,45 @@ def _check_gates(spec: OpSpec, rule: Rule, arguments: Arguments) -> None:
         fail(spec, "alpha and log_alpha are both given, should be exactly one of them")
     if not rule.has_decay and given:
         fail(spec, f"{given[0]} is given, should be None: rule {rule.name!r} has no decay")
+    strengths = [name for name in ("erase", "write") if arguments.value(name) is not None]
+    if strengths and not rule.has_erase:
+        fail(
+            spec,
+            f"{strengths[0]} is given, should be None: rule {rule.name!r} has no error term, and "
+            f"beta is its write strength",
+        )
+    if strengths and arguments.value("beta") is not None:
+        fail(
+            spec,
+            f"{strengths[0]} and beta are both given, should be one of them: beta is erase and "
+            f"write in one",
+        )
 
 
 def _widths(spec: OpSpec, rule: Rule, arguments: Arguments) -> Widths:
     """Return the widths of a call's gates, and check that the rule takes them."""
-    decay: Width = "none"
-    for name in ("alpha", "log_alpha"):
+    found: dict[str, Width] = {}
+    for name, (kind, allowed) in {
+        "alpha": ("decay", rule.decays),
+        "log_alpha": ("decay", rule.decays),
+        "erase": ("erase", rule.erases),
+        "write": ("write", rule.writes),
+    }.items():
         gate = arguments.value(name)
         if gate is None:
             continue
-        decay = "channel" if axes_of(spec, spec.tensor[name], arguments)[-1] == "K" else "scalar"
-        if decay not in rule.decays:
-            takes = " or ".join(rule.decays)
+        is_wide = axes_of(spec, spec.tensor[name], arguments)[-1] in ("K", "V")
+        found[kind] = width = "channel" if is_wide else "scalar"
+        if width not in allowed:
+            takes = " or ".join(allowed)
             fail(
                 spec,
-                f"{name} has shape {tuple(gate.shape)}, a {decay} decay; rule {rule.name!r} takes "
-                f"{takes} decays",
+                f"{name} has shape {tuple(gate.shape)}, a {width} {kind}; rule {rule.name!r} takes "
+                f"{takes} {kind}s",
             )
-    return Widths(decay, rule.erases[0], rule.writes[0])
+    decay, apart = found.get("decay", "none"), "erase" in found or "write" in found
+    erase, write = found.get("erase", rule.erases[0]), found.get("write", rule.writes[0])
+    return Widths(decay, erase, write, apart)
 
 
 def _check_type(spec: OpSpec, arg: TensorArg, value: Any) -> None:

@@ -191,6 +191,8 @@ def _limit_reasons(limits: Limits, call: Call, on_any_device: bool) -> list[str]
     check("{} decay", call.widths.decay, limits.decays)
     check("{} erase", call.widths.erase, limits.erases)
     check("{} write", call.widths.write, limits.writes)
+    if call.widths.apart and not limits.apart:
+        against.append("erase and write (supported: beta)")
     if call.needs_grad and not limits.grad:
         against.append("gradients needed (supported: forward only)")
     if call.transforms.has_tangent and not limits.forward_mode:

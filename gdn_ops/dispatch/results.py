@@ -37,7 +37,7 @@ class Summarised(NamedTuple):
 
     Attributes:
         M: (N, HV, K, K) in the compute dtype; (N, HV, 1, 1), a number, for rules without an error
-            term.
+            term whose decay is one of the head.
         R: (N, HV, K, V) in the compute dtype.
         kept: tensors kept for the second stage.
     """
@@ -50,13 +50,15 @@ class Summarised(NamedTuple):
 class Grads(NamedTuple):
     """Hold the gradients of a call's tokens and of its state; None where it has no such tensor."""
 
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-    alpha: Tensor | None
-    log_alpha: Tensor | None
-    beta: Tensor | None
-    state: Tensor | None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    alpha: Tensor | None = None
+    log_alpha: Tensor | None = None
+    beta: Tensor | None = None
+    erase: Tensor | None = None
+    write: Tensor | None = None
+    state: Tensor | None = None
 
 
 def checked_forward(backend: Backend, call: Call, out: Any) -> Forward:
@@ -88,7 +90,7 @@ def checked_summary(backend: Backend, call: Call, out: Any) -> Summarised:
     if not isinstance(out, Summarised):
         _refuse(backend, "summarise", _kind(out), "a Summarised(M, R, kept)")
     s, dtype = call.sizes, call.compute_dtype
-    size = s.K if call.rule.has_erase else 1
+    size = s.K if call.rule.has_erase or call.widths.decay == "channel" else 1
     _check_tensor(backend, "summarise", "M", out.M, (s.N, s.HV, size, size), dtype)
     _check_tensor(backend, "summarise", "R", out.R, (s.N, s.HV, s.K, s.V), dtype)
     return out

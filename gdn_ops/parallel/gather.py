@@ -275,7 +275,9 @@ class Gather:
     def _map_like(self) -> Tensor:
         """Return an empty tensor for M of a piece: a matrix, or a number without an error term."""
         like = self.local.states()
-        size = like.shape[-2] if self.local.call.rule.has_erase else 1
+        call = self.local.call
+        is_matrix = call.rule.has_erase or call.widths.decay == "channel"
+        size = like.shape[-2] if is_matrix else 1
         return like.new_empty((*like.shape[:2], size, size))
 
 

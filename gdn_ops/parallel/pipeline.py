@@ -361,8 +361,8 @@ def _shape(step: Step, heads: Heads) -> tuple[int, ...]:
 def _gradient_targets(grads: Tokens, step: Step, heads: Heads) -> Targets:
     """Return where the gradients of a part may be written."""
     q, k = (target(x, step, heads.keys) for x in grads[:2])
-    v, alpha, log_alpha, beta = (target(x, step, heads.values) for x in grads[2:])
-    return Targets(None, q, k, v, alpha, log_alpha, beta)
+    others = (target(x, step, heads.values) for x in grads[2:])
+    return Targets(None, q, k, *others)  # type: ignore[arg-type]
 
 
 def _aims(part: Part) -> Targets:

@@ -41,10 +41,11 @@ SECOND_ORDER: Final = f"second derivatives of {NAME} are not computed: run it on
 
 def gated_delta(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None = None, beta: Tensor | None = None, *,
-    split: SequenceSplit, log_alpha: Tensor | None = None, rule: str = "gated_delta",
-    scale: float | None = None, qk_l2norm: bool = False, initial_state: Tensor | None = None,
-    return_state: bool = False, chunk_size: int | None = None, backend: str = "auto",
-    strategy: str = "auto", **unknown: Never,
+    split: SequenceSplit, log_alpha: Tensor | None = None, erase: Tensor | None = None,
+    write: Tensor | None = None, rule: str = "gated_delta", scale: float | None = None,
+    qk_l2norm: bool = False, initial_state: Tensor | None = None, return_state: bool = False,
+    chunk_size: int | None = None, backend: str = "auto", strategy: str = "auto",
+    **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute `gdn_ops.gated_delta` on sequences whose tokens are split over ranks.
 
@@ -54,7 +55,8 @@ def gated_delta(
     Args:
         q, k: (B, T_local, H, K), the tokens of this rank in the order of its fragments.
         v: (B, T_local, HV, V).
-        alpha, beta, log_alpha: (B, T_local, HV), as `gdn_ops.gated_delta` takes them.
+        alpha, beta, log_alpha, erase, write: (B, T_local, HV), or with a channel axis, as
+            `gdn_ops.gated_delta` takes them.
         split: which tokens the ranks hold.
         rule, scale, qk_l2norm, chunk_size, backend: as `gdn_ops.gated_delta` takes them.
         initial_state: (N, HV, K, V), the same on every rank. Its gradient on a rank is the share
@@ -88,7 +90,7 @@ def gated_delta(
     """
     if unknown:
         refuse_unknown(GATED_DELTA, unknown)
-    tokens = Tokens(q, k, v, alpha, log_alpha, beta)
+    tokens = Tokens(q, k, v, alpha, log_alpha, beta, erase, write)
     attributes = {"rule": rule, "scale": scale, "qk_l2norm": qk_l2norm, "chunk_size": chunk_size}
     arguments = Arguments(tokens, initial_state, **attributes, backend=backend)  # type: ignore[arg-type]
     o, finals = run(arguments._replace(return_state=return_state), split, strategy)

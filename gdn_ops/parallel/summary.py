@@ -107,6 +107,8 @@ def gated_delta_summary(
     beta: Tensor | None = None,
     *,
     log_alpha: Tensor | None = None,
+    erase: Tensor | None = None,
+    write: Tensor | None = None,
     rule: str = "gated_delta",
     qk_l2norm: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -125,6 +127,7 @@ def gated_delta_summary(
         v: (B, T, HV, V), values, dtype of k.
         alpha, beta, log_alpha: (B, T, HV), gates as in `gated_delta`, whose decay may be one of
             every key channel, (B, T, HV, K).
+        erase, write: in place of beta, as in `gated_delta`.
         rule: member of the family.
         qk_l2norm: whether to divide k by its norm first.
         cu_seqlens: (N+1,), boundaries of N sequences packed along T: a summary of each.
@@ -151,7 +154,7 @@ def gated_delta_summary(
     """
     call = _checked(
         Arguments(
-            Tokens(k, k, v, alpha, log_alpha, beta), None, cu_seqlens,
+            Tokens(k, k, v, alpha, log_alpha, beta, erase, write), None, cu_seqlens,
             rule=rule, qk_l2norm=qk_l2norm, chunk_size=chunk_size, backend=backend,
         )
     )  # fmt: skip
@@ -160,13 +163,14 @@ def gated_delta_summary(
 
 def summary_of(call: Call, backend: str) -> Summary:
     """Return the summary of the pieces of a bound call, by the backend of that name."""
-    _q, _k, _v, alpha, log_alpha, beta = call.tokens
+    _q, _k, _v, alpha, log_alpha, beta, erase, write = call.tokens
     options: dict[str, Any] = {
         "alpha": alpha, "log_alpha": log_alpha, "rule": str(call.rule),
         "cu_seqlens": call.cu_seqlens, "chunk_size": call.chunk_size, "backend": backend,
         "return_state": True,
     }  # fmt: skip
-    return _summarised(call, options, options | {"beta": beta, "qk_l2norm": call.qk_l2norm})
+    of_keys = {"beta": beta, "erase": erase, "write": write, "qk_l2norm": call.qk_l2norm}
+    return _summarised(call, options, options | of_keys)
 
 
 def _summarised(call: Call, options: dict[str, Any], of_keys: dict[str, Any]) -> Summary:
@@ -178,6 +182,9 @@ def _summarised(call: Call, options: dict[str, Any], of_keys: dict[str, Any]) ->
     before = torch.zeros(s.N, s.HV, s.K, s.V + s.K, dtype=call.compute_dtype, device=k.device)
     before[..., s.V :] = torch.eye(s.K, dtype=before.dtype, device=k.device)
     padded = torch.cat((v, v.new_zeros(*v.shape[:3], s.K)), -1)
+    if call.widths.write == "channel":
+        write = of_keys["write"]
+        of_keys = of_keys | {"write": torch.cat((write, write.new_zeros(*v.shape[:3], s.K)), -1)}
     after = _walked(k, padded, before, of_keys) if _is_plain(call) else None
     if after is None:
         _o, after = gated_delta(k.detach(), k, padded, initial_state=before, **of_keys)
@@ -198,7 +205,7 @@ def _is_plain(call: Call) -> bool:
 def _walked(k: Tensor, v: Tensor, before: Tensor, options: dict[str, Any]) -> Tensor | None:
     """Return the state behind a run alone, or None where the backend has no walks."""
     given = dict(options)
-    gates = (given.pop(name, None) for name in ("alpha", "log_alpha", "beta"))
+    gates = (given.pop(name, None) for name in Tokens._fields[3:])
     call = bind(
         GATED_DELTA, Arguments(Tokens(k, k, v, *gates), before, **given), check_values=False
     )

@@ -36,10 +36,18 @@ from gdn_ops.spec.rules import Rule
 RULES = (
     Rule(
         "gated_delta",
-        "Gated DeltaNet; Kimi Delta Attention with a decay per channel",
+        "Gated DeltaNet; Kimi Delta Attention with a decay per channel; GDN-2 with erase and write",
         decays=("scalar", "channel"),
+        erases=("scalar", "channel"),
+        writes=("scalar", "channel"),
     ),
-    Rule("delta", "DeltaNet", decays=("none",)),
+    Rule(
+        "delta",
+        "DeltaNet",
+        decays=("none",),
+        erases=("scalar", "channel"),
+        writes=("scalar", "channel"),
+    ),
     Rule(
         "gated",
         "Mamba2's scalar-decay recurrence, simple GLA, RetNet; GLA with a decay per channel",
@@ -67,7 +75,15 @@ def _axes(*names: str) -> tuple[Axis, ...]:
 
 _ALPHA = "decay of a head, or of each key channel; exact 0 clears the memory, 1 keeps it"
 _LOG_ALPHA = "the same gate as a natural logarithm; -inf is an exact 0"
-_BETA = "write strength; 1 when not given"
+_BETA = "erase and write strength in one; 1 when not given"
+_ERASE = (
+    "erase strength of a head, or of each key channel, in place of beta; "
+    "1 when write is given alone"
+)
+_WRITE = (
+    "write strength of a head, or of each value channel, in place of beta; "
+    "1 when erase is given alone"
+)
 _OPTIONS = (
     Attr(
         "rule",
@@ -114,25 +130,21 @@ def _new_state(meaning: str) -> Output:
     return Output("new_state", ("B", "HV", "K", "V"), "like:state", f"{meaning}; {pool}")
 
 
-def _gates(axes: str) -> tuple[TensorArg, TensorArg, TensorArg]:
-    """Return the arguments alpha, beta and log_alpha over the given axes."""
-    decays = shapes(axes, f"{axes} K")
+def _gates(axes: str) -> tuple[TensorArg, ...]:
+    """Return the arguments alpha, beta, log_alpha, erase and write over the given axes."""
+    of_keys, of_values = shapes(axes, f"{axes} K"), shapes(axes, f"{axes} V")
     unit, strength = Interval(0.0, 1.0), Interval(0.0, 2.0)
+    logarithms = Interval(-math.inf, 0.0)
     return (
-        TensorArg("alpha", decays, _ALPHA, domain=unit, optional=True, gate=True),
+        TensorArg("alpha", of_keys, _ALPHA, domain=unit, optional=True, gate=True),
         TensorArg("beta", shapes(axes), _BETA, domain=strength, optional=True, gate=True),
-        TensorArg(
-            "log_alpha",
-            decays,
-            _LOG_ALPHA,
-            domain=Interval(-math.inf, 0.0),
-            optional=True,
-            gate=True,
-        ),
+        TensorArg("log_alpha", of_keys, _LOG_ALPHA, domain=logarithms, optional=True, gate=True),
+        TensorArg("erase", of_keys, _ERASE, domain=strength, optional=True, gate=True),
+        TensorArg("write", of_values, _WRITE, domain=strength, optional=True, gate=True),
     )
 
 
-_ALPHA_T, _BETA_T, _LOG_ALPHA_T = _gates("B T HV")
+_ALPHA_T, _BETA_T, *_KEYWORD_GATES_T = _gates("B T HV")
 _QKV_T = (
     TensorArg("q", shapes("B T H K"), "queries"),
     TensorArg("k", shapes("B T H K"), "keys", same_dtype_as="q"),
@@ -147,7 +159,7 @@ GATED_DELTA = OpSpec(
         *_QKV_T,
         _ALPHA_T,
         _BETA_T,
-        _LOG_ALPHA_T,
+        *_KEYWORD_GATES_T,
         *_OPTIONS,
         TensorArg(
             "initial_state",
@@ -196,7 +208,7 @@ GATED_DELTA = OpSpec(
 )
 """The specification of `gated_delta` as a value: arguments, rules, equations, cost, workloads."""
 
-_ALPHA_1, _BETA_1, _LOG_ALPHA_1 = _gates("B HV")
+_ALPHA_1, _BETA_1, *_KEYWORD_GATES_1 = _gates("B HV")
 
 GATED_DELTA_STEP = replace(
     GATED_DELTA,
@@ -210,7 +222,7 @@ GATED_DELTA_STEP = replace(
         _ALPHA_1,
         _BETA_1,
         _state("memory before the token; zeros when not given"),
-        _LOG_ALPHA_1,
+        *_KEYWORD_GATES_1,
         *_OPTIONS,
         _STATE_INDICES,
         _INPLACE,
@@ -225,6 +237,25 @@ GATED_DELTA_STEP = replace(
 )
 """The specification of `gated_delta_step` as a value."""
 
+_ARGUMENTS_OF_STEPS: tuple[TensorArg | Attr, ...] = (
+    *_QKV_T,
+    _ALPHA_T,
+    _BETA_T,
+    _state("memory before the first token; zeros when not given"),
+    *_KEYWORD_GATES_T,
+    *_OPTIONS,
+    _STATE_INDICES,
+    _INPLACE,
+    Attr(
+        "return_states",
+        "bool",
+        False,
+        "whether to return the state after every token too",
+        schema="bool",
+    ),
+    _BACKEND,
+)
+
 GATED_DELTA_STEPS = replace(
     GATED_DELTA_STEP,
     name="gated_delta_steps",
@@ -233,24 +264,7 @@ GATED_DELTA_STEPS = replace(
     # For decoding: no argument has a gradient.
     args=tuple(
         replace(arg, differentiable=False) if isinstance(arg, TensorArg) else arg
-        for arg in (
-            *_QKV_T,
-            _ALPHA_T,
-            _BETA_T,
-            _state("memory before the first token; zeros when not given"),
-            _LOG_ALPHA_T,
-            *_OPTIONS,
-            _STATE_INDICES,
-            _INPLACE,
-            Attr(
-                "return_states",
-                "bool",
-                False,
-                "whether to return the state after every token too",
-                schema="bool",
-            ),
-            _BACKEND,
-        )
+        for arg in _ARGUMENTS_OF_STEPS
     ),
     outputs=(
         Output("o", ("B", "T", "HV", "V"), "like:v", "what the memory answers to each query"),

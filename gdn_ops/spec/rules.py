@@ -66,6 +66,7 @@ class Limits:
         head_dim_multiple: K and V must be multiples of this.
         rules: names of the rules.
         decays, erases, writes: the widths that these strengths may have: none, scalar, channel.
+        apart: whether erase and write may differ, given in place of beta.
         ops: names of the ops.
         grad: whether it has gradients.
         second_grad: whether gradients of gradients exist.
@@ -87,6 +88,7 @@ class Limits:
     decays: tuple[Width, ...] = ("none", "scalar")
     erases: tuple[Width, ...] = ("none", "scalar")
     writes: tuple[Width, ...] = ("scalar",)
+    apart: bool = False
     ops: tuple[str, ...] = ("gated_delta", "gated_delta_step", "gated_delta_steps")
     grad: bool = True
     second_grad: bool = False
@@ -111,8 +113,19 @@ class Limits:
 
 
 class Widths(NamedTuple):
-    """Hold the widths of the gates of one call."""
+    """Hold the widths of the gates of one call.
+
+    Attributes:
+        decay, erase, write: the width of each.
+        apart: whether erase and write are given in place of beta.
+    """
 
     decay: Width
     erase: Width
     write: Width
+    apart: bool = False
+
+    # A method: not every Dynamo traces a property of a named tuple.
+    def are_wide(self) -> bool:
+        """Return whether a call has more than a decay and a beta per head (docs/math.md §9)."""
+        return self.decay == "channel" or self.apart

@@ -17,9 +17,14 @@ __all__ = ["COMPILED", "per_shape", "per_width"]
 ShapeClass = Mapping[str, Any]
 """Fields of an example that are not drawn."""
 
+_PLAIN: ShapeClass = {"channels": False, "apart": None}
+_SHAPE: ShapeClass = {"B": 1, "H": 2, "R": 2, "K": 8, "V": 16, "scale": None, "chunk_size": None}
+
 SHAPES: tuple[ShapeClass, ...] = (
-    {"B": 1, "H": 2, "R": 2, "K": 8, "V": 16, "scale": None, "chunk_size": None},
-    {"B": 2, "H": 1, "R": 3, "K": 16, "V": 5, "scale": 1.0, "chunk_size": None},
+    {**_SHAPE, **_PLAIN},
+    {**_SHAPE, **_PLAIN, "B": 2, "H": 1, "R": 3, "K": 16, "V": 5, "scale": 1.0},
+    {**_SHAPE, "channels": True, "apart": None},
+    {**_SHAPE, "channels": False, "apart": "channels"},
 )
 """Few shapes, for every length and every value."""
 

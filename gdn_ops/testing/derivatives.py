@@ -24,7 +24,8 @@ def second_derivatives(backend: str, example: Example) -> Verdict:
     if "log_alpha" in names or example.T == 0 or example.B == 0 or example.sizes.N == 0:
         return Verdict(0.0, "nothing to differentiate", 0.0, 0.0)
     # Finite differences need room on both sides: gates stay off the ends of their domains.
-    for name, low, high in (("alpha", 0.2, 0.9), ("beta", 0.2, 1.8)):
+    strengths = ((name, 0.2, 1.8) for name in ("beta", "erase", "write"))
+    for name, low, high in (("alpha", 0.2, 0.9), *strengths):
         if name in arguments and arguments[name] is not None:
             arguments[name] = arguments[name].clamp(low, high)
     inputs = [arguments[n].detach().requires_grad_() for n in names]

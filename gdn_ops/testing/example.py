@@ -25,6 +25,10 @@ them; e**-20 per token; all 1; all 0."""
 BETAS = ("unit", "wide", "edges", "none")
 """Name ways to draw write strengths: in [0, 1]; in [0, 2]; among 0, 1 and 2; not given."""
 
+STRENGTHS = ("scalars", "channels", "erase", "write")
+"""Names ways to give erase and write in place of beta: both per head; both per channel; one of them
+alone, per channel. `beta` says how their numbers are drawn."""
+
 KEYS = ("random", "parallel", "repeated")
 """Name ways to draw keys of norm 1: independent; nearly parallel; from three vectors."""
 
@@ -73,6 +77,7 @@ class Example:
         gate, beta, keys, magnitude: how values are drawn, see GATES, BETAS, KEYS, MAGNITUDES.
         log_gate: whether the gate is given as log_alpha.
         channels: whether every key channel has a decay of its own.
+        apart: how erase and write are given in place of beta, see STRENGTHS, or None.
         initial_state: whether there is one.
         qk_l2norm, scale, chunk_size: as in the call.
         strided: whether q, k, v are views with gaps.
@@ -101,6 +106,7 @@ class Example:
     magnitude: str = "unit"
     log_gate: bool = False
     channels: bool = False
+    apart: str | None = None
     initial_state: bool = False
     qk_l2norm: bool = False
     scale: float | None = None
@@ -273,8 +279,7 @@ class _Drawing:
             alpha = self.decay()
             gate = alpha.log() if e.log_gate else alpha
             arguments["log_alpha" if e.log_gate else "alpha"] = gate.to(self.wide).to(e.device)
-        if e.beta != "none":
-            arguments["beta"] = self.strength().to(self.wide).to(e.device)
+        arguments |= {name: x.to(self.wide).to(e.device) for name, x in self.strengths().items()}
         if e.initial_state:
             state = self.normal(s.N, s.HV, s.K, s.V) * units.state
             arguments["initial_state"] = state.to(self.wide).to(e.device)
@@ -344,9 +349,19 @@ class _Drawing:
         }
         return kinds[self.example.gate]()
 
-    def strength(self) -> Tensor:
+    def strengths(self) -> dict[str, Tensor]:
+        """Return beta, or erase and write in its place, as far as they are given."""
+        e = self.example
+        if e.apart is None:
+            return {} if e.beta == "none" else {"beta": self.strength()}
+        is_wide = e.apart != "scalars"
+        given = {"erase": (e.K,), "write": (e.V,)}
+        names = [e.apart] if e.apart in given else [*given]
+        return {name: self.strength(*(given[name] if is_wide else ())) for name in names}
+
+    def strength(self, *channels: int) -> Tensor:
         s = self.example.sizes
-        shape = (s.B, s.T, s.HV)
+        shape = (s.B, s.T, s.HV, *channels)
         if self.example.beta == "edges":
             return self.pick((0.0, 1.0, 2.0), shape)
         return self.uniform(*shape) * (2 if self.example.beta == "wide" else 1)

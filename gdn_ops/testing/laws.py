@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdn_ops.call.bind import Tokens
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
 from gdn_ops.spec.rules import Limits
 from gdn_ops.testing.decode_laws import (
@@ -32,8 +33,13 @@ from gdn_ops.testing.oracle import (
 )
 from gdn_ops.testing.runs import Law, compare, forward, token_slice
 
-_OF_UNIT_KEYS: dict[str, Any] = {"lengths": None, "rule": "gated_delta", "qk_l2norm": False}
-"""Change an example to rows of `gated_delta` whose keys stay as they are drawn."""
+_OF_UNIT_KEYS: dict[str, Any] = {
+    "lengths": None,
+    "rule": "gated_delta",
+    "qk_l2norm": False,
+    "apart": None,
+}
+"""Change an example to rows of `gated_delta` with beta whose keys stay as they are drawn."""
 
 
 def _with_unit_keys(example: Example, **changes: Any) -> Example:
@@ -82,10 +88,12 @@ def padding_changes_nothing(backend: str, example: Example) -> Verdict:
     padded = dict(arguments)
     padding = 7
     rule = GATED_DELTA.rule[example.rule]
-    if "beta" not in arguments:
-        padded["beta"] = arguments["v"].new_ones(*arguments["v"].shape[:3], dtype=torch.float32)
-    fill = {"alpha": 1.0, "log_alpha": 0.0, "beta": 0.0}
-    for name in ("q", "k", "v", "alpha", "log_alpha", "beta"):
+    for name in ("beta",) if example.apart is None else ("erase", "write"):
+        if name not in arguments:
+            ones = arguments["v"].new_ones(*arguments["v"].shape[:3], dtype=torch.float32)
+            padded[name] = ones
+    fill = {"alpha": 1.0, "log_alpha": 0.0, "beta": 0.0, "erase": 0.0, "write": 0.0}
+    for name in Tokens._fields:
         x = padded.get(name)
         if x is not None and (rule.has_decay or name not in ("alpha", "log_alpha")):
             extra = x.new_full((x.shape[0], padding, *x.shape[2:]), fill.get(name, 0.5))
@@ -138,7 +146,14 @@ def alpha_one_beta_zero_leaves_the_state(backend: str, example: Example) -> Verd
     """Law 6: alpha = 1, beta = 0 leaves S as it was, to the last bit."""
     example = replace(example, lengths=None, gate="one", initial_state=True, beta="unit")
     arguments = example.arguments()
-    arguments["beta"] = torch.zeros_like(arguments["beta"])
+    if example.apart in ("erase", "write"):
+        arguments |= {
+            n: arguments["v"].new_zeros(example.B, example.T, example.sizes.HV).float()
+            for n in ("erase", "write")
+        }
+    for name in ("beta", "erase", "write"):
+        if name in arguments:
+            arguments[name] = torch.zeros_like(arguments[name])
     state = forward(arguments, backend)["final_state"]
     is_equal = torch.equal(state, arguments["initial_state"].to(state.dtype))
     return Verdict.exact(is_equal, "final_state")
@@ -181,8 +196,9 @@ def a_reflection_keeps_the_norm(backend: str, example: Example) -> Verdict:
 
 def a_rotation_changes_no_output(backend: str, example: Example) -> Verdict:
     """Law 9: for orthogonal Omega, (Omega q, Omega k, Omega S_0) gives the same o."""
-    changes: dict[str, Any] = {"lengths": None, "initial_state": True, "channels": False}
-    example = replace(example, dtype=_wide(example), **changes)
+    apart = "scalars" if example.apart else None
+    changes: dict[str, Any] = {"initial_state": True, "channels": False, "apart": apart}
+    example = replace(example, dtype=_wide(example), lengths=None, **changes)
     arguments = example.arguments()
     generator = torch.Generator().manual_seed(example.seed)
     square = torch.randn(
@@ -338,6 +354,31 @@ def a_reset_channel_forgets_its_past(backend: str, example: Example) -> Verdict:
     return Verdict.exact(are_equal, f"a result depends on what channel {channel} held")
 
 
+def equal_strengths_are_beta(backend: str, example: Example) -> Verdict:
+    """Law 18: erase = write = beta is beta, of heads or of channels; their gradients add up."""
+    rule = example.rule if GATED_DELTA.rule[example.rule].has_erase else "gated_delta"
+    drawn = "unit" if example.beta == "none" else example.beta
+    example = replace(example, apart=None, rule=rule, beta=drawn)
+    arguments = example.arguments()
+    beta = arguments.pop("beta")
+    # Channels where the seed is odd.
+    widths = (example.K, example.V) if example.seed % 2 else (None, None)
+    for name, width in zip(("erase", "write"), widths, strict=True):
+        wide = beta if width is None else beta.unsqueeze(-1).expand(*beta.shape, width)
+        arguments[name] = wide.contiguous()
+    results = run(arguments, backend, example.cotangents())
+    parts = [results.pop(f"d_{name}").double() for name in ("erase", "write")]
+    d_erase, d_write = (x.sum(-1) if x.dim() == 4 else x for x in parts)
+    results["d_beta"] = d_erase + d_write
+    # Summing rounds once more for every channel.
+    return compare(example, results, example.run("naive"), 2.0)
+
+
+def _takes_strengths(limits: Limits) -> bool:
+    is_wide = "channel" in limits.erases and "channel" in limits.writes
+    return limits.apart and is_wide and limits.grad
+
+
 def _has_channels(limits: Limits) -> bool:
     return "channel" in limits.decays and limits.grad
 
@@ -378,5 +419,6 @@ LAWS: tuple[Law, ...] = (
     Law(orthogonal_keys_need_no_correction, rules=("gated_delta", "gated")),
     Law(a_constant_vector_decays_like_a_scalar, rules=("gated_delta",), needs=_has_channels),
     Law(a_reset_channel_forgets_its_past, rules=("gated_delta",), needs=_has_channels),
+    Law(equal_strengths_are_beta, rules=("gated_delta", "delta"), needs=_takes_strengths),
 )
 """Every law of docs/math.md §8."""

@@ -195,6 +195,14 @@ def one_decay_for_all_channels(backend: Backend, call: Call) -> tuple[Tensor, Te
     return eager.run_sequence(backend, _with(call, alpha=mean, log_alpha=None))
 
 
+def erase_and_write_swapped(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+    """Erase by the write strength and write by the erase strength, where their shapes are alike."""
+    erase, write = call.tokens.erase, call.tokens.write
+    if erase is None or write is None or erase.shape != write.shape:
+        return eager.run_sequence(backend, call)
+    return eager.run_sequence(backend, _with(call, erase=write, write=erase))
+
+
 def skipped_rows_run(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Let a row that should be skipped, slot -1, read and write slot 0."""
     if call.state_indices is not None:
@@ -283,6 +291,7 @@ SEQUENCE_MUTATIONS: dict[str, Mutation] = {
         normalised_values,
         flushed_decays,
         one_decay_for_all_channels,
+        erase_and_write_swapped,
     )
 }
 """Mistakes in `gated_delta`, by name."""
@@ -312,11 +321,11 @@ MUTATIONS: dict[str, Mutation | DecodeMutation] = {**SEQUENCE_MUTATIONS, **DECOD
 
 def can_show(mutation: str, limits: Limits) -> bool:
     """Return whether a backend with the given limits takes calls in which a mistake shows."""
-    return mutation not in _OF_CHANNELS or "channel" in limits.decays
-
-
-_OF_CHANNELS = frozenset({"one_decay_for_all_channels"})
-"""Names the mistakes that show only where every channel has a decay of its own."""
+    shows = {
+        "one_decay_for_all_channels": "channel" in limits.decays,
+        "erase_and_write_swapped": limits.apart,
+    }
+    return shows.get(mutation, True)
 
 
 @contextlib.contextmanager

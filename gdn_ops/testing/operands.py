@@ -23,9 +23,10 @@ class _Run(NamedTuple):
         q, k: (N, T, HV, K, 1), normalised where the call asks for it, q with its scale.
         v, d_o: (N, T, HV, 1, V).
         alpha: (N, T, HV, 1, 1), or (N, T, HV, K, 1) of channels.
-        beta: (N, T, HV, 1, 1).
+        erase: (N, T, HV, 1, 1), or (N, T, HV, K, 1) of channels; 0 for a rule that does not.
+        write: (N, T, HV, 1, 1), or (N, T, HV, 1, V) of channels.
         start, d_final: (N, HV, K, V).
-        erase: 1.0 for a rule that erases, else 0.0.
+        has_erase: 1.0 for a rule that erases, else 0.0.
         chunk: tokens of a chunk.
     """
 
@@ -33,11 +34,12 @@ class _Run(NamedTuple):
     k: Tensor
     v: Tensor
     alpha: Tensor
-    beta: Tensor
+    erase: Tensor
+    write: Tensor
     d_o: Tensor
     start: Tensor
     d_final: Tensor
-    erase: float
+    has_erase: float
     chunk: int
 
 
@@ -46,12 +48,15 @@ class _Token(NamedTuple):
 
     Attributes:
         before, all_before: the state before the token and the sum of what was written to it.
-        error, error_terms: v - S^T k and the root of the sum of squares of its terms.
+        u, u_terms: w v - S^T (e k) and the root of the sum of squares of its terms.
+        error, error_terms: v - S^T k, which beta multiplies, likewise.
         all_after: the sum of what was written to the state after the token.
     """
 
     before: Tensor
     all_before: Tensor
+    u: Tensor
+    u_terms: Tensor
     error: Tensor
     error_terms: Tensor
     all_after: Tensor
@@ -100,24 +105,30 @@ def _forward(x: _Run) -> tuple[list[_Token], Results]:
     state, written, o, tokens = x.start, x.start.abs(), [], []
     for t in range(x.k.shape[1]):
         k, alpha = x.k[:, t], x.alpha[:, t]
-        read = x.erase * alpha * k
-        error = x.v[:, t] - (state * read).sum(-2, keepdim=True)
-        terms = torch.sqrt(x.v[:, t].square() + (written * read).square().sum(-2, keepdim=True))
-        write = k * x.beta[:, t] * error
+        u = _difference(x.write[:, t] * x.v[:, t], x.erase[:, t] * alpha * k, state, written)
+        error = _difference(x.v[:, t], x.has_erase * alpha * k, state, written)
+        write = k * u[0]
         before, all_before = state, written
         state, written = alpha * state + write, alpha * written + write.abs()
         o.append(torch.sqrt((written * x.q[:, t]).square().sum(-2)))
-        tokens.append(_Token(before, all_before, error, terms, written))
+        tokens.append(_Token(before, all_before, *u, *error, written))
     empty = x.v.squeeze(-2)
     return tokens, {"o": torch.stack(o, 1) if o else empty, "final_state": written}
+
+
+def _difference(v: Tensor, read: Tensor, state: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+    """Return v - S^T read, and the root of the sum of squares of its terms."""
+    terms = torch.sqrt(v.square() + (written * read).square().sum(-2, keepdim=True))
+    return v - (state * read).sum(-2, keepdim=True), terms
 
 
 def _backward(x: _Run, tokens: list[_Token]) -> Results:
     d_state, written = x.d_final, x.d_final.abs()
     unerased = d_state
-    grads: dict[str, list[Tensor]] = {f"d_{name}": [] for name in ("q", "k", "v", "alpha", "beta")}
+    grads: dict[str, list[Tensor]] = {f"d_{name}": [] for name in _DIFFERENTIABLE}
     for t, token in reversed(list(enumerate(tokens))):
-        k, alpha, beta, d_o = x.k[:, t], x.alpha[:, t], x.beta[:, t], x.d_o[:, t]
+        k, alpha, d_o, v = x.k[:, t], x.alpha[:, t], x.d_o[:, t], x.v[:, t]
+        e, w = x.erase[:, t], x.write[:, t]
         write = x.q[:, t] * d_o
         if (t + 1) % x.chunk == 0:
             unerased = d_state
@@ -125,26 +136,36 @@ def _backward(x: _Run, tokens: list[_Token]) -> Results:
         d_u = (d_state * k).sum(-2, keepdim=True)
         d_u_terms = torch.sqrt((written * k).square().sum(-2, keepdim=True))
         grads["d_q"].append(torch.sqrt((token.all_after * d_o).square().sum(-1)))
-        grads["d_v"].append((beta * d_u_terms).squeeze(-2))
+        grads["d_v"].append((w * d_u_terms).squeeze(-2))
+        grads["d_write"].append(_root_of_squares(v * d_u_terms, w))
         d_beta = (token.error_terms * d_u).square() + (token.error * d_u_terms).square()
         grads["d_beta"].append(torch.sqrt(d_beta.sum((-2, -1))))
-        read = x.erase * alpha * beta
-        d_k = (written * beta * token.error).square()
-        d_k = d_k + (d_state * beta * token.error_terms).square()
-        d_k = d_k + (read * token.all_before * d_u).square()
-        d_k = d_k + (read * token.before * d_u_terms).square()
+        read = (alpha * token.all_before * d_u).square()
+        read = torch.sqrt(read + (alpha * token.before * d_u_terms).square())
+        grads["d_erase"].append(_root_of_squares(k * read, e))
+        d_k = (written * token.u).square() + (d_state * token.u_terms).square()
+        d_k = d_k + (e * read).square()
         grads["d_k"].append(torch.sqrt(d_k.sum(-1)))
         d_u_whole = (unerased * k).sum(-2, keepdim=True)
-        erase = x.erase * k * beta
+        erase = e * k
         d_state = d_state - erase * d_u
         written = written + erase.abs() * torch.maximum(d_u.abs(), d_u_whole.abs())
         d_alpha = (token.before * written).square() + (token.all_before * d_state).square()
-        grads["d_alpha"].append(torch.sqrt(d_alpha.sum(-1).sum_to_size(alpha.shape[:-1])))
+        grads["d_alpha"].append(_root_of_squares(torch.sqrt(d_alpha), alpha))
         d_state, unerased, written = alpha * d_state, alpha * unerased, alpha * written
     shapes = {"d_q": x.q.squeeze(-1), "d_k": x.k.squeeze(-1), "d_v": x.v.squeeze(-2)}
-    shapes |= {"d_alpha": x.alpha[..., 0], "d_beta": x.beta[..., 0, 0]}
+    shapes |= {"d_alpha": x.alpha, "d_erase": x.erase, "d_write": x.write}
+    shapes |= {"d_beta": x.write[..., 0, 0]}
     stacked = {n: torch.stack(g[::-1], 1) if g else shapes[n] for n, g in grads.items()}
     return stacked | {"d_initial_state": written}
+
+
+_DIFFERENTIABLE = ("q", "k", "v", "alpha", "beta", "erase", "write")
+
+
+def _root_of_squares(terms: Tensor, like: Tensor) -> Tensor:
+    """Return the root of the sum of squares over the axes in which a gate has one number."""
+    return torch.sqrt(terms.square().sum_to_size(like.shape))
 
 
 def _as_given(sizes: Results, arguments: dict[str, Any], example: Example) -> Results:
@@ -164,8 +185,10 @@ def _as_given(sizes: Results, arguments: dict[str, Any], example: Example) -> Re
             along = torch.sqrt((unit * size).square().sum(-1, keepdim=True))
             size = (size + unit.abs() * along) * inverse
         sizes[f"d_{name}"] = size
-    if not example.channels:
-        sizes["d_alpha"] = sizes["d_alpha"].squeeze(-1)
+    for name in ("alpha", "erase", "write"):
+        given = arguments.get("log_alpha" if name == "alpha" and example.log_gate else name)
+        if given is not None:
+            sizes[f"d_{name}"] = sizes[f"d_{name}"].view(given.shape)
     if arguments.get("log_alpha") is not None:
         sizes["d_log_alpha"] = sizes["d_alpha"] * arguments["log_alpha"].double().exp()
     return sizes
@@ -181,23 +204,25 @@ def _runs(
         q, k = (x * inverse_norm(x) for x in (q, k))
     q, k = (x.repeat_interleave(s.R, 2).unsqueeze(-1) for x in (q, k))
     alpha, beta = arguments.get("alpha"), arguments.get("beta")
+    erase, write = arguments.get("erase", beta), arguments.get("write", beta)
     if arguments.get("log_alpha") is not None:
         alpha = arguments["log_alpha"].double().exp()
-    ones = v.new_ones(s.B, s.T, s.HV)
-    gates = [(ones if x is None else x.double())[..., None] for x in (alpha, beta)]
-    gates = [x if x.dim() == 5 else x[..., None] for x in gates]
+    ones, has_erase = v.new_ones(s.B, s.T, s.HV), GATED_DELTA.rule[example.rule].has_erase
+    gates = [ones if x is None else x.double() for x in (alpha, erase, write)]
+    gates = [x if x.dim() == 4 else x[..., None] for x in gates]
+    gates = [gates[0][..., None], has_erase * gates[1][..., None], gates[2].unsqueeze(-2)]
     start, zeros = arguments.get("initial_state"), v.new_zeros(s.N, s.HV, s.K, s.V)
     start = zeros if start is None else start
     d_o, d_final = (torch.zeros_like(v), zeros) if cotangents is None else cotangents
     tokens = [q * _scale(example), k, v.unsqueeze(-2), *gates, d_o.double().unsqueeze(-2)]
-    erase = float(GATED_DELTA.rule[example.rule].has_erase)
+    last = (float(has_erase), chunk)
     if example.lengths is None:
-        yield _Run._make((*tokens, start.double(), d_final.double(), erase, chunk))
+        yield _Run._make((*tokens, start.double(), d_final.double(), *last))
         return
     ends = itertools.accumulate(example.lengths, initial=0)
     for n, (a, b) in enumerate(itertools.pairwise(ends)):
         states = [x[n : n + 1].double() for x in (start, d_final)]
-        yield _Run._make((*(x[:, a:b] for x in tokens), *states, erase, chunk))
+        yield _Run._make((*(x[:, a:b] for x in tokens), *states, *last))
 
 
 def _scale(example: Example) -> float:

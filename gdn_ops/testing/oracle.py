@@ -127,7 +127,7 @@ def _moved(arguments: dict[str, Any], seed: int, inner: float) -> dict[str, Any]
             if name == "log_alpha":
                 wide = x.double().cpu() + unit_roundoff(x.dtype) * noise
                 wide = wide.clamp(max=0)
-            if name == "beta":
+            if name in ("beta", "erase", "write"):
                 wide = wide.clamp(max=2)
             moved[name] = wide.to(compute_dtype(x.dtype)).to(x.device)
     return moved
@@ -268,7 +268,11 @@ def _kept(
     # A gate stays an argument, for its gradient.
     ones = {"alpha": torch.ones_like, "log_alpha": torch.zeros_like}
     sizes |= {name: one(sizes[name]) for name, one in ones.items() if sizes.get(name) is not None}
-    sizes["rule"] = "gated"
+    if example.apart is None:
+        sizes["rule"] = "gated"
+    else:
+        v = sizes["v"]
+        sizes["erase"] = torch.zeros_like(sizes.get("erase", v[..., 0]))
     given = None if cotangents is None else (cotangents[0].abs(), cotangents[1].abs())
     return {name: norms(x, name, example) for name, x in run(sizes, "naive", given).items()}
 

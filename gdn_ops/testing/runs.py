@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gdn_ops.call.bind import Tokens
 from gdn_ops.dispatch.registry import Backend, get_backend
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import OpSpec
@@ -78,7 +79,7 @@ def installed(name: str) -> Backend:
 
 def token_slice(arguments: dict[str, Any], tokens: slice) -> dict[str, Any]:
     """Return the arguments of a call, cut to a slice of its tokens."""
-    names = ("q", "k", "v", "alpha", "log_alpha", "beta")
+    names = Tokens._fields
     return {
         name: x[:, tokens] if name in names and x is not None else x
         for name, x in arguments.items()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gdn_ops.spec.language import OpSpec
 from gdn_ops.spec.ops import GATED_DELTA
-from gdn_ops.spec.rules import FLOAT_DTYPES, Limits
+from gdn_ops.spec.rules import FLOAT_DTYPES, Limits, Rule
 from gdn_ops.testing.compiled import ShapeClass
 from gdn_ops.testing.example import (
     BETAS,
@@ -19,6 +19,7 @@ from gdn_ops.testing.example import (
     MAGNITUDES,
     SHARED,
     STATE_LAYOUTS,
+    STRENGTHS,
     Example,
 )
 
@@ -80,6 +81,11 @@ def calls(
         rest = MAGNITUDES if drawn["dtype"] == "float16" else ("unit", "unit", *MAGNITUDES)
         drawn["magnitude"] = draw(st.sampled_from(("unit", *rest)))
     is_normed = drawn["magnitude"] == "tiny_keys" or draw(st.booleans())
+    can_be_wide = "channel" in {*rule.decays} & {*limits.decays}
+    drawn["channels"] = can_be_wide and drawn.get("channels", draw(st.booleans()))
+    strengths = _strengths(rule, limits)
+    apart = drawn.get("apart", draw(st.sampled_from(strengths)))
+    drawn["apart"] = apart if apart in strengths else None
     example = Example(
         rule=rule.name,
         T=draw(tokens) if lengths is None else sum(lengths),
@@ -88,7 +94,6 @@ def calls(
         beta=draw(st.sampled_from(BETAS)),
         keys=draw(st.sampled_from(KEYS)),
         log_gate=rule.has_decay and draw(st.booleans()),
-        channels="channel" in {*rule.decays} & {*limits.decays} and draw(st.booleans()),
         initial_state=draw(st.booleans()),
         # A normalised single number is its sign: its gradient is nothing but cancellation.
         qk_l2norm=drawn["K"] > 1 and is_normed,
@@ -114,6 +119,15 @@ def _sizes(limits: Limits, dtypes: Sequence[str] | None) -> dict[str, st.SearchS
         "scale": st.sampled_from(SCALES),
         "chunk_size": st.sampled_from((None, *chunk_sizes)),
     }
+
+
+def _strengths(rule: Rule, limits: Limits) -> tuple[str | None, ...]:
+    """Return how erase and write may be given, None being beta; half of them are beta."""
+    if not (limits.apart and rule.has_erase):
+        return (None,)
+    is_wide = "channel" in {*rule.erases} & {*limits.erases} & {*rule.writes} & {*limits.writes}
+    kinds = STRENGTHS if is_wide else ("scalars",)
+    return (*(None for _ in kinds), *kinds)
 
 
 def _head_dims(limits: Limits) -> list[int]:

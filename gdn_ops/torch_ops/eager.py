@@ -56,12 +56,15 @@ def autocast(arguments: Arguments) -> Arguments:
     A state that is updated in place stays what it is. Without autocast the arguments themselves
     are returned.
     """
-    q, k, v, alpha, log_alpha, beta = arguments.tokens
+    q, k, v, alpha, log_alpha, beta, erase, write = arguments.tokens
     if not isinstance(q, Tensor) or not is_autocast_on(q.device.type):
         return arguments
     low = torch.get_autocast_dtype(q.device.type)
     q, k, v = _to_low(q, low), _to_low(k, low), _to_low(v, low)
-    tokens = Tokens(q, k, v, _widened(alpha), _widened(log_alpha), _widened(beta))
+    tokens = Tokens(
+        q, k, v, _widened(alpha), _widened(log_alpha), _widened(beta), _widened(erase),
+        _widened(write),
+    )  # fmt: skip
     state = arguments.state if arguments.inplace else _widened(arguments.state)
     # torch.compile of torch 2.8 traces no _replace.
     others: list[Any]

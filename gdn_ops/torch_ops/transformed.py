@@ -70,7 +70,7 @@ class Plain:
         return call
 
     def on(self, tensors: Tensors) -> Call:
-        """Return the call on tensors: six of tokens, then the state."""
+        """Return the call on tensors: those of tokens, then the state."""
         return self.call.with_tensors(Tokens(*tensors[:TOKENS]), tensors[TOKENS])  # type: ignore[arg-type]
 
     def folded(self, rows: int) -> Plain:

@@ -48,11 +48,17 @@ UNKNOWN = {
     (gated_delta, "past_state"): "initial_state",
     (gated_delta, "return_final_states"): "return_state",
     (gated_delta, "seqlens"): "'cu_seqlens'?",
-    (gated_delta, "varlen"): "one of q, k, v, alpha, beta, log_alpha, rule, scale, qk_l2norm, "
+    (
+        gated_delta,
+        "varlen",
+    ): "one of q, k, v, alpha, beta, log_alpha, erase, write, rule, scale, qk_l2norm, "
     "initial_state, return_state, cu_seqlens, chunk_size, backend",
     (gated_delta, "log_aplha"): "'log_alpha'?",
     (gated_delta, "return_sate"): "'return_state'?",
-    (gated_delta, "dropout"): "one of q, k, v, alpha, beta, log_alpha, rule, scale, qk_l2norm, "
+    (
+        gated_delta,
+        "dropout",
+    ): "one of q, k, v, alpha, beta, log_alpha, erase, write, rule, scale, qk_l2norm, "
     "initial_state, return_state, cu_seqlens, chunk_size, backend",
     (gated_delta_step, "initial_state"): "state",
     (gated_delta_step, "return_state"): "left out: the new state is always returned",

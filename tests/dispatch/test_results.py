@@ -104,15 +104,15 @@ def test_a_wrong_forward_in_a_graph_is_named(change: Callable[[Any], Any]) -> No
     assert message.endswith(f", should return {FORWARD}")
 
 
-NAMES = "q, k, v, alpha, log_alpha, beta, state"
+NAMES = "q, k, v, alpha, log_alpha, beta, erase, write, state"
 BACKWARDS: list[tuple[Callable[[Grads], Any], str]] = [
-    (lambda out: None, f"None, should return a gdn_ops.Grads of 7: {NAMES}"),
+    (lambda out: None, f"None, should return a gdn_ops.Grads of 9: {NAMES}"),
     (
         lambda out: out.q,
-        f"a tensor (1, 4, 2, 8) of float32, should return a gdn_ops.Grads of 7: {NAMES}",
+        f"a tensor (1, 4, 2, 8) of float32, should return a gdn_ops.Grads of 9: {NAMES}",
     ),
-    (lambda out: out[:3], f"3 gradients, should return a gdn_ops.Grads of 7: {NAMES}"),
-    (lambda out: (*out, None), f"8 gradients, should return a gdn_ops.Grads of 7: {NAMES}"),
+    (lambda out: out[:3], f"3 gradients, should return a gdn_ops.Grads of 9: {NAMES}"),
+    (lambda out: (*out, None), f"10 gradients, should return a gdn_ops.Grads of 9: {NAMES}"),
     (
         lambda out: out._replace(v=out.v[0]),
         f"the gradient of v as a tensor (4, 4, 6) of float32, should return a tensor {OUT} of "

@@ -122,16 +122,18 @@ def test_a_senseless_value_is_refused(message: str, build: Callable[[], object])
         "gated": GATED_DELTA.rule["gated"],
         "HV is a multiple of H": GATED_DELTA.constraints[0],
         "tiny: B=2 T=100 H/HV=2/4 K=32 V=48": GATED_DELTA.case["tiny"],
-        "gated_delta(q, k, v, alpha=None, beta=None, *, log_alpha=None, rule='gated_delta', "
-        "scale=None, qk_l2norm=False, initial_state=None, return_state=False, "
+        "gated_delta(q, k, v, alpha=None, beta=None, *, log_alpha=None, erase=None, write=None, "
+        "rule='gated_delta', scale=None, qk_l2norm=False, initial_state=None, return_state=False, "
         "cu_seqlens=None, chunk_size=None, backend='auto') "
         "-> o (B, T, HV, V), final_state (N, HV, K, V)": GATED_DELTA,
         "gated_delta_step(q, k, v, alpha=None, beta=None, state=None, *, log_alpha=None, "
-        "rule='gated_delta', scale=None, qk_l2norm=False, state_indices=None, inplace=False, "
-        "backend='auto') -> o (B, HV, V), new_state (B, HV, K, V)": GATED_DELTA_STEP,
+        "erase=None, write=None, rule='gated_delta', scale=None, qk_l2norm=False, "
+        "state_indices=None, inplace=False, backend='auto') "
+        "-> o (B, HV, V), new_state (B, HV, K, V)": GATED_DELTA_STEP,
         "gated_delta_steps(q, k, v, alpha=None, beta=None, state=None, *, log_alpha=None, "
-        "rule='gated_delta', scale=None, qk_l2norm=False, state_indices=None, inplace=False, "
-        "return_states=False, backend='auto') -> o (B, T, HV, V), new_state (B, HV, K, V), "
+        "erase=None, write=None, rule='gated_delta', scale=None, qk_l2norm=False, "
+        "state_indices=None, inplace=False, return_states=False, backend='auto') "
+        "-> o (B, T, HV, V), new_state (B, HV, K, V), "
         "states (B, T, HV, K, V)": GATED_DELTA_STEPS,
     }.items(),
 )
@@ -160,7 +162,8 @@ def test_a_page_prints_the_signature_an_argument_a_line() -> None:
     assert signature.splitlines() == [
         "gated_delta_step(",
         *("    q,", "    k,", "    v,", "    alpha=None,", "    beta=None,", "    state=None,"),
-        *("    *,", "    log_alpha=None,", "    rule='gated_delta',", "    scale=None,"),
+        *("    *,", "    log_alpha=None,", "    erase=None,", "    write=None,"),
+        *("    rule='gated_delta',", "    scale=None,"),
         *("    qk_l2norm=False,", "    state_indices=None,", "    inplace=False,"),
         "    backend='auto',",
         ") -> o (B, HV, V), new_state (B, HV, K, V)",
@@ -278,15 +281,49 @@ def bound(alpha: torch.Tensor, rule: str = "gated_delta") -> Call:
 
 
 def test_a_decay_per_channel_is_a_shape_of_alpha_and_a_reason_against_who_lacks_it() -> None:
-    assert bound(torch.ones(1, 5, 2)).widths == ("scalar", "scalar", "scalar")
-    assert bound(torch.ones(1, 5, 2), "gated").widths == ("scalar", "none", "scalar")
+    assert bound(torch.ones(1, 5, 2)).widths == ("scalar", "scalar", "scalar", False)
+    assert bound(torch.ones(1, 5, 2), "gated").widths == ("scalar", "none", "scalar", False)
     call = bound(torch.ones(1, 5, 2, 3))
-    assert call.widths == ("channel", "scalar", "scalar")
+    assert call.widths == ("channel", "scalar", "scalar", False)
     backend = installed("torch")
     assert reasons(backend, call) == []
     narrow = replace(backend.limits, decays=("none", "scalar"))
     unable = type("Unable", (type(backend),), {"limits": narrow})
     assert reasons(unable(), call) == ["channel decay (supported: none, scalar)"]
+
+
+@pytest.mark.parametrize(
+    ("given", "widths", "reasons_of_beta_alone"),
+    [
+        ({"beta": (1, 5, 2)}, ("scalar", "scalar", False), []),
+        ({"write": (1, 5, 2)}, ("scalar", "scalar", True), []),
+        (
+            {"erase": (1, 5, 2, 3)},
+            ("channel", "scalar", True),
+            ["channel erase (supported: none, scalar)"],
+        ),
+        (
+            {"erase": (1, 5, 2), "write": (1, 5, 2, 4)},
+            ("scalar", "channel", True),
+            ["channel write (supported: scalar)"],
+        ),
+    ],
+)
+def test_erase_and_write_have_widths_of_their_own_and_are_a_reason_against_who_takes_beta_alone(
+    given: dict[str, tuple[int, ...]], widths: tuple[object, ...], reasons_of_beta_alone: list[str]
+) -> None:
+    x = torch.zeros(1, 5, 2, 3)
+    gates = {name: torch.ones(shape) for name, shape in given.items()}
+    named = {"q": x, "k": x, "v": torch.zeros(1, 5, 2, 4), "rule": "delta"} | gates
+    call = bind(GATED_DELTA, arguments_of(GATED_DELTA, named))
+    assert call.widths == ("none", *widths)
+    assert call.widths.are_wide() == call.widths.apart
+    backend = installed("torch")
+    assert reasons(backend, call) == []
+    narrow = replace(backend.limits, erases=("none", "scalar"), writes=("scalar",), apart=False)
+    unable = type("Unable", (type(backend),), {"limits": narrow})
+    apart = ["erase and write (supported: beta)"] if call.widths.apart else []
+    assert reasons(unable(), call) == reasons_of_beta_alone + apart
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,10 @@ WRONG: dict[str, tuple[OpSpec, list[str]]] = {
     ),
     "keyword-only too late": (
         replace(GATED_DELTA, keyword_only_from="rule"),
-        ["signature: argument 'log_alpha' should be positional"],
+        [
+            f"signature: argument {name!r} should be positional"
+            for name in ("log_alpha", "erase", "write")
+        ],
     ),
     "attribute of another type": (
         with_arg("chunk_size", type="int", schema="int"),

@@ -90,5 +90,6 @@ def test_the_list_of_mutants_is_the_one_that_is_promised() -> None:
         "inputs_read_late",
         "an_overlap_is_allowed",
         "one_decay_for_all_channels",
+        "erase_and_write_swapped",
     }
     assert set(MUTATIONS) == {*SEQUENCE_MUTATIONS, *DECODE_MUTATIONS}

@@ -97,7 +97,7 @@ def prepared(call: Call) -> Prepared | None:
     constants: dict[str, Any] = {}
 
     def run(arguments: Arguments) -> Any:
-        (q, k, v, alpha, log_alpha, beta), state, _, slots, *_ = arguments
+        (q, k, v, alpha, log_alpha, beta, *_), state, _, slots, *_ = arguments
         assert state is not None
         if call.inplace and lies_in(state, (q, k, v, alpha, log_alpha, beta, slots)):
             return None
