@@ -29,6 +29,7 @@ if str(ROOT) not in sys.path:
 
 MODULES = (
     "gdn_ops",
+    "gdn_ops.gates",
     "gdn_ops.nn",
     "gdn_ops.parallel",
     "gdn_ops.export",

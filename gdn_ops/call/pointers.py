@@ -17,12 +17,12 @@ _RETURN = "return_state of gated_delta"
 _CHUNK = "chunk_size"
 _BOUNDARIES_ONLY = "left out: cu_seqlens alone is needed"
 _GATE = "alpha, in [0, 1], or log_alpha"
-_INSIDE = f"computed before the call, for example by gdn_ops.nn.gate; {_FLA}"
+_INSIDE = f"computed before the call, for example by a gate of gdn_ops.gates; {_FLA}"
 
 MEANT: dict[str, str] = {
     # flash-linear-attention
     "g": f"log_alpha, which is FLA's g; {_FLA}",
-    "gk": f"log_alpha (B, T, HV, K), a decay of every key channel; {_FLA}",
+    "gk": f"log_alpha with a last axis K, a decay of every key channel; {_FLA}",
     "gv": "log_alpha, of heads or of key channels: a decay per value channel is not supported",
     "output_final_state": f"{_RETURN}; {_FLA}",
     "use_qk_l2norm_in_kernel": f"qk_l2norm; {_FLA}",

@@ -19,8 +19,8 @@ OLDER_NAMES = {
     "alpha": "g, which is log α",
     "log_alpha": "g",
     "gate": "g",
-    "gk": "g, one decay per head",
-    "gv": "g, one decay per head",
+    "gk": "g of chunk_kda, or gk of fused_recurrent_gated_delta_rule",
+    "gv": "left out: a decay of every value channel is not supported",
     "return_state": "output_final_state",
     "qk_l2norm": "use_qk_l2norm_in_kernel",
     "backend": "left out: gdn_ops.use_backend sets one, and gated_delta takes one",
@@ -36,8 +36,8 @@ POSITIONS = {"use_beta_sigmoid_in_kernel": "cu_seqlens"}
 """Names what older versions of FLA have in the place of an argument."""
 
 
-TENSORS = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
-"""Arguments that are tensors; None for all but the first three."""
+TENSORS = ("q", "k", "v", "g", "gk", "beta", "initial_state", "A_log", "dt_bias")
+"""Arguments that are tensors; None for all but the first three, and absent for some functions."""
 
 SWITCHES = (
     *("output_final_state", "use_qk_l2norm_in_kernel", "use_gate_in_kernel"),
@@ -58,16 +58,83 @@ def check_kinds(function: str, arguments: dict[str, Any]) -> None:
             not take.
     """
     for name in TENSORS:
-        value = arguments[name]
+        value = arguments.get(name)
         if not isinstance(value, Tensor) and (value is not None or name in TENSORS[:3]):
             text = f"{name} has type {type(value).__name__}, should be a torch.Tensor"
             raise SpecTypeError(f"{function}: {text}")
-        if name in TENSORS[:5] and value is not None and value.dtype not in FLOATS:
+        if name in TENSORS[:6] and value is not None and value.dtype not in FLOATS:
             raise SpecError(
                 f"{function}: {name} has dtype {dtype_name(value.dtype)}, should be one of "
                 f"{', '.join(FLOAT_DTYPES)}"
             )
     check_switches(function, **{name: arguments[name] for name in SWITCHES})
+
+
+def required(function: str, name: str, value: Tensor | None, why: str | None = None) -> Tensor:
+    """Return an argument that may not be None here.
+
+    Raises:
+        SpecError: it is None.
+    """
+    if value is None:
+        reason = "" if why is None else f": {why}"
+        raise SpecError(f"{function}: {name} is None, should be a torch.Tensor{reason}")
+    return value
+
+
+def check_heads(function: str, g: Tensor | None) -> None:
+    """Check that a gate is one decay per head.
+
+    Raises:
+        SpecError: it has a channel axis.
+    """
+    if g is not None and g.dim() == 4:
+        raise SpecError(
+            f"{function}: g has shape {tuple(g.shape)}, should be (B, T, HV): chunk_kda and "
+            f"fused_recurrent_kda take a decay of every key channel"
+        )
+
+
+def check_channels(
+    function: str, name: str, gate: Tensor, q: Tensor, v: Tensor, has_domain: bool = True
+) -> None:
+    """Check a decay of every key channel, and on a CPU its values, which are log α.
+
+    Args:
+        function: what messages start with.
+        name: of the gate.
+        gate: should be (B, T, HV, K).
+        q, v: the tokens; their own ranks are checked elsewhere.
+        has_domain: whether values are log α, and not raw.
+
+    Raises:
+        SpecError: the gate has another shape, or other values.
+    """
+    shape = tuple(gate.shape)
+    expected = (*v.shape[:3], q.shape[-1]) if q.dim() == v.dim() == 4 else shape
+    if shape != expected or gate.dim() != 4:
+        per_head = ": chunk_gated_delta_rule takes one decay per head" if gate.dim() == 3 else ""
+        raise SpecError(
+            f"{function}: {name} has shape {shape}, should be (B, T, HV, K) = {expected}{per_head}"
+        )
+    if has_domain:
+        check_logarithm(function, name, gate)
+
+
+def check_logarithm(function: str, name: str, gate: Tensor) -> None:
+    """Check on a CPU that a gate is log α.
+
+    Raises:
+        SpecError: it has positive values.
+    """
+    if not gate.numel() or not has_values(gate):
+        return
+    low, high = (float(x) for x in gate.detach().aminmax())
+    if high > 0:
+        raise SpecError(
+            f"{function}: {name} has values in [{low:.4g}, {high:.4g}], should be in [-inf, 0]: "
+            f"it is log α; from α, {name} = alpha.log()"
+        )
 
 
 def check_packing(function: str, cu_seqlens: Any, **derived: Any) -> None:
@@ -115,15 +182,22 @@ def check_switches(function: str, **values: Any) -> None:
 
 
 def check_gate_parameter(function: str, name: str, value: Tensor, g: Tensor) -> None:
-    """Check a parameter (HV,) of the gate of g (B, T, HV).
+    """Check a parameter of the gate of g (B, T, HV) or (B, T, HV, K).
 
     Raises:
         SpecError: it has another shape, is no float, or is on another device.
     """
     check_floats(function, **{name: value})
     text = ""
-    if value.shape != g.shape[-1:]:
-        text = f"has shape {tuple(value.shape)}, should be (HV,) = {tuple(g.shape[-1:])}"
+    heads = g.shape[2:3]
+    shapes, should = [tuple(heads)], f"(HV,) = {tuple(heads)}"
+    if g.dim() == 4 and name == "dt_bias":
+        shapes = [(heads.numel() * g.shape[3],), tuple(g.shape[2:])]
+        should = f"(HV K,) = {shapes[0]} or (HV, K) = {shapes[1]}"
+    elif g.dim() == 4:
+        shapes.append((1, 1, *heads, 1))
+    if tuple(value.shape) not in shapes:
+        text = f"has shape {tuple(value.shape)}, should be {should}"
     elif value.device != g.device:
         text = f"is on {value.device}, should be on {g.device}, the device of g"
     if text:

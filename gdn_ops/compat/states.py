@@ -10,6 +10,7 @@
 | `ort_gated_delta_net` | (N, HV, V, K), of `com.microsoft::GatedDeltaNet` | g = log α |
 | `paper` | (N, HV, V, K) | α |
 
+States of Kimi Delta Attention lie the same, and its gates have a last axis K in every layout.
 β is the same everywhere, and so is the order of heads: value head h reads key head h // (HV / H).
 """
 

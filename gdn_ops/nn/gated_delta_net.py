@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gdn_ops.call.scalars import as_python
+from gdn_ops.gates import write_strength
 from gdn_ops.nn import kernels, split_tokens, steps, token
 from gdn_ops.nn.convolution import ShortConvolution, convolve_apart
 from gdn_ops.nn.decay_groups import parameters_without_weight_decay
@@ -371,10 +372,7 @@ class GatedDeltaNet(Splittable):
 
     def _gates(self, x: Tensor, padding: Padding | None) -> tuple[Tensor | None, Tensor]:
         """Return log α, or None without a decay, and β, (B, T, HV) in float32 at least."""
-        b = self.b_proj(x)
-        beta = b.to(torch.promote_types(b.dtype, torch.float32)).sigmoid()
-        if self.allow_neg_eigval:
-            beta = 2 * beta
+        beta = write_strength(self.b_proj(x), self.allow_neg_eigval)
         log_alpha = None
         if self.decay is not None:
             log_alpha = self.decay(self.a_proj(x))

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from gdn_ops.gates import log_decay
 from gdn_ops.nn.shares import share
 from gdn_ops.nn.values import check_counts, check_device, check_floats, check_made
 from gdn_ops.spec.errors import SpecError
@@ -46,9 +46,7 @@ def gate(a: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
                 f"gate: {name} has shape {tuple(given.shape)}, should be (HV,) = "
                 f"{tuple(a.shape[-1:])}"
             )
-    dtype = torch.promote_types(torch.promote_types(a.dtype, A_log.dtype), torch.float32)
-    step = a.to(dtype) if dt_bias is None else a.to(dtype) + dt_bias.to(dtype)
-    return -A_log.to(dtype).exp() * functional.softplus(step)
+    return log_decay(a, A_log, dt_bias)
 
 
 @torch.no_grad()

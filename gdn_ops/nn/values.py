@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from gdn_ops.call.scalars import as_python
 from gdn_ops.call.structure import dtype_name
-from gdn_ops.call.subclasses import MASKED, is_masked
+from gdn_ops.call.tensors import check_device as check_device
+from gdn_ops.call.tensors import check_floats as check_floats
+from gdn_ops.call.tensors import check_tensor as check_tensor
 from gdn_ops.call.values import CHECK_VALUES_EVERYWHERE
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 from gdn_ops.spec.rules import FLOAT_DTYPES
@@ -111,39 +113,6 @@ def check_sequences(owner: str, x: Any, width: int, name: str) -> None:
         )
 
 
-def check_floats(owner: str, **tensors: Any) -> None:
-    """Check that all are tensors of floats that layers compute with.
-
-    Raises:
-        SpecError: one of them is something else.
-    """
-    for name, x in tensors.items():
-        check_tensor(owner, name, x)
-        if not x.is_floating_point():
-            _refuse(owner, f"{name} has dtype {dtype_name(x.dtype)}, should be a float")
-        if dtype_name(x.dtype) not in FLOAT_DTYPES:
-            known = ", ".join(FLOAT_DTYPES)
-            _refuse(owner, f"{name} has dtype {dtype_name(x.dtype)}, should be one of {known}")
-
-
-def check_tensor(owner: str, name: str, value: Any) -> None:
-    """Check that a value is a dense tensor.
-
-    Raises:
-        SpecError: it is something else.
-    """
-    if not isinstance(value, Tensor):
-        is_result = isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Tensor)
-        hint = "; layers return (y, state): pass y on" if is_result else ""
-        kind = type(value).__name__
-        _refuse_type(owner, f"{name} has type {kind}, should be a torch.Tensor{hint}")
-    if is_masked(value):
-        _refuse(owner, f"{name} {MASKED}")
-    if value.layout is not torch.strided:
-        layout = str(value.layout).removeprefix("torch.")
-        _refuse(owner, f"{name} has layout {layout}, should be strided")
-
-
 def check_token_ids(owner: str, tokens: Any, embedding: nn.Module) -> None:
     """Check tokens that a language model is given.
 
@@ -181,16 +150,6 @@ def check_module(owner: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         text = f"model has type {type(model).__name__}, should be a torch.nn.Module"
         _refuse_type(owner, text)
-
-
-def check_device(owner: str, name: str, value: Tensor, device: torch.device, of: str) -> None:
-    """Check that a tensor is on the device of something that is called `of`.
-
-    Raises:
-        SpecError: it is on another one.
-    """
-    if value.device != device:
-        _refuse(owner, f"{name} is on {value.device}, should be on {device}, the device of {of}")
 
 
 def check_weights(owner: str, name: str, x: Tensor, **modules: nn.Module) -> None:

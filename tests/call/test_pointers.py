@@ -27,22 +27,23 @@ FLA = "gdn_ops.compat.fla has FLA's names and layouts"
 
 UNKNOWN = {
     (gated_delta, "g"): f"log_alpha, which is FLA's g; {FLA}",
+    (gated_delta, "gk"): f"log_alpha with a last axis K, a decay of every key channel; {FLA}",
     (gated_delta, "output_final_state"): f"return_state; {FLA}",
     (gated_delta, "use_qk_l2norm_in_kernel"): f"qk_l2norm; {FLA}",
     (gated_delta, "head_first"): "left out: tokens come before heads, (B, T, H, K); "
     "q.transpose(1, 2) turns (B, H, T, K)",
     (gated_delta, "initial_states"): "initial_state",
     (gated_delta, "state"): "initial_state",
-    (gated_delta, "dt"): "log_alpha, computed before the call, for example by gdn_ops.nn.gate; "
-    f"{FLA}",
-    (gated_delta, "A"): "log_alpha, computed before the call, for example by gdn_ops.nn.gate; "
-    f"{FLA}",
+    (gated_delta, "dt"): "log_alpha, computed before the call, for example by a gate of "
+    f"gdn_ops.gates; {FLA}",
+    (gated_delta, "A"): "log_alpha, computed before the call, for example by a gate of "
+    f"gdn_ops.gates; {FLA}",
     (gated_delta, "seq_idx"): "cu_seqlens, the boundaries of sequences packed along T: 0, ..., T",
     (gated_delta, "inplace"): "left out: it is an argument of gated_delta_step and "
     "gated_delta_steps",
     (gated_delta, "value"): "v",
-    (gated_delta, "a_log"): "log_alpha, computed before the call, for example by gdn_ops.nn.gate; "
-    f"{FLA}",
+    (gated_delta, "a_log"): "log_alpha, computed before the call, for example by a gate of "
+    f"gdn_ops.gates; {FLA}",
     (gated_delta, "cu_seqlens_cpu"): "left out: cu_seqlens alone is needed",
     (gated_delta, "initial_state_indices"): "state_indices of a decode op",
     (gated_delta, "past_state"): "initial_state",

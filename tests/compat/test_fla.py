@@ -209,10 +209,23 @@ def test_gates_and_states_may_be_wider_than_the_tokens(function: Any) -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "chunk_gated_delta_rule: cp_context is given, should be None: context parallelism over devices "
     "is not supported": {"cp_context": object()},
-    "fused_recurrent_gated_delta_rule: gk is given, should be None: a decay per channel is not "
-    "supported; g is one decay per head": {"gk": torch.zeros(1)},
-    "fused_recurrent_gated_delta_rule: gv is given, should be None: a decay per channel is not "
-    "supported; g is one decay per head": {"gv": torch.zeros(1)},
+    "fused_recurrent_gated_delta_rule: gk has shape (1,), should be (B, T, HV, K) = (2, 9, 4, 8)": {
+        "gk": torch.zeros(1)
+    },
+    "fused_recurrent_gated_delta_rule: gk has type float, should be a torch.Tensor": {"gk": 1.0},
+    "fused_recurrent_gated_delta_rule: gk has values in [0.5, 0.5], should be in [-inf, 0]: it is "
+    "log α; from α, gk = alpha.log()": {"gk": torch.full((B, T, HV, K), 0.5)},
+    "fused_recurrent_gated_delta_rule: g has values in [0.5, 0.5], should be in [-inf, 0]: it is "
+    "log α; from α, g = alpha.log()": {
+        "g": torch.full((B, T, HV), 0.5),
+        "gk": torch.full((B, T, HV, K), -1.0),
+    },
+    "fused_recurrent_gated_delta_rule: gv is given, should be None: a decay of every value channel "
+    "is not supported": {"gv": torch.zeros(1)},
+    "chunk_gated_delta_rule: g has shape (2, 9, 4, 8), should be (B, T, HV): chunk_kda and "
+    "fused_recurrent_kda take a decay of every key channel": {"g": torch.zeros(B, T, HV, K)},
+    "chunk_gated_delta_rule: got an unknown argument 'gk', should be g of chunk_kda, or gk of "
+    "fused_recurrent_gated_delta_rule": {"gk": torch.zeros(B, T, HV, K)},
     "chunk_gated_delta_rule: allow_neg_eigval is True, should be False: it takes effect with "
     "use_beta_sigmoid_in_kernel=True only": {"allow_neg_eigval": True},
     "chunk_gated_delta_rule: A_log is None, should be a torch.Tensor: use_gate_in_kernel is True": {
