@@ -29,10 +29,16 @@ from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host import decode, stages
 from gdn_ops.backends.triton.host.backward import backward
 from gdn_ops.backends.triton.host.forward import forward
-from gdn_ops.backends.triton.host.plan import empty_saved, make_plan, pointer_remarks
+from gdn_ops.backends.triton.host.plan import (
+    empty_saved,
+    has_channels,
+    make_plan,
+    pointer_remarks,
+)
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.backend import Forward, Grads, Prepared, Summarised
 from gdn_ops.kernel_support.backend import KernelBackend
+from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.switches import unset_if_empty
 
 # Triton would look for a folder without a name.
@@ -75,6 +81,7 @@ class Triton(KernelBackend):
         KernelBackend.limits,
         head_dims=range(1, 257),
         chunk_sizes=configs.CHUNKS,
+        decays=("none", "scalar", "channel"),
     )
 
     tool_reasons = staticmethod(tool_reasons)
@@ -100,6 +107,11 @@ class Triton(KernelBackend):
         d_state: Tensor,
     ) -> Grads:  # fmt: skip
         return stages.resume_gradients(call, saved, kept, d_o, d_state)
+
+    def reasons(self, call: Call) -> list[str]:
+        of_sequence = call.op is GATED_DELTA and has_channels(call)
+        against = "channel decay of gated_delta (supported: of decode ops)"
+        return [*super().reasons(call), *([against] if of_sequence else [])]
 
     def remarks(self, call: Call) -> list[str]:
         return pointer_remarks(call)

@@ -10,7 +10,14 @@ from torch import Tensor
 from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host.config import power_of_two
 from gdn_ops.backends.triton.host.launcher import launch
-from gdn_ops.backends.triton.host.plan import dense, gate_kind, gate_of, readable, strides
+from gdn_ops.backends.triton.host.plan import (
+    dense,
+    gate_kind,
+    gate_of,
+    has_channels,
+    readable,
+    strides,
+)
 from gdn_ops.backends.triton.kernels import step
 from gdn_ops.call.bind import Arguments, Call
 from gdn_ops.call.memory import lies_in
@@ -74,6 +81,7 @@ def _constants(
         "HAS_STATE": call.state is not None,
         "KEEP": keep,
         "POOL": call.state_indices is not None,
+        "CHANNELS": has_channels(call),
         "num_warps": config.warps,
         "num_stages": 1,
         "enable_fp_fusion": True,

@@ -269,6 +269,11 @@ def gate_kind(call: Call) -> int:
     return int(LOG_ALPHA.value if call.tokens.alpha is None else ALPHA.value)
 
 
+def has_channels(call: Call) -> bool:
+    """Return whether every key channel of a call has a decay of its own (docs/math.md §9)."""
+    return call.widths.decay == "channel"
+
+
 def common(call: Call, plan: Plan) -> dict[str, Any]:
     """Return the compile-time constants that all kernels share."""
     return {

@@ -3,8 +3,9 @@
 One program per row, value head and block of BV columns of V: a row alone fills a GPU. The state
 block, (K, BV) float32, stays in registers over the tokens.
 
-    reads   q, k (B, T, H, K), v (B, T, HV, V); gate, β (B, T, HV); state (B, HV, K, V), or a pool
-            (P, HV, K, V) and the slot of every row, -1 to skip it
+    reads   q, k (B, T, H, K), v (B, T, HV, V); gate, β (B, T, HV), with CHANNELS the gate
+            (B, T, HV, K); state (B, HV, K, V), or a pool (P, HV, K, V) and the slot of every row,
+            -1 to skip it
     writes  o (B, T, HV, V); the state, in place or not; on request the state after every token
 """
 
@@ -24,6 +25,7 @@ def tokens(
     H, R, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr,
     NORM: tl.constexpr, HAS_STATE: tl.constexpr, KEEP: tl.constexpr, POOL: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Decode the tokens, see the module. Grid (B HV, ceil(V / BV))."""
     HV = H * R
@@ -53,7 +55,10 @@ def tokens(
             k_t *= 1.0 / tl.sqrt(tl.sum(k_t * k_t) + L2NORM_EPSILON)
         # §2 S' = α_t S_{t-1}                                                    [BK, BV]
         if GATE != NO_DECAY:
-            alpha = tl.load(gate + at).to(tl.float32)
+            if CHANNELS:
+                alpha = tl.load(gate + at * K + dk, mask=in_k, other=0.0)[:, None].to(tl.float32)
+            else:
+                alpha = tl.load(gate + at).to(tl.float32)
             if GATE == LOG_ALPHA:
                 alpha = tl.exp(alpha)
             S *= alpha
