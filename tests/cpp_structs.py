@@ -76,8 +76,8 @@ class Packed:
         T, H, HV, K, V = (self[name] for name in ("T", "H", "HV", "K", "V"))
         for name, heads, width in (("q", H, K), ("k", H, K), ("v", HV, V), ("o", HV, V)):
             self.add_array(name, rows, T, heads, width)
-        for name in ("decay", "beta"):
-            self.add_array(name, rows, T, HV, 1)
+        self.add_array("decay", rows, T, HV, K if self["decay_of_channels"] else 1)
+        self.add_array("beta", rows, T, HV, 1)
 
 
 def _rows(p: Packed) -> int:
@@ -104,8 +104,8 @@ def _describe_gradients(p: Packed, of: Packed) -> None:
     T, H, HV, K, V = (of[name] for name in ("T", "H", "HV", "K", "V"))
     for name, heads, width in (("d_o", HV, V), ("d_q", H, K), ("d_k", H, K), ("d_v", HV, V)):
         p.add_array(name, _rows(of), T, heads, width)
-    for name in ("d_decay", "d_beta"):
-        p.add_array(name, _rows(of), T, HV, 1)
+    p.add_array("d_decay", _rows(of), T, HV, K if of["decay_of_channels"] else 1)
+    p.add_array("d_beta", _rows(of), T, HV, 1)
     for name in ("d_final", "d_initial"):
         p.add(name, 4 * of["N"] * _state(of))
 

@@ -21,6 +21,7 @@ from gdn_ops.dispatch.backend import (
     without_tokens,
 )
 from gdn_ops.kernel_support.host_memory import empty
+from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.rules import Limits
 
 
@@ -35,6 +36,7 @@ class Cpp(Backend):
     has_walks = True
     limits = Limits(
         devices=("cpu",),
+        decays=("none", "scalar", "channel"),
         dtypes=("float32", "bfloat16", "float16"),
         state_dtypes=("float32", "bfloat16", "float16"),
         second_grad=True,
@@ -51,8 +53,10 @@ class Cpp(Backend):
         return missing()
 
     def reasons(self, call: Call) -> list[str]:
-        reason = missing()
-        return [] if reason is None else [reason]
+        found = [missing()]
+        if call.widths.decay == "channel" and call.op is GATED_DELTA:
+            found.append("channel decay in gated_delta (supported: none, scalar)")
+        return [reason for reason in found if reason is not None]
 
     def saved_like(self, call: Call) -> tuple[Tensor, ...]:
         return (torch.empty(_shape_of_states(call), dtype=torch.float32, device=call.device),)
@@ -204,7 +208,8 @@ def _readable(tokens: Tokens) -> Tokens:
     q, k, v, alpha, log_alpha, beta = tokens
     return Tokens(
         *(calls.readable(x) for x in (q, k, v)),
-        *(calls.gate(x) for x in (alpha, log_alpha, beta)),
+        *(calls.decay(x, q) for x in (alpha, log_alpha)),
+        calls.gate(beta),
     )
 
 

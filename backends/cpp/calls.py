@@ -30,9 +30,9 @@ NOTHING = (0, 0, 0, 0, 0)
 LEAST_TASKS = 8
 """Tasks that a backward has at least, so that up to as many threads change no bit of a gradient."""
 
-_SEQUENCES = struct.Struct("=45qfi")
+_SEQUENCES = struct.Struct("=46qfi")
 _GRADIENTS = struct.Struct("=32q")
-_STEPS = struct.Struct("=51qffq")
+_STEPS = struct.Struct("=52qffq")
 
 Array = tuple[int, int, int, int, int]
 Reader = Callable[[Tensor | None], Array]
@@ -63,8 +63,14 @@ def readable(x: Tensor) -> Tensor:
 
 
 def gate(x: Tensor | None) -> Tensor | None:
-    """Return a gate in a type that the kernels read."""
+    """Return a gate of heads in a type that the kernels read."""
     return x if x is None or x.dtype in TYPES else x.to(torch.float32)
+
+
+def decay(x: Tensor | None, q: Tensor) -> Tensor | None:
+    """Return a decay in a type that the kernels read; one of channels has as many axes as q."""
+    typed = gate(x)
+    return readable(typed) if typed is not None and typed.dim() == q.dim() else typed
 
 
 def whole(x: Tensor | None) -> Tensor | None:
@@ -109,7 +115,8 @@ def pack_sequences(
         *(*q, *k, *v, *decay, *beta, *array(o)),
         *(pointer(initial), pointer(final), pointer(states), pointer(call.cu_seqlens)),
         *(s.N, s.T, s.H, s.HV, s.K, s.V),
-        *(call.tokens.alpha is None, call.rule.has_erase, call.qk_l2norm, CHUNKS_PER_STATE),
+        *(call.tokens.alpha is None, call.widths.decay == "channel"),
+        *(call.rule.has_erase, call.qk_l2norm, CHUNKS_PER_STATE),
         1 if call.is_part else LEAST_TASKS,
         call.scale,
         threads,
@@ -148,7 +155,8 @@ def pack_steps(
         *(pointer(raw.A_log), pointer(raw.dt_bias)),
         *(row, head, new_row, new_head, TYPES[state.dtype]),
         *(s.B, s.T, s.H, s.HV, s.K, s.V),
-        *(call.tokens.alpha is None, call.rule.has_erase, call.qk_l2norm),
+        *(call.tokens.alpha is None, call.widths.decay == "channel"),
+        *(call.rule.has_erase, call.qk_l2norm),
         raw.beta_factor is not None,
         *(call.scale, raw.beta_factor or 0.0),
         threads,

@@ -103,9 +103,9 @@ def _is_direct(call: Call) -> bool:
     if slots is not None and not (call.inplace and slots.to(torch.int64).contiguous() is slots):
         return False
     gates = [x for x in (alpha, log_alpha, beta) if x is not None]
-    return all([calls.readable(x) is x for x in (q, k, v)]) and all(
-        [x.dtype == torch.float32 for x in gates]
-    )
+    are_read = [calls.decay(x, q) is x for x in (alpha, log_alpha)]
+    are_read += [calls.readable(x) is x for x in (q, k, v)]
+    return all(are_read) and all([x.dtype == torch.float32 for x in gates])
 
 
 def _packed(call: Call) -> bytes:

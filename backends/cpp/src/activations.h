@@ -14,6 +14,17 @@ GDN_INLINE Vec choose(Ints is, Vec a, Vec b) {
   return (Vec)(((Bits)is & (Bits)a) | (~(Bits)is & (Bits)b));
 }
 
+// e^r of |r| <= ln 2 / 2.
+GDN_INLINE Vec polynomial(Vec r) {
+  Vec p = all(1.9875691500e-4f);
+  p = p * r + all(1.3981999507e-3f);
+  p = p * r + all(8.3334519073e-3f);
+  p = p * r + all(4.1665795894e-2f);
+  p = p * r + all(1.6666665459e-1f);
+  p = p * r + all(5.0000001201e-1f);
+  return p * (r * r) + r + all(1.0f);
+}
+
 // e^x of x moved into [-87, 87]; NaN stays NaN.
 GDN_INLINE Vec exponential(Vec x) {
   x = choose(x > all(87.0f), all(87.0f), x);
@@ -23,15 +34,24 @@ GDN_INLINE Vec exponential(Vec x) {
   const Vec shifted = x * all(1.44269504088896341f) + shift;
   const Vec n = shifted - shift;
   const Vec r = x - n * all(0.693359375f) + n * all(2.12194440e-4f);
-  Vec p = all(1.9875691500e-4f);
-  p = p * r + all(1.3981999507e-3f);
-  p = p * r + all(8.3334519073e-3f);
-  p = p * r + all(4.1665795894e-2f);
-  p = p * r + all(1.6666665459e-1f);
-  p = p * r + all(5.0000001201e-1f);
-  p = p * (r * r) + r + all(1.0f);
+  const Vec p = polynomial(r);
   // Adding n to the exponent multiplies by 2^n.
   return (Vec)((Bits)p + ((Bits)shifted << 23));
+}
+
+// 2^n as a normal number.
+GDN_INLINE Vec power_of_two(Ints n) { return (Vec)((n + 127) << 23); }
+
+// e^x of x up to 87: below 2^-126 it is the nearest number too, and of -inf it is 0.
+GDN_INLINE Vec exponential_to_zero(Vec x) {
+  x = choose(x < all(-150.0f), all(-150.0f), x);
+  // As above; n is added in two steps, of which the last alone leaves the range of numbers.
+  const Vec shift = all(12582912.0f);
+  const Vec shifted = x * all(1.44269504088896341f) + shift;
+  const Vec n = shifted - shift;
+  const Ints whole = (Ints)shifted - (Ints)shift, half = whole >> 1;
+  return polynomial(x - n * all(0.693359375f) + n * all(2.12194440e-4f)) * power_of_two(half) *
+         power_of_two(whole - half);
 }
 
 // Of x below -87 it is 0, and the products with such x are 0 too.

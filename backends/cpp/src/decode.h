@@ -5,6 +5,8 @@
 //     o = S'^T q + (q . k) u                what the new state will answer
 //     S = S' + k u^T                        then write
 //
+// With a decay of every key channel (§9), alpha is one for each row of S.
+//
 // A block of columns of a head takes two sweeps over its K rows: one reads S'^T k and S'^T q, one
 // writes S. The second one walks back, from the rows that the first-level cache still has, and
 // runs beside the first one of the next block, be it of the next head: reads that wait for memory
@@ -17,6 +19,7 @@
 #include <utility>
 
 #include "chunk.h"
+#include "decays.h"
 
 namespace {
 
@@ -35,6 +38,7 @@ struct Tokens {
   S *q, *qk;                  // [T][Kp] q times the scale, [T] q . k
   S *decayed_k, *decayed_q;   // [T][Kp] the same times alpha
   S *alpha, *beta;            // [T]
+  S *alphas, *other_alphas;   // [T][Kp], where the decay is of channels; kept like the keys
   S *v, *o;                   // [block_columns]
   S *block;                   // [K][block_columns]
   int64_t Kp, key_head;
@@ -42,7 +46,8 @@ struct Tokens {
 
 template <class S>
 int64_t decode_numbers(const GdnSteps& c) {
-  return c.T * (5 * round_up(c.K, 16) + 3) + (c.K + 2) * block_columns<S>;
+  const int64_t rows = c.decay_of_channels ? 7 : 5;
+  return c.T * (rows * round_up(c.K, 16) + 3) + (c.K + 2) * block_columns<S>;
 }
 
 template <class S>
@@ -61,6 +66,8 @@ Tokens<S> tokens_in(const GdnSteps& c, S* memory) {
   x.qk = x.block + c.K * block_columns<S>;
   x.alpha = x.qk + c.T;
   x.beta = x.alpha + c.T;
+  x.alphas = x.beta + c.T;
+  x.other_alphas = x.alphas + c.T * x.Kp;
   return x;
 }
 
@@ -105,13 +112,28 @@ S read_beta(const GdnSteps& c, int64_t row, int64_t t, int64_t head) {
 }
 
 template <class S>
+void decay_rows(Tokens<S>& x, int64_t t) {
+  for (int64_t i = t * x.Kp; i < (t + 1) * x.Kp; i += lanes<S>) {
+    store(x.decayed_k + i, load(x.k + i) * load(x.alphas + i));
+    store(x.decayed_q + i, load(x.q + i) * load(x.alphas + i));
+  }
+}
+
+template <class S, bool of_channels>
 void read_tokens(const GdnSteps& c, int64_t row, int64_t head, Tokens<S>& x) {
   const int64_t key_head = row * c.H + head / (c.HV / c.H);
   if (x.key_head != key_head) read_keys(c, row, key_head % c.H, x);
   x.key_head = key_head;
+  if (of_channels) std::swap(x.alphas, x.other_alphas);
   for (int64_t t = 0; t < c.T; ++t) {
-    const VecOf<S> alpha = all(x.alpha[t] = read_alpha<S>(c, row, t, head));
     x.beta[t] = read_beta<S>(c, row, t, head);
+    if (of_channels) {
+      const int64_t first = at(c.decay, row, t, head);
+      read_decays(c.decay, first, c.decay_is_log, c.K, x.Kp, x.alphas + t * x.Kp);
+      decay_rows(x, t);
+      continue;
+    }
+    const VecOf<S> alpha = all(x.alpha[t] = read_alpha<S>(c, row, t, head));
     // The decay is taken with k and q: where alpha is 0, no sum over the state can overflow.
     for (int64_t i = t * x.Kp; i < (t + 1) * x.Kp; i += lanes<S>) {
       store(x.decayed_k + i, load(x.k + i) * alpha);
@@ -132,25 +154,26 @@ struct Read {
   VecOf<S> of_k[N], of_q[N];
 };
 
-// What is still to be written: alpha S + k u^T; `to` may be `state`.
+// What is still to be written: alpha S + k u^T; `to` may be `state`. `alphas` are those of channels.
 template <class S, int N, class E>
 struct Write {
   const E* state;
   E* to;
-  const S* k;
+  const S *k, *alphas;
   S alpha;
   VecOf<S> u[N];
 };
 
-template <bool writes, bool reads, class S, int N, class E>
+template <bool of_channels, bool writes, bool reads, class S, int N, class E>
 GDN_INLINE void sweep(int64_t K, int64_t stride, const Write<S, N, E>& w, Read<S, N, E>& r) {
   VecOf<S> of_k[N] = {}, of_q[N] = {}, u[N], s[N];
   for (int n = 0; writes && n < N; ++n) u[n] = w.u[n];
-  const VecOf<S> alpha = all(writes ? w.alpha : S(0));
+  VecOf<S> alpha = all(writes && !of_channels ? w.alpha : S(0));
   for (int64_t i = 0; i < K; ++i) {
     if (writes) {
       const int64_t row = (K - 1 - i) * stride;
       const VecOf<S> k = all(w.k[K - 1 - i]);
+      if (of_channels) alpha = all(w.alphas[K - 1 - i]);
       load_row<S, N>(w.state + row, s);
       for (int n = 0; n < N; ++n) s[n] = s[n] * alpha + k * u[n];
       store_row<S, N>(w.to + row, s);
@@ -189,6 +212,7 @@ GDN_INLINE void finish_read(const GdnSteps& c, const Tokens<S>& x, int64_t t, co
   if constexpr (has_pairs) arrange<N, true>(x.o);
   narrow(x.o, c.o.data, c.o.type, to, width);
   w.k = x.k + t * x.Kp;
+  w.alphas = x.alphas + t * x.Kp;
   w.alpha = x.alpha[t];
 }
 
@@ -198,7 +222,7 @@ GDN_INLINE void finish_read(const GdnSteps& c, const Tokens<S>& x, int64_t t, co
 
 // All tokens of N vectors of columns from column j on, in `block`: what a state cannot hold between
 // tokens, columns that fill no vector, and states that are kept.
-template <class S, int N>
+template <bool of_channels, class S, int N>
 GDN_INLINE void run_in_block(const GdnSteps& c, const Tokens<S>& x, int64_t row, int64_t head,
                              int64_t slot, int64_t j) {
   const int64_t K = c.K, V = c.V, stride = N * lanes<S>, width = least(stride, V - j);
@@ -215,9 +239,9 @@ GDN_INLINE void run_in_block(const GdnSteps& c, const Tokens<S>& x, int64_t row,
   for (int64_t t = 0; t < c.T; ++t) {
     r.k = x.decayed_k + t * x.Kp;
     r.q = x.decayed_q + t * x.Kp;
-    sweep<false, true>(K, stride, w, r);
+    sweep<of_channels, false, true>(K, stride, w, r);
     finish_read(c, x, t, r, at(c.v, row, t, head) + j, at(c.o, row, t, head) + j, width, w);
-    sweep<true, false>(K, stride, w, r);
+    sweep<of_channels, true, false>(K, stride, w, r);
     for (int64_t i = 0; c.states && i < K; ++i) {
       const int64_t place = (((row * c.T + t) * c.HV + head) * K + i) * V + j;
       narrow(x.block + i * stride, c.states, c.state_type, place, width);
@@ -229,7 +253,7 @@ GDN_INLINE void run_in_block(const GdnSteps& c, const Tokens<S>& x, int64_t row,
 }
 
 // All tokens of a block of columns, where they lie; the last write is left for the next call.
-template <class S, class E>
+template <bool of_channels, class S, class E>
 GDN_INLINE void run_in_place(const GdnSteps& c, const Tokens<S>& x, int64_t row, int64_t head,
                              int64_t slot, int64_t j, Write<S, NC, E>& w) {
   const E* state = static_cast<const E*>(c.state) + slot * c.state_row + head * c.state_head + j;
@@ -240,12 +264,12 @@ GDN_INLINE void run_in_place(const GdnSteps& c, const Tokens<S>& x, int64_t row,
     r.k = x.decayed_k + t * x.Kp;
     r.q = x.decayed_q + t * x.Kp;
     if (!w.to) {
-      sweep<false, true>(c.K, c.V, w, r);
+      sweep<of_channels, false, true>(c.K, c.V, w, r);
     } else if (t == 0) {
-      sweep<true, true>(c.K, c.V, w, r);
+      sweep<of_channels, true, true>(c.K, c.V, w, r);
     } else {
-      sweep<true, false>(c.K, c.V, w, r);
-      sweep<false, true>(c.K, c.V, w, r);
+      sweep<of_channels, true, false>(c.K, c.V, w, r);
+      sweep<of_channels, false, true>(c.K, c.V, w, r);
     }
     finish_read(c, x, t, r, at(c.v, row, t, head) + j, at(c.o, row, t, head) + j, block_columns<S>,
                 w);
@@ -271,8 +295,8 @@ void skip_row(const GdnSteps& c, int64_t row, int64_t head, S* zeros) {
 }
 
 // Value heads first, ..., last - 1 of all B HV of them.
-template <class S, class E>
-void run_heads(const GdnSteps& c, int64_t first, int64_t last, S* memory) {
+template <bool of_channels, class S, class E>
+void run_these_heads(const GdnSteps& c, int64_t first, int64_t last, S* memory) {
   Tokens<S> x = tokens_in(c, memory);
   const bool is_in_place = !c.states && (c.T == 1 || sizeof(E) == sizeof(S));
   Write<S, NC, E> w;
@@ -283,19 +307,25 @@ void run_heads(const GdnSteps& c, int64_t first, int64_t last, S* memory) {
       skip_row(c, row, head, x.o);
       continue;
     }
-    read_tokens(c, row, head, x);
+    read_tokens<S, of_channels>(c, row, head, x);
     int64_t j = 0;
     for (; j + block_columns<S> <= c.V; j += block_columns<S>) {
       if (is_in_place) {
-        run_in_place<S, E>(c, x, row, head, slot, j, w);
+        run_in_place<of_channels, S, E>(c, x, row, head, slot, j, w);
       } else {
-        run_in_block<S, NC>(c, x, row, head, slot, j);
+        run_in_block<of_channels, S, NC>(c, x, row, head, slot, j);
       }
     }
-    for (; j < c.V; j += lanes<S>) run_in_block<S, 1>(c, x, row, head, slot, j);
+    for (; j < c.V; j += lanes<S>) run_in_block<of_channels, S, 1>(c, x, row, head, slot, j);
   }
   Read<S, NC, E> nothing;
-  if (w.to) sweep<true, false>(c.K, c.V, w, nothing);
+  if (w.to) sweep<of_channels, true, false>(c.K, c.V, w, nothing);
+}
+
+template <class S, class E>
+void run_heads(const GdnSteps& c, int64_t first, int64_t last, S* memory) {
+  if (c.decay_of_channels) return run_these_heads<true, S, E>(c, first, last, memory);
+  run_these_heads<false, S, E>(c, first, last, memory);
 }
 
 }  // namespace

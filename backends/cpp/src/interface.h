@@ -14,7 +14,8 @@ enum GdnType { kGdnFloat32 = 0, kGdnBfloat16 = 1, kGdnFloat16 = 2, kGdnFloat64 =
 // Tokens of a chunk.
 enum { kGdnChunk = 32 };
 
-// An array of tokens: (rows, tokens, heads, ...).
+// An array of tokens: (rows, tokens, heads, ...). A decay is (..., HV), or where it is of channels
+// (..., HV, K) with its last axis contiguous.
 struct GdnArray {
   void* data;  // null where the call has no such array
   int64_t row, token, head;
@@ -30,7 +31,7 @@ struct GdnSequences {
   float* states;          // (B, slots, HV, K, V): what the backward starts from; or null
   const int64_t* starts;  // (N + 1) first tokens of packed sequences, or null: a sequence per row
   int64_t N, T, H, HV, K, V;
-  int64_t decay_is_log, has_erase, qk_l2norm;
+  int64_t decay_is_log, decay_of_channels, has_erase, qk_l2norm;
   int64_t chunks_per_state;
   int64_t least_tasks;  // a backward with fewer key heads, or than threads, is cut further
   float scale;
@@ -42,7 +43,7 @@ struct GdnGradients {
   GdnArray d_o;                 // (B, T, HV, V)
   const float* d_final;         // (N, HV, K, V)
   GdnArray d_q, d_k, d_v;       // in the types of q, k, v; null where only d_initial is asked for
-  GdnArray d_decay, d_beta;     // float32, (B, T, HV); of log alpha where the decay is a logarithm
+  GdnArray d_decay, d_beta;     // float32; of log alpha where the decay is a logarithm
   float* d_initial;             // (N, HV, K, V), or null
 };
 
@@ -62,7 +63,7 @@ struct GdnSteps {
   int64_t state_row, state_head, new_state_row, new_state_head;
   int64_t state_type;
   int64_t B, T, H, HV, K, V;
-  int64_t decay_is_log, has_erase, qk_l2norm, beta_is_raw;
+  int64_t decay_is_log, decay_of_channels, has_erase, qk_l2norm, beta_is_raw;
   float scale, beta_factor;
   int64_t threads;          // at least 1
 };

@@ -20,8 +20,8 @@ struct GdnRepeated {
 
 namespace {
 
-// Return whether every gate lies in [low, high]; NaN does.
-bool are_within(const GdnSteps& c, const GdnArray& gates, float low, float high) {
+// Return whether every gate lies in [low, high]; NaN does. A head has `width` of them.
+bool are_within(const GdnSteps& c, const GdnArray& gates, int64_t width, float low, float high) {
   if (!gates.data) return true;
   const float* data = static_cast<const float*>(gates.data);
   bool is_outside = false;
@@ -29,8 +29,10 @@ bool are_within(const GdnSteps& c, const GdnArray& gates, float low, float high)
     for (int64_t t = 0; t < c.T; ++t) {
       const float* row = data + b * gates.row + t * gates.token;
       for (int64_t h = 0; h < c.HV; ++h) {
-        const float gate = row[h * gates.head];
-        is_outside |= gate < low || gate > high;
+        for (int64_t i = 0; i < width; ++i) {
+          const float gate = row[h * gates.head + i];
+          is_outside |= gate < low || gate > high;
+        }
       }
     }
   }
@@ -69,8 +71,9 @@ GDN_EXPORT int gdn_decode_repeated(const GdnRepeated* earlier, int threads, void
   call.states = states;
   call.threads = threads;
   void* const inputs[] = {q, k, v, decay, beta, slots};
-  if (!are_within(call, call.decay, earlier->decay_low, earlier->decay_high) ||
-      !are_within(call, call.beta, earlier->beta_low, earlier->beta_high) ||
+  const int64_t width = call.decay_of_channels ? call.K : 1;
+  if (!are_within(call, call.decay, width, earlier->decay_low, earlier->decay_high) ||
+      !are_within(call, call.beta, 1, earlier->beta_low, earlier->beta_high) ||
       !are_apart(*earlier, inputs, state)) {
     return 2;
   }

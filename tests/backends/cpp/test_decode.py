@@ -66,6 +66,7 @@ def raw_step(x: dict[str, Tensor], raw: RawGates, state: Tensor) -> tuple[Tensor
     call: Any = SimpleNamespace(
         sizes=Sizes(B, 1, H, HV, K, V, B),
         tokens=SimpleNamespace(alpha=None),
+        widths=SimpleNamespace(decay="scalar"),
         rule=RULES[0],
         qk_l2norm=True,
         scale=0.3,
