@@ -54,6 +54,7 @@ class Step:
     has_beta: bool = True
     tokens: int = 64
     seed: int = 0
+    decay: str = "scalar"
 
     def model(self, body: str | None, opset: int | None = None) -> Any:
         """Return a model of one token, of an opset that the body has if none is given."""
@@ -71,7 +72,7 @@ class Step:
 
     def options(self) -> dict[str, Any]:
         sizes = ("num_qk_heads", "num_v_heads", "head_k_dim", "head_v_dim")
-        others = ("dtype", "state_dtype", "rule", "scale", "qk_l2norm", "has_beta")
+        others = ("dtype", "state_dtype", "rule", "scale", "qk_l2norm", "has_beta", "decay")
         sizes_by_name = dict(zip(sizes, (self.H, self.HV, self.K, self.V), strict=True))
         return sizes_by_name | {name: getattr(self, name) for name in others}
 
@@ -106,8 +107,9 @@ class Step:
                 "v": normal(self.B, self.HV, self.V).to(low),
             }
             if self.has_decay:
-                log_alpha = -0.3 * uniform(self.B, self.HV)
-                log_alpha[uniform(self.B, self.HV) < 0.02] = -torch.inf
+                gates_shape = (self.B, self.HV, *((self.K,) if self.decay == "channel" else ()))
+                log_alpha = -0.3 * uniform(*gates_shape)
+                log_alpha[uniform(*gates_shape) < 0.02] = -torch.inf
                 if t % 8 == 3:
                     log_alpha.zero_()
                 token["log_alpha"] = log_alpha.to(gates)

@@ -58,9 +58,17 @@ def _write(text: BodyText, operator: str, repeats_heads: bool) -> None:
 
 
 def _packed_gates(text: BodyText) -> tuple[str, ...]:
-    """Write the gates as (B, T, HV); return the operands decay and beta of LinearAttention."""
+    """Write the gates as (B, T, HV); return the operands decay and beta of LinearAttention.
+
+    A decay of each key channel is (B, T, HV * K).
+    """
     variant = text.variant
-    if variant.has_decay:
+    if variant.decay == "channel":
+        text.operand("log_alpha", "HV", "one", "K")
+        text("decay_width = Mul(HV, K)")
+        text(f"decay_flat = Concat <axis = 0> (B, {'T' if text.sequence else 'one'}, decay_width)")
+        text("decay_p = Reshape <allowzero = 1> (log_alpha_x, decay_flat)")
+    elif variant.has_decay:
         text.operand("log_alpha", "HV", "one", "one")
         text("decay_p = Reshape <allowzero = 1> (log_alpha_x, gate_flat)")
     if variant.has_erase and variant.has_beta:

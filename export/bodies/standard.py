@@ -21,7 +21,7 @@ def _token(
     lines = []
     state, write = states[0], v
     if variant.has_decay:
-        # §2 S' = α_t S_{t-1}                     [K, V]
+        # §2, §9 S' = diag(α_t) S_{t-1}           [K, V]
         lines.append(f"S_decayed = Mul({state}, {decay})")
         state = "S_decayed"
     if variant.has_erase:
@@ -49,7 +49,9 @@ def _write(text: BodyText) -> None:
     text(f"k_c = Reshape <allowzero = 1> (k_r, {text.shape('k_c_to', 'HV', 'K', 'one')})")
     text.operand("v", "HV", "one", "V")
     if text.variant.has_decay:
-        text(f"decay = Exp({text.operand('log_alpha', 'HV', 'one', 'one')})")
+        # One number of a head, or a column of K.
+        rows = "K" if text.variant.decay == "channel" else "one"
+        text(f"decay = Exp({text.operand('log_alpha', 'HV', rows, 'one')})")
     if text.variant.has_beta:
         text.operand("beta", "HV", "one", "one")
     states = text.states()

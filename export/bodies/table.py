@@ -20,7 +20,7 @@ from gdn_ops.export.bodies.standard import STANDARD
 from gdn_ops.export.bodies.text import BodyText
 from gdn_ops.export.node.arguments import check_name, check_type
 from gdn_ops.export.node.attributes import Variant
-from gdn_ops.export.node.schema import ATTRIBUTES, DOMAIN, INPUTS, OUTPUTS
+from gdn_ops.export.node.schema import ATTRIBUTES, DECAY, DOMAIN, INPUTS, OUTPUTS
 from gdn_ops.spec.errors import SpecError
 
 BODIES = {body.name: body for body in (STANDARD, ORT, ONNX)}
@@ -105,9 +105,10 @@ def decode_function(body: str, variant: Variant, opset: int) -> onnx.FunctionPro
     chosen.write(text)
     imports = "".join(f', "{domain}": {version}' for domain, version in chosen.imports)
     lines = "\n".join(f"  {line}" for line in text.lines)
+    attributes = ", ".join((*ATTRIBUTES, DECAY) if variant.decay == "channel" else ATTRIBUTES)
     function = onnx.parser.parse_function(
         f'<domain: "{DOMAIN}", opset_import: ["": {opset}{imports}]>\n'
-        f"{variant.operator.name} <{', '.join(ATTRIBUTES)}> ({', '.join(INPUTS)}) "
+        f"{variant.operator.name} <{attributes}> ({', '.join(INPUTS)}) "
         f"=> ({', '.join(OUTPUTS)})\n{{\n{lines}\n}}"
     )
     function.doc_string = f"{variant.operator}, {variant.rule}: body {body}"

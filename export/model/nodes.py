@@ -10,10 +10,18 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from gdn_ops.export.node.attributes import Attributes, Variant
-from gdn_ops.export.node.schema import DOMAIN, ELEMENT_TYPES, INPUTS, OPERATORS, VERSION
+from gdn_ops.export.node.schema import (
+    DECAY,
+    DOMAIN,
+    ELEMENT_TYPES,
+    INPUTS,
+    OPERATORS,
+    VERSION,
+)
 from gdn_ops.spec.errors import SpecError, SpecTypeError
+from gdn_ops.spec.language import printed_shape
 
-_STATE = INPUTS.index("state")
+_STATE, _LOG_ALPHA = INPUTS.index("state"), INPUTS.index("log_alpha")
 
 _OLDEST_IR = 10
 """The oldest IR version that has overloads and metadata of functions."""
@@ -77,7 +85,11 @@ def nodes_of(model: ModelProto) -> list[Node]:
             f"gdn_ops knows: a newer release wrote it"
         )
     types = _element_types(model, {proto.input[_STATE] for proto in protos if len(proto.input) > 5})
-    return [_read(proto, types) for proto in protos]
+    nodes = [_read(proto, types) for proto in protos]
+    ranks = _written_ranks(model)
+    for node in nodes:
+        _check_rank(node, ranks)
+    return nodes
 
 
 def check_type(label: str, model: Any) -> None:
@@ -152,9 +164,38 @@ def _written_types(model: ModelProto) -> dict[str, int]:
     return {name: kind for name, kind in types.items() if kind}
 
 
+def _written_ranks(model: ModelProto) -> dict[str, int]:
+    """Return the number of dimensions of values by name, of those where the model states it."""
+    graph = model.graph
+    values = (*graph.input, *graph.output, *graph.value_info)
+    types = {value.name: value.type.tensor_type for value in values}
+    ranks = {name: len(kind.shape.dim) for name, kind in types.items() if kind.HasField("shape")}
+    return ranks | {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+
+
+def _check_rank(node: Node, ranks: Mapping[str, int]) -> None:
+    """Check that log_alpha has the dimensions that its node says, where the model states them."""
+    name, operator = str(node.proto.input[_LOG_ALPHA]), node.variant.operator
+    axes = operator.axes("log_alpha", node.variant.decay)
+    rank = ranks.get(name, len(axes)) if name else len(axes)
+    if rank == len(axes):
+        return
+    cure = ""
+    if rank == len(operator.axes("log_alpha", "channel")):
+        cure = f"; a node with a decay of each key channel has the attribute {DECAY}='channel'"
+    raise SpecError(
+        f"{_label(node.proto)}: log_alpha {name!r} has {rank} dimensions, should have {len(axes)}, "
+        f"{printed_shape(axes)}: {DECAY} is {node.variant.decay!r}{cure}"
+    )
+
+
+def _label(proto: NodeProto) -> str:
+    return f"{DOMAIN}::{proto.op_type} {proto.name!r}"
+
+
 def _read(proto: NodeProto, types: Mapping[str, int]) -> Node:
     """Return one of our nodes, given the element types of the model's values."""
-    label = f"{DOMAIN}::{proto.op_type} {proto.name!r}"
+    label = _label(proto)
     attributes = Attributes.read(label, proto)
     if len(proto.input) != len(INPUTS):
         raise SpecError(
@@ -182,6 +223,7 @@ def _read(proto: NodeProto, types: Mapping[str, int]) -> Node:
         has_beta=bool(inputs["beta"]),
         compute="double" if is_double else "float",
         stores_wide=is_double or state_type == TensorProto.FLOAT,
+        decay=attributes.decay if operator.spec.rule[attributes.rule].has_decay else "none",
     )
     if variant.has_decay != bool(inputs["log_alpha"]):
         should = "given" if variant.has_decay else "left out"

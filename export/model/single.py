@@ -43,6 +43,7 @@ def make_decode_model(
     scale: float | None = None,
     qk_l2norm: bool = False,
     has_beta: bool = True,
+    decay: str = "scalar",
     opset: int = DEFAULT_OPSET,
     body: str | None = "standard",
 ) -> ModelProto:
@@ -55,6 +56,8 @@ def make_decode_model(
         state_dtype: of the state; float32, or float64 with a float64 dtype, when not given.
         rule, scale, qk_l2norm: as in `gated_delta_step`; scale is K ** -0.5 when not given.
         has_beta: whether beta is an input; it is 1 otherwise.
+        decay: width of log_alpha: "scalar", (B, HV), or "channel", (B, HV, K), for a decay of each
+            key channel.
         opset: of ai.onnx.
         body: of the function, as in `set_body`.
 
@@ -67,7 +70,7 @@ def make_decode_model(
     """
     sizes = {"H": num_qk_heads, "HV": num_v_heads, "K": head_k_dim, "V": head_v_dim}
     types = dtype, state_dtype
-    return _make(STEP, sizes, types, rule, scale, qk_l2norm, has_beta, opset, body)
+    return _make(STEP, sizes, types, rule, scale, qk_l2norm, has_beta, decay, opset, body)
 
 
 def make_prefill_model(
@@ -82,6 +85,7 @@ def make_prefill_model(
     scale: float | None = None,
     qk_l2norm: bool = False,
     has_beta: bool = True,
+    decay: str = "scalar",
     opset: int = DEFAULT_OPSET,
     body: str | None = "standard",
 ) -> ModelProto:
@@ -92,7 +96,7 @@ def make_prefill_model(
     """
     sizes = {"H": num_qk_heads, "HV": num_v_heads, "K": head_k_dim, "V": head_v_dim}
     types = dtype, state_dtype
-    return _make(SEQUENCE, sizes, types, rule, scale, qk_l2norm, has_beta, opset, body)
+    return _make(SEQUENCE, sizes, types, rule, scale, qk_l2norm, has_beta, decay, opset, body)
 
 
 def _make(
@@ -103,12 +107,13 @@ def _make(
     scale: float | None,
     qk_l2norm: bool,
     has_beta: bool,
+    decay: str,
     opset: int,
     body: str | None,
 ) -> ModelProto:
     """Return a model of one node, after a check of everything that it is made of."""
     label, dtype = str(operator), types[0]
-    attributes = checked_attributes(label, operator, sizes, rule, scale, qk_l2norm)
+    attributes = checked_attributes(label, operator, sizes, rule, scale, qk_l2norm, decay)
     check_flag(label, "has_beta", has_beta)
     stored = types[1]
     if stored is None:
@@ -120,7 +125,7 @@ def _make(
     axes = {"B": BATCH, "T": TOKENS} | {axis: int(size) for axis, size in sizes.items()}
 
     def value(name: str) -> ValueInfoProto:
-        shape = [axes[axis] for axis in operator.axes(name)]
+        shape = [axes[axis] for axis in operator.axes(name, attributes.decay)]
         kind = ELEMENT_TYPES[dtypes.get(name, dtype)]
         return helper.make_tensor_value_info(_GRAPH_NAMES.get(name, name), kind, shape)
 

@@ -6,6 +6,9 @@
 Both read a state and return the next one, so that a prompt and its continuation share it.
 Gates are in log space: -inf is an exact alpha = 0. What a call leaves open is settled when the
 node is written: `scale` is always there, resolved, and so are the numbers of heads.
+
+A body cannot ask for the rank of log_alpha. So the attribute `decay` says whether it is a number of
+each head, as where it is not written, or one of each key channel.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from gdn_ops.export.node.arguments import check_name, check_type
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import OpSpec, TensorArg, printed_shape
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP
-from gdn_ops.spec.rules import FLOAT_DTYPES
+from gdn_ops.spec.rules import FLOAT_DTYPES, Width
 
 DOMAIN = "gdn_ops"
 VERSION = 1
@@ -33,7 +36,10 @@ ATTRIBUTES = {
     "rule": onnx.AttributeProto.STRING,
     "qk_l2norm": onnx.AttributeProto.INT,
 }
-"""Names and types of the attributes, all of which are always written."""
+"""Names and types of the attributes that are always written."""
+
+DECAY = "decay"
+"""The attribute that is written where log_alpha has a number of each key channel: "channel"."""
 
 ELEMENT_TYPES = {
     "float64": onnx.TensorProto.DOUBLE,
@@ -62,11 +68,12 @@ class Operator:
         """Return the argument of the spec that is an input of the operator."""
         return next(arg for arg in self.spec.tensors if arg.field == name)
 
-    def axes(self, name: str) -> tuple[str, ...]:
-        """Return the axes of an input or output."""
+    def axes(self, name: str, decay: Width = "scalar") -> tuple[str, ...]:
+        """Return the axes of an input or output, log_alpha with those of a decay."""
         if name in ("state", "new_state"):
             return ("B", "HV", "K", "V")
-        return self.argument("v" if name == "o" else name).axes
+        axes = self.argument("v" if name == "o" else name).axes
+        return (*axes, "K") if name == "log_alpha" and decay == "channel" else axes
 
     def __repr__(self) -> str:
         return f"{DOMAIN}::{self.name}"
@@ -100,8 +107,9 @@ def op_schema(operator: Operator = STEP) -> OpSchema:
 def _input(operator: Operator, name: str) -> OpSchema.FormalParameter:
     arg = operator.argument(name)
     domain = f", in {arg.domain}" if arg.domain else ""
-    meaning = arg.meaning
+    meaning, shape = arg.meaning, printed_shape(operator.axes(name))
     if name == "log_alpha":
+        shape += f", or {printed_shape(operator.axes(name, 'channel'))} where {DECAY} is channel"
         meaning = f"natural logarithm of alpha: {operator.argument('alpha').meaning}"
     if name == "state":
         # It is always there: what the spec says of one that is not given is dropped.
@@ -110,7 +118,7 @@ def _input(operator: Operator, name: str) -> OpSchema.FormalParameter:
     return OpSchema.FormalParameter(
         name,
         _PARAMETERS[name],
-        f"{printed_shape(operator.axes(name))}{domain}: {meaning}",
+        f"{shape}{domain}: {meaning}",
         param_option=option.Optional if name in ("log_alpha", "beta") else option.Single,
     )
 
@@ -133,7 +141,10 @@ def _attributes(spec: OpSpec) -> list[OpSchema.Attribute]:
         "rule": (types.STRING, f"{said['rule']}: {', '.join(rule.name for rule in spec.rules)}"),
         "qk_l2norm": (types.INT, f"1 to {said['qk_l2norm']}, else 0"),
     }
-    return [OpSchema.Attribute(name, *meanings[name], required=True) for name in ATTRIBUTES]
+    written = [OpSchema.Attribute(name, *meanings[name], required=True) for name in ATTRIBUTES]
+    # A default would be written by torch.onnx.export too.
+    meaning = "channel: a log_alpha of each key channel; scalar, or not there: one of each head"
+    return [*written, OpSchema.Attribute(DECAY, types.STRING, meaning, required=False)]
 
 
 def check_dtypes(label: str, dtype: str, state_dtype: str) -> None:

@@ -147,7 +147,9 @@ def _write(spec: OpSpec, operator: Operator, given: Any) -> Any:
                 f"{label}: {name} is symbolic ({size}), should be fixed in an export to ONNX: "
                 f"leave it out of dynamic_shapes"
             )
-    options = given.rule, given.scale, given.qk_l2norm
+    gate = log_alpha if alpha is None else alpha
+    decay = "channel" if gate is not None and len(gate.shape) == len(q.shape) else "scalar"
+    options = given.rule, given.scale, given.qk_l2norm, decay
     attributes = checked_attributes(label, operator, sizes, *options)
     state = given.state
     if state is None:

@@ -22,7 +22,7 @@ from gdn_ops.cli.parser import (
 from gdn_ops.environment.files import whole
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.ops import RULES
-from gdn_ops.spec.rules import FLOAT_DTYPES
+from gdn_ops.spec.rules import FLOAT_DTYPES, WIDTHS
 from gdn_ops.terminal.output import check_file, print_json
 from gdn_ops.terminal.progress import Advance, progress
 from gdn_ops.terminal.tables import table, wrapped
@@ -40,11 +40,13 @@ TOKENS = 64
 
 WRITING = (
     *("heads", "value_heads", "key_dim", "value_dim", "out", "rule", "scale", "qk_l2norm"),
-    *("dtype", "state_dtype", "opset", "body", "prefill"),
+    *("decay", "dtype", "state_dtype", "opset", "body", "prefill"),
 )
 """Options that say what is written."""
 
 NO_BODY = "none"
+
+DECAYS = tuple(width for width in WIDTHS if width != "none")
 
 FLAVOURS = ("portable", "onnxruntime")
 WEIGHTS = ("float32", "int8", "int4")
@@ -105,6 +107,13 @@ def _add_values(parser: Parser) -> None:
         ),
         ("--inspect", path, "FILE", "show the nodes, body and states of a file instead"),
         ("--rule", rule, "RULE", f"one of {', '.join(r.name for r in RULES)} (default: the first)"),
+        (
+            "--decay",
+            one_of("decay", DECAYS),
+            "WIDTH",
+            "scalar for a decay of each head, channel for one of each key channel "
+            "(default: scalar)",
+        ),
         ("--scale", real(), "NUMBER", "factor on q (default: 1 over the square root of K)"),
         ("--dtype", dtype, "DTYPE", "dtype of q, k, v and o (default: float32)"),
         ("--state-dtype", dtype, "DTYPE", "dtype of the state (default: float32; float64 if q is)"),
@@ -194,6 +203,7 @@ def make(options: Options) -> ModelProto:
         dtype=options.dtype or "float32",
         state_dtype=options.state_dtype,
         rule=options.rule or RULES[0].name,
+        decay=options.decay or DECAYS[0],
         scale=options.scale,
         qk_l2norm=options.qk_l2norm,
         opset=opset,
@@ -279,6 +289,7 @@ def inspect(where: Path, *, as_json: bool) -> None:
                 "H": node.num_qk_heads,
                 "HV": node.num_v_heads,
                 "rule": node.variant.rule,
+                "decay": node.variant.decay,
                 "scale": node.scale,
                 "qk_l2norm": node.variant.qk_l2norm,
                 "state": node.state,
@@ -292,10 +303,11 @@ def inspect(where: Path, *, as_json: bool) -> None:
     lines.append(f"body     {', '.join(bodies) or 'none: a custom-op library brings the kernel'}")
     for node in nodes:
         norm = ", qk_l2norm" if node.variant.qk_l2norm else ""
+        decay = ", a decay of each key channel" if node.variant.decay == "channel" else ""
         lines.append(
             f"node     {node.variant.operator} {node.proto.name}: H={node.num_qk_heads} "
-            f"HV={node.num_v_heads}, rule {node.variant.rule}, scale {node.scale:.6g}{norm}, "
-            f"reads {node.state}"
+            f"HV={node.num_v_heads}, rule {node.variant.rule}{decay}, "
+            f"scale {node.scale:.6g}{norm}, reads {node.state}"
         )
     lines += [f"state    {old} -> {new}" for old, new in states.items()]
     print("\n".join(wrapped(line, indent=" " * 9) for line in lines))

@@ -88,6 +88,19 @@ def test_export_writes_a_prompt_reader_and_says_what_it_left_out(tmp_path: Path)
         assert "left out: body ort: gdn_ops::GatedDelta: the state is float64" in exported
 
 
+def test_export_writes_a_decay_of_every_key_channel(tmp_path: Path) -> None:
+    path = tmp_path / "step.onnx"
+    exported = write(path, "--decay", "channel", "--rule", "gated")
+    assert len(re.findall(r"(?m)  pass$", exported)) == len(export.available_bodies())
+    (node,) = export.nodes_of(onnx.load(path))
+    assert (node.variant.decay, node.variant.rule) == ("channel", "gated")
+    result = run("export", "--inspect", path)
+    line = "HV=4, rule gated, a decay of each key channel, scale 0.25"
+    assert line in " ".join(result.output.split())
+    (described,) = json.loads(run("export", "--inspect", path, "--json").output)["nodes"]
+    assert described["decay"] == "channel"
+
+
 def test_inspect_lists_nodes_bodies_and_states(tmp_path: Path) -> None:
     path = tmp_path / "step.onnx"
     step = Step("delta", HV=6, K=4, V=4)
@@ -126,6 +139,22 @@ def test_inspect_lists_nodes_bodies_and_states(tmp_path: Path) -> None:
             ("--heads", 2, "--key-dim", 8, "--out", "x.onnx", "--body", "onnx", "--opset", 21),
             "gdn-ops: gdn_ops::GatedDeltaStep: the model has opset 21, body 'onnx' should have 27 "
             "or newer; export with opset=27, or take body='standard'\n",
+        ),
+        (
+            (
+                "--heads",
+                2,
+                "--key-dim",
+                8,
+                "--out",
+                "x.onnx",
+                "--rule",
+                "delta",
+                "--decay",
+                "channel",
+            ),
+            "gdn-ops: gdn_ops::GatedDeltaStep: decay is 'channel', should be left out: rule "
+            "'delta' has no decay\n",
         ),
         (
             ("--inspect", "no-such.onnx"),

@@ -11,7 +11,7 @@ import torch
 import gdn_ops
 from errors import refusal
 from gdn_ops import export
-from onnx_steps import NEW_STATE, STATE, Step
+from onnx_steps import NEW_STATE, STATE, Step, assert_right, in_session
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,12 @@ from onnx_steps import NEW_STATE, STATE, Step
             "dtype": "float64",
             "state_dtype": "float32",
         },
+        "decay is 'vector', should be one of scalar, channel": {"decay": "vector"},
+        "decay has type bool, should be a text": {"decay": True},
+        "decay is 'channel', should be left out: rule 'delta' has no decay": {
+            "decay": "channel",
+            "rule": "delta",
+        },
         "dtype is 'int8', should be one of float64, float32, bfloat16, float16": {"dtype": "int8"},
     }.items(),
 )
@@ -87,13 +93,15 @@ def test_the_schema_holds_what_the_spec_says() -> None:
     assert (schema.domain, schema.name, schema.since_version) == ("gdn_ops", "GatedDeltaStep", 1)
     assert [x.name for x in schema.inputs] == ["q", "k", "v", "log_alpha", "beta", "state"]
     assert [x.name for x in schema.outputs] == ["o", "new_state"]
-    assert all(attribute.required for attribute in schema.attributes.values())
+    required = {name for name, attribute in schema.attributes.items() if attribute.required}
+    assert required == set(schema.attributes) - {"decay"}
     assert {name: attribute.type.name for name, attribute in schema.attributes.items()} == {
         "num_qk_heads": "INT",
         "num_v_heads": "INT",
         "scale": "FLOAT",
         "rule": "STRING",
         "qk_l2norm": "INT",
+        "decay": "STRING",
     }
     for line in (*gdn_ops.GATED_DELTA_STEP.equations, *gdn_ops.GATED_DELTA_STEP.sources):
         assert line in schema.doc
@@ -101,12 +109,66 @@ def test_the_schema_holds_what_the_spec_says() -> None:
     assert shapes[0] == shapes[1] == "(B, H, K)"
     assert shapes[2] == shapes[6] == "(B, HV, V)"
     assert shapes[3] == shapes[4] == "(B, HV)"
+    assert ", or (B, HV, K) where decay is channel, in [-inf, 0]: " in schema.inputs[3].description
     assert shapes[5] == shapes[7] == "(B, HV, K, V)"
     node = Step(scale=None).model(None).graph.node[0]
     written = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     assert written.pop("scale") == pytest.approx(8**-0.5)
     expected = {"num_qk_heads": 2, "num_v_heads": 4, "rule": b"gated_delta", "qk_l2norm": 0}
     assert written == expected
+    node = Step(decay="channel", scale=0.5).model(None).graph.node[0]
+    written = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    assert written == expected | {"scale": 0.5, "decay": b"channel"}
+
+
+def with_decay(decay: Any, made_with: str = "scalar", rule: str = "gated_delta") -> Any:
+    """Return a model whose node has another attribute decay than the model was made with."""
+    model = Step(rule, decay=made_with).model(None)
+    (node,) = model.graph.node
+    kept = [attribute for attribute in node.attribute if attribute.name != "decay"]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    if decay is not None:
+        node.attribute.append(onnx.helper.make_attribute("decay", decay))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("text", "decay", "options"),
+    [
+        (
+            "log_alpha 'log_alpha' has 3 dimensions, should have 2, (B, HV): decay is 'scalar'; a "
+            "node with a decay of each key channel has the attribute decay='channel'",
+            None,
+            {"made_with": "channel"},
+        ),
+        (
+            "log_alpha 'log_alpha' has 2 dimensions, should have 3, (B, HV, K): decay is 'channel'",
+            "channel",
+            {},
+        ),
+        ("decay is 'lstm', should be one of scalar, channel", "lstm", {}),
+        ("attribute decay has type INT, should be STRING", 1, {}),
+        (
+            "decay is 'channel', should be left out: rule 'linear' has no decay",
+            "channel",
+            {"rule": "linear"},
+        ),
+    ],
+)
+def test_a_node_whose_decay_is_not_as_it_says_is_refused(
+    text: str, decay: Any, options: dict[str, Any]
+) -> None:
+    model = with_decay(decay, **options)
+    for function, arguments in ((export.nodes_of, ()), (export.set_body, ("standard",))):
+        refused = refusal(function, model, *arguments)
+        assert refused == f"gdn_ops::GatedDeltaStep 'GatedDeltaStep': {text}"
+
+
+def test_a_decay_of_heads_may_be_written_too() -> None:
+    model = export.set_body(with_decay("scalar"), "standard")
+    step = Step(tokens=3)
+    assert_right(step, *step.draw(), in_session(model, "standard"))
 
 
 def test_the_names_of_states_are_those_of_onnxruntime_genai() -> None:
