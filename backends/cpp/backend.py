@@ -21,7 +21,6 @@ from gdn_ops.dispatch.backend import (
     without_tokens,
 )
 from gdn_ops.kernel_support.host_memory import empty
-from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.rules import Limits
 
 
@@ -206,11 +205,8 @@ def _prepared(call: Call) -> tuple[Call, Tensor | None]:
 def _readable(tokens: Tokens) -> Tokens:
     """Return tokens that the kernels read."""
     q, k, v, alpha, log_alpha, beta, *_ = tokens
-    return Tokens(
-        *(calls.readable(x) for x in (q, k, v)),
-        *(calls.decay(x, q) for x in (alpha, log_alpha)),
-        calls.gate(beta),
-    )
+    q, k, v = (calls.readable(x) for x in (q, k, v))
+    return Tokens(q, k, v, calls.decay(alpha, q), calls.decay(log_alpha, q), calls.gate(beta))
 
 
 def _arrays(tokens: Tokens) -> tuple[calls.Array, ...]:
