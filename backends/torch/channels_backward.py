@@ -143,7 +143,7 @@ def _terms_backward(
     d_readers, d_k = walked.readers, walked.k
     for since, left in reversed(levels):
         h = since.shape[3]
-        (since_0, since_1), (left_0, left_1) = halves(since, 2), halves(left, 2)
+        (since_0, since_1), (left_0, _) = halves(since, 2), halves(left, 2)
         reader = readers.unflatten(3, (-1, 2, h)).select(4, 1)
         key = x.k.unflatten(2, (-1, 2, h)).select(3, 0)
         d_first, d_second = d_pairs[..., :h, :h], d_pairs[..., h:, h:]
