@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gdn_ops.backends.triton.host.backward import backward
 from gdn_ops.backends.triton.host.forward import run_prepare
-from gdn_ops.backends.triton.host.plan import Plan, Saved, make_plan, readable
+from gdn_ops.backends.triton.host.plan import Plan, Saved, has_channels, make_plan, readable
 from gdn_ops.backends.triton.host.walk import (
     starts_from,
     walk_for_maps,
@@ -39,7 +39,7 @@ from gdn_ops.dispatch.backend import (
 def summarise(call: Call) -> Summarised:
     """Return what sequences make of a state, and what `resume` reads."""
     s = call.sizes
-    size = s.K if call.rule.has_erase else 1
+    size = s.K if call.rule.has_erase or has_channels(call) else 1
     if not call.has_tokens:
         R = without_tokens(replace(call, state=None), ()).final_state
         M = torch.eye(size, dtype=torch.float32, device=call.device)
@@ -47,7 +47,7 @@ def summarise(call: Call) -> Summarised:
     plan = _plan(call)
     saved = run_prepare(call, plan)
     M, R = walk_for_maps(call, plan, saved)
-    # Without an error term it is a number times the identity.
+    # Without an error term it is a number times the identity, or a matrix that is diagonal.
     return Summarised(M[..., :size, :size], R, tuple(saved))
 
 
