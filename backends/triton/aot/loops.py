@@ -67,7 +67,7 @@ def _norms(x: Mapping[str, Any]) -> Loops:
 def _prepare_channels(x: Mapping[str, Any]) -> Loops:
     tasks = -(-x["chunk_slots"] * x["HV"] // PAIRS.value)
     levels = SourceLoop("levels", _levels(x), is_constant=True)
-    inner = *_norms(x), _columns_of_channels(x, levels)
+    inner = _columns_of_channels(x), *_norms(x), _columns_of_channels(x, levels)
     squares = SourceLoop("squares", PAIRS.value, inner, is_kept=True)
     programs = x["grams"].shape[0]
     return (SourceLoop("tasks", -(-tasks // programs), (squares,), is_kept=True),)

@@ -115,9 +115,9 @@ def prepare_of_channels(call: Call, plan: Plan) -> Saved:
     totals = totals_of(plan, programs, call.device)
     launch(
         prepare_channels.prepare_channels, (programs,),
-        q, k, gate, beta, saved.gates, saved.scaled_q, saved.scaled_k, saved.written_k, saved.ends,
-        totals, squares, saved.inverses, saved.scores, dense(call.cu_seqlens), float(call.scale),
-        s.N, s.T, plan.chunk_slots, s.HV, s.HV // s.H,
+        q, k, gate, beta, saved.gates, saved.factors, saved.scaled_q, saved.scaled_k,
+        saved.written_k, saved.ends, totals, squares, saved.inverses, saved.scores,
+        dense(call.cu_seqlens), float(call.scale), s.N, s.T, plan.chunk_slots, s.HV, s.HV // s.H,
         *strides(q), *strides(k), *strides(gate), *gate_strides(beta), **common(call, plan),
         GATE=gate_kind(call), HAS_BETA=beta is not None, ERASE=call.rule.has_erase,
         NORM=call.qk_l2norm, SOLVE_PRECISION=solve_precision(call),

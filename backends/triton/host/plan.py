@@ -181,7 +181,7 @@ class Saved(NamedTuple):
 
     Attributes:
         gates: (4, HV, chunk_slots, C) float32: G as hi and lo, z, β; of channels β alone.
-        factors: (3, HV, chunk_slots, C) float32: of rows of K S, Q S and U, empty of channels.
+        factors: (3, HV, chunk_slots, C) float32: of rows of K S, Q S and U; of channels (2, ...).
         ends: (HV, chunk_slots) float32: b_C; (HV, chunk_slots, K) of channels.
         inv_norms: (H, chunk_slots, C) float32: 1/‖k‖, empty without qk_l2norm and of channels.
         inverses: (HV, chunk_slots, C, C), empty without an error term.
@@ -189,7 +189,8 @@ class Saved(NamedTuple):
         starts: (segment_slots, HV, K, V) float32: the states that segments start from.
         maps: (segment_slots, HV, V + K, K) float32: what segments make of states.
         scaled_q, scaled_k: (B, T, H, K): times powers of two, empty without qk_l2norm; of channels
-            (B, T, HV, K): s b ⊙ Q, and β b ⊙ K, which is empty without an error term.
+            (B, T, HV, K): s b ⊙ Q, and β b ⊙ K, which is empty without an error term, both over
+            their factors.
         written_k: (B, T, HV, K): d ⊙ K of channels, else empty.
         u: (HV, chunk_slots, C, V): U, empty without an error term or where it is not kept.
         states: (HV, chunk_slots, V, K): transposed, at the start of every chunk, empty if not kept.
@@ -227,7 +228,7 @@ def empty_saved(call: Call, plan: Plan) -> Saved:
 
     return Saved(
         gates=float32(4, s.HV, slots, C),
-        factors=float32(*((0,) if channels else (3, s.HV, slots, C))),
+        factors=float32(2 if channels else 3, s.HV, slots, C),
         ends=float32(s.HV, slots, *((s.K,) if channels else ())),
         inv_norms=float32(*norms),
         inverses=kept(*(squares if has_erase else (0,))),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gdn_ops.backends.triton.host.backward import backward
 from gdn_ops.backends.triton.host.forward import run_prepare
-from gdn_ops.backends.triton.host.plan import Plan, Saved, has_channels, make_plan, readable
+from gdn_ops.backends.triton.host.plan import Plan, Saved, make_plan, readable
 from gdn_ops.backends.triton.host.walk import (
     starts_from,
     walk_for_maps,
@@ -39,7 +39,7 @@ from gdn_ops.dispatch.backend import (
 def summarise(call: Call) -> Summarised:
     """Return what sequences make of a state, and what `resume` reads."""
     s = call.sizes
-    size = s.K if call.rule.has_erase or has_channels(call) else 1
+    size = call.map_size
     if not call.has_tokens:
         R = without_tokens(replace(call, state=None), ()).final_state
         M = torch.eye(size, dtype=torch.float32, device=call.device)

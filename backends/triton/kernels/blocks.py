@@ -288,25 +288,14 @@ def chunk_decay(gates, hv, slot, i, HV, chunk_slots, C: tl.constexpr, CROSSED: t
     return b, d, decay(hi_C, lo_C, z_C, 0.0, 0.0, 0.0, CROSSED)
 
 
-# With CHANNELS the rows of q and k have their decays in them, and no factors.
-
-
 @triton.jit
-def row_factors(factors, head, slot, i, chunk_slots, C: tl.constexpr, CHANNELS: tl.constexpr):
-    """Return the factors of the rows of a chunk, (C,), for `scaled`."""
+def write_factors(factors, hv, slot, i, HV, chunk_slots, C: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return the factors of the rows of U, (C,); with CHANNELS 1: those of k have them."""
     if CHANNELS:
-        x = tl.full([C], 1.0, tl.float32)
+        write = tl.full([C], 1.0, tl.float32)
     else:
-        x = tl.load(chunk_row(factors, head, slot, i, chunk_slots, C))
-    return x
-
-
-@triton.jit
-def scaled(x, row_factors, CHANNELS: tl.constexpr):
-    """Return x (., C) times the factors of rows."""
-    if not CHANNELS:
-        x *= row_factors[None, :]
-    return x
+        write = tl.load(chunk_row(factors, 2 * HV + hv, slot, i, chunk_slots, C))
+    return write
 
 
 @triton.jit

@@ -8,6 +8,9 @@ the state, and by U, are rows of the size of q and k that have their decays in t
     reads   q, k (B, T, H, K); α or log α (B, T, HV, K), β (B, T, HV)
     writes  b ⊙ Q s, β b ⊙ K and d ⊙ K, (B, T, HV, K)                      (docs/math.md §9)
             β, the last plane of gates (4, HV, chunk_slots, C) float32
+            factors (2, HV, chunk_slots, C) float32 of the rows of K S and Q S: powers of two, by
+            which rows of β b ⊙ K and s b ⊙ Q are divided, so that these operands keep their bits
+            where b is tiny
             ends (HV, chunk_slots, K) float32: b_C
             T (HV, chunk_slots, C, C), only with an error term
             P = s lower(Q Kᵀ ⊙ D) (HV, chunk_slots, C, C)
@@ -40,6 +43,10 @@ from gdn_ops.backends.triton.kernels.channel_decays import (
 )
 from gdn_ops.backends.triton.kernels.squares import PAIRS, squares, triangle, write_blocks
 
+LEAST_EXPONENT = tl.constexpr(-126.0)
+LEAST_DECAY = tl.constexpr(2.0**-126)
+"""The smallest normal number of float32."""
+
 
 @triton.jit
 def inverse_norms(
@@ -57,6 +64,26 @@ def inverse_norms(
 
 
 @triton.jit
+def powers_of_decays(
+    gate, row, first, left, hv, i, gate_batch, gate_token, gate_head, K: tl.constexpr,
+    D: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """Return powers of two about as large as 1 / b of channels that decay least, and b, (C,)."""
+    most = tl.zeros([i.shape[0]], tl.float32)
+    for column in tl.range(0, K, D, num_stages=1, disable_licm=True):
+        d = column + tl.arange(0, D)
+        x = decays_at(
+            gate, row, gate_batch, first, gate_token, hv, gate_head, i, d, left, K, GATE
+        )  # fmt: skip
+        most = tl.maximum(most, tl.max(tl.where((d < K)[None, :], x, 0.0), 1))
+    # No power leaves the range of normal numbers.
+    log = tl.cumsum(tl.log2(tl.maximum(most, LEAST_DECAY)), 0)
+    exponent = tl.maximum(tl.floor(log), LEAST_EXPONENT).to(tl.int32)
+    up, down = (127 - exponent) << 23, (127 + exponent) << 23
+    return up.to(tl.float32, bitcast=True), down.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def write_rows(
     to, x, row, first, hv, i, d, inside, T, HV, K: tl.constexpr, PRECISION: tl.constexpr
 ):
@@ -67,8 +94,8 @@ def write_rows(
 
 @triton.jit
 def of_columns(
-    P, A, q, k, gate, reads, erases, writes, ends, totals, norm_q, norm_k, beta, row, first, left,
-    h, hv, column, i, T, HV, q_batch, q_token, q_head, k_batch, k_token, k_head,
+    P, A, q, k, gate, reads, erases, writes, ends, totals, norm_q, norm_k, beta, up, row, first,
+    left, h, hv, column, i, T, HV, q_batch, q_token, q_head, k_batch, k_token, k_head,
     gate_batch, gate_token, gate_head,
     K: tl.constexpr, C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, ERASE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -104,6 +131,9 @@ def of_columns(
         write_totals(totals, F, i, level)
         F, L = joined(totals, F, L, i, level)
     # §9 s b ⊙ Q, β b ⊙ K, d ⊙ K, b_C                                            [C, D]
+    last = tl.sum(tl.where((i == C - 1)[:, None], F, 0.0), 0)
+    tl.store(ends + d, last, mask=d < K)
+    F *= up[:, None]
     write_rows(reads, q_tile * F, row, first, hv, i, d, inside, T, HV, K, PRECISION)
     if ERASE:
         erased = k_tile * F * beta[:, None]
@@ -111,16 +141,14 @@ def of_columns(
     write_rows(writes, k_tile * L, row, first, hv, i, d, inside, T, HV, K, PRECISION)
     # Wait: the totals are written again for the next columns.
     tl.debug_barrier()
-    last = tl.sum(tl.where((i == C - 1)[:, None], F, 0.0), 0)
-    tl.store(ends + d, last, mask=d < K)
     return P, A
 
 
 @triton.jit
 def of_square(
-    q, k, gate, beta, gates, reads, erases, writes, ends, totals, blocks, scale, row, first, left,
-    h, hv, slot, T, chunk_slots, HV, q_batch, q_token, q_head, k_batch, k_token, k_head,
-    gate_batch, gate_token, gate_head, beta_batch, beta_token, beta_head,
+    q, k, gate, beta, gates, factors, reads, erases, writes, ends, totals, blocks, scale, row,
+    first, left, h, hv, slot, T, chunk_slots, HV, q_batch, q_token, q_head,
+    k_batch, k_token, k_head, gate_batch, gate_token, gate_head, beta_batch, beta_token, beta_head,
     K: tl.constexpr, C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr,
     HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -131,6 +159,13 @@ def of_square(
         at = row * beta_batch + first * beta_token + i * beta_token + hv * beta_head
         b_beta = tl.load(beta + at, mask=i < left, other=0.0).to(tl.float32)
     tl.store(chunk_row(gates, 3 * HV + hv, slot, i, chunk_slots, C), b_beta)
+    up, down = powers_of_decays(
+        gate, row, first, left, hv, i, gate_batch, gate_token, gate_head, K, D, GATE
+    )  # fmt: skip
+    to_factors = chunk_row(factors, hv, slot, i, chunk_slots, C)
+    plane = tl.cast(HV, tl.int64) * chunk_slots * C
+    tl.store(to_factors, down)
+    tl.store(to_factors + plane, down)
     norm_q, norm_k = tl.full([C], scale, tl.float32), tl.full([C], 1.0, tl.float32)
     if NORM:
         norm_q *= inverse_norms(q, row, q_batch, first, q_token, h, q_head, i, left, K, D)
@@ -140,8 +175,8 @@ def of_square(
     to_ends = ends + (tl.cast(hv, tl.int64) * chunk_slots + slot) * K
     for column in tl.range(0, K, D, num_stages=1, disable_licm=True):
         P, A = of_columns(
-            P, A, q, k, gate, reads, erases, writes, to_ends, totals, norm_q, norm_k, b_beta, row,
-            first, left, h, hv, column, i, T, HV, q_batch, q_token, q_head, k_batch, k_token,
+            P, A, q, k, gate, reads, erases, writes, to_ends, totals, norm_q, norm_k, b_beta, up,
+            row, first, left, h, hv, column, i, T, HV, q_batch, q_token, q_head, k_batch, k_token,
             k_head, gate_batch, gate_token, gate_head, K, C, D, GATE, ERASE, PRECISION,
         )  # fmt: skip
     is_lower = i[:, None] >= tl.arange(0, C)[None, :]
@@ -156,9 +191,9 @@ STRIDES = ("gate_batch", "gate_token", "gate_head", "beta_batch", "beta_token", 
 
 @triton.jit(do_not_specialize=COUNTS + STRIDES)
 def prepare_channels(
-    q, k, gate, beta, gates, reads, erases, writes, ends, totals, grams, inverses, scores,
-    cu_seqlens, scale, N, T, chunk_slots, HV, R, q_batch, q_token, q_head, k_batch, k_token, k_head,
-    gate_batch, gate_token, gate_head, beta_batch, beta_token, beta_head,
+    q, k, gate, beta, gates, factors, reads, erases, writes, ends, totals, grams, inverses,
+    scores, cu_seqlens, scale, N, T, chunk_slots, HV, R, q_batch, q_token, q_head,
+    k_batch, k_token, k_head, gate_batch, gate_token, gate_head, beta_batch, beta_token, beta_head,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
     HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr,
     PRECISION: tl.constexpr, SOLVE_PRECISION: tl.constexpr,
@@ -182,7 +217,7 @@ def prepare_channels(
             # A slot may be empty: what is formed below of it is not read.
             if chunk * C < length:
                 of_square(
-                    q, k, gate, beta, gates, reads, erases, writes, ends, to_totals,
+                    q, k, gate, beta, gates, factors, reads, erases, writes, ends, to_totals,
                     blocks + own * 2 * triangle(C), scale, row, begin + chunk * C,
                     length - chunk * C, hv // R, hv, slot, T, chunk_slots, HV,
                     q_batch, q_token, q_head, k_batch, k_token, k_head, gate_batch, gate_token,

@@ -7,8 +7,8 @@ Sᵀ Qᵀ + Uᵀ Pᵀ follow one another without a way through shared memory, wh
 FLA's names are `chunk_gated_delta_rule_fwd_h` and, for the output, `chunk_fwd_o`.
 
     reads   q, k, v (B, T, ., .); T, P, β, factors and ends of `prepare`; with CHANNELS rows of
-            `prepare_channels` instead of q and k, and no factors; the state that a segment
-            starts from, (segment_slots, HV, K, V), or a sequence, (N, HV, K, V)
+            `prepare_channels` instead of q and k; the state that a segment starts from,
+            (segment_slots, HV, K, V), or a sequence, (N, HV, K, V)
     writes  with OUTPUT o (B, T, HV, V)
             with KEEP U (HV, chunk_slots, C, V), only with an error term, and the transposed state
             at the start of every chunk (HV, chunk_slots, V, K), in the dtype of what is kept
@@ -29,18 +29,18 @@ import triton
 import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import (
+    chunk_row,
     decay_of_chunk,
     operand,
     owner,
     read_beta,
     read_tile,
-    row_factors,
-    scaled,
     sequence,
     state_tiles,
     tiles_of,
     tokens_of,
     widened,
+    write_factors,
     write_state,
     write_tile,
 )
@@ -185,12 +185,12 @@ def walk(
         v_tile = read_tile(v_tiles, first, dv_0, v_token, length, V, C, BV, TMA)
         # Only what leads to the operand of a product is loaded ahead by the compiler.
         if OUTPUT:
-            read = row_factors(factors, HV + hv, slot, i, chunk_slots, C, CHANNELS)
+            read = tl.load(chunk_row(factors, HV + hv, slot, i, chunk_slots, C))
         if DECAY:
             b_C = decay_of_chunk(ends, hv, slot, dk, chunk_slots, K, CHANNELS)
         # Beside an output and what is kept it has no registers.
         if not (OUTPUT and KEEP):
-            write = row_factors(factors, 2 * HV + hv, slot, i, chunk_slots, C, CHANNELS)
+            write = write_factors(factors, hv, slot, i, HV, chunk_slots, C, CHANNELS)
         S_low = operand(S, k_tile.dtype, PRECISION)
         if KEEP:
             kept = S_low.to(states.dtype.element_ty)
@@ -200,8 +200,8 @@ def walk(
         if not WEIGHTED:
             U *= read_beta(gates, hv, slot, i, HV, chunk_slots, C)[None, :]
         if ERASE:
-            erase = row_factors(factors, hv, slot, i, chunk_slots, C, CHANNELS)
-            U -= scaled(tl.dot(S_low, tl.trans(k_tile), input_precision=PRECISION), erase, CHANNELS)
+            erase = tl.load(chunk_row(factors, hv, slot, i, chunk_slots, C))
+            U -= tl.dot(S_low, tl.trans(k_tile), input_precision=PRECISION) * erase[None, :]
             # §3 U = T U                                                         [BV, C]
             x = read_tile(x_tiles, slot * C, 0, C, chunk_slots * C, C, C, C, TMA)
             U = tl.dot(operand(U, x.dtype, PRECISION), tl.trans(x), input_precision=PRECISION)
@@ -211,9 +211,9 @@ def walk(
         if OUTPUT:
             # §3 O = s diag(b) Q S + P U                                         [BV, C]
             q_tile = widened(read_tile(q_tiles, first, 0, q_token, length, K, C, BK, TMA))
-            out = scaled(tl.dot(S_low, tl.trans(q_tile), input_precision=PRECISION), read, CHANNELS)
+            out = tl.dot(S_low, tl.trans(q_tile), input_precision=PRECISION) * read[None, :]
             if KEEP:
-                write = row_factors(factors, 2 * HV + hv, slot, i, chunk_slots, C, CHANNELS)
+                write = write_factors(factors, hv, slot, i, HV, chunk_slots, C, CHANNELS)
             p = read_tile(p_tiles, slot * C, 0, C, chunk_slots * C, C, C, C, TMA)
             out = tl.dot(operand(U, p.dtype, PRECISION), tl.trans(p), out, PRECISION)
             out_low = tl.trans(out).to(o.dtype.element_ty)
@@ -224,7 +224,7 @@ def walk(
             S *= b_C
         if CHANNELS:
             k_tile = read_tile(w_tiles, first, 0, k_token, length, K, C, BK, TMA)
-        U_low = operand(scaled(U, write, CHANNELS), k_tile.dtype, PRECISION)
+        U_low = operand(U * write[None, :], k_tile.dtype, PRECISION)
         S = tl.dot(U_low, k_tile, S, input_precision=PRECISION)
         if OUTPUT and TMA:
             # Write it last: all warps wait for its copy, and for no product above.

@@ -5,7 +5,7 @@ One program per segment, value head and block of BV columns of V, as in `walk`: 
 `chunk_bwd_dv_local` and `chunk_gated_delta_rule_bwd_dhu`.
 
     reads   q, k, dO (B, T, ., .); T, P, factors and ends of `prepare`; with CHANNELS rows of
-            `prepare_channels` instead of q and k, and no factors; dS at the end of a segment,
+            `prepare_channels` instead of q and k; dS at the end of a segment,
             (segment_slots, HV, K, V), or of the final state (N, HV, K, V)
     writes  dRHS (HV, chunk_slots, C, V) and the transposed dS at every chunk's end
             (HV, chunk_slots, V, K), in the dtype of what is kept
@@ -21,17 +21,17 @@ import triton
 import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import (
+    chunk_row,
     decay_of_chunk,
     operand,
     owner,
     read_tile,
-    row_factors,
-    scaled,
     sequence,
     state_tiles,
     tiles_of,
     tokens_of,
     widened,
+    write_factors,
     write_state,
     write_tile,
 )
@@ -107,14 +107,13 @@ def walk_back(
         # Only what leads to the operand of a product is loaded ahead by the compiler.
         if DECAY:
             b_C = decay_of_chunk(ends, hv, slot, dk, chunk_slots, K, CHANNELS)
-        write = row_factors(factors, 2 * HV + hv, slot, i, chunk_slots, C, CHANNELS)
+        write = write_factors(factors, hv, slot, i, HV, chunk_slots, C, CHANNELS)
         dS_low = operand(dS, k_tile.dtype, PRECISION)
         if not SHIFTS:
             kept = dS_low.to(d_states.dtype.element_ty)
             write_state(s_tiles, kept, slot, dv_0, V, K, BV, BK, TMA)
         # §5 dU = Pᵀ dO + diag(d) K dS_C, transposed                             [BV, C]
-        dU = tl.dot(dS_low, tl.trans(k_tile), input_precision=PRECISION)
-        dU = scaled(dU, write, CHANNELS)
+        dU = tl.dot(dS_low, tl.trans(k_tile), input_precision=PRECISION) * write[None, :]
         p = read_tile(p_tiles, slot * C, 0, C, chunk_slots * C, C, C, C, TMA)
         dU = tl.dot(g, p, dU, input_precision=PRECISION)
         if ERASE:
@@ -128,14 +127,14 @@ def walk_back(
         if DECAY:
             dS *= b_C
         q_tile = widened(read_tile(q_tiles, first, 0, q_token, length, K, C, BK, TMA))
-        read = row_factors(factors, HV + hv, slot, i, chunk_slots, C, CHANNELS)
-        g_low = operand(scaled(g.to(tl.float32), read, CHANNELS), q_tile.dtype, PRECISION)
+        read = tl.load(chunk_row(factors, HV + hv, slot, i, chunk_slots, C))
+        g_low = operand(g.to(tl.float32) * read[None, :], q_tile.dtype, PRECISION)
         dS = tl.dot(g_low, q_tile, dS, input_precision=PRECISION)
         if ERASE:
             if CHANNELS:
                 k_tile = read_tile(k_tiles, first, 0, k_token, length, K, C, BK, TMA)
-            erase = row_factors(factors, hv, slot, i, chunk_slots, C, CHANNELS)
-            dU_low = operand(scaled(-dU, erase, CHANNELS), k_tile.dtype, PRECISION)
+            erase = tl.load(chunk_row(factors, hv, slot, i, chunk_slots, C))
+            dU_low = operand(-dU * erase[None, :], k_tile.dtype, PRECISION)
             dS = tl.dot(dU_low, k_tile, dS, input_precision=PRECISION)
     if SEGMENTED and not SHIFTS:
         if segment > 0:
