@@ -89,8 +89,7 @@ def checked_summary(backend: Backend, call: Call, out: Any) -> Summarised:
     """
     if not isinstance(out, Summarised):
         _refuse(backend, "summarise", _kind(out), "a Summarised(M, R, kept)")
-    s, dtype = call.sizes, call.compute_dtype
-    size = s.K if call.rule.has_erase or call.widths.decay == "channel" else 1
+    s, dtype, size = call.sizes, call.compute_dtype, call.map_size
     _check_tensor(backend, "summarise", "M", out.M, (s.N, s.HV, size, size), dtype)
     _check_tensor(backend, "summarise", "R", out.R, (s.N, s.HV, s.K, s.V), dtype)
     return out
