@@ -70,7 +70,7 @@ def test_prepare_forms_squares_and_rows_that_have_their_decays(name: str) -> Non
     own = plan.make_plan(call)
     saved = forward.run_prepare(call, own)
     s, C, most = call.sizes, own.C, MOST[example.dtype]
-    q, k, _, given, log_alpha, beta = (None if x is None else x.double() for x in call.tokens)
+    q, k, _, given, log_alpha, beta = (None if x is None else x.double() for x in call.tokens[:6])
     assert q is not None and k is not None
     if call.qk_l2norm:
         q, k = l2norm(q), l2norm(k)
