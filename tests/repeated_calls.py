@@ -83,4 +83,4 @@ DECODED = (
     DecodeCase(gated_delta_steps, {"inplace": False, "return_states": True}),
     DecodeCase(gated_delta, {}),
 )
-"""States in their place or another one, decays of channels, a row that is skipped, all states of a call."""
+"""States in their place or another one, decays of channels, a skipped row, all states of a call."""

@@ -21,7 +21,6 @@ from gdn_ops.dispatch.backend import (
     without_tokens,
 )
 from gdn_ops.kernel_support.host_memory import empty
-from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.rules import Limits
 
 
@@ -53,8 +52,8 @@ class Cpp(Backend):
         return missing()
 
     def reasons(self, call: Call) -> list[str]:
-        found = [missing()]
-        return [reason for reason in found if reason is not None]
+        reason = missing()
+        return [] if reason is None else [reason]
 
     def saved_like(self, call: Call) -> tuple[Tensor, ...]:
         return (torch.empty(_shape_of_states(call), dtype=torch.float32, device=call.device),)
@@ -204,11 +203,8 @@ def _prepared(call: Call) -> tuple[Call, Tensor | None]:
 def _readable(tokens: Tokens) -> Tokens:
     """Return tokens that the kernels read."""
     q, k, v, alpha, log_alpha, beta = tokens
-    return Tokens(
-        *(calls.readable(x) for x in (q, k, v)),
-        *(calls.decay(x, q) for x in (alpha, log_alpha)),
-        calls.gate(beta),
-    )
+    q, k, v = (calls.readable(x) for x in (q, k, v))
+    return Tokens(q, k, v, calls.decay(alpha, q), calls.decay(log_alpha, q), calls.gate(beta))
 
 
 def _arrays(tokens: Tokens) -> tuple[calls.Array, ...]:

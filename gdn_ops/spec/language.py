@@ -240,6 +240,7 @@ class Case:
         source: whose workload it is.
         dtype: of q, k and v.
         lengths: tokens of the packed sequences, in turns; empty where none are packed.
+        channels: whether every key channel has a decay of its own.
     """
 
     name: str
@@ -247,6 +248,7 @@ class Case:
     source: str
     dtype: str = "bfloat16"
     lengths: tuple[int, ...] = ()
+    channels: bool = False
 
     def __str__(self) -> str:
         s = self.sizes

@@ -28,7 +28,7 @@ SHAPES = (
     Example(T=74, H=2, K=32, V=33, channels=True, lengths=(0, 5, 64, 0, 5), strided=True),
     Example(T=50, K=130, V=70, channels=True, gate="strong", rule="gated", initial_state=True),
 )
-"""Whole and cut chunks and blocks of them, exact zeros, empty sequences, decays that leave nothing."""
+"""Whole and cut chunks and blocks, exact zeros, empty sequences, decays that leave nothing."""
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
