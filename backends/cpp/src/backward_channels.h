@@ -172,8 +172,10 @@ void join_gradients(const Chunk& x) {
 // W channels of a block.
 struct Walk {
   const Chunk& x;
-  int64_t m, last, channel;            // tokens of the block, and the first channel
-  Vec held[BLOCK + 1][BLOCK + 1];      // before each token: of all before the block, of its tokens
+  int64_t m, last, channel;  // tokens of the block, and the first channel
+  // Before each token: of all that was there before the block, and of its tokens. Clang takes it for
+  // aligned like a whole vector.
+  Vec held[BLOCK + 1][BLOCK + 1] __attribute__((aligned(4 * W)));
 
   GDN_INLINE int64_t place(int64_t t) const { return (m + t) * x.Kp + channel; }
 
