@@ -109,6 +109,19 @@ def measure_peak(name: str, sizes: Sizes, s: Setting) -> Peak:
     return peak
 
 
+def channels_row(case: Case, c: Contender, x: Inputs, s: Setting) -> Row:
+    """Compare the time of a forward whose key channels decay with one whose heads do."""
+    of_heads = replace(x, log_alpha=x.log_alpha.mean(-1))
+    runs = {"channels": c.sequence(x).run, "heads": c.sequence(of_heads).run}
+    rest = REST if s.device == "cpu" else 0.0
+    with torch.no_grad(), c.context():
+        timing = interleave(runs, s.repeats, device=find_device(s.device), rest=rest)
+    long, short = timing["channels"], timing["heads"]
+    median, best = long.median / short.median, long.best / short.best
+    against = "a decay of every head"
+    return Row("channels", case.name, c.name, "x", median, best, s.repeats, against=against)
+
+
 def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row | str:
     """Compare the time of a forward `times` as long with `times` the time of the short forward.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gdn_ops.spec.language import Case, Sizes
 
 
@@ -99,6 +101,14 @@ GPU_CASES = (
 
 PROMPT_CASES = (_case("qwen-16-32-prompt-256", 1, 256, 16, 32, 128, 128, _QWEN),)
 """Short prompts, for benchmarks."""
+
+KDA_CASES = (
+    replace(
+        _case("kimi-8-8-1024", 1, 1024, 8, 8, 128, 128, "a quarter of a Kimi Linear KDA layer"),
+        channels=True,
+    ),
+)
+"""A decay of every key channel, for benchmarks: few heads, since peers need gigabytes for each."""
 
 
 def _packed(name: str, sequences: int, lengths: tuple[int, ...], source: str) -> Case:
