@@ -44,14 +44,15 @@ GDN_INLINE Vec power_of_two(Ints n) { return (Vec)((n + 127) << 23); }
 
 // e^x of x up to 87: below 2^-126 it is the nearest number too, and of -inf it is 0.
 GDN_INLINE Vec exponential_to_zero(Vec x) {
-  x = choose(x < all(-150.0f), all(-150.0f), x);
+  const Ints is_zero = x < all(-104.0f);
+  x = choose(is_zero, Vec{}, x);
   // As above; n is added in two steps, of which the last alone leaves the range of numbers.
   const Vec shift = all(12582912.0f);
   const Vec shifted = x * all(1.44269504088896341f) + shift;
   const Vec n = shifted - shift;
   const Ints whole = (Ints)shifted - (Ints)shift, half = whole >> 1;
-  return polynomial(x - n * all(0.693359375f) + n * all(2.12194440e-4f)) * power_of_two(half) *
-         power_of_two(whole - half);
+  const Vec p = polynomial(x - n * all(0.693359375f) + n * all(2.12194440e-4f));
+  return choose(is_zero, Vec{}, p * power_of_two(half) * power_of_two(whole - half));
 }
 
 // Of x below -87 it is 0, and the products with such x are 0 too.

@@ -8,6 +8,18 @@
 
 namespace {
 
+// Floats of working memory, taken one after another, each on a cache line of its own; without
+// memory they are only counted.
+struct Arena {
+  float* memory;
+  int64_t used = 0;
+  float* take(int64_t floats) {
+    float* start = memory ? memory + used : nullptr;
+    used += round_up(floats, 16);
+    return start;
+  }
+};
+
 // Where one sequence lies, and which heads a task runs.
 struct Task {
   int64_t n;                // the sequence
@@ -38,9 +50,10 @@ struct Keys {
   float inverse_k[C], inverse_q[C];  // 1 / norm where normalised
 };
 
-// Load k, and q if x has room for it, normalised where that is asked for; `rows` [2C][Kp] is scratch.
-void load_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t Kp,
-               float* rows, Keys& x) {
+// Load rows of k into `rows` [2C][Kp], and of q if x has room for it, normalised where that is asked
+// for; zeros up to the reach of the tokens.
+void load_key_rows(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t Kp,
+                   float* rows, Keys& x) {
   const int64_t reach = reach_of(count);
   for (int64_t i = 0; i < reach; ++i) {
     float *k = rows + i * Kp, *q = rows + (C + i) * Kp;
@@ -65,6 +78,13 @@ void load_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t coun
     }
     multiply(q, factor, Kp);
   }
+}
+
+// Load the keys and queries of a chunk; `rows` [2C][Kp] is scratch.
+void load_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t Kp,
+               float* rows, Keys& x) {
+  const int64_t reach = reach_of(count);
+  load_key_rows(c, t, token, count, Kp, rows, x);
   transpose(rows, Kp, x.k_t, C, reach, Kp);
   if (x.q_t) transpose(rows + C * Kp, Kp, x.q_t, C, reach, Kp);
 }

@@ -1,29 +1,18 @@
 // The forward of one key head of one sequence (docs/math.md §3): the state never leaves the caches.
 #pragma once
 
-#include "subnormal.h"
+#include "channels.h"
 
 namespace {
-
-// Floats of working memory, taken one after another, each on a cache line of its own; without
-// memory they are only counted.
-struct Arena {
-  float* memory;
-  int64_t used = 0;
-  float* take(int64_t floats) {
-    float* start = memory ? memory + used : nullptr;
-    used += round_up(floats, 16);
-    return start;
-  }
-};
 
 // Rows of K as they are kept: products write whole register blocks and panels of them.
 GDN_INLINE int64_t padded(int64_t K) { return round_up(K, P > 16 ? P : 16); }
 
 int64_t forward_floats(const GdnSequences& c, int64_t panels) {
   const int64_t Kp = padded(c.K), R = c.HV / c.H;
-  return 4 * C * Kp + 4 * C * C + C * panels * P + C * P + R * panels * (Kp * P + 1) +
-         9 * 16;
+  const int64_t more = c.decay_of_channels ? decayed_floats(Kp) : 0;
+  return 4 * C * Kp + 4 * C * C + C * panels * P + C * P + R * panels * (Kp * P + 1) + 9 * 16 +
+         more;
 }
 
 GDN_INLINE void copy_panel(const float* from, float* to) {
@@ -169,7 +158,17 @@ struct Ahead {
       lines.add(c.k, at(c.k, t.row, i, t.head), c.K);
       lines.add(c.q, at(c.q, t.row, i, t.head), c.K);
     }
+    if (c.decay_of_channels) add_decays(lines, p, m);
     return lines;
+  }
+
+  // Those of a value head are its own.
+  void add_decays(Lines& lines, int64_t p, int64_t m) const {
+    const int64_t tiles = t.panels * (C / MR), own = p * (C / MR) + m / MR;
+    const int64_t first = token + own * C / tiles, last = token + (own + 1) * C / tiles;
+    for (int64_t i = first; i < least(last, t.last) && i >= t.first; ++i) {
+      lines.add(c.decay, at(c.decay, t.row, i, head), c.K);
+    }
   }
 };
 
@@ -276,7 +275,8 @@ GDN_INLINE Columns columns_of(const GdnArray& x, const Task& t, int64_t token, i
 }
 
 // Without o only the states are formed: the same bits, and nothing is read of q.
-void run_forward(const GdnSequences& c, const Task& t, float* memory) {
+template <bool of_channels>
+void run_forward_of(const GdnSequences& c, const Task& t, float* memory) {
   const int64_t K = c.K, V = c.V, Kp = padded(K), R = c.HV / c.H;
   const int64_t size = t.panels * Kp * P;
   const bool has_outputs = c.o.data;
@@ -286,10 +286,19 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
   x.q_t = has_outputs ? arena.take(C * Kp) : nullptr;
   x.products = arena.take(2 * C * C);
   float *A = arena.take(C * C), *M = has_outputs ? arena.take(C * C) : nullptr;
-  float *U = arena.take(C * P);
+  float *pairs = has_outputs ? M : x.products, *U = arena.take(C * P);
   float *rows = arena.take(2 * C * Kp), *values = arena.take(C * t.panels * P);
   float* S = arena.take(R * size);
   float* powers = arena.take(R * t.panels);
+  DecayedKeys decayed = {};
+  Keys keys = x;
+  if (of_channels) {
+    take_decayed(arena, Kp, decayed);
+    decayed.k = rows;
+    decayed.q = has_outputs ? rows + C * Kp : rows;
+    keys.k_t = decayed.k_t;
+    keys.q_t = decayed.q_t;
+  }
   memset(powers, 0, size_t(R * t.panels) * 4);
   const States states{S, Kp, R, size};
   load_states(c, t, states);
@@ -298,15 +307,29 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
   for (int64_t token = t.first; token < t.last; token += C, ++chunk) {
     const int64_t count = least(C, t.last - token);
     keep_states(c, t, states, chunk);
-    load_keys(c, t, token, count, Kp, rows, x);
-    multiply_keys(count, K, x, c.has_erase);
+    if (of_channels) {
+      load_key_rows(c, t, token, count, Kp, rows, x);
+    } else {
+      load_keys(c, t, token, count, Kp, rows, x);
+      multiply_keys(count, K, x, c.has_erase);
+    }
     for (int64_t r = 0; r < R; ++r) {
       const int64_t head = t.head * R + r;
       Gates g;
-      load_gates(c, t, token, count, head, g);
+      if (of_channels) {
+        load_decays(c, t, token, count, head, Kp, decayed, g);
+      } else {
+        load_gates(c, t, token, count, head, g);
+      }
       const bool may_flush = sizes_of(c, t, token, count, head, g).may_flush;
       with_flushing(may_flush, [&] {
-        form_pairs<false>(g, x.products, count, A, M, nullptr, c.has_erase);
+        if (of_channels) {
+          form_channels(decayed, count, Kp, A, pairs);
+          scale_pairs(g, count, A, A);
+          forget_decays(g);
+        } else {
+          form_pairs<false>(g, x.products, count, A, M, nullptr, c.has_erase);
+        }
       });
       const bool is_direct =
           lies_in_tiles(c.v, V, count) && (!has_outputs || lies_in_tiles(c.o, V, count));
@@ -325,16 +348,20 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
           keep_in_range(state, Kp * P, from.data + p * P, from.ld, count, powers[r * t.panels + p]);
         }
         const Flushed flushed(may_flush && is_ordinary(state, Kp * P));
-        form_writes(c, x, g, count, A, state, from.data + p * P, from.ld, U, P, nullptr,
+        form_writes(c, keys, g, count, A, state, from.data + p * P, from.ld, U, P, nullptr,
                     [&](int64_t m) { return has_outputs ? Lines{} : ahead.tile(p, m); });
         for (int64_t m = 0; has_outputs && m < count; m += MR) {
           Block acc;
-          multiply_fetching(acc, x.q_t + m, state, K, ahead.tile(p, m));
+          multiply_fetching(acc, keys.q_t + m, state, K, ahead.tile(p, m));
           scale_rows(acc, g.b + m);
           multiply_add(acc, M + m * C, C, 1, U, P, m + MR);
           to.store(acc, m, p);
         }
-        advance_state(x, g, count, K, U, P, U, state, state);
+        if (of_channels) {
+          advance_channels(decayed, count, K, U, P, state, state);
+        } else {
+          advance_state(x, g, count, K, U, P, U, state, state);
+        }
       }
       if (has_outputs && !is_direct) store_values(values, t, token, count, head, V, c.o);
     }
@@ -342,6 +369,11 @@ void run_forward(const GdnSequences& c, const Task& t, float* memory) {
   restore_range(t, states, powers);
   store_states(c, t, states, c.final, t.n);
   end_streams();
+}
+
+void run_forward(const GdnSequences& c, const Task& t, float* memory) {
+  if (c.decay_of_channels) return run_forward_of<true>(c, t, memory);
+  run_forward_of<false>(c, t, memory);
 }
 
 }  // namespace

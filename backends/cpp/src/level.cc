@@ -34,7 +34,8 @@ void run_forward_task(const GdnSequences& c, const GdnPlan& plan, int64_t index,
   if (t.panels <= 0) return;
 #if GDN_FEATURES == 4
   // A few tokens gain nothing from pairs, and are exact without them.
-  if (c.q.type == kGdnBfloat16 && c.T > 16) return run_forward_bf16(c, t, memory);
+  const bool has_pairs = c.q.type == kGdnBfloat16 && c.T > 16 && !c.decay_of_channels;
+  if (has_pairs) return run_forward_bf16(c, t, memory);
 #endif
   run_forward(c, t, memory);
 }
