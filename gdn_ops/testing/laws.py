@@ -333,8 +333,9 @@ def a_reset_channel_forgets_its_past(backend: str, example: Example) -> Verdict:
     changed = dict(arguments)
     changed["initial_state"] = arguments["initial_state"].clone()
     changed["initial_state"][:, :, channel] *= -3
-    other = forward(changed, backend)
-    are_equal = all(torch.equal(other[name], results[name]) for name in other)
+    # Without gradients a backend may run a few tokens by another kernel.
+    plain, other = forward(arguments, backend), forward(changed, backend)
+    are_equal = all(torch.equal(other[name], plain[name]) for name in other)
     return Verdict.exact(are_equal, f"a result depends on what channel {channel} held")
 
 
