@@ -10,7 +10,7 @@ from gdn_ops.bench import measures, sharing
 from gdn_ops.bench.child import call
 from gdn_ops.bench.contender import Contender
 from gdn_ops.bench.floors import Rates, measure_rates
-from gdn_ops.bench.inputs import Setting, find_case, inputs_of, make_inputs
+from gdn_ops.bench.inputs import Setting, find_case, inputs_of
 from gdn_ops.bench.packed import packed_rows
 from gdn_ops.bench.peers import check_peers, find_contender, peers_on
 from gdn_ops.bench.report import Log
@@ -286,11 +286,11 @@ class _Suite:
         s = part.setting
         for case in part.cases.get("memory", ()):
             self.log(f"memory, {case.name}, {s.dtype}")
-            x = make_inputs(case.sizes, s.torch_dtype, s.device).with_grad()
+            x = inputs_of(case, s).with_grad()
             weighed = [c for c in contenders if not c.reasons(x, "backward")]
             names = [c.name for c in weighed]
             peer = next((c.name for c in weighed if c.is_peer), None)
-            peak = functools.partial(call, measures.measure_peak, sizes=case.sizes, s=s)
+            peak = functools.partial(call, measures.measure_peak, case=case, s=s)
             measures.memory_rows(case.name, names, peer, peak, self.result)
 
     def _sequences(self, part: Part, case: Case, contenders: list[Contender], rates: Rates) -> None:
@@ -331,7 +331,7 @@ class _Suite:
         for what, measure in (("threads", sharing.threads_row), ("load", sharing.load_row)):
             for case in part.cases.get(what, ()):
                 self.log(f"{what}, {case.name}, {s.dtype}")
-                x = make_inputs(case.sizes, s.torch_dtype, s.device)
+                x = inputs_of(case, s)
                 able = [c for c in ours if not c.reasons(x, "forward")]
                 self._add(what, {c.name: functools.partial(measure, case, c, x, s) for c in able})
         for case in part.cases.get("channels", ()):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from gdn_ops.spec.language import Case, Sizes
 
 
@@ -81,14 +79,12 @@ STEP_CASES = (
     _case("tiny-step", 2, 1, 2, 4, 32, 48, "smoke tests", "float32"),
     *(_case(f"qwen-16-32-step-b{b}", b, 1, 16, 32, 128, 128, _QWEN) for b in (1, 8)),
     _case("olmo-hybrid-step", 1, 1, 30, 30, 96, 192, "OLMo-Hybrid linear-attention layer"),
-    *(_of_channels(f"kimi-32-step-b{b}", b, 1, 32, _KIMI) for b in (1, 8)),
 )
 
 STEPS_CASES = (
     _case("tiny-steps", 2, 3, 2, 4, 32, 48, "smoke tests", "float32"),
     *(_case(f"qwen-16-32-steps4-b{b}", b, 4, 16, 32, 128, 128, _QWEN) for b in (1, 8)),
     _case("olmo-hybrid-steps4", 1, 4, 30, 30, 96, 192, "OLMo-Hybrid linear-attention layer"),
-    _of_channels("kimi-32-steps4-b1", 1, 4, 32, _KIMI),
 )
 """Drafts of a few tokens that speculative decoding verifies in one call."""
 
@@ -102,12 +98,7 @@ GPU_CASES = (
 PROMPT_CASES = (_case("qwen-16-32-prompt-256", 1, 256, 16, 32, 128, 128, _QWEN),)
 """Short prompts, for benchmarks."""
 
-KDA_CASES = (
-    replace(
-        _case("kimi-8-8-1024", 1, 1024, 8, 8, 128, 128, "a quarter of a Kimi Linear KDA layer"),
-        channels=True,
-    ),
-)
+KDA_CASES = (_of_channels("kimi-8-8-1024", 1, 1024, 8, "a quarter of a Kimi Linear KDA layer"),)
 """A decay of every key channel, for benchmarks: few heads, since peers need gigabytes for each."""
 
 
