@@ -37,7 +37,7 @@ class Summarised(NamedTuple):
 
     Attributes:
         M: (N, HV, K, K) in the compute dtype; (N, HV, 1, 1), a number, for rules without an error
-            term.
+            term, but where channels decay each (`Call.map_size`).
         R: (N, HV, K, V) in the compute dtype.
         kept: tensors kept for the second stage.
     """
