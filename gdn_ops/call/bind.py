@@ -189,15 +189,6 @@ class Call:
         """Return whether there are tokens, without which no kernel is launched."""
         return min(self.sizes.B * self.sizes.T, self.sizes.N) > 0
 
-    @property
-    def map_size(self) -> int:
-        """Return the rows of M in S_T = M S_0 + R: K, or 1 where M is a number times the identity.
-
-        Without an error term it is such a number, but for a decay of every key channel.
-        """
-        is_matrix = self.rule.has_erase or self.widths.decay == "channel"
-        return self.sizes.K if is_matrix else 1
-
     def with_tensors(self, tokens: Tokens, state: Tensor | None) -> Call:
         """Return the same call on other tensors."""
         return replace(self, tokens=tokens, state=state)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.call.bind import Tokens
+from gdn_ops.dispatch.results import map_size
 from gdn_ops.parallel import exchange
 from gdn_ops.parallel.parts import (
     ALL,
@@ -274,7 +275,7 @@ class Gather:
 
     def _map_like(self) -> Tensor:
         """Return an empty tensor for M of a piece: a matrix, or a number."""
-        like, size = self.local.states(), self.local.call.map_size
+        like, size = self.local.states(), map_size(self.local.call)
         return like.new_empty((*like.shape[:2], size, size))
 
 

@@ -34,12 +34,13 @@ from gdn_ops.dispatch.backend import (
     gradients_without_tokens,
     without_tokens,
 )
+from gdn_ops.dispatch.results import map_size
 
 
 def summarise(call: Call) -> Summarised:
     """Return what sequences make of a state, and what `resume` reads."""
     s = call.sizes
-    size = call.map_size
+    size = map_size(call)
     if not call.has_tokens:
         R = without_tokens(replace(call, state=None), ()).final_state
         M = torch.eye(size, dtype=torch.float32, device=call.device)
