@@ -123,6 +123,22 @@ def test_one_token_is_one_call(calls: list[str]) -> None:
     assert "gdn_token" not in calls and "gdn_convolution" in calls
 
 
+@pytest.mark.parametrize(
+    "options", [{"channel_decay": True}, {"lower_bound": -2.0}, {"erase_write": True}], ids=str
+)
+def test_one_token_of_another_member_is_not_that_call(
+    options: dict[str, Any], calls: list[str]
+) -> None:
+    layer, x = make(**options), torch.randn(1, 6, WIDTH)
+    with torch.no_grad():
+        y, _ = layer(x)
+        state = layer(x[:, :5])[1]
+        calls.clear()
+        last, _ = layer(x[:, 5:], state)
+    assert "gdn_token" not in calls and "gdn_convolution" in calls
+    close(last, y[:, 5:])
+
+
 def test_a_hook_of_a_part_is_called(calls: list[str]) -> None:
     layer, x = make(), torch.randn(1, 1, WIDTH)
     seen = []
