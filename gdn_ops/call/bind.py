@@ -79,7 +79,7 @@ class Targets(NamedTuple):
     @property
     def of_tokens(self) -> tuple[Tensor | None, ...]:
         """Return those for gradients, in the order of the tokens."""
-        return self[1:7]
+        return self[1:9]
 
 
 class Arguments(NamedTuple):
