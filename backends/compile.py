@@ -27,7 +27,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from gdn_ops.backends.torch import Torch, channels
+from gdn_ops.backends.torch import Torch, channels, channels_backward
 from gdn_ops.backends.torch.chunk_backward import SegmentGrads, backward_segment
 from gdn_ops.backends.torch.chunk_forward import Segment, forward_segment
 from gdn_ops.backends.torch.decode import StepOptions, advance_token, decode_one
@@ -311,7 +311,7 @@ def _backward_chunk(tensors: Any, constants: Constants) -> SegmentGrads:
     """Return the gradients of one chunk of (*x, state, d_o, d_state)."""
     x = Segment(*tensors[:-3])
     if x.is_wide():
-        return channels.pulled_back(x, *tensors[-3:], *constants)
+        return channels_backward.backward_segment(x, *tensors[-3:], *constants)
     return backward_segment(x, *tensors[-3:], *constants)
 
 

@@ -60,13 +60,16 @@ class Name(NamedTuple):
 
 def public_names() -> list[Name]:
     """Return every public name. The ops have pages of their own in docs/ops."""
+    from gdn_ops.spec.ops import OPS
+
+    ops = {op.name for op in OPS}
     names = []
     for module in MODULES:
         exported = importlib.import_module(module)
         for name in exported.__all__:
             value = getattr(exported, name)
             path = f"reference/{module}/{_slug(name)}.md"
-            if module == "gdn_ops" and name.startswith("gated_delta"):
+            if module == "gdn_ops" and name in ops:
                 path = f"ops/{name}.md"
             names.append(Name(module, name, value, path))
     return names

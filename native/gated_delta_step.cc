@@ -1,14 +1,15 @@
 // gdn_ops::GatedDeltaStep for onnxruntime's CPU provider, as a custom-op library.
 //
-//     S'  = alpha_t S_{t-1}                 forget first            alpha = exp(log_alpha)
+//     S'  = diag(alpha_t) S_{t-1}           forget first            alpha = exp(log_alpha)
 //     u_t = beta_t (v_t - S'^T k_t)         then the error          (without erase: beta_t v_t)
 //     S_t = S' + k_t u_t^T                  then write
 //     o_t = scale S_t^T q_t                 read after the write
 //
 // Inputs q, k (B,H,K), v (B,HV,V), log_alpha, beta (B,HV), state (B,HV,K,V); outputs o (B,HV,V)
 // and new_state. Value head h reads key head h // (HV / H). log_alpha is there exactly where the
-// rule has a decay; beta that is not there is 1. Arithmetic is float32, float64 with a float64
-// state, whatever the other tensors are.
+// rule has a decay, and is (B,HV,K), of each key channel, where the attribute decay is "channel";
+// beta that is not there is 1. Arithmetic is float32, float64 with a float64 state, whatever the
+// other tensors are.
 //
 // The arithmetic is that of the backend `cpp`: decode.h of backends/cpp/src, compiled for every level
 // of the machine. new_state may be state itself (bound in place), and o may be v: every element is

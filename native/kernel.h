@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <iterator>
 #include <new>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -146,7 +147,19 @@ struct Kernel {
     return value;
   }
 
+  // Nothing where there is no such attribute.
+  std::optional<std::string> text(const OrtKernelInfo* info, const char* name) const {
+    size_t size = 0;
+    // The first call asks for the size, with the zero at the end.
+    if (!is_well(api_, api_.KernelInfoGetAttribute_string(info, name, nullptr, &size))) return {};
+    std::string value(size, 0);
+    check(api_, api_.KernelInfoGetAttribute_string(info, name, &value[0], &size));
+    value.resize(size - 1);
+    return value;
+  }
+
   void read_attributes(const OrtKernelInfo* info);
+  void read_rule(const OrtKernelInfo* info);
   void check_inputs(const OrtKernelInfo* info);
   void check_type(const OrtKernelInfo* info, Input input, Input other, Type should) const;
   Type type_of(const OrtKernelInfo* info, Input input) const;
@@ -185,22 +198,27 @@ void Kernel::read_attributes(const OrtKernelInfo* info) {
     throw Mistake("qk_l2norm is " + std::to_string(qk_l2norm) + ", should be 0 or 1");
   }
   call_.qk_l2norm = qk_l2norm;
+  read_rule(info);
+}
 
+void Kernel::read_rule(const OrtKernelInfo* info) {
   const std::string should = "should be one of gated_delta, delta, gated, linear";
-  size_t size = 0;
-  // The first call asks for the size, with the zero at the end.
-  if (!is_well(api_, api_.KernelInfoGetAttribute_string(info, "rule", nullptr, &size))) {
-    throw Mistake("rule is missing, " + should);
-  }
-  rule_.resize(size);
-  check(api_, api_.KernelInfoGetAttribute_string(info, "rule", &rule_[0], &size));
-  rule_.resize(size - 1);
+  const auto rule = text(info, "rule");
+  if (!rule) throw Mistake("rule is missing, " + should);
+  rule_ = *rule;
   if (std::find(std::begin(kRules), std::end(kRules), rule_) == std::end(kRules)) {
     throw Mistake("rule is '" + rule_ + "', " + should);
   }
   has_decay_ = rule_ == "gated_delta" || rule_ == "gated";
   call_.decay_is_log = has_decay_;
   call_.has_erase = rule_ == "gated_delta" || rule_ == "delta";
+
+  const std::string decay = text(info, "decay").value_or("scalar");
+  call_.decay_of_channels = decay == "channel";
+  if (decay == "scalar" || (has_decay_ && call_.decay_of_channels)) return;
+  throw Mistake("decay is '" + decay + "', should be " +
+                (has_decay_ ? "one of scalar, channel"
+                            : "left out: rule '" + rule_ + "' has no decay"));
 }
 
 // onnxruntime has checked the types of q and state, and leaves those of the others to us.
@@ -259,8 +277,9 @@ Type Kernel::type_of(const OrtKernelInfo* info, Input input) const {
 void Kernel::compute(OrtKernelContext* context) const {
   GdnSteps x = call_;
   Axis B{"B"}, H{"H", x.H, "num_qk_heads"}, HV{"HV", x.HV, "num_v_heads"}, K{"K"}, V{"V"};
+  const Axes decay = {{&B, &HV, &K}, x.decay_of_channels ? size_t(3) : size_t(2)};
   const Axes axes_of[] = {{{&B, &H, &K}, 3}, {{&B, &H, &K}, 3}, {{&B, &HV, &V}, 3},
-                          {{&B, &HV}, 2},    {{&B, &HV}, 2},    {{&B, &HV, &K, &V}, 4}};
+                          decay,             {{&B, &HV}, 2},    {{&B, &HV, &K, &V}, 4}};
   void* data[kInputCount] = {};
   for (int i = 0; i < kInputCount; ++i) {
     if (is_there_[i]) data[i] = read_input(context, i, axes_of[i]);
@@ -275,7 +294,7 @@ void Kernel::compute(OrtKernelContext* context) const {
   place(x.q, data[kQ], x.H, x.K);
   place(x.k, data[kK], x.H, x.K);
   place(x.v, data[kV], x.HV, x.V);
-  place(x.decay, data[kLogAlpha], x.HV, 1);
+  place(x.decay, data[kLogAlpha], x.HV, x.decay_of_channels ? x.K : 1);
   place(x.beta, data[kBeta], x.HV, 1);
   x.state = data[kState];
   place(x.o, create_output(context, 0, {x.B, x.HV, x.V}), x.HV, x.V);

@@ -83,6 +83,76 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+LATENT = {
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "eos_token_id": 1,
+}
+"""Sizes of latent attention and of the experts beside it."""
+
+KDA_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    # A decay of every key channel; the softplus gate, and twice the bounded one.
+    "kimi_linear-softplus": (
+        "KimiLinearConfig",
+        {
+            "linear_head_dim": 12,
+            "linear_num_heads": 3,
+            "num_local_experts": 4,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+            **LATENT,
+            "num_hidden_layers": 6,
+        },
+    ),
+    "glm5_next-bounded": (
+        "Glm5NextTextConfig",
+        {
+            "linear_head_dim": 16,
+            "linear_num_heads": 2,
+            "n_routed_experts": 4,
+            "q_lora_rank": 16,
+            "index_topk": 64,
+            "index_head_dim": 8,
+            "index_n_heads": 2,
+            "index_kpool": 4,
+            "hc_mult": 2,
+            "hc_sinkhorn_iters": 5,
+            **LATENT,
+            "qk_rope_head_dim": 0,
+        },
+    ),
+    "bailing_hybrid-bounded": (
+        "BailingHybridConfig",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "layer_group_size": 3,
+            "first_k_dense_replace": 1,
+            "num_mtp_layers": 0,
+            **LATENT,
+        },
+    ),
+}
+
+WITH_IMAGES: dict[str, dict[str, int]] = {
+    "glm5_next-bounded": {
+        "depth": 1,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "intermediate_size": 16,
+        "out_hidden_size": COMMON["hidden_size"],
+        "projection_intermediate_size": 16,
+    }
+}
+"""Families that are there as models of text and images alone, and their vision model."""
+
 SMALL = "qwen3_5-3:1" if hasattr(transformers, "Qwen3_5ForCausalLM") else "qwen3_next-2:1"
 """A family that the installed transformers has, for tests that need only one."""
 
@@ -94,21 +164,31 @@ def architecture(family: str) -> str:
 @functools.cache
 def model(family: str) -> Any:
     """Return the model of a family, random, in float32, in eval mode."""
-    config_name, more = FAMILIES[family]
+    config_name, more = (FAMILIES | KDA_FAMILIES)[family]
     model_name = re.sub("(Text)?Config$", "ForCausalLM", config_name)
+    if family in WITH_IMAGES:
+        model_name = model_name.replace("ForCausalLM", "ForConditionalGeneration")
     if not hasattr(transformers, model_name):
         pytest.skip(f"this transformers has no {model_name}")
     torch.manual_seed(0)
-    config = getattr(transformers, config_name)(**COMMON, **more)
+    config = text = getattr(transformers, config_name)(**(COMMON | more))
+    if family in WITH_IMAGES:
+        whole = getattr(transformers, config_name.replace("Text", ""))
+        config = whole(text_config=text, vision_config=WITH_IMAGES[family])
     tiny = getattr(transformers, model_name)(config).eval()
     # The default one has no float64.
-    tiny.config._experts_implementation = "eager"
+    text_config(tiny)._experts_implementation = "eager"
     with torch.no_grad():
         # As built, logits are 0.02 wide and most greedy tokens are ties in all but name.
         for parameter in tiny.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3)
     return tiny
+
+
+def text_config(model: Any) -> Any:
+    """Return the configuration of a model's text layers."""
+    return getattr(model.config, "text_config", model.config)
 
 
 def tokens(rows: int, length: int, seed: int = 1) -> Tensor:

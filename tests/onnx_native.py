@@ -89,7 +89,9 @@ class Node:
             for name, shape in shapes.items()
         }
         tensors["k"] = tensors["k"] / tensors["k"].norm(dim=-1, keepdim=True)
-        tensors["log_alpha"] = -torch.rand((B, HV), generator=random, dtype=torch.float64)
+        channels = (K,) if self.attributes.get("decay") == "channel" else ()
+        log_alpha = torch.rand((B, HV, *channels), generator=random, dtype=torch.float64)
+        tensors["log_alpha"] = -log_alpha
         tensors["beta"] = 2 * torch.rand((B, HV), generator=random, dtype=torch.float64)
         return {name: tensors[name].to(DTYPES[self.types[name]]).double() for name in self.inputs}
 

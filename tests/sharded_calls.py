@@ -98,7 +98,8 @@ def axes_in(spec: OpSpec, name: str, arguments: Mapping[str, Any]) -> Axes:
     """Return the axes of an argument in a call."""
     allowed = spec.tensor[name].shapes
     given = [s for s in allowed if s.given and arguments.get(s.given) is not None]
-    return (*given, *allowed)[0].axes
+    fitting = [s for s in (*given, *allowed) if len(s.axes) == arguments[name].dim()]
+    return fitting[0].axes
 
 
 def distributed(
@@ -275,10 +276,10 @@ def operator(given: Mapping[str, Any], save: bool) -> Any:
     """Call the operator of the sequence op, which may be the first call with DTensors."""
     importlib.import_module("gdn_ops.torch_ops.sharded")
     values = [given.get(arg.name) for arg in GATED_DELTA.tensors]
-    q, k, v, alpha, beta, log_alpha, state, cu_seqlens = values
+    *tokens, state, cu_seqlens = values
     options = ("gated_delta", given["scale"], given["qk_l2norm"])
     rest = (state, cu_seqlens, given["chunk_size"], "auto")
-    values = [q, k, v, alpha, beta, log_alpha, *options, *rest]
+    values = [*tokens, *options, *rest]
     return values, torch.ops.gdn_ops.gated_delta(*values, save)
 
 

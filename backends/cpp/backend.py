@@ -53,8 +53,6 @@ class Cpp(Backend):
 
     def reasons(self, call: Call) -> list[str]:
         found = [missing()]
-        if call.widths.decay == "channel" and call.needs_grad:
-            found.append("channel decay in gated_delta (supported: none, scalar)")
         return [reason for reason in found if reason is not None]
 
     def saved_like(self, call: Call) -> tuple[Tensor, ...]:

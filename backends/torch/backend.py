@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.backends.torch import channels
+from gdn_ops.backends.torch import channels, channels_backward
 from gdn_ops.backends.torch.chunk_backward import SegmentGrads
 from gdn_ops.backends.torch.decode import decode_many, decode_one
 from gdn_ops.backends.torch.loading import SegmentLoader, joined, pack_state, unpack_state
@@ -89,7 +89,7 @@ class Torch(Backend):
                 chunks,
                 forward=channels.forward_segment,
                 advance=channels.advance_segment,
-                backward=channels.backward_segment,
+                backward=channels_backward.backward_segment,
             )
         return SegmentPlan(chunk_size, chunks)
 

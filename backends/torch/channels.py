@@ -17,14 +17,13 @@ A row is a value head of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gdn_ops.backends.torch.chunk_backward import SegmentGrads
 from gdn_ops.backends.torch.chunk_forward import Segment
 
 SMALL = 2
@@ -98,33 +97,48 @@ def operands_of(x: Segment, scale: float, has_erase: bool) -> Operands:
     return Operands.of(q * scale, k, x.v.flatten(1, 2), gates, beta, has_erase)  # type: ignore[arg-type]
 
 
-def terms_of(x: Operands) -> Terms:
-    """Form the terms of §9 that do not depend on the state, for chunks of a power of two."""
+def terms_of(x: Operands, levels: list[tuple[Tensor, Tensor]] | None = None) -> Terms:
+    """Form the terms of §9 that do not depend on the state, for chunks of a power of two.
+
+    Args:
+        x: the operands.
+        levels: where to put `since` and `left` of the blocks of 1, 2, 4, ... tokens, as
+            (n, rows, C / h, h, K or 1), for a backward.
+    """
+    C = x.k.shape[2]
     # §9 P_ii = s q_i · k_i; A has no diagonal
     pairs = (x.q * x.k).sum(-1)[None, ..., None, None]
-    readers = x.q.unsqueeze(0)
+    readers = readers_of(x)
     if x.erased is not None:
         pairs = torch.cat((pairs, torch.zeros_like(pairs)))
-        readers = torch.stack((x.q, x.erased))
     since, left = x.alpha.unsqueeze(3), torch.ones_like(x.alpha).unsqueeze(3)
-    readers, k = readers.unsqueeze(4), x.k.unsqueeze(3)
-    while since.shape[2] > 1:
-        (since_0, since_1), (left_0, left_1) = _halves(since, 2), _halves(left, 2)
-        k_0, k_1 = _halves(k, 2)
-        readers_0, readers_1 = _halves(readers, 3)
-        first, second = _halves(pairs, 3)
+    while since.shape[3] < C:
+        if levels is not None:
+            levels.append((since, left))
+        (since_0, since_1), (left_0, left_1) = halves(since, 2), halves(left, 2)
+        first, second = halves(pairs, 3)
+        h = since.shape[3]
+        read_by = readers.unflatten(3, (-1, 2, h)).select(4, 1) * since_1
+        written = x.k.unflatten(2, (-1, 2, h)).select(3, 0) * left_0
         # §9 s Σ_c q_ic k_jc Π_{j<l≤i} α_lc, and so for A   [h, h]
-        read = _products(readers_1 * since_1, k_0 * left_0)
+        read = _products(read_by, written)
         above = torch.zeros_like(read)
         pairs = torch.cat((torch.cat((first, above), -1), torch.cat((read, second), -1)), -2)
         since = torch.cat((since_0, since_1 * since_0[..., -1:, :]), -2)
         left = torch.cat((left_0 * since_1[..., -1:, :], left_1), -2)
-        readers, k = torch.cat((readers_0, readers_1), -2), torch.cat((k_0, k_1), -2)
     P, *A = pairs.squeeze(3)
     return Terms(P, A[0] if A else None, since.squeeze(2), left.squeeze(2))
 
 
-def _halves(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+def readers_of(x: Operands) -> Tensor:
+    """Return what reads the state: q, and E where there is an error term, (1 or 2, n, rows, C, K).
+
+    The scale is in q.
+    """
+    return x.q.unsqueeze(0) if x.erased is None else torch.stack((x.q, x.erased))
+
+
+def halves(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Return every other block along an axis, from the first and from the second on."""
     pairs = x.unflatten(axis, (-1, 2))
     return pairs.select(axis + 1, 0), pairs.select(axis + 1, 1)
@@ -157,19 +171,26 @@ def run_chunks(x: Operands, state: Tensor) -> tuple[Tensor, Tensor]:
     Chunks of a length that is no power of two are padded with tokens that change nothing.
     """
     C = x.k.shape[2]
-    missing = (1 << (C - 1).bit_length()) - C
-    if missing:
-        q, k, erased, written = (
-            None if y is None else functional.pad(y, (0, 0, 0, missing))
-            for y in (x.q, x.k, x.erased, x.written)
-        )
-        alpha = functional.pad(x.alpha, (0, 0, 0, missing), value=1.0)
-        x = Operands(q, k, alpha, erased, written)  # type: ignore[arg-type]
+    x = whole_powers(x)
     terms, outputs = terms_of(x), []
     for i in range(x.k.shape[0]):
         o, state = advance(x, terms, i, state)
         outputs.append(o)
     return torch.stack(outputs)[:, :, :C], state
+
+
+def whole_powers(x: Operands) -> Operands:
+    """Return operands padded with tokens that change nothing, to chunks of a power of two."""
+    C = x.k.shape[2]
+    missing = (1 << (C - 1).bit_length()) - C
+    if not missing:
+        return x
+    q, k, erased, written = (
+        None if y is None else functional.pad(y, (0, 0, 0, missing))
+        for y in (x.q, x.k, x.erased, x.written)
+    )
+    alpha = functional.pad(x.alpha, (0, 0, 0, missing), value=1.0)
+    return Operands(q, k, alpha, erased, written)  # type: ignore[arg-type]
 
 
 def per_row(state: Tensor, heads: int) -> Tensor:
@@ -213,66 +234,3 @@ def forward_segment(
 def advance_segment(x: Segment, state: Tensor, scale: float, has_erase: bool) -> Tensor:
     """Return the state after a segment, without its outputs."""
     return run_segment(x, state, scale, has_erase)[1]
-
-
-def backward_segment(
-    x: Segment, state: Tensor, d_o: Tensor, d_state: Tensor, scale: float, has_erase: bool
-) -> SegmentGrads:
-    """Return the gradients of a segment, formed anew from its operands.
-
-    Where gradients are enabled they are differentiable functions of the operands themselves.
-
-    Args:
-        x: its operands.
-        state: (G, K, R V) at its start.
-        d_o: (n, G, R, C, V).
-        d_state: (G, K, R V), the gradient of the state at its end.
-        scale: s.
-        has_erase: whether the rule has an error term.
-    """
-    is_again = torch.is_grad_enabled()
-    names, given, run = _as_function(x, state, scale, has_erase)
-    with torch.enable_grad():
-        inputs = [y if is_again and y.requires_grad else y.detach().requires_grad_() for y in given]
-        grads = torch.autograd.grad(
-            run(*inputs),
-            inputs,
-            (d_o.flatten(1, 2), d_state),
-            create_graph=is_again,
-            materialize_grads=True,
-        )
-    return _gathered(x, names, grads)
-
-
-def pulled_back(
-    x: Segment, state: Tensor, d_o: Tensor, d_state: Tensor, scale: float, has_erase: bool
-) -> SegmentGrads:
-    """Return what `backward_segment` does, by functions that a compiler traces."""
-    names, given, run = _as_function(x, state, scale, has_erase)
-    pull = torch.func.vjp(run, *given)[1]
-    return _gathered(x, names, pull((d_o.flatten(1, 2), d_state)))
-
-
-def _as_function(
-    x: Segment, state: Tensor, scale: float, has_erase: bool
-) -> tuple[list[str], list[Tensor], Callable[..., tuple[Tensor, Tensor]]]:
-    """Return the names of the operands of a segment, these with the state, and its function."""
-    names = [name for name in _DIFFERENTIABLE if getattr(x, name) is not None]
-
-    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        again = x._replace(**dict(zip(names, tensors, strict=False)))
-        return run_segment(again, tensors[-1], scale, has_erase)
-
-    return names, [*(getattr(x, name) for name in names), state], run
-
-
-def _gathered(x: Segment, names: list[str], grads: Sequence[Tensor]) -> SegmentGrads:
-    """Return gradients of the operands and of the state by name."""
-    *of_operands, d_start = grads
-    by_name, C = dict(zip(names, of_operands, strict=True)), x.tokens()
-    d_qk, d_alpha = by_name.pop("qk"), by_name.pop("alpha", None)
-    return SegmentGrads(d_qk[..., :C, :], d_qk[..., C:, :], **by_name, alpha=d_alpha, state=d_start)
-
-
-_DIFFERENTIABLE = ("qk", "v", "beta", "alpha", "erase", "write")
-"""Names the operands of a segment that have gradients."""

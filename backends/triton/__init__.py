@@ -8,6 +8,9 @@ Where sequences are cut into segments (docs/math.md §6), two more either way, w
 at most. Where the forward kept no states, walk is run once more: before walk_back, or in the launch
 that composes. A piece of a sequence whose state becomes known late runs in stages (`stages`).
 
+Where every key channel has a decay of its own (docs/math.md §9), prepare_channels takes the place
+of prepare, square_gradients and channel_gradients that of token_gradients; the walks are the same.
+
 Launch configurations are data (`table`), chosen by `config`. On CPU tensors the same kernels are
 emulated, for checking (`emulation`); without a GPU they are compiled for one (`aot`).
 """
@@ -29,16 +32,10 @@ from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host import decode, stages
 from gdn_ops.backends.triton.host.backward import backward
 from gdn_ops.backends.triton.host.forward import forward
-from gdn_ops.backends.triton.host.plan import (
-    empty_saved,
-    has_channels,
-    make_plan,
-    pointer_remarks,
-)
+from gdn_ops.backends.triton.host.plan import empty_saved, make_plan, pointer_remarks
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.backend import Forward, Grads, Prepared, Summarised
 from gdn_ops.kernel_support.backend import KernelBackend
-from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.switches import unset_if_empty
 
 # Triton would look for a folder without a name.
@@ -107,11 +104,6 @@ class Triton(KernelBackend):
         d_state: Tensor,
     ) -> Grads:  # fmt: skip
         return stages.resume_gradients(call, saved, kept, d_o, d_state)
-
-    def reasons(self, call: Call) -> list[str]:
-        of_sequence = call.op is GATED_DELTA and has_channels(call)
-        against = "channel decay of gated_delta (supported: of decode ops)"
-        return [*super().reasons(call), *([against] if of_sequence else [])]
 
     def remarks(self, call: Call) -> list[str]:
         return pointer_remarks(call)

@@ -28,6 +28,9 @@ from gdn_ops.spec.errors import SpecError, SpecTypeError
 
 LABEL = "export_model"
 
+_CHANNEL_GATES = ("forget_gate", "f_a_proj", "f_proj")
+"""Names of what makes a decay of every key channel, in layers of Kimi Delta Attention."""
+
 _STILL = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embeddings whose frequencies do not depend on the length of the text."""
 
@@ -123,6 +126,7 @@ class _Reader:
         mixer: Any = getattr(layer, "linear_attn", None) or getattr(layer, "self_attn", None)
         if mixer is None:
             _fail(f"{self._name(layer)} has no linear_attn and no self_attn: it has no ONNX form")
+        self._check_decay(mixer)
         read = self._gated_delta(mixer) if hasattr(mixer, "A_log") else self._attention(mixer)
         mlp = self._mlp(layer.mlp)
         norms = [
@@ -165,6 +169,16 @@ class _Reader:
         if activation == "silu" or (callable(activation) and _is_silu(activation, x)):
             return
         _fail(f"{self._name(module)} has the activation {activation}, should have silu")
+
+    def _check_decay(self, module: nn.Module) -> None:
+        """Refuse a layer with a decay of every key channel, which has the parts of an attention."""
+        gate = next((name for name in _CHANNEL_GATES if hasattr(module, name)), None)
+        if gate is not None:
+            _fail(
+                f"{self._name(module)} has {gate}, a decay of every key channel: a whole language "
+                f"model with it has no ONNX form; export_decode takes a module that passes such a "
+                f"decay to gated_delta_step"
+            )
 
     def _gated_delta(self, module: Any) -> GatedDelta:
         """Read a gated delta net of any family."""
@@ -209,7 +223,7 @@ class _Reader:
 
     def _attention(self, module: Any) -> Attention:
         """Read an attention layer of any family."""
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling"):
             if not hasattr(module, name):
                 _fail(f"{self._name(module)} has no {name}: it has no ONNX form")
         width = int(module.head_dim)

@@ -93,6 +93,30 @@ class Attributes:
         check_decay(label, operator.spec.rule[self.rule], self.decay)
 
 
+def check_strengths(label: str, operator: Operator, **given: Any) -> None:
+    """Check that no strength is given that an operator has no input of.
+
+    Args:
+        label: what messages start with.
+        operator: the operator.
+        given: erase and write, by name.
+
+    Raises:
+        SpecError: one of them is not None.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise SpecError(
+                f"{label}: {name} is given, should be None in an export to ONNX: "
+                f"{why_beta(operator)}"
+            )
+
+
+def why_beta(operator: Operator) -> str:
+    """Return why an operator takes neither erase nor write."""
+    return f"{operator} has one strength, beta, and no erase or write"
+
+
 def check_decay(label: str, rule: Rule, decay: str) -> None:
     """Check that a rule has a decay of a width.
 

@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto
 
 from gdn_ops.call.bind import arguments_of
-from gdn_ops.export.node.attributes import checked_attributes
+from gdn_ops.export.node.attributes import check_strengths, checked_attributes
 from gdn_ops.export.node.schema import (
     DOMAIN,
     ELEMENT_TYPES,
@@ -139,7 +139,8 @@ def _write(spec: OpSpec, operator: Operator, given: Any) -> Any:
     from onnxscript import opset18 as op
 
     label, kind = spec.name, _compute_type(given)
-    q, k, v, alpha, log_alpha, beta = given.tokens
+    q, k, v, alpha, log_alpha, beta, erase, strength = given.tokens
+    check_strengths(label, operator, erase=erase, write=strength)
     sizes = {"H": q.shape[-2], "K": q.shape[-1], "HV": v.shape[-2], "V": v.shape[-1]}
     for name, size in sizes.items():
         if not isinstance(size, int):

@@ -30,6 +30,10 @@ SEQUENCES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rule gated", {"rule": "gated"}),
     ("rule linear", {"rule": "linear"}),
     ("log_alpha", {"gate": "log_alpha"}),
+    ("channels", {"channels": True}),
+    ("rule gated channels", {"rule": "gated", "channels": True}),
+    ("qk_l2norm log_alpha channels", {"qk_l2norm": True, "gate": "log_alpha", "channels": True}),
+    ("float32 channels", {"dtype": "float32", "channels": True}),
     ("without beta", {"beta": False}),
     ("qk_l2norm", {"qk_l2norm": True}),
     ("initial state", {"state": torch.float32}),
@@ -48,6 +52,7 @@ SEQUENCES: tuple[tuple[str, dict[str, Any]], ...] = (
 DECODING: tuple[tuple[str, dict[str, Any]], ...] = (
     *((f"rule {rule}", {"rule": rule}) for rule in ("delta", "gated", "linear")),
     ("log_alpha", {"gate": "log_alpha"}),
+    ("channels", {"channels": True}),
     ("qk_l2norm", {"qk_l2norm": True}),
     ("without state", {"state": None}),
     ("bfloat16 state", {"state": torch.bfloat16}),
@@ -121,15 +126,19 @@ def _arguments(spec: OpSpec, sizes: Sizes, choice: dict[str, Any]) -> dict[str, 
         "state_indices": torch.int32 if pool else None,
     }
     for arg in spec.tensors:
-        given[arg.name] = _meta(arg, sizes, dtypes[arg.name], pool)
+        of_channels = arg.gate and choice.get("channels", False)
+        axes = arg.shapes[-1 if of_channels else 0].axes
+        given[arg.name] = _meta(arg, axes, sizes, dtypes[arg.name], pool)
     return given
 
 
-def _meta(arg: TensorArg, sizes: Sizes, dtype: torch.dtype | None, pool: int | None) -> Any:
+def _meta(
+    arg: TensorArg, axes: tuple[str, ...], sizes: Sizes, dtype: torch.dtype | None, pool: int | None
+) -> Any:
     if dtype is None:
         return None
     lengths = {**asdict(sizes), "N+1": sizes.N + 1}
-    shape = [lengths[axis] for axis in arg.axes]
+    shape = [lengths[axis] for axis in axes]
     if pool and arg.name == "state":
         shape[0] = pool
     return torch.empty(shape, dtype=dtype, device="meta")

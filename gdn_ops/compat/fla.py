@@ -1,11 +1,11 @@
-"""Provide flash-linear-attention's functions of the gated delta rule and KDA, run by gdn_ops.
+"""Provide flash-linear-attention's functions of the gated delta rule's family, run by gdn_ops.
 
     import gdn_ops.compat.fla as fla_ops
 
-is the whole migration: names, defaults and returns are those of `fla.ops.gated_delta_rule` and
-`fla.ops.kda`. What gdn_ops cannot do raises by name; no argument is dropped. Arguments that only
-tell FLA's kernels how to work, such as `cu_seqlens_cpu` and `chunk_indices`, which go with
-`cu_seqlens`, are accepted and not needed.
+is the whole migration: names, defaults and returns are those of `gated_delta_rule`, `kda`, `gdn2`,
+`gated_delta_product` and `gla` in `fla.ops`. What gdn_ops cannot do raises by name; no argument is
+dropped. Arguments that only tell FLA's kernels how to work, such as `cu_seqlens_cpu` and
+`chunk_indices`, which go with `cu_seqlens`, are accepted and not needed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,25 @@ from gdn_ops.compat.fla_calls import (
     run,
     v_first,
 )
+from gdn_ops.compat.fla_family import (
+    chunk_gated_delta_product,
+    chunk_gdn2,
+    chunk_gla,
+    fused_recurrent_gdn2,
+    fused_recurrent_gla,
+)
 
 __all__ = [
+    "chunk_gated_delta_product",
     "chunk_gated_delta_rule",
     "chunk_gdn",
+    "chunk_gdn2",
+    "chunk_gla",
     "chunk_kda",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gdn",
+    "fused_recurrent_gdn2",
+    "fused_recurrent_gla",
     "fused_recurrent_kda",
 ]
 

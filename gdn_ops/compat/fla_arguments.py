@@ -20,6 +20,9 @@ OLDER_NAMES = {
     "log_alpha": "g",
     "gate": "g",
     "gk": "g of chunk_kda, or gk of fused_recurrent_gated_delta_rule",
+    "beta": "b and w of chunk_gdn2",
+    "erase": "b of chunk_gdn2",
+    "write": "w of chunk_gdn2",
     "gv": "left out: a decay of every value channel is not supported",
     "return_state": "output_final_state",
     "qk_l2norm": "use_qk_l2norm_in_kernel",
@@ -36,8 +39,17 @@ POSITIONS = {"use_beta_sigmoid_in_kernel": "cu_seqlens"}
 """Names what older versions of FLA have in the place of an argument."""
 
 
-TENSORS = ("q", "k", "v", "g", "gk", "beta", "initial_state", "A_log", "dt_bias")
-"""Arguments that are tensors; None for all but the first three, and absent for some functions."""
+NOT_PER_HEAD = ("chunk_gdn2", "fused_recurrent_gdn2", "chunk_gla", "fused_recurrent_gla")
+"""Functions that have no sibling here which takes one decay per head."""
+
+TOKENS = ("q", "k", "v")
+"""Arguments that every function needs."""
+
+GATES = ("g", "gk", "beta", "b", "w")
+"""Arguments over the tokens that a function may have none of, or may be given as None."""
+
+TENSORS = (*TOKENS, *GATES, "initial_state", "A_log", "dt_bias")
+"""Arguments that are tensors; some functions lack some of them."""
 
 SWITCHES = (
     *("output_final_state", "use_qk_l2norm_in_kernel", "use_gate_in_kernel"),
@@ -51,7 +63,7 @@ def check_kinds(function: str, arguments: dict[str, Any]) -> None:
 
     Args:
         function: what messages start with.
-        arguments: at least those of TENSORS and SWITCHES, by name.
+        arguments: at least the TOKENS, by name; what is not there is not checked.
 
     Raises:
         SpecError: one of them is something else, or tokens or gates have a dtype that the ops do
@@ -59,15 +71,15 @@ def check_kinds(function: str, arguments: dict[str, Any]) -> None:
     """
     for name in TENSORS:
         value = arguments.get(name)
-        if not isinstance(value, Tensor) and (value is not None or name in TENSORS[:3]):
+        if not isinstance(value, Tensor) and (value is not None or name in TOKENS):
             text = f"{name} has type {type(value).__name__}, should be a torch.Tensor"
             raise SpecTypeError(f"{function}: {text}")
-        if name in TENSORS[:6] and value is not None and value.dtype not in FLOATS:
+        if name in TOKENS + GATES and value is not None and value.dtype not in FLOATS:
             raise SpecError(
                 f"{function}: {name} has dtype {dtype_name(value.dtype)}, should be one of "
                 f"{', '.join(FLOAT_DTYPES)}"
             )
-    check_switches(function, **{name: arguments[name] for name in SWITCHES})
+    check_switches(function, **{name: arguments.get(name) for name in SWITCHES})
 
 
 def required(function: str, name: str, value: Tensor | None, why: str | None = None) -> Tensor:
@@ -113,12 +125,34 @@ def check_channels(
     shape = tuple(gate.shape)
     expected = (*v.shape[:3], q.shape[-1]) if q.dim() == v.dim() == 4 else shape
     if shape != expected or gate.dim() != 4:
-        per_head = ": chunk_gated_delta_rule takes one decay per head" if gate.dim() == 3 else ""
+        other = "gdn_ops.gated_delta" if function in NOT_PER_HEAD else "chunk_gated_delta_rule"
+        hint = f": {other} takes one decay per head" if gate.dim() == 3 else ""
         raise SpecError(
-            f"{function}: {name} has shape {shape}, should be (B, T, HV, K) = {expected}{per_head}"
+            f"{function}: {name} has shape {shape}, should be (B, T, HV, K) = {expected}{hint}"
         )
     if has_domain:
         check_logarithm(function, name, gate)
+
+
+def check_gate(
+    function: str, name: str, gate: Tensor, axes: str, expected: tuple[int, ...]
+) -> None:
+    """Check the shape of a gate, or of another tensor over the tokens.
+
+    Args:
+        function: what messages start with.
+        name: of the tensor.
+        gate: the tensor.
+        axes: the letters of that shape.
+        expected: that shape.
+
+    Raises:
+        SpecError: it has another shape.
+    """
+    shape = tuple(gate.shape)
+    if shape != tuple(expected):
+        text = f"{name} has shape {shape}, should be {axes} = {tuple(expected)}"
+        raise SpecError(f"{function}: {text}")
 
 
 def check_logarithm(function: str, name: str, gate: Tensor) -> None:
@@ -208,17 +242,17 @@ def promoted(tokens: dict[str, Any]) -> tuple[dict[str, Any], torch.dtype]:
     """Bring tokens to the dtypes of the ops, as FLA's kernels promote.
 
     Args:
-        tokens: q, k, v, log_alpha and beta.
+        tokens: q, k, v and gates, as the ops name them.
 
     Returns:
         Tokens whose q, k and v have one dtype and whose gates are no wider than the op computes
-        in, and the dtype of o, which is that of v.
+        in, and the dtype that v had.
     """
-    names = ("q", "k", "v")
-    wide = functools.reduce(torch.promote_types, (tokens[name].dtype for name in names))
-    changed = {name: tokens[name].to(wide) for name in names}
-    for name in ("log_alpha", "beta"):
-        gate = tokens[name]
+    wide = functools.reduce(torch.promote_types, (tokens[name].dtype for name in TOKENS))
+    changed = {name: tokens[name].to(wide) for name in TOKENS}
+    for name, gate in tokens.items():
+        if name in TOKENS:
+            continue
         if gate is not None and gate.dtype == torch.float64 != wide:
             changed[name] = gate.to(torch.float32)
     return tokens | changed, tokens["v"].dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +25,11 @@ from gdn_ops.compat.fla_arguments import (
 from gdn_ops.compat.states import check_state
 from gdn_ops.gates import check_lower_bound, log_bounded_decay, log_decay, write_strength
 from gdn_ops.nn.rule import run_rule
+from gdn_ops.product import gated_delta_product
 from gdn_ops.spec.errors import SpecError, SpecTypeError
+
+FLA_NAMES = {"log_alpha": "g", "erase": "b", "write": "w"}
+"""FLA's names of gates, by ours."""
 
 
 def refuse(name: str, given: Mapping[str, Any], why: str) -> None:
@@ -78,15 +83,55 @@ def run(
     is_v_first: bool,
     cu_seqlens: Tensor | None,
     options: dict[str, Any],
+    *,
+    dtype_of: str = "v",
+    said: Mapping[str, str] = FLA_NAMES,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run a call of one of the functions, whose states may be V-first."""
-    tokens, dtype = promoted(tokens)
-    q, v, log_alpha, beta = (tokens[key] for key in ("q", "v", "log_alpha", "beta"))
+    """Run a call of one of the functions, whose states may be V-first.
+
+    Args:
+        name: what messages start with.
+        tokens: q, k, v and gates, as the ops name them.
+        state, is_returned, is_v_first, cu_seqlens: as FLA's functions take them.
+        options: of `gated_delta`, or with `num_householder` of `gated_delta_product`.
+        dtype_of: which of the tokens o has the dtype of.
+        said: what the function calls gates, by their names in the ops.
+
+    Returns:
+        o, and the final state or None.
+
+    Raises:
+        SpecError: an argument breaks the spec of gdn_ops.
+    """
+    dtype = tokens[dtype_of].dtype
+    tokens, _ = promoted(tokens)
+    q, v, beta = tokens["q"], tokens["v"], tokens.get("beta")
+    log_alpha = tokens.get("log_alpha")
     if beta is not None and beta.dim() == v.dim() == 4:
         raise SpecError(
             f"{name}: beta has shape {tuple(beta.shape)}, should be (B, T, HV) = "
-            f"{tuple(v.shape[:3])}: a write strength per channel is not supported"
+            f"{tuple(v.shape[:3])}: a beta per value channel, which erases each by its own "
+            f"strength, is not supported; w of chunk_gdn2 writes each by its own"
         )
+    state = _as_the_ops_take(name, state, q, v, cu_seqlens, is_v_first)
+    options = {"rule": "delta" if log_alpha is None else "gated_delta", **options}
+    is_product = "num_householder" in options
+    try:
+        function = _product_of_factors if is_product else run_rule
+        o, final = function(tokens, state, cu_seqlens, **options)
+    except SpecError as error:
+        _explain(name, tokens, said, error)
+        raise
+    o = o.to(dtype)
+    if not is_returned:
+        return o, None
+    return o, final.mT.contiguous() if is_v_first else final
+
+
+def _as_the_ops_take(
+    name: str, state: Tensor | None, q: Tensor, v: Tensor, cu_seqlens: Any, is_v_first: bool
+) -> Tensor | None:
+    """Return a state that may be V-first as (N, HV, K, V), in the dtype that it is kept in."""
     if state is not None and is_v_first and state.dim() != 4:
         raise SpecError(
             f"{name}: initial_state has shape {tuple(state.shape)}, should be (N, HV, V, K): "
@@ -94,7 +139,7 @@ def run(
         )
     if state is not None and q.dim() == v.dim() == 4:
         is_packed = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1
-        rows = cu_seqlens.shape[0] - 1 if is_packed else q.shape[0]  # type: ignore[union-attr]
+        rows = cu_seqlens.shape[0] - 1 if is_packed else q.shape[0]
         shape = (rows, v.shape[2], q.shape[3], v.shape[3])
         if not is_v_first:
             check_state(name, "initial_state", state, shape)
@@ -107,16 +152,16 @@ def run(
     if state is not None and state.is_floating_point():
         # FLA keeps states in float32, whatever the dtype of the one that it is given.
         state = state.to(torch.promote_types(q.dtype, torch.float32))
-    rule = "delta" if log_alpha is None else "gated_delta"
-    try:
-        o, final = run_rule(tokens, state, cu_seqlens, rule=rule, **options)
-    except SpecError as error:
-        _explain(name, log_alpha, error)
-        raise
-    o = o.to(dtype)
-    if not is_returned:
-        return o, None
-    return o, final.mT.contiguous() if is_v_first else final
+    return state
+
+
+def _product_of_factors(
+    tokens: dict[str, Any], state: Tensor | None, cu_seqlens: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Run `gated_delta_product` as `run_rule` runs the other ops."""
+    packing: dict[str, Any] = {"initial_state": state, "cu_seqlens": cu_seqlens}
+    o, final = gated_delta_product(**tokens, **packing, **options, return_state=True)
+    return o, final
 
 
 def head_decay(
@@ -218,15 +263,21 @@ def beta_of(name: str, beta: Tensor | None, in_kernel: bool, allow_neg: bool) ->
     return write_strength(logits, allow_neg)
 
 
-def _explain(name: str, log_alpha: Tensor | None, error: SpecError) -> None:
-    """Raise an error about g in FLA's words."""
-    if log_alpha is None or "log_alpha" not in str(error):
-        return
-    if not (log_alpha.is_meta or log_alpha.numel() == 0) and log_alpha.detach().amax() > 0:
-        low, high = (float(x) for x in log_alpha.detach().aminmax())
-        raise SpecError(
-            f"{name}: g has values in [{low:.4g}, {high:.4g}], should be in [-inf, 0]: "
-            f"it is log α; from α, g = alpha.log()"
-        ) from error
-    text = str(error).partition(": ")[2].replace("log_alpha", "g")
-    raise type(error)(f"{name}: {text}") from error
+def _explain(name: str, tokens: dict[str, Any], said: Mapping[str, str], error: SpecError) -> None:
+    """Raise an error about a gate, or of a product, in FLA's words."""
+    text = str(error)
+    log_alpha = tokens.get("log_alpha")
+    if log_alpha is not None and "log_alpha" in text:
+        g = said["log_alpha"]
+        if not (log_alpha.is_meta or log_alpha.numel() == 0) and log_alpha.detach().amax() > 0:
+            low, high = (float(x) for x in log_alpha.detach().aminmax())
+            raise SpecError(
+                f"{name}: {g} has values in [{low:.4g}, {high:.4g}], should be in [-inf, 0]: "
+                f"it is log α; from α, {g} = alpha.log()"
+            ) from error
+    op, _, rest = text.partition(": ")
+    words = {ours: theirs for ours, theirs in said.items() if tokens.get(ours) is not None}
+    ours = re.compile(rf"\b({'|'.join(words)})\b") if words else None
+    if op == "gated_delta_product" or (ours is not None and ours.search(rest)):
+        rest = rest if ours is None else ours.sub(lambda found: words[found[1]], rest)
+        raise type(error)(f"{name}: {rest}") from error

@@ -81,6 +81,15 @@ def checked_forward(backend: Backend, call: Call, out: Any) -> Forward:
     return out
 
 
+def map_size(call: Call) -> int:
+    """Return the rows of M in S_T = M S_0 + R: K, or 1 where M is a number times the identity.
+
+    Without an error term it is such a number, but for a decay of every key channel.
+    """
+    is_matrix = call.rule.has_erase or call.widths.decay == "channel"
+    return call.sizes.K if is_matrix else 1
+
+
 def checked_summary(backend: Backend, call: Call, out: Any) -> Summarised:
     """Return what `summarise` returned.
 
@@ -89,8 +98,7 @@ def checked_summary(backend: Backend, call: Call, out: Any) -> Summarised:
     """
     if not isinstance(out, Summarised):
         _refuse(backend, "summarise", _kind(out), "a Summarised(M, R, kept)")
-    s, dtype = call.sizes, call.compute_dtype
-    size = s.K if call.rule.has_erase or call.widths.decay == "channel" else 1
+    s, dtype, size = call.sizes, call.compute_dtype, map_size(call)
     _check_tensor(backend, "summarise", "M", out.M, (s.N, s.HV, size, size), dtype)
     _check_tensor(backend, "summarise", "R", out.R, (s.N, s.HV, s.K, s.V), dtype)
     return out

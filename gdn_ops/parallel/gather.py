@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.call.bind import Tokens
+from gdn_ops.dispatch.results import map_size
 from gdn_ops.parallel import exchange
 from gdn_ops.parallel.parts import (
     ALL,
@@ -273,11 +274,8 @@ class Gather:
         return piece.position > 0 if is_backward else not self.split.is_last(piece)
 
     def _map_like(self) -> Tensor:
-        """Return an empty tensor for M of a piece: a matrix, or a number without an error term."""
-        like = self.local.states()
-        call = self.local.call
-        is_matrix = call.rule.has_erase or call.widths.decay == "channel"
-        size = like.shape[-2] if is_matrix else 1
+        """Return an empty tensor for M of a piece: a matrix, or a number."""
+        like, size = self.local.states(), map_size(self.local.call)
         return like.new_empty((*like.shape[:2], size, size))
 
 

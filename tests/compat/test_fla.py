@@ -322,7 +322,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "chunk_gated_delta_rule: head_first is True, should be False: tokens come before heads, "
     "(B, T, H, K); q.transpose(1, 2) turns (B, H, T, K)": {"head_first": True},
     "fused_recurrent_gated_delta_rule: beta has shape (2, 9, 4, 6), should be (B, T, HV) = "
-    "(2, 9, 4): a write strength per channel is not supported": {"beta": torch.ones(B, T, HV, V)},
+    "(2, 9, 4): a beta per value channel, which erases each by its own strength, is not supported; "
+    "w of chunk_gdn2 writes each by its own": {"beta": torch.ones(B, T, HV, V)},
     "chunk_gated_delta_rule: state_v_first and transpose_state_layout are both given, should be "
     "state_v_first: the other is its older name": {
         "state_v_first": True,

@@ -302,8 +302,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     | {"A_log": torch.zeros(HV, K)},
     "fused_recurrent_kda: A_log is on meta, should be on cpu, the device of g": RAW
     | {"A_log": torch.zeros(HV, device="meta")},
-    "fused_recurrent_kda: beta has shape (2, 9, 4, 6), should be (B, T, HV) = (2, 9, 4): a write "
-    "strength per channel is not supported": {"beta": torch.ones(B, T, HV, V)},
+    "fused_recurrent_kda: beta has shape (2, 9, 4, 6), should be (B, T, HV) = (2, 9, 4): a beta "
+    "per value channel, which erases each by its own strength, is not supported; w of chunk_gdn2 "
+    "writes each by its own": {"beta": torch.ones(B, T, HV, V)},
     "chunk_kda: initial_state has shape (2, 4, 6, 8), should be (N, HV, K, V) = (2, 4, 8, 6); "
     "gdn_ops.compat.states.state_from('fla_v_first', initial_state) turns a V-first state": {
         "initial_state": torch.zeros(B, HV, V, K)

@@ -69,6 +69,17 @@ SPLITS = {
         Example(T=70, K=16, V=24, rule="gated", gate="extreme", chunk_size=16, seed=1),
         CONTIGUOUS, "gather", "triton",
     ),
+    "decays of channels": Case(
+        Example(
+            T=70, R=2, K=24, V=16, gate="extreme", channels=True, chunk_size=16,
+            initial_state=True, seed=4,
+        ),
+        ZIGZAG, "gather", "triton", holder=1,
+    ),
+    "decays of channels without an error term": Case(
+        Example(T=70, K=16, V=24, rule="gated", channels=True, chunk_size=16, seed=5),
+        CONTIGUOUS, "gather", "triton",
+    ),
 }  # fmt: skip
 
 

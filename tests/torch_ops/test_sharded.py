@@ -51,9 +51,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     made.close()
 
 
-def axes_of(spec: OpSpec, name: str) -> tuple[str, ...]:
+def axes_of(spec: OpSpec, name: str, arguments: dict[str, Any]) -> tuple[str, ...]:
     return {"d_o": ("B", "T", "HV", "V"), "d_state": ("N", "HV", "K", "V")}.get(name) or (
-        spec.tensor[name].axes
+        sharded_calls.axes_in(spec, name, arguments)
     )
 
 
@@ -63,10 +63,13 @@ def layouts(draw: st.DrawFn, example: Example, count: int) -> Layout:
     shape = draw(st.sampled_from(MESHES[count]))
     known = [split for split in SPLITS if split != "batch" or example.lengths is None]
     splits = tuple(draw(st.sampled_from(known)) for _ in shape)
-    names = [n for n, x in example.arguments().items() if isinstance(x, Tensor)]
+    arguments = example.arguments()
+    names = [n for n, x in arguments.items() if isinstance(x, Tensor)]
     others = []
     for name in draw(st.lists(st.sampled_from([*names, "d_o", "d_state"]), max_size=2)):
-        places = [axis for axis in axes_of(GATED_DELTA, name) if axis not in ("T", "B", "N")]
+        places = [
+            axis for axis in axes_of(GATED_DELTA, name, arguments) if axis not in ("T", "B", "N")
+        ]
         how = draw(st.sampled_from(["whole", *([] if name == "cu_seqlens" else ["sum"]), *places]))
         others.append((name, draw(st.integers(0, len(shape) - 1)), how))
     return Layout(shape, splits, tuple(others))

@@ -50,16 +50,16 @@ struct Keys {
   float inverse_k[C], inverse_q[C];  // 1 / norm where normalised
 };
 
-// Load rows of k into `rows` [2C][Kp], and of q if x has room for it, normalised where that is asked
-// for; zeros up to the reach of the tokens.
+// Load rows of k, and of q unless that is null, [C][Kp], normalised where that is asked for; zeros up
+// to the reach of the tokens.
 void load_key_rows(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t Kp,
-                   float* rows, Keys& x) {
+                   float* k_rows, float* q_rows, Keys& x) {
   const int64_t reach = reach_of(count);
   for (int64_t i = 0; i < reach; ++i) {
-    float *k = rows + i * Kp, *q = rows + (C + i) * Kp;
+    float *k = k_rows + i * Kp, *q = q_rows + i * Kp;
     if (i >= count) {
       memset(k, 0, size_t(Kp) * 4);
-      if (x.q_t) memset(q, 0, size_t(Kp) * 4);
+      if (q_rows) memset(q, 0, size_t(Kp) * 4);
       continue;
     }
     widen(c.k.data, c.k.type, at(c.k, t.row, token + i, t.head), k, c.K);
@@ -68,7 +68,7 @@ void load_key_rows(const GdnSequences& c, const Task& t, int64_t token, int64_t 
       x.inverse_k[i] = inverse_norm(k, Kp);
       multiply(k, x.inverse_k[i], Kp);
     }
-    if (!x.q_t) continue;
+    if (!q_rows) continue;
     widen(c.q.data, c.q.type, at(c.q, t.row, token + i, t.head), q, c.K);
     for (int64_t j = c.K; j < Kp; ++j) q[j] = 0.0f;
     float factor = c.scale;
@@ -80,11 +80,11 @@ void load_key_rows(const GdnSequences& c, const Task& t, int64_t token, int64_t 
   }
 }
 
-// Load the keys and queries of a chunk; `rows` [2C][Kp] is scratch.
+// Load the keys of a chunk, and the queries if x has room for them; `rows` [2C][Kp] is scratch.
 void load_keys(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t Kp,
                float* rows, Keys& x) {
   const int64_t reach = reach_of(count);
-  load_key_rows(c, t, token, count, Kp, rows, x);
+  load_key_rows(c, t, token, count, Kp, rows, x.q_t ? rows + C * Kp : nullptr, x);
   transpose(rows, Kp, x.k_t, C, reach, Kp);
   if (x.q_t) transpose(rows + C * Kp, Kp, x.q_t, C, reach, Kp);
 }

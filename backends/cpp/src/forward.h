@@ -308,7 +308,7 @@ void run_forward_of(const GdnSequences& c, const Task& t, float* memory) {
     const int64_t count = least(C, t.last - token);
     keep_states(c, t, states, chunk);
     if (of_channels) {
-      load_key_rows(c, t, token, count, Kp, rows, x);
+      load_key_rows(c, t, token, count, Kp, rows, has_outputs ? rows + C * Kp : nullptr, x);
     } else {
       load_keys(c, t, token, count, Kp, rows, x);
       multiply_keys(count, K, x, c.has_erase);

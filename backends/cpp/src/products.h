@@ -82,6 +82,13 @@ GDN_INLINE void scale_rows(Block& acc, const float* factors) {
   }
 }
 
+GDN_INLINE void scale_columns(Block& acc, const float* factors) {
+  for (int n = 0; n < NV; ++n) {
+    const Vec factor = load(factors + n * W);
+    for (int m = 0; m < MR; ++m) acc[m][n] *= factor;
+  }
+}
+
 // to(j, i) = from(i, j) of W x W numbers: log2(W) times, the first and the second half of the rows
 // are shuffled into one another.
 GDN_INLINE void transpose_block(const float* from, int64_t ld_from, float* to, int64_t ld_to) {

@@ -10,7 +10,9 @@ from typing import Any
 
 from gdn_ops.aot.source_loops import SourceLoop
 from gdn_ops.backends.triton.kernels.blocks import ALPHA, NO_DECAY
+from gdn_ops.backends.triton.kernels.channel_decays import WIDTH as CHANNELS
 from gdn_ops.backends.triton.kernels.gate_gradients import HEADS, ROWS, WIDTH
+from gdn_ops.backends.triton.kernels.squares import PAIRS
 from gdn_ops.kernel_support.launches import Launch
 
 Loops = tuple[SourceLoop, ...]
@@ -45,6 +47,41 @@ def _prepare(x: Mapping[str, Any]) -> Loops:
     tasks = -(-x["chunk_slots"] // x["chunks"]) * x["H"]
     programs = x["grams"].shape[0]
     return (SourceLoop("tasks", -(-tasks // programs), (chunks, squares), is_kept=True),)
+
+
+def _levels(x: Mapping[str, Any]) -> int:
+    """Return how often a chunk is halved."""
+    return int(x["C"]).bit_length() - 1
+
+
+def _columns_of_channels(x: Mapping[str, Any], *inner: SourceLoop) -> SourceLoop:
+    columns = -(-x["K"] // min(x["BK"], CHANNELS.value))
+    return SourceLoop("columns of K", columns, inner, is_constant=True)
+
+
+def _norms(x: Mapping[str, Any]) -> Loops:
+    """Return the loops over columns of K that q and k each have where they are normalised."""
+    return (_columns_of_channels(x),) * 2 if x["NORM"] else ()
+
+
+def _prepare_channels(x: Mapping[str, Any]) -> Loops:
+    tasks = -(-x["chunk_slots"] * x["HV"] // PAIRS.value)
+    levels = SourceLoop("levels", _levels(x), is_constant=True)
+    inner = _columns_of_channels(x), *_norms(x), _columns_of_channels(x, levels)
+    squares = SourceLoop("squares", PAIRS.value, inner, is_kept=True)
+    programs = x["grams"].shape[0]
+    return (SourceLoop("tasks", -(-tasks // programs), (squares,), is_kept=True),)
+
+
+def _channel_gradients(x: Mapping[str, Any]) -> Loops:
+    levels = SourceLoop("levels", _levels(x), is_constant=True)
+    # Half of them, on average.
+    below = SourceLoop("levels below", _levels(x) // 2, is_kept=True)
+    halves = SourceLoop("halves", _levels(x), (below,), is_constant=True)
+    heads = _heads(x, _columns(x), levels, halves)
+    inner = *_norms(x), _columns_of_channels(x, heads), *_norms(x)
+    tasks, programs = x["chunk_slots"] * x["H"], x["totals"].shape[0]
+    return (SourceLoop("tasks", -(-tasks // programs), inner, is_kept=True),)
 
 
 def _token_gradients(x: Mapping[str, Any]) -> Loops:
@@ -86,6 +123,9 @@ KERNELS: dict[str, Callable[[Mapping[str, Any]], Loops]] = {
     "compose_whole": _compose_whole,
     "walk_back": _chunks,
     "token_gradients": _token_gradients,
+    "prepare_channels": _prepare_channels,
+    "square_gradients": lambda x: (_columns(x),),
+    "channel_gradients": _channel_gradients,
     "tokens": lambda x: (SourceLoop("tokens", x["T"], is_kept=True),),
 }
 """By the name of a kernel: its loops, given the arguments of a launch by name, in the order of the

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.backends.triton.host import config as configs
+from gdn_ops.backends.triton.host.forward import RESIDENT, totals_of
 from gdn_ops.backends.triton.host.launcher import launch
 from gdn_ops.backends.triton.host.plan import (
     Plan,
@@ -24,13 +25,18 @@ from gdn_ops.backends.triton.host.plan import (
     dense,
     gate_kind,
     gate_of,
+    has_channels,
     options,
     readable,
     strides,
     width,
 )
 from gdn_ops.backends.triton.host.walk import walk_for_gradients
-from gdn_ops.backends.triton.kernels import token_gradients
+from gdn_ops.backends.triton.kernels import (
+    channel_gradients,
+    square_gradients,
+    token_gradients,
+)
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Grads
 
@@ -62,6 +68,13 @@ def backward(
     d_beta = None if beta is None else torch.empty(beta.shape, dtype=beta.dtype, device=beta.device)
     tiles, erase = plan.config.token_gradients, call.rule.has_erase
     BV = width(tiles, s.V)
+    if has_channels(call):
+        tokens = q, k, v, d_o
+        d_tokens = d_q, d_k, d_v, d_gate, d_beta
+        _token_gradients_of_channels(
+            call, plan, kept, tokens, (u, states, d_rhs, d_states), d_tokens
+        )
+        return _grads(call, d_tokens, d_initial)
     sums = _scratch(call, plan, BV)
     # Products with a transposed product are not for Hopper, see `token_gradients.turned`.
     reread = configs.tables.target(call.device) in ("sm_90", "sm_100")
@@ -79,6 +92,15 @@ def backward(
         TMA=is_whole and by_descriptors(plan.config, (*read, d_q, d_k, d_v)), REREAD=reread,
         **options(tiles),
     )  # fmt: skip
+    return _grads(call, (d_q, d_k, d_v, d_gate, d_beta), d_initial)
+
+
+def _grads(
+    call: Call, d_tokens: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    d_initial: Tensor,
+) -> Grads:  # fmt: skip
+    """Return the gradients of a call, given those of q, k, v, the gate, β and the state."""
+    d_q, d_k, d_v, d_gate, d_beta = d_tokens
     return Grads(
         q=d_q,
         k=d_k,
@@ -88,6 +110,49 @@ def backward(
         beta=d_beta,
         state=None if call.state is None else d_initial.to(call.state.dtype),
     )
+
+
+def _token_gradients_of_channels(
+    call: Call, plan: Plan, kept: Saved, tokens: tuple[Tensor, ...], walked: tuple[Tensor, ...],
+    d_tokens: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+) -> None:  # fmt: skip
+    """Launch the two kernels that form the gradients of tokens whose channels decay each.
+
+    Args:
+        call, plan, kept: as in `backward`.
+        tokens: q, k, v and the gradient of o, all readable.
+        walked: U, S, dRHS and dS.
+        d_tokens: where the gradients of q, k, v, the gate and β are written.
+    """
+    s, (q, k, v, d_o), (u, states, d_rhs, d_states) = call.sizes, tokens, walked
+    d_q, d_k, d_v, d_gate, d_beta = d_tokens
+    slots, C, device = plan.chunk_slots, plan.C, call.device
+    tiles, erase, has_beta = plan.config.channel_gradients, call.rule.has_erase, d_beta is not None
+    gate, V, BV = gate_of(call), s.V, width(tiles, s.V)
+    squares = torch.empty((s.HV, slots, 2, C, C), dtype=plan.kept, device=device)
+    sums = torch.empty((s.HV, slots, C), dtype=torch.float32, device=device)
+    same, chosen = common(call, plan), options(tiles)
+    assert gate is not None
+    launch(
+        square_gradients.square_gradients, (slots, s.HV),
+        v, d_o, kept.gates, u, d_rhs, squares, sums, d_v, dense(call.cu_seqlens),
+        float(call.scale), s.N, s.T, slots, s.HV, *strides(v), *strides(d_o), V=V, C=C, BV=BV,
+        ERASE=erase, VARLEN=same["VARLEN"], PRECISION=same["PRECISION"], **chosen,
+    )  # fmt: skip
+    # Those of the normalised q and k are float32.
+    wide = [d_q, d_k]
+    if call.qk_l2norm:
+        wide = [torch.empty(x.shape, dtype=torch.float32, device=device) for x in (q, k)]
+    programs = min(slots * s.H, RESIDENT * configs.tables.processors(device))
+    totals = totals_of(plan, programs, device)
+    launch(
+        channel_gradients.channel_gradients, (programs,),
+        q, k, v, gate, d_o, kept.gates, u, d_rhs, states, d_states, squares, sums, totals, *wide,
+        d_q, d_k, d_gate, d_beta, dense(call.cu_seqlens), float(call.scale), s.N, s.T, slots,
+        *strides(q), *strides(k), *strides(v), *strides(gate), *strides(d_o), s.H, s.HV // s.H,
+        V=V, BV=BV, GATE=gate_kind(call), HAS_BETA=has_beta, ERASE=erase, NORM=call.qk_l2norm,
+        **same, **chosen,
+    )  # fmt: skip
 
 
 def _scratch(call: Call, plan: Plan, BV: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host.launcher import launch
@@ -31,6 +32,7 @@ from gdn_ops.backends.triton.host.plan import (
     empty_saved,
     gate_kind,
     gate_strides,
+    has_channels,
     is_weighted,
     options,
     readable,
@@ -38,7 +40,8 @@ from gdn_ops.backends.triton.host.plan import (
     strides,
 )
 from gdn_ops.backends.triton.host.walk import walk_for_output, walk_for_starts
-from gdn_ops.backends.triton.kernels import prepare
+from gdn_ops.backends.triton.kernels import prepare, prepare_channels
+from gdn_ops.backends.triton.kernels.channel_decays import WIDTH
 from gdn_ops.backends.triton.kernels.squares import PAIRS
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.registry import Forward
@@ -63,6 +66,8 @@ def chunks_together(call: Call, plan: Plan) -> int:
 
 def run_prepare(call: Call, plan: Plan) -> Saved:
     """Launch the kernel that forms what the walks need."""
+    if has_channels(call):
+        return prepare_of_channels(call, plan)
     s, saved = call.sizes, empty_saved(call, plan)
     q, k, beta = readable(call.tokens.q), readable(call.tokens.k), call.tokens.beta
     gate = call.tokens.log_alpha if call.tokens.alpha is None else call.tokens.alpha
@@ -83,6 +88,39 @@ def run_prepare(call: Call, plan: Plan) -> Saved:
         **common(call, plan),
         GATE=gate_kind(call), HAS_BETA=beta is not None, ERASE=call.rule.has_erase,
         WEIGHTED=is_weighted(call), NORM=call.qk_l2norm, SOLVE_PRECISION=solve_precision(call),
+        **options(plan.config.prepare),
+    )  # fmt: skip
+    return saved
+
+
+def totals_of(plan: Plan, programs: int, device: torch.device) -> Tensor:
+    """Allocate what programs write of the decays of channels, and read again."""
+    shape = (programs, 2 * plan.C, WIDTH.value)
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def prepare_of_channels(call: Call, plan: Plan) -> Saved:
+    """Do as `run_prepare` does where every key channel has a decay of its own."""
+    s, saved = call.sizes, empty_saved(call, plan)
+    q, k, beta = readable(call.tokens.q), readable(call.tokens.k), call.tokens.beta
+    gate = call.tokens.log_alpha if call.tokens.alpha is None else call.tokens.alpha
+    assert gate is not None
+    gate = readable(gate)
+    tasks = -(-plan.chunk_slots * s.HV // PAIRS.value)
+    programs = min(tasks, RESIDENT * configs.tables.processors(call.device))
+    # P and A, their lower triangles by blocks of 16 x 16.
+    blocks = plan.C // 16 * (plan.C // 16 + 1) // 2
+    shape = (programs, PAIRS.value, 2, blocks, 16, 16)
+    squares = torch.empty(shape, dtype=torch.float32, device=call.device)
+    totals = totals_of(plan, programs, call.device)
+    launch(
+        prepare_channels.prepare_channels, (programs,),
+        q, k, gate, beta, saved.gates, saved.factors, saved.scaled_q, saved.scaled_k,
+        saved.written_k, saved.ends, totals, squares, saved.inverses, saved.scores,
+        dense(call.cu_seqlens), float(call.scale), s.N, s.T, plan.chunk_slots, s.HV, s.HV // s.H,
+        *strides(q), *strides(k), *strides(gate), *gate_strides(beta), **common(call, plan),
+        GATE=gate_kind(call), HAS_BETA=beta is not None, ERASE=call.rule.has_erase,
+        NORM=call.qk_l2norm, SOLVE_PRECISION=solve_precision(call),
         **options(plan.config.prepare),
     )  # fmt: skip
     return saved

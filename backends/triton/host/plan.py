@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -81,7 +81,9 @@ def make_plan(call: Call, *, is_staged: bool = False) -> Plan:
     dtype = call.tokens.q.dtype
     config: Config = configs.tables.choose(call.device, s.K, s.V, dtype)
     C = call.chunk_size or config.C
-
+    if has_channels(call):
+        # Rows of both k fill the shared memory of a processor.
+        config = replace(config, together=1)
     L = segment_chunks(call.device, s, C, config, is_staged)
 
     def slots(tokens: int) -> int:
@@ -178,15 +180,18 @@ class Saved(NamedTuple):
     """Hold the tensors that the first launch saves for the backward.
 
     Attributes:
-        gates: (4, HV, chunk_slots, C) float32: G as hi and lo, z, β.
-        factors: (3, HV, chunk_slots, C) float32: of rows of K S, Q S and U.
-        ends: (HV, chunk_slots) float32: b_C.
-        inv_norms: (H, chunk_slots, C) float32: 1/‖k‖, empty without qk_l2norm.
+        gates: (4, HV, chunk_slots, C) float32: G as hi and lo, z, β; of channels β alone.
+        factors: (3, HV, chunk_slots, C) float32: of rows of K S, Q S and U; of channels (2, ...).
+        ends: (HV, chunk_slots) float32: b_C; (HV, chunk_slots, K) of channels.
+        inv_norms: (H, chunk_slots, C) float32: 1/‖k‖, empty without qk_l2norm and of channels.
         inverses: (HV, chunk_slots, C, C), empty without an error term.
         scores: (HV, chunk_slots, C, C): P.
         starts: (segment_slots, HV, K, V) float32: the states that segments start from.
         maps: (segment_slots, HV, V + K, K) float32: what segments make of states.
-        scaled_q, scaled_k: (B, T, H, K): times powers of two, empty without qk_l2norm.
+        scaled_q, scaled_k: (B, T, H, K): times powers of two, empty without qk_l2norm; of channels
+            (B, T, HV, K): s b ⊙ Q, and β b ⊙ K, which is empty without an error term, both over
+            their factors.
+        written_k: (B, T, HV, K): d ⊙ K of channels, else empty.
         u: (HV, chunk_slots, C, V): U, empty without an error term or where it is not kept.
         states: (HV, chunk_slots, V, K): transposed, at the start of every chunk, empty if not kept.
     """
@@ -201,6 +206,7 @@ class Saved(NamedTuple):
     maps: Tensor
     scaled_q: Tensor
     scaled_k: Tensor
+    written_k: Tensor
     u: Tensor
     states: Tensor
 
@@ -208,10 +214,11 @@ class Saved(NamedTuple):
 def empty_saved(call: Call, plan: Plan) -> Saved:
     """Allocate `Saved` for a call."""
     s, slots, C, device = call.sizes, plan.chunk_slots, plan.C, call.device
-    norms = (s.H, slots, C) if call.qk_l2norm else (0,)
-    rows = (s.B, s.T, s.H, s.K) if call.qk_l2norm else (0,)
+    channels, has_erase = has_channels(call), call.rule.has_erase
+    norms = (s.H, slots, C) if call.qk_l2norm and not channels else (0,)
+    rows = (s.B, s.T, s.HV if channels else s.H, s.K) if call.qk_l2norm or channels else (0,)
     squares = (s.HV, slots, C, C)
-    written = (s.HV, slots, C, s.V) if call.rule.has_erase else (0,)
+    written = (s.HV, slots, C, s.V) if has_erase else (0,)
 
     def float32(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -221,15 +228,16 @@ def empty_saved(call: Call, plan: Plan) -> Saved:
 
     return Saved(
         gates=float32(4, s.HV, slots, C),
-        factors=float32(3, s.HV, slots, C),
-        ends=float32(s.HV, slots),
+        factors=float32(2 if channels else 3, s.HV, slots, C),
+        ends=float32(s.HV, slots, *((s.K,) if channels else ())),
         inv_norms=float32(*norms),
-        inverses=kept(*(squares if call.rule.has_erase else (0,))),
+        inverses=kept(*(squares if has_erase else (0,))),
         scores=kept(*squares),
         starts=float32(plan.segment_slots, s.HV, s.K, s.V),
         maps=float32(plan.segment_slots, s.HV, s.V + s.K, s.K),
         scaled_q=kept(*rows),
-        scaled_k=kept(*rows),
+        scaled_k=kept(*(rows if has_erase or not channels else (0,))),
+        written_k=kept(*(rows if channels else (0,))),
         u=kept(*(written if plan.keep else (0,))),
         states=kept(*((s.HV, slots, s.V, s.K) if plan.keep else (0,))),
     )
@@ -255,11 +263,17 @@ def gate_strides(x: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if x is None else strides(x)
 
 
-def operands(call: Call, saved: Saved) -> tuple[Tensor, Tensor]:
-    """Return q and k as the walks read them: scaled where they are normalised."""
+def operands(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return q and k as the walks read them: scaled where they are normalised, or decayed.
+
+    What is decayed has an axis of HV heads, and what U is multiplied by is not the same as k.
+    """
+    if has_channels(call):
+        k = saved.scaled_k if call.rule.has_erase else saved.written_k
+        return saved.scaled_q, k, saved.written_k
     if call.qk_l2norm:
-        return saved.scaled_q, saved.scaled_k
-    return readable(call.tokens.q), readable(call.tokens.k)
+        return saved.scaled_q, saved.scaled_k, None
+    return readable(call.tokens.q), readable(call.tokens.k), None
 
 
 def gate_kind(call: Call) -> int:
@@ -323,7 +337,7 @@ def gate_of(call: Call) -> Tensor | None:
 
 def is_weighted(call: Call) -> bool:
     """Return whether T is multiplied by β where it is formed: a backward needs it without."""
-    return call.rule.has_erase and not call.needs_grad
+    return call.rule.has_erase and not call.needs_grad and not has_channels(call)
 
 
 HAS_DESCRIPTORS: Final = hasattr(tl, "make_tensor_descriptor")

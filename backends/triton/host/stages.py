@@ -34,12 +34,13 @@ from gdn_ops.dispatch.backend import (
     gradients_without_tokens,
     without_tokens,
 )
+from gdn_ops.dispatch.results import map_size
 
 
 def summarise(call: Call) -> Summarised:
     """Return what sequences make of a state, and what `resume` reads."""
     s = call.sizes
-    size = s.K if call.rule.has_erase else 1
+    size = map_size(call)
     if not call.has_tokens:
         R = without_tokens(replace(call, state=None), ()).final_state
         M = torch.eye(size, dtype=torch.float32, device=call.device)
@@ -47,7 +48,7 @@ def summarise(call: Call) -> Summarised:
     plan = _plan(call)
     saved = run_prepare(call, plan)
     M, R = walk_for_maps(call, plan, saved)
-    # Without an error term it is a number times the identity.
+    # Without an error term it is a number times the identity, or a matrix that is diagonal.
     return Summarised(M[..., :size, :size], R, tuple(saved))
 
 

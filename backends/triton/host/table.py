@@ -22,6 +22,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """Device classes that have rows."""
 
 
+_CHANNELS = Tiles(64, 8, 1)
+
+
 @dataclass(frozen=True)
 class Config:
     """Describe how the kernels of the sequence op are launched.
@@ -30,6 +33,8 @@ class Config:
         C: tokens per chunk.
         prepare, walk: of the forward; `prepare` has no columns of V.
         walk_back, token_gradients: of the backward.
+        channel_gradients: of the backward of decays of channels, in the place of the last, and of
+            what is formed for it.
         measured: where and when, or that it was not.
         descriptors: whether tiles are read by tensor descriptors where tensors allow it.
         together: programs of `walk` that a processor holds at a time, as compiled.
@@ -43,6 +48,7 @@ class Config:
     token_gradients: Tiles
     measured: str
     descriptors: bool = False
+    channel_gradients: Tiles = _CHANNELS
     together: int = 1
     segment: int | None = None
 
@@ -51,6 +57,7 @@ class Config:
 _FLOAT32 = Config(
     C=32, prepare=Tiles(0, 4, 1), walk=Tiles(32, 4, 1), walk_back=Tiles(32, 4, 1),
     token_gradients=Tiles(32, 8, 1), measured=UNMEASURED,
+    channel_gradients=Tiles(32, 8, 1),
 )
 
 _HOPPER = Config(
@@ -68,7 +75,7 @@ _UNMEASURED: dict[tuple[int, str], Config] = {
     ),
     (256, "float32"): Config(
         C=32, prepare=Tiles(0, 4, 1), walk=Tiles(16, 8, 1), walk_back=Tiles(16, 8, 1),
-        token_gradients=Tiles(16, 8, 1), measured=UNMEASURED,
+        token_gradients=Tiles(16, 8, 1), measured=UNMEASURED, channel_gradients=Tiles(32, 8, 1),
     ),
 }
 

@@ -129,8 +129,8 @@ def _walk(
 ) -> None:  # fmt: skip
     """Launch the walk that writes what it is given; maps and cuts may be staged."""
     s, config, v = call.sizes, plan.config, readable(call.tokens.v)
-    q, k = operands(call, saved)
-    BV, slots = width(config.walk, s.V), plan.segment_slots
+    q, k, writes = operands(call, saved)
+    H, BV, slots = q.shape[2], width(config.walk, s.V), plan.segment_slots
     composed = 0 if cuts is None else -(-s.V // COMPOSED)
     grid = ((slots or s.N) * s.HV, composed - (-s.V // BV))
     initial = saved.starts if slots and maps is None else dense(call.state)
@@ -140,17 +140,17 @@ def _walk(
         grid = grid_of_maps(call, plan, BV)
     launch(
         walk.walk, grid,
-        q, k, v, saved.gates, saved.factors, saved.ends, saved.inverses, saved.scores, initial,
-        o, u, states, final, maps if cuts is None else saved.maps, *(cuts or (None,) * 4),
-        dense(call.cu_seqlens),
-        s.N, s.T, plan.L, plan.chunk_slots, s.HV, s.HV // s.H,
+        q, k, v, writes, saved.gates, saved.factors, saved.ends, saved.inverses, saved.scores,
+        initial, o, u, states, final, maps if cuts is None else saved.maps,
+        *(cuts or (None,) * 4), dense(call.cu_seqlens),
+        s.N, s.T, plan.L, plan.chunk_slots, s.HV, s.HV // H,
         *strides(q), *strides(k), *strides(v), **common(call, plan), V=s.V, BV=BV,
         DECAY=call.rule.has_decay, ERASE=call.rule.has_erase,
         HAS_INITIAL=initial is not None, OUTPUT=o is not None,
         KEEP=states is not None, MAPS=maps is not None, COMPOSED=composed, SEGMENTED=slots > 0,
-        WEIGHTED=is_weighted(call), TMA=by_descriptors(config, (q, k, v, o, u, states)),
+        WEIGHTED=is_weighted(call), TMA=by_descriptors(config, (q, k, v, writes, o, u, states)),
         BC=COMPOSED, BR=ROWS, CUT_PRECISION=_precision_of_cuts(call), STAGED=is_staged,
-        **options(config.walk),
+        CHANNELS=writes is not None, **options(config.walk),
     )  # fmt: skip
 
 
@@ -229,22 +229,22 @@ def _walk_back(
     Without a gradient at the ends they are staged.
     """
     s, config = call.sizes, plan.config
-    q, k = operands(call, saved)
-    BV, cuts = width(config.walk_back, s.V), plan.segment_slots
+    q, k, writes = operands(call, saved)
+    H, BV, cuts = q.shape[2], width(config.walk_back, s.V), plan.segment_slots
     of_v = -(-s.V // BV)
     grid = ((cuts or s.N) * s.HV, of_v)
     if d_rhs is None and d_end is not None and segments_of(call, plan):
         grid = (s.N * s.HV, (segments_of(call, plan) - 1) * of_v)
     launch(
         walk_back.walk_back, grid,
-        q, k, d_o, saved.factors, saved.ends, saved.inverses, saved.scores, d_end, d_rhs,
+        q, k, d_o, writes, saved.factors, saved.ends, saved.inverses, saved.scores, d_end, d_rhs,
         d_states, d_start, dense(call.cu_seqlens),
-        s.N, s.T, plan.L, plan.chunk_slots, s.HV, s.HV // s.H,
+        s.N, s.T, plan.L, plan.chunk_slots, s.HV, s.HV // H,
         *strides(q), *strides(k), *strides(d_o), **common(call, plan), V=s.V, BV=BV,
         DECAY=call.rule.has_decay, ERASE=call.rule.has_erase, SHIFTS=d_rhs is None,
         SEGMENTED=cuts > 0, STAGED=d_end is None,
-        TMA=by_descriptors(config, (q, k, d_o, d_rhs, d_states)),
-        **options(config.walk_back),
+        TMA=by_descriptors(config, (q, k, d_o, writes, d_rhs, d_states)),
+        CHANNELS=writes is not None, **options(config.walk_back),
     )  # fmt: skip
 
 

@@ -124,6 +124,16 @@ def tiles_of(x, start, stride, M, N, BM: tl.constexpr, BN: tl.constexpr, TMA: tl
 
 
 @triton.jit
+def tokens_of(
+    x, row, batch_stride, begin, token_stride, head, head_stride, length, D, C: tl.constexpr,
+    BD: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Return the tiles (C, BD) of a head of a sequence of x (B, T, heads, D), for `read_tile`."""
+    start = row * batch_stride + begin * token_stride + tl.cast(head, tl.int64) * head_stride
+    return tiles_of(x, start, token_stride, length, D, C, BD, TMA)
+
+
+@triton.jit
 def tile_pointers(tiles, m_0, n_0, stride, M, N, BM: tl.constexpr, BN: tl.constexpr):
     """Return the pointers to a tile (BM, BN) and which of its entries lie in the matrix (M, N)."""
     m, n = m_0 + tl.arange(0, BM), n_0 + tl.arange(0, BN)
@@ -276,6 +286,27 @@ def chunk_decay(gates, hv, slot, i, HV, chunk_slots, C: tl.constexpr, CROSSED: t
     b = decay(hi, lo, z, 0.0, 0.0, 0.0, CROSSED)
     d = decay(hi_C, lo_C, z_C, hi, lo, z, CROSSED)
     return b, d, decay(hi_C, lo_C, z_C, 0.0, 0.0, 0.0, CROSSED)
+
+
+@triton.jit
+def write_factors(factors, hv, slot, i, HV, chunk_slots, C: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return the factors of the rows of U, (C,); with CHANNELS 1: those of k have them."""
+    if CHANNELS:
+        write = tl.full([C], 1.0, tl.float32)
+    else:
+        write = tl.load(chunk_row(factors, 2 * HV + hv, slot, i, chunk_slots, C))
+    return write
+
+
+@triton.jit
+def decay_of_chunk(ends, hv, slot, dk, chunk_slots, K: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return b_C of a chunk, or with CHANNELS that of every channel, (1, BK)."""
+    if CHANNELS:
+        at = (tl.cast(hv, tl.int64) * chunk_slots + slot) * K
+        b_C = tl.load(ends + at + dk, mask=dk < K, other=0.0)[None, :]
+    else:
+        b_C = tl.load(ends + tl.cast(hv, tl.int64) * chunk_slots + slot)
+    return b_C
 
 
 @triton.jit

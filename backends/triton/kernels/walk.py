@@ -6,8 +6,9 @@ registers, and every product of a chunk has its left operand there: Sᵀ Kᵀ, E
 Sᵀ Qᵀ + Uᵀ Pᵀ follow one another without a way through shared memory, which holds the right ones.
 FLA's names are `chunk_gated_delta_rule_fwd_h` and, for the output, `chunk_fwd_o`.
 
-    reads   q, k, v (B, T, ., .); T, P, β, factors and ends of `prepare`; the state that a segment
-            starts from, (segment_slots, HV, K, V), or a sequence, (N, HV, K, V)
+    reads   q, k, v (B, T, ., .); T, P, β, factors and ends of `prepare`; with CHANNELS rows of
+            `prepare_channels` instead of q and k; the state that a segment starts from,
+            (segment_slots, HV, K, V), or a sequence, (N, HV, K, V)
     writes  with OUTPUT o (B, T, HV, V)
             with KEEP U (HV, chunk_slots, C, V), only with an error term, and the transposed state
             at the start of every chunk (HV, chunk_slots, V, K), in the dtype of what is kept
@@ -29,6 +30,7 @@ import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import (
     chunk_row,
+    decay_of_chunk,
     operand,
     owner,
     read_beta,
@@ -36,7 +38,9 @@ from gdn_ops.backends.triton.kernels.blocks import (
     sequence,
     state_tiles,
     tiles_of,
+    tokens_of,
     widened,
+    write_factors,
     write_state,
     write_tile,
 )
@@ -107,7 +111,7 @@ def write_end(
 
 @triton.jit(do_not_specialize=("N", "T", "L", "chunk_slots", "HV", "R"))
 def walk(
-    q, k, v, gates, factors, ends, inverses, scores, initial, o, u, states, final, maps,
+    q, k, v, writes, gates, factors, ends, inverses, scores, initial, o, u, states, final, maps,
     shifts, d_final, d_cuts, d_initial, cu_seqlens,
     N, T, L, chunk_slots, HV, R, q_batch, q_token, q_head, k_batch, k_token, k_head,
     v_batch, v_token, v_head,
@@ -116,12 +120,12 @@ def walk(
     KEEP: tl.constexpr, MAPS: tl.constexpr, COMPOSED: tl.constexpr, SEGMENTED: tl.constexpr,
     WEIGHTED: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BC: tl.constexpr, BR: tl.constexpr, CUT_PRECISION: tl.constexpr, STAGED: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Walk the state over the chunks, see the module.
 
     Grid (N HV or segment_slots HV, ceil(V / BV)); with MAPS the second is + ceil(K / BV), or, where
-    sequences are as long, (N HV, those of `part_of`) unless STAGED. COMPOSED: programs along the
-    second axis, before its own, that compose BC columns of V each.
+    sequences are as long, (N HV, those of `part_of`) unless STAGED; COMPOSED stand before them.
     """
     if COMPOSED > 0 and tl.program_id(1) < COMPOSED:
         if tl.program_id(0) < N * HV:
@@ -156,16 +160,13 @@ def walk(
     if (MAPS and not STAGED) and (begin_chunk == 0 and dv_0 >= V):
         return
     dv = dv_0 + tl.arange(0, BV)
-    k_start = row * k_batch + begin * k_token + tl.cast(h, tl.int64) * k_head
-    k_tiles = tiles_of(k, k_start, k_token, length, K, C, BK, TMA)
-    v_start = row * v_batch + begin * v_token + tl.cast(hv, tl.int64) * v_head
-    v_tiles = tiles_of(v, v_start, v_token, length, V, C, BV, TMA)
+    k_tiles = tokens_of(k, row, k_batch, begin, k_token, h, k_head, length, K, C, BK, TMA)
+    v_tiles = tokens_of(v, row, v_batch, begin, v_token, hv, v_head, length, V, C, BV, TMA)
     squares = tl.cast(hv, tl.int64) * chunk_slots * (C * C)
     if ERASE:
         x_tiles = tiles_of(inverses, squares, C, chunk_slots * C, C, C, C, TMA)
     if OUTPUT:
-        q_start = row * q_batch + begin * q_token + tl.cast(h, tl.int64) * q_head
-        q_tiles = tiles_of(q, q_start, q_token, length, K, C, BK, TMA)
+        q_tiles = tokens_of(q, row, q_batch, begin, q_token, h, q_head, length, K, C, BK, TMA)
         p_tiles = tiles_of(scores, squares, C, chunk_slots * C, C, C, C, TMA)
         o_start = ((row * T + begin) * HV + hv) * V
         o_tiles = tiles_of(o, o_start, HV * V, length, V, C, BV, TMA)
@@ -174,6 +175,8 @@ def walk(
         if ERASE:
             in_u = tl.cast(hv, tl.int64) * chunk_slots * (C * V)
             u_tiles = tiles_of(u, in_u, V, chunk_slots * C, V, C, BV, TMA)
+    if CHANNELS:
+        w_tiles = tokens_of(writes, row, k_batch, begin, k_token, h, k_head, length, K, C, BK, TMA)
     S = first_state(initial, n, hv, begin_chunk, HV, dv, dk, V, K, BV, HAS_INITIAL, MAPS)
     for chunk in range(begin_chunk, end_chunk):
         slot = (first_slot + chunk).to(tl.int32)
@@ -184,10 +187,10 @@ def walk(
         if OUTPUT:
             read = tl.load(chunk_row(factors, HV + hv, slot, i, chunk_slots, C))
         if DECAY:
-            b_C = tl.load(ends + tl.cast(hv, tl.int64) * chunk_slots + slot)
+            b_C = decay_of_chunk(ends, hv, slot, dk, chunk_slots, K, CHANNELS)
         # Beside an output and what is kept it has no registers.
         if not (OUTPUT and KEEP):
-            write = tl.load(chunk_row(factors, 2 * HV + hv, slot, i, chunk_slots, C))
+            write = write_factors(factors, hv, slot, i, HV, chunk_slots, C, CHANNELS)
         S_low = operand(S, k_tile.dtype, PRECISION)
         if KEEP:
             kept = S_low.to(states.dtype.element_ty)
@@ -199,10 +202,9 @@ def walk(
         if ERASE:
             erase = tl.load(chunk_row(factors, hv, slot, i, chunk_slots, C))
             U -= tl.dot(S_low, tl.trans(k_tile), input_precision=PRECISION) * erase[None, :]
-            # §3 U = T E                                                         [BV, C]
+            # §3 U = T U                                                         [BV, C]
             x = read_tile(x_tiles, slot * C, 0, C, chunk_slots * C, C, C, C, TMA)
-            E = operand(U, x.dtype, PRECISION)
-            U = tl.dot(E, tl.trans(x), input_precision=PRECISION)
+            U = tl.dot(operand(U, x.dtype, PRECISION), tl.trans(x), input_precision=PRECISION)
             if KEEP:
                 kept = tl.trans(operand(U, u.dtype.element_ty, PRECISION))
                 write_tile(u_tiles, kept, slot * C, dv_0, V, chunk_slots * C, V, C, BV, TMA)
@@ -211,7 +213,7 @@ def walk(
             q_tile = widened(read_tile(q_tiles, first, 0, q_token, length, K, C, BK, TMA))
             out = tl.dot(S_low, tl.trans(q_tile), input_precision=PRECISION) * read[None, :]
             if KEEP:
-                write = tl.load(chunk_row(factors, 2 * HV + hv, slot, i, chunk_slots, C))
+                write = write_factors(factors, hv, slot, i, HV, chunk_slots, C, CHANNELS)
             p = read_tile(p_tiles, slot * C, 0, C, chunk_slots * C, C, C, C, TMA)
             out = tl.dot(operand(U, p.dtype, PRECISION), tl.trans(p), out, PRECISION)
             out_low = tl.trans(out).to(o.dtype.element_ty)
@@ -220,6 +222,8 @@ def walk(
         # §3 S_C = b_C S + (diag(d) K)ᵀ U                                        [BV, BK]
         if DECAY:
             S *= b_C
+        if CHANNELS:
+            k_tile = read_tile(w_tiles, first, 0, k_token, length, K, C, BK, TMA)
         U_low = operand(U * write[None, :], k_tile.dtype, PRECISION)
         S = tl.dot(U_low, k_tile, S, input_precision=PRECISION)
         if OUTPUT and TMA:

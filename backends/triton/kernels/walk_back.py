@@ -4,7 +4,8 @@ One program per segment, value head and block of BV columns of V, as in `walk`: 
 (BV, BK) float32, in registers, the left operand of every product. FLA's names are
 `chunk_bwd_dv_local` and `chunk_gated_delta_rule_bwd_dhu`.
 
-    reads   q, k, dO (B, T, ., .); T, P, factors and ends of `prepare`; dS at the end of a segment,
+    reads   q, k, dO (B, T, ., .); T, P, factors and ends of `prepare`; with CHANNELS rows of
+            `prepare_channels` instead of q and k; dS at the end of a segment,
             (segment_slots, HV, K, V), or of the final state (N, HV, K, V)
     writes  dRHS (HV, chunk_slots, C, V) and the transposed dS at every chunk's end
             (HV, chunk_slots, V, K), in the dtype of what is kept
@@ -21,13 +22,16 @@ import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import (
     chunk_row,
+    decay_of_chunk,
     operand,
     owner,
     read_tile,
     sequence,
     state_tiles,
     tiles_of,
+    tokens_of,
     widened,
+    write_factors,
     write_state,
     write_tile,
 )
@@ -35,12 +39,13 @@ from gdn_ops.backends.triton.kernels.blocks import (
 
 @triton.jit(do_not_specialize=("N", "T", "L", "chunk_slots", "HV", "R"))
 def walk_back(
-    q, k, d_o, factors, ends, inverses, scores, d_end, d_rhs, d_states, d_start, cu_seqlens,
+    q, k, d_o, writes, factors, ends, inverses, scores, d_end, d_rhs, d_states, d_start, cu_seqlens,
     N, T, L, chunk_slots, HV, R, q_batch, q_token, q_head, k_batch, k_token, k_head,
     o_batch, o_token, o_head,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, ERASE: tl.constexpr, SHIFTS: tl.constexpr, SEGMENTED: tl.constexpr,
     STAGED: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Walk dS back, see the module. Grid (N HV or segment_slots HV, ceil(V / BV)).
 
@@ -71,12 +76,12 @@ def walk_back(
     dv_0 = block * BV
     dv = dv_0 + tl.arange(0, BV)
     in_state = (dv < V)[:, None] & (dk < K)[None, :]
-    q_start = row * q_batch + begin * q_token + tl.cast(h, tl.int64) * q_head
-    q_tiles = tiles_of(q, q_start, q_token, length, K, C, BK, TMA)
-    k_start = row * k_batch + begin * k_token + tl.cast(h, tl.int64) * k_head
-    k_tiles = tiles_of(k, k_start, k_token, length, K, C, BK, TMA)
-    o_start = row * o_batch + begin * o_token + tl.cast(hv, tl.int64) * o_head
-    g_tiles = tiles_of(d_o, o_start, o_token, length, V, C, BV, TMA)
+    q_tiles = tokens_of(q, row, q_batch, begin, q_token, h, q_head, length, K, C, BK, TMA)
+    k_tiles = tokens_of(k, row, k_batch, begin, k_token, h, k_head, length, K, C, BK, TMA)
+    w_tiles = k_tiles
+    if CHANNELS:
+        w_tiles = tokens_of(writes, row, k_batch, begin, k_token, h, k_head, length, K, C, BK, TMA)
+    g_tiles = tokens_of(d_o, row, o_batch, begin, o_token, hv, o_head, length, V, C, BV, TMA)
     in_head = tl.cast(hv, tl.int64) * chunk_slots * C
     p_tiles = tiles_of(scores, in_head * C, C, chunk_slots * C, C, C, C, TMA)
     if ERASE:
@@ -97,12 +102,12 @@ def walk_back(
         chunk = end_chunk - 1 - step
         slot = (first_slot + chunk).to(tl.int32)
         first = chunk * C
-        k_tile = widened(read_tile(k_tiles, first, 0, k_token, length, K, C, BK, TMA))
+        k_tile = widened(read_tile(w_tiles, first, 0, k_token, length, K, C, BK, TMA))
         g = tl.trans(widened(read_tile(g_tiles, first, dv_0, o_token, length, V, C, BV, TMA)))
         # Only what leads to the operand of a product is loaded ahead by the compiler.
         if DECAY:
-            b_C = tl.load(ends + tl.cast(hv, tl.int64) * chunk_slots + slot)
-        write = tl.load(chunk_row(factors, 2 * HV + hv, slot, i, chunk_slots, C))
+            b_C = decay_of_chunk(ends, hv, slot, dk, chunk_slots, K, CHANNELS)
+        write = write_factors(factors, hv, slot, i, HV, chunk_slots, C, CHANNELS)
         dS_low = operand(dS, k_tile.dtype, PRECISION)
         if not SHIFTS:
             kept = dS_low.to(d_states.dtype.element_ty)
@@ -126,6 +131,8 @@ def walk_back(
         g_low = operand(g.to(tl.float32) * read[None, :], q_tile.dtype, PRECISION)
         dS = tl.dot(g_low, q_tile, dS, input_precision=PRECISION)
         if ERASE:
+            if CHANNELS:
+                k_tile = read_tile(k_tiles, first, 0, k_token, length, K, C, BK, TMA)
             erase = tl.load(chunk_row(factors, hv, slot, i, chunk_slots, C))
             dU_low = operand(-dU * erase[None, :], k_tile.dtype, PRECISION)
             dS = tl.dot(dU_low, k_tile, dS, input_precision=PRECISION)

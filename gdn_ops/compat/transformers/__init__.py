@@ -5,8 +5,9 @@
     accelerate()
 
 While it is active, gdn_ops computes the gated delta rule of every model of transformers that has
-it (Qwen3-Next, Qwen3.5, OLMo-Hybrid and whatever the installed release adds), in models that are
-loaded already and in those that are loaded later.
+it (Qwen3-Next, Qwen3.5, OLMo-Hybrid; with a decay of every key channel Kimi Linear, GLM-5.3-Flash
+and Ling-3.0; and whatever the installed release adds), in models that are loaded already and in
+those that are loaded later.
 """
 
 from __future__ import annotations

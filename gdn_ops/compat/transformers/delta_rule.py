@@ -44,12 +44,12 @@ def delta_rule(
     backend: str,
     note: Note,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute `torch_chunk_gated_delta_rule` or `torch_recurrent_gated_delta_rule` by gdn_ops.
+    """Compute one of the functions of `discovery.PAIRS` by gdn_ops.
 
     Args:
         query, key: (B, T, H, K), or repeated to (B, T, HV, K); value is (B, T, HV, V). Dtypes may
             differ.
-        g: (B, T, HV) log α; beta is (B, T, HV).
+        g: (B, T, HV) log α, or (B, T, HV, K) of every key channel; beta is (B, T, HV).
         initial_state: (B, HV, K, V) or None.
         output_final_state, use_qk_l2norm_in_kernel: as transformers' functions have them.
         mask: (B, T), 0 where a token is padding and must be the identity, or None.
@@ -63,7 +63,8 @@ def delta_rule(
     if mask is not None:
         # α = 1, β = 0. A zeroed hidden state is not enough: after real tokens its key is not 0.
         is_padding = mask.eq(0).unsqueeze(-1)
-        g, beta = g.masked_fill(is_padding, 0.0), beta.masked_fill(is_padding, 0.0)
+        of_decay = is_padding.unsqueeze(-1) if g.dim() == 4 else is_padding
+        g, beta = g.masked_fill(of_decay, 0.0), beta.masked_fill(is_padding, 0.0)
     tensors = {"q": query, "k": key, "v": value, "log_alpha": g, "beta": beta}
     # The originals compute everything in float32, whatever the dtypes that they are given.
     tensors, _ = promoted(tensors)

@@ -20,6 +20,7 @@ from gdn_ops.compat.transformers.discovery import (
     FUNCTIONS,
     RECURRENT,
     architecture_of,
+    pair_of,
 )
 from gdn_ops.compat.transformers.padding import MASK
 from gdn_ops.compat.transformers.positions import INPUTS, POSITIONS
@@ -33,6 +34,8 @@ HELD = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "recurrent_gated_delta_rule"
 
 PACKAGE = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "fused_recurrent_gated_delta_rule"}
 """Name in such a module of the function of the package fla, which a layer holds if it is there."""
+
+PER_CHANNEL = "the kernel of a token has one decay per head"
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,14 @@ def examine(module: ModuleType) -> Plan | list[str]:
 
 
 def _examined(module: ModuleType) -> Plan | list[str]:
-    examined = {name: examine_rule(name, vars(module).get(name)) for name in FUNCTIONS}
+    pair = pair_of(module)
+    examined = {name: examine_rule(name, vars(module).get(name)) for name in pair}
     rules = {name: rule for name, rule in examined.items() if isinstance(rule, Rule)}
-    if len(rules) < len(FUNCTIONS):
+    if len(rules) < len(pair):
         return [rule for rule in examined.values() if isinstance(rule, str)]
-    layers, left = _layers(module), []
+    layers, left = _layers(module, pair), []
     if not layers:
-        left.append(f"the padding mask: no layer calls {CHUNK} and {RECURRENT}")
+        left.append(f"the padding mask: no layer calls {' and '.join(pair)}")
     left += [
         f"the padding mask: {layer.cls.__name__}.forward has no {MASK}"
         for layer in layers
@@ -138,13 +142,14 @@ def _models(module: ModuleType) -> list[tuple[type[nn.Module], tuple[str, ...]]]
     return [(cls, names) for cls, names in named if wanted <= set(names)]
 
 
-def _layers(module: ModuleType) -> list[Layer]:
+def _layers(module: ModuleType, pair: tuple[str, str]) -> list[Layer]:
     """Return the layers of a module: classes that call, or hold, both functions."""
     layers = []
     for cls in modules_of(module):
         methods = [f for f in vars(cls).values() if inspect.isfunction(f)]
-        holds = any(mentions(f, tuple(HELD.values())) for f in methods)
-        if holds or any(mentions(f, FUNCTIONS) for f in methods if f.__name__ != "__init__"):
-            reason = token.incompatibility_of(cls)
+        may_hold = pair == FUNCTIONS
+        holds = may_hold and any(mentions(f, tuple(HELD.values())) for f in methods)
+        if holds or any(mentions(f, pair) for f in methods if f.__name__ != "__init__"):
+            reason = token.incompatibility_of(cls) if may_hold else PER_CHANNEL
             layers.append(Layer(cls, parameter_names(vars(cls)["forward"]), holds, reason))
     return layers

@@ -1,4 +1,4 @@
-"""Replace the two functions of the delta rule, after trying the replacements on examples."""
+"""Replace the functions of the delta rule, after trying the replacements on examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from torch import Tensor
 
 from gdn_ops.compat.transformers import packing, padding
 from gdn_ops.compat.transformers.delta_rule import Note, delta_rule, split_delta_rule
-from gdn_ops.compat.transformers.discovery import CHUNK, RECURRENT
+from gdn_ops.compat.transformers.discovery import (
+    CHUNK,
+    KDA_CHUNK,
+    KDA_FUNCTIONS,
+    KDA_RECURRENT,
+    RECURRENT,
+)
 from gdn_ops.compat.transformers.signatures import (
     definition,
     further_defaults,
@@ -23,7 +29,12 @@ from gdn_ops.parallel.context import active
 
 _TENSORS = ("query", "key", "value", "g", "beta")
 _OPTIONS = ("initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
-PARAMETERS = {CHUNK: (*_TENSORS, "chunk_size", *_OPTIONS), RECURRENT: (*_TENSORS, *_OPTIONS)}
+PARAMETERS = {
+    CHUNK: (*_TENSORS, "chunk_size", *_OPTIONS),
+    RECURRENT: (*_TENSORS, *_OPTIONS),
+    KDA_CHUNK: (*_TENSORS, "chunk_size", *_OPTIONS),
+    KDA_RECURRENT: (*_TENSORS, *_OPTIONS),
+}
 """List the first parameters of each function, in order; others may follow."""
 
 _PACKING = ("cu_seqlens", "seq_idx")
@@ -82,7 +93,10 @@ class Rule:
                     return self.original(*positional, **keywords)  # type: ignore[no-any-return]
             query, numbers = given["query"], given.get("seq_idx")
             numbers = padding.sequences() if numbers is None else numbers
-            cu_seqlens = packing.boundaries(given.get("cu_seqlens"), numbers, *query.shape[:2])
+            # Layers rename it, or pass it on as the model is given it.
+            cuts = given.get("cu_seqlens")
+            cuts = given.get("cu_seq_lens_q") if cuts is None else cuts
+            cu_seqlens = packing.boundaries(cuts, numbers, *query.shape[:2])
             return delta_rule(
                 *(given[name] for name in _TENSORS),
                 initial_state=given.get("initial_state"),
@@ -142,17 +156,18 @@ def examine_rule(name: str, function: Any) -> Rule | str:
 def _tried(rule: Rule) -> str | None:
     """Try the replacement on examples; return how it differs from the original, or None."""
     new = rule.replacement(lambda: "torch", lambda op, backend: None)
-    tokens = 9 if rule.name == CHUNK else 1
+    tokens = 9 if rule.name in (CHUNK, KDA_CHUNK) else 1
+    channels = rule.name in KDA_FUNCTIONS
     with plain_torch():
         for has_state in (False, True):
-            options = _example(tokens, 2, 2, has_state)
+            options = _example(tokens, 2, 2, has_state, channels)
             reason = difference(
                 lambda: rule.definition(**options),  # noqa: B023
                 lambda: new(**options),  # noqa: B023
             )
             if reason is not None:
                 return reason
-        options = _example(tokens, 2, 4, True)
+        options = _example(tokens, 2, 4, True, channels)
         try:
             # Older releases repeat the key heads before the call, and cannot do this.
             expected = rule.definition(**options)
@@ -161,10 +176,13 @@ def _tried(rule: Rule) -> str | None:
         return difference_from(expected, lambda: new(**options))
 
 
-def _example(tokens: int, key_heads: int, value_heads: int, has_state: bool) -> dict[str, Any]:
+def _example(
+    tokens: int, key_heads: int, value_heads: int, has_state: bool, channels: bool
+) -> dict[str, Any]:
     """Return the arguments of a call as layers make it, without an initial state or with one."""
     keys, values = (2, tokens, key_heads, 4), (2, tokens, value_heads, 3)
-    shapes = (keys, keys, values, (2, value_heads, 4, 3), values[:-1], values[:-1])
+    decays = (*values[:-1], 4) if channels else values[:-1]
+    shapes = (keys, keys, values, (2, value_heads, 4, 3), decays, values[:-1])
     query, key, value, state, decay, strength = drawn(*shapes)
     return {
         "query": query,

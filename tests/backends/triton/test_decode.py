@@ -66,7 +66,12 @@ CALLS: dict[str, tuple[bool, dict[str, Any]]] = {
         False,
         {"state": torch.rand(B, HV, 2 * K, V)[:, :, ::2], "inplace": True},
     ),
+    "a decay of channels": (False, {"alpha": torch.rand(B, HV, K)}),
     "steps": (True, {}),
+    "steps with a log gate of channels": (
+        True,
+        {"alpha": None, "log_alpha": -torch.rand(B, 3, HV, K), "rule": "gated"},
+    ),
     "steps with states": (True, {"return_states": True}),
     "steps in place on a pool": (True, {"inplace": True, "state_indices": SLOTS}),
 }

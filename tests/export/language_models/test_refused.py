@@ -20,6 +20,11 @@ from gdn_ops.export.language_models import reading
 
 FAMILY = "qwen3_5-3:1"
 
+OF_CHANNELS = (
+    "a whole language model with it has no ONNX form; export_decode takes a module that passes "
+    "such a decay to gated_delta_step"
+)
+
 
 @pytest.fixture
 def tiny() -> Any:
@@ -31,6 +36,30 @@ def test_a_family_with_parts_of_its_own_is_refused(tmp_path: Path) -> None:
     other = compat_models.model("qwen4_exp-2:1")
     assert refusal(export.export_model, other, tmp_path / "new") == (
         "export_model: Qwen4ExpForCausalLM has no model.norm: it has no ONNX form"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", "bailing_hybrid"])
+def test_a_family_of_kimi_delta_attention_is_refused(name: str, tmp_path: Path) -> None:
+    transformers = compat_models.transformers
+    if name not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "linear_num_heads": 2}
+    widths = dict.fromkeys(
+        ("intermediate_size", "linear_head_dim", "kv_lora_rank", "v_head_dim", "qk_nope_head_dim"),
+        16,
+    )
+    config = transformers.AutoConfig.for_model(
+        name, **sizes, **widths, qk_rope_head_dim=8, num_attention_heads=2, num_key_value_heads=2,
+        pad_token_id=0, mlp_layer_types=["dense", "dense"], first_k_dense_replace=2,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    kind = type(model.model.layers[0].self_attn).__name__
+    assert refusal(export.export_model, model, tmp_path / "new") == (
+        f"export_model: model.layers.0.self_attn ({kind}) has forget_gate, a decay of every key "
+        f"channel: {OF_CHANNELS}"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -79,6 +108,14 @@ def no_layers(tiny: Any) -> None:
     del tiny.model.layers
 
 
+def no_scale(tiny: Any) -> None:
+    del tiny.model.layers[3].self_attn.scaling
+
+
+def decay_of_channels(tiny: Any) -> None:
+    tiny.model.layers[1].linear_attn.f_proj = torch.nn.Linear(32, 32)
+
+
 CHANGED: dict[str, Callable[[Any], None]] = {
     "model.layers.1.mlp (Qwen3_5MLP) has the activation GELU(approximate='none'), should have "
     "silu": gelu,
@@ -96,6 +133,9 @@ CHANGED: dict[str, Callable[[Any], None]] = {
     "model.layers.2 (Qwen3_5DecoderLayer) has no linear_attn and no self_attn: it has no ONNX "
     "form": no_mixer,
     "model.layers.3.self_attn (Qwen3_5Attention) has no k_proj: it has no ONNX form": no_keys,
+    "model.layers.3.self_attn (Qwen3_5Attention) has no scaling: it has no ONNX form": no_scale,
+    "model.layers.1.linear_attn (Qwen3_5GatedDeltaNet) has f_proj, a decay of every key "
+    f"channel: {OF_CHANNELS}": decay_of_channels,
     "Qwen3_5ForCausalLM has no model.layers and lm_head, should be a causal language model of "
     "transformers": no_layers,
 }

@@ -71,6 +71,37 @@ def test_a_wrong_shape_is_refused(wrong: dict[str, tuple[int, ...]], text: str) 
 
 
 @pytest.mark.parametrize(
+    ("text", "wrong"),
+    {
+        "log_alpha has shape (3, 4), should be (B, HV, K): 3 dimensions, not 2": (3, 4),
+        "log_alpha has shape (3, 4, 1), should be (B, HV, K) = (3, 4, 24); K is fixed by q": (
+            3,
+            4,
+            1,
+        ),
+        "log_alpha has shape (3, 4, 40), should be (B, HV, K) = (3, 4, 24); K is fixed by q": (
+            3,
+            4,
+            40,
+        ),
+        "log_alpha has shape (3, 2, 24), should be (B, HV, K) = (3, 4, 24); HV is fixed by "
+        "num_v_heads": (3, 2, 24),
+    }.items(),
+)
+def test_a_decay_of_channels_of_a_wrong_shape_is_refused(wrong: tuple[int, ...], text: str) -> None:
+    node = Node(decay="channel")
+    tensors = {name: torch.zeros(shape) for name, shape in (SHAPES | {"log_alpha": wrong}).items()}
+    assert refusal(node, **tensors) == text
+
+
+def test_channels_where_a_decay_of_heads_is_written_are_refused() -> None:
+    tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    tensors["log_alpha"] = torch.zeros(3, 4, 24)
+    text = "log_alpha has shape (3, 4, 24), should be (B, HV): 2 dimensions, not 3"
+    assert refusal(Node(), **tensors) == text
+
+
+@pytest.mark.parametrize(
     ("attributes", "text"),
     [
         ({"num_qk_heads": 0}, "num_qk_heads is 0, should be at least 1"),
@@ -89,6 +120,13 @@ def test_a_wrong_shape_is_refused(wrong: dict[str, tuple[int, ...]], text: str) 
             "rule is 'gated_dleta', should be one of gated_delta, delta, gated, linear",
         ),
         ({"rule": None}, "rule is missing, should be one of gated_delta, delta, gated, linear"),
+        ({"rule": ""}, "rule is '', should be one of gated_delta, delta, gated, linear"),
+        ({"decay": "vector"}, "decay is 'vector', should be one of scalar, channel"),
+        ({"decay": ""}, "decay is '', should be one of scalar, channel"),
+        (
+            {"decay": "channel", "rule": "linear"},
+            "decay is 'channel', should be left out: rule 'linear' has no decay",
+        ),
         (
             {"without": ["log_alpha"], "rule": "gated"},
             "log_alpha is missing, should be an input: rule 'gated' has a decay",

@@ -109,6 +109,11 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         ),
         "gated_delta_steps: return_states is True, should be False in an export to ONNX",
     ),
+    "erase and write": (
+        lambda q, k, v, a, b, s: gdn_ops.gated_delta_step(q, k, v, a, erase=b, write=b, state=s),
+        "gated_delta_step: erase is given, should be None in an export to ONNX: "
+        "gdn_ops::GatedDeltaStep has one strength, beta, and no erase or write",
+    ),
     "packed": (
         lambda q, k, v, a, b, s: gdn_ops.gated_delta(
             *(x.transpose(0, 1).flatten(0, 1).unsqueeze(0) for x in (q, k, v, a, b)),
