@@ -110,8 +110,9 @@ def test_a_state_that_is_given_is_not_changed(name: str) -> None:
         assert a is None or torch.equal(a, b)
 
 
-def test_one_token_is_one_call(calls: list[str]) -> None:
-    layer, x = make(num_value_heads=4), torch.randn(1, 1, WIDTH)
+@pytest.mark.parametrize("gate_rank", [None, 3])
+def test_one_token_is_one_call(gate_rank: int | None, calls: list[str]) -> None:
+    layer, x = make(num_value_heads=4, gate_rank=gate_rank), torch.randn(1, 1, WIDTH)
     with torch.no_grad():
         state = layer(torch.randn(1, 5, WIDTH))[1]
         calls.clear()
