@@ -29,8 +29,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "negative eigenvalues": {"allow_neg_eigval": True},
     "grouped values": {"num_value_heads": 4},
     "a biased convolution of 3": {"conv_bias": True, "short_conv": 3},
+    "a decay of every key channel": {"channel_decay": True},
+    "a bounded decay of low rank": {"channel_decay": True, "lower_bound": -5.0, "gate_rank": 3},
+    "a bounded decay of heads": {"lower_bound": -2.0, "num_value_heads": 4},
+    "erase and write gates": {
+        "channel_decay": True,
+        "erase_write": True,
+        "allow_neg_eigval": True,
+        "gate_rank": 3,
+    },
+    "erase and write gates without a decay": {"erase_write": True, "rule": "delta"},
 }
-"""The ablations of the paper's Table S.1, and what models vary besides."""
+"""The ablations of the paper's Table S.1, what models vary besides, and members of the family."""
 
 
 def make(**options: Any) -> GatedDeltaNet:

@@ -26,6 +26,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "grouped": {"num_value_heads": 8, "conv_bias": True, "backend": "torch"},
     "bare": {"short_conv": 0, "output_norm": False, "output_gate": None, "rule": "delta"},
     "l1": {"qk_norm": "l1", "feature_map": "elu", "output_gate": "sigmoid", "rule": "gated"},
+    "channels": {"channel_decay": True, "lower_bound": -5.0, "gate_rank": 3, "num_value_heads": 8},
+    "apart": {"channel_decay": True, "erase_write": True, "gate_rank": 3},
 }
 """Options of a layer, by a name."""
 
@@ -33,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "recurrent": {"pattern": "GG"},
     "hybrid": {"pattern": "GMA", "num_value_heads": 8, "window": 4},
     "bare": {"pattern": "GA", "mlp_size": 0, "short_conv": 0, "backend": "torch"},
+    "family": {"pattern": "KE", "mlp_size": 0},
 }
 """Options of a model, by a name."""
 

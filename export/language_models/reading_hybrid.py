@@ -31,6 +31,9 @@ from gdn_ops.nn.norm import GatedRMSNorm
 from gdn_ops.nn.sources import Source
 from gdn_ops.spec.errors import SpecError
 
+_PLAIN = {"channel_decay": False, "erase_write": False, "lower_bound": None, "gate_rank": None}
+"""Options of a layer whose other values no graph is written for."""
+
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
 
@@ -113,7 +116,18 @@ class _Reader:
         return Linear(*self.source.linear(name))
 
     def _delta(self, name: str, layer: GatedDeltaNet) -> GatedDelta:
-        """Read a GatedDeltaNet, whatever its options leave out."""
+        """Read a GatedDeltaNet, whatever its options leave out.
+
+        Raises:
+            SpecError: it is another member of the family, for example Kimi Delta Attention.
+        """
+        for option, plain in _PLAIN.items():
+            value = getattr(layer, option)
+            if value != plain:
+                _fail(
+                    f"{name} has {option} = {value}, should have {plain}: one decay and one β per "
+                    f"head have an ONNX form here"
+                )
         q, k, v = (self._linear(f"{name}.{part}_proj") for part in "qkv")
         qkv, weight, bias = self._convolution(name, layer, Linear.stacked(q, k, v))
         gate, norm, rate, dt_bias = layer.output_gate, None, None, None

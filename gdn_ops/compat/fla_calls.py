@@ -24,7 +24,7 @@ from gdn_ops.compat.fla_arguments import (
 )
 from gdn_ops.compat.states import check_state
 from gdn_ops.gates import check_lower_bound, log_bounded_decay, log_decay, write_strength
-from gdn_ops.nn.gated_delta_net import run_rule
+from gdn_ops.nn.rule import run_rule
 from gdn_ops.product import gated_delta_product
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 

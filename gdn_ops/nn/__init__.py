@@ -9,6 +9,7 @@ from gdn_ops.nn.drafts import PromptLookup
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
 from gdn_ops.nn.gates import DecayGate, gate
 from gdn_ops.nn.hybrid import PAPER, HybridLM
+from gdn_ops.nn.kimi_delta_attention import KimiDeltaAttention
 from gdn_ops.nn.norm import GatedRMSNorm
 from gdn_ops.nn.rollback import MemoryStates, RingStates, TokenStates, fork_state
 from gdn_ops.nn.state import State
@@ -21,6 +22,7 @@ __all__ = [
     "GatedRMSNorm",
     "HybridLM",
     "KeyValueRing",
+    "KimiDeltaAttention",
     "MemoryStates",
     "PromptLookup",
     "RingStates",

@@ -3,11 +3,13 @@
 q, k = feature_map(conv(W x)), normalised per head        v = SiLU(conv(W x))
 log α = −exp(A_log) softplus(W x + dt_bias)                β = sigmoid(W x)
 y = W (RMSNorm(rule(q, k, v, α, β)) ⊙ SiLU(W x))
+
+Options too are Kimi Delta Attention (arXiv 2510.26692), with an α of every key channel, and Gated
+DeltaNet-2 (arXiv 2605.22791), with β apart: a gate of key channels erases, one of values writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Never
 
 import torch
@@ -15,17 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gdn_ops.call.scalars import as_python
-from gdn_ops.gates import write_strength
 from gdn_ops.nn import kernels, split_tokens, steps, token
 from gdn_ops.nn.convolution import ShortConvolution, convolve_apart
 from gdn_ops.nn.decay_groups import parameters_without_weight_decay
 from gdn_ops.nn.gates import DecayGate
+from gdn_ops.nn.mixer_gates import gates_of, projection
 from gdn_ops.nn.names import own_options, refuse_input, refuse_option
 from gdn_ops.nn.norm import GATE_ACTIVATIONS, GatedRMSNorm
 from gdn_ops.nn.options import (
     FEATURE_MAPS,
     QK_NORMS,
     check_choice,
+    check_member,
     fail,
     key_width,
     value_width,
@@ -33,6 +36,7 @@ from gdn_ops.nn.options import (
 from gdn_ops.nn.packing import check_boundaries, check_mask
 from gdn_ops.nn.padding import Padding
 from gdn_ops.nn.rollback import MemoryStates
+from gdn_ops.nn.rule import run_rule
 from gdn_ops.nn.shares import Splittable, entering
 from gdn_ops.nn.state import State, check_state, made_in
 from gdn_ops.nn.values import (
@@ -43,45 +47,14 @@ from gdn_ops.nn.values import (
     check_sequences,
     check_weights,
 )
-from gdn_ops.ops import gated_delta, gated_delta_step
 from gdn_ops.parallel.context import Active, active
 from gdn_ops.spec.ops import GATED_DELTA
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.parallel import ParallelStyle
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "g_proj")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "b_proj", "w_proj", "a_proj", "g_proj")
 """Names of what is applied to the input."""
-
-
-def run_rule(
-    tokens: dict[str, Tensor | None],
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Run `gated_delta`, or `gated_delta_step` for one token that is neither packed nor chunked.
-
-    Args:
-        tokens: q, k, v, log_alpha and beta, each (B, T, ...) or None.
-        state: (N, HV, K, V), or None for zeros.
-        cu_seqlens, chunk_size: of `gated_delta`.
-        options: of both functions.
-
-    Returns:
-        o (B, T, HV, V) and the final state.
-    """
-    sequence: Callable[..., tuple[Tensor, Tensor]] = gated_delta
-    step: Callable[..., tuple[Tensor, Tensor]] = gated_delta_step
-    q = tokens["q"]
-    is_token = q is not None and q.dim() == 4 and q.shape[1] == 1
-    if is_token and cu_seqlens is None and chunk_size is None:
-        one = {name: None if x is None else x.squeeze(1) for name, x in tokens.items()}
-        o, final = step(**one, state=state, **options)
-        return o.unsqueeze(1), final
-    packing = {"cu_seqlens": cu_seqlens, "chunk_size": chunk_size}
-    return sequence(**tokens, initial_state=state, return_state=True, **packing, **options)
 
 
 class GatedDeltaNet(Splittable):
@@ -99,7 +72,14 @@ class GatedDeltaNet(Splittable):
         qk_norm: "l2", "l1" or None.
         output_gate: "silu", "sigmoid" or None.
         output_norm: whether the output is normalised per head.
-        allow_neg_eigval: whether β reaches up to 2.
+        allow_neg_eigval: whether β, or the erase gate, reaches up to 2.
+        channel_decay: whether every key channel has a decay of its own, as in Kimi Delta Attention.
+        lower_bound: None for the softplus gate, or a number in [-5, 0) for the bounded one:
+            log α = lower_bound · sigmoid(exp(A_log) (W x + dt_bias)).
+        erase_write: whether β is apart, as in Gated DeltaNet-2: an erase gate of every key channel,
+            a write gate of every value channel.
+        gate_rank: inner width of two matrices that stand for the one of the decay and the one of
+            the output gate; None for one each.
         norm_eps: the epsilon of the output norm.
         conv_bias: whether the convolution has a bias.
         backend: the backend of the op, by name.
@@ -126,6 +106,10 @@ class GatedDeltaNet(Splittable):
         output_gate: str | None = "silu",
         output_norm: bool = True,
         allow_neg_eigval: bool = False,
+        channel_decay: bool = False,
+        lower_bound: float | None = None,
+        erase_write: bool = False,
+        gate_rank: int | None = None,
         norm_eps: float = 1e-5,
         conv_bias: bool = False,
         backend: str = "auto",
@@ -140,15 +124,33 @@ class GatedDeltaNet(Splittable):
         check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
         check_choice("qk_norm", qk_norm, QK_NORMS)
         check_choice("output_gate", output_gate, (*GATE_ACTIVATIONS, None))
+        self._size(hidden_size, num_heads, num_value_heads, head_dim, expand_v)
+        check_counts("GatedDeltaNet", least=0, short_conv=short_conv)
+        check_numbers("GatedDeltaNet", norm_eps=norm_eps)
+        flags = {"output_norm": output_norm, "allow_neg_eigval": allow_neg_eigval}
+        check_flags("GatedDeltaNet", **flags, conv_bias=conv_bias)
+        check_member(rule, channel_decay, lower_bound, erase_write, gate_rank)
+        check_made("GatedDeltaNet", device, dtype)
+        self.rule, self.feature_map, self.qk_norm = rule, feature_map, qk_norm
+        self.output_gate, self.output_norm = output_gate, as_python(output_norm)
+        self.allow_neg_eigval, self.backend = as_python(allow_neg_eigval), backend
+        self.channel_decay, self.erase_write = as_python(channel_decay), as_python(erase_write)
+        self.lower_bound, self.gate_rank = as_python(lower_bound), as_python(gate_rank)
+        self._build(short_conv, conv_bias, norm_eps, {"device": device, "dtype": dtype})
+
+    def _size(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_value_heads: int | None,
+        head_dim: int | None,
+        expand_v: float,
+    ) -> None:
         sizes = {"hidden_size": hidden_size, "num_heads": num_heads}
         given = {"num_value_heads": num_value_heads, "head_dim": head_dim}
         sizes |= {name: size for name, size in given.items() if size is not None}
         check_counts("GatedDeltaNet", **sizes)
-        check_counts("GatedDeltaNet", least=0, short_conv=short_conv)
-        check_numbers("GatedDeltaNet", expand_v=expand_v, norm_eps=norm_eps)
-        flags = {"output_norm": output_norm, "allow_neg_eigval": allow_neg_eigval}
-        check_flags("GatedDeltaNet", **flags, conv_bias=conv_bias)
-        check_made("GatedDeltaNet", device, dtype)
+        check_numbers("GatedDeltaNet", expand_v=expand_v)
         hidden_size, num_heads, num_value_heads, head_dim = map(
             as_python, (hidden_size, num_heads, num_value_heads, head_dim)
         )
@@ -161,10 +163,6 @@ class GatedDeltaNet(Splittable):
                 f"num_value_heads is {self.num_value_heads}, should be a multiple of "
                 f"num_heads = {num_heads}"
             )
-        self.rule, self.feature_map, self.qk_norm = rule, feature_map, qk_norm
-        self.output_gate, self.output_norm = output_gate, as_python(output_norm)
-        self.allow_neg_eigval, self.backend = as_python(allow_neg_eigval), backend
-        self._build(short_conv, conv_bias, norm_eps, {"device": device, "dtype": dtype})
 
     def _build(self, kernel: int, conv_bias: bool, eps: float, made: dict[str, Any]) -> None:
         width, heads = self.hidden_size, self.num_value_heads
@@ -174,10 +172,17 @@ class GatedDeltaNet(Splittable):
         self.q_proj = nn.Linear(width, keys, bias=False, **made)
         self.k_proj = nn.Linear(width, keys, bias=False, **made)
         self.v_proj = nn.Linear(width, values, bias=False, **made)
-        self.b_proj = nn.Linear(width, heads, bias=False, **made)
+        of_heads = heads * self.head_dim
+        rows = of_heads if self.erase_write else heads
+        self.b_proj = nn.Linear(width, rows, bias=False, **made)
+        if self.erase_write:
+            self.w_proj = nn.Linear(width, values, bias=False, **made)
         if GATED_DELTA.rule[self.rule].has_decay:
-            self.a_proj = nn.Linear(width, heads, bias=False, **made)
-            self.decay = DecayGate(heads, made["device"])
+            rows = of_heads if self.channel_decay else heads
+            self.a_proj = projection(width, self.gate_rank, rows, **made)
+            channels = self.head_dim if self.channel_decay else None
+            bound = {"channels": channels, "lower_bound": self.lower_bound}
+            self.decay = DecayGate(heads, made["device"], **bound)
         self.conv: ShortConvolution | None = None
         if kernel:
             channels = 2 * keys + values
@@ -185,7 +190,7 @@ class GatedDeltaNet(Splittable):
                 channels, kernel, bias=conv_bias, activation=None, backend=self.backend, **made
             )
         if self.output_gate is not None:
-            self.g_proj = nn.Linear(width, values, bias=False, **made)
+            self.g_proj = projection(width, self.gate_rank, values, **made)
         if self.output_norm:
             activation = self.output_gate or "silu"
             self.o_norm = GatedRMSNorm(
@@ -200,7 +205,7 @@ class GatedDeltaNet(Splittable):
 
     @property
     def dt_bias(self) -> Tensor:
-        """Return the bias of the step size, (HV,): `decay.dt_bias`."""
+        """Return the bias of the step size, (HV,) or (HV K,): `decay.dt_bias`."""
         return self._of_decay("dt_bias")
 
     def _of_decay(self, name: str) -> Tensor:
@@ -227,7 +232,12 @@ class GatedDeltaNet(Splittable):
             "o_norm": tensor_styles.HeadNorm(),
         }
         there = {name: x for name, x in parts.items() if getattr(self, name, None) is not None}
-        return super().tensor_plan() | there
+        plan = super().tensor_plan() | there
+        for name in ("a_proj", "g_proj"):
+            if isinstance(getattr(self, name, None), nn.Sequential):
+                del plan[name]
+                plan |= tensor_styles.low_rank(name)
+        return plan
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
@@ -301,10 +311,9 @@ class GatedDeltaNet(Splittable):
         lengths = None if padding is None else padding.lengths
         conv, memory = (None, None) if state is None else state
         q, k, v, conv = self._qkv(x, conv, lengths, cu_seqlens)
-        log_alpha, beta = self._gates(x, padding)
         options: dict[str, Any] = {"rule": self.rule, "backend": self.backend}
         options["qk_l2norm"] = self.qk_norm == "l2"
-        tokens = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": beta}
+        tokens = {"q": q, "k": k, "v": v, **gates_of(self, x, padding)}
         o, memory = run_rule(tokens, memory, cu_seqlens, **options)
         y = self._output(o, x)
         return (y if padding is None else padding.back(y)), State(conv, memory)
@@ -353,8 +362,7 @@ class GatedDeltaNet(Splittable):
             conv = split_tokens.last_inputs(split, parts, reach)
         *qkv, _ = self._convolved(own.parts, own.past, None, own.cu_seqlens)
         q, k, v = (y.reshape(*x.shape[:2], *y.shape[2:]) for y in qkv if y is not None)
-        log_alpha, beta = self._gates(x, None)
-        tokens = {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": beta}
+        tokens = {"q": q, "k": k, "v": v, **gates_of(self, x, None)}
         norm = self.qk_norm == "l2"
         o, memory = split_tokens.run_rule(split, tokens, self.rule, self.backend, qk_l2norm=norm)
         return self._output(o, x), State(conv, memory)
@@ -369,19 +377,6 @@ class GatedDeltaNet(Splittable):
     def _is_token(self, x: Tensor) -> bool:
         """Return whether x is one token outside of a graph, and the layer none of a subclass."""
         return not torch.compiler.is_compiling() and x.shape[1] == 1 and type(self) is GatedDeltaNet
-
-    def _gates(self, x: Tensor, padding: Padding | None) -> tuple[Tensor | None, Tensor]:
-        """Return log α, or None without a decay, and β, (B, T, HV) in float32 at least."""
-        beta = write_strength(self.b_proj(x), self.allow_neg_eigval)
-        log_alpha = None
-        if self.decay is not None:
-            log_alpha = self.decay(self.a_proj(x))
-        if padding is not None:
-            # A padded token is the identity: α = 1, β = 0.
-            behind = padding.behind()
-            beta = beta.masked_fill(behind, 0.0)
-            log_alpha = None if log_alpha is None else log_alpha.masked_fill(behind, 0.0)
-        return log_alpha, beta
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         """Normalise and gate o (B, T, HV, V), then project to (B, T, hidden_size)."""
@@ -428,8 +423,14 @@ class GatedDeltaNet(Splittable):
         return (
             f"{self.hidden_size}, num_heads={self.num_heads}, "
             f"num_value_heads={self.num_value_heads}, head_dim={self.head_dim}, "
-            f"value_dim={self.value_dim}, rule={self.rule!r}"
+            f"value_dim={self.value_dim}, rule={self.rule!r}{self._member()}"
         )
+
+    def _member(self) -> str:
+        """Return the options that make another member of the family of the layer, as text."""
+        names = ("channel_decay", "lower_bound", "erase_write", "gate_rank")
+        options = {name: getattr(self, name) for name in names}
+        return "".join(f", {name}={x}" for name, x in options.items() if x not in (None, False))
 
 
 _OPTIONS = own_options(GatedDeltaNet)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdn_ops.gates import log_decay
+from gdn_ops.gates import BoundedGate, SoftplusGate, check_lower_bound, log_decay
 from gdn_ops.nn.shares import share
 from gdn_ops.nn.values import check_counts, check_device, check_floats, check_made
 from gdn_ops.spec.errors import SpecError
 
 LARGEST_A = 16.0
-"""A is drawn uniformly from (0, 16)."""
+"""A is drawn uniformly from (0, 16), or from (1, 16) beside a decay of every key channel."""
 
 DT_RANGE = (1e-3, 0.1)
 """The step size is drawn log-uniformly from here; dt_bias is its inverse softplus."""
@@ -50,9 +50,9 @@ def gate(a: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def draw_A_log_(x: Tensor) -> Tensor:
-    """Fill a tensor with A_log = log A, A ~ U(0, 16), never log 0, and return it."""
-    return x.uniform_(0, LARGEST_A).clamp_(min=torch.finfo(torch.float32).tiny).log_()
+def draw_A_log_(x: Tensor, least: float = 0.0) -> Tensor:
+    """Fill a tensor with A_log = log A, A ~ U(least, 16), never log 0, and return it."""
+    return x.uniform_(least, LARGEST_A).clamp_(min=torch.finfo(torch.float32).tiny).log_()
 
 
 @torch.no_grad()
@@ -73,24 +73,50 @@ class DecayGate(nn.Module):
     Args:
         heads: HV.
         device: of the parameters.
+        channels: K for a decay of every key channel, with dt_bias (HV K,); None for one per head.
+        lower_bound: None, or a number in [-5, 0) for the bounded gate,
+            log α = lower_bound · sigmoid(exp(A_log) (a + dt_bias)).
 
     Raises:
-        SpecError: `heads` is no positive integer.
+        SpecError: `heads` or `channels` is no positive integer, or the bound is out of its range.
+
+    Source:
+        Gated DeltaNet (arXiv 2412.06464); per channel Kimi Linear (arXiv 2510.26692); the bounded
+        gate and the start of its A_log as flash-linear-attention 0.6 has them.
     """
 
-    def __init__(self, heads: int, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        heads: int,
+        device: torch.device | str | None = None,
+        *,
+        channels: int | None = None,
+        lower_bound: float | None = None,
+    ) -> None:
         super().__init__()
-        check_counts("DecayGate", heads=heads)
+        check_counts(
+            "DecayGate", heads=heads, **({} if channels is None else {"channels": channels})
+        )
+        if lower_bound is not None:
+            check_lower_bound("DecayGate", lower_bound)
         check_made("DecayGate", device, None)
+        self.channels, self.lower_bound = channels, lower_bound
         self.A_log, self.dt_bias = (
-            nn.Parameter(torch.empty(heads, dtype=torch.float32, device=device)) for _ in range(2)
+            nn.Parameter(torch.empty(size, dtype=torch.float32, device=device))
+            for size in (heads, heads * (channels or 1))
         )
         self.reset_parameters()
         self.mark()
 
     def reset_parameters(self) -> None:
-        """Draw A = exp(A_log) from U(0, 16), and softplus(dt_bias) log-uniformly in DT_RANGE."""
-        draw_A_log_(self.A_log)
+        """Draw A = exp(A_log) from U(0, 16), and softplus(dt_bias) log-uniformly in DT_RANGE.
+
+        A decay of every key channel starts with A from U(1, 16), a bounded one with A = 1.
+        """
+        if self.lower_bound is not None:
+            nn.init.zeros_(self.A_log)
+        else:
+            draw_A_log_(self.A_log, least=0.0 if self.channels is None else 1.0)
         draw_dt_bias_(self.dt_bias)
 
     def mark(self) -> None:
@@ -103,12 +129,19 @@ class DecayGate(nn.Module):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(self, a: Tensor) -> Tensor:
-        """Map a (..., HV) to log α of the same shape, float32 at least.
+        """Map a (..., HV) or (..., HV K) to log α (..., HV) or (..., HV, K), float32 at least.
 
         Raises:
             SpecError: the sizes do not fit.
         """
-        return gate(a, share(self.A_log, a), share(self.dt_bias, a))
+        A_log, dt_bias = share(self.A_log, a), share(self.dt_bias, a)
+        if self.channels is None and self.lower_bound is None:
+            return gate(a, A_log, dt_bias)
+        is_wide = self.channels is not None
+        g = a.unflatten(-1, (-1, self.channels)) if self.channels is not None else a
+        if self.lower_bound is not None:
+            return BoundedGate(A_log, dt_bias, self.lower_bound, is_wide)(g)
+        return SoftplusGate(A_log, dt_bias, is_wide)(g)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Mark the parameters of a copy."""

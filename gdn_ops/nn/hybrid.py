@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gdn_ops.call.scalars import as_python
-from gdn_ops.nn import generation
+from gdn_ops.nn import generation, letters
 from gdn_ops.nn.attention import KeyValueRing, SlidingWindowAttention
 from gdn_ops.nn.decay_groups import optimizer_groups, parameters_without_weight_decay
 from gdn_ops.nn.drafts import Draft
@@ -37,13 +37,6 @@ from gdn_ops.spec.ops import GATED_DELTA
 
 LayerState = State | KeyValueRing
 """State that one layer keeps between calls."""
-
-LETTERS = {
-    "G": "GatedDeltaNet with the rule that is asked for",
-    "M": "GatedDeltaNet with the decay-only rule `gated`, in the place of Mamba2",
-    "A": "SlidingWindowAttention",
-}
-"""The letters of a pattern, bottom layer first: "G", "GA" (H1), "MGA" (H2), "A"."""
 
 PAPER: dict[str, dict[str, Any]] = {
     name: {
@@ -140,12 +133,12 @@ class HybridLM(Splittable):
 
     Args:
         pattern: kinds of layers, bottom first, repeated until there are num_layers: G the
-            gated delta rule, M the decay-only rule, A attention in a window. "GA" is the paper's
-            H1, "MGA" its H2.
+            gated delta rule, M the decay-only rule, K Kimi Delta Attention, E the same with erase
+            and write gates, A attention in a window. "GA" is the paper's H1, "MGA" its H2.
         vocab_size: tokens.
         hidden_size: width.
         num_layers: layers; those of the pattern, once, when not given.
-        num_heads: key heads of G and M.
+        num_heads: key heads of G, M, K and E.
         attention_heads: heads of A; num_heads when not given.
         window: tokens that attention sees.
         mlp_size: inner width of the SwiGLU behind every mixer; 4 hidden_size when not given, 0 for
@@ -153,7 +146,7 @@ class HybridLM(Splittable):
         rule: of the layers G.
         norm_eps: of all norms.
         device, dtype: of the parameters.
-        mixer: further arguments of GatedDeltaNet, such as head_dim or backend.
+        mixer: further arguments of GatedDeltaNet, such as head_dim or backend, of all layers but A.
 
     Raises:
         SpecError: the pattern has an unknown letter, an option is unknown or has a wrong value,
@@ -180,7 +173,7 @@ class HybridLM(Splittable):
         **mixer: Any,
     ) -> None:
         super().__init__()
-        _check_pattern(pattern)
+        letters.check_pattern(pattern)
         _check_options(rule, mixer)
         count = len(pattern) if num_layers is None else num_layers
         if isinstance(count, int) and count < 1:
@@ -196,13 +189,13 @@ class HybridLM(Splittable):
         self.hidden_size, self.pattern = hidden_size, (pattern * count)[:count]
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = 4 * hidden_size if mlp_size is None else mlp_size
-        rules = {"G": rule, "M": "gated"}
 
         def mixer_of(letter: str) -> GatedDeltaNet | SlidingWindowAttention:
             if letter == "A":
                 return SlidingWindowAttention(hidden_size, heads, window, **made)
-            options = {"norm_eps": norm_eps, **mixer, **made}
-            return GatedDeltaNet(hidden_size, num_heads, rule=rules[letter], **options)
+            kind, own = letters.recurrent(letter, rule)
+            options = {"norm_eps": norm_eps, **mixer, **own, **made}
+            return kind(hidden_size, num_heads, **options)
 
         self.embedding = nn.Embedding(vocab_size, hidden_size, **made)
         self.blocks = nn.ModuleList(
@@ -423,17 +416,6 @@ def _check_options(rule: str, mixer: dict[str, Any]) -> None:
     unknown = [name for name in mixer if name not in taken]
     if unknown:
         refuse_option("HybridLM", unknown, dict.fromkeys(taken), MODEL_OPTIONS)
-
-
-def _check_pattern(pattern: Any) -> None:
-    if not isinstance(pattern, str):
-        raise SpecTypeError(f"HybridLM: pattern is {pattern!r}, should be a string of letters")
-    known = ", ".join(f"{letter} ({what})" for letter, what in LETTERS.items())
-    if not pattern:
-        _fail(f"pattern is empty, should be letters of {known}")
-    for letter in pattern:
-        if letter not in LETTERS:
-            _fail(f"pattern {pattern!r} has the letter {letter!r}, should have only {known}")
 
 
 def _fail(message: str) -> NoReturn:

@@ -8,7 +8,10 @@ from typing import NoReturn
 from torch import Tensor
 from torch.nn import functional
 
+from gdn_ops.gates import check_lower_bound
+from gdn_ops.nn.values import check_counts, check_flags
 from gdn_ops.spec.errors import SpecError
+from gdn_ops.spec.ops import GATED_DELTA
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -33,6 +36,39 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Refuse a value that is not among the choices."""
     if value not in choices:
         fail(f"{name} is {value!r}, should be one of {', '.join(map(str, choices))}")
+
+
+def check_member(
+    rule: str,
+    channel_decay: bool,
+    lower_bound: float | None,
+    erase_write: bool,
+    gate_rank: int | None,
+) -> None:
+    """Check the options that make another member of the family of the layer.
+
+    Args:
+        rule: a known rule.
+        channel_decay, lower_bound, erase_write, gate_rank: of the layer.
+
+    Raises:
+        SpecError: one of them has a wrong value, or the rule has nothing that it is about.
+    """
+    check_flags("GatedDeltaNet", channel_decay=channel_decay, erase_write=erase_write)
+    if gate_rank is not None:
+        check_counts("GatedDeltaNet", gate_rank=gate_rank)
+    if lower_bound is not None:
+        check_lower_bound("GatedDeltaNet", lower_bound)
+    known = GATED_DELTA.rule[rule]
+    if not known.has_decay and channel_decay:
+        fail(f"channel_decay is True, should be False: rule {rule!r} has no decay")
+    if not known.has_decay and lower_bound is not None:
+        fail(f"lower_bound is {lower_bound}, should be None: rule {rule!r} has no decay")
+    if not known.has_erase and erase_write:
+        fail(
+            f"erase_write is True, should be False: rule {rule!r} has no error term, and β is its "
+            f"write strength"
+        )
 
 
 def key_width(hidden_size: int, heads: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,19 +98,21 @@ def last_tokens(owner: str, active: Active, parts: Sequence[Tensor], count: int)
 
 
 def run_rule(
-    active: Active, tokens: dict[str, Tensor | None], rule: str, backend: str, **options: Any
+    active: Active, tokens: Mapping[str, Tensor | None], rule: str, backend: str, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Run the rule on the tokens of this rank; return o and the states, or those of none.
 
     Args:
         active: the context.
-        tokens: q, k, v, log_alpha and beta, each (B, T_local, ...) or None.
+        tokens: q, k, v and the gates by their names in `gated_delta`, each (B, T_local, ...) or
+            None.
         rule, backend, options: of `gated_delta`.
     """
-    q, k, v = (tokens[name] for name in "qkv")
+    names = ("q", "k", "v", "alpha", "log_alpha", "beta", "erase", "write")
+    q, k, v, *gates = (tokens.get(name) for name in names)
     assert q is not None and k is not None and v is not None
     arguments = Arguments(
-        Tokens(q, k, v, None, tokens["log_alpha"], tokens["beta"]),
+        Tokens(q, k, v, *gates),
         rule=rule,
         return_state=active.return_state,
         backend=registry.resolve(backend),

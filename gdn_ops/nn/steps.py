@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gdn_ops.nn.mixer_gates import gates_of
 from gdn_ops.nn.options import fail
 from gdn_ops.nn.rollback import MemoryStates
 from gdn_ops.nn.state import State
@@ -55,11 +56,10 @@ def mixed(
         dtype = torch.promote_types(v.dtype, torch.float32)
         shape = (len(v), v.shape[2], layer.head_dim, layer.value_dim)
         memory = torch.zeros(shape, dtype=dtype, device=v.device)
-    log_alpha, beta = layer._gates(x, None)
+    gates: dict[str, Any] = gates_of(layer, x, None)
     o, _, memories = gated_delta_steps(
         *(q, k, v),
-        log_alpha=log_alpha,
-        beta=beta,
+        **gates,
         state=memory,
         rule=layer.rule,
         qk_l2norm=layer.qk_norm == "l2",

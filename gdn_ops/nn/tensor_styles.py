@@ -88,6 +88,15 @@ class Channels(ParallelStyle):
         return module
 
 
+def low_rank(name: str) -> dict[str, ParallelStyle]:
+    """Return how a projection of two matrices is split: the first is whole, the second by rows.
+
+    Args:
+        name: of the projection, an `nn.Sequential`.
+    """
+    return {f"{name}.0": Copies(), f"{name}.1": ColwiseParallel()}
+
+
 class Output(RowwiseParallel):
     """Sum the output projections of the devices, and tell the layer around that it is split.
 

@@ -74,8 +74,11 @@ def _fits(layer: GatedDeltaNet) -> bool:
     """Return whether the kernel computes what stands between the projections of a layer."""
     parts: list[tuple[nn.Module | None, type[nn.Module]]]
     parts = [(layer.conv, ShortConvolution), (layer.decay, DecayGate)]
+    # The kernel makes one softplus decay and one β of a head.
+    is_of_heads = not (layer.channel_decay or layer.erase_write or layer.lower_bound is not None)
     return (
-        layer.feature_map in _FEATURE_MAPS
+        is_of_heads
+        and layer.feature_map in _FEATURE_MAPS
         and layer.qk_norm in _QK_NORMS
         and layer.output_norm
         and kernels.is_bare(layer.o_norm, GatedRMSNorm)

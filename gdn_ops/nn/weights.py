@@ -10,6 +10,8 @@
 | `o_norm.weight` | `norm.weight` | `norm.weight` | same name | same name |
 | `o_proj` | `out_proj` | `out_proj` | same name | same name |
 
+Those of Kimi Delta Attention and of Gated DeltaNet-2 are read in `kimi_weights`.
+
 The layers are told apart by their attributes, so that none of those libraries is imported.
 """  # noqa: E501
 
@@ -17,31 +19,36 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from gdn_ops.nn import kimi_weights
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
 from gdn_ops.nn.sources import Source, named, split, split_by_head, with_biases
 from gdn_ops.spec.errors import SpecError
+
+_OF_TRANSFORMERS = "Qwen3-Next, Qwen3.5, OLMo-Hybrid, Kimi Linear, GLM-5.3-Flash or Ling-3.0"
+_OF_FLA = "fla.layers.GatedDeltaNet, KimiDeltaAttention or GatedDeltaNet2"
 
 
 def from_transformers(layer: nn.Module) -> GatedDeltaNet:
     """Return a layer that computes what a linear-attention layer of transformers computes.
 
     Args:
-        layer: `model.layers[i].linear_attn` of Qwen3-Next, Qwen3.5 (dense or MoE) or OLMo-Hybrid.
+        layer: `model.layers[i].linear_attn` of Qwen3-Next, Qwen3.5 (dense or MoE) or OLMo-Hybrid,
+            or the layer of Kimi Delta Attention in Kimi Linear, GLM-5.3-Flash or Ling-3.0.
 
     Returns:
-        A GatedDeltaNet with copies of its weights, on its device and in its dtypes; projections
-        have a bias where its own have one.
+        A GatedDeltaNet, or KimiDeltaAttention, with copies of its weights, on its device and in its
+        dtypes; projections have a bias where its own have one.
 
     Raises:
         SpecError: the layer is of another kind, has an activation other than SiLU, or has weights
             that cannot be read or would be lost: adapters, quantised, sharded or offloaded ones.
     """
     layer = _uncompiled(layer)
-    if not hasattr(layer, "conv1d") or not hasattr(layer, "num_k_heads"):
-        _refuse("from_transformers", layer, "Qwen3-Next, Qwen3.5 or OLMo-Hybrid")
+    is_kimi = hasattr(layer, "forget_gate") and hasattr(layer, "qkv_dim")
+    if not hasattr(layer, "conv1d") or not (is_kimi or hasattr(layer, "num_k_heads")):
+        _refuse("from_transformers", layer, _OF_TRANSFORMERS)
     source: Any = layer
     activation = getattr(layer, "activation", None)
     if activation not in ("silu", "swish"):
@@ -49,6 +56,8 @@ def from_transformers(layer: nn.Module) -> GatedDeltaNet:
             f"from_transformers: the layer's activation is {activation!r}, should be 'silu'"
         )
     read = Source("from_transformers", layer)
+    if is_kimi:
+        return kimi_weights.from_transformers(source, read)
     if hasattr(layer, "in_proj_qkvz"):
         projections = _interleaved(source, read)
     elif hasattr(layer, "in_proj_qkv"):
@@ -58,7 +67,7 @@ def from_transformers(layer: nn.Module) -> GatedDeltaNet:
     elif hasattr(layer, "g_proj"):
         projections = [read.linear(f"{n}_proj") for n in "qkvgba"]
     else:
-        _refuse("from_transformers", layer, "Qwen3-Next, Qwen3.5 or OLMo-Hybrid")
+        _refuse("from_transformers", layer, _OF_TRANSFORMERS)
     norm = "norm" if hasattr(layer, "norm") else "o_norm"
     weights: dict[str, Tensor] = {}
     for n, pair in zip("qkvgba", projections, strict=True):
@@ -71,34 +80,33 @@ def from_transformers(layer: nn.Module) -> GatedDeltaNet:
 
 
 def from_fla(layer: nn.Module) -> GatedDeltaNet:
-    """Return a layer that computes what `fla.layers.GatedDeltaNet` computes.
+    """Return a layer that computes what a layer of flash-linear-attention computes.
 
     Args:
-        layer: the layer.
+        layer: a GatedDeltaNet, KimiDeltaAttention or GatedDeltaNet2 of `fla.layers`.
 
     Returns:
-        A GatedDeltaNet with copies of its weights, on its device and in its dtypes; projections
-        have a bias where its own have one.
+        A GatedDeltaNet, or KimiDeltaAttention for the others, with copies of its weights, on its
+        device and in its dtypes; projections have a bias where its own have one.
 
     Raises:
         SpecError: the layer is of another kind, or has weights that cannot be read or would be
             lost: adapters, quantised, sharded or offloaded ones.
     """
     layer = _uncompiled(layer)
-    if not all(hasattr(layer, name) for name in ("use_short_conv", "use_gate", "num_v_heads")):
-        _refuse("from_fla", layer, "fla.layers.GatedDeltaNet")
+    is_kimi = hasattr(layer, "f_proj")
+    named_so = ("use_short_conv", "num_v_heads", *(() if is_kimi else ("use_gate",)))
+    if not all(hasattr(layer, name) for name in named_so):
+        _refuse("from_fla", layer, _OF_FLA)
     source: Any = layer
     read = Source("from_fla", layer)
+    if is_kimi:
+        return kimi_weights.from_fla(source, read)
     weights: dict[str, Tensor] = {}
     for n in "qkvabog" if source.use_gate else "qkvabo":
         weights |= named(f"{n}_proj", read.linear(f"{n}_proj"))
     weights["o_norm.weight"] = read.tensor("o_norm.weight")
-    if source.use_short_conv:
-        names = [f"{n}_conv1d" for n in "qkv"]
-        parts = [read.tensor(f"{n}.weight").squeeze(1) for n in names]
-        weights["conv.weight"] = torch.cat(parts)
-        if getattr(source, names[0]).bias is not None:
-            weights["conv.bias"] = torch.cat([read.tensor(f"{n}.bias") for n in names])
+    weights |= kimi_weights.convolutions(source, read)
     output_gate = read.output_gate("o_norm") if source.use_gate else None
     return _filled(source, read, source.num_heads, read.norm_eps("o_norm"), weights, output_gate)
 

@@ -16,7 +16,7 @@ from gdn_ops import SpecError
 from gdn_ops.nn import PAPER, GatedDeltaNet, HybridLM, SlidingWindowAttention
 from gdn_ops.nn.attention import rotate
 
-PATTERNS = ("G", "GA", "MGA", "A")
+PATTERNS = ("G", "GA", "MGA", "A", "KKEA")
 VOCABULARY, WINDOW = 19, 5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -309,7 +309,8 @@ def test_low_precision_stays_close_to_float32() -> None:
 
 LETTERS = (
     "G (GatedDeltaNet with the rule that is asked for), M (GatedDeltaNet with the decay-only "
-    "rule `gated`, in the place of Mamba2), A (SlidingWindowAttention)"
+    "rule `gated`, in the place of Mamba2), K (KimiDeltaAttention), E (KimiDeltaAttention with "
+    "erase and write gates, as Gated DeltaNet-2), A (SlidingWindowAttention)"
 )
 
 

@@ -110,8 +110,9 @@ def test_a_state_that_is_given_is_not_changed(name: str) -> None:
         assert a is None or torch.equal(a, b)
 
 
-def test_one_token_is_one_call(calls: list[str]) -> None:
-    layer, x = make(num_value_heads=4), torch.randn(1, 1, WIDTH)
+@pytest.mark.parametrize("gate_rank", [None, 3])
+def test_one_token_is_one_call(gate_rank: int | None, calls: list[str]) -> None:
+    layer, x = make(num_value_heads=4, gate_rank=gate_rank), torch.randn(1, 1, WIDTH)
     with torch.no_grad():
         state = layer(torch.randn(1, 5, WIDTH))[1]
         calls.clear()
@@ -121,6 +122,22 @@ def test_one_token_is_one_call(calls: list[str]) -> None:
     calls.clear()
     layer(x, state)
     assert "gdn_token" not in calls and "gdn_convolution" in calls
+
+
+@pytest.mark.parametrize(
+    "options", [{"channel_decay": True}, {"lower_bound": -2.0}, {"erase_write": True}], ids=str
+)
+def test_one_token_of_another_member_is_not_that_call(
+    options: dict[str, Any], calls: list[str]
+) -> None:
+    layer, x = make(**options), torch.randn(1, 6, WIDTH)
+    with torch.no_grad():
+        y, _ = layer(x)
+        state = layer(x[:, :5])[1]
+        calls.clear()
+        last, _ = layer(x[:, 5:], state)
+    assert "gdn_token" not in calls and "gdn_convolution" in calls
+    close(last, y[:, 5:])
 
 
 def test_a_hook_of_a_part_is_called(calls: list[str]) -> None:

@@ -111,7 +111,9 @@ def test_an_fla_layer_without_convolution_keeps_its_shape() -> None:
 
 
 KNOWN = "should be the linear-attention layer of"
-OF_TRANSFORMERS = f"{KNOWN} Qwen3-Next, Qwen3.5 or OLMo-Hybrid"
+OF_TRANSFORMERS = (
+    f"{KNOWN} Qwen3-Next, Qwen3.5, OLMo-Hybrid, Kimi Linear, GLM-5.3-Flash or Ling-3.0"
+)
 
 
 def layer_with(activation: str) -> Any:
@@ -131,7 +133,8 @@ def layer_with(activation: str) -> Any:
         (
             from_fla,
             GatedDeltaNet(16, 2, head_dim=4),
-            f"layer is a GatedDeltaNet, {KNOWN} fla.layers.GatedDeltaNet",
+            f"layer is a GatedDeltaNet, {KNOWN} fla.layers.GatedDeltaNet, KimiDeltaAttention or "
+            f"GatedDeltaNet2",
         ),
     ],
 )

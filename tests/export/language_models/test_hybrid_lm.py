@@ -291,6 +291,25 @@ def test_a_part_without_a_form_is_named(change: Callable[[HybridLM], None], tmp_
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("pattern", "options", "text"),
+    [
+        ("GK", {}, "blocks.1.mixer has channel_decay = True, should have False"),
+        ("E", {"channel_decay": False}, "blocks.0.mixer has erase_write = True, should have False"),
+        ("AG", {"lower_bound": -5.0}, "blocks.1.mixer has lower_bound = -5.0, should have None"),
+        ("G", {"gate_rank": 4}, "blocks.0.mixer has gate_rank = 4, should have None"),
+    ],
+)
+def test_another_member_of_the_family_is_refused(
+    pattern: str, options: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    made = model(pattern, **options)
+    assert refusal(export_model, made, tmp_path / "model") == (
+        f"export_model: {text}: one decay and one β per head have an ONNX form here"
+    )
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_model_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     made = model("GA")
     made.blocks[0].register_forward_hook(lambda block, given, made: (1.1 * made[0], made[1]))
