@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from gdn_ops import (
+    Backend,
     BackendUnsupportedError,
+    Limits,
     gated_delta,
     gated_delta_product,
     gated_delta_step,
@@ -92,12 +94,31 @@ def test_the_table_has_a_cell_for_everything() -> None:
             assert " yes |" in row
 
 
-def test_a_cell_gives_every_reason(registry_as_found: None) -> None:
-    by_name = {member.name: members.cells_of(member) for member in MEMBERS}
-    assert set(by_name["Gated DeltaNet"].values()) == {"yes", "`standard`, `ort`, `onnx`: yes"}
-    assert by_name["GDN-2"]["tilelang"].startswith("no: ")
-    assert "erase and write (supported: beta)" in by_name["GDN-2"]["tilelang"]
-    assert by_name["GDN-2"]["onnx"] == (
+def test_a_cell_gives_every_reason() -> None:
+    class Narrow(Backend):
+        name = "narrow"
+        limits = Limits(devices=("cuda",), rules=("delta", "gated_delta"), grad=False)
+
+    by_name = {member.name: member for member in MEMBERS}
+    wide = [
+        "channel decay (supported: none, scalar)",
+        "channel erase (supported: none, scalar)",
+        "channel write (supported: scalar)",
+        "erase and write (supported: beta)",
+    ]
+    no_gradients = "gradients needed (supported: forward only)"
+    expected = {
+        ("Gated DeltaNet", "forward"): [],
+        ("Gated DeltaProduct", "backward"): [no_gradients],
+        ("GDN-2", "decode"): wide,
+        ("GDN-2", "backward"): [*wide, no_gradients],
+        ("linear attention", "decode"): ["rule linear (supported: delta, gated_delta)"],
+    }
+    for (name, use), against in expected.items():
+        assert members.reasons_against(Narrow(), by_name[name], use) == against
+    yes = members.cells_of(by_name["Gated DeltaNet"])
+    assert set(yes.values()) == {"yes", "`standard`, `ort`, `onnx`: yes"}
+    assert members.onnx_cell(by_name["GDN-2"]) == (
         "no: gdn_ops::GatedDelta has one strength, beta, and no erase or write"
     )
 
