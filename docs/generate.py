@@ -2,7 +2,7 @@
 
 They are committed, so that every link leads somewhere when the files are read as they lie: a page
 per op, from its spec and `examples/`, a page per public name, from its docstring, and the tables of
-laws, mutants, bodies and ablations. A test says when they are out of date.
+laws, mutants, bodies, the family and ablations. A test says when they are out of date.
 """
 
 from __future__ import annotations
@@ -336,6 +336,13 @@ def bodies_table() -> str:
     return bodies_table()
 
 
+def family_table() -> str:
+    """Return which backend and which ONNX body runs each member of the family, or why not."""
+    from gdn_ops.testing.members import support_table
+
+    return support_table()
+
+
 def paper_tables() -> dict[str, Callable[[], str]]:
     """Return what makes the tables of docs/paper.md, from the recorded results, by their marks."""
     from gdn_ops.bench.paper.pages import tables
@@ -356,6 +363,7 @@ TABLES = {
     "laws": laws_table,
     "mutants": mutants_table,
     "bodies": bodies_table,
+    "family": family_table,
     "ablation": ablation_table,
 }
 """Makes the text between `<!-- laws -->` and `<!-- /laws -->` of a page, and so on."""

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     include = find_include(arguments[0] if arguments else os.environ.get("ORT_INCLUDE", ""))
     kernels = load_build()
-    source = str(HERE / "gated_delta_step.cc")
+    source = str(HERE / "operators.cc")
     door = kernels.Door("libgdn_ops_ort.so", source, ("-isystem", str(include)))
     try:
         built = kernels.build(HERE / "build", door=door)

@@ -1,4 +1,4 @@
-// The node: its attributes, the types and shapes of its inputs, and one run of it.
+// A node of an operator: its attributes, the types and shapes of its inputs, and one run of it.
 #pragma once
 
 #include <onnxruntime_c_api.h>
@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <iterator>
 #include <new>
@@ -15,113 +16,28 @@
 #include <thread>
 #include <vector>
 
+#include "sequence.h"
+#include "shapes.h"
 #include "step.h"
 
 namespace {
 
-constexpr const char* kPrefix = "gdn_ops::GatedDeltaStep: ";
+// An operator: its name in errors, and whether its tensors have tokens.
+struct Kind {
+  const char* name;
+  bool is_sequence;
+};
+constexpr Kind kStep = {"GatedDeltaStep", false}, kSequence = {"GatedDelta", true};
+
 constexpr const char* kRules[] = {"gated_delta", "delta", "gated", "linear"};
 constexpr const char* kInputs[] = {"q", "k", "v", "log_alpha", "beta", "state"};
 enum Input { kQ, kK, kV, kLogAlpha, kBeta, kState, kInputCount };
 
-// A user's mistake, in words; becomes a status before it reaches onnxruntime.
-using Mistake = std::string;
-
-// Throws what onnxruntime says. Only for calls that cannot be a user's mistake.
-void check(const OrtApi& api, OrtStatus* status) {
-  if (status == nullptr) return;
-  const std::string message = api.GetErrorMessage(status);
-  api.ReleaseStatus(status);
-  throw Mistake(message);
-}
-
-// Whether a call went well, where not is an answer.
-bool is_well(const OrtApi& api, OrtStatus* status) {
-  if (status == nullptr) return true;
-  api.ReleaseStatus(status);
-  return false;
-}
-
-// Runs `body`; what it throws is returned as a status.
-template <class Body>
-OrtStatus* guarded(const OrtApi& api, Body body) noexcept {
-  try {
-    body();
-    return nullptr;
-  } catch (const Mistake& mistake) {
-    return api.CreateStatus(ORT_INVALID_ARGUMENT, (kPrefix + mistake).c_str());
-  } catch (...) {
-    return api.CreateStatus(ORT_FAIL, "gdn_ops::GatedDeltaStep: out of memory");
-  }
-}
-
-// A size that several tensors share, and who fixed it.
-struct Axis {
-  const char* name;
-  int64_t size = -1;
-  const char* holder = nullptr;
-};
-
-struct Axes {
-  Axis* of[4];
-  size_t rank;
-};
-
-std::string printed(const std::vector<std::string>& parts) {
-  std::string all = "(";
-  for (size_t i = 0; i < parts.size(); ++i) all += (i ? ", " : "") + parts[i];
-  return all + (parts.size() == 1 ? ",)" : ")");
-}
-
-std::string printed(const int64_t* sizes, size_t rank) {
-  std::vector<std::string> parts;
-  std::transform(sizes, sizes + rank, std::back_inserter(parts),
-                 [](int64_t size) { return std::to_string(size); });
-  return printed(parts);
-}
-
-// Checks one shape, and fixes the axes that no tensor before it had.
-void check_shape(const char* name, const int64_t* shape, size_t rank,
-                 const Axes& axes) {
-  bool is_right = rank == axes.rank;
-  for (size_t i = 0; is_right && i < rank; ++i) {
-    Axis& axis = *axes.of[i];
-    if (axis.size < 0) {
-      axis.size = shape[i];
-      axis.holder = name;
-    }
-    is_right = axis.size == shape[i];
-  }
-  if (is_right) return;
-
-  std::vector<std::string> names, sizes;
-  std::string reasons;
-  for (size_t i = 0; i < axes.rank; ++i) {
-    const Axis& axis = *axes.of[i];
-    names.emplace_back(axis.name);
-    if (rank != axes.rank) continue;
-    // An axis that the loop above did not come to is not wrong.
-    const int64_t size = axis.size < 0 ? shape[i] : axis.size;
-    sizes.push_back(std::to_string(size));
-    if (size == shape[i]) continue;
-    reasons += std::string(reasons.empty() ? "; " : ", ") + axis.name + " is fixed by " +
-               axis.holder;
-  }
-  const std::string is =
-      std::string(name) + " has shape " + printed(shape, rank) + ", should be " + printed(names);
-  if (rank != axes.rank) {
-    throw Mistake(is + ": " + std::to_string(axes.rank) + " dimensions, not " +
-                  std::to_string(rank));
-  }
-  throw Mistake(is + " = " + printed(sizes) + reasons);
-}
-
 struct Kernel {
-  Kernel(const OrtApi& api, const OrtKernelInfo* info, const GdnLevel* level, Type activation,
-         GdnType state)
-      : api_(api), level_(*level), activation_(activation) {
+  Kernel(const OrtApi& api, const OrtKernelInfo* info, const GdnLevel* level, Kind kind,
+         Type activation, GdnType state)
+      : api_(api), level_(*level), kind_(kind), activation_(activation) {
     call_.state_type = state;
-    call_.T = 1;
     // onnxruntime does not say how many threads it has.
     call_.threads = std::max(1u, std::thread::hardware_concurrency());
     read_attributes(info);
@@ -129,11 +45,16 @@ struct Kernel {
   }
 
   OrtStatus* run(OrtKernelContext* context) const {
-    return guarded(api_, [&] { compute(context); });
+    return guarded(api_, kind_.name, [&] { compute(context); });
   }
 
  private:
   void compute(OrtKernelContext* context) const;
+  void run_tokens(OrtKernelContext* context, const GdnSteps& x) const;
+  void run_forward(OrtKernelContext* context, const GdnSteps& x) const;
+  template <class Call>
+  void run_tasks(OrtKernelContext* context, const Call& call, const GdnPlan& plan,
+                 void (*kernel)(const Call&, const GdnPlan&, int64_t, float*)) const;
   void* read_input(OrtKernelContext* context, int index,
                          const Axes& axes) const;
   void* create_output(OrtKernelContext* context, size_t index,
@@ -166,6 +87,7 @@ struct Kernel {
 
   const OrtApi& api_;
   const GdnLevel& level_;
+  const Kind kind_;
   const Type activation_;
   GdnSteps call_{};  // without what changes from run to run
   std::string rule_;
@@ -276,10 +198,16 @@ Type Kernel::type_of(const OrtKernelInfo* info, Input input) const {
 
 void Kernel::compute(OrtKernelContext* context) const {
   GdnSteps x = call_;
-  Axis B{"B"}, H{"H", x.H, "num_qk_heads"}, HV{"HV", x.HV, "num_v_heads"}, K{"K"}, V{"V"};
-  const Axes decay = {{&B, &HV, &K}, x.decay_of_channels ? size_t(3) : size_t(2)};
-  const Axes axes_of[] = {{{&B, &H, &K}, 3}, {{&B, &H, &K}, 3}, {{&B, &HV, &V}, 3},
-                          decay,             {{&B, &HV}, 2},    {{&B, &HV, &K, &V}, 4}};
+  Axis B{"B"}, T{"T"}, H{"H", x.H, "num_qk_heads"}, HV{"HV", x.HV, "num_v_heads"}, K{"K"}, V{"V"};
+  const auto tokens = [&](std::initializer_list<Axis*> own) {
+    Axes axes = {{&B}, 1};
+    if (kind_.is_sequence) axes.of[axes.rank++] = &T;
+    for (Axis* axis : own) axes.of[axes.rank++] = axis;
+    return axes;
+  };
+  const Axes decay = x.decay_of_channels ? tokens({&HV, &K}) : tokens({&HV});
+  const Axes axes_of[] = {tokens({&H, &K}), tokens({&H, &K}), tokens({&HV, &V}),
+                          decay,            tokens({&HV}),    {{&B, &HV, &K, &V}, 4}};
   void* data[kInputCount] = {};
   for (int i = 0; i < kInputCount; ++i) {
     if (is_there_[i]) data[i] = read_input(context, i, axes_of[i]);
@@ -289,26 +217,63 @@ void Kernel::compute(OrtKernelContext* context) const {
     throw Mistake(std::string(axis->holder) + " has " + axis->name + "=0, should be at least 1");
   }
   x.B = B.size;
+  x.T = kind_.is_sequence ? T.size : 1;
   x.K = K.size;
   x.V = V.size;
-  place(x.q, data[kQ], x.H, x.K);
-  place(x.k, data[kK], x.H, x.K);
-  place(x.v, data[kV], x.HV, x.V);
-  place(x.decay, data[kLogAlpha], x.HV, x.decay_of_channels ? x.K : 1);
-  place(x.beta, data[kBeta], x.HV, 1);
+  place(x.q, data[kQ], x.T, x.H, x.K);
+  place(x.k, data[kK], x.T, x.H, x.K);
+  place(x.v, data[kV], x.T, x.HV, x.V);
+  place(x.decay, data[kLogAlpha], x.T, x.HV, x.decay_of_channels ? x.K : 1);
+  place(x.beta, data[kBeta], x.T, x.HV, 1);
   x.state = data[kState];
-  place(x.o, create_output(context, 0, {x.B, x.HV, x.V}), x.HV, x.V);
+  void* o = kind_.is_sequence ? create_output(context, 0, {x.B, x.T, x.HV, x.V})
+                              : create_output(context, 0, {x.B, x.HV, x.V});
+  place(x.o, o, x.T, x.HV, x.V);
   x.new_state = create_output(context, 1, {x.B, x.HV, x.K, x.V});
   x.state_head = x.new_state_head = x.K * x.V;
   x.state_row = x.new_state_row = x.HV * x.state_head;
   if (x.B == 0) return;
-
-  Tasks tasks{level_, x, level_.plan_decode(x)};
-  const size_t count = size_t(tasks.plan.tasks);
-  if (count == 1) {
-    Tasks::run(&tasks, 0);
+  if (x.T == 0) {
+    std::memmove(x.new_state, x.state, size_t(x.B * x.state_row * bytes_of(x.state_type)));
+  } else if (kind_.is_sequence && x.state_type != kGdnFloat64) {
+    run_forward(context, x);
   } else {
-    check(api_, api_.KernelContext_ParallelFor(context, Tasks::run, count, 0, &tasks));
+    run_tokens(context, x);
+  }
+}
+
+// One token after another. A task keeps some tokens of a head at once; a float64 state loses
+// nothing between them.
+void Kernel::run_tokens(OrtKernelContext* context, const GdnSteps& x) const {
+  constexpr int64_t kTokens = 64;
+  for (int64_t first = 0; first < x.T; first += kTokens) {
+    const GdnSteps part = tokens_from(x, first, kTokens);
+    run_tasks(context, part, level_.plan_decode(part), level_.run_decode);
+  }
+}
+
+// Chunk after chunk, on a copy of a state of 16 bits.
+void Kernel::run_forward(OrtKernelContext* context, const GdnSteps& x) const {
+  const bool is_narrow = x.state_type != kGdnFloat32;
+  const int64_t size = x.B * x.state_row;
+  std::vector<float> copy(is_narrow ? size_t(size) : 0);
+  if (is_narrow) widen_state(x.state, x.state_type, copy.data(), size);
+  const auto* initial = is_narrow ? copy.data() : static_cast<const float*>(x.state);
+  auto* final = is_narrow ? copy.data() : static_cast<float*>(x.new_state);
+  const GdnSequences call = sequences_of(x, initial, final);
+  run_tasks(context, call, level_.plan_forward(call), level_.run_forward);
+  if (is_narrow) narrow_state(copy.data(), x.state_type, x.new_state, size);
+}
+
+template <class Call>
+void Kernel::run_tasks(OrtKernelContext* context, const Call& call, const GdnPlan& plan,
+                       void (*kernel)(const Call&, const GdnPlan&, int64_t, float*)) const {
+  Tasks<Call> tasks{kernel, call, plan};
+  const size_t count = size_t(plan.tasks);
+  if (count == 1) {
+    Tasks<Call>::run(&tasks, 0);
+  } else {
+    check(api_, api_.KernelContext_ParallelFor(context, Tasks<Call>::run, count, 0, &tasks));
   }
   if (tasks.has_failed) throw std::bad_alloc();
 }

@@ -1,5 +1,5 @@
-// One step over all heads: the call that the kernels of backends/cpp/src take, and its tasks for a
-// pool of threads.
+// What the kernels of backends/cpp/src are called with, and the tasks of a call for a pool of
+// threads.
 #pragma once
 
 #include <onnxruntime_c_api.h>
@@ -45,17 +45,19 @@ const char* name_of(Type type) {
   return size_t(type) < std::size(kNames) ? kNames[type] : "another type";
 }
 
-// Say where a tensor (B, heads, ...) of `width` numbers a head lies.
-void place(GdnArray& array, void* data, int64_t heads, int64_t width) {
+// Say where a tensor (B, T, heads, ...) of `width` numbers a head lies.
+void place(GdnArray& array, void* data, int64_t tokens, int64_t heads, int64_t width) {
   array.data = data;
-  array.row = heads * width;
+  array.row = tokens * heads * width;
+  array.token = heads * width;
   array.head = width;
 }
 
 // A share of the heads, as a task of onnxruntime's threads. Nothing may be thrown through them.
+template <class Call>
 struct Tasks {
-  const GdnLevel& level;
-  const GdnSteps& call;
+  void (*const kernel)(const Call&, const GdnPlan&, int64_t, float*);
+  const Call& call;
   const GdnPlan plan;
   std::atomic<bool> has_failed{false};
 
@@ -66,7 +68,7 @@ struct Tasks {
       tasks.has_failed = true;
       return;
     }
-    tasks.level.run_decode(tasks.call, tasks.plan, int64_t(index), memory.get());
+    tasks.kernel(tasks.call, tasks.plan, int64_t(index), memory.get());
   }
 };
 

@@ -12,8 +12,16 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from gdn_ops import gated_delta_step
-from gdn_ops.export.node.schema import DOMAIN, ELEMENT_TYPES, INPUTS, OUTPUTS, STEP
+from gdn_ops import gated_delta, gated_delta_step
+from gdn_ops.export.node.schema import (
+    DOMAIN,
+    ELEMENT_TYPES,
+    INPUTS,
+    OUTPUTS,
+    SEQUENCE,
+    STEP,
+    Operator,
+)
 from paths import ORT_LIBRARY
 
 needs_library = pytest.mark.skipif(
@@ -42,8 +50,10 @@ class Node:
         threads: int = 1,
         functions: Sequence[Any] = (),
         without: Sequence[str] = (),
+        operator: Operator = STEP,
         **attributes: Any,
     ) -> None:
+        self.operator = operator
         self.attributes = {
             "num_qk_heads": heads[0],
             "num_v_heads": heads[1],
@@ -66,7 +76,7 @@ class Node:
             helper.make_node("Cast", [f"{name}_64"], [name], to=kinds[name]) for name in self.inputs
         ]
         given = [name if name in self.inputs else "" for name in INPUTS]
-        nodes.append(helper.make_node(STEP.name, given, OUTPUTS, domain=DOMAIN, **written))
+        nodes.append(helper.make_node(self.operator.name, given, OUTPUTS, domain=DOMAIN, **written))
         nodes += [
             helper.make_node("Cast", [name], [f"{name}_64"], to=TensorProto.DOUBLE)
             for name in OUTPUTS
@@ -79,32 +89,39 @@ class Node:
         o, state = self.session.run(None, feeds)
         return torch.from_numpy(o), torch.from_numpy(state)
 
-    def draw(self, B: int = 3, K: int = 24, V: int = 40, seed: int = 0) -> dict[str, Tensor]:
-        """Return inputs, in float64, of values that the node's types have."""
+    def draw(
+        self, B: int = 3, K: int = 24, V: int = 40, seed: int = 0, T: int = 5
+    ) -> dict[str, Tensor]:
+        """Return inputs, in float64, of values that the node's types have; T tokens of a prompt."""
         random = torch.Generator().manual_seed(seed)
         H, HV = self.attributes["num_qk_heads"], self.attributes["num_v_heads"]
-        shapes = {"q": (B, H, K), "k": (B, H, K), "v": (B, HV, V), "state": (B, HV, K, V)}
+        rows = (B, T) if self.operator is SEQUENCE else (B,)
+        shapes = {"q": (*rows, H, K), "k": (*rows, H, K), "v": (*rows, HV, V)}
+        shapes["state"] = (B, HV, K, V)
         tensors = {
             name: torch.randn(shape, generator=random, dtype=torch.float64)
             for name, shape in shapes.items()
         }
         tensors["k"] = tensors["k"] / tensors["k"].norm(dim=-1, keepdim=True)
         channels = (K,) if self.attributes.get("decay") == "channel" else ()
-        log_alpha = torch.rand((B, HV, *channels), generator=random, dtype=torch.float64)
+        log_alpha = torch.rand((*rows, HV, *channels), generator=random, dtype=torch.float64)
         tensors["log_alpha"] = -log_alpha
-        tensors["beta"] = 2 * torch.rand((B, HV), generator=random, dtype=torch.float64)
+        tensors["beta"] = 2 * torch.rand((*rows, HV), generator=random, dtype=torch.float64)
         return {name: tensors[name].to(DTYPES[self.types[name]]).double() for name in self.inputs}
 
     def expected(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Return what naive says, in float64."""
-        return gated_delta_step(
-            **tensors,
-            rule=self.attributes["rule"],
+        options = {
+            "rule": self.attributes["rule"],
             # As float32 has it: so it stands in the file.
-            scale=float(np.float32(self.attributes["scale"])),
-            qk_l2norm=bool(self.attributes["qk_l2norm"]),
-            backend="naive",
-        )
+            "scale": float(np.float32(self.attributes["scale"])),
+            "qk_l2norm": bool(self.attributes["qk_l2norm"]),
+            "backend": "naive",
+        }
+        if self.operator is STEP:
+            return gated_delta_step(**tensors, **options)
+        state = tensors.pop("state")
+        return gated_delta(**tensors, initial_state=state, return_state=True, **options)
 
     def check(self, **tensors: Tensor) -> None:
         """Assert that the node gives what naive gives, as nearly as its types allow."""

@@ -77,9 +77,10 @@ class DecodeCase(NamedTuple):
 DECODED = (
     DecodeCase(gated_delta_step, {}),
     DecodeCase(gated_delta_step, {"inplace": False}),
+    DecodeCase(gated_delta_step, {"alpha": torch.rand(B, HV, K)}),
     DecodeCase(gated_delta_step, {"state_indices": torch.tensor([-1, 2])}),
     DecodeCase(gated_delta_steps, {}),
     DecodeCase(gated_delta_steps, {"inplace": False, "return_states": True}),
     DecodeCase(gated_delta, {}),
 )
-"""States in their place or another one, a row that is skipped, all states of a call."""
+"""States in their place or another one, decays of channels, a skipped row, all states of a call."""

@@ -52,8 +52,8 @@ class Cpp(Backend):
         return missing()
 
     def reasons(self, call: Call) -> list[str]:
-        found = [missing()]
-        return [reason for reason in found if reason is not None]
+        reason = missing()
+        return [] if reason is None else [reason]
 
     def saved_like(self, call: Call) -> tuple[Tensor, ...]:
         return (torch.empty(_shape_of_states(call), dtype=torch.float32, device=call.device),)

@@ -125,5 +125,5 @@ def bodies_table() -> str:
     """Return the bodies as a Markdown table."""
     rows = ["| body | what it is | where to use it |", "|---|---|---|"]
     rows += [f"| `{body.name}` | {body.what} | {body.where} |" for body in BODIES.values()]
-    kernel = "where a custom-op library registers `gdn_ops::GatedDeltaStep`"
+    kernel = "where a custom-op library registers our operators, as that of `make native` does"
     return "\n".join([*rows, f"| `None` | no function | {kernel} |"])

@@ -88,8 +88,7 @@ def _sequence(*values: Any) -> Any:
     from onnxscript import opset18 as op
 
     # The op returns its state in the compute type, whatever the type of the first one is.
-    state = _widened(given.state, _compute_type(given))
-    results = _write(GATED_DELTA, SEQUENCE, given._replace(state=state))
+    results = _write(GATED_DELTA, SEQUENCE, given, widens_state=True)
     # torch wants a value for every output, and drops this one.
     return *results, op.SequenceEmpty()
 
@@ -134,7 +133,7 @@ def _widened(x: Any, kind: int) -> Any:
     return x if x is None or int(x.dtype) == kind else op.Cast(x, to=kind)
 
 
-def _write(spec: OpSpec, operator: Operator, given: Any) -> Any:
+def _write(spec: OpSpec, operator: Operator, given: Any, widens_state: bool = False) -> Any:
     """Write a node, with its gates in the compute type and the decay as its logarithm."""
     from onnxscript import opset18 as op
 
@@ -159,6 +158,7 @@ def _write(spec: OpSpec, operator: Operator, given: Any) -> Any:
         state = op.Expand(op.Cast(op.Constant(value_float=0.0), to=kind), shape)
     else:
         check_dtypes(label, _dtype_name(q), _dtype_name(state))
+        state = _widened(state, kind) if widens_state else state
     log_alpha = _widened(log_alpha, kind) if alpha is None else op.Log(_widened(alpha, kind))
     write = _node(operator)
     return write(q, k, v, log_alpha, _widened(beta, kind), state, **attributes.as_onnx())

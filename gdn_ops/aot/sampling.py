@@ -95,10 +95,10 @@ def _of(spec: OpSpec, case: Case, label: str, choice: dict[str, Any]) -> Iterato
     """Make the samples of one case with one variation."""
     axes = {axis.name for axis in fields(Sizes)}
     sizes = replace(case.sizes, **{k: v for k, v in choice.items() if k in axes})
-    choice = {"dtype": case.dtype, **choice}
+    choice = {"dtype": case.dtype, "channels": case.channels, **choice}
     arguments = arguments_of(spec, _arguments(spec, sizes, choice))
     call = bind(spec, arguments, check_values=False)
-    is_reference = sizes.K == sizes.V == 128 and choice == {"dtype": "bfloat16"}
+    is_reference = sizes.K == sizes.V == 128 and choice == {"dtype": "bfloat16", "channels": False}
     if spec is not GATED_DELTA:
         yield Sample(label, call, is_reference)
         return

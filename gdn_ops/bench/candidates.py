@@ -20,7 +20,7 @@ from gdn_ops.bench.device import Run
 from gdn_ops.bench.inputs import (
     Inputs,
     Setting,
-    make_inputs,
+    inputs_of,
     make_output_gradient,
     make_step_inputs,
 )
@@ -90,7 +90,7 @@ def directions(backend: Backend, case: Case, setting: Setting) -> Iterator[Direc
     if case.sizes.T == 1:
         yield _step(backend, case, setting)
         return
-    x = make_inputs(case.sizes, setting.torch_dtype, setting.device)
+    x = inputs_of(case, setting)
     d_o = make_output_gradient(case.sizes, setting.torch_dtype, setting.device)
     # It takes seconds, and whoever only calls candidates needs none.
     definition = functools.cache(lambda: Definition(case, x, d_o, backend.limits.grad))

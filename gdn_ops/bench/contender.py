@@ -61,6 +61,7 @@ class Contender:
         is_peer: whether it is another library's.
         lacks: why it cannot run a direction: forward, backward or step.
         dtypes: of q, k and v that it computes in or more precisely; empty for all.
+        channels: whether a peer takes a decay of every key channel.
         context: entered around a run and around the backward of what it returned.
     """
 
@@ -71,6 +72,7 @@ class Contender:
     is_peer: bool = False
     lacks: Mapping[str, str] = field(default_factory=dict)
     dtypes: tuple[str, ...] = ()
+    channels: bool = False
     context: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def output(self, x: Inputs) -> Tensor:
@@ -91,6 +93,8 @@ class Contender:
             dtype = str(x.q.dtype).removeprefix("torch.")
             if self.dtypes and dtype not in self.dtypes:
                 return [f"does not compute in {dtype}, only in {', '.join(self.dtypes)}"]
+            if x.has_channels and not self.channels:
+                return ["takes no decay of every key channel here"]
             return [self.lacks[what]] if what in self.lacks else []
         given: dict[str, Any] = {"log_alpha": x.log_alpha, "beta": x.beta, "backend": self.name}
         if what == "step":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gdn_ops.spec.cases import PACKED_CASES, PROMPT_CASES
+from gdn_ops.spec.cases import KDA_CASES, PACKED_CASES, PROMPT_CASES
 from gdn_ops.spec.errors import SpecError
 from gdn_ops.spec.language import Case, Sizes
 from gdn_ops.spec.names import unknown
@@ -63,8 +63,9 @@ class Inputs:
     Attributes:
         q, k: (B, T, H, K), or (B, H, K) for a step; the rows of k have length one.
         v: (B, T, HV, V), or (B, HV, V).
-        log_alpha: (B, T, HV), or (B, HV), float32, the natural logarithm of the decay.
-        beta: the same shape, float32, in (0, 1).
+        log_alpha: (B, T, HV), or (B, HV), float32, the natural logarithm of the decay; with a last
+            axis K where every key channel has its own.
+        beta: (B, T, HV), or (B, HV), float32, in (0, 1).
         state: (N, HV, K, V), initial state, or None.
         cu_seqlens: (N+1,) int64, or None.
         raw: the raw gates of a step, or None.
@@ -78,6 +79,11 @@ class Inputs:
     state: Tensor | None = None
     cu_seqlens: Tensor | None = None
     raw: RawGates | None = None
+
+    @property
+    def has_channels(self) -> bool:
+        """Return whether every key channel has a decay of its own."""
+        return self.log_alpha.dim() > self.beta.dim()
 
     def operands(self) -> tuple[Tensor, ...]:
         """Return the differentiable tensors, in the order of OPERANDS."""
@@ -135,7 +141,7 @@ def find_case(name: str) -> Case:
     Raises:
         SpecError: no case has that name.
     """
-    own = {case.name: case for case in (*PROMPT_CASES, *PACKED_CASES)}
+    own = {case.name: case for case in (*PROMPT_CASES, *KDA_CASES, *PACKED_CASES)}
     cases = {**GATED_DELTA.case, **GATED_DELTA_STEP.case, **own}
     family = (case for n, case in GATED_DELTA.case.items() if n.rpartition("-")[0] == name)
     known = cases.get(name) or next(family, None)
@@ -144,15 +150,26 @@ def find_case(name: str) -> Case:
     return known
 
 
-def make_inputs(s: Sizes, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-    """Draw a case: normal q and v of a dtype, unit keys, float32 log_alpha in (-0.1, 0]."""
+def make_inputs(
+    s: Sizes, dtype: torch.dtype, device: str = "cpu", *, channels: bool = False
+) -> Inputs:
+    """Draw a case: normal q and v of a dtype, unit keys, float32 log_alpha in (-0.1, 0].
+
+    With `channels`, log_alpha is (B, T, HV, K).
+    """
     draw, tokens = _Drawing(device), (s.B, s.T)
     q = draw.normal(*tokens, s.H, s.K)
     k = functional.normalize(draw.normal(*tokens, s.H, s.K), dim=-1)
     v = draw.normal(*tokens, s.HV, s.V)
-    log_alpha = -0.1 * draw.uniform(*tokens, s.HV)
+    log_alpha = -0.1 * draw.uniform(*tokens, s.HV, *((s.K,) if channels else ()))
     beta = draw.uniform(*tokens, s.HV).clamp(0.01, 0.99)
     return Inputs(q.to(dtype), k.to(dtype), v.to(dtype), log_alpha, beta)
+
+
+def inputs_of(case: Case, setting: Setting) -> Inputs:
+    """Draw the operands of the sequences of a case in a setting."""
+    dtype, device = setting.torch_dtype, setting.device
+    return make_inputs(case.sizes, dtype, device, channels=case.channels)
 
 
 def make_step_inputs(s: Sizes, dtype: torch.dtype, device: str = "cpu") -> Inputs:

@@ -21,7 +21,13 @@ from gdn_ops.bench.child import call, child_environment
 from gdn_ops.bench.contender import Contender
 from gdn_ops.bench.device import Peak, Run, find_device
 from gdn_ops.bench.floors import Rates
-from gdn_ops.bench.inputs import Inputs, Setting, make_inputs, make_output_gradient
+from gdn_ops.bench.inputs import (
+    Inputs,
+    Setting,
+    inputs_of,
+    make_inputs,
+    make_output_gradient,
+)
 from gdn_ops.bench.peers import find_contender
 from gdn_ops.bench.rows import Result, Row, timed_rows
 from gdn_ops.bench.turns import REST, Timing, interleave
@@ -96,17 +102,30 @@ def _available(name: str) -> Contender:
     return contender
 
 
-def measure_peak(name: str, sizes: Sizes, s: Setting) -> Peak:
+def measure_peak(name: str, case: Case, s: Setting) -> Peak:
     """Return the peak memory of a contender's forward and backward, for a process of its own.
 
     It runs on a short prefix first, so that libraries are loaded and code is compiled.
     """
-    c = _available(name)
+    c, sizes = _available(name), case.sizes
     for size in (replace(sizes, T=min(sizes.T, WARMUP_TOKENS)), sizes):
-        x = make_inputs(size, s.torch_dtype, s.device)
+        x = inputs_of(replace(case, sizes=size), s)
         d_o = make_output_gradient(size, s.torch_dtype, s.device)
         peak = find_device(s.device).peak(c.run("forward+backward", x, d_o))
     return peak
+
+
+def channels_row(case: Case, c: Contender, x: Inputs, s: Setting) -> Row:
+    """Compare the time of a forward whose key channels decay with one whose heads do."""
+    of_heads = replace(x, log_alpha=x.log_alpha.mean(-1))
+    runs = {"channels": c.sequence(x).run, "heads": c.sequence(of_heads).run}
+    rest = REST if s.device == "cpu" else 0.0
+    with torch.no_grad(), c.context():
+        timing = interleave(runs, s.repeats, device=find_device(s.device), rest=rest)
+    long, short = timing["channels"], timing["heads"]
+    median, best = long.median / short.median, long.best / short.best
+    against = "a decay of every head"
+    return Row("channels", case.name, c.name, "x", median, best, s.repeats, against=against)
 
 
 def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row | str:
@@ -116,7 +135,7 @@ def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row | str:
         The row, or why the process failed.
     """
     long = replace(case.sizes, T=case.sizes.T * times)
-    timing = call(_time_forwards, name, {"short": case.sizes, "long": long}, s)
+    timing = call(_time_forwards, name, {"short": case, "long": replace(case, sizes=long)}, s)
     if isinstance(timing, str):
         return timing
     longer, shorter = timing["long"], timing["short"]
@@ -126,12 +145,9 @@ def scaling_row(case: Case, times: int, name: str, s: Setting) -> Row | str:
     return Row("scaling", case.name, name, "x", median, best, s.repeats, against=against)
 
 
-def _time_forwards(name: str, sizes: dict[str, Sizes], s: Setting) -> dict[str, Timing]:
+def _time_forwards(name: str, cases: dict[str, Case], s: Setting) -> dict[str, Timing]:
     c = _available(name)
-    runs = {
-        what: c.sequence(make_inputs(size, s.torch_dtype, s.device)).run
-        for what, size in sizes.items()
-    }
+    runs = {what: c.sequence(inputs_of(case, s)).run for what, case in cases.items()}
     with torch.no_grad():
         return interleave(runs, s.repeats, device=find_device(s.device))
 

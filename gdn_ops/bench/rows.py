@@ -32,7 +32,7 @@ class Row:
 
     Attributes:
         what: forward, forward+backward, packed forward, packed forward+backward, memory, step,
-            threads, load, scaling, overhead or import.
+            threads, load, scaling, channels, overhead or import.
         case: name of the case.
         comparator: name of the backend, peer or expression.
         unit: of median, best and floor: ms, us, s, MiB, or x for a bare ratio.
@@ -103,6 +103,7 @@ class Target:
 _REFERENCE, _PROMPT = "qwen-16-32-2048", "qwen-16-32-prompt-256"
 _STEP = "qwen-16-32-step-b1"
 _LONG = "qwen-16-32-4096"
+_KDA = "kimi-8-8-1024"
 
 
 def _faster(
@@ -133,6 +134,8 @@ TARGETS = (
     _faster("forward", "torch", 4, "transformers"),
     _faster("forward", "compile", 5, "transformers"),
     _faster("forward+backward", "cpp", 18, "transformers"),
+    _faster("forward", "cpp", 40, "transformers", _KDA),
+    _faster("forward+backward", "cpp", 60, "transformers", _KDA),
     _faster("forward+backward", "torch", 6, "transformers"),
     _faster("forward+backward", "compile", 7, "transformers"),
     _memory("cpp", 0.15, "<= 0.15"),
@@ -143,6 +146,7 @@ TARGETS = (
     _step("torch", 1.3, "<= 1.3x the best eager", "eager"),
     Target("threads", _REFERENCE, "cpp", 1.8, True, False, ">= 1.8"),
     _at_most("load", _REFERENCE, "cpp", 3),
+    _at_most("channels", _KDA, "cpp", 1.6),
     _at_most("scaling", _REFERENCE, "cpp", 1.1),
     _at_most("scaling", _REFERENCE, "torch", 1.15),
     Target("overhead", "T=8", "torch", 60, False, False, "<= 60 us"),

@@ -10,7 +10,7 @@ from gdn_ops.bench import measures, sharing
 from gdn_ops.bench.child import call
 from gdn_ops.bench.contender import Contender
 from gdn_ops.bench.floors import Rates, measure_rates
-from gdn_ops.bench.inputs import Setting, find_case, make_inputs
+from gdn_ops.bench.inputs import Setting, find_case, inputs_of
 from gdn_ops.bench.packed import packed_rows
 from gdn_ops.bench.peers import check_peers, find_contender, peers_on
 from gdn_ops.bench.report import Log
@@ -25,20 +25,26 @@ from gdn_ops.spec.language import Case
 from gdn_ops.spec.names import unknown
 
 SEQUENCES = ("forward", "forward+backward", "memory", "threads", "load", "scaling")
-"""Measurements of cases of sequences; "step" is of one token, "packed" of many in one row."""
+CHANNELS = ("forward", "forward+backward", "channels")
+"""Measurements of cases of sequences; "step" is of one token, "packed" of many in one row.
 
-WHAT = (*SEQUENCES[:3], "step", "packed", *SEQUENCES[3:], "overhead", "import")
+CHANNELS are those of sequences with a decay of every key channel.
+"""
+
+WHAT = (*SEQUENCES[:3], "step", "packed", *SEQUENCES[3:], "channels", "overhead", "import")
 """Every measurement, in the order in which they are listed."""
 
 _LAYER = ("qwen-16-32-2048",)
-_FORWARDS = (*_LAYER, "qwen-16-32-prompt-256")
+_KDA = ("kimi-8-8-1024",)
+_FORWARDS = (*_LAYER, "qwen-16-32-prompt-256", *_KDA)
 REFERENCE: dict[str, tuple[str, ...]] = {
     "forward": _FORWARDS,
-    "forward+backward": _LAYER,
+    "forward+backward": (*_LAYER, *_KDA),
     "memory": ("qwen-16-32-4096",),
     "step": ("qwen-16-32-step-b1",),
     "packed": ("packed-8192x1", "packed-2048x4-8"),
     **dict.fromkeys(SEQUENCES[3:], _LAYER),
+    "channels": _KDA,
 }
 """Cases of the reference table, by measurement."""
 
@@ -50,7 +56,7 @@ SCALING_TIMES = 8
 _ALL_BUT_IMPORT = tuple(what for what in WHAT if what != "import")
 USES = {
     "peer": (*SEQUENCES[:3], "step"),
-    "repeats": ("forward", "forward+backward", "packed", *SEQUENCES[3:]),
+    "repeats": ("forward", "forward+backward", "packed", *SEQUENCES[3:], "channels"),
     **dict.fromkeys(("backend", "dtype", "device", "threads"), _ALL_BUT_IMPORT),
 }
 """The measurements that an option has an effect on."""
@@ -130,6 +136,7 @@ _KINDS = {
     "packed": (("packed",), "many sequences in one row"),
     "step": (("step",), "a case of one token"),
     "sequence": (SEQUENCES, "a sequence"),
+    "channels": (CHANNELS, "a sequence with a decay of every key channel"),
 }
 """Kinds of cases: the measurements of each, and what it is in words."""
 
@@ -137,6 +144,8 @@ _KINDS = {
 def _kind(case: Case) -> str:
     if case.lengths:
         return "packed"
+    if case.channels:
+        return "channels"
     return "step" if case.sizes.T == 1 else "sequence"
 
 
@@ -154,11 +163,17 @@ def check_effect(cases: Sequence[str], what: Sequence[str]) -> None:
                 f"case {name!r} is {words}, which --what {','.join(what)} does not measure: "
                 f"{', '.join(wanted)} does"
             )
-    needed = {"packed": "of packed sequences", "step": "of one token", "sequence": "of a sequence"}
+    needed = {
+        "packed": "of packed sequences",
+        "step": "of one token",
+        "sequence": "of a sequence",
+        "channels": "whose key channels decay",
+    }
     for name in what:
-        needs = next((kind for kind, (takes, _) in _KINDS.items() if name in takes), None)
-        if cases and needs is not None and needs not in kinds.values():
-            raise SpecError(f"--what {name} needs a case {needed[needs]}, got {', '.join(cases)}")
+        needs = [kind for kind, (takes, _) in _KINDS.items() if name in takes]
+        if cases and needs and not {*needs} & {*kinds.values()}:
+            text = f"--what {name} needs a case {needed[needs[0]]}"
+            raise SpecError(f"{text}, got {', '.join(cases)}")
 
 
 def default_peers(device: str) -> tuple[str, ...]:
@@ -271,11 +286,11 @@ class _Suite:
         s = part.setting
         for case in part.cases.get("memory", ()):
             self.log(f"memory, {case.name}, {s.dtype}")
-            x = make_inputs(case.sizes, s.torch_dtype, s.device).with_grad()
+            x = inputs_of(case, s).with_grad()
             weighed = [c for c in contenders if not c.reasons(x, "backward")]
             names = [c.name for c in weighed]
             peer = next((c.name for c in weighed if c.is_peer), None)
-            peak = functools.partial(call, measures.measure_peak, sizes=case.sizes, s=s)
+            peak = functools.partial(call, measures.measure_peak, case=case, s=s)
             measures.memory_rows(case.name, names, peer, peak, self.result)
 
     def _sequences(self, part: Part, case: Case, contenders: list[Contender], rates: Rates) -> None:
@@ -283,7 +298,7 @@ class _Suite:
         whats = ("forward", "forward+backward")
         wanted = [what for what in whats if case in part.cases.get(what, ())]
         s, gradients = part.setting, "forward+backward" in wanted
-        x = make_inputs(case.sizes, s.torch_dtype, s.device)
+        x = inputs_of(case, s)
         self.log(f"conformance, {case.name}, {s.dtype}")
         against = {
             c.name: "; ".join(c.reasons(x, "forward")) or first_error(c, x) for c in contenders
@@ -316,9 +331,14 @@ class _Suite:
         for what, measure in (("threads", sharing.threads_row), ("load", sharing.load_row)):
             for case in part.cases.get(what, ()):
                 self.log(f"{what}, {case.name}, {s.dtype}")
-                x = make_inputs(case.sizes, s.torch_dtype, s.device)
+                x = inputs_of(case, s)
                 able = [c for c in ours if not c.reasons(x, "forward")]
                 self._add(what, {c.name: functools.partial(measure, case, c, x, s) for c in able})
+        for case in part.cases.get("channels", ()):
+            self.log(f"channels, {case.name}, {s.dtype}")
+            x = inputs_of(case, s)
+            able = [c for c in ours if not c.reasons(x, "forward")]
+            rows += [measures.channels_row(case, c, x, s) for c in able]
         for case in part.cases.get("scaling", ()):
             self.log(f"scaling, {case.name}, {s.dtype}")
             scaling = functools.partial(measures.scaling_row, case, SCALING_TIMES, s=s)

@@ -19,7 +19,7 @@ from gdn_ops.bench.contender import Contender, error_line
 from gdn_ops.bench.device import Device, find_device
 from gdn_ops.bench.first_calls import Trial, make_first_calls
 from gdn_ops.bench.gpu.device import BrokenDeviceError, Cuda
-from gdn_ops.bench.inputs import Setting, find_case, make_inputs, make_step_inputs
+from gdn_ops.bench.inputs import Setting, find_case, inputs_of, make_step_inputs
 from gdn_ops.bench.turns import rounds, take_turns
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.backend import Backend
@@ -68,10 +68,14 @@ def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
 
 def _check(backend: Backend, case: Case, setting: Setting) -> None:
     """Refuse a case that the backend cannot run, or for which it has nothing to tune."""
-    make, spec = make_inputs, GATED_DELTA
     if case.sizes.T == 1:
-        make, spec = make_step_inputs, GATED_DELTA_STEP
-    call = bound(spec, make(case.sizes, setting.torch_dtype, setting.device))
+        x, spec = (
+            make_step_inputs(case.sizes, setting.torch_dtype, setting.device),
+            GATED_DELTA_STEP,
+        )
+    else:
+        x, spec = inputs_of(case, setting), GATED_DELTA
+    call = bound(spec, x)
     candidates(backend, call)
     against = registry.reasons(backend, call)
     if against:

@@ -240,6 +240,7 @@ class Case:
         source: whose workload it is.
         dtype: of q, k and v.
         lengths: tokens of the packed sequences, in turns; empty where none are packed.
+        channels: whether every key channel has a decay.
     """
 
     name: str
@@ -247,10 +248,12 @@ class Case:
     source: str
     dtype: str = "bfloat16"
     lengths: tuple[int, ...] = ()
+    channels: bool = False
 
     def __str__(self) -> str:
         s = self.sizes
-        return f"{self.name}: B={s.B} T={s.T} H/HV={s.H}/{s.HV} K={s.K} V={s.V}"
+        decays = ", a decay per channel" if self.channels else ""
+        return f"{self.name}: B={s.B} T={s.T} H/HV={s.H}/{s.HV} K={s.K} V={s.V}{decays}"
 
 
 @dataclass(frozen=True)
@@ -258,13 +261,15 @@ class CostModel:
     """Hold the least cost of a call, as functions of its sizes.
 
     Attributes:
-        flops: floating-point operations of the chunkwise forward, from sizes and chunk length.
-        bytes: unavoidable memory traffic of the forward, from sizes and bytes per element.
+        flops: floating-point operations of the chunkwise forward, from sizes, chunk length, and
+            `channels=`: whether every key channel has a decay.
+        bytes: unavoidable memory traffic of the forward, from sizes, bytes per element, and
+            `channels=`.
         state_bytes: size of the float32 state.
     """
 
-    flops: Callable[[Sizes, int], float]
-    bytes: Callable[[Sizes, int], float]
+    flops: Callable[..., float]
+    bytes: Callable[..., float]
     state_bytes: Callable[[Sizes], float]
 
 

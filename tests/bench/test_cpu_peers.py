@@ -268,3 +268,26 @@ def test_what_executorch_writes_to_stderr_is_thrown_away(
         os.write(2, b"noise")
     os.write(2, b"signal")
     assert capfd.readouterr().err == "signal"
+
+
+def kda() -> Inputs:
+    """Return a few tokens of a case whose key channels decay."""
+    sizes = replace(find_case("kimi-8-8-1024").sizes, T=70, H=2, HV=2, K=16, V=24)
+    return make_inputs(sizes, torch.float32, channels=True)
+
+
+def test_transformers_decays_channels_as_the_definition_does() -> None:
+    pytest.importorskip("transformers.models.kimi_linear")
+    x = kda()
+    assert x.has_channels and x.log_alpha.shape == (1, 70, 2, 16)
+    peer = find_contender("transformers")
+    assert not isinstance(peer, str)
+    assert peer.reasons(x, "forward") == []
+    exact = define(x.double())[0]
+    assert float((peer.output(x).double() - exact).abs().max() / exact.abs().max()) < 1e-5
+
+
+def test_a_peer_that_decays_heads_alone_says_so() -> None:
+    peer = Contender("peer", lambda x: pytest.fail("it was run"), is_peer=True)
+    assert peer.reasons(kda(), "forward") == ["takes no decay of every key channel here"]
+    assert peer.reasons(make_inputs(SIZES, torch.float32), "forward") == []

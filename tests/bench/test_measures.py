@@ -217,7 +217,7 @@ def test_scaling_overhead_and_import_give_a_row_each(monkeypatch: pytest.MonkeyP
     "measure",
     [
         lambda: scaling_row(TINY, 2, "nobody", Setting(repeats=1)),
-        lambda: call(measure_peak, "nobody", TINY.sizes, Setting()),
+        lambda: call(measure_peak, "nobody", TINY, Setting()),
     ],
     ids=("scaling", "memory"),
 )
@@ -230,7 +230,7 @@ def test_a_measuring_process_that_fails_is_a_reason(measure: Callable[[], object
 
 def test_peak_memory_grows_with_the_sequence() -> None:
     sizes = replace(TINY.sizes, T=600)
-    peak = call(measure_peak, "naive", sizes, Setting())
+    peak = call(measure_peak, "naive", replace(TINY, sizes=sizes), Setting())
     assert not isinstance(peak, str), peak
     # The definition keeps two states per token for its backward: 2 x 2 x 4 x 32 x 48 x 4 bytes.
     least = 600 * 2 * sizes.B * sizes.HV * sizes.K * sizes.V * 4

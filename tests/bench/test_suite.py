@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from gdn_ops.bench import measures, peers, report, rows, suite
-from gdn_ops.bench.inputs import Setting, find_case, make_inputs
+from gdn_ops.bench.contender import Prepared, our_contender
+from gdn_ops.bench.inputs import Inputs, Setting, find_case, make_inputs
 from gdn_ops.bench.peers import find_contender
 from gdn_ops.bench.verify import AT_ZERO, RefusedError, verify
+from gdn_ops.spec.errors import SpecError
 from gpu_stand_ins import FakeDevice, contender, stand_in
 
 TINY = find_case("tiny")
@@ -96,6 +98,65 @@ def test_a_backend_that_cannot_run_the_case_is_left_out_with_its_reason(
     result = suite.run(_tiny_plan(("forward",), ()))
     assert result.rows == []
     assert result.skipped == [("tiny", "torch", "K=32 (supported: 128)")]
+
+
+def test_a_case_whose_channels_decay_is_measured_with_one_whose_heads_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = find_case("kimi-8-8-1024")
+    short = dataclasses.replace(case, sizes=dataclasses.replace(TINY.sizes, T=40))
+    monkeypatch.setattr(suite, "find_case", lambda name: short)
+    given: list[tuple[int, ...]] = []
+    sequence = our_contender("torch")
+    assert not isinstance(sequence, str)
+
+    def noted(x: Inputs) -> Prepared:
+        given.append(tuple(x.log_alpha.shape))
+        return sequence.sequence(x)
+
+    peer = stand_in("transformers", FakeDevice(), change=lambda o: o)
+    ours = dataclasses.replace(sequence, sequence=noted)
+    monkeypatch.setattr(suite, "find_contender", {"transformers": peer, "torch": ours}.get)
+    what = ("forward", "channels", "threads")
+    plan = suite.make_plan([short.name], what, ["torch"], ("transformers",), Setting(repeats=1))
+    result = suite.run(plan)
+    assert [(row.what, row.comparator, row.unit) for row in result.rows] == [
+        ("forward", "torch", "ms"),
+        ("channels", "torch", "x"),
+    ]
+    assert result.rows[1].against == "a decay of every head" and result.rows[1].median > 0
+    why = "takes no decay of every key channel here"
+    assert result.skipped == [(short.name, "transformers", why)]
+    s = short.sizes
+    assert {shape for shape in given if shape[1] == s.T} == {
+        (s.B, s.T, s.HV, s.K),
+        (s.B, s.T, s.HV),
+    }
+
+
+@pytest.mark.parametrize(
+    ("cases", "what", "text"),
+    [
+        (
+            ["kimi-8-8-1024"],
+            ["step"],
+            "case 'kimi-8-8-1024' is a sequence with a decay of every key channel, which --what "
+            "step does not measure: forward, forward+backward, channels does",
+        ),
+        (
+            ["tiny"],
+            ["forward", "channels"],
+            "--what channels needs a case whose key channels decay, got tiny",
+        ),
+    ],
+)
+def test_channels_are_measured_of_cases_that_have_them(
+    cases: list[str], what: list[str], text: str
+) -> None:
+    suite.check_effect(["kimi-8-8-1024"], ["forward", "channels"])
+    with pytest.raises(SpecError) as raised:
+        suite.check_effect(cases, what)
+    assert str(raised.value) == text
 
 
 def test_without_cases_the_first_dtype_has_the_reference_table_and_others_what_peers_do() -> None:

@@ -168,7 +168,7 @@ def test_the_picture_of_the_folders_is_the_folders_in_the_order_of_their_layers(
         for folder in ("gdn_ops", "backends", "export")
     }
     folders["gdn_ops"] -= {"backends", "export"}
-    assert set(drawn["gdn_ops"]) == folders["gdn_ops"] | {"gates", "ops"}
+    assert set(drawn["gdn_ops"]) == folders["gdn_ops"] | {"gates", "ops", "product"}
     assert set(drawn["backends"]) == folders["backends"] | {"naive"}
     assert set(drawn["export"]) == folders["export"]
 

@@ -35,7 +35,8 @@ void run_channels_again(Chunk x, float* next) {
   const GdnSequences& c = x.c;
   const Ahead ahead{c, x.t, c.v, x.token + C, x.head, x.t.last, 0};
   load_decays_of(x);
-  const bool may_flush = sizes_of(c, x.t, x.token, x.count, x.head, x.g).may_flush;
+  const bool may_flush = sizes_of(c, x.t, x.token, x.count, x.head, x.g).may_flush &&
+                         is_ordinary(x.S, x.t.panels * x.Kp * P);
   with_flushing(may_flush, [&] { form_decayed(x); });
   x.keys.k_t = x.decayed.k_t;
   Columns from{x.w.values, x.Vs, false};
@@ -48,7 +49,7 @@ void run_channels_again(Chunk x, float* next) {
   memset(x.U + x.used * x.Vs, 0, size_t((x.reach - x.used) * x.Vs) * 4);
   for (int64_t p = 0; p < x.t.panels; ++p) {
     const float* S = x.S + p * x.Kp * P;
-    const Flushed flushed(may_flush && is_ordinary(S, x.Kp * P));
+    const Flushed flushed(may_flush);
     form_writes(c, x.keys, x.g, x.count, x.w.A, S, from.data + p * P, from.ld, x.U + p * P, x.Vs,
                 x.erased + p * P, [&](int64_t m) { return ahead.tile(p, m); });
     if (!next) continue;
@@ -171,8 +172,10 @@ void join_gradients(const Chunk& x) {
 // W channels of a block.
 struct Walk {
   const Chunk& x;
-  int64_t m, last, channel;            // tokens of the block, and the first channel
-  Vec held[BLOCK + 1][BLOCK + 1];      // before each token: of all before the block, of its tokens
+  int64_t m, last, channel;  // tokens of the block, and the first channel
+  // Before each token: of all that was there before the block, and of its tokens. Clang takes it for
+  // aligned like a whole vector.
+  Vec held[BLOCK + 1][BLOCK + 1] __attribute__((aligned(4 * W)));
 
   GDN_INLINE int64_t place(int64_t t) const { return (m + t) * x.Kp + channel; }
 

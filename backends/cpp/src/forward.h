@@ -321,7 +321,9 @@ void run_forward_of(const GdnSequences& c, const Task& t, float* memory) {
       } else {
         load_gates(c, t, token, count, head, g);
       }
-      const bool may_flush = sizes_of(c, t, token, count, head, g).may_flush;
+      bool may_flush = sizes_of(c, t, token, count, head, g).may_flush;
+      // Faint decays are multiplied into keys here that meet the state later.
+      if (of_channels) may_flush = may_flush && is_ordinary(S + r * size, size);
       with_flushing(may_flush, [&] {
         if (of_channels) {
           form_channels(decayed, count, Kp, A, pairs);

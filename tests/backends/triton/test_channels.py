@@ -17,6 +17,7 @@ from gdn_ops.kernel_support.launches import Launch, recording
 from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.testing import Example
 from kernel_backends import SIZES, check_definition, meta_call, using
+from tests.backends.triton.test_transposed import source_of, transposed_products
 
 pytest.importorskip("triton")
 
@@ -169,7 +170,11 @@ def launches_of(**sizes: Any) -> list[Launch]:
     """Return what a training call launches, forward and backward."""
     s = SIZES | sizes
     gate = torch.empty(s["B"], s["T"], s["HV"], s["K"], device="meta")
-    triton, call = Triton(), meta_call(True, **s, log_alpha=gate)
+    return launches_for(meta_call(True, **s, log_alpha=gate))
+
+
+def launches_for(call: Call) -> list[Launch]:
+    triton = Triton()
     with torch.no_grad(), recording("sm_90") as launches:
         out = triton.forward(call)
         triton.backward(call, out.saved, torch.empty_like(out.o), torch.empty_like(out.final_state))
@@ -208,6 +213,12 @@ def test_what_is_saved_for_a_backward_has_the_sizes_of_what_is_there() -> None:
     assert saved.scaled_q.shape == saved.scaled_k.shape == saved.written_k.shape == (1, 128, 4, 32)
     other = plan.empty_saved(call := meta_call(True, **s), plan.make_plan(call))
     assert other.written_k.numel() == 0 and other.ends.shape == (4, 2)
+
+
+def test_no_kernel_multiplies_with_a_transposed_product() -> None:
+    call = replace(sequence(channels=True).call, needs_grad=True)
+    for launch in launches_for(call):
+        assert transposed_products(source_of(launch)) == [], launch.kernel.__name__
 
 
 def test_the_kernels_compile_for_hopper_nearly_without_spills_and_have_predicted_times() -> None:

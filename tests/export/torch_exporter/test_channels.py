@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gdn_ops import export, gated_delta, gated_delta_step, gated_delta_steps
 from gdn_ops.export.model.conversion import with_body
+from gdn_ops.export.runtime.comparison import relative_error
 from onnx_layers import HV, H, K, V, assert_same, run_engine, shapes_of
 from onnx_steps import NEW_STATE, STATE
 
@@ -79,6 +80,18 @@ def test_a_session_decodes_behind_a_prompt() -> None:
         rest = [session.step(*(x[:, t].numpy() for x in (q, k, v, a, b))) for t in range(5, 9)]
         found = np.concatenate([read, np.stack(rest, 1)], 1), session.state[STATE]
         assert_same(found, expected)
+
+
+def test_a_prompt_begins_with_a_state_of_16_bits() -> None:
+    args = [x.half() for x in draw(5, "log_alpha")]
+    module = Tokens("gated_delta", "log_alpha").eval()
+    model = export.export_prefill(module, tuple(args))
+    exact = module(*(x.double() for x in args))
+    for body in export.available_bodies():
+        o, state = run_engine(with_body(model, body, "test"), args)
+        assert (o.dtype, state.dtype) == (np.float16, np.float32)
+        assert relative_error(o, exact[0]) < 1e-3
+        assert relative_error(state, exact[1]) < 1e-6
 
 
 class Both(nn.Module):

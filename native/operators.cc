@@ -1,4 +1,5 @@
-// gdn_ops::GatedDeltaStep for onnxruntime's CPU provider, as a custom-op library.
+// gdn_ops::GatedDeltaStep and gdn_ops::GatedDelta for onnxruntime's CPU provider, as a custom-op
+// library.
 //
 //     S'  = diag(alpha_t) S_{t-1}           forget first            alpha = exp(log_alpha)
 //     u_t = beta_t (v_t - S'^T k_t)         then the error          (without erase: beta_t v_t)
@@ -11,9 +12,12 @@
 // beta that is not there is 1. Arithmetic is float32, float64 with a float64 state, whatever the
 // other tensors are.
 //
-// The arithmetic is that of the backend `cpp`: decode.h of backends/cpp/src, compiled for every level
-// of the machine. new_state may be state itself (bound in place), and o may be v: every element is
-// read before it is written, and no column reads another column.
+// GatedDelta does so for T tokens of a row, the second axis of all tensors but the states.
+//
+// The arithmetic is that of the backend `cpp`: decode.h of backends/cpp/src for a token, forward.h
+// for a prompt, compiled for every level of the machine. new_state may be state itself (bound in
+// place), and o of a step may be v: every element is read before it is written, and no column reads
+// another column.
 
 #include <onnxruntime_c_api.h>
 
@@ -41,13 +45,15 @@ constexpr uint32_t kApiVersion = 18;
 constexpr const char* kOldestRuntime = "1.18";
 static_assert(ORT_API_VERSION >= kApiVersion, "the headers are older than onnxruntime 1.18");
 
-// The operator for one type of q, k, v and one of the state. The types of the other inputs are
+// An operator for one type of q, k, v and one of the state. The types of the other inputs are
 // open, and the kernel checks them: onnxruntime would only say that no kernel matches.
 struct Operator : OrtCustomOp {
-  Operator(const GdnLevel* level, Type activation, const KnownType& state)
-      : OrtCustomOp{}, level(level), activation(activation), state(state) {
+  Operator(const GdnLevel* level, Kind kind, Type activation, const KnownType& state)
+      : OrtCustomOp{}, level(level), kind(kind), activation(activation), state(state) {
     version = kApiVersion;
-    OrtCustomOp::GetName = [](const OrtCustomOp*) { return "GatedDeltaStep"; };
+    OrtCustomOp::GetName = [](const OrtCustomOp* self) {
+      return static_cast<const Operator*>(self)->kind.name;
+    };
     OrtCustomOp::GetExecutionProviderType = [](const OrtCustomOp*) -> const char* {
       return "CPUExecutionProvider";
     };
@@ -75,8 +81,8 @@ struct Operator : OrtCustomOp {
     OrtCustomOp::CreateKernelV2 = [](const OrtCustomOp* self, const OrtApi* api,
                                      const OrtKernelInfo* info, void** kernel) {
       const auto& op = *static_cast<const Operator*>(self);
-      return guarded(*api, [&] {
-        *kernel = new Kernel(*api, info, op.level, op.activation, op.state.kernel_type);
+      return guarded(*api, op.kind.name, [&] {
+        *kernel = new Kernel(*api, info, op.level, op.kind, op.activation, op.state.kernel_type);
       });
     };
     OrtCustomOp::KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
@@ -93,6 +99,7 @@ struct Operator : OrtCustomOp {
   }
 
   const GdnLevel* level;
+  Kind kind;
   Type activation;
   KnownType state;
 };
@@ -101,12 +108,14 @@ struct Operator : OrtCustomOp {
 class Domain {
  public:
   Domain(const OrtApi& api, const GdnLevel* level) : api_(api) {
-    operators_.reserve(std::size(kTypes) * std::size(kTypes));
+    operators_.reserve(2 * std::size(kTypes) * std::size(kTypes));
     check(api, api.CreateCustomOpDomain("gdn_ops", &domain_));
-    for (const KnownType& activation : kTypes) {
-      for (const KnownType& state : kTypes) {
-        operators_.emplace_back(level, activation.type, state);
-        check(api, api.CustomOpDomain_Add(domain_, &operators_.back()));
+    for (const Kind& kind : {kStep, kSequence}) {
+      for (const KnownType& activation : kTypes) {
+        for (const KnownType& state : kTypes) {
+          operators_.emplace_back(level, kind, activation.type, state);
+          check(api, api.CustomOpDomain_Add(domain_, &operators_.back()));
+        }
       }
     }
   }
@@ -160,7 +169,7 @@ GDN_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options,
                                 "function in the file runs";
     return base->GetApi(1)->CreateStatus(ORT_FAIL, message.c_str());
   }
-  return guarded(*api, [&] {
+  return guarded(*api, kStep.name, [&] {
     const char* wanted = std::getenv("GDN_OPS_NATIVE_LEVEL");
     const GdnLevel* level = find_level(wanted);
     if (level == nullptr) {
