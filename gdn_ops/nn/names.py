@@ -15,6 +15,7 @@ _NOT_HERE = "left out: a layer here"
 OPTIONS: dict[str, str] = {
     # flash-linear-attention
     "num_v_heads": "num_value_heads",
+    "safe_gate": "lower_bound, a number in [-5, 0) for the bounded gate; None for softplus",
     "use_gate": "output_gate, 'silu' or None",
     "use_short_conv": "short_conv, the kernel size; 0 for none",
     "conv_size": "short_conv",
@@ -29,6 +30,10 @@ OPTIONS: dict[str, str] = {
     "linear_value_head_dim": "expand_v, the width of a value head over that of a key head",
     "linear_conv_kernel_dim": "short_conv",
     "linear_allow_neg_eigval": "allow_neg_eigval",
+    "linear_num_heads": "num_heads",
+    "linear_head_dim": "head_dim",
+    "linear_lower_bound": "lower_bound",
+    "kda_lower_bound": "lower_bound",
     "rms_norm_eps": "norm_eps",
     "hidden_act": "feature_map",
     "config": "hidden_size, num_heads, ...; gdn_ops.nn.from_transformers converts a layer",

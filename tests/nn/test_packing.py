@@ -173,6 +173,11 @@ NAMES: dict[str, Any] = {
     "got an unknown argument 'linear_key_head_dim', should be head_dim": (
         lambda: make(linear_key_head_dim=4)
     ),
+    "got an unknown argument 'kda_lower_bound', should be lower_bound": (
+        lambda: make(kda_lower_bound=-5.0)
+    ),
+    "got an unknown argument 'safe_gate', should be lower_bound, a number in [-5, 0) for the "
+    "bounded gate; None for softplus": lambda: make(safe_gate=True),
     "got an unknown argument 'd_conv', should be short_conv": lambda: make(d_conv=4),
     "got an unknown argument 'num_head', should be 'num_heads'?": lambda: make(num_head=4),
     "got an unknown argument 'attention_mask', should be mask, (B, T), 0 where a token is "
