@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Never
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,26 +16,11 @@ NAME = "gated_delta_product"
 
 
 def gated_delta_product(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor | None = None,
-    beta: Tensor | None = None,
-    *,
-    num_householder: int,
-    log_alpha: Tensor | None = None,
-    erase: Tensor | None = None,
-    write: Tensor | None = None,
-    rule: str = "gated_delta",
-    scale: float | None = None,
-    qk_l2norm: bool = False,
-    initial_state: Tensor | None = None,
-    return_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    chunk_size: int | None = None,
-    backend: str = "auto",
-    **unknown: Never,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None = None, beta: Tensor | None = None, *,
+    num_householder: int, log_alpha: Tensor | None = None, erase: Tensor | None = None,
+    write: Tensor | None = None, cu_seqlens: Tensor | None = None, return_state: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Run the gated delta rule with n writes per token: a product of n generalised Householders.
 
         S' = alpha_t S_{t-1}
@@ -52,10 +37,10 @@ def gated_delta_product(
         alpha, log_alpha: (B, T, HV), or (B, T, HV, K), the decay of a token, as in `gated_delta`.
         beta, erase, write: over the n T micro-steps of k and v, as in `gated_delta`.
         num_householder: n, how many factors a token has.
-        rule: "gated_delta", or "delta" for no decay.
-        scale, qk_l2norm, initial_state, return_state, backend: as in `gated_delta`.
         cu_seqlens: (N+1,), boundaries of N sequences packed along T, counted in tokens of q.
-        chunk_size: micro-steps per chunk; the backend's choice when not given.
+        return_state: whether to return the final state too.
+        options: rule ("gated_delta", or "delta" for no decay), scale, qk_l2norm, initial_state,
+            chunk_size (in micro-steps) and backend, as in `gated_delta`.
 
     Returns:
         o (B, T, HV, V), or (o, final_state) with return_state=True. final_state is (N, HV, K, V),
@@ -76,25 +61,29 @@ def gated_delta_product(
         >>> gated_delta_product(q, k, v, alpha, beta, num_householder=2, qk_l2norm=True).shape
         torch.Size([1, 5, 2, 4])
     """
-    for other in unknown:
-        known = [*inspect.signature(gated_delta_product).parameters][:-1]
-        raise SpecTypeError(unknown_option(NAME, other, known, MEANT))
+    _check_options(options)
     n = _factors(q, k, num_householder)
-    if rule not in ("gated_delta", "delta"):
-        raise SpecError(f"{NAME}: rule is {rule!r}, should be one of gated_delta, delta")
-    given: dict[str, Any] = {
-        "q": _at_micro_step(q, n, n - 1, 0.0),
-        "alpha": _at_micro_step(alpha, n, 0, 1.0),
-        "log_alpha": _at_micro_step(log_alpha, n, 0, 0.0),
-        "cu_seqlens": cu_seqlens * n if isinstance(cu_seqlens, Tensor) else cu_seqlens,
-        "initial_state": initial_state,
-    }
-    gates: dict[str, Any] = {"beta": beta, "erase": erase, "write": write}
-    options: dict[str, Any] = {"rule": rule, "scale": scale, "qk_l2norm": qk_l2norm}
-    options |= {"chunk_size": chunk_size, "backend": backend, "return_state": True}
-    o, state = gated_delta(k=k, v=v, **given, **gates, **options)
+    options |= {"erase": erase, "write": write, "return_state": True}
+    options |= {"q": _at_micro_step(q, n, n - 1, 0.0), "alpha": _at_micro_step(alpha, n, 0, 1.0)}
+    options |= {"log_alpha": _at_micro_step(log_alpha, n, 0, 0.0)}
+    options |= {"cu_seqlens": cu_seqlens * n if isinstance(cu_seqlens, Tensor) else cu_seqlens}
+    o, state = gated_delta(k=k, v=v, beta=beta, **options)
     o = o[:, n - 1 :: n]
     return (o, state) if return_state else o
+
+
+_OPTIONS = ("rule", "scale", "qk_l2norm", "initial_state", "chunk_size", "backend")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Check the names of the options, and that the rule has an error term."""
+    for name in options:
+        if name not in _OPTIONS:
+            own = [*inspect.signature(gated_delta_product).parameters][:-1]
+            raise SpecTypeError(unknown_option(NAME, name, [*own, *_OPTIONS], MEANT))
+    rule = options.get("rule", "gated_delta")
+    if rule not in ("gated_delta", "delta"):
+        raise SpecError(f"{NAME}: rule is {rule!r}, should be one of gated_delta, delta")
 
 
 def _factors(q: Tensor, k: Tensor, count: int) -> int:

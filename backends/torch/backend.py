@@ -83,7 +83,7 @@ class Torch(Backend):
             table = {**self.chunking, **own}
             chunk_size, chunks = table.get(call.device.type, table["*"])
             chunk_size = call.chunk_size or chunk_size
-        if call.widths.are_wide():
+        if call.widths.wide:
             return SegmentPlan(
                 chunk_size,
                 chunks,
@@ -162,7 +162,7 @@ class Torch(Backend):
         return decode_one(call)
 
     def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-        if call.widths.are_wide():
+        if call.widths.wide:
             return super().decode_many(call)
         return decode_many(call)
 

@@ -67,7 +67,7 @@ class SegmentLoader:
         self.alpha: Tensor | None = None
         self.erase: Tensor | None = None
         self.write: Tensor | None = None
-        if call.widths.are_wide():
+        if call.widths.wide:
             self.alpha, self.erase, self.write = wide_gates(call)
         elif call.widths.decay == "scalar":
             self.gate = log_gate(call.tokens.alpha, call.tokens.log_alpha)

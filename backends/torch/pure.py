@@ -103,7 +103,7 @@ def _operands(call: Call) -> Operands:
         return rows(x.unsqueeze(3).expand(s.B, s.T, s.H, s.R, s.K).flatten(2, 3))
 
     q, k, v, alpha, log_alpha, beta = call.tokens[:6]
-    if call.widths.are_wide():
+    if call.widths.wide:
         wide = tuple(None if x is None else rows(x) for x in wide_gates(call))
         strength = None if beta is None else rows(beta)
         return Operands(keys(q) * call.scale, keys(k), rows(v), None, strength, wide)

@@ -168,7 +168,7 @@ def _widths(spec: OpSpec, rule: Rule, arguments: Arguments) -> Widths:
             )
     decay, apart = found.get("decay", "none"), "erase" in found or "write" in found
     erase, write = found.get("erase", rule.erases[0]), found.get("write", rule.writes[0])
-    return Widths(decay, erase, write, apart)
+    return Widths(decay, erase, write, apart, apart or decay == "channel")
 
 
 def _check_type(spec: OpSpec, arg: TensorArg, value: Any) -> None:

@@ -31,27 +31,23 @@ from gdn_ops.spec.language import (
     TensorArg,
     shapes,
 )
-from gdn_ops.spec.rules import Rule
+from gdn_ops.spec.rules import Rule, Width
+
+_ANY: tuple[Width, ...] = ("scalar", "channel")
 
 RULES = (
     Rule(
         "gated_delta",
         "Gated DeltaNet; Kimi Delta Attention with a decay per channel; GDN-2 with erase and write",
-        decays=("scalar", "channel"),
-        erases=("scalar", "channel"),
-        writes=("scalar", "channel"),
+        decays=_ANY,
+        erases=_ANY,
+        writes=_ANY,
     ),
-    Rule(
-        "delta",
-        "DeltaNet",
-        decays=("none",),
-        erases=("scalar", "channel"),
-        writes=("scalar", "channel"),
-    ),
+    Rule("delta", "DeltaNet", decays=("none",), erases=_ANY, writes=_ANY),
     Rule(
         "gated",
         "Mamba2's scalar-decay recurrence, simple GLA, RetNet; GLA with a decay per channel",
-        decays=("scalar", "channel"),
+        decays=_ANY,
         erases=("none",),
     ),
     Rule("linear", "linear attention", decays=("none",), erases=("none",)),

@@ -118,14 +118,11 @@ class Widths(NamedTuple):
     Attributes:
         decay, erase, write: the width of each.
         apart: whether erase and write are given in place of beta.
+        wide: whether there is more than a decay and a beta per head (docs/math.md §9).
     """
 
     decay: Width
     erase: Width
     write: Width
     apart: bool = False
-
-    # A method: not every Dynamo traces a property of a named tuple.
-    def are_wide(self) -> bool:
-        """Return whether a call has more than a decay and a beta per head (docs/math.md §9)."""
-        return self.decay == "channel" or self.apart
+    wide: bool = False

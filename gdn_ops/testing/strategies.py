@@ -74,8 +74,7 @@ def calls(
     free = _sizes(limits, dtypes)
     fixed = draw(st.sampled_from(shape_classes)) if shape_classes is not None else {}
     drawn = {name: draw(own) for name, own in free.items() if name not in fixed} | dict(fixed)
-    if lengths is not None:
-        drawn["B"] = 1
+    drawn |= {} if lengths is None else {"B": 1}
     if "magnitude" not in drawn:
         # Most of them are about float16.
         rest = MAGNITUDES if drawn["dtype"] == "float16" else ("unit", "unit", *MAGNITUDES)

@@ -30,7 +30,7 @@ sys.meta_path.insert(0, Block())
 
 PUBLIC = {
     # the ops, and which backend runs them
-    *("gated_delta", "gated_delta_step", "gated_delta_steps"),
+    *("gated_delta", "gated_delta_product", "gated_delta_step", "gated_delta_steps"),
     *("explain", "list_backends", "register_backend", "use_backend"),
     *("Explanation", "BackendInfo", "SpecError", "SpecTypeError", "BackendUnsupportedError"),
     # what a backend is written with, and the specs as values
