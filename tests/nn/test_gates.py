@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from errors import message_of
-from gdn_ops import SpecError, gated_delta_step
+from gdn_ops import SpecError, gated_delta_step, gates
 from gdn_ops.gates import BoundedGate, SoftplusGate, raw_gated_delta_step, sigmoid_beta
 from gdn_ops.nn import DecayGate, gate
 
@@ -53,6 +53,34 @@ def test_a_gate_computes_its_formula(bound: float | None, dtype: torch.dtype, bi
     expected = formula(g, rate, None if bias == "none" else whole, bound)
     assert computed.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(computed.double(), expected, rtol=1e-5, atol=0)
+
+
+def _biased(g: Tensor, dt_bias: Tensor | None) -> Tensor:
+    return g.float() if dt_bias is None else g.float() + dt_bias
+
+
+MISTAKES: dict[str, Callable[..., Tensor]] = {
+    "the bound is dropped": lambda g, A, bias, bound: gates.log_decay(g, A, bias),
+    "the bound is that of alpha": lambda g, A, bias, bound: (
+        (A.exp() * _biased(g, bias)).sigmoid() * (1 - math.exp(bound)) + math.exp(bound)
+    ).log(),
+    "the rate scales what is bounded": lambda g, A, bias, bound: (
+        bound * A.exp() * _biased(g, bias).sigmoid()
+    ),
+    "the bias is not scaled": lambda g, A, bias, bound: (
+        bound * (A.exp() * g.float() + (0 if bias is None else bias)).sigmoid()
+    ),
+}
+"""Names mistakes in the bounded gate, each with what computes it."""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_bounded_gate_is_caught(
+    mistake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "log_bounded_decay", MISTAKES[mistake])
+    with pytest.raises(AssertionError):
+        test_a_gate_computes_its_formula(-5.0, torch.float32, "channels")
 
 
 def test_a_rate_may_lie_as_kimi_linear_stores_it() -> None:
