@@ -25,7 +25,7 @@ from gdn_ops.testing.example import Example
 
 VOCABULARY = 11
 
-GIVEN = ("q", "k", "v", "alpha", "log_alpha", "beta")
+GIVEN = ("q", "k", "v", "alpha", "log_alpha", "beta", "erase", "write")
 
 STAGES = ("summarise", "resume", "summarise_gradients", "resume_gradients")
 
