@@ -120,13 +120,16 @@ def _arguments(spec: OpSpec, sizes: Sizes, choice: dict[str, Any]) -> dict[str, 
         "alpha": torch.float32 if gate == "alpha" else None,
         "log_alpha": torch.float32 if gate == "log_alpha" else None,
         "beta": torch.float32 if choice.get("beta", True) else None,
+        "erase": None,
+        "write": None,
         "initial_state": state,
         "state": state,
         "cu_seqlens": torch.int32 if sizes.N != sizes.B else None,
         "state_indices": torch.int32 if pool else None,
     }
     for arg in spec.tensors:
-        of_channels = arg.gate and choice.get("channels", False)
+        is_decay = arg.name in ("alpha", "log_alpha")
+        of_channels = is_decay and choice.get("channels", False)
         axes = arg.shapes[-1 if of_channels else 0].axes
         given[arg.name] = _meta(arg, axes, sizes, dtypes[arg.name], pool)
     return given
