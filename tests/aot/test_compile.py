@@ -73,7 +73,11 @@ def test_every_case_is_sampled_as_the_call_it_names() -> None:
         assert call.tokens.q.dtype == getattr(torch, case.dtype)
         assert call.tokens.alpha is not None and call.tokens.alpha.dtype == torch.float32
         assert (call.state is None) == (spec is GATED_DELTA)
-        assert call.tokens.q.is_meta and sample.is_reference == (s.K == s.V == 128)
+        of_channels = (s.K,) if case.channels else ()
+        assert call.tokens.alpha.shape == (s.B, *tokens, s.HV, *of_channels)
+        # Budgets of registers are those of one decay per head.
+        is_reference = s.K == s.V == 128 and not case.channels
+        assert call.tokens.q.is_meta and sample.is_reference == is_reference
 
 
 def test_everything_is_what_the_defaults_are_not_and_never_a_reference() -> None:
