@@ -58,6 +58,7 @@ class TileLang(KernelBackend):
         KernelBackend.limits,
         head_dims=range(16, 257, 16),
         chunk_sizes=configs.CHUNKS,
+        decode_decays=("none", "scalar", "channel"),
     )
 
     tool_reasons = staticmethod(tool_reasons)

@@ -29,6 +29,7 @@ from gdn_ops.dispatch.order import auto_order as auto_order
 from gdn_ops.dispatch.order import order_for
 from gdn_ops.spec.errors import BackendUnsupportedError, SpecError, SpecTypeError
 from gdn_ops.spec.names import unknown
+from gdn_ops.spec.ops import GATED_DELTA
 from gdn_ops.spec.rules import Limits
 
 logger = logging.getLogger("gdn_ops")
@@ -188,7 +189,9 @@ def _limit_reasons(limits: Limits, call: Call, on_any_device: bool) -> list[str]
         check("state dtype {}", DTYPE_NAMES[call.state.dtype], limits.state_dtypes)
     against += _head_dim_reasons(limits, call)
     check("rule {}", call.rule.name, limits.rules)
-    check("{} decay", call.widths.decay, limits.decays)
+    where = "" if limits.decode_decays is None else f" in {call.op.name}"
+    decays = limits.decays_of(decode=call.op.name != GATED_DELTA.name)
+    check(f"{{}} decay{where}", call.widths.decay, decays)
     check("{} erase", call.widths.erase, limits.erases)
     check("{} write", call.widths.write, limits.writes)
     if call.widths.apart and not limits.apart:

@@ -66,6 +66,7 @@ class Limits:
         head_dim_multiple: K and V must be multiples of this.
         rules: names of the rules.
         decays, erases, writes: the widths that these strengths may have: none, scalar, channel.
+        decode_decays: those of the decay that decode ops take, or None where they take `decays`.
         apart: whether erase and write may differ, given in place of beta.
         ops: names of the ops.
         grad: whether it has gradients.
@@ -86,6 +87,7 @@ class Limits:
     head_dim_multiple: int = 1
     rules: tuple[str, ...] = ("gated_delta", "delta", "gated", "linear")
     decays: tuple[Width, ...] = ("none", "scalar")
+    decode_decays: tuple[Width, ...] | None = None
     erases: tuple[Width, ...] = ("none", "scalar")
     writes: tuple[Width, ...] = ("scalar",)
     apart: bool = False
@@ -110,6 +112,24 @@ class Limits:
         require(bool(self.devices), "limits name no device")
         require(set(self.dtypes) <= set(FLOAT_DTYPES), f"limits name unknown dtypes {self.dtypes}")
         require(self.head_dim_multiple >= 1, "head_dim_multiple is below 1")
+
+    def decays_of(self, *, decode: bool) -> tuple[Width, ...]:
+        """Return the widths of the decay that decode ops take, or that the sequence op takes.
+
+        Args:
+            decode: whether decode ops are asked about.
+
+        Returns:
+            `decode_decays` of decode ops where they are given, else `decays`.
+
+        Example:
+            >>> from gdn_ops import Limits
+            >>> limits = Limits(devices=("cpu",), decode_decays=("none", "scalar", "channel"))
+            >>> limits.decays_of(decode=True), limits.decays_of(decode=False)
+            (('none', 'scalar', 'channel'), ('none', 'scalar'))
+        """
+        own = self.decode_decays if decode else None
+        return self.decays if own is None else own
 
 
 class Widths(NamedTuple):

@@ -80,7 +80,7 @@ def calls(
         rest = MAGNITUDES if drawn["dtype"] == "float16" else ("unit", "unit", *MAGNITUDES)
         drawn["magnitude"] = draw(st.sampled_from(("unit", *rest)))
     is_normed = drawn["magnitude"] == "tiny_keys" or draw(st.booleans())
-    can_be_wide = "channel" in {*rule.decays} & {*limits.decays}
+    can_be_wide = "channel" in {*rule.decays} & {*limits.decays_of(decode=decode)}
     drawn["channels"] = can_be_wide and drawn.get("channels", draw(st.booleans()))
     strengths = _strengths(rule, limits)
     apart = drawn.get("apart", draw(st.sampled_from(strengths)))

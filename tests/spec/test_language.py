@@ -290,6 +290,11 @@ def test_a_decay_per_channel_is_a_shape_of_alpha_and_a_reason_against_who_lacks_
     narrow = replace(backend.limits, decays=("none", "scalar"))
     unable = type("Unable", (type(backend),), {"limits": narrow})
     assert reasons(unable(), call) == ["channel decay (supported: none, scalar)"]
+    stepping = replace(narrow, decode_decays=("none", "scalar", "channel"))
+    decoder = type("Decoder", (type(backend),), {"limits": stepping})
+    against = ["channel decay in gated_delta (supported: none, scalar)"]
+    assert reasons(decoder(), call) == against
+    assert reasons(decoder(), replace(call, op=GATED_DELTA_STEPS)) == []
 
 
 @pytest.mark.parametrize(

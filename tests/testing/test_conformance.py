@@ -7,16 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
 
 from gdn_ops.backends import compile as compile_backend
 from gdn_ops.dispatch.registry import Backend, get_backend, known_backends
+from gdn_ops.spec.ops import GATED_DELTA
+from gdn_ops.spec.rules import Limits
 from gdn_ops.testing import Example, conformance
 from gdn_ops.testing.conformance import Subject, check, run_subject, subjects
 from gdn_ops.testing.example import run
-from gdn_ops.testing.laws import orthogonal_keys_need_no_correction
+from gdn_ops.testing.laws import LAWS, orthogonal_keys_need_no_correction
 from gdn_ops.testing.operands import operand_sizes
 from gdn_ops.testing.oracle import Verdict, judge, judgement
 from gdn_ops.testing.runs import installed
+from gdn_ops.testing.strategies import calls
 
 pytestmark = pytest.mark.filterwarnings("ignore:backend '.*' emulates its kernels")
 
@@ -74,6 +78,22 @@ SLOW = Example(gate="slow", seed=3)
 def test_a_long_sequence_keeps_its_precision(example: Example) -> None:
     verdict = judge(example, "torch")
     assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_decays_that_only_decode_ops_take_are_drawn_for_them_alone(decode: bool) -> None:
+    limits = Limits(devices=("cpu",), decode_decays=("none", "scalar", "channel"))
+    drawn = set()
+
+    @settings(max_examples=40, derandomize=True, database=None, deadline=None)
+    @given(calls(GATED_DELTA, limits, decode=decode))
+    def draw(example: Example) -> None:
+        drawn.add(example.channels)
+
+    draw()
+    assert drawn == ({False, True} if decode else {False})
+    names = {law.name for law in LAWS if law.concerns(limits)}
+    assert "a_reset_channel_forgets_its_past" not in names
 
 
 def test_check_reports_every_subject_and_reproduces_with_a_seed() -> None:

@@ -46,7 +46,7 @@ def run(
         {
             "K": K, "V": V, "BV": math.gcd(config.BV, V), "low": dtype_name(v.dtype),
             "stored": dtype_name(new_state.dtype), "erase": call.rule.has_erase, "UNIT": unit,
-            "threads": 32 * config.warps,
+            "channels": call.widths.decay == "channel", "threads": 32 * config.warps,
         },
         memory(q), memory(k), memory(v),
         nothing if gate is None else gate.view(-1), nothing if beta is None else beta.view(-1),

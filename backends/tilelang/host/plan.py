@@ -104,7 +104,7 @@ def gate_kind(call: Call) -> int:
 
 
 def gate_of(call: Call) -> Tensor | None:
-    """Return the gate (B, T, HV), dense and float32, or None."""
+    """Return the gate (B, T, HV), of channels (B, T, HV, K), dense and float32, or None."""
     given = call.tokens.log_alpha if call.tokens.alpha is None else call.tokens.alpha
     return dense(given)
 

@@ -3,8 +3,9 @@
 One program per row, value head and block of BV columns of V: a row alone fills a GPU. The state
 block, (K, BV) float32, stays in registers over the tokens; all arithmetic is float32.
 
-    reads   q, k (B, T, H, K), v (B, T, HV, V), any strides; gate, β (B T, HV) float32; the state
-            (B, HV, K, V), or a pool (P, HV, K, V) and the slot of every row, -1 to skip it
+    reads   q, k (B, T, H, K), v (B, T, HV, V), any strides; gate, β (B T, HV) float32, with
+            channels the gate (B T, HV, K); the state (B, HV, K, V), or a pool (P, HV, K, V) and
+            the slot of every row, -1 to skip it
     writes  o (B T, HV, V); the state, in place or not; on request the state after every token
 
 A tensor with strides comes as its memory, from its first element to its last, and its strides: a
@@ -32,7 +33,7 @@ I64 = "int64"
 
 def tokens(
     T: Any, *, K: int, V: int, BV: int, low: str, stored: str, erase: bool, UNIT: int,
-    threads: int,
+    channels: bool, threads: int,
 ) -> Any:  # fmt: skip
     """Make the kernel. Grid (B ceil(V / BV), HV).
 
@@ -42,6 +43,7 @@ def tokens(
         low: dtype of q, k, v and o.
         stored: dtype of the states.
         UNIT: elements that a stride of a state counts.
+        channels: whether every key channel has a decay of its own.
     """
     n_q, n_k, n_v, n_gate, n_beta, M, HV = T.dynamic("n_q, n_k, n_v, n_gate, n_beta, M, HV", I64)
     n_state, n_new, n_states, n_indices = T.dynamic("n_state, n_new, n_states, n_indices", I64)
@@ -66,7 +68,7 @@ def tokens(
         new_row: T.int64, new_head: T.int64, new_k: T.int64, new_v: T.int64,
     ):  # fmt: skip
         with T.Kernel(B * blocks_of_V, HV, threads=threads) as (program, hv):
-            m = _tiles(T, K, BV, padded)
+            m = _tiles(T, K, BV, padded, channels)
             # Variables, since an expression would be repeated wherever it is used.
             first = program % blocks_of_V * BV
             row = T.alloc_var(I64, T.cast(program // blocks_of_V, I64))
@@ -102,13 +104,16 @@ def tokens(
                 T.copy(m.k_frag, m.k)
 
                 # §2 S' = α_t S_{t-1}                                            [K, BV]
-                alpha = 1.0
-                if gate_kind != NO_DECAY:
-                    alpha = gate[at]
-                if gate_kind == LOG_ALPHA:
-                    alpha = T.exp(alpha)
-                for i, j in T.Parallel(K, BV):
-                    m.S[i, j] = m.S[i, j] * alpha
+                if channels:
+                    recurrence.fade(m, gate, at * K, gate_kind)
+                else:
+                    alpha = 1.0
+                    if gate_kind != NO_DECAY:
+                        alpha = gate[at]
+                    if gate_kind == LOG_ALPHA:
+                        alpha = T.exp(alpha)
+                    for i, j in T.Parallel(K, BV):
+                        m.S[i, j] = m.S[i, j] * alpha
                 # §2 u_t = β_t (v_t − S'ᵀ k_t)                                   [BV]
                 recurrence.read_back(m)
                 strength = 1.0
@@ -139,17 +144,19 @@ def tokens(
     return tokens
 
 
-def _tiles(T: Any, K: int, BV: int, padded: int) -> SimpleNamespace:
-    """Allocate the tiles of a program; those of q and k have the length of a tile of threads."""
+def _tiles(T: Any, K: int, BV: int, padded: int, channels: bool) -> SimpleNamespace:
+    """Allocate the tiles of a program; those of q, k and α have the length of a tile of threads."""
+    decays = {"alpha": (padded,)} if channels else {}
     return SimpleNamespace(
         **named(T.alloc_fragment, F32, S=(K, BV), x=(K, BV), u=(BV,), square=(padded,), total=(1,)),
         **named(T.alloc_fragment, F32, q_frag=(padded,), k_frag=(padded,)),
-        **named(T.alloc_shared, F32, q=(padded,), k=(padded,)),
+        **named(T.alloc_fragment, F32, **{f"{name}_frag": shape for name, shape in decays.items()}),
+        **named(T.alloc_shared, F32, q=(padded,), k=(padded,), **decays),
     )
 
 
 def _recurrence(T: Any, K: int, BV: int, padded: int, erase: bool) -> SimpleNamespace:
-    """Return the macros of the sums over K of a token."""
+    """Return the macros of the rows and the sums over K of a token."""
 
     @T.macro
     def normalise(x, square, total):
@@ -159,6 +166,18 @@ def _recurrence(T: Any, K: int, BV: int, padded: int, erase: bool) -> SimpleName
         T.reduce_sum(square, total, dim=0)
         for i in T.Parallel(padded):
             x[i] = x[i] / T.sqrt(total[0] + L2NORM_EPSILON)
+
+    @T.macro
+    def fade(m, gate, first, gate_kind):
+        """Multiply every row of S by its decay, which is read, and made of its log, only once."""
+        for i in T.Parallel(padded):
+            m.alpha_frag[i] = T.if_then_else(i < K, gate[first + i], 0.0)
+        if gate_kind == LOG_ALPHA:
+            for i in T.Parallel(padded):
+                m.alpha_frag[i] = T.exp(m.alpha_frag[i])
+        T.copy(m.alpha_frag, m.alpha)
+        for i, j in T.Parallel(K, BV):
+            m.S[i, j] = m.S[i, j] * m.alpha[i]
 
     @T.macro
     def read_back(m):
@@ -178,4 +197,4 @@ def _recurrence(T: Any, K: int, BV: int, padded: int, erase: bool) -> SimpleName
             m.x[i, j] = m.S[i, j] * m.q[i]
         T.reduce_sum(m.x, m.u, dim=0)
 
-    return macros(normalise, read_back, write_and_read)
+    return macros(normalise, fade, read_back, write_and_read)

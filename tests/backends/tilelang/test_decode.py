@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gdn_ops
+from errors import message_of
 from gdn_ops.kernel_support.tuning import Row, StepConfig
 from gdn_ops.testing import Example
 from gdn_ops.testing.decode_laws import (
@@ -43,14 +44,25 @@ DECODED = [
     dataclasses.replace(DECODING, rule="linear", scale=-2.0, qk_l2norm=True, dtype="bfloat16"),
 ]
 
+CHANNELS = [
+    dataclasses.replace(DECODING, channels=True, **changes)
+    for changes in (
+        {},
+        {"gate": "extreme", "log_gate": True, "dtype": "bfloat16"},
+        {"gate": "zero", "K": 16, "V": 16, "qk_l2norm": True, "dtype": "float16"},
+        {"gate": "zero", "log_gate": True, "rule": "gated", "initial_state": False, "K": 32},
+    )
+]
+"""Decays of channels: fewer and more of them than threads, exact zeros, and log decays of -inf."""
 
-@pytest.mark.parametrize("example", DECODED, ids=repr)
+
+@pytest.mark.parametrize("example", DECODED + CHANNELS, ids=repr)
 def test_decoded_tokens_are_the_definition(example: Example) -> None:
     verdict = steps_equal_one_step_after_another("tilelang", example)
     assert verdict.passed, verdict
 
 
-@pytest.mark.parametrize("example", DECODED[:2] + DECODED[-3:-2], ids=repr)
+@pytest.mark.parametrize("example", DECODED[:2] + DECODED[-3:-2] + CHANNELS[1:3], ids=repr)
 def test_a_pool_is_advanced_where_it_lies(example: Example) -> None:
     pooled = dataclasses.replace(example, slots=(4, -1, 0), pool=6, initial_state=True)
     for law in (a_pool_equals_separate_states, steps_equal_one_step_after_another):
@@ -128,6 +140,33 @@ def test_without_tokens_the_state_is_as_it_was(B: int, T: int) -> None:
     assert o.shape == (B, T, 1, 16) and states.shape == (B, T, 1, 16, 16)
     assert not bool(steps()[1].any())
     assert steps(state=given, inplace=True)[1] is given
+
+
+def test_a_channel_that_decays_to_nothing_is_forgotten_and_no_other() -> None:
+    arguments = _decoding_arguments(16, 16) | {"beta": torch.zeros(3, 2, 4)}
+    state = torch.full((3, 4, 16, 16), 3.0)
+    alpha = torch.ones(3, 2, 4, 16)
+    # The first token halves channel 2, the second one drops channel 5.
+    alpha[:, 0, :, 2], alpha[:, 1, :, 5] = 0.5, 0.0
+    expected = state.clone()
+    expected[:, :, 2], expected[:, :, 5] = 1.5, 0.0
+    for gates in ({"alpha": alpha}, {"alpha": None, "log_alpha": alpha.log()}):
+        _, new = gdn_ops.gated_delta_steps(**(arguments | gates), state=state, backend="tilelang")
+        torch.testing.assert_close(new, expected, rtol=1e-6, atol=0)
+        assert not bool(new[:, :, 5].any())
+
+
+def test_a_sequence_with_decays_of_channels_is_refused_and_a_step_is_not() -> None:
+    q, gates = torch.ones(1, 4, 2, 16), torch.ones(1, 4, 2, 16)
+    given = {"alpha": gates, "beta": torch.ones(1, 4, 2), "backend": "tilelang"}
+    against = dict(gdn_ops.explain(q, q, q, **given).reasons)["tilelang"]
+    assert against == ("channel decay in gated_delta (supported: none, scalar)",)
+    text = message_of(
+        gdn_ops.BackendUnsupportedError, lambda: gdn_ops.gated_delta(q, q, q, **given)
+    )
+    assert "tilelang: channel decay in gated_delta (supported: none, scalar)" in text
+    o, _ = gdn_ops.gated_delta_steps(q, q, q, **given)
+    assert torch.equal(o, gdn_ops.gated_delta_steps(q, q, q, **given | {"backend": "naive"})[0])
 
 
 @pytest.mark.parametrize("BV", [8, 16, 32])
