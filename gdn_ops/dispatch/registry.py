@@ -189,9 +189,11 @@ def _limit_reasons(limits: Limits, call: Call, on_any_device: bool) -> list[str]
         check("state dtype {}", DTYPE_NAMES[call.state.dtype], limits.state_dtypes)
     against += _head_dim_reasons(limits, call)
     check("rule {}", call.rule.name, limits.rules)
-    where = "" if limits.decode_decays is None else f" in {call.op.name}"
-    decays = limits.decays_of(decode=call.op.name != GATED_DELTA.name)
-    check(f"{{}} decay{where}", call.widths.decay, decays)
+    if limits.decode_decays is None:
+        check("{} decay", call.widths.decay, limits.decays)
+    else:
+        decays = limits.decays_of(decode=call.op.name != GATED_DELTA.name)
+        check(f"{{}} decay in {call.op.name}", call.widths.decay, decays)
     check("{} erase", call.widths.erase, limits.erases)
     check("{} write", call.widths.write, limits.writes)
     if call.widths.apart and not limits.apart:

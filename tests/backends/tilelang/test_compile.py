@@ -24,7 +24,7 @@ from gdn_ops.backends.tilelang.host.launcher import launch, trace  # noqa: E402
 from gdn_ops.dispatch.registry import get_backend  # noqa: E402
 from gdn_ops.kernel_support.launches import Launch  # noqa: E402
 from gdn_ops.spec.cases import GPU_CASES  # noqa: E402
-from gdn_ops.spec.ops import GATED_DELTA  # noqa: E402
+from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP  # noqa: E402
 from tilelang_kernels import compiled as kernels  # noqa: E402
 
 GPUS = ("sm_90a", "sm_80")
@@ -58,6 +58,23 @@ def multiplying(dtype: str) -> Any:
     tile = torch.empty(64, 64, dtype=getattr(torch, dtype), device="meta")
     sums = torch.empty(64, 64, device="meta")
     return lambda call: launch(kernels.product, TILE | {"dtype": dtype}, tile, tile, sums)
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_a_step_with_decays_of_channels_is_fit_and_moves_them(target: str) -> None:
+    drawn = sampling.samples([GATED_DELTA_STEP.cases[1]], everything=True)
+    wanted = ("gated_delta_step log_alpha", "gated_delta_step channels")
+    backend = get_backend("tilelang")
+    assert isinstance(backend, Backend)
+    chosen = [sample for sample in drawn if sample.label in wanted]
+    assert [sampling.reasons_against(backend, sample) for sample in chosen] == [[], []]
+    rows = compile_for("tilelang", target, backend, chosen)
+    (scalar, s), (channels, c) = ((row, launch) for row in rows for launch in row.launches)
+    assert not scalar.options["channels"] and channels.options["channels"]
+    assert all(row.failures == () and row.spills == row.stack == 0 for row in rows)
+    # K floats for each row and head in place of one.
+    sizes = GATED_DELTA_STEP.cases[1].sizes
+    assert c.bytes - s.bytes == 4 * (sizes.K - 1) * sizes.B * sizes.HV
 
 
 # What is wrong is found.
