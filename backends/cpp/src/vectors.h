@@ -236,8 +236,11 @@ GDN_INLINE Vec load(const Float16* p) {
   memcpy(&x, p, sizeof x);
   const Bits h = __builtin_convertvector(x, Bits);
   const Bits sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
-  const Bits value = (Bits)((Vec)rest * 0x1p112f);
-  return (Vec)(((Ints)rest >= 0x0f800000 ? rest | 0x7f800000u : value) | sign);
+  // No operand may be subnormal as a float32, which is taken for zero at times (subnormal.h).
+  const Bits subnormal = (Bits)((Vec)(rest + (113u << 23)) - 0x1p-14f);
+  Bits found = (Ints)rest < 0x00800000 ? subnormal : rest + (112u << 23);
+  found = (Ints)rest >= 0x0f800000 ? rest | 0x7f800000u : found;
+  return (Vec)(found | sign);
 #endif
 }
 

@@ -229,3 +229,15 @@ def test_a_thread_computes_as_before_after_a_call() -> None:
             assert halved() == 0
         finally:
             torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_small_half_numbers_are_read_as_they_are(level: str, channels: bool) -> None:
+    # Gradients below 2^-14 are subnormal in float16 alone, beside decays that are flushed.
+    example = Example(
+        T=127, H=2, R=4, K=32, V=32, dtype="float16", gate="strong", beta="none", seed=197,
+        keys="repeated", magnitude="tiny_keys", log_gate=True, channels=channels,
+        initial_state=True, qk_l2norm=True, scale=0.3,
+    )  # fmt: skip
+    verdict = judge(example, "cpp")
+    assert verdict.passed, verdict
