@@ -78,6 +78,8 @@ class Packed:
             self.add_array(name, rows, T, heads, width)
         self.add_array("decay", rows, T, HV, K if self["decay_of_channels"] else 1)
         self.add_array("beta", rows, T, HV, 1)
+        self.add_array("erase", rows, T, HV, K if self["erase_of_channels"] else 1)
+        self.add_array("write", rows, T, HV, V if self["write_of_channels"] else 1)
 
 
 def _rows(p: Packed) -> int:
@@ -106,6 +108,8 @@ def _describe_gradients(p: Packed, of: Packed) -> None:
         p.add_array(name, _rows(of), T, heads, width)
     p.add_array("d_decay", _rows(of), T, HV, K if of["decay_of_channels"] else 1)
     p.add_array("d_beta", _rows(of), T, HV, 1)
+    p.add_array("d_erase", _rows(of), T, HV, K if of["erase_of_channels"] else 1)
+    p.add_array("d_write", _rows(of), T, HV, V if of["write_of_channels"] else 1)
     for name in ("d_final", "d_initial"):
         p.add(name, 4 * of["N"] * _state(of))
 

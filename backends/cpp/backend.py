@@ -36,6 +36,9 @@ class Cpp(Backend):
     limits = Limits(
         devices=("cpu",),
         decays=("none", "scalar", "channel"),
+        erases=("none", "scalar", "channel"),
+        writes=("scalar", "channel"),
+        apart=True,
         dtypes=("float32", "bfloat16", "float16"),
         state_dtypes=("float32", "bfloat16", "float16"),
         second_grad=True,
@@ -80,7 +83,7 @@ class Cpp(Backend):
         final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
         call, initial = _prepared(call)
         packed = calls.pack_sequences(
-            call, _arrays(call.tokens), o, final, states, initial, threads()
+            call, calls.of_tokens(call.tokens, calls.array), o, final, states, initial, threads()
         )
         check_status(library().gdn_forward(packed))
         return Forward(o, final, saved)
@@ -95,32 +98,35 @@ class Cpp(Backend):
             saved = self.forward(call).saved
         given, s = call, call.sizes
         call, initial = _prepared(call)
-        q, k, v, alpha, log_alpha, beta, *_ = given.tokens
+        q, k, v, alpha, log_alpha, beta, erase, write = given.tokens
         decay = log_alpha if alpha is None else alpha
-        to_q, to_k, to_v, *to_decays, to_beta = (given.targets or Targets()).of_tokens[:6]
+        targets = given.targets or Targets()
+        to_q, to_k, to_v, *to_decays, to_beta, to_erase, to_write = targets.of_tokens
         to_decay = to_decays[alpha is None]
         d_q = empty((s.B, s.T, s.H, s.K), q.dtype, call.device) if to_q is None else to_q
         d_k = empty((s.B, s.T, s.H, s.K), k.dtype, call.device) if to_k is None else to_k
         d_v = empty((s.B, s.T, s.HV, s.V), v.dtype, call.device) if to_v is None else to_v
         d_decay, d_beta = _of_gate(decay, to_decay), _of_gate(beta, to_beta)
+        d_erase, d_write = _of_gate(erase, to_erase), _of_gate(write, to_write)
         d_initial = None if given.state is None else torch.empty_like(d_state).contiguous()
         d_o, d_final = calls.readable(d_o), calls.whole(d_state)
         assert d_final is not None
         packed = calls.pack_sequences(
-            call, _arrays(call.tokens), None, None, saved[0], initial, threads()
+            call, calls.of_tokens(call.tokens, calls.array), None, None, saved[0], initial, threads()
         )
-        grads = (d_q, d_k, d_v, d_decay, d_beta)
+        grads = (d_q, d_k, d_v, d_decay, d_beta, d_erase, d_write)
         to = calls.pack_gradients(d_o, d_final, grads, d_initial)
         check_status(library().gdn_backward(packed, to))
-        if decay is not None and d_decay is not None:
-            d_decay = d_decay.to(decay.dtype)
+        d_decay = _as_gate(d_decay, decay)
         return Grads(
             d_q,
             d_k,
             d_v,
             None if alpha is None else d_decay,
             None if log_alpha is None else d_decay,
-            d_beta if beta is None or d_beta is None else d_beta.to(beta.dtype),
+            _as_gate(d_beta, beta),
+            _as_gate(d_erase, erase),
+            _as_gate(d_write, write),
             state=d_initial
             if given.state is None or d_initial is None
             else d_initial.to(given.state.dtype),
@@ -135,7 +141,7 @@ class Cpp(Backend):
             return self.forward(replace(call, needs_grad=False, targets=None)).final_state
         final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
         call, initial = _prepared(call)
-        arrays = _arrays(call.tokens)
+        arrays = calls.of_tokens(call.tokens, calls.array)
         packed = calls.pack_sequences(call, arrays, None, final, None, initial, threads())
         check_status(library().gdn_forward(packed))
         return final
@@ -148,9 +154,9 @@ class Cpp(Backend):
         if not call.has_tokens:
             return d_initial.copy_(d_final)
         call, _ = _prepared(call)
-        arrays = _arrays(call.tokens)
+        arrays = calls.of_tokens(call.tokens, calls.array)
         packed = calls.pack_sequences(call, arrays, None, None, None, None, threads())
-        to = calls.pack_gradients(d_o, d_final, (None,) * 5, d_initial)
+        to = calls.pack_gradients(d_o, d_final, (None,) * 7, d_initial)
         check_status(library().gdn_backward(packed, to))
         return d_initial
 
@@ -185,6 +191,11 @@ def _of_gate(gate: Tensor | None, target: Tensor | None) -> Tensor | None:
     return torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
 
 
+def _as_gate(gradient: Tensor | None, gate: Tensor | None) -> Tensor | None:
+    """Return the gradient of a gate in the dtype of the gate."""
+    return gradient if gate is None or gradient is None else gradient.to(gate.dtype)
+
+
 def _shape_of_states(call: Call) -> tuple[int, ...]:
     """Return the shape (B, slots, HV, K, V) of the states between runs of chunks."""
     s = call.sizes
@@ -202,16 +213,8 @@ def _prepared(call: Call) -> tuple[Call, Tensor | None]:
 
 def _readable(tokens: Tokens) -> Tokens:
     """Return tokens that the kernels read."""
-    q, k, v, alpha, log_alpha, beta, *_ = tokens
-    q, k, v = (calls.readable(x) for x in (q, k, v))
-    return Tokens(q, k, v, calls.decay(alpha, q), calls.decay(log_alpha, q), calls.gate(beta))
-
-
-def _arrays(tokens: Tokens) -> tuple[calls.Array, ...]:
-    """Return the arrays of q, k, v, decay and beta of sequences."""
-    q, k, v, alpha, log_alpha, beta, *_ = tokens
-    decay = log_alpha if alpha is None else alpha
-    return tuple(calls.array(x) for x in (q, k, v, decay, beta))
+    q, k, v = (calls.readable(x) for x in tokens[:3])
+    return Tokens(q, k, v, *[calls.gate(x, q) for x in tokens[3:]])
 
 
 def _decode(call: Call, o: Tensor, states: Tensor | None, array: calls.Reader) -> Tensor:
@@ -230,9 +233,8 @@ def _decode(call: Call, o: Tensor, states: Tensor | None, array: calls.Reader) -
     elif held.stride()[2:] != (s.V, 1):
         held = held.contiguous()
     if o.numel():
-        q, k, v, alpha, log_alpha, beta, *_ = _readable(call.tokens)
-        decay = log_alpha if alpha is None else alpha
-        arrays = tuple(array(x) for x in (q, k, v, decay, beta, o))
+        tokens = _readable(call.tokens)  # copies are needed until the kernels are done
+        arrays = (*calls.of_tokens(tokens, array), array(o))
         slots = call.state_indices
         if slots is not None:
             slots = slots.to(torch.int64).contiguous()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.call.bind import Call
+from gdn_ops.call.bind import Call, Tokens
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the element types, as in `GdnType`."""
@@ -30,9 +30,9 @@ NOTHING = (0, 0, 0, 0, 0)
 LEAST_TASKS = 8
 """Tasks that a backward has at least, so that up to as many threads change no bit of a gradient."""
 
-_SEQUENCES = struct.Struct("=46qfi")
-_GRADIENTS = struct.Struct("=32q")
-_STEPS = struct.Struct("=52qffq")
+_SEQUENCES = struct.Struct("=59qfi")
+_GRADIENTS = struct.Struct("=42q")
+_STEPS = struct.Struct("=65qffq")
 
 Array = tuple[int, int, int, int, int]
 Reader = Callable[[Tensor | None], Array]
@@ -62,15 +62,12 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def gate(x: Tensor | None) -> Tensor | None:
-    """Return a gate of heads in a type that the kernels read."""
-    return x if x is None or x.dtype in TYPES else x.to(torch.float32)
-
-
-def decay(x: Tensor | None, q: Tensor) -> Tensor | None:
-    """Return a decay in a type that the kernels read; one of channels has as many axes as q."""
-    typed = gate(x)
-    return readable(typed) if typed is not None and typed.dim() == q.dim() else typed
+def gate(x: Tensor | None, q: Tensor) -> Tensor | None:
+    """Return a gate in a type that the kernels read; one of channels has as many axes as q."""
+    if x is None:
+        return None
+    typed = x if x.dtype in TYPES else x.to(torch.float32)
+    return readable(typed) if typed.dim() == q.dim() else typed
 
 
 def whole(x: Tensor | None) -> Tensor | None:
@@ -99,6 +96,19 @@ def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def of_tokens(tokens: Tokens, read: Reader) -> tuple[Array, ...]:
+    """Return the arrays of q, k, v, decay, beta, erase and write."""
+    q, k, v, alpha, log_alpha, beta, erase, write = tokens
+    decay = log_alpha if alpha is None else alpha
+    return tuple([read(x) for x in (q, k, v, decay, beta, erase, write)])
+
+
+def _strengths(call: Call) -> tuple[bool, bool, bool]:
+    """Return whether erase and write stand apart, and whether each is of channels."""
+    widths = call.widths
+    return widths.apart, widths.erase == "channel", widths.write == "channel"
+
+
 def pack_sequences(
     call: Call,
     arrays: tuple[Array, ...],
@@ -108,15 +118,15 @@ def pack_sequences(
     initial: Tensor | None,
     threads: int,
 ) -> bytes:
-    """Return `GdnSequences` of a call; `arrays` are those of q, k, v, decay and beta."""
+    """Return `GdnSequences` of a call; `arrays` are those that `of_tokens` orders."""
     s = call.sizes
-    q, k, v, decay, beta = arrays
     return _SEQUENCES.pack(
-        *(*q, *k, *v, *decay, *beta, *array(o)),
+        *[number for x in arrays for number in x],
+        *array(o),
         *(pointer(initial), pointer(final), pointer(states), pointer(call.cu_seqlens)),
         *(s.N, s.T, s.H, s.HV, s.K, s.V),
         *(call.tokens.alpha is None, call.widths.decay == "channel"),
-        *(call.rule.has_erase, call.qk_l2norm, CHUNKS_PER_STATE),
+        *(call.rule.has_erase, call.qk_l2norm, *_strengths(call), CHUNKS_PER_STATE),
         1 if call.is_part else LEAST_TASKS,
         call.scale,
         threads,
@@ -126,7 +136,7 @@ def pack_sequences(
 def pack_gradients(
     d_o: Tensor, d_final: Tensor, grads: tuple[Tensor | None, ...], d_initial: Tensor | None
 ) -> bytes:
-    """Return `GdnGradients`; `grads` are those of q, k, v, decay and beta."""
+    """Return `GdnGradients`; `grads` are those that `of_tokens` orders."""
     arrays = [number for x in grads for number in array(x)]
     return _GRADIENTS.pack(*array(d_o), pointer(d_final), *arrays, pointer(d_initial))
 
@@ -141,16 +151,15 @@ def pack_steps(
     threads: int,
     raw: RawGates = GIVEN,
 ) -> bytes:
-    """Return `GdnSteps` of a call; `arrays` are those of q, k, v, decay, beta and o.
+    """Return `GdnSteps` of a call; `arrays` are those that `of_tokens` orders, and o.
 
     With `raw` gates, decay and beta are what the layer projects.
     """
     s = call.sizes
-    q, k, v, decay, beta, o = arrays
     row, head = state.stride()[:2]
     new_row, new_head = new_state.stride()[:2]
     return _STEPS.pack(
-        *(*q, *k, *v, *decay, *beta, *o),
+        *[number for x in arrays for number in x],
         *(state.data_ptr(), new_state.data_ptr(), pointer(states), pointer(slots)),
         *(pointer(raw.A_log), pointer(raw.dt_bias)),
         *(row, head, new_row, new_head, TYPES[state.dtype]),
@@ -158,6 +167,7 @@ def pack_steps(
         *(call.tokens.alpha is None, call.widths.decay == "channel"),
         *(call.rule.has_erase, call.qk_l2norm),
         raw.beta_factor is not None,
+        *_strengths(call),
         *(call.scale, raw.beta_factor or 0.0),
         threads,
     )

@@ -37,7 +37,7 @@ def prepared_decode(call: Call) -> Prepared | None:
     """
     if call.op is GATED_DELTA and not is_short(call):
         return None
-    if not _is_direct(call):
+    if call.widths.apart or not _is_direct(call):
         return None
     pointers = [ctypes.c_void_p] * 10
     library().gdn_decode_repeated.argtypes = [ctypes.c_char_p, ctypes.c_int, *pointers]
@@ -103,7 +103,7 @@ def _is_direct(call: Call) -> bool:
     if slots is not None and not (call.inplace and slots.to(torch.int64).contiguous() is slots):
         return False
     gates = [x for x in (alpha, log_alpha, beta) if x is not None]
-    are_read = [calls.decay(x, q) is x for x in (alpha, log_alpha)]
+    are_read = [calls.gate(x, q) is x for x in (alpha, log_alpha)]
     are_read += [calls.readable(x) is x for x in (q, k, v)]
     return all(are_read) and all([x.dtype == torch.float32 for x in gates])
 
@@ -117,7 +117,7 @@ def _packed(call: Call) -> bytes:
     new = state if call.inplace else torch.empty(state.shape, dtype=state.dtype, device="meta")
     array = calls.token if call.op is GATED_DELTA_STEP else calls.array
     decay = log_alpha if alpha is None else alpha
-    arrays = tuple(array(x) for x in (q, k, v, decay, beta, o))
+    arrays = (*calls.of_tokens(call.tokens, array), array(o))
     steps = calls.pack_steps(call, arrays, state, new, None, None, 1)
     reaches = [0 if x is None else reach(x) for x in (q, k, v, decay, beta, slots)]
     domain = {arg.name: domain for arg, domain in call.op.bounded}

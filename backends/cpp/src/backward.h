@@ -43,7 +43,7 @@ void load_run(const GdnSequences& c, const Task& t, const Backward& w, int64_t f
     x.k_t = w.run.k_t + e * C * Kp;
     x.q_t = w.run.q_t + e * C * Kp;
     x.products = w.run.products + e * 2 * C * C;
-    if (c.decay_of_channels) {
+    if (has_channels(c)) {
       load_key_rows(c, t, token, count, Kp, x.k_t, x.q_t, x);
     } else {
       load_keys(c, t, token, count, Kp, w.rows, x);
@@ -64,7 +64,7 @@ void store_run(const GdnSequences& c, const GdnGradients& to, const Task& t, con
   for (int64_t token = first, e = 0; token < last; token += C, ++e) {
     const int64_t count = least(C, last - token);
     const float* inverse = w.run.inverse + e * 2 * C;
-    if (c.decay_of_channels) {
+    if (has_channels(c)) {
       d_k = w.run.d_k + e * C * Kp;
       d_q = w.run.d_q + e * C * Kp;
     } else {
@@ -188,7 +188,7 @@ void run_backward_of(const GdnSequences& c, const GdnGradients& to, const Task& 
 
 void run_backward(const GdnSequences& c, const GdnGradients& to, const Task& t, const Sums& sums,
                   float* memory) {
-  if (c.decay_of_channels) return run_backward_of<true>(c, to, t, sums, memory);
+  if (has_channels(c)) return run_backward_of<true>(c, to, t, sums, memory);
   run_backward_of<false>(c, to, t, sums, memory);
 }
 

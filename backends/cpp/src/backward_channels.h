@@ -11,7 +11,8 @@
 //     asked_j = alpha_(t+1) asked_j + P_tj q_t + N_tj k_t,
 //
 // with P and N the gradients of the pairs. Then d_alpha_t is the sum of asked_j held_j over j < t, one
-// of which is all that was there before the block: exact where alpha is 0 too.
+// of which is all that was there before the block: exact where alpha is 0 too. Where erase and
+// write stand apart, N_tj has erase_t . k_t beside it, whose gradient is collected on its own.
 #pragma once
 
 #include "backward_chunk.h"
@@ -26,24 +27,26 @@ void form_decayed(Chunk& x) {
   forget_decays(x.g);
 }
 
-void load_decays_of(Chunk& x) {
+void load_gates_of(Chunk& x) {
   load_decays(x.c, x.t, x.token, x.count, x.head, x.Kp, x.decayed, x.g);
+  load_erased(x.c, x.t, x.token, x.count, x.head, x.Kp, x.decayed);
 }
 
 // Form the writes and errors of a chunk, and the state behind it where that is another's.
 void run_channels_again(Chunk x, float* next) {
   const GdnSequences& c = x.c;
   const Ahead ahead{c, x.t, c.v, x.token + C, x.head, x.t.last, 0};
-  load_decays_of(x);
+  load_gates_of(x);
   const bool may_flush = sizes_of(c, x.t, x.token, x.count, x.head, x.g).may_flush &&
                          is_ordinary(x.S, x.t.panels * x.Kp * P);
   with_flushing(may_flush, [&] { form_decayed(x); });
   x.keys.k_t = x.decayed.k_t;
   Columns from{x.w.values, x.Vs, false};
-  if (lies_in_tiles(c.v, c.V, x.count)) {
+  if (!c.is_apart && lies_in_tiles(c.v, c.V, x.count)) {
     from = columns_of(c.v, x.t, x.token, x.head);
   } else {
     load_values(c.v, x.t, x.token, x.count, x.head, c.V, x.w.values);
+    if (c.is_apart) scale_values(c, x.t, x.token, x.count, x.head, x.Vs, x.w.values);
   }
   // Tokens that are none write nothing.
   memset(x.U + x.used * x.Vs, 0, size_t((x.reach - x.used) * x.Vs) * 4);
@@ -170,6 +173,7 @@ void join_gradients(const Chunk& x) {
 }
 
 // W channels of a block.
+template <bool is_apart>
 struct Walk {
   const Chunk& x;
   int64_t m, last, channel;  // tokens of the block, and the first channel
@@ -190,7 +194,8 @@ struct Walk {
       const Vec before = held[t][0] * alpha;
       held[t + 1][0] = before;
       Vec d_q = load(x.d_q + at) + before * load(w.d_read_q + at) + k * all(of_q[t]);
-      Vec d_k = load(x.d_k + at) + before * load(w.d_read_k + at);
+      Vec d_k = before * load(w.d_read_k + at);
+      if (!is_apart) d_k = load(x.d_k + at) + d_k;
       for (int64_t j = 0; j < t; ++j) {
         const Vec key = held[t][j + 1] * alpha;
         held[t + 1][j + 1] = key;
@@ -199,7 +204,7 @@ struct Walk {
       }
       held[t + 1][t + 1] = k;
       store(x.d_q + at, d_q);
-      store(x.d_k + at, d_k);
+      store((is_apart ? w.d_erased : x.d_k) + at, d_k);
     }
   }
 
@@ -213,11 +218,12 @@ struct Walk {
       const int64_t at = place(t);
       const float *of_q = w.P + (m + t) * C + m, *of_k = w.X + (m + t) * C + m;
       const Vec q = load(x.decayed.q + at), k = load(x.decayed.k + at);
+      const Vec erased = is_apart ? load(x.decayed.erased + at) : k;
       store(x.d_k + at, load(x.d_k + at) + asked[t + 1] * decay + q * all(of_q[t]));
-      asked[0] = asked[0] * decay + q * load(w.d_read_q + at) + k * load(w.d_read_k + at);
+      asked[0] = asked[0] * decay + q * load(w.d_read_q + at) + erased * load(w.d_read_k + at);
       Vec d_alpha = asked[0] * held[t][0];
       for (int64_t j = 0; j < t; ++j) {
-        asked[j + 1] = asked[j + 1] * decay + q * all(of_q[j]) + k * all(of_k[j]);
+        asked[j + 1] = asked[j + 1] * decay + q * all(of_q[j]) + erased * all(of_k[j]);
         d_alpha += asked[j + 1] * held[t][j + 1];
       }
       decay = load(x.decayed.alpha + at);
@@ -227,13 +233,33 @@ struct Walk {
 };
 
 // Add the gradients of k and q, and form those of the decays, from those of both blocks.
+template <bool is_apart>
 void walk_blocks(const Chunk& x) {
   for (int64_t m = 0; m < x.count; m += BLOCK) {
     for (int64_t j = 0; j < x.Kp; j += W) {
-      Walk walk{x, m, least(m + BLOCK, x.count), j, {}};
+      Walk<is_apart> walk{x, m, least(m + BLOCK, x.count), j, {}};
       walk.forwards();
       walk.backwards(x.w.d_starts + m / BLOCK * x.Kp);
     }
+  }
+}
+
+// Turn the gradients of the erased keys of a chunk into those of k, and write those of erase.
+void split_erased(const Chunk& x) {
+  const GdnSequences& c = x.c;
+  const GdnArray& to = x.to.d_erase;
+  for (int64_t i = 0; i < x.count; ++i) {
+    const int64_t token = x.token + i, place = i * x.Kp;
+    float *d = x.w.d_erased + place, *d_k = x.d_k + place, *d_erase = x.w.d_kept + place;
+    const float* k = x.decayed.k + place;
+    float total = 0.0f;
+    for (int64_t j = 0; j < c.K; ++j) total += d_erase[j] = d[j] * k[j];
+    if (to.data) {
+      float* data = static_cast<float*>(to.data) + at(to, x.t.row, token, x.head);
+      memcpy(data, c.erase_of_channels ? d_erase : &total, c.erase_of_channels ? size_t(c.K) * 4 : 4);
+    }
+    scale_by(c.erase, at(c.erase, x.t.row, token, x.head), c.erase_of_channels, 0, c.K, d);
+    for (int64_t j = 0; j < c.K; ++j) d_k[j] += d[j];
   }
 }
 
@@ -243,8 +269,15 @@ void store_decays(const Chunk& x) {
   for (int64_t i = 0; to.data && i < x.count; ++i) {
     const int64_t token = x.token + i, place = (x.t.row * x.c.T + token) * x.c.HV + x.head;
     float* data = static_cast<float*>(to.data) + at(to, x.t.row, token, x.head);
-    if (x.sums.d_decay) data = x.sums.d_decay + place * x.c.K;
-    memcpy(data, x.w.d_alpha + i * x.Kp, size_t(x.c.K) * 4);
+    if (x.sums.d_decay) data = x.sums.d_decay + place * decay_width(x.c);
+    const float* d_alpha = x.w.d_alpha + i * x.Kp;
+    if (x.c.decay_of_channels) {
+      memcpy(data, d_alpha, size_t(x.c.K) * 4);
+    } else {
+      float total = 0.0f;
+      for (int64_t j = 0; j < x.c.K; ++j) total += d_alpha[j];
+      *data = total;
+    }
   }
 }
 
@@ -253,7 +286,7 @@ void run_channels_back(Chunk x) {
   const Backward& w = x.w;
   float unused[C], d_beta[C];
   const int64_t size = x.t.panels * x.Kp * P;
-  load_decays_of(x);
+  load_gates_of(x);
   const Flushed flushed(x.token >= x.faint_end &&
                         may_flush_back(x.c, x.to.d_o, x.t, x.token, x.count, x.head, x.g) &&
                         is_ordinary(x.S, size) && is_ordinary(x.d_S, size));
@@ -275,14 +308,15 @@ void run_channels_back(Chunk x) {
   memset(w.d_end, 0, size_t(x.Kp) * 4);
   retreat_channels<true>(x, w.d_end);
   join_gradients(x);
-  walk_blocks(x);
+  x.c.is_apart ? walk_blocks<true>(x) : walk_blocks<false>(x);
+  if (x.c.is_apart) split_erased(x);
   store_decays(x);
   if (x.to.d_beta.data) store_gates(x, d_beta, x.to.d_beta, x.sums.d_beta);
 }
 
 // The gradient of the state before one chunk of one value head, from that of the state behind it.
 void run_channels_start(Chunk x) {
-  load_decays_of(x);
+  load_gates_of(x);
   const Flushed flushed(x.token >= x.faint_end &&
                         may_flush_back(x.c, x.to.d_o, x.t, x.token, x.count, x.head, x.g) &&
                         is_ordinary(x.d_S, x.t.panels * x.Kp * P));

@@ -50,6 +50,7 @@ struct Backward {
   DecayedKeys decayed;                               // of a decay of channels, and what follows
   float *d_t;                                        // [Kp][C]
   float *d_read_k, *d_read_q, *d_kept, *d_alpha;     // [C][Kp]
+  float* d_erased;                                   // [C][Kp], where erase and write are apart
   float *d_end, *d_starts;                           // [Kp], [2][Kp]
 
   // Per value head, the token up to which subnormal numbers may count.
@@ -74,11 +75,12 @@ int64_t take_backward(const GdnSequences& c, float* memory, Backward& w) {
   take({&w.run.inverse}, e * 2 * C);
   take({&w.run.U, &w.run.erased}, e * C * Vs);
   take({&w.run.S}, e * Vs * Kp);
-  if (!c.decay_of_channels) return arena.used;
-  take_decayed(arena, Kp, w.decayed);
+  if (!has_channels(c)) return arena.used;
+  take_decayed(c, arena, Kp, w.decayed);
   take({&w.d_t, &w.d_read_k, &w.d_read_q, &w.d_kept, &w.d_alpha}, C * Kp);
   take({&w.d_end}, Kp);
   take({&w.d_starts}, 2 * Kp);
+  if (c.is_apart) take({&w.d_erased}, C * Kp);
   return arena.used;
 }
 
@@ -118,7 +120,7 @@ Chunk chunk_of(const GdnSequences& c, const GdnGradients& to, const Task& t, con
   x.d_k = w.run.d_k + e * C * Kp;
   x.d_q = w.run.d_q + e * C * Kp;
   x.d_S = w.d_S + r * Vs * Kp;
-  if (c.decay_of_channels) {
+  if (has_channels(c)) {
     x.decayed.k = x.keys.k_t;
     x.decayed.q = x.keys.q_t;
   } else {
@@ -167,6 +169,30 @@ GDN_INLINE void solve_back(Block& acc, const float* A, const float* d_r, int64_t
   }
 }
 
+// Turn the gradients of what a chunk writes, rows of Vs, into those of v, and write those of write.
+void split_writes(const Chunk& x, float* d) {
+  const GdnSequences& c = x.c;
+  const GdnArray& to = x.to.d_write;
+  const int64_t first = x.t.panel * P, width = least(x.Vs, c.V - first);
+  for (int64_t i = 0; i < x.count; ++i, d += x.Vs) {
+    const int64_t token = x.token + i;
+    float total = 0.0f, some[256];
+    float* data = static_cast<float*>(to.data);
+    if (data) data += at(to, x.t.row, token, x.head) + (c.write_of_channels ? first : 0);
+    for (int64_t j = 0; data && j < width; j += 256) {
+      const int64_t n = least(256, width - j);
+      widen(c.v.data, c.v.type, at(c.v, x.t.row, token, x.head) + first + j, some, n);
+      for (int64_t l = 0; l < n; ++l) {
+        some[l] *= d[j + l];
+        total += some[l];
+      }
+      if (c.write_of_channels) memcpy(data + j, some, size_t(n) * 4);
+    }
+    if (data && !c.write_of_channels) *data = total;
+    scale_by(c.write, at(c.write, x.t.row, token, x.head), c.write_of_channels, first, width, d);
+  }
+}
+
 // d_R = T^T d_U with d_U = M^T d_O + diag(d) K d_S. If all gradients are asked for, d_V = diag(beta)
 // d_R is written, and `E_end` [C] receives the products of the rows of K d_S and U.
 template <bool asks_all>
@@ -176,7 +202,7 @@ GDN_INLINE void solve_gradients(const Chunk& x, float* E_end) {
   const int64_t span = C * x.c.chunks_per_state, r = x.head % (x.c.HV / x.c.H);
   const Ahead ahead{x.c, x.t, x.to.d_o, x.token - C, x.head, x.token - span, r};
   const GdnArray& d_v = x.to.d_v;
-  const bool is_direct = asks_all && lies_in_tiles(d_v, x.c.V, x.count);
+  const bool is_direct = asks_all && !x.c.is_apart && lies_in_tiles(d_v, x.c.V, x.count);
   Columns to = is_direct ? columns_of(d_v, x.t, x.token, x.head) : Columns{w.values, x.Vs, false};
   to.passes_caches = is_direct && passes_caches(x.c, d_v);
   Vec ends[C] = {};
@@ -199,6 +225,7 @@ GDN_INLINE void solve_gradients(const Chunk& x, float* E_end) {
       to.store(acc, m, p);
     }
   }
+  if (asks_all && x.c.is_apart) split_writes(x, w.values);
   if (asks_all && !is_direct) store_values(w.values, x.t, x.token, x.count, x.head, x.c.V, d_v);
   memset(w.d_r + x.used * x.Vs, 0, size_t((x.reach - x.used) * x.Vs) * 4);
   for (int64_t i = 0; asks_all && i < x.used; ++i) E_end[i] = sum(ends[i]);

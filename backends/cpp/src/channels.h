@@ -5,10 +5,10 @@
 //     (decays of the second block up to i . k_i) (decays behind j to its end . k_j),
 //
 // a matrix product of factors that are at most 1. Within a block the keys decay from token to token.
-// Nothing is divided and no logarithm is taken: an exact zero needs nothing special.
+// Nothing is divided and no logarithm is taken: an exact zero needs nothing special. Where erase and
+// write stand apart, token i reads with erase . k_i, and nothing is to be scaled by beta.
 #pragma once
 
-#include "decays.h"
 #include "subnormal.h"
 
 namespace {
@@ -19,17 +19,19 @@ static_assert(BLOCK % MR == 0 && BLOCK % W == 0, "blocks are whole tiles");
 // A chunk of one value head; rows of Kp numbers are those of tokens.
 struct DecayedKeys {
   float *k, *q;             // [C][Kp], q times the scale; zeros up to the reach of the tokens
+  float* erased;            // [C][Kp]: the keys that the error is taken with; k where that is beta's
   float* alpha;             // [C][Kp], ones there
-  float *read_k, *read_q;   // [C][Kp]: k and q, decayed from the start of their block
+  float *read_k, *read_q;   // [C][Kp]: erased and q, decayed from the start of their block
   float* kept;              // [C][Kp]: k, decayed up to the end of its block
-  float *k_t, *q_t;         // [Kp][C]: k and q, decayed from the start of the chunk, transposed
+  float *k_t, *q_t;         // [Kp][C]: erased and q, decayed from the start of the chunk, transposed
   float* kept_t;            // [Kp][C]: k, decayed up to the end of the chunk, transposed
   float* ends;              // [2][Kp]: the decays of the two blocks
   float* end;               // [Kp]: those of the chunk
 };
 
 // Take the working memory of a chunk but for its keys and queries.
-void take_decayed(Arena& arena, int64_t Kp, DecayedKeys& x) {
+void take_decayed(const GdnSequences& c, Arena& arena, int64_t Kp, DecayedKeys& x) {
+  if (c.is_apart) x.erased = arena.take(C * Kp);
   for (float** rows : {&x.alpha, &x.read_k, &x.read_q, &x.kept, &x.k_t, &x.q_t, &x.kept_t}) {
     *rows = arena.take(C * Kp);
   }
@@ -37,7 +39,9 @@ void take_decayed(Arena& arena, int64_t Kp, DecayedKeys& x) {
   x.end = arena.take(Kp);
 }
 
-int64_t decayed_floats(int64_t Kp) { return 7 * C * Kp + 3 * Kp + 9 * 16; }
+int64_t decayed_floats(const GdnSequences& c, int64_t Kp) {
+  return (c.is_apart ? 8 : 7) * C * Kp + 3 * Kp + 10 * 16;
+}
 
 // Lane l is the sum of all lanes of x[l]: half of the vectors is folded into the other one, and so on.
 GDN_INLINE Vec sums_of(Vec* x) {
@@ -79,7 +83,12 @@ void load_decays(const GdnSequences& c, const Task& t, int64_t token, int64_t co
     g.alpha[i] = g.b[i] = g.d[i] = 1.0f;
     for (int64_t j = 0; i >= count && j < Kp; j += W) store(alpha + j, all(1.0f));
     if (i >= count) continue;
-    read_decays(c.decay, at(c.decay, t.row, token + i, head), c.decay_is_log, c.K, Kp, alpha);
+    if (c.decay_of_channels) {
+      read_decays(c.decay, at(c.decay, t.row, token + i, head), c.decay_is_log, c.K, Kp, alpha);
+    } else {
+      const Vec one = all(c.decay.data ? decay_of(c, t, token + i, head) : 1.0f);
+      for (int64_t j = 0; j < Kp; j += W) store(alpha + j, one);
+    }
     g.beta[i] = c.beta.data ? number(c.beta, at(c.beta, t.row, token + i, head)) : 1.0f;
   }
   g.end = 1.0f;
@@ -95,6 +104,30 @@ void load_decays(const GdnSequences& c, const Task& t, int64_t token, int64_t co
   }
 }
 
+// Load the keys of a chunk that its errors are taken with: k is there.
+void load_erased(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t head,
+                 int64_t Kp, DecayedKeys& x) {
+  if (!c.is_apart) {
+    x.erased = x.k;
+    return;
+  }
+  memcpy(x.erased, x.k, size_t(reach_of(count) * Kp) * 4);
+  for (int64_t i = 0; i < count; ++i) {
+    scale_by(c.erase, at(c.erase, t.row, token + i, head), c.erase_of_channels, 0, c.K,
+             x.erased + i * Kp);
+  }
+}
+
+// Scale columns of v of a chunk, rows of `stride`, to what is written.
+void scale_values(const GdnSequences& c, const Task& t, int64_t token, int64_t count, int64_t head,
+                  int64_t stride, float* values) {
+  const int64_t first = t.panel * P, width = least(t.panels * P, c.V - first);
+  for (int64_t i = 0; i < count; ++i) {
+    scale_by(c.write, at(c.write, t.row, token + i, head), c.write_of_channels, first, width,
+             values + i * stride);
+  }
+}
+
 // The decays of a chunk are in its keys and queries: what is done with them knows no others.
 GDN_INLINE void forget_decays(Gates& g) {
   for (int64_t i = 0; i < C; ++i) g.d[i] = 1.0f;
@@ -106,7 +139,7 @@ GDN_INLINE void decay_reads(const DecayedKeys& x, int64_t m, int64_t last, int64
     Vec since = all(1.0f);
     for (int64_t i = m * Kp + j; i < last * Kp; i += Kp) {
       since *= load(x.alpha + i);
-      store(x.read_k + i, since * load(x.k + i));
+      store(x.read_k + i, since * load(x.erased + i));
       store(x.read_q + i, since * load(x.q + i));
     }
     store(end + j, since);
@@ -121,12 +154,12 @@ GDN_INLINE void walk_block(const DecayedKeys& x, int64_t m, int64_t last, int64_
   float* kept = x.kept + m * Kp;
   memset(kept, 0, size_t(BLOCK * Kp) * 4);
   for (int64_t i = m; i < last; ++i) {
-    const float *alpha = x.alpha + i * Kp, *k = x.k + i * Kp, *q = x.q + i * Kp;
+    const float *alpha = x.alpha + i * Kp, *erased = x.erased + i * Kp, *q = x.q + i * Kp;
     // Those from i on are zeros still.
     for (int64_t first = 0; first < i - m; first += G) {
       Vec total[W] = {};
       for (int64_t j = 0; j < Kp; j += W) {
-        const Vec decay = load(alpha + j), of_k = load(k + j), of_q = load(q + j);
+        const Vec decay = load(alpha + j), of_k = load(erased + j), of_q = load(q + j);
         float* row = kept + first * Kp + j;
         GDN_UNROLL for (int g = 0; g < G; ++g, row += Kp) {
           const Vec one = load(row) * decay;
@@ -140,6 +173,7 @@ GDN_INLINE void walk_block(const DecayedKeys& x, int64_t m, int64_t last, int64_
       memcpy(kk + i * C + m + first, sums, G * 4);
       memcpy(qk + i * C + m + first, sums + G, G * 4);
     }
+    const float* k = x.k + i * Kp;
     Vec own = {};
     for (int64_t j = 0; j < Kp; j += W) {
       store(kept + (i - m) * Kp + j, load(k + j));

@@ -38,6 +38,10 @@ GDN_INLINE Task task_of(const GdnSequences& c, int64_t n) {
   return t;
 }
 
+// Whether the rows of a chunk are of channels: a decay of theirs is in the keys and queries, and so is
+// what erases.
+GDN_INLINE bool has_channels(const GdnSequences& c) { return c.decay_of_channels || c.is_apart; }
+
 GDN_INLINE int64_t at(const GdnArray& x, int64_t row, int64_t token, int64_t head) {
   return row * x.row + token * x.token + head * x.head;
 }

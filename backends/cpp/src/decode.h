@@ -5,7 +5,8 @@
 //     o = S'^T q + (q . k) u                what the new state will answer
 //     S = S' + k u^T                        then write
 //
-// With a decay of every key channel (§9), alpha is one for each row of S.
+// With a decay of every key channel (§9), alpha is one for each row of S. Where erase and write stand
+// apart, the error is write . v - S'^T (erase . k), and beta is 1.
 //
 // A block of columns of a head takes two sweeps over its K rows: one reads S'^T k and S'^T q, one
 // writes S. The second one walks back, from the rows that the first-level cache still has, and
@@ -19,7 +20,7 @@
 #include <utility>
 
 #include "chunk.h"
-#include "decays.h"
+#include "strengths.h"
 
 namespace {
 
@@ -36,7 +37,7 @@ template <class S>
 struct Tokens {
   S *k, *other_k;             // [T][Kp]; the keys before these are kept: a write may still need them
   S *q, *qk;                  // [T][Kp] q times the scale, [T] q . k
-  S *decayed_k, *decayed_q;   // [T][Kp] the same times alpha
+  S *decayed_k, *decayed_q;   // [T][Kp] the same times alpha, and k times erase
   S *alpha, *beta;            // [T]
   S *alphas, *other_alphas;   // [T][Kp], where the decay is of channels; kept like the keys
   S *v, *o;                   // [block_columns]
@@ -111,10 +112,21 @@ S read_beta(const GdnSteps& c, int64_t row, int64_t t, int64_t head) {
   return c.beta_is_raw ? S(c.beta_factor) / (S(1) + std::exp(-x)) : x;
 }
 
+// The keys that errors are taken with, in the place of those that are decayed next.
 template <class S>
-void decay_rows(Tokens<S>& x, int64_t t) {
-  for (int64_t i = t * x.Kp; i < (t + 1) * x.Kp; i += lanes<S>) {
-    store(x.decayed_k + i, load(x.k + i) * load(x.alphas + i));
+const S* read_erased(const GdnSteps& c, int64_t row, int64_t t, int64_t head, const Tokens<S>& x) {
+  const S* k = x.k + t * x.Kp;
+  if (!c.is_apart) return k;
+  S* erased = x.decayed_k + t * x.Kp;
+  memcpy(erased, k, size_t(x.Kp) * sizeof(S));
+  scale_by(c.erase, at(c.erase, row, t, head), c.erase_of_channels, 0, c.K, erased);
+  return erased;
+}
+
+template <class S>
+void decay_rows(Tokens<S>& x, int64_t t, const S* k) {
+  for (int64_t i = t * x.Kp; i < (t + 1) * x.Kp; i += lanes<S>, k += lanes<S>) {
+    store(x.decayed_k + i, load(k) * load(x.alphas + i));
     store(x.decayed_q + i, load(x.q + i) * load(x.alphas + i));
   }
 }
@@ -127,16 +139,17 @@ void read_tokens(const GdnSteps& c, int64_t row, int64_t head, Tokens<S>& x) {
   if (of_channels) std::swap(x.alphas, x.other_alphas);
   for (int64_t t = 0; t < c.T; ++t) {
     x.beta[t] = read_beta<S>(c, row, t, head);
+    const S* k = read_erased(c, row, t, head, x);
     if (of_channels) {
       const int64_t first = at(c.decay, row, t, head);
       read_decays(c.decay, first, c.decay_is_log, c.K, x.Kp, x.alphas + t * x.Kp);
-      decay_rows(x, t);
+      decay_rows(x, t, k);
       continue;
     }
     const VecOf<S> alpha = all(x.alpha[t] = read_alpha<S>(c, row, t, head));
     // The decay is taken with k and q: where alpha is 0, no sum over the state can overflow.
-    for (int64_t i = t * x.Kp; i < (t + 1) * x.Kp; i += lanes<S>) {
-      store(x.decayed_k + i, load(x.k + i) * alpha);
+    for (int64_t i = t * x.Kp; i < (t + 1) * x.Kp; i += lanes<S>, k += lanes<S>) {
+      store(x.decayed_k + i, load(k) * alpha);
       store(x.decayed_q + i, load(x.q + i) * alpha);
     }
   }
@@ -196,9 +209,13 @@ GDN_INLINE void sweep(int64_t K, int64_t stride, const Write<S, N, E>& w, Read<S
 
 // Take the token's error from what was read, and give its output; `width` columns are there.
 template <class S, int N, class E>
-GDN_INLINE void finish_read(const GdnSteps& c, const Tokens<S>& x, int64_t t, const Read<S, N, E>& r,
-                            int64_t from, int64_t to, int64_t width, Write<S, N, E>& w) {
-  widen(c.v.data, c.v.type, from, x.v, width);
+GDN_INLINE void finish_read(const GdnSteps& c, const Tokens<S>& x, int64_t row, int64_t t,
+                            int64_t head, const Read<S, N, E>& r, int64_t j, int64_t width,
+                            Write<S, N, E>& w) {
+  widen(c.v.data, c.v.type, at(c.v, row, t, head) + j, x.v, width);
+  if (c.is_apart) {
+    scale_by(c.write, at(c.write, row, t, head), c.write_of_channels, j, width, x.v);
+  }
   for (int64_t l = width; l < N * lanes<S>; ++l) x.v[l] = S(0);
   constexpr bool has_pairs = std::is_same_v<E, Bfloat16>;
   if constexpr (has_pairs) arrange<N, false>(x.v);
@@ -210,7 +227,7 @@ GDN_INLINE void finish_read(const GdnSteps& c, const Tokens<S>& x, int64_t t, co
     store(x.o + n * lanes<S>, r.of_q[n] + w.u[n] * qk);
   }
   if constexpr (has_pairs) arrange<N, true>(x.o);
-  narrow(x.o, c.o.data, c.o.type, to, width);
+  narrow(x.o, c.o.data, c.o.type, at(c.o, row, t, head) + j, width);
   w.k = x.k + t * x.Kp;
   w.alphas = x.alphas + t * x.Kp;
   w.alpha = x.alpha[t];
@@ -240,7 +257,7 @@ GDN_INLINE void run_in_block(const GdnSteps& c, const Tokens<S>& x, int64_t row,
     r.k = x.decayed_k + t * x.Kp;
     r.q = x.decayed_q + t * x.Kp;
     sweep<of_channels, false, true>(K, stride, w, r);
-    finish_read(c, x, t, r, at(c.v, row, t, head) + j, at(c.o, row, t, head) + j, width, w);
+    finish_read(c, x, row, t, head, r, j, width, w);
     sweep<of_channels, true, false>(K, stride, w, r);
     for (int64_t i = 0; c.states && i < K; ++i) {
       const int64_t place = (((row * c.T + t) * c.HV + head) * K + i) * V + j;
@@ -271,8 +288,7 @@ GDN_INLINE void run_in_place(const GdnSteps& c, const Tokens<S>& x, int64_t row,
       sweep<of_channels, true, false>(c.K, c.V, w, r);
       sweep<of_channels, false, true>(c.K, c.V, w, r);
     }
-    finish_read(c, x, t, r, at(c.v, row, t, head) + j, at(c.o, row, t, head) + j, block_columns<S>,
-                w);
+    finish_read(c, x, row, t, head, r, j, block_columns<S>, w);
     w.state = r.state;
     w.to = to;
   }

@@ -10,7 +10,7 @@ GDN_INLINE int64_t padded(int64_t K) { return round_up(K, P > 16 ? P : 16); }
 
 int64_t forward_floats(const GdnSequences& c, int64_t panels) {
   const int64_t Kp = padded(c.K), R = c.HV / c.H;
-  const int64_t more = c.decay_of_channels ? decayed_floats(Kp) : 0;
+  const int64_t more = has_channels(c) ? decayed_floats(c, Kp) : 0;
   return 4 * C * Kp + 4 * C * C + C * panels * P + C * P + R * panels * (Kp * P + 1) + 9 * 16 +
          more;
 }
@@ -293,7 +293,7 @@ void run_forward_of(const GdnSequences& c, const Task& t, float* memory) {
   DecayedKeys decayed = {};
   Keys keys = x;
   if (of_channels) {
-    take_decayed(arena, Kp, decayed);
+    take_decayed(c, arena, Kp, decayed);
     decayed.k = rows;
     decayed.q = has_outputs ? rows + C * Kp : rows;
     keys.k_t = decayed.k_t;
@@ -318,6 +318,7 @@ void run_forward_of(const GdnSequences& c, const Task& t, float* memory) {
       Gates g;
       if (of_channels) {
         load_decays(c, t, token, count, head, Kp, decayed, g);
+        load_erased(c, t, token, count, head, Kp, decayed);
       } else {
         load_gates(c, t, token, count, head, g);
       }
@@ -334,7 +335,7 @@ void run_forward_of(const GdnSequences& c, const Task& t, float* memory) {
         }
       });
       const bool is_direct =
-          lies_in_tiles(c.v, V, count) && (!has_outputs || lies_in_tiles(c.o, V, count));
+          !c.is_apart && lies_in_tiles(c.v, V, count) && (!has_outputs || lies_in_tiles(c.o, V, count));
       const Ahead ahead{c, t, c.v, token + C, head, token + C, r};
       Columns from{values, t.panels * P, false}, to = from;
       if (is_direct) {
@@ -343,6 +344,7 @@ void run_forward_of(const GdnSequences& c, const Task& t, float* memory) {
         to.passes_caches = are_streamed;
       } else {
         load_values(c.v, t, token, count, head, V, values);
+        if (c.is_apart) scale_values(c, t, token, count, head, t.panels * P, values);
       }
       for (int64_t p = 0; p < t.panels; ++p) {
         float* state = S + r * size + p * Kp * P;
@@ -374,7 +376,7 @@ void run_forward_of(const GdnSequences& c, const Task& t, float* memory) {
 }
 
 void run_forward(const GdnSequences& c, const Task& t, float* memory) {
-  if (c.decay_of_channels) return run_forward_of<true>(c, t, memory);
+  if (has_channels(c)) return run_forward_of<true>(c, t, memory);
   run_forward_of<false>(c, t, memory);
 }
 

@@ -14,17 +14,18 @@ enum GdnType { kGdnFloat32 = 0, kGdnBfloat16 = 1, kGdnFloat16 = 2, kGdnFloat64 =
 // Tokens of a chunk.
 enum { kGdnChunk = 32 };
 
-// An array of tokens: (rows, tokens, heads, ...). A decay is (..., HV), or where it is of channels
-// (..., HV, K) with its last axis contiguous.
+// An array of tokens: (rows, tokens, heads, ...). A gate is (..., HV), or where it is of channels has
+// one more axis, which is contiguous: K for a decay and erase, V for write.
 struct GdnArray {
   void* data;  // null where the call has no such array
   int64_t row, token, head;
   int64_t type;
 };
 
-// One call of gated_delta. Value head h reads key head h / (HV / H).
+// One call of gated_delta. Value head h reads key head h / (HV / H). Where `is_apart`, erase and write
+// are in place of beta, each of them 1 where it is not there.
 struct GdnSequences {
-  GdnArray q, k, v, decay, beta;
+  GdnArray q, k, v, decay, beta, erase, write;
   GdnArray o;             // (B, T, HV, V), or null where only the states are asked for
   float* initial;         // (N, HV, K, V) contiguous, or null for zeros
   float* final;           // (N, HV, K, V) contiguous
@@ -32,6 +33,7 @@ struct GdnSequences {
   const int64_t* starts;  // (N + 1) first tokens of packed sequences, or null: a sequence per row
   int64_t N, T, H, HV, K, V;
   int64_t decay_is_log, decay_of_channels, has_erase, qk_l2norm;
+  int64_t is_apart, erase_of_channels, write_of_channels;
   int64_t chunks_per_state;
   int64_t least_tasks;  // a backward with fewer key heads, or than threads, is cut further
   float scale;
@@ -44,6 +46,7 @@ struct GdnGradients {
   const float* d_final;         // (N, HV, K, V)
   GdnArray d_q, d_k, d_v;       // in the types of q, k, v; null where only d_initial is asked for
   GdnArray d_decay, d_beta;     // float32; of log alpha where the decay is a logarithm
+  GdnArray d_erase, d_write;    // float32
   float* d_initial;             // (N, HV, K, V), or null
 };
 
@@ -52,7 +55,7 @@ struct GdnGradients {
 // Gates may be raw, as a layer projects them: with A_log, alpha = exp(-exp(A_log) softplus(decay +
 // dt_bias)); with beta_is_raw, beta = beta_factor sigmoid(beta).
 struct GdnSteps {
-  GdnArray q, k, v, decay, beta;
+  GdnArray q, k, v, decay, beta, erase, write;
   GdnArray o;               // (B, T, HV, V)
   const void* state;        // rows of (HV, K, V), read
   void* new_state;          // the same, written; may be `state`
@@ -64,6 +67,7 @@ struct GdnSteps {
   int64_t state_type;
   int64_t B, T, H, HV, K, V;
   int64_t decay_is_log, decay_of_channels, has_erase, qk_l2norm, beta_is_raw;
+  int64_t is_apart, erase_of_channels, write_of_channels;  // as in GdnSequences
   float scale, beta_factor;
   int64_t threads;          // at least 1
 };

@@ -34,21 +34,22 @@ void run_forward_task(const GdnSequences& c, const GdnPlan& plan, int64_t index,
   if (t.panels <= 0) return;
 #if GDN_FEATURES == 4
   // A few tokens gain nothing from pairs, and are exact without them.
-  const bool has_pairs = c.q.type == kGdnBfloat16 && c.T > 16 && !c.decay_of_channels;
+  const bool has_pairs = c.q.type == kGdnBfloat16 && c.T > 16 && !has_channels(c);
   if (has_pairs) return run_forward_bf16(c, t, memory);
 #endif
   run_forward(c, t, memory);
 }
 
-// Over sequences and key heads; where those are few, over value heads and panels of columns of V.
-// Up to 8 threads, their number decides nothing, so that it changes no bit.
+// Over sequences and key heads; where those are few, over value heads and panels of columns of V, but
+// where erase and write stand apart, whose gradients are sums over these columns. Up to 8 threads,
+// their number decides nothing, so that it changes no bit.
 GdnPlan plan_backward(const GdnSequences& c) {
   const int64_t heads = c.N * c.H, R = c.HV / c.H, panels = round_up(c.V, P) / P;
   const int64_t wanted = c.threads > c.least_tasks ? c.threads : c.least_tasks;
   int64_t values = 1, columns = 1;
   if (c.T > C * c.chunks_per_state) {
     while (values < R && heads * values < wanted) ++values;
-    while (columns < panels && heads * values * columns < wanted) ++columns;
+    while (!c.is_apart && columns < panels && heads * values * columns < wanted) ++columns;
   }
   const int64_t parts = values * columns;
   return {heads * parts, parts, backward_floats(c), values, parts > 1 ? sum_floats(c, parts) : 0,

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "chunk.h"
+#include "strengths.h"
 
 namespace {
 
@@ -92,6 +93,22 @@ float largest_of(const GdnArray& x, int64_t index, int64_t n) {
   return most;
 }
 
+// The largest size in what a token of a value head writes, but for a factor beta.
+float largest_write(const GdnSequences& c, const Task& t, int64_t token, int64_t head) {
+  const int64_t index = at(c.v, t.row, token, head);
+  if (!c.write.data) return largest_of(c.v, index, c.V);
+  float some[256], most = 0.0f;
+  for (int64_t j = 0; j < c.V; j += 256) {
+    const int64_t n = least(256, c.V - j);
+    widen(c.v.data, c.v.type, index + j, some, n);
+    scale_by(c.write, at(c.write, t.row, token, head), c.write_of_channels, j, n, some);
+    const float found = largest(some, n);
+    if (found != found) return found;
+    most = found > most ? found : most;
+  }
+  return most;
+}
+
 // Bounds of ordinary sizes.
 constexpr float kLargest = 0x1p24f;  // of values, states and their gradients
 constexpr float kLeastWrite = 0x1p-24f, kLeastGradient = 0x1p-56f;
@@ -118,7 +135,8 @@ Sizes sizes_of(const GdnSequences& c, const Task& t, int64_t token, int64_t coun
     const float q = largest_of(c.q, at(c.q, t.row, token + i, t.head), c.K);
     const float v = largest_of(c.v, at(c.v, t.row, token + i, head), c.V);
     if (!(k <= kLargestKey && q <= kLargestKey && v <= kLargest)) return {};
-    x.writes[i] = k >= kLeastKey && q * c.scale >= kLeastKey && v * g.beta[i] >= kLeastWrite;
+    const float written = c.is_apart ? largest_write(c, t, token + i, head) : v * g.beta[i];
+    x.writes[i] = k >= kLeastKey && q * c.scale >= kLeastKey && written >= kLeastWrite;
     is_kept |= x.writes[i] && g.d[i] >= kKept;
   }
   x.may_flush = is_kept;

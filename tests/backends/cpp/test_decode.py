@@ -17,6 +17,7 @@ from gdn_ops.backends.cpp.calls import RawGates
 from gdn_ops.nn.gates import gate
 from gdn_ops.spec.language import Sizes
 from gdn_ops.spec.ops import RULES
+from gdn_ops.spec.rules import Widths
 
 if library.missing() is not None:
     pytest.skip(f"backend 'cpp': {library.missing()}", allow_module_level=True)
@@ -66,13 +67,14 @@ def raw_step(x: dict[str, Tensor], raw: RawGates, state: Tensor) -> tuple[Tensor
     call: Any = SimpleNamespace(
         sizes=Sizes(B, 1, H, HV, K, V, B),
         tokens=SimpleNamespace(alpha=None),
-        widths=SimpleNamespace(decay="scalar"),
+        widths=Widths("scalar", "scalar", "scalar", False, False),
         rule=RULES[0],
         qk_l2norm=True,
         scale=0.3,
     )
     o, new_state = torch.empty_like(x["v"]), torch.empty_like(state)
-    arrays = tuple(calls.token(y) for y in (x["q"], x["k"], x["v"], x["a"], x["b"], o))
+    tokens = (x["q"], x["k"], x["v"], x["a"], x["b"], None, None, o)
+    arrays = tuple(calls.token(y) for y in tokens)
     packed = calls.pack_steps(call, arrays, state, new_state, None, None, 1, raw)
     assert library.library().gdn_decode(packed) == 0
     return o, new_state
