@@ -82,9 +82,8 @@ class Cpp(Backend):
             o = empty((s.B, s.T, s.HV, s.V), call.tokens.v.dtype, call.device)
         final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
         call, initial = _prepared(call)
-        packed = calls.pack_sequences(
-            call, calls.of_tokens(call.tokens, calls.array), o, final, states, initial, threads()
-        )
+        arrays = calls.of_tokens(call.tokens, calls.array)
+        packed = calls.pack_sequences(call, arrays, o, final, states, initial, threads())
         check_status(library().gdn_forward(packed))
         return Forward(o, final, saved)
 
@@ -111,9 +110,8 @@ class Cpp(Backend):
         d_initial = None if given.state is None else torch.empty_like(d_state).contiguous()
         d_o, d_final = calls.readable(d_o), calls.whole(d_state)
         assert d_final is not None
-        packed = calls.pack_sequences(
-            call, calls.of_tokens(call.tokens, calls.array), None, None, saved[0], initial, threads()
-        )
+        arrays = calls.of_tokens(call.tokens, calls.array)
+        packed = calls.pack_sequences(call, arrays, None, None, saved[0], initial, threads())
         grads = (d_q, d_k, d_v, d_decay, d_beta, d_erase, d_write)
         to = calls.pack_gradients(d_o, d_final, grads, d_initial)
         check_status(library().gdn_backward(packed, to))

@@ -79,6 +79,9 @@ class Triton(KernelBackend):
         head_dims=range(1, 257),
         chunk_sizes=configs.CHUNKS,
         decays=("none", "scalar", "channel"),
+        erases=("none", "scalar", "channel"),
+        writes=("scalar", "channel"),
+        apart=True,
     )
 
     tool_reasons = staticmethod(tool_reasons)

@@ -34,6 +34,8 @@ SEQUENCES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rule gated channels", {"rule": "gated", "channels": True}),
     ("qk_l2norm log_alpha channels", {"qk_l2norm": True, "gate": "log_alpha", "channels": True}),
     ("float32 channels", {"dtype": "float32", "channels": True}),
+    ("erase and write", {"channels": True, "apart": True}),
+    ("qk_l2norm float32 erase", {"qk_l2norm": True, "dtype": "float32", "apart": True}),
     ("without beta", {"beta": False}),
     ("qk_l2norm", {"qk_l2norm": True}),
     ("initial state", {"state": torch.float32}),
@@ -53,6 +55,8 @@ DECODING: tuple[tuple[str, dict[str, Any]], ...] = (
     *((f"rule {rule}", {"rule": rule}) for rule in ("delta", "gated", "linear")),
     ("log_alpha", {"gate": "log_alpha"}),
     ("channels", {"channels": True}),
+    ("erase and write", {"apart": True}),
+    ("erase and write channels", {"channels": True, "apart": True}),
     ("qk_l2norm", {"qk_l2norm": True}),
     ("without state", {"state": None}),
     ("bfloat16 state", {"state": torch.bfloat16}),
@@ -114,22 +118,21 @@ def _arguments(spec: OpSpec, sizes: Sizes, choice: dict[str, Any]) -> dict[str, 
     low = getattr(torch, choice["dtype"])
     state = choice.get("state", None if spec is GATED_DELTA else torch.float32)
     gate = choice.get("gate", "alpha") if rule.has_decay else None
-    pool = choice.get("pool")
+    pool, is_apart = choice.get("pool"), choice.get("apart", False)
     dtypes: dict[str, torch.dtype | None] = {
         **dict.fromkeys(("q", "k", "v"), low),
         "alpha": torch.float32 if gate == "alpha" else None,
         "log_alpha": torch.float32 if gate == "log_alpha" else None,
-        "beta": torch.float32 if choice.get("beta", True) else None,
-        "erase": None,
-        "write": None,
+        "beta": torch.float32 if choice.get("beta", not is_apart) else None,
+        **dict.fromkeys(("erase", "write"), torch.float32 if is_apart else None),
         "initial_state": state,
         "state": state,
         "cu_seqlens": torch.int32 if sizes.N != sizes.B else None,
         "state_indices": torch.int32 if pool else None,
     }
     for arg in spec.tensors:
-        is_decay = arg.name in ("alpha", "log_alpha")
-        of_channels = is_decay and choice.get("channels", False)
+        has_width = arg.name in ("alpha", "log_alpha", "erase", "write")
+        of_channels = has_width and choice.get("channels", False)
         axes = arg.shapes[-1 if of_channels else 0].axes
         given[arg.name] = _meta(arg, axes, sizes, dtypes[arg.name], pool)
     return given

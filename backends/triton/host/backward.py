@@ -31,6 +31,7 @@ from gdn_ops.backends.triton.host.plan import (
     strides,
     width,
 )
+from gdn_ops.backends.triton.host.strengths import lowered, raised
 from gdn_ops.backends.triton.host.walk import walk_for_gradients
 from gdn_ops.backends.triton.kernels import (
     channel_gradients,
@@ -56,13 +57,16 @@ def backward(
         shifts: what segments add to the gradient of the state, where it is known: (segment_slots,
             HV, K, V) float32.
     """
+    given, call = call, lowered(call)
     s = call.sizes
     q, k, v, d_o = (readable(x) for x in (*call.tokens[:3], d_o))
     kept = Saved(*saved)
     u, states, d_rhs, d_states, d_initial = walk_for_gradients(
         call, plan, kept, d_o, d_final.contiguous(), shifts
     )
-    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    d_q, d_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    of_v = torch.float32 if call.widths.apart else v.dtype
+    d_v = torch.empty(v.shape, dtype=of_v, device=v.device)
     gate, beta = gate_of(call), call.tokens.beta
     d_gate = None if gate is None else torch.empty_like(gate)
     d_beta = None if beta is None else torch.empty(beta.shape, dtype=beta.dtype, device=beta.device)
@@ -71,10 +75,11 @@ def backward(
     if has_channels(call):
         tokens = q, k, v, d_o
         d_tokens = d_q, d_k, d_v, d_gate, d_beta
-        _token_gradients_of_channels(
+        d_erase = _token_gradients_of_channels(
             call, plan, kept, tokens, (u, states, d_rhs, d_states), d_tokens
         )
-        return _grads(call, d_tokens, d_initial)
+        grads = _grads(call, d_tokens, d_initial)._replace(erase=d_erase)
+        return raised(given, grads) if given.widths.apart else grads
     sums = _scratch(call, plan, BV)
     # Products with a transposed product are not for Hopper, see `token_gradients.turned`.
     reread = configs.tables.target(call.device) in ("sm_90", "sm_100")
@@ -115,8 +120,10 @@ def _grads(
 def _token_gradients_of_channels(
     call: Call, plan: Plan, kept: Saved, tokens: tuple[Tensor, ...], walked: tuple[Tensor, ...],
     d_tokens: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
-) -> None:  # fmt: skip
+) -> Tensor | None:  # fmt: skip
     """Launch the two kernels that form the gradients of tokens whose channels decay each.
+
+    Return the gradient of erase, (B, T, HV, K) float32, where it stands apart.
 
     Args:
         call, plan, kept: as in `backward`.
@@ -143,16 +150,19 @@ def _token_gradients_of_channels(
     wide = [d_q, d_k]
     if call.qk_l2norm:
         wide = [torch.empty(x.shape, dtype=torch.float32, device=device) for x in (q, k)]
+    erases = call.tokens.erase
+    d_erase = None if erases is None else torch.empty_like(erases, dtype=torch.float32)
     programs = min(slots * s.H, RESIDENT * configs.tables.processors(device))
     totals = totals_of(plan, programs, device)
     launch(
         channel_gradients.channel_gradients, (programs,),
         q, k, v, gate, d_o, kept.gates, u, d_rhs, states, d_states, squares, sums, totals, *wide,
-        d_q, d_k, d_gate, d_beta, dense(call.cu_seqlens), float(call.scale), s.N, s.T, slots,
-        *strides(q), *strides(k), *strides(v), *strides(gate), *strides(d_o), s.H, s.HV // s.H,
-        V=V, BV=BV, GATE=gate_kind(call), HAS_BETA=has_beta, ERASE=erase, NORM=call.qk_l2norm,
-        **same, **chosen,
+        d_q, d_k, d_gate, d_beta, erases, d_erase, dense(call.cu_seqlens), float(call.scale), s.N,
+        s.T, slots, *strides(q), *strides(k), *strides(v), *strides(gate), *strides(d_o), s.H,
+        s.HV // s.H, V=V, BV=BV, GATE=gate_kind(call), HAS_BETA=has_beta, ERASE=erase,
+        APART=call.widths.apart, NORM=call.qk_l2norm, **same, **chosen,
     )  # fmt: skip
+    return d_erase
 
 
 def _scratch(call: Call, plan: Plan, BV: int) -> tuple[Tensor, Tensor, Tensor]:

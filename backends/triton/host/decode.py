@@ -14,7 +14,6 @@ from gdn_ops.backends.triton.host.plan import (
     dense,
     gate_kind,
     gate_of,
-    has_channels,
     readable,
     strides,
 )
@@ -23,6 +22,7 @@ from gdn_ops.call.bind import Arguments, Call
 from gdn_ops.call.memory import lies_in
 from gdn_ops.dispatch.backend import Prepared
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEPS
+from gdn_ops.spec.rules import Width
 
 
 def run(
@@ -38,7 +38,8 @@ def run(
     if state is not None and state.stride(-1) != 1:
         state = state.contiguous()
         written = state if call.inplace else new_state
-    given = q, k, v, gate_of(call), dense(call.tokens.beta), state, written, states
+    strengths = (dense(x) for x in call.tokens[5:])
+    given = q, k, v, gate_of(call), *strengths, state, written, states
     sizes = _sizes(call, (q, k, v), written if state is None else state, written)
     constants = _constants(call, (q, k, v), call.device, states is not None)
     grid = _grid(v, constants["BV"])
@@ -81,11 +82,20 @@ def _constants(
         "HAS_STATE": call.state is not None,
         "KEEP": keep,
         "POOL": call.state_indices is not None,
-        "CHANNELS": has_channels(call),
+        "CHANNELS": call.widths.decay == "channel",
+        "ERASES": _kind(call.tokens.erase, call.widths.erase),
+        "WRITES": _kind(call.tokens.write, call.widths.write),
         "num_warps": config.warps,
         "num_stages": 1,
         "enable_fp_fusion": True,
     }
+
+
+def _kind(strength: Tensor | None, width: Width) -> int:
+    """Return the kernel's constant for a strength that stands apart."""
+    if strength is None:
+        return 0
+    return int((step.OF_CHANNELS if width == "channel" else step.OF_HEADS).value)
 
 
 def prepared(call: Call) -> Prepared | None:
@@ -105,9 +115,9 @@ def prepared(call: Call) -> Prepared | None:
     constants: dict[str, Any] = {}
 
     def run(arguments: Arguments) -> Any:
-        (q, k, v, alpha, log_alpha, beta, *_), state, _, slots, *_ = arguments
+        (q, k, v, alpha, log_alpha, *strengths), state, _, slots, *_ = arguments
         assert state is not None
-        if call.inplace and lies_in(state, (q, k, v, alpha, log_alpha, beta, slots)):
+        if call.inplace and lies_in(state, (q, k, v, alpha, log_alpha, *strengths, slots)):
             return None
         if not constants:
             # Ask for the GPU only here: tensors without memory are on none.
@@ -120,7 +130,8 @@ def prepared(call: Call) -> Prepared | None:
         decay = log_alpha if alpha is None else alpha
         launch(
             step.tokens, _grid(tokens[2], constants["BV"]),
-            q, k, v, decay, beta, state, new, states, slots, o, scale, *sizes, **constants,
+            q, k, v, decay, *strengths, state, new, states, slots, o, scale, *sizes,
+            **constants,
         )  # fmt: skip
         return (o, new, states) if has_states else (o, new)
 

@@ -39,6 +39,7 @@ from gdn_ops.backends.triton.host.plan import (
     solve_precision,
     strides,
 )
+from gdn_ops.backends.triton.host.strengths import lowered
 from gdn_ops.backends.triton.host.walk import walk_for_output, walk_for_starts
 from gdn_ops.backends.triton.kernels import prepare, prepare_channels
 from gdn_ops.backends.triton.kernels.channel_decays import WIDTH
@@ -115,12 +116,12 @@ def prepare_of_channels(call: Call, plan: Plan) -> Saved:
     totals = totals_of(plan, programs, call.device)
     launch(
         prepare_channels.prepare_channels, (programs,),
-        q, k, gate, beta, saved.gates, saved.factors, saved.scaled_q, saved.scaled_k,
-        saved.written_k, saved.ends, totals, squares, saved.inverses, saved.scores,
+        q, k, gate, beta, call.tokens.erase, saved.gates, saved.factors, saved.scaled_q,
+        saved.scaled_k, saved.written_k, saved.ends, totals, squares, saved.inverses, saved.scores,
         dense(call.cu_seqlens), float(call.scale), s.N, s.T, plan.chunk_slots, s.HV, s.HV // s.H,
         *strides(q), *strides(k), *strides(gate), *gate_strides(beta), **common(call, plan),
         GATE=gate_kind(call), HAS_BETA=beta is not None, ERASE=call.rule.has_erase,
-        NORM=call.qk_l2norm, SOLVE_PRECISION=solve_precision(call),
+        APART=call.widths.apart, NORM=call.qk_l2norm, SOLVE_PRECISION=solve_precision(call),
         **options(plan.config.prepare),
     )  # fmt: skip
     return saved
@@ -132,7 +133,7 @@ def forward(call: Call, plan: Plan) -> Forward:
     Returns:
         o (B, T, HV, V), the final state (N, HV, K, V) float32, and what the backward reads.
     """
-    s = call.sizes
+    s, call = call.sizes, lowered(call)
     saved = run_prepare(call, plan)
     final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
     if plan.segment_slots:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host.config import power_of_two
+from gdn_ops.backends.triton.host.strengths import kept_dtype
 from gdn_ops.backends.triton.host.table import Config
 from gdn_ops.backends.triton.kernels.blocks import ALPHA, LOG_ALPHA, NO_DECAY
 from gdn_ops.call.bind import Call
@@ -57,8 +58,7 @@ class Plan:
         segment_slots: how many segments the tensors kept per segment have room for; 0 where every
             sequence is one.
         keep: whether the forward keeps U and the states of all chunks.
-        kept: dtype of what is kept per chunk: that of q, but float32 for float16, whose range
-            a state, an inverse or a gradient may leave where no result does.
+        kept: dtype of what is kept per chunk: that of q, but float32 for float16.
     """
 
     config: Config
@@ -96,7 +96,7 @@ def make_plan(call: Call, *, is_staged: bool = False) -> Plan:
         chunk_slots=slots(C),
         segment_slots=slots(C * L) if L else 0,
         keep=keeps_states(call, slots(C), C),
-        kept=torch.float32 if dtype == torch.float16 else dtype,
+        kept=kept_dtype(dtype),
     )
 
 
@@ -284,8 +284,11 @@ def gate_kind(call: Call) -> int:
 
 
 def has_channels(call: Call) -> bool:
-    """Return whether every key channel of a call has a decay of its own (docs/math.md §9)."""
-    return call.widths.decay == "channel"
+    """Return whether a call is of the kernels of channels (docs/math.md §9).
+
+    Every key channel has a decay of its own there, and a strength of its own that erases.
+    """
+    return call.widths.wide
 
 
 def common(call: Call, plan: Plan) -> dict[str, Any]:

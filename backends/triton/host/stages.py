@@ -20,6 +20,7 @@ from torch import Tensor
 from gdn_ops.backends.triton.host.backward import backward
 from gdn_ops.backends.triton.host.forward import run_prepare
 from gdn_ops.backends.triton.host.plan import Plan, Saved, make_plan, readable
+from gdn_ops.backends.triton.host.strengths import lowered
 from gdn_ops.backends.triton.host.walk import (
     starts_from,
     walk_for_maps,
@@ -45,7 +46,7 @@ def summarise(call: Call) -> Summarised:
         R = without_tokens(replace(call, state=None), ()).final_state
         M = torch.eye(size, dtype=torch.float32, device=call.device)
         return Summarised(M.repeat(s.N, s.HV, 1, 1), R, ())
-    plan = _plan(call)
+    plan, call = _plan(call), lowered(call)
     saved = run_prepare(call, plan)
     M, R = walk_for_maps(call, plan, saved)
     # Without an error term it is a number times the identity, or a matrix that is diagonal.
@@ -57,7 +58,7 @@ def resume(call: Call, kept: tuple[Tensor, ...]) -> Forward:
     s = call.sizes
     if not call.has_tokens:
         return without_tokens(call, ())
-    plan, saved = _plan(call), Saved(*kept)
+    plan, saved, call = _plan(call), Saved(*kept), lowered(call)
     final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
     if plan.segment_slots:
         starts_from(call, plan, saved, final)
@@ -72,7 +73,7 @@ def summarise_gradients(
     if not call.has_tokens:
         return d_final.clone(), ()
     d_initial, shifts = walk_for_shifts(
-        call, _plan(call), Saved(*saved), readable(d_o), d_final.contiguous()
+        lowered(call), _plan(call), Saved(*saved), readable(d_o), d_final.contiguous()
     )
     return d_initial, () if shifts is None else (shifts,)
 

@@ -8,6 +8,7 @@ gradient is divided by a decay, so that it is right where one is 0, or too small
     reads   q, k (B, T, H, K); α or log α (B, T, HV, K); dO; β; U, dRHS (HV, chunk_slots, C, V);
             S, dS (HV, chunk_slots, V, K), transposed; what `square_gradients` has written
     writes  dq, dk (B, T, H, K), dα or d log α (B, T, HV, K), dβ (B, T, HV)
+            with APART that of erase (B, T, HV, K) float32, which stands in place of β
             with NORM the gradients of the normalised q and k, (B, T, H, K) float32, on the way
 
 FLA's name is `chunk_kda_bwd_wy_dqkg_fused`.
@@ -77,13 +78,14 @@ def through_states(
 
 @triton.jit
 def through_pairs(
-    d_q, d_k, d_erased, dF, dL, square, q_hat, k_hat, beta, F, L, i, level,
+    d_q, d_k, d_erased, dF, dL, square, q_hat, k_hat, strength, F, L, i, level,
     C: tl.constexpr, ERASE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what comes through the pairs where blocks of h = 2**level tokens meet, all (C, D).
 
     Args:
-        d_erased: the gradient of k as the one that is erased, over β.
+        d_erased: the gradient of k as the one that is erased, over the strength.
+        strength: β, (C, 1), or erase (C, D).
         square: pointer to dP, and to dA behind it.
         F, L: of blocks of h tokens, and dF, dL their gradients.
     """
@@ -103,7 +105,7 @@ def through_pairs(
     if ERASE:
         # §5 the same of dA and β K ⊙ F                                                  [C, D]
         square += C * C
-        weighted = beta[:, None] * k_hat
+        weighted = strength * k_hat
         earlier = operand(weighted * F, kept, PRECISION)
         x = met(tl.load(square + to), level)
         x = tl.dot(x, later, input_precision=PRECISION)
@@ -119,14 +121,21 @@ def through_pairs(
 @triton.jit
 def of_head(
     d_q, d_k, q_hat, k_hat, v, gate, g_tiles, gates, u, d_rhs, states, d_states, squares, sums,
-    totals, d_gate, d_beta, scale, row, first, place, hv, r, slot, i, column, length, T,
-    chunk_slots, HV, v_batch, v_token, v_head, gate_batch, gate_token, gate_head, o_token, o_head,
+    totals, d_gate, d_beta, erase, d_erase, scale, row, first, place, hv, r, slot, i, column,
+    length, T, chunk_slots, HV, v_batch, v_token, v_head, gate_batch, gate_token, gate_head,
+    o_token, o_head,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, APART: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return dQ and dK (C, D) with those of a value head; write d α, and dβ once it is summed."""
     d, left = column + tl.arange(0, D), length - place
     beta = read_beta(gates, hv, slot, i, HV, chunk_slots, C)
+    strength = beta[:, None]
+    inside = (i < left)[:, None] & (d < K)[None, :]
+    if APART:
+        from_erase = rows(erase, row * T, HV * K, first, HV * K, hv, K, i, d)
+        strength = tl.load(from_erase, mask=inside, other=0.0).to(tl.float32)
     read, erased, wrote, corner = through_states(
         v, g_tiles, gates, u, d_rhs, states, d_states, row, first, place, hv, r, slot, i, column,
         length, chunk_slots, HV, v_batch, v_token, v_head, o_token, o_head, K, V, C, D, BV, ERASE,
@@ -144,7 +153,7 @@ def of_head(
     d_q += F * read
     d_k += L * wrote
     d_erased = -F * erased
-    dF = q_hat * read - beta[:, None] * k_hat * erased
+    dF = q_hat * read - strength * k_hat * erased
     # §5 d b_C = rowsum(dS_C ⊙ S)                                                        [D]
     dF += tl.where((i == C - 1)[:, None], corner[None, :], 0.0)
     dL = k_hat * wrote
@@ -157,7 +166,7 @@ def of_head(
             F, L = joined(totals, F, L, i, below)
         dF, dL = halved(totals, dF, dL, F, L, i, level, square.dtype.element_ty, PRECISION)
         d_q, d_k, d_erased, dF, dL = through_pairs(
-            d_q, d_k, d_erased, dF, dL, square, q_hat, k_hat, beta, F, L, i, level, C, ERASE,
+            d_q, d_k, d_erased, dF, dL, square, q_hat, k_hat, strength, F, L, i, level, C, ERASE,
             PRECISION,
         )  # fmt: skip
     # Wait: the totals are written again, of the next head.
@@ -169,7 +178,10 @@ def of_head(
     to_sums = chunk_row(sums, hv, slot, i, chunk_slots, C)
     of_beta = tl.load(to_sums)
     if ERASE:
-        d_k += beta[:, None] * d_erased
+        d_k += strength * d_erased
+        if APART:
+            to_erase = rows(d_erase, row * T, HV * K, first, HV * K, hv, K, i, d)
+            tl.store(to_erase, k_hat * d_erased, mask=inside)
         # §5 dβ = ... + rowsum(K ⊙ dK / β), where it is not rowsum(dRHS ⊙ U) / β             [C]
         of_beta += tl.where(beta < SMALL_BETA, tl.sum(k_hat * d_erased, 1), 0.0)
         tl.store(to_sums, of_beta)
@@ -180,7 +192,6 @@ def of_head(
     if GATE == LOG_ALPHA:
         dF *= decays
     to_gate = rows(d_gate, row * T, HV * K, first, HV * K, hv, K, i, d)
-    inside = (i < left)[:, None] & (d < K)[None, :]
     tl.store(to_gate, dF.to(d_gate.dtype.element_ty), mask=inside)
     return d_q, d_k
 
@@ -205,12 +216,12 @@ def projected(
 @triton.jit
 def of_chunk(
     q, k, v, gate, d_o, gates, u, d_rhs, states, d_states, squares, sums, totals, wide_q, wide_k,
-    d_q, d_k, d_gate, d_beta, scale, row, first, place, h, slot, length, T, chunk_slots,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    d_q, d_k, d_gate, d_beta, erase, d_erase, scale, row, first, place, h, slot, length, T,
+    chunk_slots, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     gate_batch, gate_token, gate_head, o_batch, o_token, o_head, H, R,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, APART: tl.constexpr,
+    NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of the tokens of a chunk for a key head."""
     HV, left, i = H * R, length - place, tl.arange(0, C)
@@ -232,10 +243,10 @@ def of_chunk(
         for r in tl.range(0, R, num_stages=1, disable_licm=True):
             dQ, dK = of_head(
                 dQ, dK, q_hat, k_hat, v, gate, g_tiles, gates, u, d_rhs, states, d_states, squares,
-                sums, totals, d_gate, d_beta, scale, row, first, place, h * R + r, r, slot, i,
-                column, length, T, chunk_slots, HV, v_batch, v_token, v_head, gate_batch,
-                gate_token, gate_head, o_token, o_head, K, V, C, D, BV, GATE, HAS_BETA, ERASE,
-                PRECISION,
+                sums, totals, d_gate, d_beta, erase, d_erase, scale, row, first, place, h * R + r,
+                r, slot, i, column, length, T, chunk_slots, HV, v_batch, v_token, v_head,
+                gate_batch, gate_token, gate_head, o_token, o_head, K, V, C, D, BV, GATE,
+                HAS_BETA, ERASE, APART, PRECISION,
             )  # fmt: skip
         if NORM:
             along_q += tl.sum(q_hat * dQ, 1)
@@ -264,12 +275,13 @@ STRIDES = ("gate_batch", "gate_token", "gate_head")
 @triton.jit(do_not_specialize=COUNTS + STRIDES)
 def channel_gradients(
     q, k, v, gate, d_o, gates, u, d_rhs, states, d_states, squares, sums, totals, wide_q, wide_k,
-    d_q, d_k, d_gate, d_beta, cu_seqlens, scale, N, T, chunk_slots, q_batch, q_token, q_head,
-    k_batch, k_token, k_head, v_batch, v_token, v_head, gate_batch, gate_token, gate_head,
+    d_q, d_k, d_gate, d_beta, erase, d_erase, cu_seqlens, scale, N, T, chunk_slots,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    gate_batch, gate_token, gate_head,
     o_batch, o_token, o_head, H, R,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr,
-    VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr, APART: tl.constexpr,
+    NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Form the gradients of tokens, see the module. Grid (tasks that run at a time,)."""
     D: tl.constexpr = min(BK, WIDTH)
@@ -283,8 +295,8 @@ def channel_gradients(
         if place < length:
             of_chunk(
                 q, k, v, gate, d_o, gates, u, d_rhs, states, d_states, squares, sums, own, wide_q,
-                wide_k, d_q, d_k, d_gate, d_beta, scale, row, begin + place, place, h, slot,
-                length, T, chunk_slots, q_batch, q_token, q_head, k_batch, k_token, k_head,
+                wide_k, d_q, d_k, d_gate, d_beta, erase, d_erase, scale, row, begin + place, place,
+                h, slot, length, T, chunk_slots, q_batch, q_token, q_head, k_batch, k_token, k_head,
                 v_batch, v_token, v_head, gate_batch, gate_token, gate_head, o_batch, o_token,
-                o_head, H, R, K, V, C, D, BV, GATE, HAS_BETA, ERASE, NORM, PRECISION,
+                o_head, H, R, K, V, C, D, BV, GATE, HAS_BETA, ERASE, APART, NORM, PRECISION,
             )  # fmt: skip

@@ -5,7 +5,8 @@ sums over its channels, taken by blocks of columns of K, and of pairs of tokens,
 of h = 1, 2, 4, ... tokens meet (`channel_decays`): one product for each. What the walks multiply by
 the state, and by U, are rows of the size of q and k that have their decays in them:
 
-    reads   q, k (B, T, H, K); α or log α (B, T, HV, K), β (B, T, HV)
+    reads   q, k (B, T, H, K); α or log α (B, T, HV, K), β (B, T, HV), or with APART the strength
+            (B, T, HV, K) that erases; with it, β K is erase ⊙ K in all that follows
     writes  b ⊙ Q s, β b ⊙ K and d ⊙ K, (B, T, HV, K)                      (docs/math.md §9)
             β, the last plane of gates (4, HV, chunk_slots, C) float32
             factors (2, HV, chunk_slots, C) float32 of the rows of K S and Q S: powers of two, by
@@ -94,11 +95,11 @@ def write_rows(
 
 @triton.jit
 def of_columns(
-    P, A, q, k, gate, reads, erases, writes, ends, totals, norm_q, norm_k, beta, up, row, first,
-    left, h, hv, column, i, T, HV, q_batch, q_token, q_head, k_batch, k_token, k_head,
+    P, A, q, k, gate, erase, reads, erases, writes, ends, totals, norm_q, norm_k, beta, up, row,
+    first, left, h, hv, column, i, T, HV, q_batch, q_token, q_head, k_batch, k_token, k_head,
     gate_batch, gate_token, gate_head,
     K: tl.constexpr, C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, ERASE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    APART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return P and A with what columns of K add to them; write their rows, and b_C.
 
@@ -113,6 +114,10 @@ def of_columns(
     dtype: tl.constexpr = q_tile.dtype
     q_tile = q_tile.to(tl.float32) * norm_q[:, None]
     k_tile = k_tile.to(tl.float32) * norm_k[:, None]
+    e_tile = k_tile
+    if APART:
+        from_erase = rows(erase, row * T, HV * K, first, HV * K, hv, K, i, d)
+        e_tile = k_tile * tl.load(from_erase, mask=inside, other=0.0).to(tl.float32)
     # §9 P_ii = s q_i · k_i; A has no diagonal                                   [C, C]
     own = tl.sum(q_tile * k_tile, 1)
     P += tl.where(i[:, None] == tl.arange(0, C)[None, :], own[:, None], 0.0)
@@ -126,7 +131,7 @@ def of_columns(
         x = tl.dot(operand(q_tile * F, dtype, PRECISION), later, input_precision=PRECISION)
         P += met(x, level)
         if ERASE:
-            x = tl.dot(operand(k_tile * F, dtype, PRECISION), later, input_precision=PRECISION)
+            x = tl.dot(operand(e_tile * F, dtype, PRECISION), later, input_precision=PRECISION)
             A += met(x, level)
         write_totals(totals, F, i, level)
         F, L = joined(totals, F, L, i, level)
@@ -136,7 +141,7 @@ def of_columns(
     F *= up[:, None]
     write_rows(reads, q_tile * F, row, first, hv, i, d, inside, T, HV, K, PRECISION)
     if ERASE:
-        erased = k_tile * F * beta[:, None]
+        erased = e_tile * F * beta[:, None]
         write_rows(erases, erased, row, first, hv, i, d, inside, T, HV, K, PRECISION)
     write_rows(writes, k_tile * L, row, first, hv, i, d, inside, T, HV, K, PRECISION)
     # Wait: the totals are written again for the next columns.
@@ -146,11 +151,12 @@ def of_columns(
 
 @triton.jit
 def of_square(
-    q, k, gate, beta, gates, factors, reads, erases, writes, ends, totals, blocks, scale, row,
-    first, left, h, hv, slot, T, chunk_slots, HV, q_batch, q_token, q_head,
+    q, k, gate, beta, erase, gates, factors, reads, erases, writes, ends, totals, blocks, scale,
+    row, first, left, h, hv, slot, T, chunk_slots, HV, q_batch, q_token, q_head,
     k_batch, k_token, k_head, gate_batch, gate_token, gate_head, beta_batch, beta_token, beta_head,
     K: tl.constexpr, C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr,
-    HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BETA: tl.constexpr, ERASE: tl.constexpr, APART: tl.constexpr, NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write β, the rows and the products of a chunk and value head; the latter by blocks."""
     i = tl.arange(0, C)
@@ -175,9 +181,10 @@ def of_square(
     to_ends = ends + (tl.cast(hv, tl.int64) * chunk_slots + slot) * K
     for column in tl.range(0, K, D, num_stages=1, disable_licm=True):
         P, A = of_columns(
-            P, A, q, k, gate, reads, erases, writes, to_ends, totals, norm_q, norm_k, b_beta, up,
-            row, first, left, h, hv, column, i, T, HV, q_batch, q_token, q_head, k_batch, k_token,
-            k_head, gate_batch, gate_token, gate_head, K, C, D, GATE, ERASE, PRECISION,
+            P, A, q, k, gate, erase, reads, erases, writes, to_ends, totals, norm_q, norm_k, b_beta,
+            up, row, first, left, h, hv, column, i, T, HV, q_batch, q_token, q_head, k_batch,
+            k_token, k_head, gate_batch, gate_token, gate_head, K, C, D, GATE, ERASE, APART,
+            PRECISION,
         )  # fmt: skip
     is_lower = i[:, None] >= tl.arange(0, C)[None, :]
     write_blocks(blocks, tl.where(is_lower, P, 0.0), C)
@@ -191,12 +198,12 @@ STRIDES = ("gate_batch", "gate_token", "gate_head", "beta_batch", "beta_token", 
 
 @triton.jit(do_not_specialize=COUNTS + STRIDES)
 def prepare_channels(
-    q, k, gate, beta, gates, factors, reads, erases, writes, ends, totals, grams, inverses,
+    q, k, gate, beta, erase, gates, factors, reads, erases, writes, ends, totals, grams, inverses,
     scores, cu_seqlens, scale, N, T, chunk_slots, HV, R, q_batch, q_token, q_head,
     k_batch, k_token, k_head, gate_batch, gate_token, gate_head, beta_batch, beta_token, beta_head,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
-    HAS_BETA: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr,
-    PRECISION: tl.constexpr, SOLVE_PRECISION: tl.constexpr,
+    HAS_BETA: tl.constexpr, ERASE: tl.constexpr, APART: tl.constexpr, NORM: tl.constexpr,
+    VARLEN: tl.constexpr, PRECISION: tl.constexpr, SOLVE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Form what the walk needs, see the module. Grid (tasks that run at a time,)."""
     D: tl.constexpr = min(BK, WIDTH)
@@ -217,12 +224,12 @@ def prepare_channels(
             # A slot may be empty: what is formed below of it is not read.
             if chunk * C < length:
                 of_square(
-                    q, k, gate, beta, gates, factors, reads, erases, writes, ends, to_totals,
+                    q, k, gate, beta, erase, gates, factors, reads, erases, writes, ends, to_totals,
                     blocks + own * 2 * triangle(C), scale, row, begin + chunk * C,
                     length - chunk * C, hv // R, hv, slot, T, chunk_slots, HV,
                     q_batch, q_token, q_head, k_batch, k_token, k_head, gate_batch, gate_token,
                     gate_head, beta_batch, beta_token, beta_head, K, C, D, GATE, HAS_BETA, ERASE,
-                    NORM, PRECISION,
+                    APART, NORM, PRECISION,
                 )  # fmt: skip
         # Wait: a thread reads what another one has stored.
         tl.debug_barrier()

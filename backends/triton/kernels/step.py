@@ -4,8 +4,9 @@ One program per row, value head and block of BV columns of V: a row alone fills 
 block, (K, BV) float32, stays in registers over the tokens.
 
     reads   q, k (B, T, H, K), v (B, T, HV, V); gate, β (B, T, HV), with CHANNELS the gate
-            (B, T, HV, K); state (B, HV, K, V), or a pool (P, HV, K, V) and the slot of every row,
-            -1 to skip it
+            (B, T, HV, K); in place of β erase and write, (B, T, HV), or where they are of channels
+            (B, T, HV, K) and (B, T, HV, V); state (B, HV, K, V), or a pool (P, HV, K, V) and the
+            slot of every row, -1 to skip it
     writes  o (B, T, HV, V); the state, in place or not; on request the state after every token
 """
 
@@ -16,16 +17,19 @@ import triton.language as tl
 
 from gdn_ops.backends.triton.kernels.blocks import L2NORM_EPSILON, LOG_ALPHA, NO_DECAY
 
+OF_HEADS, OF_CHANNELS = tl.constexpr(1), tl.constexpr(2)
+"""Say how a strength that stands apart is given: 0 where it is not."""
+
 
 @triton.jit(do_not_specialize=("T", "H", "R"))
 def tokens(
-    q, k, v, gate, beta, state, new_state, states, indices, o, scale,
+    q, k, v, gate, beta, erase, write, state, new_state, states, indices, o, scale,
     T, q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     state_row, state_head, state_k, new_row, new_head, new_k,
     H, R, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, GATE: tl.constexpr, HAS_BETA: tl.constexpr, ERASE: tl.constexpr,
     NORM: tl.constexpr, HAS_STATE: tl.constexpr, KEEP: tl.constexpr, POOL: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr, ERASES: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """Decode the tokens, see the module. Grid (B HV, ceil(V / BV))."""
     HV = H * R
@@ -62,10 +66,19 @@ def tokens(
             if GATE == LOG_ALPHA:
                 alpha = tl.exp(alpha)
             S *= alpha
-        # §2 u_t = β_t (v_t − S'ᵀ k_t)                                           [BV]
+        # §2 u_t = β_t (v_t − S'ᵀ k_t), or w_t ⊙ v_t − S'ᵀ (e_t ⊙ k_t)             [BV]
         u = v_t.to(tl.float32)
+        if WRITES == OF_CHANNELS:
+            u *= tl.load(write + at * V + dv, mask=in_v, other=0.0).to(tl.float32)
+        elif WRITES == OF_HEADS:
+            u *= tl.load(write + at).to(tl.float32)
+        erased = k_t
+        if ERASES == OF_CHANNELS:
+            erased *= tl.load(erase + at * K + dk, mask=in_k, other=0.0).to(tl.float32)
+        elif ERASES == OF_HEADS:
+            erased *= tl.load(erase + at).to(tl.float32)
         if ERASE:
-            u -= tl.sum(S * k_t[:, None], 0)
+            u -= tl.sum(S * erased[:, None], 0)
         if HAS_BETA:
             u *= tl.load(beta + at).to(tl.float32)
         # §2 S_t = S' + k_t u_tᵀ,  o_t = s S_tᵀ q_t                              [BK, BV], [BV]

@@ -100,7 +100,8 @@ DECODED: tuple[DecodeCase, ...] = (
     DecodeCase(gdn_ops.gated_delta_step, strengths(B) | {"erase": None, "inplace": False}),
     DecodeCase(
         gdn_ops.gated_delta_step,
-        strengths(B) | {"state_indices": torch.tensor([-1, 2]), "alpha": normal(B, HV, K).sigmoid()},
+        strengths(B)
+        | {"state_indices": torch.tensor([-1, 2]), "alpha": normal(B, HV, K).sigmoid()},
     ),
     DecodeCase(gdn_ops.gated_delta_steps, strengths(B, 3) | {"inplace": False}),
     DecodeCase(gdn_ops.gated_delta_steps, strengths(B, 3) | {"write": None, "return_states": True}),

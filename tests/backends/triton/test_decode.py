@@ -67,6 +67,12 @@ CALLS: dict[str, tuple[bool, dict[str, Any]]] = {
         {"state": torch.rand(B, HV, 2 * K, V)[:, :, ::2], "inplace": True},
     ),
     "a decay of channels": (False, {"alpha": torch.rand(B, HV, K)}),
+    "erase and write": (
+        False,
+        {"beta": None, "erase": torch.rand(B, HV, K), "write": torch.rand(B, HV, V)},
+    ),
+    "steps with an erase of heads": (True, {"beta": None, "erase": torch.rand(B, 3, HV)}),
+    "steps with a write of heads": (True, {"beta": None, "write": torch.rand(B, 3, HV)}),
     "steps": (True, {}),
     "steps with a log gate of channels": (
         True,
