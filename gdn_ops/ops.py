@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, Never, TypeVar, overload
 
 from torch import Tensor
 
-from gdn_ops.call.bind import Arguments, Call, Tokens, arguments_of, bind, signature
+from gdn_ops.call.bind import Arguments, Call, Targets, Tokens, arguments_of, bind, signature
+from gdn_ops.call.out import checked_out, starting_state, targets_of
 from gdn_ops.call.pointers import refuse_unknown
 from gdn_ops.call.subclasses import is_distributed
 from gdn_ops.dispatch import plans, registry
@@ -37,9 +39,11 @@ def gated_delta(
     scale: float | None = ...,
     qk_l2norm: bool = ...,
     initial_state: Tensor | None = ...,
+    has_initial_state: Tensor | None = ...,
     return_state: Literal[False] = ...,
     cu_seqlens: Tensor | None = ...,
     chunk_size: int | None = ...,
+    out: Tensor | None = ...,
     backend: str = ...,
 ) -> Tensor: ...
 @overload
@@ -57,9 +61,11 @@ def gated_delta(
     scale: float | None = ...,
     qk_l2norm: bool = ...,
     initial_state: Tensor | None = ...,
+    has_initial_state: Tensor | None = ...,
     return_state: Literal[True],
     cu_seqlens: Tensor | None = ...,
     chunk_size: int | None = ...,
+    out: tuple[Tensor, Tensor] | None = ...,
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def gated_delta(
@@ -76,14 +82,18 @@ def gated_delta(
     scale: float | None = None,
     qk_l2norm: bool = False,
     initial_state: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
     **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if unknown:
         refuse_unknown(GATED_DELTA, unknown)
+    if has_initial_state is not None:
+        initial_state = starting_state(GATED_DELTA, initial_state, has_initial_state)
     arguments = Arguments(
         Tokens(q, k, v, alpha, log_alpha, beta, erase, write),
         initial_state,
@@ -95,7 +105,10 @@ def gated_delta(
         return_state=return_state,
         backend=registry.resolve(backend),
     )
-    o, state = _run(GATED_DELTA, arguments, eager.run_sequence, tracing.traced_sequence)
+    if out is not None:
+        o, state = _run_into(arguments, out)
+    else:
+        o, state = _run(GATED_DELTA, arguments, eager.run_sequence, tracing.traced_sequence)
     return (o, state) if return_state else o
 
 
@@ -115,6 +128,7 @@ def gated_delta_step(
     qk_l2norm: bool = False,
     state_indices: Tensor | None = None,
     inplace: bool = False,
+    out: Tensor | None = None,
     backend: str = "auto",
     **unknown: Never,
 ) -> tuple[Tensor, Tensor]:
@@ -130,7 +144,10 @@ def gated_delta_step(
         inplace=inplace,
         backend=registry.resolve(backend),
     )
-    return _run(GATED_DELTA_STEP, arguments, eager.run_step, tracing.traced_step)
+    if out is None:
+        return _run(GATED_DELTA_STEP, arguments, eager.run_step, tracing.traced_step)
+    place = checked_out(GATED_DELTA_STEP, eager.autocast(arguments), out)
+    return place.write(*_run(GATED_DELTA_STEP, arguments, eager.run_step, tracing.traced_step))
 
 
 @overload
@@ -151,6 +168,7 @@ def gated_delta_steps(
     state_indices: Tensor | None = ...,
     inplace: bool = ...,
     return_states: Literal[False] = ...,
+    out: Tensor | None = ...,
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -171,6 +189,7 @@ def gated_delta_steps(
     state_indices: Tensor | None = ...,
     inplace: bool = ...,
     return_states: Literal[True],
+    out: Tensor | None = ...,
     backend: str = ...,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 def gated_delta_steps(
@@ -190,6 +209,7 @@ def gated_delta_steps(
     state_indices: Tensor | None = None,
     inplace: bool = False,
     return_states: bool = False,
+    out: Tensor | None = None,
     backend: str = "auto",
     **unknown: Never,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
@@ -206,8 +226,11 @@ def gated_delta_steps(
         return_states=return_states,
         backend=registry.resolve(backend),
     )
+    place = None if out is None else checked_out(GATED_DELTA_STEPS, eager.autocast(arguments), out)
     results = _run(GATED_DELTA_STEPS, arguments, eager.run_steps, tracing.traced_steps)
     o, new_state, states = results
+    if place is not None:
+        o, new_state = place.write(o, new_state)
     if not return_states:
         return o, new_state
     assert states is not None
@@ -222,8 +245,12 @@ def _run(
     arguments: Arguments,
     run: Callable[[Backend, Call], Results],
     trace: Callable[[Arguments], Results],
+    targets: Targets | None = None,
 ) -> Results:
-    """Run a call as one before it, or else trace it, or bind it and select its backend."""
+    """Run a call as one before it, or else trace it, or bind it and select its backend.
+
+    Its backend may write results to `targets`.
+    """
     key = signature(spec, arguments)
     plan = plans.find(key)
     results: Results | None = None if plan is None else plan.repeated(arguments)
@@ -235,7 +262,18 @@ def _run(
     call = bind(spec, given, key if given is arguments else None)
     backend = registry.select(call, given.backend)
     plans.keep(key, arguments, call, backend)
+    if targets is not None:
+        call = replace(call, targets=targets)
     return run(backend, call)
+
+
+def _run_into(arguments: Arguments, out: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Run a call of `gated_delta` into memory of the caller; return o and the final state."""
+    given = eager.autocast(arguments)
+    place = checked_out(GATED_DELTA, given, out, with_state=bool(given.return_state))
+    targets = targets_of(place, given)
+    run, trace = eager.run_sequence, tracing.traced_sequence
+    return place.write(*_run(GATED_DELTA, arguments, run, trace, targets))
 
 
 def explain(*args: Any, op: str | Callable[..., Any] = "gated_delta", **kwargs: Any) -> Explanation:
@@ -284,7 +322,14 @@ def explain(*args: Any, op: str | Callable[..., Any] = "gated_delta", **kwargs: 
         raise SpecTypeError(f"explain: {error}; op= says which op is called") from None
     except TypeError as error:
         raise TypeError(f"explain: {name}: {error}; op= says which op is called") from None
-    return _explained(spec, arguments_of(spec, named))
+    mask, out = named.pop("has_initial_state", None), named.pop("out", None)
+    if mask is not None:
+        named["initial_state"] = starting_state(spec, named.get("initial_state"), mask)
+    arguments = arguments_of(spec, named)
+    if out is not None:
+        with_state = spec is GATED_DELTA and bool(arguments.return_state)
+        checked_out(spec, eager.autocast(arguments), out, with_state=with_state)
+    return _explained(spec, arguments)
 
 
 def _explained(spec: OpSpec, arguments: Arguments) -> Explanation:

@@ -128,7 +128,7 @@ def arguments_of(spec: OpSpec, named: Mapping[str, Any]) -> Arguments:
     Raises:
         TypeError: the op has no argument of some name.
     """
-    fields = {arg.name: arg.field for arg in spec.args}
+    fields = {arg.name: arg.field for arg in spec.bound}
     unknown = set(named) - set(fields)
     if unknown:
         raise TypeError(f"{spec.name} has no argument {', '.join(sorted(unknown))}")

@@ -94,7 +94,6 @@ MEANT |= {
     "cu_seq_lens": _NUMBERS,
     "cu_seqlens_q": _NUMBERS,
     "a_log": MEANT["A_log"],
-    "out": MEANT["output"],
     "gates": _GATE,
     "forget_gate": _GATE,
     "log_decay": "log_alpha",

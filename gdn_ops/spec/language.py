@@ -172,6 +172,11 @@ class Attr:
 
 
 @dataclass(frozen=True)
+class FrontAttr(Attr):
+    """Describe an argument that the public function handles itself: no bound call has it."""
+
+
+@dataclass(frozen=True)
 class Output:
     """Describe one result of an op.
 
@@ -338,7 +343,15 @@ class OpSpec:
         )
         require(bool(self.rules), f"{self.name} has no rule")
         # Filled now: torch.compile cannot trace the lock that fills a cached property.
-        _ = self.attrs, self.tensor, self.rule, self.case, self.binding_order, self.bounded
+        _ = (
+            self.attrs,
+            self.bound,
+            self.tensor,
+            self.rule,
+            self.case,
+            self.binding_order,
+            self.bounded,
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what copies and pickles it: its fields; an op of this library stays the one."""
@@ -361,8 +374,15 @@ class OpSpec:
 
     @cached_property
     def attrs(self) -> tuple[Attr, ...]:
-        """Return the arguments that are not tensors, in public order."""
-        return tuple(arg for arg in self.args if isinstance(arg, Attr))
+        """Return the arguments of a bound call that are not tensors, in public order."""
+        return tuple(
+            arg for arg in self.args if isinstance(arg, Attr) and not isinstance(arg, FrontAttr)
+        )
+
+    @cached_property
+    def bound(self) -> tuple[TensorArg | Attr, ...]:
+        """Return the arguments that a bound call has, in public order."""
+        return tuple(arg for arg in self.args if not isinstance(arg, FrontAttr))
 
     @cached_property
     def tensor(self) -> Mapping[str, TensorArg]:

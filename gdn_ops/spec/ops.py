@@ -24,6 +24,7 @@ from gdn_ops.spec.language import (
     Attr,
     Axis,
     CostModel,
+    FrontAttr,
     Interval,
     Multiple,
     OpSpec,
@@ -115,6 +116,12 @@ _STATE_INDICES = TensorArg(
 _INPLACE = Attr("inplace", "bool", False, "whether to update the state tensor instead of a copy")
 
 
+def _out(axes: str) -> FrontAttr:
+    """Return the argument of a decode op for the memory of o."""
+    meaning = f"({axes}) memory like v for o, which is returned; not where gradients are needed"
+    return FrontAttr("out", "Tensor | None", None, meaning)
+
+
 def _state(meaning: str) -> TensorArg:
     """Return the state argument of a decode op, which may be a pool."""
     allowed = shapes("B HV K V", "P HV K V with state_indices")
@@ -164,6 +171,12 @@ GATED_DELTA = OpSpec(
             optional=True,
             stands_for="state",
         ),
+        FrontAttr(
+            "has_initial_state",
+            "Tensor | None",
+            None,
+            "(N,) bool: sequences whose row of initial_state counts; the others start from zeros",
+        ),
         Attr("return_state", "bool", False, "whether to return the final state too"),
         TensorArg(
             "cu_seqlens",
@@ -179,6 +192,14 @@ GATED_DELTA = OpSpec(
             None,
             "tokens per chunk of the chunkwise form; the backend's choice when not given",
             schema="int?",
+        ),
+        FrontAttr(
+            "out",
+            "Tensor | tuple[Tensor, Tensor] | None",
+            None,
+            "(B, T, HV, V) memory like v for o, which is returned; with return_state a pair of it "
+            "and memory (N, HV, K, V) for the final state, rounded to its dtype: float32, "
+            "bfloat16, float16; not where gradients are needed",
         ),
         _BACKEND,
     ),
@@ -222,6 +243,7 @@ GATED_DELTA_STEP = replace(
         *_OPTIONS,
         _STATE_INDICES,
         _INPLACE,
+        _out("B, HV, V"),
         _BACKEND,
     ),
     outputs=(
@@ -249,6 +271,7 @@ _ARGUMENTS_OF_STEPS: tuple[TensorArg | Attr, ...] = (
         "whether to return the state after every token too",
         schema="bool",
     ),
+    _out("B, T, HV, V"),
     _BACKEND,
 )
 

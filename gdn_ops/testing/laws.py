@@ -23,6 +23,10 @@ from gdn_ops.testing.decode_laws import (
     steps_equal_one_step_after_another,
 )
 from gdn_ops.testing.example import Example, run
+from gdn_ops.testing.option_laws import (
+    results_lie_where_the_caller_wants,
+    some_sequences_start_from_nothing,
+)
 from gdn_ops.testing.oracle import (
     Verdict,
     inner_product,
@@ -421,5 +425,7 @@ LAWS: tuple[Law, ...] = (
     Law(a_constant_vector_decays_like_a_scalar, rules=("gated_delta",), needs=_has_channels),
     Law(a_reset_channel_forgets_its_past, rules=("gated_delta",), needs=_has_channels),
     Law(equal_strengths_are_beta, rules=("gated_delta", "delta"), needs=_takes_strengths),
+    Law(some_sequences_start_from_nothing, needs=_has_grad),
+    Law(results_lie_where_the_caller_wants),
 )
 """Every law of docs/math.md §8."""

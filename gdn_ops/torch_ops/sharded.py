@@ -53,7 +53,7 @@ class _Sharded:
             for arg in spec.tensors
             if arguments.value(arg.field) is not None
         }
-        self.local: dict[str, Any] = {arg.name: arguments.value(arg.field) for arg in spec.args}
+        self.local: dict[str, Any] = {arg.name: arguments.value(arg.field) for arg in spec.bound}
         for arg in spec.tensors:
             if arg.field in self.axes:
                 self.local[arg.name] = held(self.plan, self.local[arg.name], self.axes[arg.field])

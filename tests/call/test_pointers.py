@@ -53,14 +53,14 @@ UNKNOWN = {
         gated_delta,
         "varlen",
     ): "one of q, k, v, alpha, beta, log_alpha, erase, write, rule, scale, qk_l2norm, "
-    "initial_state, return_state, cu_seqlens, chunk_size, backend",
+    "initial_state, has_initial_state, return_state, cu_seqlens, chunk_size, out, backend",
     (gated_delta, "log_aplha"): "'log_alpha'?",
     (gated_delta, "return_sate"): "'return_state'?",
     (
         gated_delta,
         "dropout",
     ): "one of q, k, v, alpha, beta, log_alpha, erase, write, rule, scale, qk_l2norm, "
-    "initial_state, return_state, cu_seqlens, chunk_size, backend",
+    "initial_state, has_initial_state, return_state, cu_seqlens, chunk_size, out, backend",
     (gated_delta_step, "initial_state"): "state",
     (gated_delta_step, "return_state"): "left out: the new state is always returned",
     (gated_delta_step, "output_final_state"): f"left out: the new state is always returned; {FLA}",

@@ -123,17 +123,18 @@ def test_a_senseless_value_is_refused(message: str, build: Callable[[], object])
         "HV is a multiple of H": GATED_DELTA.constraints[0],
         "tiny: B=2 T=100 H/HV=2/4 K=32 V=48": GATED_DELTA.case["tiny"],
         "gated_delta(q, k, v, alpha=None, beta=None, *, log_alpha=None, erase=None, write=None, "
-        "rule='gated_delta', scale=None, qk_l2norm=False, initial_state=None, return_state=False, "
-        "cu_seqlens=None, chunk_size=None, backend='auto') "
+        "rule='gated_delta', scale=None, qk_l2norm=False, initial_state=None, "
+        "has_initial_state=None, return_state=False, cu_seqlens=None, chunk_size=None, out=None, "
+        "backend='auto') "
         "-> o (B, T, HV, V), final_state (N, HV, K, V)": GATED_DELTA,
         "gated_delta_step(q, k, v, alpha=None, beta=None, state=None, *, log_alpha=None, "
         "erase=None, write=None, rule='gated_delta', scale=None, qk_l2norm=False, "
-        "state_indices=None, inplace=False, backend='auto') "
+        "state_indices=None, inplace=False, out=None, backend='auto') "
         "-> o (B, HV, V), new_state (B, HV, K, V)": GATED_DELTA_STEP,
         "gated_delta_steps(q, k, v, alpha=None, beta=None, state=None, *, log_alpha=None, "
         "erase=None, write=None, rule='gated_delta', scale=None, qk_l2norm=False, "
-        "state_indices=None, inplace=False, return_states=False, backend='auto') "
-        "-> o (B, T, HV, V), new_state (B, HV, K, V), "
+        "state_indices=None, inplace=False, return_states=False, out=None, "
+        "backend='auto') -> o (B, T, HV, V), new_state (B, HV, K, V), "
         "states (B, T, HV, K, V)": GATED_DELTA_STEPS,
     }.items(),
 )
@@ -165,6 +166,7 @@ def test_a_page_prints_the_signature_an_argument_a_line() -> None:
         *("    *,", "    log_alpha=None,", "    erase=None,", "    write=None,"),
         *("    rule='gated_delta',", "    scale=None,"),
         *("    qk_l2norm=False,", "    state_indices=None,", "    inplace=False,"),
+        "    out=None,",
         "    backend='auto',",
         ") -> o (B, HV, V), new_state (B, HV, K, V)",
     ]

@@ -57,7 +57,7 @@ def backward(
         shifts: what segments add to the gradient of the state, where it is known: (segment_slots,
             HV, K, V) float32.
     """
-    given, call = call, lowered(call)
+    given, call = call, lowered(call) if call.widths.apart else call
     s = call.sizes
     q, k, v, d_o = (readable(x) for x in (*call.tokens[:3], d_o))
     kept = Saved(*saved)

@@ -133,7 +133,7 @@ def forward(call: Call, plan: Plan) -> Forward:
     Returns:
         o (B, T, HV, V), the final state (N, HV, K, V) float32, and what the backward reads.
     """
-    s, call = call.sizes, lowered(call)
+    s, call = call.sizes, lowered(call) if call.widths.apart else call
     saved = run_prepare(call, plan)
     final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
     if plan.segment_slots:

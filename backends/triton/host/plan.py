@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gdn_ops.backends.triton.host import config as configs
 from gdn_ops.backends.triton.host.config import power_of_two
-from gdn_ops.backends.triton.host.strengths import kept_dtype
 from gdn_ops.backends.triton.host.table import Config
 from gdn_ops.backends.triton.kernels.blocks import ALPHA, LOG_ALPHA, NO_DECAY
 from gdn_ops.call.bind import Call
@@ -68,6 +67,14 @@ class Plan:
     segment_slots: int
     keep: bool
     kept: torch.dtype
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of what is kept per chunk, given that of q.
+
+    The range of float16 may be left by a state, an inverse or a gradient where no result does.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def make_plan(call: Call, *, is_staged: bool = False) -> Plan:

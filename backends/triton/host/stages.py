@@ -46,7 +46,7 @@ def summarise(call: Call) -> Summarised:
         R = without_tokens(replace(call, state=None), ()).final_state
         M = torch.eye(size, dtype=torch.float32, device=call.device)
         return Summarised(M.repeat(s.N, s.HV, 1, 1), R, ())
-    plan, call = _plan(call), lowered(call)
+    plan, call = _plan(call), _lowered(call)
     saved = run_prepare(call, plan)
     M, R = walk_for_maps(call, plan, saved)
     # Without an error term it is a number times the identity, or a matrix that is diagonal.
@@ -58,7 +58,7 @@ def resume(call: Call, kept: tuple[Tensor, ...]) -> Forward:
     s = call.sizes
     if not call.has_tokens:
         return without_tokens(call, ())
-    plan, saved, call = _plan(call), Saved(*kept), lowered(call)
+    plan, saved, call = _plan(call), Saved(*kept), _lowered(call)
     final = torch.empty((s.N, s.HV, s.K, s.V), dtype=torch.float32, device=call.device)
     if plan.segment_slots:
         starts_from(call, plan, saved, final)
@@ -73,7 +73,7 @@ def summarise_gradients(
     if not call.has_tokens:
         return d_final.clone(), ()
     d_initial, shifts = walk_for_shifts(
-        lowered(call), _plan(call), Saved(*saved), readable(d_o), d_final.contiguous()
+        _lowered(call), _plan(call), Saved(*saved), readable(d_o), d_final.contiguous()
     )
     return d_initial, () if shifts is None else (shifts,)
 
@@ -86,6 +86,10 @@ def resume_gradients(
     if not call.has_tokens:
         return gradients_without_tokens(call, d_final)
     return backward(call, _plan(call), saved, d_o, d_final, *kept)
+
+
+def _lowered(call: Call) -> Call:
+    return lowered(call) if call.widths.apart else call
 
 
 def _plan(call: Call) -> Plan:

@@ -12,26 +12,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gdn_ops.backends.triton.host.plan import kept_dtype
 from gdn_ops.call.bind import Call
 from gdn_ops.dispatch.backend import Grads
 from gdn_ops.spec.ops import GATED_DELTA
 
 
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of what is kept per chunk, given that of q.
-
-    The range of float16 may be left by a state, an inverse or a gradient where no result does.
-    """
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def lowered(call: Call) -> Call:
     """Return a call whose decay and erase have K channels each, on values that are scaled.
 
-    A call with beta is returned as it is.
+    Its erase and write stand apart.
     """
-    if not call.widths.apart:
-        return call
     q, _, v, alpha, log_alpha, _, erase, write = call.tokens
     shape = (*v.shape[:-1], q.shape[-1])
     if not call.rule.has_decay:

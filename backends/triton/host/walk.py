@@ -69,7 +69,9 @@ class Walked(NamedTuple):
 def walk_for_output(call: Call, plan: Plan, saved: Saved, final: Tensor) -> Tensor:
     """Walk for the output; return o (B, T, HV, V), and write the final state and what is kept."""
     s = call.sizes
-    o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.tokens.q.dtype, device=call.device)
+    o = None if call.targets is None else call.targets.o
+    if o is None or not o.is_contiguous():
+        o = torch.empty((s.B, s.T, s.HV, s.V), dtype=call.tokens.q.dtype, device=call.device)
     u, states = (saved.u, saved.states) if plan.keep else (None, None)
     _walk(call, plan, saved, o=o, u=u, states=states, final=final)
     return o

@@ -63,10 +63,6 @@ def test_a_lowered_call_has_channels_and_values_in_the_dtype_of_what_is_kept(nam
     decay = tokens.alpha if tokens.alpha is not None else tokens.log_alpha
     assert decay is not None and decay.shape == tokens.erase.shape
     assert tokens.v.dtype == plan.make_plan(call).kept
-    # A call of beta is left alone.
-    plain = replace(EXAMPLES[name], apart=None)
-    beta = bind(GATED_DELTA, arguments_of(GATED_DELTA, plain.arguments()))
-    assert strengths.lowered(beta) is beta
 
 
 def test_the_launches_are_those_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
