@@ -1,8 +1,8 @@
 """Hold compiled kernels to budgets, so that code which became slower is seen without a GPU.
 
 A backend has a table of budgets for a version of its compiler. They are held at the defaults, in
-the launches of the case `sampling.REFERENCE`, on the targets that the table has. There, a kernel
-without a budget fails too.
+the launches of the cases and on the targets that the table has. There, a kernel without a budget
+fails too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from gdn_ops.aot.results import CompiledKernel, TimedLaunch
-from gdn_ops.aot.sampling import REFERENCE
 
 
 class Budget(NamedTuple):
@@ -32,8 +31,8 @@ class Budget(NamedTuple):
     spills: int = 0
 
 
-Budgets = Mapping[tuple[str, str, str], Budget]
-"""(kernel, direction, target) -> its budget.
+Budgets = Mapping[tuple[str, str, str, str], Budget]
+"""(case, kernel, direction, target) -> its budget.
 
 Where a kernel is launched more than once in a direction, the direction may have the place of the
 launch behind it, counted from 0: "forward 3".
@@ -42,12 +41,11 @@ launch behind it, counted from 0: "forward 3".
 
 def over_budget(row: CompiledKernel, budgets: Budgets) -> tuple[str, ...]:
     """Return what a compiled kernel has beyond its budgets, or that it lacks one."""
-    if all(target != row.target for _, _, target in budgets):
-        return ()
+    cases = {case for case, _, _, target in budgets if target == row.target}
     texts = (
         f"{launch.direction}: {text}"
         for launch in row.launches
-        if launch.sample.rpartition(" ")[0] == REFERENCE
+        if _case_of(launch) in cases
         for text in _excess(row, launch, _budget_of(row, launch, budgets))
     )
     return tuple(dict.fromkeys(texts))
@@ -55,8 +53,14 @@ def over_budget(row: CompiledKernel, budgets: Budgets) -> tuple[str, ...]:
 
 def _budget_of(row: CompiledKernel, launch: TimedLaunch, budgets: Budgets) -> Budget | None:
     """Return the budget of a launch: that of its place, or of all launches of its kernel."""
-    place = (row.kernel, f"{launch.direction} {launch.order}", row.target)
-    return budgets.get(place) or budgets.get((row.kernel, launch.direction, row.target))
+    case, place = _case_of(launch), f"{launch.direction} {launch.order}"
+    own = budgets.get((case, row.kernel, place, row.target))
+    return own or budgets.get((case, row.kernel, launch.direction, row.target))
+
+
+def _case_of(launch: TimedLaunch) -> str:
+    """Return the name of the case of a launch, or what its sample is called otherwise."""
+    return launch.sample.rpartition(" ")[0]
 
 
 def _excess(row: CompiledKernel, launch: TimedLaunch, budget: Budget | None) -> Iterator[str]:

@@ -17,7 +17,7 @@ INNER = Loop(0, 1, False, Counts(instructions=10, barriers=1, hgmma=4, register_
 CODE = Code(Counts(instructions=1000, barriers=50), (OUTER, INNER))
 LAUNCH = TimedLaunch(f"{REFERENCE} inference", "forward", 0, (1,), 0, trips={0: 128, 1: 5})
 ROW = CompiledKernel("walk", LAUNCH.sample, "sm_90", programs=2, code=CODE, launches=(LAUNCH,))
-KEY = ("walk", "forward", "sm_90")
+KEY = (REFERENCE, "walk", "forward", "sm_90")
 EXACT = Budget(instructions=150, barriers=7, register_a=8, programs=2)
 
 
@@ -50,19 +50,23 @@ def test_spills_of_the_whole_kernel_are_held() -> None:
 
 def test_a_kernel_without_a_budget_fails_where_others_have_one() -> None:
     text = "forward: no budget on sm_90, should be in the table of budgets"
-    assert over_budget(ROW, {("walk", "backward", "sm_90"): EXACT}) == (text,)
-    assert over_budget(ROW, {("other", "forward", "sm_90"): EXACT}) == (text,)
+    assert over_budget(ROW, {(REFERENCE, "walk", "backward", "sm_90"): EXACT}) == (text,)
+    assert over_budget(ROW, {(REFERENCE, "other", "forward", "sm_90"): EXACT}) == (text,)
     # Nothing is held on a target that has no budgets.
-    assert over_budget(ROW, {("walk", "forward", "sm_80"): EXACT}) == ()
+    assert over_budget(ROW, {(REFERENCE, "walk", "forward", "sm_80"): EXACT}) == ()
     assert over_budget(ROW, {}) == ()
 
 
 def test_a_launch_may_have_a_budget_of_its_own() -> None:
     text = "forward: barriers a trip of the hot loop are 7, should be at most 6"
     tight = EXACT._replace(barriers=6)
-    assert over_budget(ROW, {KEY: EXACT, ("walk", "forward 0", "sm_90"): tight}) == (text,)
-    assert over_budget(ROW, {KEY: tight, ("walk", "forward 0", "sm_90"): EXACT}) == ()
-    assert over_budget(ROW, {KEY: tight, ("walk", "forward 1", "sm_90"): EXACT}) == (text,)
+    assert over_budget(ROW, {KEY: EXACT, (REFERENCE, "walk", "forward 0", "sm_90"): tight}) == (
+        text,
+    )
+    assert over_budget(ROW, {KEY: tight, (REFERENCE, "walk", "forward 0", "sm_90"): EXACT}) == ()
+    assert over_budget(ROW, {KEY: tight, (REFERENCE, "walk", "forward 1", "sm_90"): EXACT}) == (
+        text,
+    )
 
 
 def test_a_budget_needs_the_trips() -> None:
@@ -75,7 +79,7 @@ def test_a_budget_needs_the_trips() -> None:
     ("change", "count"),
     [({}, 1), ({"sample": f"{REFERENCE} training"}, 1), ({"sample": "rule delta inference"}, 0)],
 )
-def test_budgets_are_those_of_the_reference_case(change: dict[str, Any], count: int) -> None:
+def test_budgets_are_those_of_their_cases(change: dict[str, Any], count: int) -> None:
     launches = (replace(LAUNCH, **change),) * 2
     over = over_budget(replace(ROW, launches=launches), {KEY: EXACT._replace(barriers=0)})
     assert len(over) == count
@@ -86,3 +90,14 @@ def test_code_without_a_loop_is_held_as_a_whole() -> None:
     text = "forward: instructions a trip of the hot loop are 1000, should be at most 150"
     budget = EXACT._replace(barriers=50, register_a=0)
     assert over_budget(flat, {KEY: budget}) == (text,)
+
+
+def test_every_case_has_budgets_of_its_own() -> None:
+    other = replace(LAUNCH, sample="kimi-32-8192 training")
+    row = replace(ROW, launches=(LAUNCH, other))
+    tight = EXACT._replace(barriers=6)
+    text = "forward: barriers a trip of the hot loop are 7, should be at most 6"
+    own = ("kimi-32-8192", *KEY[1:])
+    assert over_budget(row, {KEY: EXACT, own: tight}) == (text,)
+    assert over_budget(row, {KEY: EXACT, own: EXACT}) == ()
+    assert over_budget(row, {own: EXACT}) == over_budget(row, {KEY: EXACT}) == ()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import gdn_ops
 from ahead_of_time import compile_for, failures, sequence
+from gdn_ops.aot import sampling
 from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.call.numerics import l2norm
 from gdn_ops.kernel_support.launches import Launch, recording
@@ -22,6 +23,7 @@ from tests.backends.triton.test_transposed import source_of, transposed_products
 pytest.importorskip("triton")
 
 from gdn_ops.backends.triton import Triton
+from gdn_ops.backends.triton.aot import budgets
 from gdn_ops.backends.triton.host import forward, plan
 from gdn_ops.backends.triton.host.config import tables
 
@@ -221,12 +223,11 @@ def test_no_kernel_multiplies_with_a_transposed_product() -> None:
         assert transposed_products(source_of(launch)) == [], launch.kernel.__name__
 
 
-def test_the_kernels_compile_for_hopper_nearly_without_spills_and_have_predicted_times() -> None:
-    training = replace(
-        sample := sequence(channels=True), call=replace(sample.call, needs_grad=True)
-    )
-    rows = compile_for("triton", "sm_90", Triton(), [training])
-    assert failures(rows) == []
+def test_the_kernels_compile_for_hopper_within_their_budgets_and_have_predicted_times() -> None:
+    samples = list(sampling.samples([GATED_DELTA.case[budgets.CHANNELS]]))
+    rows = compile_for("triton", "sm_90", Triton(), samples)
+    # A launch that has no budget fails too.
+    assert failures(rows) == [] and budgets.current()
     spills = {row.kernel: row.spills for row in rows if row.spills}
     assert set(spills) <= {"prepare_channels", "walk"} and max(spills.values(), default=0) <= 16
     assert all(timed.prediction is not None for row in rows for timed in row.launches)
