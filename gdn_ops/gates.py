@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gdn_ops.call.bind import Arguments, Tokens
 from gdn_ops.call.scalars import as_python
 from gdn_ops.call.tensors import check_device, check_floats
+from gdn_ops.dispatch import raw_plans, registry
+from gdn_ops.dispatch.backend import RawGates
 from gdn_ops.ops import gated_delta_step
 from gdn_ops.spec.errors import SpecError, SpecTypeError
 
@@ -267,9 +270,30 @@ def raw_gated_delta_step(
     """
     op = "raw_gated_delta_step"
     _check_raw(op, gate, g, b)
+    of_channels = g.dim() == 3
+    fused = raw_plans.run(
+        Arguments(
+            Tokens(q, k, v, log_alpha=g, beta=b),
+            state,
+            state_indices=state_indices,
+            scale=scale,
+            qk_l2norm=qk_l2norm,
+            inplace=inplace,
+            backend=registry.resolve(backend),
+        ),
+        RawGates(
+            float(gate.lower_bound) if isinstance(gate, BoundedGate) else None,
+            2.0 if allow_neg_eigval is True else 1.0,
+        ),
+        gate.A_log,
+        gate.dt_bias,
+        lambda: (gate._of(op, g, of_channels), sigmoid_beta(b, allow_neg_eigval=allow_neg_eigval)),
+    )
+    if fused is not None:
+        return fused
     return gated_delta_step(
         *(q, k, v),
-        log_alpha=gate._of(op, g, g.dim() == 3),
+        log_alpha=gate._of(op, g, of_channels),
         beta=sigmoid_beta(b, allow_neg_eigval=allow_neg_eigval),
         state=state,
         scale=scale,

@@ -22,7 +22,7 @@ _ARRAY = ("data", "row", "token", "head", "type")
 
 REPEATED = (
     *("q.data", "k.data", "v.data", "decay.data", "beta.data", "slots", "o.data"),
-    *("state", "new_state", "states"),
+    *("state", "new_state", "states", "A_log", "dt_bias"),
 )
 """Fields of `GdnSteps`, in the order in which `gdn_decode_repeated` takes them."""
 
@@ -126,9 +126,8 @@ def _describe_steps(p: Packed, _: Packed) -> None:
         last = (rows - 1) * p[f"{name}_row"] + (HV - 1) * p[f"{name}_head"]
         p.add(name, element * (last + p["K"] * p["V"] if rows else 0))
     p.add("states", element * B * T * _state(p))
-    for name in ("A_log", "dt_bias"):
-        if name in p.numbers:
-            p.add(name, 4 * HV)
+    p.add("A_log", 4 * HV)
+    p.add("dt_bias", 4 * HV * (p["K"] if p["decay_of_channels"] else 1))
 
 
 def _describe_convolution(p: Packed, _: Packed) -> None:

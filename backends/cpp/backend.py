@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gdn_ops.backends.cpp import calls
 from gdn_ops.backends.cpp.library import check_status, level, library, missing, threads
-from gdn_ops.backends.cpp.prepared import as_rows, is_short, prepared_decode
+from gdn_ops.backends.cpp.prepared import as_rows, is_short, prepared_decode, prepared_raw
 from gdn_ops.backends.torch.pure import pure
 from gdn_ops.call.bind import Call, Targets, Tokens
 from gdn_ops.dispatch.backend import (
@@ -17,6 +17,8 @@ from gdn_ops.dispatch.backend import (
     Forward,
     Grads,
     Prepared,
+    PreparedRaw,
+    RawGates,
     gradients_without_tokens,
     without_tokens,
 )
@@ -163,6 +165,9 @@ class Cpp(Backend):
 
     def prepared(self, call: Call) -> Prepared | None:
         return prepared_decode(call)
+
+    def prepared_raw(self, call: Call, gates: RawGates) -> PreparedRaw | None:
+        return prepared_raw(call, gates)
 
     def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run `gated_delta_step`."""

@@ -32,7 +32,7 @@ LEAST_TASKS = 8
 
 _SEQUENCES = struct.Struct("=59qfi")
 _GRADIENTS = struct.Struct("=42q")
-_STEPS = struct.Struct("=65qffq")
+_STEPS = struct.Struct("=66qffffq")
 
 Array = tuple[int, int, int, int, int]
 Reader = Callable[[Tensor | None], Array]
@@ -42,15 +42,25 @@ class RawGates(NamedTuple):
     """Say that the gates of a decode call are raw, as a layer projects them.
 
     Attributes:
-        A_log: (HV,), float32, contiguous: the decay is a, and α = exp(−exp(A_log) softplus(a +
-            dt_bias)); None where it is α or its logarithm.
-        dt_bias: likewise, or None for 0.
+        A_log: (HV,), float32, contiguous: the logarithm of the rate, or None for a rate of 1.
+        dt_bias: (HV,), or (HV, K) or flat where the decay is of channels, likewise, or None for 0.
         beta_factor: β = beta_factor · sigmoid(beta); None where beta is β.
+        has_decay: whether the decay is raw too, which α = exp(−exp(A_log) softplus(decay +
+            dt_bias)) is made of, or with a lower bound exp(lower_bound sigmoid(exp(A_log) (decay +
+            dt_bias))).
+        lower_bound: of log α, or None.
     """
 
     A_log: Tensor | None = None
     dt_bias: Tensor | None = None
     beta_factor: float | None = None
+    has_decay: bool = False
+    lower_bound: float | None = None
+
+    @property
+    def kind(self) -> int:
+        """Return the `GdnRawDecay`."""
+        return 0 if not self.has_decay else 1 if self.lower_bound is None else 2
 
 
 GIVEN = RawGates()
@@ -168,6 +178,7 @@ def pack_steps(
         *(call.rule.has_erase, call.qk_l2norm),
         raw.beta_factor is not None,
         *_strengths(call),
-        *(call.scale, raw.beta_factor or 0.0),
+        raw.kind,
+        *(call.scale, raw.beta_factor or 0.0, raw.lower_bound or 0.0, 0.0),
         threads,
     )

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 import struct
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gdn_ops.backends.cpp import calls
 from gdn_ops.backends.cpp.library import check_status, library, threads
 from gdn_ops.call.bind import Arguments, Call
 from gdn_ops.call.memory import reach
-from gdn_ops.dispatch.backend import Prepared
+from gdn_ops.dispatch.backend import Prepared, PreparedRaw, RawGates
 from gdn_ops.kernel_support.host_memory import empty
 from gdn_ops.spec.ops import GATED_DELTA, GATED_DELTA_STEP, GATED_DELTA_STEPS
 
@@ -35,16 +37,27 @@ def prepared_decode(call: Call) -> Prepared | None:
 
     None is returned where the kernel cannot read and write the very tensors of the call.
     """
+    run = _prepared(call, calls.GIVEN)
+    return None if run is None else partial(run, None, None)
+
+
+def prepared_raw(call: Call, gates: RawGates) -> PreparedRaw | None:
+    """Return the same of a step whose gates are raw; it is given A_log and dt_bias too."""
+    raw = calls.RawGates(None, None, gates.beta_factor, True, gates.lower_bound)
+    return _prepared(call, raw)
+
+
+def _prepared(call: Call, raw: calls.RawGates) -> PreparedRaw | None:
     if call.op is GATED_DELTA and not is_short(call):
         return None
-    if call.widths.apart or not _is_direct(call):
+    if call.widths.apart or not _is_direct(call, raw.has_decay):
         return None
-    pointers = [ctypes.c_void_p] * 10
+    pointers = [ctypes.c_void_p] * 12
     library().gdn_decode_repeated.argtypes = [ctypes.c_char_p, ctypes.c_int, *pointers]
-    s, has_states, packed = call.sizes, call.op is GATED_DELTA_STEPS, _packed(call)
+    s, has_states, packed = call.sizes, call.op is GATED_DELTA_STEPS, _packed(call, raw)
     shape_of_states, in_order = (s.B, s.T, s.HV, s.K, s.V), torch.contiguous_format
 
-    def run(arguments: Arguments) -> Any:
+    def run(A_log: Tensor | None, dt_bias: Tensor | None, arguments: Arguments) -> Any:
         (q, k, v, alpha, log_alpha, beta, *_), old, _, slots, *_ = arguments
         assert old is not None
         o = torch.empty_like(v, memory_format=in_order)
@@ -64,6 +77,8 @@ def prepared_decode(call: Call) -> Prepared | None:
             old.data_ptr(),
             new.data_ptr(),
             None if states is None else states.data_ptr(),
+            None if A_log is None else A_log.data_ptr(),
+            None if dt_bias is None else dt_bias.data_ptr(),
         )
         if status == REFUSED:
             return None
@@ -92,8 +107,11 @@ def as_rows(call: Call) -> Call | None:
     return replace(call, sizes=replace(s, B=s.N, T=each), tokens=tokens, cu_seqlens=None)
 
 
-def _is_direct(call: Call) -> bool:
-    """Return whether the kernel reads and writes the tensors of a decode call as they are."""
+def _is_direct(call: Call, is_raw: bool) -> bool:
+    """Return whether the kernel reads and writes the tensors of a decode call as they are.
+
+    Gates that are given are float32, since their domain is looked at; raw ones have none.
+    """
     q, k, v, alpha, log_alpha, beta, *_ = call.tokens
     state, slots = call.state, call.state_indices
     if state is None or not v.numel() or state.stride()[2:] != (call.sizes.V, 1):
@@ -105,10 +123,11 @@ def _is_direct(call: Call) -> bool:
     gates = [x for x in (alpha, log_alpha, beta) if x is not None]
     are_read = [calls.gate(x, q) is x for x in (alpha, log_alpha)]
     are_read += [calls.readable(x) is x for x in (q, k, v)]
-    return all(are_read) and all([x.dtype == torch.float32 for x in gates])
+    dtypes = calls.TYPES if is_raw else (torch.float32,)
+    return all(are_read) and all([x.dtype in dtypes for x in gates])
 
 
-def _packed(call: Call) -> bytes:
+def _packed(call: Call, raw: calls.RawGates) -> bytes:
     """Return `GdnRepeated` of a call on tensors without memory."""
     q, k, v, alpha, log_alpha, beta, *_ = call.tokens
     state, slots = call.state, call.state_indices
@@ -118,7 +137,7 @@ def _packed(call: Call) -> bytes:
     array = calls.token if call.op is GATED_DELTA_STEP else calls.array
     decay = log_alpha if alpha is None else alpha
     arrays = (*calls.of_tokens(call.tokens, array), array(o))
-    steps = calls.pack_steps(call, arrays, state, new, None, None, 1)
+    steps = calls.pack_steps(call, arrays, state, new, None, None, 1, raw)
     reaches = [0 if x is None else reach(x) for x in (q, k, v, decay, beta, slots)]
     domain = {arg.name: domain for arg, domain in call.op.bounded}
     decays, betas = domain["log_alpha" if alpha is None else "alpha"], domain["beta"]

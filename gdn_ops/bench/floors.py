@@ -50,10 +50,16 @@ class Rates:
         """Return the highest rate of flops that was seen, per second."""
         return max(self.products, self.registers or 0.0)
 
-    def floor(self, spec: OpSpec, sizes: Sizes, element: int) -> float:
-        """Return the least seconds of a forward by the cost model, q, k, v of `element` bytes."""
-        compute = spec.cost.flops(sizes, CHUNK) / self.flops
-        moved = spec.cost.bytes(sizes, element)
+    def floor(self, spec: OpSpec, sizes: Sizes, element: int, *, channels: bool = False) -> float:
+        """Return the least seconds of a forward by the cost model.
+
+        Args:
+            spec, sizes: the op, and the axes of a call.
+            element: bytes of an element of q, k, v.
+            channels: whether every key channel has a decay.
+        """
+        compute = spec.cost.flops(sizes, CHUNK, channels=channels) / self.flops
+        moved = spec.cost.bytes(sizes, element, channels=channels)
         return max(compute, moved / (self.cached_bytes if moved < CACHED else self.bytes))
 
     def to_json(self) -> dict[str, float | None]:

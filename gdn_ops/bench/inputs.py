@@ -46,8 +46,8 @@ class RawGates(NamedTuple):
     """Hold a layer's raw gates: log alpha = -exp(A_log) softplus(a + dt_bias).
 
     Attributes:
-        A_log, dt_bias: (HV,) float32.
-        a, b: (B, HV) in the dtype of q; beta = sigmoid(b).
+        A_log, dt_bias: (HV,) float32; dt_bias (HV, K) where every key channel decays.
+        a, b: (B, HV) in the dtype of q, or a (B, HV, K); beta = sigmoid(b).
     """
 
     A_log: Tensor
@@ -200,16 +200,23 @@ def make_kernel_inputs(
 
 
 def make_kernel_step_inputs(
-    s: Sizes, dtype: torch.dtype, state_dtype: torch.dtype, device: str
+    s: Sizes,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    device: str,
+    *,
+    channels: bool = False,
 ) -> Inputs:
     """Draw one token for each row of a batch, its state, and raw gates whose decays are mild."""
     draw = _Drawing(device)
     q, k, v, state = _draw_operands(draw, s, (s.B,))
     A_log = 0.1 * draw.normal(s.HV) - 3
-    a, b = (draw.normal(s.B, s.HV).to(dtype) for _ in "ab")
-    raw = RawGates(A_log, 0.1 * draw.normal(s.HV), a, b)
+    wide = (s.K,) if channels else ()
+    a, b = draw.normal(s.B, s.HV, *wide).to(dtype), draw.normal(s.B, s.HV).to(dtype)
+    raw = RawGates(A_log, 0.1 * draw.normal(s.HV, *wide), a, b)
     inner = functional.softplus(raw.a.double() + raw.dt_bias.double())
-    log_alpha = (-raw.A_log.double().exp() * inner).float()
+    rate = raw.A_log.double().exp()
+    log_alpha = (-(rate[:, None] if channels else rate) * inner).float()
     beta = torch.sigmoid(raw.b.double()).float()
     q, k, v = (x.to(dtype) for x in (q, k, v))
     return Inputs(q, k, v, log_alpha, beta, state.to(state_dtype), raw=raw)

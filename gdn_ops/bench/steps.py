@@ -1,10 +1,10 @@
 """Time one token in place, as a server decodes: ours, the peers', and eager torch in several ways.
 
-Each eager way takes q, k (B, HV, K), v (B, HV, V), alpha, beta (B, HV) and the state (B, HV, K, V),
-updates the state and returns o (B, HV, V). Everybody has a state of its own and runs IN_A_ROW calls
-in a row, whole Python calls on a state that stays in cache, and takes turns in that. Beside them
-stand a pass over the state, which is read and written once, and what of a step of `cpp` is its
-kernel.
+Each eager way takes q, k (B, HV, K), v (B, HV, V), alpha (B, HV, 1), or (B, HV, K) where every key
+channel decays, beta (B, HV) and the state (B, HV, K, V), updates the state and returns o
+(B, HV, V). Everybody has a state of its own and runs IN_A_ROW calls in a row, whole Python calls on
+a state that stays in cache, and takes turns in that. Beside them stand a pass over the state, which
+is read and written once, and what of a step of `cpp` is its kernel.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def as_sums(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor, scale: float
 ) -> Tensor:
     """Run a step as elementwise products and sums, just as the recurrence is written."""
-    state.mul_(alpha[..., None, None])
+    state.mul_(alpha[..., None])
     u = beta[..., None] * (v - (state * k[..., None]).sum(-2))
     state.add_(k[..., None] * u[..., None, :])
     return scale * (state * q[..., None]).sum(-2)
@@ -57,7 +57,7 @@ def as_einsum(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor, scale: float
 ) -> Tensor:
     """Run a step with einsum."""
-    state.mul_(alpha[..., None, None])
+    state.mul_(alpha[..., None])
     u = beta[..., None] * (v - torch.einsum("bhkv,bhk->bhv", state, k))
     state.add_(torch.einsum("bhk,bhv->bhkv", k, u))
     return scale * torch.einsum("bhkv,bhk->bhv", state, q)
@@ -68,7 +68,7 @@ def as_products(
 ) -> Tensor:
     """Run a step as batched matrix products, the write by baddbmm_."""
     flat = state.flatten(0, 1)
-    flat.mul_(alpha.flatten()[:, None, None])
+    flat.mul_(alpha.flatten(0, 1)[..., None])
     rows_q, rows_k, rows_v = (x.flatten(0, 1).unsqueeze(1) for x in (q, k, v))
     u = beta.flatten()[:, None, None] * (rows_v - torch.bmm(rows_k, flat))
     flat.baddbmm_(rows_k.transpose(1, 2), u)
@@ -79,11 +79,10 @@ def as_one_read(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor, scale: float
 ) -> Tensor:
     """Read the old state once for q and k together, then decay it in one pass and write it."""
-    qS, kS = torch.matmul(torch.stack((q, k), 2), state).unbind(2)
-    a = alpha[..., None]
-    u = beta[..., None] * (v - a * kS)
-    state.mul_(a[..., None]).addcmul_(k[..., None], u[..., None, :])
-    return scale * (a * qS + (q * k).sum(-1, keepdim=True) * u)
+    qS, kS = torch.matmul(torch.stack((alpha * q, alpha * k), 2), state).unbind(2)
+    u = beta[..., None] * (v - kS)
+    state.mul_(alpha[..., None]).addcmul_(k[..., None], u[..., None, :])
+    return scale * (qS + (q * k).sum(-1, keepdim=True) * u)
 
 
 EAGER_STEPS: dict[str, EagerStep] = {
@@ -97,6 +96,7 @@ EAGER_STEPS: dict[str, EagerStep] = {
 def _eager(way: EagerStep, x: Inputs) -> Prepared:
     """Return an eager way of a step, q and k repeated to the value heads within."""
     alpha, heads, state = x.log_alpha.exp(), x.v.shape[1] // x.q.shape[1], x.state
+    alpha = alpha if x.has_channels else alpha[..., None]
     assert state is not None
 
     def run() -> tuple[Tensor, Tensor]:
@@ -180,7 +180,9 @@ def step_rows(
     Raises:
         RefusedError: one of them computes something else.
     """
-    x = make_kernel_step_inputs(case.sizes, s.torch_dtype, torch.float32, s.device)
+    x = make_kernel_step_inputs(
+        case.sizes, s.torch_dtype, torch.float32, s.device, channels=case.channels
+    )
     with torch.no_grad(), ExitStack() as contexts:
         for c in contenders:
             contexts.enter_context(c.context())
@@ -197,7 +199,8 @@ def step_rows(
     peers = [c.name for c in contenders if c.is_peer and c.name in timing]
     against = [*([] if best is None else [best]), *peers]
     ours = [c.name for c in contenders if not c.is_peer]
-    floor = rates.floor(GATED_DELTA_STEP, case.sizes, s.torch_dtype.itemsize)
+    element = s.torch_dtype.itemsize
+    floor = rates.floor(GATED_DELTA_STEP, case.sizes, element, channels=case.channels)
     alone = (KERNEL, PASS)
     for names, others in (
         ([name for name in timing if name not in alone], against),

@@ -41,7 +41,7 @@ REFERENCE: dict[str, tuple[str, ...]] = {
     "forward": _FORWARDS,
     "forward+backward": (*_LAYER, *_KDA),
     "memory": ("qwen-16-32-4096",),
-    "step": ("qwen-16-32-step-b1",),
+    "step": ("qwen-16-32-step-b1", "kimi-32-step-b1"),
     "packed": ("packed-8192x1", "packed-2048x4-8"),
     **dict.fromkeys(SEQUENCES[3:], _LAYER),
     "channels": _KDA,
@@ -144,9 +144,9 @@ _KINDS = {
 def _kind(case: Case) -> str:
     if case.lengths:
         return "packed"
-    if case.channels:
-        return "channels"
-    return "step" if case.sizes.T == 1 else "sequence"
+    if case.sizes.T == 1:
+        return "step"
+    return "channels" if case.channels else "sequence"
 
 
 def check_effect(cases: Sequence[str], what: Sequence[str]) -> None:

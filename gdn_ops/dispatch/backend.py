@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,22 @@ from gdn_ops.spec.rules import Limits
 
 Prepared = Callable[[Arguments], Any]
 """A function that runs calls of one signature."""
+
+PreparedRaw = Callable[[Tensor | None, Tensor | None, Arguments], Any]
+"""The same of calls whose gates are raw, given A_log and dt_bias."""
+
+
+class RawGates(NamedTuple):
+    """Say what is made of the raw gates of a step.
+
+    Attributes:
+        lower_bound: log α = lower_bound sigmoid(exp(A_log) (g + dt_bias)); or None, for
+            −exp(A_log) softplus(g + dt_bias).
+        beta_factor: β = beta_factor sigmoid(b).
+    """
+
+    lower_bound: float | None
+    beta_factor: float
 
 
 class Backend:
@@ -237,6 +253,19 @@ class Backend:
             for it, or to (o, final_state). What the checks of a call find is already found, and no
             input lies in a state that is updated in place. Its results are not checked. It may
             return None as long as it has written nothing: the call then goes the long way.
+        """
+        return None
+
+    def prepared_raw(self, call: Call, gates: RawGates) -> PreparedRaw | None:
+        """Return a function that runs steps like this one, whose gates are raw, or None.
+
+        Args:
+            call: of `gated_delta_step`, as `prepared` takes it; log_alpha and beta are raw.
+            gates: what is made of them.
+
+        Returns:
+            A function from A_log and dt_bias, float32 and contiguous or None, and the arguments of
+            a call to what `decode_one` returns. It may return None as that of `prepared`.
         """
         return None
 

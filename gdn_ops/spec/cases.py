@@ -79,6 +79,7 @@ STEP_CASES = (
     _case("tiny-step", 2, 1, 2, 4, 32, 48, "smoke tests", "float32"),
     *(_case(f"qwen-16-32-step-b{b}", b, 1, 16, 32, 128, 128, _QWEN) for b in (1, 8)),
     _case("olmo-hybrid-step", 1, 1, 30, 30, 96, 192, "OLMo-Hybrid linear-attention layer"),
+    *(_of_channels(f"kimi-32-step-b{b}", b, 1, 32, _KIMI) for b in (1, 8)),
 )
 
 STEPS_CASES = (

@@ -287,6 +287,23 @@ def test_transformers_decays_channels_as_the_definition_does() -> None:
     assert float((peer.output(x).double() - exact).abs().max() / exact.abs().max()) < 1e-5
 
 
+def check_channels(peer: Contender) -> None:
+    assert peer.reasons(kda(), "forward") == peer.reasons(kda(), "step") == []
+    close(peer.output(kda()), define(kda().double())[0], peer)
+
+
+def test_onnxruntime_decays_channels_too() -> None:
+    peer = find_contender("onnxruntime")
+    if isinstance(peer, str):
+        pytest.skip(peer)
+    check_channels(peer)
+
+
+@pytest.mark.parametrize("peer", ["executorch"], indirect=True)
+def test_executorch_decays_channels_too(peer: Contender) -> None:
+    check_channels(peer)
+
+
 def test_a_peer_that_decays_heads_alone_says_so() -> None:
     peer = Contender("peer", lambda x: pytest.fail("it was run"), is_peer=True)
     assert peer.reasons(kda(), "forward") == ["takes no decay of every key channel here"]

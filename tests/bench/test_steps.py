@@ -48,6 +48,16 @@ def test_ours_is_compared_with_the_best_eager_way_and_with_every_peer() -> None:
     assert {row.samples for row in rows} == {3}
 
 
+def test_every_way_of_a_step_takes_a_decay_of_channels() -> None:
+    case = find_case("kimi-32-step-b1")
+    small = replace(case, sizes=replace(case.sizes, B=2, H=2, HV=4, K=8, V=12, N=2))
+    result = Result({})
+    steps.step_rows(small, [contender()], Setting(), RATES, result)
+    names = dict.fromkeys(row.comparator for row in result.rows)
+    assert list(names) == ["torch", *steps.EAGER_STEPS, steps.PASS]
+    assert case.channels and result.skipped == []
+
+
 def test_without_float32_there_is_no_eager_way() -> None:
     rows = measure(contender(), dtype="bfloat16").rows
     assert [(row.comparator, row.against) for row in rows] == [
@@ -102,13 +112,17 @@ def test_the_kernel_of_a_step_is_what_the_step_runs() -> None:
     assert row.against == steps.PASS
 
 
+@pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize("name", ["transformers", "onnxruntime"])
-def test_a_peer_steps_as_the_definition_does_again_and_again(name: str) -> None:
+def test_a_peer_steps_as_the_definition_does_again_and_again(name: str, channels: bool) -> None:
     found = peers.find_contender(name)
     if isinstance(found, str):
         pytest.skip(found)
-    x = make_kernel_step_inputs(CASE.sizes, torch.float32, torch.float32, "cpu")
-    assert x.state is not None
+    if channels and name == "transformers":
+        pytest.importorskip("transformers.models.kimi_linear")
+    sizes = replace(CASE.sizes, H=4) if channels else CASE.sizes
+    x = make_kernel_step_inputs(sizes, torch.float32, torch.float32, "cpu", channels=channels)
+    assert x.state is not None and x.has_channels == channels
     prepared = found.step(replace(x, state=x.state.clone()))
     state = x.state
     for _ in range(3):

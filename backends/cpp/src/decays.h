@@ -20,4 +20,27 @@ void read_decays(const GdnArray& x, int64_t index, bool is_log, int64_t K, int64
   }
 }
 
+// Turn raw decays of a head, padded to whole vectors, into alpha; `bias` is added to them, or null.
+template <class S>
+void gate_decays(const GdnSteps& c, S rate, const float* bias, int64_t K, int64_t padded, S* x) {
+  for (int64_t i = 0; bias && i < K; ++i) x[i] += S(bias[i]);
+  const bool is_bounded = c.raw_decay == kGdnBounded;
+  if constexpr (std::is_same_v<S, float>) {
+    for (int64_t i = 0; i < padded; i += W) {
+      const Vec y = load(x + i);
+      const Vec log = is_bounded ? all(c.lower_bound) * sigmoid(all(rate) * y)
+                                 : -all(rate) * softplus(y);
+      store(x + i, exponential_to_zero(log));
+    }
+  } else {
+    for (int64_t i = 0; i < K; ++i) {
+      const S y = x[i], lowest = c.lower_bound;
+      const S log = is_bounded ? lowest / (S(1) + std::exp(-rate * y))
+                               : -rate * (y > S(40) ? y : std::log1p(std::exp(y)));
+      x[i] = std::exp(log);
+    }
+  }
+  for (int64_t i = K; i < padded; ++i) x[i] = S(1);
+}
+
 }  // namespace

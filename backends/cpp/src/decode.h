@@ -94,13 +94,18 @@ void read_keys(const GdnSteps& c, int64_t row, int64_t head, Tokens<S>& x) {
 }
 
 template <class S>
+S rate_of(const GdnSteps& c, int64_t head) {
+  return c.A_log ? std::exp(S(c.A_log[head])) : S(1);
+}
+
+template <class S>
 S read_alpha(const GdnSteps& c, int64_t row, int64_t t, int64_t head) {
   if (!c.decay.data) return S(1);
-  S x = number_of<S>(c.decay, at(c.decay, row, t, head));
-  if (c.A_log) {
-    if (c.dt_bias) x += S(c.dt_bias[head]);
-    const S softplus = x > S(20) ? x : std::log1p(std::exp(x));
-    return std::exp(-std::exp(S(c.A_log[head])) * softplus);
+  const S x = number_of<S>(c.decay, at(c.decay, row, t, head));
+  if (c.raw_decay) {
+    S one[16] = {x};
+    gate_decays(c, rate_of<S>(c, head), c.dt_bias ? c.dt_bias + head : nullptr, 1, 16, one);
+    return one[0];
   }
   return c.decay_is_log ? std::exp(x) : x;
 }
@@ -142,7 +147,12 @@ void read_tokens(const GdnSteps& c, int64_t row, int64_t head, Tokens<S>& x) {
     const S* k = read_erased(c, row, t, head, x);
     if (of_channels) {
       const int64_t first = at(c.decay, row, t, head);
-      read_decays(c.decay, first, c.decay_is_log, c.K, x.Kp, x.alphas + t * x.Kp);
+      S* alphas = x.alphas + t * x.Kp;
+      read_decays(c.decay, first, c.decay_is_log && !c.raw_decay, c.K, x.Kp, alphas);
+      if (c.raw_decay) {
+        const float* bias = c.dt_bias ? c.dt_bias + head * c.K : nullptr;
+        gate_decays(c, rate_of<S>(c, head), bias, c.K, x.Kp, alphas);
+      }
       decay_rows(x, t, k);
       continue;
     }

@@ -52,8 +52,11 @@ struct GdnGradients {
 
 // One call of gated_delta_step or gated_delta_steps.
 //
-// Gates may be raw, as a layer projects them: with A_log, alpha = exp(-exp(A_log) softplus(decay +
-// dt_bias)); with beta_is_raw, beta = beta_factor sigmoid(beta).
+// Gates may be raw, as a layer projects them: with x = decay + dt_bias, log alpha is -exp(A_log)
+// softplus(x), or lower_bound sigmoid(exp(A_log) x); with beta_is_raw, beta = beta_factor
+// sigmoid(beta).
+enum GdnRawDecay { kGdnGiven = 0, kGdnSoftplus = 1, kGdnBounded = 2 };
+
 struct GdnSteps {
   GdnArray q, k, v, decay, beta, erase, write;
   GdnArray o;               // (B, T, HV, V)
@@ -61,14 +64,15 @@ struct GdnSteps {
   void* new_state;          // the same, written; may be `state`
   void* states;             // (B, T, HV, K, V), the state behind every token; or null
   const int64_t* slots;     // (B,) row of the state, -1 where skipped; or null: row b
-  const float* A_log;       // (HV,), or null where decay is alpha or its logarithm
-  const float* dt_bias;     // (HV,), or null for 0
+  const float* A_log;       // (HV,), or null for 0
+  const float* dt_bias;     // (HV,), or (HV, K) where the decay is of channels, or null for 0
   int64_t state_row, state_head, new_state_row, new_state_head;
   int64_t state_type;
   int64_t B, T, H, HV, K, V;
   int64_t decay_is_log, decay_of_channels, has_erase, qk_l2norm, beta_is_raw;
   int64_t is_apart, erase_of_channels, write_of_channels;  // as in GdnSequences
-  float scale, beta_factor;
+  int64_t raw_decay;        // a GdnRawDecay: kGdnGiven where decay is alpha or its logarithm
+  float scale, beta_factor, lower_bound, unused;
   int64_t threads;          // at least 1
 };
 

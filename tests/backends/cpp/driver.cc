@@ -69,7 +69,8 @@ int decode_again(const std::vector<int64_t>& structs) {
   const auto* earlier = reinterpret_cast<const GdnRepeated*>(structs.data());
   return gdn_decode_repeated(earlier, 1, s.q.data, s.k.data, s.v.data, s.decay.data, s.beta.data,
                              const_cast<int64_t*>(s.slots), s.o.data, const_cast<void*>(s.state),
-                             s.new_state, s.states);
+                             s.new_state, s.states, const_cast<float*>(s.A_log),
+                             const_cast<float*>(s.dt_bias));
 }
 
 // The doors as `cpp_driver.py` numbers them.

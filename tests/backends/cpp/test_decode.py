@@ -99,7 +99,7 @@ def test_raw_gates_give_what_the_layers_formulas_give(
     x |= {name: x[name].to(dtype).float() for name in ("a", "b")}
     A_log, dt_bias = torch.linspace(-6, 2.7, 12), torch.linspace(-4, 1, 12) if has_bias else None
     given = x | {name: x[name].to(dtype) for name in ("a", "b")}
-    o, new_state = raw_step(given, RawGates(A_log, dt_bias, factor), x["state"])
+    o, new_state = raw_step(given, RawGates(A_log, dt_bias, factor, has_decay=True), x["state"])
     bias = None if dt_bias is None else dt_bias.double()
     expected_o, expected = gdn_ops.gated_delta_step(
         *(x[name].double() for name in ("q", "k", "v")),
@@ -118,10 +118,10 @@ def test_raw_gates_give_what_the_layers_formulas_give(
 def test_one_of_the_gates_may_be_raw(level: str) -> None:
     x = raw_inputs(HV=12)
     A_log, beta = torch.linspace(-6, 2.7, 12), torch.sigmoid(x["b"])
-    both = raw_step(x, RawGates(A_log, None, 1.0), x["state"])
+    both = raw_step(x, RawGates(A_log, None, 1.0, has_decay=True), x["state"])
     decay = gate(x["a"], A_log)
     for one, other in (
-        (raw_step(x | {"b": beta}, RawGates(A_log), x["state"]), both),
+        (raw_step(x | {"b": beta}, RawGates(A_log, has_decay=True), x["state"]), both),
         (raw_step(x | {"a": decay}, RawGates(beta_factor=1.0), x["state"]), both),
     ):
         for computed, expected in zip(one, other, strict=True):
