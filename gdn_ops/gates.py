@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -270,38 +270,32 @@ def raw_gated_delta_step(
     """
     op = "raw_gated_delta_step"
     _check_raw(op, gate, g, b)
-    of_channels = g.dim() == 3
-    fused = raw_plans.run(
-        Arguments(
-            Tokens(q, k, v, log_alpha=g, beta=b),
-            state,
-            state_indices=state_indices,
-            scale=scale,
-            qk_l2norm=qk_l2norm,
-            inplace=inplace,
-            backend=registry.resolve(backend),
-        ),
-        RawGates(
-            float(gate.lower_bound) if isinstance(gate, BoundedGate) else None,
-            2.0 if allow_neg_eigval is True else 1.0,
-        ),
-        gate.A_log,
-        gate.dt_bias,
-        lambda: (gate._of(op, g, of_channels), sigmoid_beta(b, allow_neg_eigval=allow_neg_eigval)),
-    )
+    options: dict[str, Any] = {"scale": scale, "qk_l2norm": qk_l2norm, "inplace": inplace}
+    options |= {"state": state, "state_indices": state_indices}
+    raw = Tokens(q, k, v, log_alpha=g, beta=b)
+    arguments = Arguments(raw, backend=registry.resolve(backend), **options)
+    fused = _fused(op, arguments, gate, allow_neg_eigval)
     if fused is not None:
         return fused
-    return gated_delta_step(
-        *(q, k, v),
-        log_alpha=gate._of(op, g, of_channels),
-        beta=sigmoid_beta(b, allow_neg_eigval=allow_neg_eigval),
-        state=state,
-        scale=scale,
-        qk_l2norm=qk_l2norm,
-        state_indices=state_indices,
-        inplace=inplace,
-        backend=backend,
-    )
+    log_alpha = gate._of(op, g, g.dim() == 3)
+    beta = sigmoid_beta(b, allow_neg_eigval=allow_neg_eigval)
+    return gated_delta_step(q, k, v, None, beta, log_alpha=log_alpha, backend=backend, **options)
+
+
+def _fused(
+    op: str, arguments: Arguments, gate: Gate, allow_neg_eigval: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Run a step whose backend makes its gates, or return None where they are made before."""
+    g, b = arguments.tokens.log_alpha, arguments.tokens.beta
+    assert g is not None and b is not None
+    lower_bound = float(gate.lower_bound) if isinstance(gate, BoundedGate) else None
+
+    def check() -> None:
+        gate._of(op, g, g.dim() == 3)
+        sigmoid_beta(b, allow_neg_eigval=allow_neg_eigval)
+
+    gates = RawGates(lower_bound, 2.0 if allow_neg_eigval is True else 1.0)
+    return raw_plans.run(arguments, gates, gate.A_log, gate.dt_bias, check)
 
 
 def _check_raw(op: str, gate: object, g: Tensor, b: Tensor) -> None:
