@@ -179,6 +179,13 @@ def make_step_inputs(
     return make_inputs(s, dtype, device, channels=channels).map(lambda x: x.squeeze(1))
 
 
+def draw_strengths(s: Sizes, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Draw erase (B, T, HV, K) and write (B, T, HV, V), float32 in (0, 1)."""
+    draw = _Drawing(device, 2)
+    tokens = (s.B, s.T, s.HV)
+    return draw.uniform(*tokens, s.K), draw.uniform(*tokens, s.V)
+
+
 def make_output_gradient(s: Sizes, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """Draw the gradient of o, (B, T, HV, V)."""
     return _Drawing(device, 1).normal(s.B, s.T, s.HV, s.V).to(dtype)
