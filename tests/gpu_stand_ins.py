@@ -13,6 +13,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,7 +35,8 @@ BACKWARD = GpuRow("backward", (3, 6), (20,), dims=(8, 4), dtype="float32")
 BACKWARD_PACKED = GpuRow("backward", (1, 2), (9, 11), packed=True, dims=(8, 4), dtype="float32")
 STEP = GpuRow("step", (1, 2), (1, 1, 1), dims=(8, 4), dtype="float32")
 NARROW_STEP = GpuRow("step", (1, 2), (1, 1), dims=(8, 4), state_dtype="bfloat16")
-TINY = (FORWARD, PACKED, BATCH, BACKWARD, BACKWARD_PACKED, STEP, NARROW_STEP)
+CHANNELS = tuple(replace(row, channels=True) for row in (FORWARD, PACKED, BACKWARD, STEP))
+TINY = (FORWARD, PACKED, BATCH, BACKWARD, BACKWARD_PACKED, STEP, NARROW_STEP, *CHANNELS)
 
 
 class FakeDevice:
@@ -184,9 +186,14 @@ def define(*qkv: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
     "cp_context=None, **kwargs"
 )
 def fla_chunk(x: Any) -> tuple[Tensor, Tensor | None]:
+    assert x.g.shape == x.beta.shape == x.v.shape[:-1]
+    return fla_define(x)
+
+
+def fla_define(x: Any) -> tuple[Tensor, Tensor | None]:
+    """Compute what functions of FLA share: log gates, and a final state if it is asked for."""
     assert not (x.use_beta_sigmoid_in_kernel or x.allow_neg_eigval or x.state_v_first or x.kwargs)
     assert x.g.dtype == x.beta.dtype == torch.float32 and x.g.max() <= 0, "g is a logarithm here"
-    assert x.g.shape == x.beta.shape == x.v.shape[:-1]
     o, state = define(
         *(x.q, x.k, x.v),
         beta=x.beta,
@@ -210,6 +217,31 @@ def fla_recurrent(x: Any) -> Any:
     assert x.gk is None and x.gv is None and not x.use_gate_in_kernel and not x.kwargs
     given = (x.scale, x.initial_state.float(), x.output_final_state, x.use_qk_l2norm_in_kernel)
     return fla_chunk(x.q, x.k, x.v, x.g, x.beta, *given)
+
+
+@takes(
+    "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,"
+    "use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False, use_beta_sigmoid_in_kernel=False,"
+    "allow_neg_eigval=False, safe_gate=False, lower_bound=None, disable_recompute=False,"
+    "return_intermediate_states=False, state_v_first=False, cu_seqlens=None, cu_seqlens_cpu=None,"
+    "cp_context=None, use_graph=False, max_num_seqs=None, **kwargs"
+)
+def fla_chunk_kda(x: Any) -> tuple[Tensor, Tensor | None]:
+    assert x.g.shape == (*x.v.shape[:-1], x.k.shape[-1]) and not x.use_gate_in_kernel
+    assert not (x.safe_gate or x.return_intermediate_states or x.use_graph)
+    return fla_define(x)
+
+
+@takes(
+    "q, k, v, g, beta, A_log=None, dt_bias=None, scale=None, initial_state=None,"
+    "output_final_state=False, use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False,"
+    "use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, lower_bound=None,"
+    "state_v_first=False, cu_seqlens=None, **kwargs"
+)
+def fla_recurrent_kda(x: Any) -> tuple[Tensor, Tensor | None]:
+    assert x.g.shape == (*x.v.shape[:-1], x.k.shape[-1]) and not x.use_gate_in_kernel
+    assert x.initial_state is not None
+    return fla_define(x)
 
 
 @takes(
@@ -281,6 +313,7 @@ MODULES: dict[str, dict[str, object]] = {
         "chunk_gated_delta_rule": fla_chunk,
         "fused_recurrent_gated_delta_rule": fla_recurrent,
     },
+    "fla.ops.kda": {"chunk_kda": fla_chunk_kda, "fused_recurrent_kda": fla_recurrent_kda},
     "flash_qla": {"__version__": "0.1.3", "chunk_gated_delta_rule": flash_qla_chunk},
     "flashinfer": {"__version__": "0.7.2"},
     "flashinfer.gdn_prefill": {"chunk_gated_delta_rule": flashinfer_prefill},

@@ -137,7 +137,8 @@ class _Judge:
 def _step(backend: Backend, case: Case, setting: Setting) -> Direction:
     s = case.sizes
     start = torch.randn(s.B, s.HV, s.K, s.V, dtype=torch.float32, device=setting.device)
-    x = replace(make_step_inputs(s, setting.torch_dtype, setting.device), state=start)
+    drawn = make_step_inputs(s, setting.torch_dtype, setting.device, channels=case.channels)
+    x = replace(drawn, state=start)
     exact = functools.cache(lambda: define_step(x))
 
     def step(c: Contender) -> tuple[Run, list[Tensor]]:

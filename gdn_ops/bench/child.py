@@ -26,7 +26,7 @@ import torch
 
 import gdn_ops
 
-ENVIRONMENT = {"FLA_FLASH_QLA": "0", "FLA_CACHE_RESULTS": "0"}
+ENVIRONMENT = {"FLA_FLASH_QLA": "0", "FLA_FLASH_KDA": "0", "FLA_CACHE_RESULTS": "0"}
 """Set for children. fla would hand its calls to flash_qla, which is measured by itself; and it
 would keep on disk which configurations were fastest while others were compiling beside it."""
 

@@ -172,9 +172,18 @@ def inputs_of(case: Case, setting: Setting) -> Inputs:
     return make_inputs(case.sizes, dtype, device, channels=case.channels)
 
 
-def make_step_inputs(s: Sizes, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-    """Draw the operands of a step of a case, without a state."""
-    return make_inputs(s, dtype, device).map(lambda x: x.squeeze(1))
+def make_step_inputs(
+    s: Sizes, dtype: torch.dtype, device: str = "cpu", *, channels: bool = False
+) -> Inputs:
+    """Draw the operands of a step of a case, without a state; with `channels` as `make_inputs`."""
+    return make_inputs(s, dtype, device, channels=channels).map(lambda x: x.squeeze(1))
+
+
+def draw_strengths(s: Sizes, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Draw erase (B, T, HV, K) and write (B, T, HV, V), float32 in (0, 1)."""
+    draw = _Drawing(device, 2)
+    tokens = (s.B, s.T, s.HV)
+    return draw.uniform(*tokens, s.K), draw.uniform(*tokens, s.V)
 
 
 def make_output_gradient(s: Sizes, dtype: torch.dtype, device: str = "cpu") -> Tensor:
@@ -183,12 +192,21 @@ def make_output_gradient(s: Sizes, dtype: torch.dtype, device: str = "cpu") -> T
 
 
 def make_kernel_inputs(
-    s: Sizes, dtype: torch.dtype, device: str, lengths: Sequence[int] | None = None
+    s: Sizes,
+    dtype: torch.dtype,
+    device: str,
+    lengths: Sequence[int] | None = None,
+    *,
+    channels: bool = False,
 ) -> Inputs:
-    """Draw sequences with an initial state, packed along T if their lengths are given."""
+    """Draw sequences with an initial state, packed along T if their lengths are given.
+
+    With `channels`, log_alpha is (B, T, HV, K), and a quarter of the channels does not decay.
+    """
     draw, tokens = _Drawing(device), (s.B, s.T)
     q, k, v, state = _draw_operands(draw, s, tokens)
-    log_alpha = functional.logsigmoid(draw.normal(*tokens, s.HV)) / 16
+    gates = (s.HV, s.K) if channels else (s.HV,)
+    log_alpha = functional.logsigmoid(draw.normal(*tokens, *gates)) / 16
     log_alpha[..., ::4] = 0
     beta = torch.sigmoid(draw.normal(*tokens, s.HV))
     bounds = (

@@ -62,7 +62,8 @@ def sequence_rows(
     peers = [c.name for c in contenders if c.is_peer]
     floor = None
     if what == "forward":
-        floor = rates.floor(GATED_DELTA, case.sizes, s.torch_dtype.itemsize)
+        element, channels = s.torch_dtype.itemsize, case.channels
+        floor = rates.floor(GATED_DELTA, case.sizes, element, channels=channels)
     ours = [c.name for c in contenders if not c.is_peer]
     return timed_rows(what, case.name, "ms", timing, peers, ours=ours, floor=floor)
 

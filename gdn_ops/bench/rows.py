@@ -32,7 +32,7 @@ class Row:
 
     Attributes:
         what: forward, forward+backward, packed forward, packed forward+backward, memory, step,
-            threads, load, scaling, channels, overhead or import.
+            threads, load, scaling, channels, strengths, overhead or import.
         case: name of the case.
         comparator: name of the backend, peer or expression.
         unit: of median, best and floor: ms, us, s, MiB, or x for a bare ratio.

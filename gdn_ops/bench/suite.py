@@ -16,6 +16,7 @@ from gdn_ops.bench.peers import check_peers, find_contender, peers_on
 from gdn_ops.bench.report import Log
 from gdn_ops.bench.rows import TARGETS, Result, Row, describe_system, with_target
 from gdn_ops.bench.steps import step_rows
+from gdn_ops.bench.strengths import strengths_row
 from gdn_ops.bench.verify import check_zeros, first_error, verify
 from gdn_ops.dispatch import registry
 from gdn_ops.dispatch.explain import list_backends
@@ -25,13 +26,13 @@ from gdn_ops.spec.language import Case
 from gdn_ops.spec.names import unknown
 
 SEQUENCES = ("forward", "forward+backward", "memory", "threads", "load", "scaling")
-CHANNELS = ("forward", "forward+backward", "channels")
+CHANNELS = ("forward", "forward+backward", "channels", "strengths")
 """Measurements of cases of sequences; "step" is of one token, "packed" of many in one row.
 
 CHANNELS are those of sequences with a decay of every key channel.
 """
 
-WHAT = (*SEQUENCES[:3], "step", "packed", *SEQUENCES[3:], "channels", "overhead", "import")
+WHAT = (*SEQUENCES[:3], "step", "packed", *SEQUENCES[3:], *CHANNELS[2:], "overhead", "import")
 """Every measurement, in the order in which they are listed."""
 
 _LAYER = ("qwen-16-32-2048",)
@@ -44,7 +45,7 @@ REFERENCE: dict[str, tuple[str, ...]] = {
     "step": ("qwen-16-32-step-b1", "kimi-32-step-b1"),
     "packed": ("packed-8192x1", "packed-2048x4-8"),
     **dict.fromkeys(SEQUENCES[3:], _LAYER),
-    "channels": _KDA,
+    **dict.fromkeys(CHANNELS[2:], _KDA),
 }
 """Cases of the reference table, by measurement."""
 
@@ -56,7 +57,7 @@ SCALING_TIMES = 8
 _ALL_BUT_IMPORT = tuple(what for what in WHAT if what != "import")
 USES = {
     "peer": (*SEQUENCES[:3], "step"),
-    "repeats": ("forward", "forward+backward", "packed", *SEQUENCES[3:], "channels"),
+    "repeats": ("forward", "forward+backward", "packed", *SEQUENCES[3:], *CHANNELS[2:]),
     **dict.fromkeys(("backend", "dtype", "device", "threads"), _ALL_BUT_IMPORT),
 }
 """The measurements that an option has an effect on."""
@@ -339,6 +340,10 @@ class _Suite:
             x = inputs_of(case, s)
             able = [c for c in ours if not c.reasons(x, "forward")]
             rows += [measures.channels_row(case, c, x, s) for c in able]
+        for case in part.cases.get("strengths", ()):
+            self.log(f"strengths, {case.name}, {s.dtype}")
+            for name in names:
+                strengths_row(case, name, inputs_of(case, s), s, self.result)
         for case in part.cases.get("scaling", ()):
             self.log(f"scaling, {case.name}, {s.dtype}")
             scaling = functools.partial(measures.scaling_row, case, SCALING_TIMES, s=s)

@@ -69,10 +69,10 @@ def tune(name: str, cases: Sequence[str], setting: Setting) -> Iterator[str]:
 def _check(backend: Backend, case: Case, setting: Setting) -> None:
     """Refuse a case that the backend cannot run, or for which it has nothing to tune."""
     if case.sizes.T == 1:
-        x, spec = (
-            make_step_inputs(case.sizes, setting.torch_dtype, setting.device),
-            GATED_DELTA_STEP,
+        drawn = make_step_inputs(
+            case.sizes, setting.torch_dtype, setting.device, channels=case.channels
         )
+        x, spec = drawn, GATED_DELTA_STEP
     else:
         x, spec = inputs_of(case, setting), GATED_DELTA
     call = bound(spec, x)

@@ -252,11 +252,11 @@ def verify(
         else:
             verdicts.append(definition.agree(c.name, results, contenders[0].name, first))
         checks.append(next((check for check in verdicts if not check.passed), verdicts[0]))
-    _refuse(checks)
+    refuse(checks)
     return checks
 
 
-def _refuse(checks: Sequence[Check]) -> None:
+def refuse(checks: Sequence[Check]) -> None:
     """Refuse to go on where a check failed.
 
     Raises:
@@ -312,5 +312,5 @@ def check_zeros(contenders: Sequence[Contender], case: Case, x: Inputs) -> list[
                 error = relative_error(c.output(few), exact, axes)
             checks.append(Check(c.name, case.name, AT_ZERO, error, allowed))
     ours = [c.name for c in contenders if not c.is_peer]
-    _refuse([check for check in checks if check.comparator in ours])
+    refuse([check for check in checks if check.comparator in ours])
     return checks

@@ -141,7 +141,7 @@ def test_a_case_whose_channels_decay_is_measured_with_one_whose_heads_do(
             ["kimi-8-8-1024"],
             ["step"],
             "case 'kimi-8-8-1024' is a sequence with a decay of every key channel, which --what "
-            "step does not measure: forward, forward+backward, channels does",
+            "step does not measure: forward, forward+backward, channels, strengths does",
         ),
         (
             ["tiny"],

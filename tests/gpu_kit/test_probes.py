@@ -67,3 +67,11 @@ def test_the_ceilings_are_left_out_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "no GPU: no rates are measured" in done.stdout and "gdn_ops 0" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("cache of triton: ")
+
+
+@pytest.mark.parametrize(("backend", "count"), [("torch", 5), ("tilelang", 2)])
+def test_tiny_calls_are_those_that_a_backend_takes(backend: str, count: int) -> None:
+    pytest.importorskip(backend)
+    done = python(KIT / "tiny_calls.py", backend, **ON_THE_CPU)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{backend}: {count} calls with gradients, and steps\n"

@@ -51,6 +51,15 @@ def test_every_test_that_a_cell_runs_is_there(cell: Cell) -> None:
     assert arguments.count("-k") == bool(cell.keyword)
 
 
+def test_the_page_of_models_with_channels_runs_where_there_are_such_models() -> None:
+    page = "test_a_page_prints_what_it_shows[docs/transformers-kda.md]"
+    names = [name for name, cell in CELLS.items() if any(page in test for test in cell.tests)]
+    assert names == ["transformers-5.24", "transformers-newest"]
+    assert any(page in text for text in run.test_arguments(CELLS["transformers-newest"]))
+    every = {test for test in CELLS["transformers-4.57"].tests if "compat" in test}
+    assert every <= {*CELLS["transformers-newest"].tests}
+
+
 def test_a_test_that_is_not_there_is_an_error() -> None:
     with pytest.raises(CellFailedError, match=r"no test file is called test_nothing\*\.py"):
         run.test_arguments(replace(PACKAGES[0], tests=("test_nothing*.py",)))

@@ -21,7 +21,7 @@ from gdn_ops.aot.results import Sample
 from gdn_ops.aot.sampling import reasons_against, run
 from gdn_ops.bench.gpu.conformance import CALLS
 from gdn_ops.bench.gpu.rows import ROWS, GpuRow
-from gdn_ops.bench.inputs import find_case, make_inputs
+from gdn_ops.bench.inputs import Setting, find_case, inputs_of
 from gdn_ops.call.bind import Call, arguments_of, bind
 from gdn_ops.dispatch.backend import Backend
 from gdn_ops.kernel_support.launches import Launch, recording
@@ -79,7 +79,7 @@ def step_calls(example: Example, arguments: dict[str, Any]) -> Iterator[tuple[st
         return
     tokens = {
         n: arguments[n]
-        for n in ("q", "k", "v", "alpha", "log_alpha", "beta")
+        for n in ("q", "k", "v", "alpha", "log_alpha", "beta", "erase", "write")
         if arguments.get(n) is not None
     }
     first = {name: x[:, 0] for name, x in tokens.items()}
@@ -94,8 +94,8 @@ def step_calls(example: Example, arguments: dict[str, Any]) -> Iterator[tuple[st
 def tuned_calls(backend: Any, target: str, cases: list[str]) -> Iterator[tuple[str, Call, Context]]:
     """Yield the calls of `bench --tune` on cases, each with the configuration that it runs in."""
     for name in cases:
-        sizes = find_case(name).sizes
-        values = drawn(lambda sizes=sizes: make_inputs(sizes, torch.bfloat16, "cpu").named())
+        draw = functools.partial(inputs_of, find_case(name), Setting("bfloat16"))
+        values = drawn(lambda draw=draw: draw().named())
         call = bind(GATED_DELTA, arguments_of(GATED_DELTA, values), check_values=False)
         with recording(target):
             configurations = backend.tunables(call)

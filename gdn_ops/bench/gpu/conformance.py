@@ -51,6 +51,12 @@ CALLS: tuple[tuple[Law, Example], ...] = (
     (_outputs_and_gradients, _wide(T=64, H=1, R=4, keys="parallel", strided=True)),
     (rows_of_a_batch_do_not_meet, _wide(B=3, T=70)),
     (a_reset_forgets_the_past, _wide(T=70)),
+    (_outputs_and_gradients, _wide(T=150, channels=True)),
+    (_outputs_and_gradients, _wide(T=200, lengths=(70, 0, 1, 129), channels=True)),
+    (single_steps_equal_one_prefill, _wide(T=16, channels=True)),
+    (an_in_place_step_equals_a_step, _wide(B=3, channels=True)),
+    (_outputs_and_gradients, _wide(T=129, channels=True, gate="extreme", log_gate=False)),
+    (_outputs_and_gradients, _wide(T=65, channels=True, apart="channels")),
     (_outputs_and_gradients, _wide(T=70, dtype="float32")),
     (_outputs_and_gradients, _wide(T=70, K=96, V=192, R=1)),
 )
@@ -68,15 +74,27 @@ def _code(law: Law, name: str, example: Example) -> str:
     )
 
 
-def _is_within(limits: Limits, example: Example) -> bool:
+def _is_within(limits: Limits, example: Example, *, decode: bool = False) -> bool:
     dims = limits.head_dims
     return (
         example.dtype in limits.dtypes
         and (example.lengths is None or limits.varlen)
+        and _has_widths(limits, example, decode)
         and (dims is None or {example.K, example.V} <= set(dims))
         and example.K % limits.head_dim_multiple == 0
         and example.V % limits.head_dim_multiple == 0
     )
+
+
+def _has_widths(limits: Limits, example: Example, decode: bool) -> bool:
+    """Return whether calls may have an example's decays, and its erase and write."""
+    if example.channels and "channel" not in limits.decays_of(decode=decode):
+        return False
+    if example.apart is None:
+        return True
+    erases = "channel" if example.apart in ("channels", "erase") else "scalar"
+    writes = "channel" if example.apart in ("channels", "write") else "scalar"
+    return limits.apart and erases in limits.erases and writes in limits.writes
 
 
 def _smaller(example: Example) -> Iterator[Example]:
@@ -92,6 +110,8 @@ def _smaller(example: Example) -> Iterator[Example]:
         "initial_state": False,
         "strided": False,
         "keys": "random",
+        "channels": False,
+        "apart": None,
     }
     for name, value in plain.items():
         if getattr(example, name) != value:
@@ -130,7 +150,7 @@ def short_check(
     calls = [
         (law, replace(example, device=device))
         for law, example in CALLS
-        if _is_within(instance.limits, example)
+        if _is_within(instance.limits, example, decode=law is an_in_place_step_equals_a_step)
     ]
     end, so_far = clock() + seconds, Conformance(name, True, 0, len(calls))
 

@@ -52,6 +52,7 @@ class GpuRow:
         dims: (K, V).
         dtype: of q, k, v.
         state_dtype: of the state of a step.
+        channels: whether every key channel has a decay of its own.
         published: other people's times.
         goals: bounds for our backends.
     """
@@ -63,6 +64,7 @@ class GpuRow:
     dims: tuple[int, int] = (128, 128)
     dtype: str = "bfloat16"
     state_dtype: str = "float32"
+    channels: bool = False
     published: tuple[Published, ...] = ()
     goals: tuple[Goal, ...] = ()
 
@@ -88,17 +90,19 @@ class GpuRow:
             shape = f"T={length}" if n == 1 else f"B={n} T={length}"
         dims = "" if self.dims == (128, 128) else " K={} V={}".format(*self.dims)
         dtype = "" if self.dtype == "bfloat16" else f" {self.dtype}"
-        return f"{self.what} {self.heads[0]}/{self.heads[1]}{dims} {shape}{dtype}"
+        kind = " channels" if self.channels else ""
+        return f"{self.what} {self.heads[0]}/{self.heads[1]}{kind}{dims} {shape}{dtype}"
 
     def draw(self, device: str) -> Inputs:
         """Draw the operands on a device."""
         dtype = getattr(torch, self.dtype)
         if self.what == "step":
+            state_dtype = getattr(torch, self.state_dtype)
             return make_kernel_step_inputs(
-                self.sizes, dtype, getattr(torch, self.state_dtype), device
+                self.sizes, dtype, state_dtype, device, channels=self.channels
             )
         lengths = self.lengths if self.packed else None
-        return make_kernel_inputs(self.sizes, dtype, device, lengths)
+        return make_kernel_inputs(self.sizes, dtype, device, lengths, channels=self.channels)
 
     def work(self) -> tuple[float, float] | None:
         """Return (flops, bytes) of the row by the spec's cost model, or None for a backward."""
@@ -106,11 +110,11 @@ class GpuRow:
         if self.what == "backward":
             return None
         cost = (GATED_DELTA_STEP if self.what == "step" else GATED_DELTA).cost
-        moved = cost.bytes(self.sizes, element)
+        moved = cost.bytes(self.sizes, element, channels=self.channels)
         if self.what == "step" and self.state_dtype != "float32":
             # The model counts a float32 state read and written; half as wide is half of both.
             moved -= cost.state_bytes(self.sizes)
-        return cost.flops(self.sizes, CHUNK), moved
+        return cost.flops(self.sizes, CHUNK, channels=self.channels), moved
 
 
 _THEIRS = {"forward": ("flash_qla", "flashinfer", "fla"), "backward": ("flash_qla", "fla")}
@@ -154,6 +158,12 @@ def _step(batch: int, state: str = "float32") -> GpuRow:
     return GpuRow("step", (16, 64), (1,), published=published, goals=goals)
 
 
+def _kda(what: str, heads: int, *lengths: int) -> GpuRow:
+    """Return a row of Kimi Delta Attention, which has as many key heads as value heads."""
+    packed = what != "step" and len(lengths) > 1
+    return GpuRow(what, (heads, heads), lengths, packed, channels=True)
+
+
 _QUARTERS = (5809, 1244, 406, 733)
 """8192 tokens in four sequences, cut as in FlashQLA's benchmark."""
 
@@ -167,11 +177,16 @@ ROWS = (
     _backward((16, 32), 8192, theirs=(0.789, 1.444), triton=1.1, tilelang=0.76),
     _step(1),
     _forward((16, 64), *[8192] * 4, theirs=(1.214, 0.827, 3.362), triton=1.5, tilelang=0.83),
+    _kda("forward", 32, 8192),
+    _kda("backward", 32, 8192),
+    _kda("step", 32, 1),
     _forward((2, 8), 32768, theirs=(0.320, 1.655, 0.902), tilelang=0.24),
     _backward((16, 32), *_QUARTERS, theirs=(1.259, 1.467), tilelang=0.80),
     _forward((16, 64), 2048, theirs=(0.113, 0.105, 0.220)),
     _step(64),
     _forward((16, 32), 512),
+    _kda("forward", 32, *_QUARTERS),
+    _kda("step", 32, *[1] * 64),
     _FLOAT32,
     _forward((16, 32), *[2048] * 8, batch=True),
     _step(1, "bfloat16"),
@@ -185,6 +200,8 @@ ROWS = (
     _step(8),
     _step(256),
     _step(64, "bfloat16"),
+    _kda("forward", 64, 2048),
+    _kda("backward", 32, *_QUARTERS),
     _forward((30, 30), 8192, dims=(96, 192)),
     _backward((30, 30), 2048, dims=(96, 192)),
     _forward((16, 32), 128),

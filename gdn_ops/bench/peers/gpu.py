@@ -1,6 +1,7 @@
 """Wrap other people's kernels for GPUs, each in its own convention, as of the releases named.
 
-FLA, FlashQLA   log gates, state (N, HV, K, V)
+FLA             log gates, of channels too, state (N, HV, K, V)
+FlashQLA        log gates, state (N, HV, K, V)
 FlashInfer      linear alpha for sequences, raw gates for steps, state (N, HV, V, K)
 """
 
@@ -34,14 +35,21 @@ def _fla_sequence(chunk: Callable[..., Any]) -> Callable[[Inputs], Prepared]:
 
 
 def fla() -> Contender:
-    """Return flash-linear-attention 0.5 or 0.6 on its own kernels, not dispatched to FlashQLA's.
+    """Return flash-linear-attention 0.5 or 0.6 on its own kernels, not dispatched to others'.
 
-    The process that measures sets FLA_FLASH_QLA=0 (`gdn_ops.bench.child.ENVIRONMENT`).
+    With a decay of every key channel it is `chunk_kda` and `fused_recurrent_kda`. The process that
+    measures sets FLA_FLASH_QLA=0 and FLA_FLASH_KDA=0 (`gdn_ops.bench.child.ENVIRONMENT`).
     """
     module = importlib.import_module("fla.ops.gated_delta_rule")
-    recurrent = module.fused_recurrent_gated_delta_rule
+
+    def sequence(x: Inputs) -> Prepared:
+        chunk = _fla_kda().chunk_kda if x.has_channels else module.chunk_gated_delta_rule
+        return _fla_sequence(chunk)(x)
 
     def step(x: Inputs) -> Prepared:
+        recurrent = module.fused_recurrent_gated_delta_rule
+        if x.has_channels:
+            recurrent = _fla_kda().fused_recurrent_kda
         arguments = _fla_arguments(x.as_sequence())
 
         def read(result: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -50,7 +58,11 @@ def fla() -> Contender:
         return Prepared(lambda: recurrent(**arguments), read)
 
     version = str(importlib.import_module("fla").__version__)
-    return Contender("fla", _fla_sequence(module.chunk_gated_delta_rule), step, version, True)
+    return Contender("fla", sequence, step, version, is_peer=True, channels=True)
+
+
+def _fla_kda() -> Any:
+    return importlib.import_module("fla.ops.kda")
 
 
 def flash_qla() -> Contender:

@@ -46,6 +46,8 @@ EXAMPLES = {
 }  # fmt: skip
 EXAMPLES = {name: replace(example, channels=True) for name, example in EXAMPLES.items()}
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
 MOST = {"bfloat16": 2.0**-6, "float16": 2.0**-9, "float32": 2e-5}
 """The largest relative error of what a launch keeps of a head in a chunk."""
 
@@ -58,7 +60,7 @@ def call_of(example: Example, *, gradients: bool = False) -> Call:
 def decays_between(alpha: Tensor) -> Tensor:
     """Return the decays from token j to token i, i ≥ j, (C, C, K), 0 above; alpha is (C, K)."""
     C = alpha.shape[0]
-    D = torch.zeros(C, C, alpha.shape[1], dtype=alpha.dtype)
+    D = alpha.new_zeros(C, C, alpha.shape[1])
     for i in range(C):
         D[i, i] = 1.0
         if i:
@@ -66,9 +68,10 @@ def decays_between(alpha: Tensor) -> Tensor:
     return D
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["bfloat16", "strong", "float16", "GLA"])
-def test_prepare_forms_squares_and_rows_that_have_their_decays(name: str) -> None:
-    example = EXAMPLES[name]
+def test_prepare_forms_squares_and_rows_that_have_their_decays(name: str, device: str) -> None:
+    example = replace(EXAMPLES[name], device=device)
     call = call_of(example)
     own = plan.make_plan(call)
     saved = forward.run_prepare(call, own)
@@ -100,20 +103,24 @@ def test_prepare_forms_squares_and_rows_that_have_their_decays(name: str) -> Non
         check("d K", saved.written_k[row, at, hv], D[-1] * K, where)
         if call.rule.has_erase:
             A = (e * torch.einsum("ic,jc,ijc->ij", K, K, D)).tril(-1)
-            T = torch.linalg.inv(torch.eye(n, dtype=torch.float64) + A)
+            T = torch.linalg.inv(torch.eye(n, dtype=A.dtype, device=device) + A)
             check("T", saved.inverses[hv, slot, :n, :n], T, where)
             check("β b K", erase * saved.scaled_k[row, at, hv], e * b * K, where)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_call_is_the_definition(name: str) -> None:
-    check_definition("triton", EXAMPLES[name])
+def test_a_call_is_the_definition(name: str, device: str) -> None:
+    check_definition("triton", replace(EXAMPLES[name], device=device))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kept", ["on", "off"])
-def test_segments_are_the_definition_too(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_are_the_definition_too(
+    kept: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan, "_kept", kept)
-    example = replace(EXAMPLES["zeros, packed"], chunk_size=16)
+    example = replace(EXAMPLES["zeros, packed"], chunk_size=16, device=device)
     with using("triton", example, segment=2):
         check_definition("triton", example)
 

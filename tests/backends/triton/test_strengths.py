@@ -40,9 +40,10 @@ EXAMPLES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_call_is_the_definition(name: str) -> None:
-    check_definition("triton", EXAMPLES[name])
+def test_a_call_is_the_definition(name: str, device: str) -> None:
+    check_definition("triton", replace(EXAMPLES[name], device=device))
 
 
 @pytest.mark.parametrize("kept", ["on", "off"])

@@ -324,5 +324,19 @@ def test_the_wide_calls_of_the_short_check_are_right() -> None:
 def test_a_backend_is_asked_only_what_it_can() -> None:
     limits = gdn_ops.Limits(devices=("*",), dtypes=("bfloat16",), head_dims=(128,), varlen=False)
     asked = [e for _, e in conformance.CALLS if conformance._is_within(limits, e)]
-    assert len(asked) == len(conformance.CALLS) - 3
+    wide = [e for _, e in conformance.CALLS if e.channels]
+    assert len(wide) == 6 and [e.apart for e in wide if e.apart] == ["channels"]
+    assert len(asked) == len(conformance.CALLS) - 3 - len(wide)
     assert {(e.dtype, e.K, e.V, e.lengths) for e in asked} == {("bfloat16", 128, 128, None)}
+    decays: tuple[Any, ...] = ("none", "scalar", "channel")
+    of_steps = replace(limits, decode_decays=decays)
+    (step,) = (
+        e for law, e in conformance.CALLS if "step" in law.__name__ and e.channels and e.B > 1
+    )
+    assert conformance._is_within(of_steps, step, decode=True)
+    assert not conformance._is_within(of_steps, step)
+    of_channels = replace(limits, decays=decays)
+    asked = [e for e in wide if conformance._is_within(of_channels, e)]
+    assert len(asked) == 4, "neither the packed one nor that of erase and write"
+    apart = replace(of_channels, apart=True, erases=decays, writes=("scalar", "channel"))
+    assert sum(conformance._is_within(apart, e) for e in wide) == 5

@@ -75,12 +75,35 @@ def test_the_rows_cover_what_is_asked_for_and_the_first_ones_are_the_first_goals
     assert sum(len(p) == 2 for n, p in published.items() if n.startswith("backward")) == 5
     for state in ("float32", "bfloat16"):
         steps = [row for row in ROWS if row.what == "step" and row.state_dtype == state]
+        steps = [row for row in steps if not row.channels]
         assert sorted(row.sizes.B for row in steps) == [1, 8, 64, 256, 512]
     for what in ("forward", "backward"):
         rows = [row for row in ROWS if row.what == what]
         assert any(row.sizes.B > 1 for row in rows)
         assert any(row.sizes.T < 1024 for row in rows)
         assert any(row.dims != (128, 128) for row in rows)
+
+
+def test_rows_of_channels_are_in_every_direction_long_and_packed() -> None:
+    rows = [row for row in ROWS if row.channels]
+    assert [row.name for row in rows] == [
+        "forward 32/32 channels T=8192",
+        "backward 32/32 channels T=8192",
+        "step 32/32 channels B=1 float32 state",
+        "forward 32/32 channels 8192 in 4 packed",
+        "step 32/32 channels B=64 float32 state",
+        "forward 64/64 channels T=2048",
+        "backward 32/32 channels 8192 in 4 packed",
+    ]
+    for row in rows:
+        heads = replace(row, channels=False)
+        s, moved = row.sizes, row.work()
+        of_heads = heads.work()
+        if moved is None or of_heads is None:
+            assert row.what == "backward" and moved is of_heads is None
+        else:
+            # A decay of float32 is read for every key channel.
+            assert moved[1] - of_heads[1] == 4 * (s.K - 1) * s.B * s.T * s.HV
 
 
 def test_the_work_of_a_row_is_the_cost_model_and_a_narrow_state_moves_half() -> None:
@@ -124,13 +147,17 @@ def test_operands_are_in_the_domains_of_the_spec(row: GpuRow) -> None:
     if row.packed:
         assert p.cu_seqlens is not None
         assert tuple(b - a for a, b in pairwise(p.cu_seqlens.tolist())) == row.lengths
+    assert p.has_channels == row.channels
     if row.what != "step":
-        assert (p.log_alpha[..., ::4] == 0).all(), "a quarter of the heads does not decay"
+        still = p.log_alpha == 0
+        assert still[..., ::4].all(), "a quarter of the heads, or of the channels, does not decay"
+        assert not still[..., 1::4].any()
 
 
 def test_the_gates_of_a_step_are_those_of_its_raw_gates() -> None:
     p = NARROW_STEP.draw("cpu")
     assert p.raw is not None and p.raw.a.dtype == torch.bfloat16
+    assert not p.has_channels
     softplus = torch.nn.functional.softplus(p.raw.a.double() + p.raw.dt_bias.double())
     torch.testing.assert_close(p.log_alpha.double(), -p.raw.A_log.double().exp() * softplus)
     torch.testing.assert_close(p.beta, torch.sigmoid(p.raw.b.float()))
@@ -153,7 +180,9 @@ def test_a_peer_gets_the_same_problem(
             ("flash_qla", "step"): "has no step",
             ("flashinfer", "backward"): "has no backward",
         }
-        assert reasons == [missing[name, row.what]]
+        scalar = "takes no decay of every key channel here"
+        assert reasons == [scalar if row.channels else missing[name, row.what]]
+        assert name != "fla"
         return
     error, what = worst_error(exact(p, row.what), results_of(c, p, row.what))
     assert error < (1e-2 if row is NARROW_STEP else 1e-5), what
@@ -161,12 +190,13 @@ def test_a_peer_gets_the_same_problem(
 
 @pytest.mark.parametrize("name", peers_on("cuda"))
 @pytest.mark.parametrize("what", ["forward", "backward", "step"])
+@pytest.mark.parametrize("channels", [False, True])
 def test_gates_reach_a_peer_in_its_form_and_dtype_where_q_is_narrow(
-    name: str, what: str, monkeypatch: pytest.MonkeyPatch
+    name: str, what: str, channels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_peers(monkeypatch)
     lengths = (1, 1, 1) if what == "step" else (20,)
-    row = GpuRow(what, (1, 2), lengths, dims=(8, 4))
+    row = GpuRow(what, (1, 2), lengths, dims=(8, 4), channels=channels)
     x, c = row.draw("cpu"), contender(name)
     if c.reasons(x, what):
         return

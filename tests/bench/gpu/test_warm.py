@@ -68,7 +68,7 @@ def meta_launches(name: str, row: GpuRow) -> list[Launch]:
         "q": empty(*tokens, s.H, s.K, dtype=low),
         "k": empty(*tokens, s.H, s.K, dtype=low),
         "v": empty(*tokens, s.HV, s.V, dtype=low),
-        "log_alpha": empty(*tokens, s.HV),
+        "log_alpha": empty(*tokens, s.HV, *((s.K,) if row.channels else ())),
         "beta": empty(*tokens, s.HV),
     }
     stored = getattr(torch, row.state_dtype) if step else torch.float32
@@ -87,6 +87,10 @@ def meta_launches(name: str, row: GpuRow) -> list[Launch]:
 
 def compiled_for(name: str, row: GpuRow) -> set[str]:
     """Return the specialisations that a backend's compiler makes code for in a row."""
+    backend = registry.get_backend(name)
+    assert isinstance(backend, KernelBackend)
+    if row.channels and "channel" not in backend.limits.decays_of(decode=row.what == "step"):
+        return set()
     launches = meta_launches(name, row)
     assert launches
     if name == "tilelang":

@@ -68,6 +68,7 @@ def test_a_worker_that_hangs_or_dies_is_an_error_that_says_how(do: str, why: str
 
 def test_a_child_keeps_fla_from_handing_its_calls_to_flash_qla() -> None:
     assert child.call(os.getenv, "FLA_FLASH_QLA") == "0"
+    assert child.call(os.getenv, "FLA_FLASH_KDA") == "0"
 
 
 def desk(monkeypatch: pytest.MonkeyPatch) -> tuple[Desk, list[dict[str, Any]]]:
