@@ -174,9 +174,11 @@ def _describe_token(p: Packed, _: Packed) -> None:
     channels, element = 2 * H * K + H * R * V, _BYTES[p["state_type"]]
     for name, values, width in (("q", 1, K), ("k", 1, K), ("v", R, V), ("z", R, V), ("o", R, V)):
         p.add_array(name, B, H, values, width)
-    for name in ("a", "b"):
-        p.add_array(name, B, H, R, 1)
-    for name, count in (("A_log", H * R), ("dt_bias", H * R), ("bias", channels), ("norm", V)):
+    decay = K if p["decay_of_channels"] else 1
+    p.add_array("a", B, H, R, decay)
+    p.add_array("b", B, H, R, 1)
+    counts = {"A_log": H * R, "dt_bias": H * R * decay, "bias": channels, "norm": V}
+    for name, count in counts.items():
         p.add_array(name, 1, 1, count, 1)
     p.add_array("weight", 1, p["taps"], channels, 1)
     for name in ("past", "kept"):

@@ -13,7 +13,7 @@ from torch.nn import functional
 import gdn_ops
 from fences import assert_untouched, fenced
 from gdn_ops.backends.cpp import layer_token, layers
-from gdn_ops.nn.gates import gate
+from gdn_ops.gates import BoundedGate, SoftplusGate
 from gdn_ops.nn.norm import gated_rms_norm
 from gdn_ops.nn.windows import advance
 from gdn_ops.spec.ops import GATED_DELTA
@@ -177,7 +177,8 @@ class TokenCase(NamedTuple):
 
     q, k and v are one projection, and so are the gates b and a. Without `has_bias` neither the
     convolution nor the decay has one; `inputs` of the convolution are kept, of which it reads the
-    last taps - 1.
+    last taps - 1. `has_channels` and `lower_bound` are of the decay; gates are `steepness`
+    times as wide as the rest.
     """
 
     sizes: tuple[int, int, int, int] = (2, 2, 20, 36)
@@ -191,6 +192,9 @@ class TokenCase(NamedTuple):
     silu: bool = True
     qk_l2norm: bool = True
     inplace: bool = False
+    has_channels: bool = False
+    lower_bound: float | None = None
+    steepness: float = 1.0
 
     def drawn(self) -> dict[str, Tensor | None]:
         """Return the tensors of a call by name, None for those that it does not have."""
@@ -198,12 +202,13 @@ class TokenCase(NamedTuple):
         rows, values, channels = 2, H * R * V, 2 * H * K + H * R * V
         made = functools.partial(normal, dtype=self.dtype)
         has_decay = GATED_DELTA.rule[self.rule].has_decay
+        width = K if self.has_channels else 1
         return {
             "qkv": made(rows, 1, channels),
             "z": made(rows, 1, values, seed=1) if self.gate else None,
-            "ba": made(rows, 1, 2 * H * R, seed=2),
+            "ba": self.steepness * made(rows, 1, H * R * (1 + width), seed=2),
             "A_log": normal(H * R, seed=3) if has_decay else None,
-            "dt_bias": made(H * R, seed=4) if has_decay and self.has_bias else None,
+            "dt_bias": made(H * R * width, seed=4) if has_decay and self.has_bias else None,
             "weight": made(channels, self.taps, seed=5) if self.taps else None,
             "bias": made(channels, seed=6) if self.taps and self.has_bias else None,
             "norm": made(V, seed=7),
@@ -215,14 +220,14 @@ class TokenCase(NamedTuple):
         """Return o, the inputs that are kept and the new state, of the kernel."""
         sizes = layer_token.Sizes(*self.sizes)
         H, R, K, V = sizes
-        heads, values = layer_token.heads, R * V
+        heads, values, width = layer_token.heads, R * V, K if self.has_channels else 1
         given = layer_token.Projections(
             q=heads(x["qkv"], K),
             k=heads(x["qkv"], K, first=H * K),
             v=heads(x["qkv"], values, V, 2 * H * K),
             z=heads(x["z"], values, V),
-            a=heads(x["ba"] if x["A_log"] is not None else None, 2 * R, first=R),
-            b=heads(x["ba"], 2 * R),
+            a=heads(x["ba"] if x["A_log"] is not None else None, R * (1 + width), width, R),
+            b=heads(x["ba"], R * (1 + width)),
         )
         layer = layer_token.Parameters(
             *(x[name] for name in ("A_log", "dt_bias", "weight", "bias", "norm")),
@@ -232,6 +237,8 @@ class TokenCase(NamedTuple):
             silu=self.silu,
             has_erase=GATED_DELTA.rule[self.rule].has_erase,
             qk_l2norm=self.qk_l2norm,
+            has_channels=self.has_channels,
+            lower_bound=self.lower_bound,
         )
         past, state = (None if t is None else t.clone() for t in (x["past"], x["state"]))
         kept = past if past is None or self.inplace else torch.empty_like(past)
@@ -249,11 +256,11 @@ class TokenCase(NamedTuple):
             p, _ = advance(p, x["weight"], x["bias"], past, silu=False)
         qk, v = p.split((2 * H * K, H * R * V), -1)
         q, k = (functional.silu(qk) if self.silu else qk).view(2, 2, H, K).unbind(1)
-        b, a = (t.reshape(2, H * R) for t in x["ba"].view(2, H, 2, R).unbind(2))
+        b, a = x["ba"].view(2, H, -1).tensor_split((R,), -1)
         o, state = gdn_ops.gated_delta_step(
             *(q, k, functional.silu(v).view(2, H * R, V)),
-            log_alpha=None if x["A_log"] is None else gate(a, x["A_log"], x["dt_bias"]),
-            beta=2 * b.sigmoid(),
+            log_alpha=None if x["A_log"] is None else self.decay(a, x["A_log"], x["dt_bias"]),
+            beta=2 * b.reshape(2, H * R).sigmoid(),
             state=x["state"],
             rule=self.rule,
             qk_l2norm=self.qk_l2norm,
@@ -262,6 +269,14 @@ class TokenCase(NamedTuple):
         z = None if x["z"] is None else x["z"].view(2, H * R, V)
         o = gated_rms_norm(o, x["norm"], z, eps=0.01, activation=self.gate or "silu")
         return o.view(2, 1, -1), state
+
+    def decay(self, a: Tensor, A_log: Tensor, dt_bias: Tensor | None) -> Tensor:
+        """Return log α of plain torch in float64."""
+        H, R, K, _ = self.sizes
+        g = a.reshape(2, H * R, K) if self.has_channels else a.reshape(2, H * R)
+        if self.lower_bound is None:
+            return SoftplusGate(A_log, dt_bias, self.has_channels)(g)
+        return BoundedGate(A_log, dt_bias, self.lower_bound, self.has_channels)(g)
 
     def check(self) -> None:
         """Compare the kernel with plain torch."""
@@ -280,6 +295,11 @@ TOKENS = (
     TokenCase(sizes=(2, 1, 8, 33), taps=1, inputs=2, qk_l2norm=False, rule="linear"),
     TokenCase(sizes=(1, 2, 32, 130), state_dtype=torch.bfloat16, inplace=True),
     TokenCase(sizes=(1, 2, 32, 130), state_dtype=torch.float16, taps=0, has_bias=False),
+    TokenCase(sizes=(2, 3, 10, 8), lower_bound=-2.0),
+    TokenCase(sizes=(2, 1, 20, 20), has_channels=True, gate="sigmoid", inplace=True, inputs=4),
+    TokenCase(sizes=(1, 3, 37, 5), has_channels=True, has_bias=False, steepness=30.0, rule="gated"),
+    TokenCase(sizes=(2, 2, 16, 130), has_channels=True, lower_bound=-5.0, steepness=30.0, taps=0),
+    TokenCase(sizes=(1, 2, 7, 64), has_channels=True, lower_bound=-1.0, state_dtype=torch.bfloat16),
 )
 """Every option, whole and cut vectors, states of every type in their place and in another one."""
 

@@ -12,7 +12,7 @@ from gdn_ops.backends.cpp.calls import NOTHING, TYPES, Array
 from gdn_ops.backends.cpp.layers import GATES, check, taps, vector, window
 from gdn_ops.backends.cpp.library import library, threads
 
-_TOKEN = struct.Struct("=88qfffi")
+_TOKEN = struct.Struct("=89qffffq")
 
 
 class Sizes(NamedTuple):
@@ -29,7 +29,7 @@ class Parameters(NamedTuple):
 
     Attributes:
         A_log: (HV,) log of the rate, or None without a decay.
-        dt_bias: (HV,) or None for 0.
+        dt_bias: (HV,), or (HV K,) with a decay of every key channel; or None for 0.
         weight: (channels, k) of the convolution of q, k and v, or None without one.
         bias: (channels,) or None.
         norm: (V,), the weight of the norm of the output.
@@ -39,6 +39,8 @@ class Parameters(NamedTuple):
         silu: whether q and k are activated; v always is.
         has_erase: whether the rule has an error term.
         qk_l2norm: whether q and k are normalised.
+        has_channels: whether every key channel has a decay of its own.
+        lower_bound: of log α, below 0, of a bounded gate; or None for the softplus gate.
     """
 
     A_log: Tensor | None
@@ -52,6 +54,8 @@ class Parameters(NamedTuple):
     silu: bool = True
     has_erase: bool = True
     qk_l2norm: bool = True
+    has_channels: bool = False
+    lower_bound: float | None = None
 
 
 class Projections(NamedTuple):
@@ -120,8 +124,8 @@ def token(
         *(rows, *sizes),
         1 if layer.weight is None else layer.weight.shape[1],
         0 if past is None else past.shape[2],
-        *(layer.silu, layer.has_erase, layer.qk_l2norm, GATES[layer.gate]),
-        *(K**-0.5, layer.beta_factor, layer.eps),
+        *(layer.silu, layer.has_erase, layer.qk_l2norm, GATES[layer.gate], layer.has_channels),
+        *(K**-0.5, layer.beta_factor, layer.eps, layer.lower_bound or 0.0),
         threads(),
     )
     check(library().gdn_token(packed))

@@ -10,7 +10,7 @@ DeltaNet-2 (arXiv 2605.22791), with β apart: a gate of key channels erases, one
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, ClassVar, Never
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,9 @@ class GatedDeltaNet(Splittable):
     """
 
     columns, rows = _PROJECTIONS, "o_proj"
+
+    has_token_kernel: ClassVar[bool] = True
+    """Whether `nn.token` computes what a class does, which each says for itself."""
 
     def __init__(
         self,
@@ -376,7 +379,8 @@ class GatedDeltaNet(Splittable):
 
     def _is_token(self, x: Tensor) -> bool:
         """Return whether x is one token outside of a graph, and the layer none of a subclass."""
-        return not torch.compiler.is_compiling() and x.shape[1] == 1 and type(self) is GatedDeltaNet
+        has_kernel = vars(type(self)).get("has_token_kernel", False)
+        return not torch.compiler.is_compiling() and x.shape[1] == 1 and has_kernel
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         """Normalise and gate o (B, T, HV, V), then project to (B, T, hidden_size)."""

@@ -6,7 +6,7 @@ y = W (RMSNorm(rule(q, k, v, α, β)) ⊙ sigmoid(W W x))
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from gdn_ops.call.scalars import as_python
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
@@ -48,6 +48,8 @@ class KimiDeltaAttention(GatedDeltaNet):
     Source:
         Kimi Linear: An Expressive, Efficient Attention Architecture, arXiv 2510.26692.
     """
+
+    has_token_kernel: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ def mixed(layer: GatedDeltaNet, x: Tensor, state: State) -> tuple[Tensor, State]
     sizes = kernel.Sizes(
         layer.num_heads, layer.num_value_heads // layer.num_heads, layer.head_dim, layer.value_dim
     )
-    values = sizes.R * sizes.V
+    values, width = sizes.R * sizes.V, sizes.K if layer.channel_decay else 1
     q, k, v, b = (y.contiguous() for y in (q, k, v, b))
     a, z = (None if y is None else y.contiguous() for y in (a, z))
     given = kernel.Projections(
@@ -54,7 +54,7 @@ def mixed(layer: GatedDeltaNet, x: Tensor, state: State) -> tuple[Tensor, State]
         k=kernel.heads(k, sizes.K),
         v=kernel.heads(v, values, sizes.V),
         z=kernel.heads(z, values, sizes.V),
-        a=kernel.heads(a, sizes.R),
+        a=kernel.heads(a, sizes.R * width, width),
         b=kernel.heads(b, sizes.R),
     )
     settle_allocator()
@@ -74,10 +74,8 @@ def _fits(layer: GatedDeltaNet) -> bool:
     """Return whether the kernel computes what stands between the projections of a layer."""
     parts: list[tuple[nn.Module | None, type[nn.Module]]]
     parts = [(layer.conv, ShortConvolution), (layer.decay, DecayGate)]
-    # The kernel makes one softplus decay and one β of a head.
-    is_of_heads = not (layer.channel_decay or layer.erase_write or layer.lower_bound is not None)
     return (
-        is_of_heads
+        not layer.erase_write
         and layer.feature_map in _FEATURE_MAPS
         and layer.qk_norm in _QK_NORMS
         and layer.output_norm
@@ -108,4 +106,6 @@ def _parameters(layer: GatedDeltaNet) -> kernel.Parameters:
         silu=layer.feature_map == "silu",
         has_erase=GATED_DELTA.rule[layer.rule].has_erase,
         qk_l2norm=layer.qk_norm == "l2",
+        has_channels=decay is not None and decay.channels is not None,
+        lower_bound=None if decay is None else decay.lower_bound,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,17 @@ import gdn_ops
 from cpp_libraries import note_calls
 from errors import message_of
 from gdn_ops.backends.cpp import library
-from gdn_ops.nn import GatedDeltaNet, GatedRMSNorm, ShortConvolution, State, kernels
+from gdn_ops.nn import (
+    GatedDeltaNet,
+    GatedRMSNorm,
+    KimiDeltaAttention,
+    ShortConvolution,
+    State,
+    kernels,
+)
 from gdn_ops.nn.causal import causal_convolution
 from gdn_ops.nn.norm import gated_rms_norm
+from layer_kernels import ROUNDING
 from nn_layers import OPTIONS, WIDTH, make
 
 if library.missing() is not None:
@@ -110,27 +119,73 @@ def test_a_state_that_is_given_is_not_changed(name: str) -> None:
         assert a is None or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("gate_rank", [None, 3])
-def test_one_token_is_one_call(gate_rank: int | None, calls: list[str]) -> None:
-    layer, x = make(num_value_heads=4, gate_rank=gate_rank), torch.randn(1, 1, WIDTH)
+LAYERS: dict[str, tuple[type[GatedDeltaNet], dict[str, Any]]] = {
+    "GDN": (GatedDeltaNet, {}),
+    "GDN, low rank": (GatedDeltaNet, {"gate_rank": 3}),
+    "GDN, bounded": (GatedDeltaNet, {"lower_bound": -2.0}),
+    "GLA": (GatedDeltaNet, {"channel_decay": True, "rule": "gated"}),
+    "KDA": (KimiDeltaAttention, {}),
+    "KDA, bounded": (KimiDeltaAttention, {"lower_bound": -5.0, "gate_rank": None}),
+    "KDA, wide values": (KimiDeltaAttention, {"expand_v": 1.5, "output_gate": "silu"}),
+}
+"""Layers of which one token is one call."""
+
+
+def members(name: str) -> GatedDeltaNet:
+    """Return a layer of LAYERS with two value heads to a key head."""
+    cls, options = LAYERS[name]
+    torch.manual_seed(0)
+    return cls(WIDTH, 2, 4, **{"head_dim": 4, **options})
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_token_is_one_call(name: str, calls: list[str]) -> None:
+    layer, x = members(name), torch.randn(3, 6, WIDTH)
     with torch.no_grad():
-        state = layer(torch.randn(1, 5, WIDTH))[1]
+        y, expected = layer(x)
+        state = layer(x[:, :5])[1]
         calls.clear()
-        layer(x, state)
+        last, new = layer(x[:, 5:], state)
     assert calls == ["gdn_token"]
+    close((last, *new), (y[:, 5:], *expected))
     # Autograd sees the parts.
     calls.clear()
-    layer(x, state)
+    layer(x[:, 5:], state)
     assert "gdn_token" not in calls and "gdn_convolution" in calls
 
 
-@pytest.mark.parametrize(
-    "options", [{"channel_decay": True}, {"lower_bound": -2.0}, {"erase_write": True}], ids=str
-)
-def test_one_token_of_another_member_is_not_that_call(
-    options: dict[str, Any], calls: list[str]
-) -> None:
-    layer, x = make(**options), torch.randn(1, 6, WIDTH)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_a_token_of_a_layer_is_that_of_float64(name: str, dtype: torch.dtype) -> None:
+    layer, x = members(name).to(dtype), torch.randn(2, 8, WIDTH).to(dtype)
+    with torch.no_grad():
+        own, exact = layer(x[:, :4])[1], copy.deepcopy(layer).double()
+        wide = State(*(None if s is None else s.double() for s in own))
+        for t in range(4, 8):
+            y, own = layer(x[:, t : t + 1], own)
+            expected, wide = exact(x[:, t : t + 1].double(), wide)
+            close(y.double(), expected, dtype)
+    close(own.memory.double(), wide.memory, dtype)
+
+
+@pytest.mark.parametrize("name", ["KDA", "KDA, bounded"])
+def test_a_row_is_decoded_after_padding_as_alone(name: str, calls: list[str]) -> None:
+    layer, x = members(name), torch.randn(2, 7, WIDTH)
+    mask = torch.ones(2, 7)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        _, state = layer(x, mask=mask)
+        _, alone = layer(x[1:, 3:])
+        more = torch.randn(2, 1, WIDTH)
+        calls.clear()
+        y, state = layer(more, state)
+        row, alone = layer(more[1:], alone)
+    assert calls == 2 * ["gdn_token"]
+    close((y[1:], state.memory[1:]), (row, alone.memory))
+
+
+def test_one_token_of_gates_apart_is_not_that_call(calls: list[str]) -> None:
+    layer, x = make(erase_write=True), torch.randn(1, 6, WIDTH)
     with torch.no_grad():
         y, _ = layer(x)
         state = layer(x[:, :5])[1]

@@ -56,11 +56,14 @@ struct GdnNormGradients {
 //     q, k, v = conv(...), q and k activated if asked to, v always; q, k normalised
 //     alpha = exp(-exp(A_log) softplus(a + dt_bias))      beta = beta_factor sigmoid(b)
 //     o = norm(rule(q, k, v, alpha, beta)) gate(z)
+//
+// With a lower bound, alpha = exp(lower_bound sigmoid(exp(A_log) (a + dt_bias))). A decay may be one
+// for each key channel: then the last axis of `a` and of `dt_bias` is K.
 struct GdnToken {
   GdnArray q, k;             // (B, H, K)
   GdnArray v, z;             // (B, H, R, V); z no array without a gate
-  GdnArray a, b;             // (B, H, R); a no array without a decay
-  GdnArray A_log, dt_bias;   // (H R,): `head` is the stride; dt_bias may be no array
+  GdnArray a, b;             // (B, H, R[, K]), (B, H, R); a no array without a decay
+  GdnArray A_log, dt_bias;   // (H R,), (H R[ K],): `head` is the stride; dt_bias may be no array
   GdnArray weight, bias;     // of a convolution of H K, H K, H R V channels; or no arrays
   GdnArray past, kept;       // (B, channels, inputs) before and behind the token; may be the same
   GdnArray norm;             // (V,): the weight of the norm
@@ -68,9 +71,10 @@ struct GdnToken {
   void *state, *new_state;   // (B, H R, K, V), rows of a head behind one another; may be the same
   int64_t state_row, state_head, new_state_row, new_state_head, state_type;
   int64_t B, H, R, K, V, taps, inputs;
-  int64_t has_silu, has_erase, qk_l2norm, gate;
+  int64_t has_silu, has_erase, qk_l2norm, gate, decay_of_channels;
   float scale, beta_factor, eps;
-  int32_t threads;
+  float lower_bound;         // below 0, or 0 without one
+  int64_t threads;
 };
 
 }  // extern "C"

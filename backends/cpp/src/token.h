@@ -6,6 +6,7 @@
 #include "convolution.h"
 #include "decode.h"
 #include "norm.h"
+#include "raw_decays.h"
 
 namespace {
 
@@ -20,6 +21,7 @@ GdnSteps token_steps(const GdnToken& c) {
   s.new_state_head = c.new_state_head;
   s.state_type = c.state_type;
   s.decay_is_log = 1;
+  s.decay_of_channels = c.decay_of_channels;
   s.has_erase = c.has_erase;
   s.qk_l2norm = c.qk_l2norm;
   s.scale = c.scale;
@@ -37,9 +39,14 @@ GDN_INLINE void decode_heads(const GdnSteps& s, float* memory) {
 
 // Rows of one key head, and memory to form them in.
 struct TokenRows {
-  float *q, *k, *v, *o, *log_alpha, *beta;  // [K], [K], [R][V], [R][V], [R], [R]
+  float *q, *k, *v, *o, *log_alpha, *beta;  // [K], [K], [R][V], [R][V], [R][decay_width], [R]
   float* rest;
 };
+
+// Numbers from the decay of one value head to that of the next.
+GDN_INLINE int64_t decay_width(const GdnToken& c) {
+  return c.decay_of_channels ? round_up(c.K, 16) : 1;
+}
 
 TokenRows token_rows(const GdnToken& c, float* memory) {
   TokenRows x;
@@ -48,7 +55,7 @@ TokenRows token_rows(const GdnToken& c, float* memory) {
   x.v = x.k + round_up(c.K, 16);
   x.o = x.v + round_up(c.R * c.V, 16);
   x.log_alpha = x.o + round_up(c.R * c.V, 16);
-  x.beta = x.log_alpha + round_up(c.R, 16);
+  x.beta = x.log_alpha + round_up(c.R * decay_width(c), 16);
   x.rest = x.beta + round_up(c.R, 16);
   return x;
 }
@@ -58,11 +65,13 @@ int64_t token_floats(const GdnToken& c) {
   convolution.taps = c.taps;
   GdnNorm norm = {};
   norm.width = c.V;
-  const int64_t own = 2 * (round_up(c.K, 16) + round_up(c.R * c.V, 16) + round_up(c.R, 16));
+  const int64_t gates = round_up(c.R * decay_width(c), 16) + round_up(c.R, 16);
+  const int64_t own = 2 * (round_up(c.K, 16) + round_up(c.R * c.V, 16)) + gates;
   const int64_t widest = c.K > c.V ? c.K : c.V;
   int64_t most = convolution_floats(convolution, widest);
   if (norm_floats(norm) > most) most = norm_floats(norm);
   if (decode_memory(token_steps(c)) > most) most = decode_memory(token_steps(c));
+  if (decay_width(c) > most) most = decay_width(c);
   return own + most;
 }
 
@@ -108,15 +117,35 @@ void form_row(const GdnToken& c, const GdnArray& x, int64_t element, int64_t row
   }
 }
 
-// log alpha = -exp(A_log) softplus(a + dt_bias), beta = factor sigmoid(b).
+// log alpha of the key channels of value head h.
+void form_channel_decays(const GdnToken& c, int64_t a, int64_t h, float* to, float* room) {
+  const int64_t padded = decay_width(c);
+  widen(c.a.data, c.a.type, a, to, c.K);
+  for (int64_t i = c.K; i < padded; ++i) to[i] = 0.0f;
+  const float rate = __builtin_expf(number(c.A_log, h * c.A_log.head));
+  const float* bias = c.dt_bias.data ? room : nullptr;
+  if (bias) read_row(c.dt_bias, h * c.K * c.dt_bias.head, c.K, padded, room);
+  form_log_decays(rate, c.lower_bound, bias, padded, to);
+}
+
+// log alpha = -exp(A_log) softplus(a + dt_bias), or the bounded one; beta = factor sigmoid(b).
 void form_gates(const GdnToken& c, int64_t row, int64_t head, const TokenRows& x) {
   for (int64_t r = 0; r < c.R; ++r) {
-    const int64_t h = head * c.R + r;
-    if (c.a.data) {
-      float step = number(c.a, row * c.a.row + head * c.a.token + r * c.a.head);
+    const int64_t h = head * c.R + r, a = row * c.a.row + head * c.a.token + r * c.a.head;
+    if (c.a.data && c.decay_of_channels) {
+      form_channel_decays(c, a, h, x.log_alpha + r * decay_width(c), x.rest);
+    } else if (c.a.data) {
+      float step = number(c.a, a);
       if (c.dt_bias.data) step += number(c.dt_bias, h * c.dt_bias.head);
-      const float softplus = step > 20.0f ? step : __builtin_log1pf(__builtin_expf(step));
-      x.log_alpha[r] = -__builtin_expf(number(c.A_log, h * c.A_log.head)) * softplus;
+      const float rate = __builtin_expf(number(c.A_log, h * c.A_log.head));
+      if (c.lower_bound < 0.0f) {
+        // An infinite step would give NaN beside a rate of 0.
+        step = step > __FLT_MAX__ ? __FLT_MAX__ : step < -__FLT_MAX__ ? -__FLT_MAX__ : step;
+        x.log_alpha[r] = c.lower_bound / (1.0f + __builtin_expf(-rate * step));
+      } else {
+        const float softplus = step > 20.0f ? step : __builtin_log1pf(__builtin_expf(step));
+        x.log_alpha[r] = -rate * softplus;
+      }
     }
     const float b = number(c.b, row * c.b.row + head * c.b.token + r * c.b.head);
     x.beta[r] = c.beta_factor / (1.0f + __builtin_expf(-b));
@@ -160,7 +189,7 @@ void run_token(const GdnToken& c, int64_t row, int64_t head, float* memory) {
   s.k = {x.k, 0, 0, 0, kGdnFloat32};
   s.v = {x.v, 0, 0, c.V, kGdnFloat32};
   s.o = {x.o, 0, 0, c.V, kGdnFloat32};
-  if (c.a.data) s.decay = {x.log_alpha, 0, 0, 1, kGdnFloat32};
+  if (c.a.data) s.decay = {x.log_alpha, 0, 0, decay_width(c), kGdnFloat32};
   s.beta = {x.beta, 0, 0, 1, kGdnFloat32};
   decode_heads(s, x.rest);
   finish_rows(c, row, head, x);

@@ -35,8 +35,6 @@ HELD = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "recurrent_gated_delta_rule"
 PACKAGE = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "fused_recurrent_gated_delta_rule"}
 """Name in such a module of the function of the package fla, which a layer holds if it is there."""
 
-PER_CHANNEL = "the kernel of a token has one decay per head"
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -150,6 +148,6 @@ def _layers(module: ModuleType, pair: tuple[str, str]) -> list[Layer]:
         may_hold = pair == FUNCTIONS
         holds = may_hold and any(mentions(f, tuple(HELD.values())) for f in methods)
         if holds or any(mentions(f, pair) for f in methods if f.__name__ != "__init__"):
-            reason = token.incompatibility_of(cls) if may_hold else PER_CHANNEL
+            reason = token.incompatibility_of(cls)
             layers.append(Layer(cls, parameter_names(vars(cls)["forward"]), holds, reason))
     return layers

@@ -26,13 +26,14 @@ from compat_models import (
 from compat_stand_ins import NAME, only
 from errors import message_of
 from gdn_ops import SpecError, gated_delta
+from gdn_ops.backends.cpp.library import missing
 from gdn_ops.compat.transformers import (
     accelerate,
     known_architectures,
     speculative_generate,
 )
 from gdn_ops.compat.transformers.discovery import KDA_CHUNK, KDA_FUNCTIONS, KDA_RECURRENT
-from gdn_ops.compat.transformers.examine import PER_CHANNEL, Plan, examine
+from gdn_ops.compat.transformers.examine import Plan, examine
 from gdn_ops.compat.transformers.rule import LEFT
 from gdn_ops.nn import PromptLookup
 from graphs import compiled, nodes
@@ -162,7 +163,7 @@ def test_all_parts_of_a_module_are_replaced(family: str) -> None:
     assert isinstance(plan, Plan)
     assert set(plan.rules) == set(KDA_FUNCTIONS)
     assert set(plan.convolutions) == {"causal_conv1d_fn", "causal_conv1d_update"}
-    assert [layer.left for layer in plan.layers] == [PER_CHANNEL]
+    assert [layer.left for layer in plan.layers] == [missing()]
     assert len(plan.norms) == 1
     assert (plan.left, plan.absent) == ([], [])
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from compat_models import FAMILIES, SMALL, model, relative, tokens
+from compat_models import FAMILIES, KDA_FAMILIES, SMALL, model, relative, tokens
 from cpp_libraries import note_calls
 from gdn_ops.backends.cpp import library
 from gdn_ops.compat.transformers import accelerate, token
+from gdn_ops.compat.transformers.layer_projections import SINGLE, parameters_of, sizes_of
 from gdn_ops.nn import kernels
 
 if library.missing() is not None:
@@ -27,7 +29,7 @@ pytestmark = [
 
 def layer_of(family: str) -> Any:
     """Return the first layer of linear attention of a tiny model."""
-    return next(x for x in model(family).modules() if hasattr(x, "A_log"))
+    return next(x for x in model(family).modules() if hasattr(x, "conv1d"))
 
 
 def fits(family: str) -> None:
@@ -42,14 +44,14 @@ def decoded(family: str, count: int, rows: int = 2) -> tuple[list[Tensor], Any]:
     tiny, ids = model(family), tokens(rows, 9 + count)
     with torch.no_grad():
         out = tiny(ids[:, :9], use_cache=True)
-        cache, logits = out.past_key_values, []
+        cache, logits = getattr(out, "cache", None) or out.past_key_values, []
         for t in range(9, 9 + count):
             out = tiny(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
             logits.append(out.logits)
     return logits, cache
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *KDA_FAMILIES])
 def test_decoded_tokens_are_those_of_transformers(family: str) -> None:
     fits(family)
     expected, _ = decoded(family, 4)
@@ -61,15 +63,52 @@ def test_decoded_tokens_are_those_of_transformers(family: str) -> None:
     assert set(steps) == {("gated_delta_step", "cpp")}
 
 
-def test_a_token_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    fits(SMALL)
+@pytest.mark.parametrize("family", [SMALL, *KDA_FAMILIES])
+def test_a_token_is_one_call(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits(family)
     names = note_calls(monkeypatch, "layers", "layer_token", "backend")
     with accelerate():
-        decoded(SMALL, 0)
+        decoded(family, 0)
         names.clear()
-        decoded(SMALL, 1)
+        decoded(family, 1)
     assert names.count("gdn_token") == names.count("gdn_forward") > 0
     assert "gdn_decode" not in names
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", KDA_FAMILIES)
+def test_tokens_in_16_bits_are_those_of_float32(family: str, dtype: torch.dtype) -> None:
+    fits(family)
+    layer = copy.deepcopy(layer_of(family)).to(dtype)
+    H, _, K, _ = sizes_of(layer)
+    inputs, state = torch.randn(2, 3 * H * K, 4).to(dtype), torch.randn(2, H, K, K)
+    x = torch.randn(2, 1, layer.hidden_size).to(dtype)
+    wide = copy.deepcopy(layer).float()
+    with torch.no_grad():
+        own, theirs = (token._Cache(y.clone(), state.clone()) for y in (inputs, inputs.float()))
+        y = token.advance(layer, {"hidden_states": x, "cache": own}, "cpp")
+        expected = wide(x.float(), theirs)
+    assert y is not None and y.dtype == dtype
+    assert relative(y.float(), expected) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+    assert relative(own.state, theirs.state) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+    assert own.inputs.dtype == dtype
+
+
+@pytest.mark.parametrize("family", KDA_FAMILIES)
+@pytest.mark.parametrize("part", ["forget_gate", "o_norm", "forget_gate.f_b_proj", "g_proj"])
+def test_a_hook_of_a_part_of_a_layer_is_called(family: str, part: str) -> None:
+    fits(family)
+    seen: list[str] = []
+    module = dict(layer_of(family).named_modules()).get(part)
+    if module is None:
+        pytest.skip("layers of this family have no such part")
+    handle = module.register_forward_hook(lambda *_: seen.append(part))
+    with accelerate():
+        decoded(family, 0)
+        seen.clear()
+        decoded(family, 1)
+    handle.remove()
+    assert seen == 2 * [part]  # of the prompt and of the token
 
 
 @pytest.mark.parametrize("why", ["backend", "library", "hook", "gradients"])
@@ -111,8 +150,12 @@ def test_calls_of_other_kinds_are_left() -> None:
     named: dict[str, Any] = {"hidden_states": x, "cache": token._Cache(inputs, state)}
     with torch.no_grad():
         assert token.advance(layer, named, "cpp") is not None
+        whole = named | {"attention_mask": torch.ones(2, 1, dtype=torch.bool)}
+        assert token.advance(layer, whole, "cpp") is not None
         for other in (
-            {"attention_mask": torch.ones(2, 1)},
+            {"attention_mask": torch.tensor([[1], [0]])},
+            {"attention_mask": torch.ones(2, 3)},
+            {"attention_mask": [[1], [1]]},
             {"seq_idx": torch.zeros(1, 2)},
             {"hidden_states": x.expand(2, 3, -1)},
             {"hidden_states": x.double()},
@@ -133,8 +176,9 @@ class Strange(nn.Module):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
-        for name in ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj"):
+        for name in SINGLE:
             setattr(self, name, nn.Linear(8, 8, bias=False))
+        self.num_k_heads = self.num_v_heads = self.head_k_dim = self.head_v_dim = 2
         self.conv1d = nn.Conv1d(8, 8, 3, groups=8)
         self.activation, self.layer_idx = "silu", layer_idx
 
@@ -185,3 +229,27 @@ def test_a_layer_that_computes_something_else_is_left() -> None:
 def test_without_a_library_a_layer_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token, "missing", lambda: "not built")
     assert token.incompatibility_of(Unknown) == "not built"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ({}, None),
+        ({"safe_gate": True, "lower_bound": -3.0}, -3.0),
+        ({"safe_gate": False, "lower_bound": -3.0}, None),
+        ({"safe_gate_lower_bound": -4.0}, -4.0),
+        ({"safe_gate_lower_bound": None}, None),
+    ],
+)
+def test_a_bound_is_read_by_the_names_of_the_models(
+    bounds: dict[str, Any], expected: float | None
+) -> None:
+    layer = copy.deepcopy(layer_of("kimi_linear-softplus"))
+    vars(layer.forget_gate).update(bounds)
+    assert parameters_of(layer).lower_bound == expected
+
+
+def test_a_bound_that_is_none_leaves_the_layer_as_it_is() -> None:
+    layer = copy.deepcopy(layer_of("kimi_linear-softplus"))
+    layer.forget_gate.safe_gate_lower_bound = 0.0
+    assert parameters_of(layer) is None
