@@ -60,15 +60,6 @@ GDN_INLINE Vec sigmoid(Vec x) {
   return choose(x < all(-87.0f), Vec{}, all(1.0f) / (all(1.0f) + exponential(-x)));
 }
 
-// log(1 + e^x): of y = e^-|x| in (0, 1], log(1 + y) = 2 atanh(y / (2 + y)).
-GDN_INLINE Vec softplus(Vec x) {
-  const Vec y = exponential_to_zero((Vec)((Bits)x | 0x80000000u)), z = y / (all(2.0f) + y);
-  const Vec square = z * z;
-  Vec sum = all(1.0f / 17);
-  for (int n = 15; n > 0; n -= 2) sum = sum * square + all(1.0f / float(n));
-  return choose(x > Vec{}, x, Vec{}) + all(2.0f) * z * sum;
-}
-
 // The value of a gate, and its derivative.
 struct Gated {
   Vec value, slope;

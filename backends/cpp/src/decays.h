@@ -1,7 +1,7 @@
 // The decays of all key channels of a token (docs/math.md §9).
 #pragma once
 
-#include "activations.h"
+#include "raw_decays.h"
 
 namespace {
 
@@ -26,12 +26,8 @@ void gate_decays(const GdnSteps& c, S rate, const float* bias, int64_t K, int64_
   for (int64_t i = 0; bias && i < K; ++i) x[i] += S(bias[i]);
   const bool is_bounded = c.raw_decay == kGdnBounded;
   if constexpr (std::is_same_v<S, float>) {
-    for (int64_t i = 0; i < padded; i += W) {
-      const Vec y = load(x + i);
-      const Vec log = is_bounded ? all(c.lower_bound) * sigmoid(all(rate) * y)
-                                 : -all(rate) * softplus(y);
-      store(x + i, exponential_to_zero(log));
-    }
+    form_log_decays(rate, is_bounded ? c.lower_bound : 0.0f, nullptr, padded, x);
+    for (int64_t i = 0; i < padded; i += W) store(x + i, exponential_to_zero(load(x + i)));
   } else {
     for (int64_t i = 0; i < K; ++i) {
       const S y = x[i], lowest = c.lower_bound;
