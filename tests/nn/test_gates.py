@@ -227,6 +227,14 @@ def test_a_gate_compiles_into_one_graph() -> None:
     torch.testing.assert_close(compiled(g), own(g))
 
 
+def test_a_raw_token_compiles_into_one_graph() -> None:
+    x, own = token(True), SoftplusGate(torch.zeros(HV), torch.zeros(HV, K))
+    with torch.no_grad():
+        expected = raw_gated_delta_step(**x, gate=own)
+        compiled = torch.compile(raw_gated_delta_step, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**x, gate=own), expected, rtol=1e-6, atol=1e-6)
+
+
 # Bad input.
 
 ZEROS = torch.zeros(HV)
