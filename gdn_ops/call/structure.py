@@ -284,10 +284,12 @@ def _check_shape(
     """Check rank and sizes of one tensor; axes not seen before are bound to its sizes."""
     shape = arguments.value(spec.tensor[name].field).shape
     if len(shape) != len(axes):
+        is_wide = name == "beta" and len(shape) == len(axes) + 1
+        hint = "; strengths of channels are given as erase and write" if is_wide else ""
         fail(
             spec,
             f"{name} has shape {tuple(shape)}, should be {printed_shape(axes)}: "
-            f"{len(axes)} dimension{'s' if len(axes) != 1 else ''}, not {len(shape)}",
+            f"{len(axes)} dimension{'s' if len(axes) != 1 else ''}, not {len(shape)}{hint}",
         )
     wrong: list[str] = []
     for axis, size in zip(axes, shape, strict=True):
