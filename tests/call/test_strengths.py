@@ -36,8 +36,8 @@ BAD = {
     "erase has values in [2.5, 2.5], should be in [0, 2]": sequence(
         beta=None, erase=torch.full((2, 8, 8, 16), 2.5)
     ),
-    "beta has shape (2, 8, 8, 16), should be (B, T, HV): 3 dimensions, not 4; strengths of channels "
-    "are given as erase and write": sequence(beta=torch.full((2, 8, 8, 16), 0.5)),
+    "beta has shape (2, 8, 8, 16), should be (B, T, HV): 3 dimensions, not 4; strengths of "
+    "channels are given as erase and write": sequence(beta=torch.full((2, 8, 8, 16), 0.5)),
     "write has values in [-0.5, -0.5], should be in [0, 2]": sequence(
         beta=None, write=torch.full((2, 8, 8), -0.5)
     ),
