@@ -92,7 +92,7 @@ class GatedDeltaNet(Splittable):
     columns, rows = _PROJECTIONS, "o_proj"
 
     has_token_kernel: ClassVar[bool] = True
-    """Whether `nn.token` computes what a class does, which each says for itself."""
+    """Say whether `nn.token` computes what a class does, which each says for itself."""
 
     def __init__(
         self,
