@@ -238,29 +238,39 @@ def test_every_default_configuration_is_fit_for(name: str, target: str) -> None:
     assert len(set(kernels) if name == "triton" else kernels) <= MOST[name], kernels
 
 
-def test_every_launch_of_the_reference_case_is_held_to_its_budget(name: str) -> None:
+def test_every_launch_of_a_case_with_budgets_is_held_to_its_own(name: str) -> None:
     budgets, target = part(name, "aot.budgets").current(), HOPPER[name]
     if not budgets:
         pytest.skip(f"no budgets for this version of {name}")
-    samples = [*sampling.samples([GATED_DELTA.case[sampling.REFERENCE]])]
+    cases = sorted({case for case, *_ in budgets})
+    assert sampling.REFERENCE in cases
+    samples = [*sampling.samples([GATED_DELTA.case[case] for case in cases])]
     rows = list(ahead(name, target, iter(samples)))
     assert failures(rows) == []
-    made = {(row.kernel, x.direction, row.target) for row in rows for x in row.launches}
+    made = {
+        (x.sample.rpartition(" ")[0], row.kernel, x.direction, row.target)
+        for row in rows
+        for x in row.launches
+    }
     # Behind the direction may be the place of the launch.
-    assert made == {(kernel, way.partition(" ")[0], target) for kernel, way, target in budgets}
+    assert made == {(*at[:2], at[2].partition(" ")[0], at[3]) for at in budgets}
     # Budgets that nothing can hold, and one that is missing.
     backend = get_backend(name)
     assert isinstance(backend, Backend)
     less = {key: budget._replace(instructions=0) for key, budget in budgets.items()}
-    kernel, direction, _ = next(iter(less))
-    del less[kernel, direction, target]
+    case, kernel, direction, _ = next(iter(less))
+    del less[case, kernel, direction, target]
     compiler = part(name, "aot.compiler")
     rows = list(compiler.compile_ahead(backend, target, samples, budgets=less))
-    texts = [text.partition("): ")[2] for text in failures(rows)]
     missing = f"{direction}: no budget on {target}, should be in the table of budgets"
-    held = [(r.kernel, way) for r in rows for way in {x.direction for x in r.launches}]
-    assert texts.count(missing) == held.count((kernel, direction)) and len(texts) == len(held)
-    assert all(text.endswith("should be at most 0") for text in texts if text != missing)
+    assert (kernel, direction) in {(row.kernel, x.direction) for row in rows for x in row.launches}
+    for row in rows:
+        ways = {text.partition(": ")[0] for text in row.failures}
+        assert ways == {x.direction for x in row.launches}
+        is_missing = row.kernel == kernel and direction in ways
+        others = [text for text in row.failures if text != missing]
+        assert row.failures.count(missing) == is_missing
+        assert all(text.endswith("should be at most 0") for text in others)
 
 
 TARGETS = {

@@ -23,7 +23,7 @@ int gdn_backward(const GdnSequences* call, const GdnGradients* gradients);
 int gdn_decode(const GdnSteps* call);
 int gdn_decode_repeated(const GdnRepeated* earlier, int threads, void* q, void* k, void* v,
                         void* decay, void* beta, void* slots, void* o, void* state,
-                        void* new_state, void* states);
+                        void* new_state, void* states, void* A_log, void* dt_bias);
 int gdn_convolution(const GdnConvolution* call);
 int gdn_convolution_backward(const GdnConvolution* call, const GdnConvolutionGradients* gradients);
 int gdn_norm(const GdnNorm* call);
