@@ -59,6 +59,9 @@ class TileLang(KernelBackend):
         head_dims=range(16, 257, 16),
         chunk_sizes=configs.CHUNKS,
         decode_decays=("none", "scalar", "channel"),
+        decode_erases=("none", "scalar", "channel"),
+        decode_writes=("scalar", "channel"),
+        decode_apart=True,
     )
 
     tool_reasons = staticmethod(tool_reasons)

@@ -189,15 +189,7 @@ def _limit_reasons(limits: Limits, call: Call, on_any_device: bool) -> list[str]
         check("state dtype {}", DTYPE_NAMES[call.state.dtype], limits.state_dtypes)
     against += _head_dim_reasons(limits, call)
     check("rule {}", call.rule.name, limits.rules)
-    if limits.decode_decays is None:
-        check("{} decay", call.widths.decay, limits.decays)
-    else:
-        decays = limits.decays_of(decode=call.op.name != GATED_DELTA.name)
-        check(f"{{}} decay in {call.op.name}", call.widths.decay, decays)
-    check("{} erase", call.widths.erase, limits.erases)
-    check("{} write", call.widths.write, limits.writes)
-    if call.widths.apart and not limits.apart:
-        against.append("erase and write (supported: beta)")
+    against += _width_reasons(limits, call)
     if call.needs_grad and not limits.grad:
         against.append("gradients needed (supported: forward only)")
     if call.transforms.has_tangent and not limits.forward_mode:
@@ -212,6 +204,28 @@ def _limit_reasons(limits: Limits, call: Call, on_any_device: bool) -> list[str]
         if capability < limits.min_capability:
             have, need = ("".join(map(str, c)) for c in (capability, limits.min_capability))
             against.append(f"device sm{have} (needs sm{need} or newer)")
+    return against
+
+
+def _width_reasons(limits: Limits, call: Call) -> list[str]:
+    """Return the reasons against a call's gates; they name the op where ops differ in them."""
+    against: list[str] = []
+    widths, is_sequence = call.widths, call.op.name == GATED_DELTA.name
+    for kind, width, taken, decoded in (
+        ("decay", widths.decay, limits.decays, limits.decode_decays),
+        ("erase", widths.erase, limits.erases, limits.decode_erases),
+        ("write", widths.write, limits.writes, limits.decode_writes),
+    ):
+        supported = taken if is_sequence or decoded is None else decoded
+        if width not in supported:
+            place = "" if decoded is None else f" in {call.op.name}"
+            against.append(f"{width} {kind}{place} (supported: {', '.join(supported)})")
+    is_taken = limits.apart
+    if limits.decode_apart is not None and not is_sequence:
+        is_taken = limits.decode_apart
+    if widths.apart and not is_taken:
+        place = "" if limits.decode_apart is None else f" in {call.op.name}"
+        against.append(f"erase and write{place} (supported: beta)")
     return against
 
 

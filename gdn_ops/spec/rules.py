@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -53,6 +53,10 @@ class Rule:
         return self.name
 
 
+OF_DECODE = ("decays", "erases", "writes", "apart")
+"""Name the limits that may be others for decode ops."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Describe what a backend can run, as data; `gdn_ops.dispatch.registry` turns it into text.
@@ -66,8 +70,9 @@ class Limits:
         head_dim_multiple: K and V must be multiples of this.
         rules: names of the rules.
         decays, erases, writes: the widths that these strengths may have: none, scalar, channel.
-        decode_decays: those of the decay that decode ops take, or None where they take `decays`.
         apart: whether erase and write may differ, given in place of beta.
+        decode_decays, decode_erases, decode_writes, decode_apart: the same of decode ops, or None
+            where they take what the sequence op takes.
         ops: names of the ops.
         grad: whether it has gradients.
         second_grad: whether gradients of gradients exist.
@@ -87,10 +92,13 @@ class Limits:
     head_dim_multiple: int = 1
     rules: tuple[str, ...] = ("gated_delta", "delta", "gated", "linear")
     decays: tuple[Width, ...] = ("none", "scalar")
-    decode_decays: tuple[Width, ...] | None = None
     erases: tuple[Width, ...] = ("none", "scalar")
     writes: tuple[Width, ...] = ("scalar",)
     apart: bool = False
+    decode_decays: tuple[Width, ...] | None = None
+    decode_erases: tuple[Width, ...] | None = None
+    decode_writes: tuple[Width, ...] | None = None
+    decode_apart: bool | None = None
     ops: tuple[str, ...] = ("gated_delta", "gated_delta_step", "gated_delta_steps")
     grad: bool = True
     second_grad: bool = False
@@ -113,23 +121,29 @@ class Limits:
         require(set(self.dtypes) <= set(FLOAT_DTYPES), f"limits name unknown dtypes {self.dtypes}")
         require(self.head_dim_multiple >= 1, "head_dim_multiple is below 1")
 
-    def decays_of(self, *, decode: bool) -> tuple[Width, ...]:
-        """Return the widths of the decay that decode ops take, or that the sequence op takes.
+    def of(self, *, decode: bool) -> Limits:
+        """Return the limits of decode ops alone, or of the sequence op.
 
         Args:
             decode: whether decode ops are asked about.
 
         Returns:
-            `decode_decays` of decode ops where they are given, else `decays`.
+            Limits that are the same for all ops: `decays`, `erases`, `writes` and `apart` are those
+            that the ops in question take.
 
         Example:
             >>> from gdn_ops import Limits
             >>> limits = Limits(devices=("cpu",), decode_decays=("none", "scalar", "channel"))
-            >>> limits.decays_of(decode=True), limits.decays_of(decode=False)
+            >>> limits.of(decode=True).decays, limits.of(decode=False).decays
             (('none', 'scalar', 'channel'), ('none', 'scalar'))
         """
-        own = self.decode_decays if decode else None
-        return self.decays if own is None else own
+        taken: dict[str, Any] = {}
+        for name in OF_DECODE:
+            own = getattr(self, f"decode_{name}")
+            taken[f"decode_{name}"] = None
+            if decode and own is not None:
+                taken[name] = own
+        return replace(self, **taken)
 
 
 class Widths(NamedTuple):

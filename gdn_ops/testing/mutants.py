@@ -35,6 +35,9 @@ Mutation = Callable[[Backend, Call], tuple[Tensor, Tensor]]
 DecodeMutation = Callable[[Backend, Call], tuple[Tensor, Tensor, Tensor | None]]
 """A function from a backend and a call of a decode op to wrong (o, new_state, states or None)."""
 
+CallMutation = Callable[[Call], Call]
+"""A function from a call of any op to the one that is run in its place."""
+
 
 def dropped_scale(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     """Leave out the scale of q."""
@@ -186,21 +189,21 @@ def flushed_decays(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
     return eager.run_sequence(backend, call)
 
 
-def one_decay_for_all_channels(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+def one_decay_for_all_channels(call: Call) -> Call:
     """Let every channel decay by the mean of all."""
     alpha = _decay(call)
     if alpha is None or call.widths.decay != "channel":
-        return eager.run_sequence(backend, call)
+        return call
     mean = alpha.mean(-1, keepdim=True).expand_as(alpha)
-    return eager.run_sequence(backend, _with(call, alpha=mean, log_alpha=None))
+    return _with(call, alpha=mean, log_alpha=None)
 
 
-def erase_and_write_swapped(backend: Backend, call: Call) -> tuple[Tensor, Tensor]:
+def erase_and_write_swapped(call: Call) -> Call:
     """Erase by the write strength and write by the erase strength, where their shapes are alike."""
     erase, write = call.tokens.erase, call.tokens.write
     if erase is None or write is None or erase.shape != write.shape:
-        return eager.run_sequence(backend, call)
-    return eager.run_sequence(backend, _with(call, erase=write, write=erase))
+        return call
+    return _with(call, erase=write, write=erase)
 
 
 def skipped_rows_run(backend: Backend, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -290,8 +293,6 @@ SEQUENCE_MUTATIONS: dict[str, Mutation] = {
         half_states_of_chunks,
         normalised_values,
         flushed_decays,
-        one_decay_for_all_channels,
-        erase_and_write_swapped,
     )
 }
 """Mistakes in `gated_delta`, by name."""
@@ -309,21 +310,35 @@ DECODE_MUTATIONS: dict[str, DecodeMutation] = {
 }
 """Mistakes in the decode ops, by name."""
 
+CALL_MUTATIONS: dict[str, CallMutation] = {
+    mutation.__name__: mutation
+    for mutation in (one_decay_for_all_channels, erase_and_write_swapped)
+}
+"""Mistakes in what is read of a call, in all ops, by name."""
+
 _GUARDS: dict[str, tuple[ModuleType, str, Callable[..., Any]]] = {
     "inputs_read_late": (eager, "apart", lambda call: call),
     "an_overlap_is_allowed": (memory, "overlaps_itself", lambda state: False),
 }
 """Names, by the mistake, the function that hides it, with one that lets it through."""
 
-MUTATIONS: dict[str, Mutation | DecodeMutation] = {**SEQUENCE_MUTATIONS, **DECODE_MUTATIONS}
+MUTATIONS: dict[str, Mutation | DecodeMutation | CallMutation] = {
+    **SEQUENCE_MUTATIONS,
+    **DECODE_MUTATIONS,
+    **CALL_MUTATIONS,
+}
 """Every mistake by name."""
 
 
 def can_show(mutation: str, limits: Limits) -> bool:
-    """Return whether a backend with the given limits takes calls in which a mistake shows."""
+    """Return whether a backend with the given limits takes calls in which a mistake shows.
+
+    It is enough that one of its ops takes them: `limits.of(decode=False)` asks about sequences.
+    """
+    taken = [limits.of(decode=decode) for decode in (False, True)]
     shows = {
-        "one_decay_for_all_channels": "channel" in limits.decays,
-        "erase_and_write_swapped": limits.apart,
+        "one_decay_for_all_channels": any("channel" in of_ops.decays for of_ops in taken),
+        "erase_and_write_swapped": any(of_ops.apart for of_ops in taken),
     }
     return shows.get(mutation, True)
 
@@ -355,6 +370,7 @@ def mutant(mutation: str, base: str) -> type[Backend]:
     """
     instance = installed(base)
     sequence, decode = SEQUENCE_MUTATIONS.get(mutation), DECODE_MUTATIONS.get(mutation)
+    read = CALL_MUTATIONS.get(mutation, _as_given)
 
     class Mutant(Backend):
         name = f"{mutation}_in_{base}"
@@ -362,17 +378,21 @@ def mutant(mutation: str, base: str) -> type[Backend]:
         differentiable = True
 
         def forward(self, call: Call) -> Forward:
-            return Forward(*(sequence or eager.run_sequence)(instance, call))
+            return Forward(*(sequence or eager.run_sequence)(instance, read(call)))
 
         def decode_one(self, call: Call) -> tuple[Tensor, Tensor]:
-            return (decode or _decoded)(instance, call)[:2]
+            return (decode or _decoded)(instance, read(call))[:2]
 
         def decode_many(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-            return (decode or _decoded)(instance, call)
+            return (decode or _decoded)(instance, read(call))
 
     if base in COMPILED:
         COMPILED[Mutant.name] = COMPILED[base]
     return Mutant
+
+
+def _as_given(call: Call) -> Call:
+    return call
 
 
 def _tokens(call: Call, which: slice, state: Tensor | None) -> Call:

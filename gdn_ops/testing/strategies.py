@@ -67,6 +67,7 @@ def calls(
         decode: draw few tokens, and also what only decode ops have.
         device: torch device of every tensor.
     """
+    limits = limits.of(decode=decode)
     rule = spec.rule[draw(st.sampled_from([r.name for r in spec.rules if r.name in limits.rules]))]
     tokens = st.sampled_from([t for t in (DRAFTS if decode else TOKENS) if t <= max_tokens])
     packed = limits.varlen and not decode and (draw(st.booleans()) if varlen is None else varlen)
@@ -80,7 +81,7 @@ def calls(
         rest = MAGNITUDES if drawn["dtype"] == "float16" else ("unit", "unit", *MAGNITUDES)
         drawn["magnitude"] = draw(st.sampled_from(("unit", *rest)))
     is_normed = drawn["magnitude"] == "tiny_keys" or draw(st.booleans())
-    can_be_wide = "channel" in {*rule.decays} & {*limits.decays_of(decode=decode)}
+    can_be_wide = "channel" in {*rule.decays} & {*limits.decays}
     drawn["channels"] = can_be_wide and drawn.get("channels", draw(st.booleans()))
     strengths = _strengths(rule, limits)
     apart = drawn.get("apart", draw(st.sampled_from(strengths)))

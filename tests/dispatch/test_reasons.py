@@ -45,6 +45,87 @@ def test_a_limit_becomes_one_reason(
     assert registry.reasons(make_backend("fake")(), bound(**call)) == []
 
 
+WIDE: dict[str, Any] = {
+    "alpha": torch.ones(1, 4, 4, 8),
+    "beta": None,
+    "erase": torch.ones(1, 4, 4, 8),
+    "write": torch.ones(1, 4, 4, 6),
+}
+"""Gates of channels, for `bound`."""
+
+OF_DECODE: dict[str, Any] = {
+    "decode_decays": ("none", "scalar", "channel"),
+    "decode_erases": ("scalar", "channel"),
+    "decode_writes": ("scalar", "channel"),
+    "decode_apart": True,
+}
+
+
+def test_gates_become_a_reason_for_each_that_is_too_wide() -> None:
+    assert registry.reasons(make_backend("fake")(), bound(**WIDE)) == [
+        "channel decay (supported: none, scalar)",
+        "channel erase (supported: none, scalar)",
+        "channel write (supported: scalar)",
+        "erase and write (supported: beta)",
+    ]
+    both = {name: x for name, x in WIDE.items() if name != "alpha"}
+    heads = both | {name: torch.ones(1, 4, 4) for name in ("erase", "write")}
+    assert registry.reasons(make_backend("fake")(), bound(**heads)) == [
+        "erase and write (supported: beta)"
+    ]
+
+
+def test_gates_that_only_decode_ops_take_name_the_op_in_reasons() -> None:
+    step = {name: None if x is None else x[:, 0] for name, x in WIDE.items()}
+    decoder = make_backend("fake", **OF_DECODE)()
+    assert registry.reasons(decoder, bound_step(**step)) == []
+    assert registry.reasons(decoder, bound(**WIDE)) == [
+        "channel decay in gated_delta (supported: none, scalar)",
+        "channel erase in gated_delta (supported: none, scalar)",
+        "channel write in gated_delta (supported: scalar)",
+        "erase and write in gated_delta (supported: beta)",
+    ]
+
+
+def test_gates_that_only_sequences_take_name_the_op_in_reasons_too() -> None:
+    widths = ("none", "scalar", "channel")
+    taken = {"decays": widths, "erases": widths, "writes": widths, "apart": True}
+    narrow = {f"decode_{name}": ("scalar",) if name == "writes" else ("none",) for name in taken}
+    backend = make_backend("fake", **taken, **narrow | {"decode_apart": False})()
+    step = {name: None if x is None else x[:, 0] for name, x in WIDE.items()}
+    assert registry.reasons(backend, bound(**WIDE)) == []
+    assert registry.reasons(backend, bound_step(**step)) == [
+        "channel decay in gated_delta_step (supported: none)",
+        "channel erase in gated_delta_step (supported: none)",
+        "channel write in gated_delta_step (supported: scalar)",
+        "erase and write in gated_delta_step (supported: beta)",
+    ]
+
+
+def test_a_limit_of_decode_ops_alone_leaves_the_others_as_they_are() -> None:
+    backend = make_backend("fake", decode_decays=OF_DECODE["decode_decays"])()
+    step = {name: None if x is None else x[:, 0] for name, x in WIDE.items()}
+    assert registry.reasons(backend, bound_step(**step)) == [
+        "channel erase (supported: none, scalar)",
+        "channel write (supported: scalar)",
+        "erase and write (supported: beta)",
+    ]
+
+
+def test_a_pinned_backend_that_decodes_such_gates_alone_says_so_for_a_sequence() -> None:
+    register_backend(make_backend("decoder", **OF_DECODE))
+    text = message_of(BackendUnsupportedError, gated_delta, **arguments(**WIDE), backend="decoder")
+    assert text == (
+        "backend 'decoder' cannot run gated_delta on these inputs\n"
+        "  q float32 (1, 4, 2, 8) cpu, v (1, 4, 4, 6), rule gated_delta\n"
+        "  decoder: channel decay in gated_delta (supported: none, scalar); "
+        "channel erase in gated_delta (supported: none, scalar); "
+        "channel write in gated_delta (supported: scalar); "
+        "erase and write in gated_delta (supported: beta)\n"
+        '  try backend="cpp"'
+    )
+
+
 def test_head_dims_become_a_reason_for_each_axis() -> None:
     def of(**limits: Any) -> list[str]:
         return registry.reasons(make_backend("fake", **limits)(), bound())

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from gdn_ops.backends import compile as compile_backend
 from gdn_ops.dispatch.registry import Backend, get_backend, known_backends
 from gdn_ops.spec.ops import GATED_DELTA
-from gdn_ops.spec.rules import Limits
+from gdn_ops.spec.rules import Limits, Width
 from gdn_ops.testing import Example, conformance
 from gdn_ops.testing.conformance import Subject, check, run_subject, subjects
-from gdn_ops.testing.example import run
+from gdn_ops.testing.example import STRENGTHS, run
 from gdn_ops.testing.laws import LAWS, orthogonal_keys_need_no_correction
 from gdn_ops.testing.operands import operand_sizes
 from gdn_ops.testing.oracle import Verdict, judge, judgement
@@ -81,19 +81,26 @@ def test_a_long_sequence_keeps_its_precision(example: Example) -> None:
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_decays_that_only_decode_ops_take_are_drawn_for_them_alone(decode: bool) -> None:
-    limits = Limits(devices=("cpu",), decode_decays=("none", "scalar", "channel"))
-    drawn = set()
+def test_gates_that_only_decode_ops_take_are_drawn_for_them_alone(decode: bool) -> None:
+    widths: tuple[Width, ...] = ("none", "scalar", "channel")
+    limits = Limits(
+        devices=("cpu",), decode_decays=widths, decode_erases=widths, decode_writes=widths[1:],
+        decode_apart=True,
+    )  # fmt: skip
+    drawn, apart = set(), set()
 
     @settings(max_examples=40, derandomize=True, database=None, deadline=None)
     @given(calls(GATED_DELTA, limits, decode=decode))
     def draw(example: Example) -> None:
         drawn.add(example.channels)
+        apart.add(example.apart)
 
     draw()
     assert drawn == ({False, True} if decode else {False})
+    assert apart <= {None, *STRENGTHS} if decode else apart == {None}
+    assert len(apart) > 1 or not decode
     names = {law.name for law in LAWS if law.concerns(limits)}
-    assert "a_reset_channel_forgets_its_past" not in names
+    assert not names & {"a_reset_channel_forgets_its_past", "equal_strengths_are_beta"}
 
 
 def test_check_reports_every_subject_and_reproduces_with_a_seed() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from gdn_ops.dispatch.backend import is_missing
 from gdn_ops.dispatch.registry import register_backend, unregister_backend
+from gdn_ops.spec.rules import Limits, Width
 from gdn_ops.testing.conformance import Subject, run_subject, subjects
 from gdn_ops.testing.mutants import (
+    CALL_MUTATIONS,
     DECODE_MUTATIONS,
     MUTATIONS,
     SEQUENCE_MUTATIONS,
@@ -41,8 +44,13 @@ def planted(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def telling_subjects(planted: str) -> list[Subject]:
-    """Return the subjects that have to catch a mutant: two, not every law that happens to."""
-    if planted.partition("_in_")[0] in SEQUENCE_MUTATIONS:
+    """Return the subjects that have to catch a mutant: two, not every law that happens to.
+
+    A mistake in what is read of a call has to show in sequences, where they take such calls.
+    """
+    mutation, limits = planted.partition("_in_")[0], installed(planted).limits
+    of_sequences = mutation in CALL_MUTATIONS and can_show(mutation, limits.of(decode=False))
+    if mutation in SEQUENCE_MUTATIONS or of_sequences:
         return list(subjects(installed(planted))[:2])
     return decode_subjects(planted)
 
@@ -92,4 +100,29 @@ def test_the_list_of_mutants_is_the_one_that_is_promised() -> None:
         "one_decay_for_all_channels",
         "erase_and_write_swapped",
     }
-    assert set(MUTATIONS) == {*SEQUENCE_MUTATIONS, *DECODE_MUTATIONS}
+    assert set(MUTATIONS) == {*SEQUENCE_MUTATIONS, *DECODE_MUTATIONS, *CALL_MUTATIONS}
+
+
+def test_a_mistake_is_planted_where_any_op_takes_calls_that_show_it() -> None:
+    narrow = Limits(devices=("cpu",))
+    widths: tuple[Width, ...] = ("none", "scalar", "channel")
+    decoded = replace(narrow, decode_decays=widths, decode_apart=True)
+    for mutation in CALL_MUTATIONS:
+        assert not can_show(mutation, narrow)
+        assert can_show(mutation, decoded) and can_show(mutation, decoded.of(decode=True))
+        assert not can_show(mutation, decoded.of(decode=False))
+    assert all(can_show(mutation, narrow) for mutation in (*SEQUENCE_MUTATIONS, *DECODE_MUTATIONS))
+
+
+IN_TORCH = [(m, "torch") for m in CALL_MUTATIONS]
+
+
+@pytest.mark.parametrize("planted", IN_TORCH, indirect=True, ids="-".join)
+def test_a_mistake_in_what_is_read_shows_in_decode_ops_too(planted: str) -> None:
+    rows = [
+        run_subject(planted, subject, examples=EXAMPLES, shrink=False)
+        for subject in decode_subjects(planted)
+        if "one step after another" in subject.name
+    ]
+    assert [row.passed for row in rows] == [False]
+    assert rows[0].failure is not None and "WRONG" in rows[0].failure

@@ -37,8 +37,9 @@ def run(
         return
     config = configs.tables.choose(call.device, K, V)
     unit = UNIT if state is None or _is_wide(state) else 1
-    gate, beta = gate_of(call), dense(call.tokens.beta)
     nothing = absent(torch.float32, call.device)
+    beta, erase, write = (dense(x) for x in call.tokens[5:])
+    strengths = gate_of(call), beta, erase, write
     no_state = absent(new_state.dtype, call.device, 1, unit)
     indices, index_step = _indices(call)
     launch(
@@ -46,10 +47,13 @@ def run(
         {
             "K": K, "V": V, "BV": math.gcd(config.BV, V), "low": dtype_name(v.dtype),
             "stored": dtype_name(new_state.dtype), "erase": call.rule.has_erase, "UNIT": unit,
-            "channels": call.widths.decay == "channel", "threads": 32 * config.warps,
+            "channels": call.widths.decay == "channel",
+            "erases": "none" if erase is None else call.widths.erase,
+            "writes": "none" if write is None else call.widths.write,
+            "threads": 32 * config.warps,
         },
         memory(q), memory(k), memory(v),
-        nothing if gate is None else gate.view(-1), nothing if beta is None else beta.view(-1),
+        *(nothing if x is None else x.view(-1) for x in strengths),
         *(no_state if x is None else memory(x).view(-1, unit) for x in (state, new_state, states)),
         indices, o.view(B * T, HV, V),
         B, T, R, float(call.scale), gate_kind(call), int(beta is not None), int(call.qk_l2norm),

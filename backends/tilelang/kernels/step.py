@@ -4,8 +4,9 @@ One program per row, value head and block of BV columns of V: a row alone fills 
 block, (K, BV) float32, stays in registers over the tokens; all arithmetic is float32.
 
     reads   q, k (B, T, H, K), v (B, T, HV, V), any strides; gate, β (B T, HV) float32, with
-            channels the gate (B T, HV, K); the state (B, HV, K, V), or a pool (P, HV, K, V) and
-            the slot of every row, -1 to skip it
+            channels the gate (B T, HV, K); in place of β erase and write, (B T, HV), or where they
+            are of channels (B T, HV, K) and (B T, HV, V); the state (B, HV, K, V), or a pool
+            (P, HV, K, V) and the slot of every row, -1 to skip it
     writes  o (B T, HV, V); the state, in place or not; on request the state after every token
 
 A tensor with strides comes as its memory, from its first element to its last, and its strides: a
@@ -33,7 +34,7 @@ I64 = "int64"
 
 def tokens(
     T: Any, *, K: int, V: int, BV: int, low: str, stored: str, erase: bool, UNIT: int,
-    channels: bool, threads: int,
+    channels: bool, erases: str, writes: str, threads: int,
 ) -> Any:  # fmt: skip
     """Make the kernel. Grid (B ceil(V / BV), HV).
 
@@ -44,17 +45,21 @@ def tokens(
         stored: dtype of the states.
         UNIT: elements that a stride of a state counts.
         channels: whether every key channel has a decay of its own.
+        erases, writes: the widths of erase and write, "none" where they are not given.
     """
     n_q, n_k, n_v, n_gate, n_beta, M, HV = T.dynamic("n_q, n_k, n_v, n_gate, n_beta, M, HV", I64)
+    n_erase, n_write = T.dynamic("n_erase, n_write", I64)
     n_state, n_new, n_states, n_indices = T.dynamic("n_state, n_new, n_states, n_indices", I64)
     blocks_of_V = V // BV
     padded = -(-K // threads) * threads
-    recurrence = _recurrence(T, K, BV, padded, erase)
+    is_apart = erases != "none" or writes != "none"
+    recurrence = _recurrence(T, K, BV, padded, erase, erases)
 
     @T.prim_func
     def tokens(
         q: T.Tensor((n_q,), low), k: T.Tensor((n_k,), low), v: T.Tensor((n_v,), low),
         gate: T.Tensor((n_gate,), F32), beta: T.Tensor((n_beta,), F32),
+        erase_by: T.Tensor((n_erase,), F32), write_by: T.Tensor((n_write,), F32),
         state: T.Tensor((n_state, UNIT), stored), new_state: T.Tensor((n_new, UNIT), stored),
         states: T.Tensor((n_states, UNIT), stored), indices: T.Tensor((n_indices,), I32),
         o: T.Tensor((M, HV, V), low),
@@ -68,7 +73,7 @@ def tokens(
         new_row: T.int64, new_head: T.int64, new_k: T.int64, new_v: T.int64,
     ):  # fmt: skip
         with T.Kernel(B * blocks_of_V, HV, threads=threads) as (program, hv):
-            m = _tiles(T, K, BV, padded, channels)
+            m = _tiles(T, K, BV, padded, channels, erases == "channel")
             # Variables, since an expression would be repeated wherever it is used.
             first = program % blocks_of_V * BV
             row = T.alloc_var(I64, T.cast(program // blocks_of_V, I64))
@@ -114,14 +119,21 @@ def tokens(
                         alpha = T.exp(alpha)
                     for i, j in T.Parallel(K, BV):
                         m.S[i, j] = m.S[i, j] * alpha
-                # §2 u_t = β_t (v_t − S'ᵀ k_t)                                   [BV]
-                recurrence.read_back(m)
+                # §2 u_t = β_t (v_t − S'ᵀ k_t), or w_t ⊙ v_t − S'ᵀ (e_t ⊙ k_t)      [BV]
+                recurrence.read_back(m, erase_by, at)
                 strength = 1.0
                 if has_beta != 0:
                     strength = beta[at]
+                if writes == "scalar":
+                    strength = write_by[at]
                 for j in T.Parallel(BV):
                     given = T.cast(v[from_v + t * v_token + j * v_d], F32)
-                    m.u[j] = strength * (given - m.u[j])
+                    if writes == "channel":
+                        m.u[j] = write_by[at * V + first + j] * given - m.u[j]
+                    elif is_apart:
+                        m.u[j] = strength * given - m.u[j]
+                    else:
+                        m.u[j] = strength * (given - m.u[j])
                 # §2 S_t = S' + k_t u_tᵀ,  o_t = s S_tᵀ q_t                      [K, BV], [BV]
                 recurrence.write_and_read(m)
 
@@ -144,18 +156,27 @@ def tokens(
     return tokens
 
 
-def _tiles(T: Any, K: int, BV: int, padded: int, channels: bool) -> SimpleNamespace:
-    """Allocate the tiles of a program; those of q, k and α have the length of a tile of threads."""
-    decays = {"alpha": (padded,)} if channels else {}
-    return SimpleNamespace(
+def _tiles(
+    T: Any, K: int, BV: int, padded: int, channels: bool, erases_channels: bool
+) -> SimpleNamespace:
+    """Allocate the tiles of a program; rows of K numbers have the length of a tile of threads.
+
+    What is erased are the keys themselves, where they are not weighed channel by channel.
+    """
+    wide = {"alpha": channels, "erased": erases_channels}
+    rows = {name: (padded,) for name, is_there in wide.items() if is_there}
+    tiles = SimpleNamespace(
         **named(T.alloc_fragment, F32, S=(K, BV), x=(K, BV), u=(BV,), square=(padded,), total=(1,)),
         **named(T.alloc_fragment, F32, q_frag=(padded,), k_frag=(padded,)),
-        **named(T.alloc_fragment, F32, **{f"{name}_frag": shape for name, shape in decays.items()}),
-        **named(T.alloc_shared, F32, q=(padded,), k=(padded,), **decays),
+        **named(T.alloc_fragment, F32, **{f"{name}_frag": shape for name, shape in rows.items()}),
+        **named(T.alloc_shared, F32, q=(padded,), k=(padded,), **rows),
     )
+    if not erases_channels:
+        tiles.erased = tiles.k
+    return tiles
 
 
-def _recurrence(T: Any, K: int, BV: int, padded: int, erase: bool) -> SimpleNamespace:
+def _recurrence(T: Any, K: int, BV: int, padded: int, erase: bool, erases: str) -> SimpleNamespace:
     """Return the macros of the rows and the sums over K of a token."""
 
     @T.macro
@@ -180,13 +201,21 @@ def _recurrence(T: Any, K: int, BV: int, padded: int, erase: bool) -> SimpleName
             m.S[i, j] = m.S[i, j] * m.alpha[i]
 
     @T.macro
-    def read_back(m):
-        """Set u to S'ᵀ k, or to 0 for rules without an error term."""
+    def read_back(m, erase_by, at):
+        """Set u to S'ᵀ k, or S'ᵀ (e ⊙ k), or to 0 for rules without an error term."""
         T.clear(m.u)
         if erase:
+            if erases == "channel":
+                for i in T.Parallel(padded):
+                    e = T.if_then_else(i < K, erase_by[at * K + i], 0.0)
+                    m.erased_frag[i] = e * m.k_frag[i]
+                T.copy(m.erased_frag, m.erased)
             for i, j in T.Parallel(K, BV):
-                m.x[i, j] = m.S[i, j] * m.k[i]
+                m.x[i, j] = m.S[i, j] * m.erased[i]
             T.reduce_sum(m.x, m.u, dim=0)
+            if erases == "scalar":
+                for j in T.Parallel(BV):
+                    m.u[j] = erase_by[at] * m.u[j]
 
     @T.macro
     def write_and_read(m):

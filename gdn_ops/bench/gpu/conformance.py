@@ -88,7 +88,8 @@ def _is_within(limits: Limits, example: Example, *, decode: bool = False) -> boo
 
 def _has_widths(limits: Limits, example: Example, decode: bool) -> bool:
     """Return whether calls may have an example's decays, and its erase and write."""
-    if example.channels and "channel" not in limits.decays_of(decode=decode):
+    limits = limits.of(decode=decode)
+    if example.channels and "channel" not in limits.decays:
         return False
     if example.apart is None:
         return True

@@ -61,20 +61,28 @@ def multiplying(dtype: str) -> Any:
 
 
 @pytest.mark.parametrize("target", GPUS)
-def test_a_step_with_decays_of_channels_is_fit_and_moves_them(target: str) -> None:
+def test_a_step_with_gates_of_channels_is_fit_and_moves_them(target: str) -> None:
+    kinds = ("log_alpha", "channels", "erase and write", "erase and write channels")
     drawn = sampling.samples([GATED_DELTA_STEP.cases[1]], everything=True)
-    wanted = ("gated_delta_step log_alpha", "gated_delta_step channels")
     backend = get_backend("tilelang")
     assert isinstance(backend, Backend)
-    chosen = [sample for sample in drawn if sample.label in wanted]
-    assert [sampling.reasons_against(backend, sample) for sample in chosen] == [[], []]
+    by_label = {sample.label: sample for sample in drawn}
+    chosen = [by_label[f"gated_delta_step {kind}"] for kind in kinds]
+    assert [sampling.reasons_against(backend, sample) for sample in chosen] == [[]] * 4
     rows = compile_for("tilelang", target, backend, chosen)
-    (scalar, s), (channels, c) = ((row, launch) for row in rows for launch in row.launches)
-    assert not scalar.options["channels"] and channels.options["channels"]
     assert all(row.failures == () and row.spills == row.stack == 0 for row in rows)
-    # K floats for each row and head in place of one.
+    gates = [tuple(row.options[name] for name in ("channels", "erases", "writes")) for row in rows]
+    assert gates == [
+        (False, "none", "none"),
+        (True, "none", "none"),
+        (False, "scalar", "scalar"),
+        (True, "channel", "channel"),
+    ]
+    # A decay of channels is K floats for each row and head; erase and write are two for one beta.
     sizes = GATED_DELTA_STEP.cases[1].sizes
-    assert c.bytes - s.bytes == 4 * (sizes.K - 1) * sizes.B * sizes.HV
+    moved = [launch.bytes for row in rows for launch in row.launches]
+    floats = [(n - moved[0]) // (4 * sizes.B * sizes.HV) for n in moved]
+    assert floats == [0, sizes.K - 1, 1, 2 * sizes.K + sizes.V - 2]
 
 
 # What is wrong is found.

@@ -55,14 +55,28 @@ CHANNELS = [
 ]
 """Decays of channels: fewer and more of them than threads, exact zeros, and log decays of -inf."""
 
+APART = [
+    dataclasses.replace(DECODING, **{"beta": "wide", **changes})
+    for changes in (
+        {"apart": "channels", "channels": True, "dtype": "bfloat16"},
+        {"apart": "channels", "K": 16, "V": 16, "qk_l2norm": True, "dtype": "float16"},
+        {"apart": "erase", "channels": True, "log_gate": True, "gate": "extreme", "K": 32},
+        {"apart": "write", "rule": "delta", "beta": "binary", "initial_state": False},
+        {"apart": "scalars", "gate": "zero", "K": 256, "V": 32, "B": 1, "R": 1},
+    )
+]
+"""Erase and write in place of beta: of channels, of heads, one of them alone; zeros, beyond 1."""
 
-@pytest.mark.parametrize("example", DECODED + CHANNELS, ids=repr)
+POOLED = DECODED[:2] + DECODED[-3:-2] + CHANNELS[1:3] + APART[:1]
+
+
+@pytest.mark.parametrize("example", DECODED + CHANNELS + APART, ids=repr)
 def test_decoded_tokens_are_the_definition(example: Example) -> None:
     verdict = steps_equal_one_step_after_another("tilelang", example)
     assert verdict.passed, verdict
 
 
-@pytest.mark.parametrize("example", DECODED[:2] + DECODED[-3:-2] + CHANNELS[1:3], ids=repr)
+@pytest.mark.parametrize("example", POOLED, ids=repr)
 def test_a_pool_is_advanced_where_it_lies(example: Example) -> None:
     pooled = dataclasses.replace(example, slots=(4, -1, 0), pool=6, initial_state=True)
     for law in (a_pool_equals_separate_states, steps_equal_one_step_after_another):
@@ -156,15 +170,43 @@ def test_a_channel_that_decays_to_nothing_is_forgotten_and_no_other() -> None:
         assert not bool(new[:, :, 5].any())
 
 
-def test_a_sequence_with_decays_of_channels_is_refused_and_a_step_is_not() -> None:
-    q, gates = torch.ones(1, 4, 2, 16), torch.ones(1, 4, 2, 16)
-    given = {"alpha": gates, "beta": torch.ones(1, 4, 2), "backend": "tilelang"}
-    against = dict(gdn_ops.explain(q, q, q, **given).reasons)["tilelang"]
-    assert against == ("channel decay in gated_delta (supported: none, scalar)",)
+def test_an_erase_and_a_write_act_on_their_own_channels() -> None:
+    # The key and the state are ones: S'ᵀ (e ⊙ k) sums e over K.
+    ones, state = torch.ones(1, 1, 1, 16), torch.ones(1, 1, 16, 16)
+    erase, write = torch.zeros_like(ones), torch.zeros_like(ones)
+    erase[..., 3], write[..., 5] = 0.25, 2.0
+    _, new = gdn_ops.gated_delta_steps(
+        ones, ones, ones, erase=erase, write=write, rule="delta", state=state, backend="tilelang"
+    )
+    expected = torch.full((1, 1, 16, 16), 0.75)
+    expected[..., 5] += 2.0
+    assert torch.equal(new, expected)
+
+
+DECAY = "channel decay in gated_delta (supported: none, scalar)"
+STRENGTH = (
+    "channel erase in gated_delta (supported: none, scalar)",
+    "channel write in gated_delta (supported: scalar)",
+    "erase and write in gated_delta (supported: beta)",
+)
+
+
+@pytest.mark.parametrize(
+    ("wide", "against"),
+    [(("alpha", "beta"), (DECAY,)), (("alpha", "erase", "write"), (DECAY, *STRENGTH))],
+    ids=["KDA", "GDN-2"],
+)
+def test_a_sequence_of_channels_is_refused_and_a_step_is_not(
+    wide: tuple[str, ...], against: tuple[str, ...]
+) -> None:
+    q = torch.ones(1, 4, 2, 16)
+    gates = {name: torch.ones(1, 4, 2) if name == "beta" else torch.ones_like(q) for name in wide}
+    given = {**gates, "backend": "tilelang"}
+    assert dict(gdn_ops.explain(q, q, q, **given).reasons)["tilelang"] == against
     text = message_of(
         gdn_ops.BackendUnsupportedError, lambda: gdn_ops.gated_delta(q, q, q, **given)
     )
-    assert "tilelang: channel decay in gated_delta (supported: none, scalar)" in text
+    assert f"tilelang: {'; '.join(against)}\n" in text
     o, _ = gdn_ops.gated_delta_steps(q, q, q, **given)
     assert torch.equal(o, gdn_ops.gated_delta_steps(q, q, q, **given | {"backend": "naive"})[0])
 

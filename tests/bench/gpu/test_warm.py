@@ -89,7 +89,7 @@ def compiled_for(name: str, row: GpuRow) -> set[str]:
     """Return the specialisations that a backend's compiler makes code for in a row."""
     backend = registry.get_backend(name)
     assert isinstance(backend, KernelBackend)
-    if row.channels and "channel" not in backend.limits.decays_of(decode=row.what == "step"):
+    if row.channels and "channel" not in backend.limits.of(decode=row.what == "step").decays:
         return set()
     launches = meta_launches(name, row)
     assert launches
