@@ -72,10 +72,9 @@ def calls(
     tokens = st.sampled_from([t for t in (DRAFTS if decode else TOKENS) if t <= max_tokens])
     packed = limits.varlen and not decode and (draw(st.booleans()) if varlen is None else varlen)
     lengths = tuple(draw(st.lists(tokens, min_size=0, max_size=3))) if packed else None
-    free = _sizes(limits, dtypes)
     fixed = draw(st.sampled_from(shape_classes)) if shape_classes is not None else {}
-    drawn = {name: draw(own) for name, own in free.items() if name not in fixed} | dict(fixed)
-    drawn |= {} if lengths is None else {"B": 1}
+    drawn = {name: draw(own) for name, own in _sizes(limits, dtypes).items() if name not in fixed}
+    drawn |= dict(fixed) if lengths is None else {**fixed, "B": 1}
     if "magnitude" not in drawn:
         # Most of them are about float16.
         rest = MAGNITUDES if drawn["dtype"] == "float16" else ("unit", "unit", *MAGNITUDES)

@@ -39,7 +39,8 @@ def run(
     unit = UNIT if state is None or _is_wide(state) else 1
     nothing = absent(torch.float32, call.device)
     beta, erase, write = (dense(x) for x in call.tokens[5:])
-    strengths = gate_of(call), beta, erase, write
+    strength = beta if write is None else write
+    is_number = strength is not None and call.widths.write != "channel"
     no_state = absent(new_state.dtype, call.device, 1, unit)
     indices, index_step = _indices(call)
     launch(
@@ -53,10 +54,10 @@ def run(
             "threads": 32 * config.warps,
         },
         memory(q), memory(k), memory(v),
-        *(nothing if x is None else x.view(-1) for x in strengths),
+        *(nothing if x is None else x.view(-1) for x in (gate_of(call), strength, erase)),
         *(no_state if x is None else memory(x).view(-1, unit) for x in (state, new_state, states)),
         indices, o.view(B * T, HV, V),
-        B, T, R, float(call.scale), gate_kind(call), int(beta is not None), int(call.qk_l2norm),
+        B, T, R, float(call.scale), gate_kind(call), int(is_number), int(call.qk_l2norm),
         int(state is not None), int(states is not None), index_step,
         *q.stride(), *k.stride(), *v.stride(),
         *_strides(new_state if state is None else state, unit), *_strides(new_state, unit),

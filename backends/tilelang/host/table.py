@@ -97,5 +97,8 @@ _FULL = (
     "of 32 would not spill and double the steps of the serial walk"
 )
 
-ALLOWED_SPILLS: AllowedSpills = {("token_gradients", "sm_80"): (5, _FULL)}
-"""(kernel, target) -> the most spills that a reference may have there, and why."""
+ALLOWED_SPILLS: AllowedSpills = {("token_gradients", "sm_80"): (6, _FULL)}
+"""(kernel, target) -> the most spills that a reference may have there, and why.
+
+TileLang places tiles of equal size in an order that changes from run to run: 5 or 6 are spilled.
+"""

@@ -4,8 +4,8 @@ One program per row, value head and block of BV columns of V: a row alone fills 
 block, (K, BV) float32, stays in registers over the tokens; all arithmetic is float32.
 
     reads   q, k (B, T, H, K), v (B, T, HV, V), any strides; gate, β (B T, HV) float32, with
-            channels the gate (B T, HV, K); in place of β erase and write, (B T, HV), or where they
-            are of channels (B T, HV, K) and (B T, HV, V); the state (B, HV, K, V), or a pool
+            channels the gate (B T, HV, K); apart from β, erase and, as β, write (B T, HV), or where
+            they are of channels (B T, HV, K) and (B T, HV, V); the state (B, HV, K, V), or a pool
             (P, HV, K, V) and the slot of every row, -1 to skip it
     writes  o (B T, HV, V); the state, in place or not; on request the state after every token
 
@@ -48,8 +48,8 @@ def tokens(
         erases, writes: the widths of erase and write, "none" where they are not given.
     """
     n_q, n_k, n_v, n_gate, n_beta, M, HV = T.dynamic("n_q, n_k, n_v, n_gate, n_beta, M, HV", I64)
-    n_erase, n_write = T.dynamic("n_erase, n_write", I64)
-    n_state, n_new, n_states, n_indices = T.dynamic("n_state, n_new, n_states, n_indices", I64)
+    n_erase, n_state, n_new, n_states = T.dynamic("n_erase, n_state, n_new, n_states", I64)
+    n_indices = T.dynamic("n_indices", I64)
     blocks_of_V = V // BV
     padded = -(-K // threads) * threads
     is_apart = erases != "none" or writes != "none"
@@ -59,7 +59,7 @@ def tokens(
     def tokens(
         q: T.Tensor((n_q,), low), k: T.Tensor((n_k,), low), v: T.Tensor((n_v,), low),
         gate: T.Tensor((n_gate,), F32), beta: T.Tensor((n_beta,), F32),
-        erase_by: T.Tensor((n_erase,), F32), write_by: T.Tensor((n_write,), F32),
+        erase_by: T.Tensor((n_erase,), F32),
         state: T.Tensor((n_state, UNIT), stored), new_state: T.Tensor((n_new, UNIT), stored),
         states: T.Tensor((n_states, UNIT), stored), indices: T.Tensor((n_indices,), I32),
         o: T.Tensor((M, HV, V), low),
@@ -124,12 +124,10 @@ def tokens(
                 strength = 1.0
                 if has_beta != 0:
                     strength = beta[at]
-                if writes == "scalar":
-                    strength = write_by[at]
                 for j in T.Parallel(BV):
                     given = T.cast(v[from_v + t * v_token + j * v_d], F32)
                     if writes == "channel":
-                        m.u[j] = write_by[at * V + first + j] * given - m.u[j]
+                        m.u[j] = beta[at * V + first + j] * given - m.u[j]
                     elif is_apart:
                         m.u[j] = strength * given - m.u[j]
                     else:
