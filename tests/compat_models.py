@@ -8,7 +8,7 @@ import functools
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -208,15 +208,18 @@ def gradients(model: Any, ids: Tensor, **options: Any) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def no_float32() -> Iterator[None]:
     """Give a model float64 wherever it asks for float32."""
-    to = Tensor.to
 
-    def wide_to(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        if arguments[:1] == (torch.float32,):
-            arguments = (torch.float64, *arguments[1:])
-        return to(x, *arguments, **options)
+    def widened(convert: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wide(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+            if arguments[:1] == (torch.float32,):
+                arguments = (torch.float64, *arguments[1:])
+            return convert(x, *arguments, **options)
+
+        return wide
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "to", wide_to)
+        for name in ("to", "type"):
+            patch.setattr(Tensor, name, widened(getattr(Tensor, name)))
         patch.setattr(Tensor, "float", Tensor.double)
         yield
 

@@ -17,9 +17,12 @@ from gdn_ops.compat.transformers.positions import INPUTS, MASK, POSITIONS
 from gdn_ops.parallel.context import Active, active
 from gdn_ops.spec.errors import SpecError
 
-ARCHITECTURES = ("lara_mini", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next")
+ARCHITECTURES = (
+    *("bailing_hybrid", "kimi_linear", "lara_mini", "olmo_hybrid"),
+    *("qwen3_5", "qwen3_5_moe", "qwen3_next"),
+)
 """Model folders whose models mix tokens in attention and linear attention alone: they are tested.
-Qwen4-Exp also reads n-grams and selects keys."""
+Qwen4-Exp also reads n-grams and selects keys, and GLM-5.3-Flash selects keys."""
 
 HEADS = ("Model", "ForCausalLM", "ForConditionalGeneration")
 """End the names of classes whose outputs are per token, and whose loss is a sum over tokens."""

@@ -290,13 +290,6 @@ def test_a_compiled_layer_is_one_graph_with_the_op_in_it() -> None:
     assert relative(y, expected) < 1e-5
 
 
-def test_sequence_parallel_is_refused_by_name() -> None:
-    plan = examine(module_of("kimi_linear-softplus"))
-    assert isinstance(plan, Plan)
-    assert plan.obstacle is not None
-    assert "kimi_linear" in plan.obstacle
-
-
 # Modules of releases that are not there.
 
 

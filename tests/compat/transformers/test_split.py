@@ -14,6 +14,7 @@ import gdn_ops
 from compat_late import refusal_of_a_late_model
 from compat_models import (
     FAMILIES,
+    KDA_FAMILIES,
     SMALL,
     architecture,
     has_convolutions,
@@ -32,7 +33,7 @@ from tests.parallel.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SPLITTING = [family for family in FAMILIES if architecture(family) in ARCHITECTURES]
+SPLITTING = [name for name in (*FAMILIES, *KDA_FAMILIES) if architecture(name) in ARCHITECTURES]
 
 UNEVEN = (((11, 17), (0, 3)), ((10, 11),), ((3, 10), (20, 23)), ((17, 20),))
 """Of 23 tokens."""
@@ -336,12 +337,14 @@ def test_a_model_that_is_loaded_inside_is_refused_too() -> None:
     )
 
 
-def test_a_model_of_another_architecture_is_refused(split: SequenceSplit) -> None:
-    tiny = model("qwen4_exp-2:1")
+@pytest.mark.parametrize("family", ["qwen4_exp-2:1", "glm5_next-bounded"])
+def test_a_model_of_another_architecture_is_refused(split: SequenceSplit, family: str) -> None:
+    tiny = model(family)
     with accelerate(), sequence_parallel(split):
         assert message_of(gdn_ops.SpecError, tiny, tokens(1, 12)) == (
-            "accelerate: a model of qwen4_exp is called, should be of lara_mini, olmo_hybrid, "
-            "qwen3_5, qwen3_5_moe, qwen3_next under sequence_parallel"
+            f"accelerate: a model of {architecture(family)} is called, should be of "
+            f"bailing_hybrid, kimi_linear, lara_mini, olmo_hybrid, qwen3_5, qwen3_5_moe, "
+            f"qwen3_next under sequence_parallel"
         )
 
 
