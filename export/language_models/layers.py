@@ -18,6 +18,7 @@ from gdn_ops.export.language_models.flavours import Flavour
 from gdn_ops.export.language_models.graph import Graph
 from gdn_ops.export.language_models.plan import (
     Attention,
+    Decay,
     Dense,
     Experts,
     GatedDelta,
@@ -262,8 +263,9 @@ class LayerWriter:
         self._state(old, new, (BATCH, d.value_heads, d.key_width, d.value_width))
         sizes = {"H": d.heads, "HV": d.value_heads, "K": d.key_width, "V": d.value_width}
         attributes = checked_attributes(
-            str(SEQUENCE), SEQUENCE, sizes, d.rule, None, qk_l2norm=d.qk_norm == "l2"
-        )
+            str(SEQUENCE), SEQUENCE, sizes, d.rule, None, qk_l2norm=d.qk_norm == "l2",
+            decay="channel" if d.has_channels else "scalar",
+        )  # fmt: skip
         inputs = (q, k, v, log_alpha, beta, old)
         o = g.local(d.rule)
         g(SEQUENCE.name, *inputs, outputs=[o, new], domain=DOMAIN, **attributes.as_onnx())
@@ -280,11 +282,17 @@ class LayerWriter:
             "qkv": d.channels,
             "z": 0 if d.output_gate is None else d.value_heads * d.value_width,
             "b": d.value_heads,
-            "a": 0 if d.rate is None else d.value_heads,
+            "a": 0 if d.decay is None else d.decay.rows,
         }
+        if d.gate_widening is not None:
+            sizes["z"] = d.gate_widening.weight.shape[1]
         there = {name: size for name, size in sizes.items() if size}
         parts = self._split(self._linear(x, d.inputs, "inputs"), [*there.values()], "parts")
         found = dict(zip(there, parts, strict=True))
+        if d.gate_widening is not None:
+            found["z"] = self._linear(found["z"], d.gate_widening, "z")
+        if d.decay is not None and d.decay.widening is not None:
+            found["a"] = self._linear(found["a"], d.decay.widening, "a")
         return found["qkv"], found.get("z", ""), found["b"], found.get("a", "")
 
     def _convolved(self, i: int, d: GatedDelta, qkv: str) -> tuple[str, str, str]:
@@ -321,10 +329,9 @@ class LayerWriter:
     def _gates(self, d: GatedDelta, a: str, b: str, shared: Shared) -> tuple[str, str]:
         """Write the logarithm of the decay, "" where there is none, and beta."""
         g = self.graph
-        log_alpha = ""
-        if d.rate is not None and d.dt_bias is not None:
-            step = g("Softplus", g("Add", a, g.weight("dt_bias", d.dt_bias), name="step_raw"))
-            log_alpha = g("Mul", step, g.weight("rate", -d.rate), name="log_alpha")
+        log_alpha = "" if d.decay is None else self._log_alpha(d.decay, a)
+        if d.has_channels:
+            log_alpha = self._heads(log_alpha, d.value_heads, d.key_width)
         beta = g("Sigmoid", b, name="beta")
         if d.beta_scale != 1:
             beta = g("Mul", beta, g.constant(d.beta_scale, np.float32), name="beta_scaled")
@@ -332,6 +339,16 @@ class LayerWriter:
             # The convolution makes values of padding: with beta 0 they are not written.
             beta = g("Mul", beta, shared.is_token, name="beta_of_tokens")
         return log_alpha, str(beta)
+
+    def _log_alpha(self, decay: Decay, a: str) -> str:
+        """Write the logarithm of a decay, as wide as a."""
+        g = self.graph
+        raw = g("Add", a, g.weight("dt_bias", decay.bias), name="step_raw")
+        if decay.lower_bound is None:
+            step = g("Softplus", raw, name="step")
+            return str(g("Mul", step, g.weight("rate", -decay.rate), name="log_alpha"))
+        share = g("Sigmoid", g("Mul", raw, g.weight("rate", decay.rate), name="scaled"))
+        return str(g("Mul", share, g.constant(decay.lower_bound, np.float32), name="log_alpha"))
 
     def _activated(self, x: str, name: str) -> str:
         """Apply "silu", "sigmoid", "relu", "elu" (1 + ELU) or "none"."""

@@ -48,11 +48,35 @@ class Linear:
 
 
 @dataclass(frozen=True, eq=False)
+class Decay:
+    """Describe log α = −rate ⊙ softplus(a + bias), or lower_bound sigmoid(rate ⊙ (a + bias)).
+
+    Attributes:
+        rate: exp(A_log), (HV,), or with one of every key channel (HV K,).
+        bias: as long.
+        lower_bound: below 0, or None for the first form.
+        widening: makes a, as wide, of what the inputs of the layer have for it; None where they
+            have a itself.
+    """
+
+    rate: Tensor
+    bias: Tensor
+    lower_bound: float | None = None
+    widening: Linear | None = None
+
+    @property
+    def rows(self) -> int:
+        """Return how many rows of the inputs of the layer it has."""
+        made = len(self.rate) if self.widening is None else self.widening.weight.shape[1]
+        return int(made)
+
+
+@dataclass(frozen=True, eq=False)
 class GatedDelta:
     """Describe a layer of the gated delta rule, or of one that leaves its decay or erasing out.
 
     q, k = qk_norm(feature_map(conv(W x)));  v = SiLU(conv(W x));
-    log α = −rate ⊙ softplus(W_a x + dt_bias);  β = beta_scale sigmoid(W_b x);
+    log α = decay(W_a x);  β = beta_scale sigmoid(W_b x);
     y = W_out (norm(rule(q, k, v)) ⊙ gate(W_z x)).
 
     Attributes:
@@ -65,8 +89,7 @@ class GatedDelta:
         conv_weight: (2 H K + HV V, kernel), depthwise, the last column for the newest token; None
             for no convolution.
         conv_bias: (2 H K + HV V,), or None.
-        rate: (HV,), exp(A_log); None where the rule has no decay.
-        dt_bias: (HV,), or None with the rate.
+        decay: None where the rule has none.
         beta_scale: 1, or 2 where β reaches up to 2.
         norm: of each value head, or None.
         output_gate: "silu", "sigmoid" or None.
@@ -74,6 +97,7 @@ class GatedDelta:
         rule: a member of the family: "gated_delta", "delta", "gated" or "linear".
         feature_map: the activation of q and k: "silu", "relu", "elu" (1 + ELU) or "none".
         qk_norm: "l2", "l1" or None.
+        gate_widening: makes z of what the inputs have for it; None where they have z itself.
     """
 
     heads: int
@@ -83,8 +107,7 @@ class GatedDelta:
     inputs: Linear
     conv_weight: Tensor | None
     conv_bias: Tensor | None
-    rate: Tensor | None
-    dt_bias: Tensor | None
+    decay: Decay | None
     beta_scale: float
     norm: Norm | None
     output_gate: str | None
@@ -92,6 +115,12 @@ class GatedDelta:
     rule: str = "gated_delta"
     feature_map: str = "silu"
     qk_norm: str | None = "l2"
+    gate_widening: Linear | None = None
+
+    @property
+    def has_channels(self) -> bool:
+        """Return whether every key channel has a decay of its own."""
+        return self.decay is not None and len(self.decay.rate) > self.value_heads
 
     @property
     def channels(self) -> int:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from gdn_ops.export.language_models.plan import (
     Attention,
+    Decay,
     Dense,
     Experts,
     GatedDelta,
@@ -175,9 +176,9 @@ class _Reader:
         gate = next((name for name in _CHANNEL_GATES if hasattr(module, name)), None)
         if gate is not None:
             _fail(
-                f"{self._name(module)} has {gate}, a decay of every key channel: a whole language "
-                f"model with it has no ONNX form; export_decode takes a module that passes such a "
-                f"decay to gated_delta_step"
+                f"{self._name(module)} has {gate}, a decay of every key channel: a whole model "
+                f"of transformers with it has no ONNX form; gdn_ops.nn.HybridLM has one, and "
+                f"export_decode takes a module that passes such a decay to gated_delta_step"
             )
 
     def _gated_delta(self, module: Any) -> GatedDelta:
@@ -194,8 +195,7 @@ class _Reader:
             self._delta_inputs(module, heads, value_heads, K, V),
             self._own(conv.weight)[:, 0],
             None if conv.bias is None else self._own(conv.bias),
-            self._own(module.A_log).float().exp(),
-            self._own(module.dt_bias).float(),
+            Decay(self._own(module.A_log).float().exp(), self._own(module.dt_bias).float()),
             2.0 if getattr(module, "allow_neg_eigval", False) else 1.0,
             Norm(self._own(norm.weight).float(), float(norm.variance_epsilon)),
             "silu",

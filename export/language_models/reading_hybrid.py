@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gdn_ops.export.language_models.plan import (
     Attention,
+    Decay,
     Dense,
     GatedDelta,
     LanguageModel,
@@ -22,6 +23,8 @@ from gdn_ops.export.language_models.plan import (
     Norm,
 )
 from gdn_ops.export.language_models.reading import LABEL
+from gdn_ops.export.node.attributes import why_beta
+from gdn_ops.export.node.schema import SEQUENCE
 from gdn_ops.nn.attention import SlidingWindowAttention
 from gdn_ops.nn.convolution import ShortConvolution
 from gdn_ops.nn.gated_delta_net import GatedDeltaNet
@@ -30,9 +33,6 @@ from gdn_ops.nn.hybrid import Block, HybridLM, SwiGLU
 from gdn_ops.nn.norm import GatedRMSNorm
 from gdn_ops.nn.sources import Source
 from gdn_ops.spec.errors import SpecError
-
-_PLAIN = {"channel_decay": False, "erase_write": False, "lower_bound": None, "gate_rank": None}
-"""Options of a layer whose other values no graph is written for."""
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
@@ -47,7 +47,7 @@ def read_hybrid(model: HybridLM) -> LanguageModel:
     """Return the description of a HybridLM.
 
     Args:
-        model: with any pattern and any options of its layers.
+        model: with any pattern but E, and any options of its layers but erase_write.
 
     Raises:
         SpecError: a part has no ONNX form; the text names it.
@@ -119,34 +119,50 @@ class _Reader:
         """Read a GatedDeltaNet, whatever its options leave out.
 
         Raises:
-            SpecError: it is another member of the family, for example Kimi Delta Attention.
+            SpecError: it has an erase and a write gate in place of β.
         """
-        for option, plain in _PLAIN.items():
-            value = getattr(layer, option)
-            if value != plain:
-                _fail(
-                    f"{name} has {option} = {value}, should have {plain}: one decay and one β per "
-                    f"head have an ONNX form here"
-                )
+        if layer.erase_write:
+            _fail(f"{name} has erase_write = True, should have False: {why_beta(SEQUENCE)}")
         q, k, v = (self._linear(f"{name}.{part}_proj") for part in "qkv")
         qkv, weight, bias = self._convolution(name, layer, Linear.stacked(q, k, v))
-        gate, norm, rate, dt_bias = layer.output_gate, None, None, None
-        others = [self._linear(f"{name}.g_proj")] if gate is not None else []
+        gate, norm, decay, gate_widening = layer.output_gate, None, None, None
+        others: list[Linear] = []
+        if gate is not None:
+            inner, gate_widening = self._projection(f"{name}.g_proj")
+            others.append(inner)
         others.append(self._linear(f"{name}.b_proj"))
         if layer.decay is not None:
-            self._part(f"{name}.decay", DecayGate)
-            others.append(self._linear(f"{name}.a_proj"))
-            rate = self.source.tensor(f"{name}.decay.A_log").float().exp()
-            dt_bias = self.source.tensor(f"{name}.decay.dt_bias")
+            inner, decay = self._decay(name)
+            others.append(inner)
         if layer.output_norm:
             norm = self._norm(f"{name}.o_norm", GatedRMSNorm)
             gate = None if gate is None else self.source.output_gate(f"{name}.o_norm")
         return GatedDelta(
             layer.num_heads, layer.num_value_heads, layer.head_dim, layer.value_dim,
-            Linear.stacked(qkv, *others), weight, bias, rate, dt_bias,
+            Linear.stacked(qkv, *others), weight, bias, decay,
             2.0 if layer.allow_neg_eigval else 1.0, norm, gate,
             self._linear(f"{name}.o_proj"), layer.rule, layer.feature_map, layer.qk_norm,
+            gate_widening,
         )  # fmt: skip
+
+    def _decay(self, name: str) -> tuple[Linear, Decay]:
+        """Return what a decay has of the inputs of its layer, and the decay."""
+        gate = self._part(f"{name}.decay", DecayGate)
+        rate = self.source.tensor(f"{name}.decay.A_log").float().exp()
+        bias = self.source.tensor(f"{name}.decay.dt_bias")
+        if gate.channels is not None:
+            rate = rate.repeat_interleave(gate.channels)
+        inner, widening = self._projection(f"{name}.a_proj")
+        return inner, Decay(rate, bias, gate.lower_bound, widening)
+
+    def _projection(self, name: str) -> tuple[Linear, Linear | None]:
+        """Return a projection; or of two matrices, with a narrow width between, each."""
+        if not isinstance(self.model.get_submodule(name), nn.Sequential):
+            return self._linear(name), None
+        parts = self._part(name, nn.Sequential)
+        if len(parts) != 2:
+            _fail(f"{name} has {len(parts)} parts, should have 2: it has no ONNX form")
+        return self._linear(f"{name}.0"), self._linear(f"{name}.1")
 
     def _convolution(
         self, name: str, layer: GatedDeltaNet, qkv: Linear

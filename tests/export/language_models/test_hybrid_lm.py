@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import refusal
+from gdn_ops.export.language_models.layers import LayerWriter
+from gdn_ops.export.language_models.plan import Decay
 from gdn_ops.export.language_models.writing import export_model
 from gdn_ops.export.model.folder import GRAPH
 from gdn_ops.export.runtime.model_session import ModelSession
@@ -54,6 +57,14 @@ OPTIONS: list[dict[str, Any]] = [
     {"num_heads": 1, "head_dim": 20, "attention_heads": 4},
     {"mlp_size": 0},
     {"norm_eps": 0.1},
+    {"lower_bound": -5.0},
+    {"gate_rank": 4},
+    {"gate_rank": 4, "rule": "delta", "output_norm": False},
+    {"gate_rank": 3, "output_gate": None},
+    {"channel_decay": True},
+    {"channel_decay": True, "lower_bound": -2.0, "num_value_heads": 4},
+    {"channel_decay": True, "rule": "gated", "conv_bias": True, "gate_rank": 5},
+    {"channel_decay": True, "head_dim": 1, "expand_v": 4.0, "qk_norm": None},
 ]
 
 
@@ -105,7 +116,7 @@ def error(found: Any, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("pattern", ["G", "GA", "MGA", "A"])
+@pytest.mark.parametrize("pattern", ["G", "GA", "MGA", "A", "KKA", "GK"])
 def test_greedy_tokens_are_those_of_the_model(pattern: str, flavour: str, tmp_path: Path) -> None:
     made = model(pattern, num_layers=4)
     expected = continuations(pattern, 48, num_layers=4)
@@ -145,11 +156,11 @@ def assert_computes(made: HybridLM, exported: ModelSession) -> None:
     "options", [{}, {"short_conv": 0}, {"short_conv": 1}, {"short_conv": 1, "conv_bias": True}]
 )
 def test_projections_with_a_bias_let_no_padding_in(options: Any, tmp_path: Path) -> None:
-    made = model("GA", **options)
-    for block, names in zip(made.blocks, ("qkvbag", "qkvo"), strict=True):
-        for name in names:
-            own = getattr(block.mixer, f"{name}_proj")
-            own.bias = nn.Parameter(torch.randn(own.out_features))
+    made = model("GAK", **options)
+    for block in made.blocks:
+        for own in block.mixer.modules():
+            if isinstance(own, nn.Linear):
+                own.bias = nn.Parameter(torch.randn(own.out_features))
     assert_computes(made, session(made, tmp_path))
 
 
@@ -258,6 +269,10 @@ def with_parameter(made: HybridLM) -> None:
     made.blocks[0].mixer.extra = nn.Parameter(torch.zeros(3))
 
 
+def with_a_third_part(made: HybridLM) -> None:
+    made.blocks[0].mixer.a_proj = nn.Sequential(*(nn.Linear(n, 2) for n in (HIDDEN, 2, 2)))
+
+
 def without_weights(made: HybridLM) -> None:
     made.to("meta")
 
@@ -277,6 +292,7 @@ REFUSED: dict[Callable[[HybridLM], None], str] = {
     "follows the convolution",
     with_parameter: "nothing in the graph would read blocks.0.mixer.extra of HybridLM: the part "
     "that it belongs to has no ONNX form",
+    with_a_third_part: "blocks.0.mixer.a_proj has 3 parts, should have 2: it has no ONNX form",
     without_weights: "embedding.weight is on the device meta, should be loaded: weights that are "
     "offloaded or not loaded yet have no values",
 }
@@ -291,23 +307,40 @@ def test_a_part_without_a_form_is_named(change: Callable[[HybridLM], None], tmp_
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("pattern", "options", "text"),
-    [
-        ("GK", {}, "blocks.1.mixer has channel_decay = True, should have False"),
-        ("E", {"channel_decay": False}, "blocks.0.mixer has erase_write = True, should have False"),
-        ("AG", {"lower_bound": -5.0}, "blocks.1.mixer has lower_bound = -5.0, should have None"),
-        ("G", {"gate_rank": 4}, "blocks.0.mixer has gate_rank = 4, should have None"),
-    ],
-)
-def test_another_member_of_the_family_is_refused(
-    pattern: str, options: dict[str, Any], text: str, tmp_path: Path
-) -> None:
-    made = model(pattern, **options)
+@pytest.mark.parametrize("options", [{}, {"channel_decay": False}], ids=str)
+def test_gates_that_erase_and_write_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    made = model("KE", **options)
     assert refusal(export_model, made, tmp_path / "model") == (
-        f"export_model: {text}: one decay and one β per head have an ONNX form here"
+        "export_model: blocks.1.mixer has erase_write = True, should have False: "
+        "gdn_ops::GatedDelta has one strength, beta, and no erase or write"
     )
     assert not any(tmp_path.iterdir())
+
+
+def without_a_bound(decay: Decay) -> Decay:
+    return dataclasses.replace(decay, lower_bound=None)
+
+
+def with_a_decay_for_all_channels(decay: Decay) -> Decay:
+    return dataclasses.replace(decay, bias=decay.bias.mean().expand_as(decay.bias))
+
+
+@pytest.mark.parametrize("change", [without_a_bound, with_a_decay_for_all_channels])
+def test_a_decay_that_is_written_wrong_is_refused(
+    change: Callable[[Decay], Decay], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = LayerWriter._log_alpha
+    monkeypatch.setattr(LayerWriter, "_log_alpha", lambda self, d, a: right(self, change(d), a))
+    text = refusal(export_model, model("K", lower_bound=-2.0), tmp_path / "model")
+    assert text.startswith("export_model: the graph of HybridLM computes other logits than the")
+
+
+@needs_ort_body
+def test_the_narrow_projections_are_quantised_too(tmp_path: Path) -> None:
+    made = model("K", gate_rank=4)
+    quantised = session(made, tmp_path, flavour="onnxruntime", weights="int8")
+    assert 0 < quantised.folder.error < 0.05
+    assert error(quantised.read(PROMPTS[0])[0], logits_of(made, PROMPTS[0])[-1]) < 0.05
 
 
 def test_a_model_that_computes_something_else_is_refused(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from gdn_ops.export.language_models import reading
 FAMILY = "qwen3_5-3:1"
 
 OF_CHANNELS = (
-    "a whole language model with it has no ONNX form; export_decode takes a module that passes "
-    "such a decay to gated_delta_step"
+    "a whole model of transformers with it has no ONNX form; gdn_ops.nn.HybridLM has one, and "
+    "export_decode takes a module that passes such a decay to gated_delta_step"
 )
 
 
