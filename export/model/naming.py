@@ -155,6 +155,13 @@ Pair = tuple[str | None, str | None]
 """The graph input and output that are one state; None where there is none."""
 
 
+def carries_states(model: ModelProto) -> bool:
+    """Return whether the state of every node of ours is an input of the graph, and returned."""
+    pairs = _recurrent_states(model)
+    is_whole = all(old is not None and new is not None for old, new in pairs)
+    return is_whole and len(pairs) == len(nodes_of(model))
+
+
 def _recurrent_states(model: ModelProto) -> dict[Pair, tuple[str, str]]:
     """Return the graph's inputs and outputs that are states of our nodes, and their new names."""
     graph = model.graph

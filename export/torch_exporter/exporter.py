@@ -19,7 +19,7 @@ from gdn_ops.export.bodies.body import DEFAULT_OPSET, MIN_OPSET
 from gdn_ops.export.bodies.table import BODIES, check_opset, find_body
 from gdn_ops.export.model.conversion import with_opset
 from gdn_ops.export.model.functions import set_body
-from gdn_ops.export.model.naming import Names, check_names, name_values
+from gdn_ops.export.model.naming import Names, carries_states, check_names, name_values
 from gdn_ops.export.model.nodes import NoNodeError, check_model, nodes_of
 from gdn_ops.export.model.single import BATCH, TOKENS
 from gdn_ops.export.node.arguments import check_flag, check_target, check_type
@@ -49,7 +49,9 @@ def export_decode(
 
     The module takes every state as an argument and returns its next value. A state that goes
     from an argument into `gated_delta_step` is called past_key_values.{i}.recurrent_state, and its
-    next value present.{i}.recurrent_state, i counting the calls. Arguments with conv_state in
+    next value present.{i}.recurrent_state, i counting the calls. The same holds for `gated_delta`,
+    `gated_delta_product` and `gated_delta_steps` over as many tokens as the example has, such as
+    the writes of one token of a product. Arguments with conv_state in
     their name are called past_key_values.{i}.conv_state, in order, if there are as many results
     of such a shape.
 
@@ -208,11 +210,15 @@ class _Export:
                 f"{expected}; pass the module itself: a program that torch.export made before "
                 f"holds the step in pieces"
             ) from None
-        if self.operator not in operators:
-            raise SpecError(
-                f"{expected}: there are only nodes {', '.join(map(str, operators))}; the other "
-                f"exporter is for them"
-            )
+        if self.operator in operators:
+            return
+        if self.operator is STEP and carries_states(model):
+            # So many tokens a call, such as the factors of one token of a product.
+            return
+        raise SpecError(
+            f"{expected}: there are only nodes {', '.join(map(str, operators))}; the other "
+            f"exporter is for them"
+        )
 
 
 def _with_two_rows(args: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
