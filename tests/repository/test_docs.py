@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import importlib.metadata
 import io
 import re
 import shlex
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from packaging.version import Version
 
 import gdn_ops
 from gdn_ops.cli import bench_command, exit_codes
@@ -75,10 +77,22 @@ def run_page(page: str, name: str) -> int:
         ended, got = run_block(block, name, namespace)
         equal = doctest.OutputChecker().check_output(shows, got, doctest.ELLIPSIS)
         if ended != ending or not equal:
+            skip_for_older(got, f"{Path(name).name}:{block.line}")
             raise AssertionError(
                 f"{name}:{block.line} {ended}\n{got}but should be: {ending}\n{shows}"
             )
     return count
+
+
+NEWER = re.compile(r"^SpecError: .* with (\w+) (\d+\.\d+) and newer\b", re.MULTILINE)
+"""The text of an error that says what a package is too old for."""
+
+
+def skip_for_older(got: str, place: str) -> None:
+    """Skip the rest of a page where the library itself says that a package is too old for it."""
+    found = NEWER.search(got)
+    if found is not None and Version(importlib.metadata.version(found[1])) < Version(found[2]):
+        pytest.skip(f"{place} needs {found[1]} {found[2]}")
 
 
 @pytest.fixture
@@ -96,6 +110,14 @@ def test_a_page_prints_what_it_shows(path: Path, restored: None, one_thread: Non
     page = path.read_text(encoding="utf-8")
     count = run_page(page, str(path))
     assert count == len(re.findall(r"^ *```python", page, re.MULTILINE))
+
+
+@pytest.mark.parametrize("needed", ["0.1", "999.0"])
+def test_only_a_package_that_is_too_old_ends_a_page(needed: str) -> None:
+    code = f"import gdn_ops\nraise gdn_ops.SpecError('as with torch {needed} and newer')"
+    noticed = AssertionError if needed == "0.1" else pytest.skip.Exception
+    with pytest.raises(noticed):
+        run_page(f"```python\n{code}\n```\n", "page")
 
 
 @pytest.mark.parametrize(

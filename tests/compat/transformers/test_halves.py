@@ -306,6 +306,12 @@ def test_a_left_padded_prompt_is_continued_with_any_cache(options: dict[str, Any
     tiny, rows, mask = model(SMALL), tokens(2, 9), mask_of("111111111", "000011111")
     going = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     expected = tiny.generate(rows[1:, 4:], **going)[0, -5:]
+    try:
+        tiny.generate(rows[1:, 4:], disable_compile=True, **going, **options)
+    except ValueError as error:
+        if "without a cache" in str(error):
+            pytest.skip("this transformers reads no prompt of such models in chunks")
+        raise
     with accelerate():
         made = tiny.generate(rows, attention_mask=mask, disable_compile=True, **going, **options)
     assert torch.equal(made[1, -5:], expected)

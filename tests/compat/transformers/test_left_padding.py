@@ -85,6 +85,8 @@ def test_a_cache_that_is_filled_anew_forgets_its_padding() -> None:
     tiny, rows = model(SMALL), tokens(2, 10)
     with accelerate():
         cache = tiny(rows[:, :9], attention_mask=MASK, use_cache=True).past_key_values
+        if not hasattr(cache, "reset"):
+            pytest.skip("caches of this transformers cannot be filled anew")
         cache.reset()
         tiny(rows[:, :9], **told(tiny, cache))
         tiny(rows[:, 9:], **told(tiny, cache))
