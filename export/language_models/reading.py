@@ -185,22 +185,41 @@ class _Reader:
         """Read a gated delta net of any family."""
         heads, value_heads = int(module.num_k_heads), int(module.num_v_heads)
         K, V = int(module.head_k_dim), int(module.head_v_dim)
-        self._check_silu(module, module.activation)
+        weight, bias = self._convolution(module)
         norm = getattr(module, "norm", None) or module.o_norm
         self._check_silu(norm, getattr(norm, "activation", "silu"))
         output = getattr(module, "out_proj", None) or module.o_proj
-        conv = module.conv1d
         return GatedDelta(
             heads, value_heads, K, V,
             self._delta_inputs(module, heads, value_heads, K, V),
-            self._own(conv.weight)[:, 0],
-            None if conv.bias is None else self._own(conv.bias),
+            weight,
+            bias,
             Decay(self._own(module.A_log).float().exp(), self._own(module.dt_bias).float()),
             2.0 if getattr(module, "allow_neg_eigval", False) else 1.0,
             Norm(self._own(norm.weight).float(), float(norm.variance_epsilon)),
             "silu",
             self._linear(output),
         )  # fmt: skip
+
+    def _convolution(self, module: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the weight (D, kernel) and bias (D,) of a convolution of q, k and v, or of three.
+
+        OLMo-Hybrid has three before transformers 5.15.
+        """
+        if hasattr(module, "conv1d"):
+            self._check_silu(module, module.activation)
+            parts = [module.conv1d]
+        else:
+            parts = [getattr(module, f"{name}_conv1d", None) for name in "qkv"]
+        for conv in parts:
+            if conv is None:
+                _fail(f"{self._name(module)} has no conv1d: it has no ONNX form")
+            if len(parts) > 1:
+                self._check_silu(conv, getattr(conv, "act_fn", None))
+        weights = [self._own(conv.weight)[:, 0] for conv in parts]
+        biases = [None if conv.bias is None else self._own(conv.bias) for conv in parts]
+        joined = Linear.stacked(*(Linear(*both) for both in zip(weights, biases, strict=True)))
+        return joined.weight, joined.bias
 
     def _delta_inputs(self, module: Any, H: int, HV: int, K: int, V: int) -> Linear:
         """Return the rows of q, k, v, z, b and a."""
