@@ -8,7 +8,6 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-import transformers
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
@@ -260,24 +259,32 @@ def test_padding_between_two_turns_is_refused() -> None:
     )
 
 
-def joins_parts() -> None:
-    """Skip where transformers itself reads the second part of a prompt from a state of zeros."""
-    parted = turns((mask_of("1111", "1111"), mask_of("11111", "11111")))
-    if relative(parted, run(model(SMALL), tokens(2, 9))[:, -1]) > 1e-3:
-        pytest.skip("layers of this transformers forget a state before several tokens")
+PARTS = ("1111", "0000"), ("111", "011"), ("1", "1")
+"""Masks of two rows in three parts: one row begins in the second."""
+
+
+def in_parts() -> Tensor:
+    """Return the last logits of a prompt that is read in parts."""
+    return turns(tuple(mask_of(*rows) for rows in PARTS))
+
+
+def at_once() -> Tensor:
+    """Return those that transformers itself gives, all of the prompt at once.
+
+    A test is skipped where transformers is wrong in the row that begins in a later part.
+    """
+    whole = torch.cat([mask_of(*rows) for rows in PARTS], 1)
+    places = (whole.cumsum(1) - 1).clamp(min=0)
+    logits = run(model(SMALL), tokens(2, 8), attention_mask=whole, position_ids=places)[:, -1]
+    if relative(in_parts(), logits) > 1e-3:
+        pytest.skip("this transformers reads the padding before a row that begins in a later part")
+    return logits
 
 
 def test_a_row_that_begins_in_a_later_part_of_a_prompt_is_right() -> None:
-    joins_parts()
-    if not hasattr(transformers.masking_utils, "create_recurrent_attention_mask"):
-        pytest.skip("layers of this transformers see no mask where they continue a cache")
-    parts = (mask_of("1111", "0000"), mask_of("111", "011"), mask_of("1", "1"))
+    expected = at_once()
     with accelerate():
-        in_turns = turns(parts)
-    whole = torch.cat(parts, 1)
-    places = (whole.cumsum(1) - 1).clamp(min=0)
-    at_once = run(model(SMALL), tokens(2, 8), attention_mask=whole, position_ids=places)[:, -1]
-    assert relative(in_turns, at_once) < 1e-4
+        assert relative(in_parts(), expected) < 1e-4
 
 
 ONE_BY_ONE = (
@@ -311,7 +318,7 @@ def test_a_row_that_has_ended_may_be_padding_a_token_at_a_time() -> None:
 
 @pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"prefill_chunk_size": 3}])
 def test_a_left_padded_prompt_is_continued_with_any_cache(options: dict[str, Any]) -> None:
-    joins_parts()
+    at_once()
     tiny, rows, mask = model(SMALL), tokens(2, 9), mask_of("111111111", "000011111")
     going = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     expected = tiny.generate(rows[1:, 4:], **going)[0, -5:]
