@@ -262,7 +262,12 @@ def originals(family: str) -> dict[str, Any]:
     return methods | functions | {name: x for name, x in vars(module).items() if callable(x)}
 
 
+def calls_convolutions(family: str) -> bool:
+    """Return whether layers call a function for their convolution, as from 5.15 on."""
+    return callable(getattr(module_of(family), "causal_conv1d_fn", None))
+
+
 def has_convolutions(family: str) -> None:
     """Skip where layers do not call a function for their convolution."""
-    if not callable(getattr(module_of(family), "causal_conv1d_fn", None)):
+    if not calls_convolutions(family):
         pytest.skip("layers of this transformers do not call a function causal_conv1d_fn")

@@ -211,10 +211,9 @@ class _Reader:
             parts = [module.conv1d]
         else:
             parts = [getattr(module, f"{name}_conv1d", None) for name in "qkv"]
-        for conv in parts:
-            if conv is None:
+            if None in parts:
                 _fail(f"{self._name(module)} has no conv1d: it has no ONNX form")
-            if len(parts) > 1:
+            for conv in parts:
                 self._check_silu(conv, getattr(conv, "act_fn", None))
         weights = [self._own(conv.weight)[:, 0] for conv in parts]
         biases = [None if conv.bias is None else self._own(conv.bias) for conv in parts]

@@ -12,7 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 import gdn_ops
-from compat_models import SMALL, has_convolutions, model, module_of, relative, run, tokens
+from compat_models import (
+    SMALL,
+    calls_convolutions,
+    has_convolutions,
+    model,
+    module_of,
+    relative,
+    run,
+    tokens,
+)
 from compat_stand_ins import Load, only
 from errors import message_of
 from gdn_ops.compat.transformers import accelerate, packing
@@ -271,12 +280,12 @@ def in_parts() -> Tensor:
 def at_once() -> Tensor:
     """Return those that transformers itself gives, all of the prompt at once.
 
-    A test is skipped where transformers is wrong in the row that begins in a later part.
+    A test is skipped where a release before 5.15 is wrong in the row that begins in a later part.
     """
     whole = torch.cat([mask_of(*rows) for rows in PARTS], 1)
     places = (whole.cumsum(1) - 1).clamp(min=0)
     logits = run(model(SMALL), tokens(2, 8), attention_mask=whole, position_ids=places)[:, -1]
-    if relative(in_parts(), logits) > 1e-3:
+    if not calls_convolutions(SMALL) and relative(in_parts(), logits) > 1e-3:
         pytest.skip("this transformers reads the padding before a row that begins in a later part")
     return logits
 
@@ -318,14 +327,15 @@ def test_a_row_that_has_ended_may_be_padding_a_token_at_a_time() -> None:
 
 @pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"prefill_chunk_size": 3}])
 def test_a_left_padded_prompt_is_continued_with_any_cache(options: dict[str, Any]) -> None:
-    at_once()
+    if "prefill_chunk_size" in options:
+        at_once()
     tiny, rows, mask = model(SMALL), tokens(2, 9), mask_of("111111111", "000011111")
     going = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     expected = tiny.generate(rows[1:, 4:], **going)[0, -5:]
     try:
         tiny.generate(rows[1:, 4:], disable_compile=True, **going, **options)
     except (KeyError, ValueError) as error:
-        if callable(getattr(module_of(SMALL), "causal_conv1d_fn", None)):
+        if calls_convolutions(SMALL):
             raise
         pytest.skip(f"generate of this transformers does not take {options}: {error!r}")
     with accelerate():

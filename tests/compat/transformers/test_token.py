@@ -32,6 +32,7 @@ def layer_of(family: str) -> Any:
     for layer in model(family).modules():
         if hasattr(layer, "conv1d"):
             return layer
+    assert any(hasattr(layer, "q_conv1d") for layer in model(family).modules())
     pytest.skip("layers of this transformers convolve q, k and v apart")
 
 
