@@ -24,6 +24,7 @@ from cpp_structs import DOORS, Packed
 from cpp_walks import check_walks
 from gdn_ops.backends.cpp import build, library
 from gdn_ops.dispatch import plans
+from gdn_ops.gates import BoundedGate, SoftplusGate, raw_gated_delta_step
 from gdn_ops.nn import GatedDeltaNet, kernels
 from gdn_ops.testing import Example, conformance
 from gdn_ops.testing.oracle import judge
@@ -33,6 +34,7 @@ from layer_kernels import (
     NORMS,
     ROUNDING,
     TOKENS,
+    assert_close,
     check_ends,
     check_float16,
     check_in_place,
@@ -282,6 +284,30 @@ def test_one_token_is_decoded_after_another_elsewhere(
                 driver.calls.clear()
                 case._replace(dtype=dtype, state_dtype=state_dtype).check()
                 assert driver.calls == ["gdn_decode", *3 * ["gdn_decode_repeated"]]
+
+
+@every_level
+@pytest.mark.parametrize("of_channels", [False, True])
+def test_raw_gates_are_made_elsewhere(
+    name: str,
+    level: str,
+    of_channels: bool,
+    commands: Mapping[str, tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = at_level(name, level, commands, monkeypatch)
+    B, H, K, V = 2, 3, 24, 40
+    g = 3 * normal(B, H, K) if of_channels else 3 * normal(B, H)
+    A_log, dt_bias = torch.linspace(-5, 2.5, H), normal(H * K if of_channels else H, seed=1)
+    for gate in (SoftplusGate(A_log, dt_bias), BoundedGate(A_log, dt_bias, -4.5)):
+        for seed in (2, 3):
+            tokens = [normal(B, H, width, seed=seed) for width in (K, K, V)]
+            call = (*tokens, g, normal(B, H, seed=4))
+            options = {"state": normal(B, H, K, V, seed=5), "gate": gate, "qk_l2norm": True}
+            found = raw_gated_delta_step(*call, **options, backend="cpp")
+            assert driver.calls[-1].startswith("gdn_decode")
+            exactly = raw_gated_delta_step(*call, **options, backend="naive")
+            assert_close("o state", [*found], [*exactly])
 
 
 @every_level
